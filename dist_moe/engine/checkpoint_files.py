@@ -1,0 +1,128 @@
+"""The file side of checkpoints: names, digests, what counts as complete, which one is the newest good.
+
+Nothing here needs a process group: a torn checkpoint is found before any exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_moe.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``files``: sha256 by file name, of every other file of the checkpoint."""
+
+    step: int
+    files: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+
+def checkpoints_of(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def step_directory(root: Path, step: int) -> Path:
+    return root / f"{_PREFIX}{step:08d}"
+
+
+def partial_directory(final: Path) -> Path:
+    """Where a checkpoint grows: beside its place, under a name that is never read."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def complete_directories(root: Path) -> list[Path]:
+    """All checkpoints under ``root``, oldest first; those still being written are not among them."""
+    return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def publish(partial: Path, final: Path, manifest: Manifest) -> None:
+    """Write the manifest, flush everything to disk and make the checkpoint visible in one rename."""
+    write_json(partial / MANIFEST, asdict(manifest))
+    for path in [*partial.iterdir(), partial]:
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(partial, final)
+    _flush(final.parent)
+
+
+def drop_old(root: Path, keep: int) -> None:
+    for old in complete_directories(root)[:-keep]:
+        shutil.rmtree(old)
+
+
+def verify_checkpoint(directory: Path) -> Manifest:
+    """Compare every file with its digest; UserError names the file that is missing or altered."""
+    path = directory / MANIFEST
+    try:
+        manifest = Manifest(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"checkpoint {directory} has no readable {MANIFEST}: {error}") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint {directory} has format_version={manifest.format_version}; "
+            f"this version of dist_moe reads {FORMAT_VERSION}"
+        )
+    for name, expected in manifest.files.items():
+        file = directory / name
+        if not file.is_file():
+            raise UserError(f"checkpoint file {file} is missing")
+        if digest_of(file) != expected:
+            raise UserError(f"checkpoint file {file} is torn or altered: its sha256 is not the one of {MANIFEST}")
+    return manifest
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """The newest checkpoint of ``run_dir``; UserError if there is none or if it is not intact."""
+    directories = complete_directories(checkpoints_of(run_dir))
+    if not directories:
+        raise UserError(f"{checkpoints_of(run_dir)} holds no checkpoint yet")
+    verify_checkpoint(directories[-1])
+    return directories[-1]
+
+
+def newest_good_checkpoint(run_dir: Path) -> tuple[Path, list[UserError]]:
+    """The newest checkpoint of ``run_dir`` whose digests hold, and what is wrong with newer ones.
+
+    Raises UserError if there is none.
+    """
+    root = checkpoints_of(run_dir)
+    faults: list[UserError] = []
+    for directory in reversed(complete_directories(root)):
+        try:
+            verify_checkpoint(directory)
+        except UserError as fault:
+            faults.append(fault)
+        else:
+            return directory, faults
+    reasons = "; ".join(map(str, faults)) or "none was written"
+    raise UserError(f"no usable checkpoint in {root}: {reasons}. Start again with a new --run-dir")
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,163 @@
+"""The training loop: steps, metrics, checkpoints, and stopping where asked. Knows no model, no data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from dist_moe.engine.checkpoint import save_checkpoint
+from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+from dist_moe.engine.step_window import StepWindow, Sums, add_sums
+from dist_moe.engine.stop_request import StopRequest
+
+StepRecord = dict[str, Any]
+
+
+class TrainConfig(BaseModel):
+    """How long, how much at once, and how often to write."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: float = Field(1.0, gt=0, description="passes over the training pairs")
+    max_steps: int | None = Field(
+        None, ge=1, description="stop after this many steps, whatever epochs says (null: epochs decides)"
+    )
+    batch_size: int = Field(512, ge=1, description="global batch: pairs per step over all ranks and accumulation steps")
+    log_every: int = Field(
+        10, ge=1, description="steps between two collections of the ranks' metrics; every step is recorded"
+    )
+    checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    validate_every: int | None = Field(
+        None, ge=1, description="steps between two validations (null: at the end of each epoch)"
+    )
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        steps = max(1, round(self.epochs * steps_per_epoch))
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+
+class Feed(Protocol):
+    """The data of every step, by step number, so that a resumed run sees what it would have seen."""
+
+    def micro_batches(self, step: int) -> list[Any]:
+        """This rank's micro-batches of ``step`` (from 0), one per gradient-accumulation step."""
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """``loss``: its mean over ranks, summed over micro-batches, is what the step minimises.
+    ``sums``: numbers to record, which add up over micro-batches and ranks."""
+
+    loss: Tensor
+    sums: Sums
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """What the loop calls. ``before_step``: on every rank, before each training step. ``report``: on
+    every rank, with the finished steps' records. ``validate``: on every rank, after ``step`` steps."""
+
+    loss: Callable[[nn.Module, Any], StepLoss]
+    before_step: Callable[[], None]
+    report: Callable[[list[StepRecord]], None]
+    validate: Callable[[int], None]
+
+
+class TrainingLoop:
+    """Runs steps ``first_step`` .. ``total_steps`` - 1 of ``feed`` through ``engine``."""
+
+    def __init__(
+        self,
+        engine: ExpertParallelEngine,
+        feed: Feed,
+        hooks: LoopHooks,
+        config: TrainConfig,
+        *,
+        steps_per_epoch: int,
+        checkpoints: Path,
+        seed: int,
+    ) -> None:
+        self._engine = engine
+        self._feed = feed
+        self._hooks = hooks
+        self._config = config
+        self._total_steps = config.total_steps(steps_per_epoch)
+        self._validate_every = config.validate_every or steps_per_epoch
+        self._checkpoints = checkpoints
+        self._seed = seed
+        self._window = StepWindow()
+        self._host_records: list[StepRecord] = []
+
+    def run(self, first_step: int, stop: StopRequest) -> int:
+        """Train until the last step, or until a rank was asked to stop; the number of steps done.
+
+        A checkpoint is written every ``checkpoint_every`` steps and at the end, however it comes.
+        """
+        step = first_step
+        while step < self._total_steps:
+            self._train_step(step, stop)
+            step += 1
+            last = step == self._total_steps
+            stopping = False
+            if last or step % self._config.log_every == 0:
+                stopping = self._collect()
+            if last or stopping or step % self._config.checkpoint_every == 0:
+                self._collect()
+                save_checkpoint(self._engine, self._checkpoints, step, self._config.keep_checkpoints)
+            if stopping:
+                break
+            if not last and step % self._validate_every == 0:
+                self._hooks.validate(step)
+        return step
+
+    def _train_step(self, step: int, stop: StopRequest) -> None:
+        started = time.perf_counter()
+        engine = self._engine
+        engine.train()
+        seed_step(self._seed, step, engine.process_groups.environment.rank)
+        self._hooks.before_step()
+        traffic = engine.process_groups.world.traffic
+        traffic.reset()
+        sums = []
+        for batch in self._feed.micro_batches(step):
+            result = self._hooks.loss(engine, batch)
+            engine.backward(result.loss)
+            engine.step()
+            sums.append(result.sums)
+        counts = {
+            "wire_rows": torch.tensor(traffic.rows, device=engine.device),
+            "wire_bytes": torch.tensor(traffic.bytes, device=engine.device),
+            "stop": torch.tensor(stop.signal_number, device=engine.device),
+        }
+        self._window.add(add_sums(sums) | counts)
+        self._host_records.append(
+            {
+                "step": step + 1,
+                "lr": engine.get_lr()[0],
+                "grad_norm": engine.grad_norm,
+                "seconds": time.perf_counter() - started,
+            }
+        )
+
+    def _collect(self) -> bool:
+        """Report the steps since the last collection; whether any rank was asked to stop."""
+        reduced = self._window.reduce()
+        stopping = any(numbers.pop("stop") for numbers in reduced)
+        records = [host | numbers for host, numbers in zip(self._host_records, reduced, strict=True)]
+        self._host_records = []
+        if records:
+            self._hooks.report(records)
+        return stopping
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Key every random number of a step by (seed, step, rank): a resumed run needs no saved state."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)

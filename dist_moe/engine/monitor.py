@@ -1,0 +1,70 @@
+"""What a run shows: metrics.jsonl, TensorBoard and the progress line. On rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from dist_moe.engine.progress import ProgressLine
+from dist_moe.engine.run_directory import RunDirectory
+from dist_moe.engine.tensorboard_log import TensorBoardLog
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dist_moe.engine.loop import StepRecord
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``batch_size``: examples per step. ``steps_per_epoch``, ``total_steps``: of the whole run."""
+
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+class Monitor:
+    """Takes the records of finished steps and shows them; use as a context manager."""
+
+    def __init__(self, run: RunDirectory, schedule: Schedule, first_step: int) -> None:
+        run.forget_metrics_after(first_step)
+        self._schedule = schedule
+        self._metrics = run.metrics.open("a")
+        self._board = TensorBoardLog(run.tensorboard, first_step)
+        self._progress = ProgressLine(schedule.total_steps, first_step)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._board.close()
+        self._progress.close()
+
+    def report(self, records: list[StepRecord]) -> None:
+        """Show finished steps. ``load`` in a record is the (E,) rows per expert, the rest are numbers."""
+        for record in records:
+            record["epoch"] = record["step"] / self._schedule.steps_per_epoch
+            record["examples_per_second"] = self._schedule.batch_size / record.pop("seconds")
+            self._metrics.write(json.dumps(record) + "\n")
+            self._board.step(record)
+        self._metrics.flush()
+        self._progress.update(records)
+
+    def evaluation(self, part: str, figures: dict[str, Any], step: int) -> None:
+        """Show the figures of an evaluation on ``part`` (validation, test) after ``step`` steps."""
+        self._board.evaluation(part, figures, step)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float))
+        self._progress.say(f"{part} after step {step}: {shown}")
+
+    def permutation(self, matrix: Tensor, step: int) -> None:
+        """Show the (n, n) permutation, soft or hard, as an image."""
+        self._board.matrix("permutation/slot_to_expert", matrix, step)
+
+    def say(self, text: str) -> None:
+        self._progress.say(text)

@@ -1,0 +1,67 @@
+"""One live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from dist_moe.engine.loop import StepRecord
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressLine:
+    """Step, loss, examples/s, active experts per token, bytes exchanged and time left, on stderr."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self._total = total_steps
+        self._first = first_step
+        self._started = time.monotonic()
+        self._last_line = -SECONDS_BETWEEN_LINES
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def update(self, records: list[StepRecord]) -> None:
+        latest = records[-1]
+        text = (
+            f"loss {latest['loss']:.4f}, {_count(latest['examples_per_second'])} examples/s, "
+            f"{latest['active_experts']:.2f} experts/token, {_count(latest['wire_bytes'])}B exchanged"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(len(records))
+        elif latest["step"] == self._total or time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(
+                f"step {latest['step']}/{self._total}: {text}, {self._left(latest['step'])} left",
+                file=sys.stderr,
+            )
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the live one."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _left(self, step: int) -> str:
+        per_step = (time.monotonic() - self._started) / (step - self._first)
+        minutes, seconds = divmod(round(per_step * (self._total - step)), 60)
+        return f"{minutes}:{seconds:02d}"
+
+
+def _count(number: float) -> str:
+    """1234567 -> '1.2 M'."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f} "

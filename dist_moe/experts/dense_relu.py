@@ -1,0 +1,35 @@
+"""The recommender's expert: dense + ReLU + dropout (COMET supplement; spec of the experts, 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dist_moe.experts.bank import ExpertBank
+from dist_moe.kernels import grouped_linear
+
+
+class DenseReLUBank(ExpertBank):
+    """y = dropout(relu(x W_e + b_e)); ``weight`` (E_local, dim, hidden), ``bias`` (E_local, hidden).
+
+    Weights are glorot-uniform, biases zero, drawn per expert from its global id.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, num_experts: int, expert_ids: Sequence[int], dropout: float = 0.0
+    ) -> None:
+        super().__init__(dim, hidden, num_experts, expert_ids)
+        generators = self.generators()
+        self.weight = nn.Parameter(torch.stack([self._draw(generator) for generator in generators]))
+        self.bias = nn.Parameter(torch.zeros(self.num_local_experts, hidden))
+        self.dropout = nn.Dropout(dropout)
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        empty = torch.empty(self.dim, self.out_dim)
+        return nn.init.xavier_uniform_(empty, generator=generator)
+
+    def forward(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
+        hidden_NF = grouped_linear(x_ND, self.weight, self.bias, rows_per_expert)
+        return self.dropout(torch.relu(hidden_NF))

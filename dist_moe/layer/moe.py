@@ -1,0 +1,100 @@
+"""MoE: several gates over one bank of experts that is split over the ranks of a world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from dist_moe.experts import ExpertBank
+from dist_moe.gates import Gate
+from dist_moe.parallel import SingleWorld, World, combine, dispatch, plan_dispatch
+from dist_moe.routing import Pairs, Permutation, Route, union_of_routes
+
+
+class PermutationSource(Protocol):
+    """Gives the permutation of the current step and its named auxiliary losses."""
+
+    def __call__(self) -> tuple[Permutation, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class MoEOutput:
+    """``outputs``: one (T, F) tensor per gate. ``aux``: the auxiliary losses, summed over gates.
+
+    ``routes``: one per gate, after the permutation. ``pairs``: their union, what was dispatched.
+    ``rows_computed``: expert rows that this rank computed, for itself and for others.
+    """
+
+    outputs: tuple[Tensor, ...]
+    aux: dict[str, Tensor]
+    routes: tuple[Route, ...]
+    pairs: Pairs
+    rows_computed: int
+
+
+class MoE(nn.Module):
+    """``MoE(gates, experts, permutation=None, world=None)``.
+
+    ``gates``: one per task (a single gate may stand alone); a (token, expert) pair travels and is
+    computed once, however many gates want it. ``experts``: this rank's bank. ``permutation``:
+    slot -> expert, shared by all gates; None is the identity. ``world``: the ranks over which the
+    experts are split; None is one rank.
+
+    Raises ValueError when gates, bank and world do not fit each other.
+    """
+
+    def __init__(
+        self,
+        gates: Gate | Sequence[Gate],
+        experts: ExpertBank,
+        permutation: PermutationSource | None = None,
+        world: World | None = None,
+    ) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList([gates] if isinstance(gates, Gate) else gates)
+        self.experts = experts
+        self.permutation = permutation
+        self.world = world or SingleWorld()
+        self._check_sizes()
+
+    def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> MoEOutput:
+        """(T, D) tokens (T may be 0) -> one weighted sum of experts per gate, of shape (T, F)."""
+        routes, aux = self._route(x_TD, ids_T)
+        pairs = union_of_routes(routes)
+        plan = plan_dispatch(pairs.rows_per_expert_E, self.world)
+        rows = dispatch(x_TD[pairs.token_N], plan, self.world)
+        results_NF = combine(self.experts(rows, plan.rows_per_local_expert), plan, self.world)
+        outputs = tuple(_weighted_sum(results_NF, weight_N, pairs) for weight_N in pairs.weight_GN)
+        return MoEOutput(outputs, aux, tuple(routes), pairs, sum(plan.rows_per_local_expert))
+
+    def _route(self, x_TD: Tensor, ids_T: Tensor | None) -> tuple[list[Route], dict[str, Tensor]]:
+        routes: list[Route] = [gate(x_TD, ids_T) for gate in self.gates]
+        aux: dict[str, Tensor] = {}
+        for route in routes:
+            for name, loss in route.aux.items():
+                aux[name] = aux[name] + loss if name in aux else loss
+        if self.permutation is not None:
+            permutation, permutation_aux = self.permutation()
+            routes = [permutation.apply(route) for route in routes]
+            aux |= permutation_aux
+        return routes, aux
+
+    def _check_sizes(self) -> None:
+        slots = {int(gate.num_slots) for gate in self.gates}
+        if slots != {self.experts.num_experts}:
+            raise ValueError(f"gates choose among {sorted(slots)} slots, experts={self.experts.num_experts}")
+        if self.experts.num_local_experts * self.world.size != self.experts.num_experts:
+            raise ValueError(
+                f"{self.experts.num_local_experts} experts on each of {self.world.size} ranks "
+                f"are not the {self.experts.num_experts} experts of the layer"
+            )
+
+
+def _weighted_sum(results_NF: Tensor, weight_N: Tensor, pairs: Pairs) -> Tensor:
+    """Add every result, times its weight, to its token; in the precision of the weights."""
+    weighted_NF = results_NF.to(weight_N.dtype) * weight_N.unsqueeze(1)
+    sums_TF = weighted_NF.new_zeros(pairs.num_tokens, results_NF.shape[1])
+    return sums_TF.index_add(0, pairs.token_N, weighted_NF).to(results_NF.dtype)

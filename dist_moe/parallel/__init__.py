@@ -1,0 +1,16 @@
+"""Ranks: the world they live in, and the ragged exchange of token rows between them."""
+
+from dist_moe.parallel.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
+from dist_moe.parallel.world import ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
+
+__all__ = [
+    "DispatchPlan",
+    "ProcessWorld",
+    "SingleWorld",
+    "Traffic",
+    "World",
+    "combine",
+    "dispatch",
+    "experts_of_rank",
+    "plan_dispatch",
+]

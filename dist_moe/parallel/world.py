@@ -1,0 +1,115 @@
+"""World: where the ranks of an expert-parallel group live, and the collectives they need."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """What this rank has sent to other ranks, forward and backward; rows it keeps are not counted."""
+
+    rows: int = 0
+    bytes: int = 0
+
+    def add(self, x: Tensor, send_rows: list[int], rank: int) -> None:
+        away = sum(send_rows) - send_rows[rank]
+        self.rows += away
+        self.bytes += away * x[0:1].numel() * x.element_size()
+
+    def reset(self) -> None:
+        self.rows = self.bytes = 0
+
+
+class World(ABC):
+    """``size`` ranks that share the experts; this process is ``rank``. Counts its ``traffic``."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.traffic = Traffic()
+
+    @abstractmethod
+    def exchange_counts(self, counts_RE: Tensor) -> Tensor:
+        """Row r of ``counts_RE`` goes to rank r; row r of the result came from rank r."""
+
+    @abstractmethod
+    def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        """Ragged exchange of rows along axis 0, differentiable: ``send_rows[r]`` rows go to rank r."""
+
+    @abstractmethod
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over all ranks, on every rank; not differentiable."""
+
+
+class SingleWorld(World):
+    """A world of one rank: nothing is exchanged and no collective is issued."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, size=1)
+
+    def exchange_counts(self, counts_RE: Tensor) -> Tensor:
+        return counts_RE
+
+    def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        return x_ND
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ProcessWorld(World):
+    """The ranks of a ``torch.distributed`` process group, on any backend."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(rank=dist.get_rank(group), size=dist.get_world_size(group))
+        self.group = group
+
+    def exchange_counts(self, counts_RE: Tensor) -> Tensor:
+        received_RE = torch.empty_like(counts_RE)
+        dist.all_to_all_single(received_RE, counts_RE.contiguous(), group=self.group)
+        return received_RE
+
+    def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        return _AllToAll.apply(x_ND, send_rows, receive_rows, self)
+
+    def sum(self, x: Tensor) -> Tensor:
+        total = x.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        received_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:])
+        dist.all_to_all_single(received_ND, x_ND.contiguous(), receive_rows, send_rows, group=self.group)
+        self.traffic.add(x_ND, send_rows, self.rank)
+        return received_ND
+
+
+class _AllToAll(torch.autograd.Function):
+    """Gradients travel back along the way on which the rows came."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, send_rows: list[int], receive_rows: list[int], world: ProcessWorld) -> Tensor:
+        ctx.send_rows, ctx.receive_rows, ctx.world = send_rows, receive_rows, world
+        return world.exchange_rows(x_ND, send_rows, receive_rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.world.exchange_rows(grad_ND, ctx.receive_rows, ctx.send_rows), None, None, None
+
+
+def experts_of_rank(num_experts: int, world: World) -> range:
+    """Global ids of the experts that live on this rank: contiguous, the same number on each rank.
+
+    Raises ValueError when ``num_experts`` is not divisible by the size of the world.
+    """
+    if num_experts % world.size:
+        raise ValueError(f"num_experts={num_experts} is not divisible by the {world.size} ranks of its world")
+    per_rank = num_experts // world.size
+    return range(world.rank * per_rank, (world.rank + 1) * per_rank)

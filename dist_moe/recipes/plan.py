@@ -1,0 +1,88 @@
+"""Everything about a run that can be checked, fetched and decided before any process group exists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_moe.data.batches import PairFeed
+from dist_moe.data.movielens import MovieLens, prepare
+from dist_moe.engine.checkpoint_files import newest_good_checkpoint
+from dist_moe.engine.deepspeed_config import complete_deepspeed_section
+from dist_moe.engine.launch_environment import LaunchEnvironment
+from dist_moe.engine.monitor import Schedule
+from dist_moe.engine.run_directory import RunDirectory
+from dist_moe.recipes.config import RunConfig, load_config
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A run whose checks have passed. ``checkpoint``: where to go on from; None for a new run.
+    ``warnings``: what its user should know."""
+
+    config: RunConfig
+    run: RunDirectory
+    environment: LaunchEnvironment
+    data: MovieLens
+    feed: PairFeed
+    deepspeed: dict[str, object]
+    checkpoint: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def accumulation(self) -> int:
+        return _accumulation(self.config)
+
+    @property
+    def schedule(self) -> Schedule:
+        train, steps_per_epoch = self.config.train, self.feed.steps_per_epoch
+        return Schedule(train.batch_size, steps_per_epoch, train.total_steps(steps_per_epoch))
+
+
+def plan_new_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> TrainingPlan:
+    """Raises UserError for a wrong configuration or layout, a used run directory, missing data."""
+    environment = LaunchEnvironment.read()
+    config = load_config(config_path, overrides)
+    config.check(environment.world_size)
+    run = RunDirectory(run_dir)
+    if environment.is_first:
+        run.check_unused()
+    return _plan(config, run, environment)
+
+
+def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> TrainingPlan:
+    """The same for a run that goes on from its newest intact checkpoint."""
+    environment = LaunchEnvironment.read()
+    run = RunDirectory(run_dir)
+    run.check_exists()
+    config = load_config(run.config, overrides)
+    config.check(environment.world_size)
+    checkpoint, faults = newest_good_checkpoint(run_dir)
+    warnings = tuple(f"warning: {fault}; going on from {checkpoint.name} instead" for fault in faults)
+    return _plan(config, run, environment, checkpoint, warnings)
+
+
+def _plan(
+    config: RunConfig,
+    run: RunDirectory,
+    environment: LaunchEnvironment,
+    checkpoint: Path | None = None,
+    warnings: tuple[str, ...] = (),
+) -> TrainingPlan:
+    data = prepare(config.data, progress=environment.is_first)
+    feed = PairFeed(
+        data.train,
+        config.train.batch_size,
+        config.seed,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        accumulation=_accumulation(config),
+        device=environment.device,
+    )
+    deepspeed = complete_deepspeed_section(config.deepspeed, config.train.batch_size, environment.world_size)
+    return TrainingPlan(config, run, environment, data, feed, deepspeed, checkpoint, warnings)
+
+
+def _accumulation(config: RunConfig) -> int:
+    return int(config.deepspeed.get("gradient_accumulation_steps", 1))

@@ -1,0 +1,54 @@
+"""The union of several gates' routes over the same experts: each (token, expert) pair once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_moe.routing.route import Route
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The distinct (token, expert) pairs that any gate wants, sorted by expert, then by token.
+
+    ``token_N``, ``expert_N``: int64. ``weight_GN``: each gate's weight for each pair,
+    differentiable, exactly 0 where the gate does not want it. ``rows_per_expert_E``: (E,) int64.
+    """
+
+    token_N: Tensor
+    expert_N: Tensor
+    weight_GN: Tensor
+    rows_per_expert_E: Tensor
+    num_tokens: int
+
+    @property
+    def num_pairs(self) -> int:
+        return self.token_N.numel()
+
+
+def union_of_routes(routes: list[Route]) -> Pairs:
+    """Merge routes whose slots are experts already (that is, after the permutation).
+
+    Raises ValueError when the routes speak of different tokens or experts.
+    """
+    num_tokens, num_experts = routes[0].num_tokens, routes[0].num_slots
+    if any((r.num_tokens, r.num_slots) != (num_tokens, num_experts) for r in routes):
+        sizes = [(r.num_tokens, r.num_slots) for r in routes]
+        raise ValueError(f"routes over the same experts must agree on (tokens, experts), got {sizes}")
+    keys = [route.slot_N * num_tokens + route.token_N for route in routes]
+    key_N = torch.unique(torch.cat(keys), sorted=True)
+    expert_N = torch.div(key_N, max(num_tokens, 1), rounding_mode="floor")
+    weights = [
+        route.weight_N.new_zeros(key_N.numel()).index_put((torch.searchsorted(key_N, key),), route.weight_N)
+        for route, key in zip(routes, keys, strict=True)
+    ]
+    return Pairs(
+        token_N=key_N - expert_N * num_tokens,
+        expert_N=expert_N,
+        weight_GN=torch.stack(weights),
+        rows_per_expert_E=torch.bincount(expert_N, minlength=num_experts),
+        num_tokens=num_tokens,
+    )

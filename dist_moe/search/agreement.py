@@ -1,0 +1,55 @@
+"""How all ranks come to the same table: rank 0 decides, everybody proves it by digest."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+def agree_on_table(soft: Tensor) -> Tensor:
+    """Round ``soft`` (n, n) to the nearest permutation on rank 0 and give it to every rank.
+
+    Returns (n,) int64, slot -> expert. Without a process group, or with one rank, no collective is
+    issued. Raises RuntimeError, on every rank, if some rank ended up with another table.
+    """
+    if not _several_ranks():
+        return round_to_table(soft)
+    table = round_to_table(soft) if dist.get_rank() == 0 else torch.empty(len(soft), dtype=torch.int64)
+    table = table.to(soft.device)
+    dist.broadcast(table, src=0)
+    assert_same_on_all_ranks(table)
+    return table
+
+
+def round_to_table(soft: Tensor) -> Tensor:
+    """The assignment slot -> expert that maximises the sum of the chosen entries of ``soft``.
+
+    Raises FloatingPointError if ``soft`` holds a NaN or an infinity.
+    """
+    if not torch.isfinite(soft).all():
+        raise FloatingPointError("the relaxed permutation holds a NaN or an infinity")
+    _, expert_S = linear_sum_assignment(soft.detach().double().cpu().numpy(), maximize=True)
+    return torch.from_numpy(expert_S).to(soft.device, torch.int64)
+
+
+def assert_same_on_all_ranks(table: Tensor) -> None:
+    """Compare a digest of ``table`` over all ranks; RuntimeError names the ranks that differ."""
+    mine = torch.tensor([_digest(table)], device=table.device)
+    all_digests = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_digests, mine)
+    differing = [rank for rank, digest in enumerate(all_digests) if not torch.equal(digest, all_digests[0])]
+    if differing:
+        raise RuntimeError(f"the permutation of ranks {differing} differs from that of rank 0")
+
+
+def _digest(table: Tensor) -> int:
+    content = table.cpu().numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
