@@ -23,8 +23,8 @@ overrides: any field of the configuration, by its dotted name; values are YAML.
 one process:       dist-moe train configs/movielens_comet_plus.yaml
 torchrun:          torchrun --nproc-per-node 2 -m dist_moe train CONFIG parallel.expert_parallel_size=2
 deepspeed:         deepspeed --num_gpus 2 --module dist_moe train CONFIG parallel.expert_parallel_size=2
-TorchX:            torchx run -s local_cwd launch/components.py:train --config CONFIG --ranks 2 \\
-                       --overrides parallel.expert_parallel_size=2
+TorchX:            torchx run -s local_cwd --wait --log launch/components.py:train \\
+                       --config CONFIG --ranks 2 parallel.expert_parallel_size=2
 
 The same configuration and seed give the same result in all four ways. On SIGTERM or Ctrl-C the run
 writes a checkpoint and ends with code 128 + signal; 'dist-moe train --resume RUN_DIR' goes on as if

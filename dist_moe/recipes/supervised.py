@@ -18,7 +18,7 @@ from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.loop import LoopHooks, TrainingLoop
 from dist_moe.engine.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.run_directory import RunDirectory
-from dist_moe.engine.stop_request import stop_requests
+from dist_moe.engine.stop_request import StopRequest, stop_requests
 from dist_moe.models import Recommender
 from dist_moe.recipes.baselines import baseline_figures
 from dist_moe.recipes.config import RunConfig, load_config
@@ -34,19 +34,26 @@ def train(plan: TrainingPlan) -> int:
         plan.run.create()
         plan.run.describe(plan.config.plain(), plan.environment)
     with stop_requests() as stop, process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.data, plan.feed.steps_per_epoch, groups)
-        engine = ExpertParallelEngine(model, plan.deepspeed, groups)
-        first_step = load_checkpoint(engine, plan.checkpoint).step if plan.checkpoint else 0
-        with Reporter(plan, engine, first_step) as reporter:
-            started = time.monotonic()
-            steps = _loop(plan, engine, reporter).run(first_step, stop)
-            seconds = time.monotonic() - started
-            if steps < plan.schedule.total_steps:
-                reporter.say(f"stopped after step {steps}; go on with: dist-moe train --resume {plan.run.root}")
-                return 128 + (stop.signal_number or signal.SIGTERM)
-            test = _evaluate_finished(plan, engine, reporter, steps)
+        return train_in_groups(plan, groups, stop)
+
+
+def train_in_groups(plan: TrainingPlan, groups: ProcessGroups, stop: StopRequest) -> int:
+    """The same in process groups that are open already and in a run directory that exists."""
+    model = build_model(plan.config, plan.data, plan.feed.steps_per_epoch, groups)
+    engine = ExpertParallelEngine(model, plan.deepspeed, groups)
+    first_step = load_checkpoint(engine, plan.checkpoint).step if plan.checkpoint else 0
+    with Reporter(plan, engine, first_step) as reporter:
+        started = time.monotonic()
+        steps = _loop(plan, engine, reporter).run(first_step, stop)
+        course = {"steps": steps, "first_step": first_step, "training_seconds": time.monotonic() - started}
+        if steps < plan.schedule.total_steps:
+            reporter.say(f"stopped after step {steps}; go on with: dist-moe train --resume {plan.run.root}")
+            return 128 + (stop.signal_number or signal.SIGTERM)
+        reporter.say("evaluating on the test pairs ...")
+        test = evaluate(model, plan.data.test, plan.config.watched_weight, groups)
+        reporter.evaluation("test", test, steps)
     if plan.environment.is_first:
-        _summarise(plan, test, {"steps": steps, "training_seconds": seconds, "first_step": first_step})
+        _summarise(plan, test, course)
     return 0
 
 
@@ -103,15 +110,6 @@ def _loop(plan: TrainingPlan, engine: ExpertParallelEngine, reporter: Reporter) 
         checkpoints=checkpoints_of(plan.run.root),
         seed=config.seed,
     )
-
-
-def _evaluate_finished(
-    plan: TrainingPlan, engine: ExpertParallelEngine, reporter: Reporter, steps: int
-) -> dict[str, Any]:
-    reporter.say("evaluating on the test pairs ...")
-    figures = evaluate(engine.module, plan.data.test, plan.config.watched_weight, engine.process_groups)
-    reporter.evaluation("test", figures, steps)
-    return figures
 
 
 def _summarise(plan: TrainingPlan, test: dict[str, Any], course: dict[str, Any]) -> None:

