@@ -3,11 +3,12 @@
 `prepare` gives the same arrays, bit for bit, whatever source they come from:
 
 - users are indexed by ascending GroupLens id, the rated items by ascending title;
-- each user's ratings are joined by as many unrated items, with rating 0 (`dist_moe.data.negatives`);
+- the ratings are joined by as many unrated pairs, with rating 0 (`dist_moe.data.negatives`);
 - the rows are split 80/10/10 by a seeded generator, stratified on "watched".
 
-Of the official data: 6,040 users, 3,706 items; 1,999,496 rows, of which 1,000,209 watched and 999,287 not;
-train 800,167 + 799,429, val and test 100,021 + 99,929 each. A test on the real data holds these numbers.
+Of the official data: 6,040 users, 3,706 items, 1,000,209 watched rows and as many that were not, with
+negatives drawn uniformly (train 800,167 of each, val and test 100,021); drawn per user 999,287 that were
+not (train 799,429, val and test 99,929). A test on the real data holds these numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dist_moe.data.movielens_sources import (
     from_remote,
     short_digest,
 )
-from dist_moe.data.negatives import held_out, sample_negatives, stratified_split
+from dist_moe.data.negatives import held_out, sample_per_user, sample_uniform, stratified_split
 from dist_moe.data.progress import Progress
 from dist_moe.errors import UserError
 
@@ -60,6 +61,11 @@ class MovieLensConfig(BaseModel):
         default=None,
         description="Directory where downloads and prepared arrays are kept. If not given, the environment "
         "variable DIST_MOE_CACHE, or else ~/.cache/dist_moe.",
+    )
+    negatives: Literal["uniform", "per_user"] = Field(
+        default="uniform",
+        description="Where the sampled negatives come from: 'uniform' over all unrated pairs, or 'per_user', as "
+        "many for each user as the user rated (the COMET authors' data; harder, as activity tells nothing).",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the sampled negatives and of the split.")
 
@@ -114,9 +120,11 @@ def prepare(config: MovieLensConfig, *, progress: bool = True) -> MovieLens:
     root = _path(config.root, ROOT_ENV)
     cache = _path(config.cache, CACHE_ENV) or Path.home() / ".cache" / "dist_moe"
     files = None if root is None else directory_files(root)
-    key = f"v{FORMAT_VERSION}-seed{config.seed}" + ("" if files is None else f"-{short_digest(files)}")
+    key = f"v{FORMAT_VERSION}-{config.negatives}-seed{config.seed}" + (
+        "" if files is None else f"-{short_digest(files)}"
+    )
     try:
-        content = prepared(cache / config.name / key, partial(_build, config.seed, root, files, cache, report), report)
+        content = prepared(cache / config.name / key, partial(_build, config, root, files, cache, report), report)
     except OSError as error:
         raise UserError(
             f"the cache {cache} cannot be used: {error}\n"
@@ -143,20 +151,23 @@ def _as_movielens(content: Prepared) -> MovieLens:
     return MovieLens(train, val, test, counts["users"], counts["items"], content.manifest)
 
 
-def _build(seed: int, root: Path | None, files: dict[str, str] | None, cache: Path, report: Progress) -> Prepared:
+def _build(
+    config: MovieLensConfig, root: Path | None, files: dict[str, str] | None, cache: Path, report: Progress
+) -> Prepared:
     if root is not None and files is not None:
         source = from_directory(root, files, report)
     else:
         source = from_remote(cache / "downloads", report)
     ratings = source.ratings
-    tables = _tables(ratings, seed, report)
+    tables = _tables(ratings, config, report)
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": "movielens-1m",
         "official": ratings.digest() == OFFICIAL_DIGEST,
         "ratings_sha256": ratings.digest(),
         "source": source.provenance,
-        "seed": seed,
+        "negatives": config.negatives,
+        "seed": config.seed,
         "counts": {
             "users": len(ratings.user_ids),
             "items": len(ratings.titles),
@@ -169,15 +180,16 @@ def _build(seed: int, root: Path | None, files: dict[str, str] | None, cache: Pa
     return Prepared(arrays, manifest)
 
 
-def _tables(ratings: Ratings, seed: int, report: Progress) -> dict[str, PairTable]:
+def _tables(ratings: Ratings, config: MovieLensConfig, report: Progress) -> dict[str, PairTable]:
     """The three parts, not yet written; negatives and split draw from independent streams of the seed."""
     if held_out(len(ratings.rating_N)) == 0:
         raise UserError(f"{len(ratings.rating_N)} ratings are too few to split 80/10/10: at least 5 are needed")
     for_negatives, for_split = (
-        np.random.Generator(np.random.PCG64(stream)) for stream in np.random.SeedSequence(seed).spawn(2)
+        np.random.Generator(np.random.PCG64(stream)) for stream in np.random.SeedSequence(config.seed).spawn(2)
     )
     num_users, num_items = len(ratings.user_ids), len(ratings.titles)
-    user_M, item_M = sample_negatives(ratings.user_N, ratings.item_N, num_users, num_items, for_negatives, report)
+    sample = {"uniform": sample_uniform, "per_user": sample_per_user}[config.negatives]
+    user_M, item_M = sample(ratings.user_N, ratings.item_N, num_users, num_items, for_negatives, report)
     user = np.concatenate([ratings.user_N, user_M])
     item = np.concatenate([ratings.item_N, item_M])
     rating = np.concatenate([ratings.rating_N, np.zeros(len(item_M), dtype=np.int8)])

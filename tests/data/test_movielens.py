@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,8 +19,11 @@ from .checks import PARTS, assert_same_arrays, forbid_fetching
 from .tiny_movielens import write_tiny_movielens
 
 
-def test_parts_hold_each_rating_once_and_as_many_negatives(tiny: Path, tmp_path: Path) -> None:
-    data = prepare(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)
+@pytest.mark.parametrize("negatives", ["uniform", "per_user"])
+def test_parts_hold_each_rating_once_and_as_many_negatives(
+    tiny: Path, tmp_path: Path, negatives: Literal["uniform", "per_user"]
+) -> None:
+    data = prepare(MovieLensConfig(root=tiny, cache=tmp_path / "cache", negatives=negatives), progress=False)
     assert (data.num_users, data.num_items) == (60, 40)
     parts = [data.train, data.val, data.test]
     user = np.concatenate([part.user_N for part in parts])
@@ -30,8 +33,12 @@ def test_parts_hold_each_rating_once_and_as_many_negatives(tiny: Path, tmp_path:
     assert len(set(zip(user.tolist(), item.tolist(), strict=True))) == len(user)
     rated_U = np.bincount(user[stars > 0], minlength=60)
     assert int(rated_U.sum()) == len((tiny / "ratings.dat").read_text().splitlines())
-    np.testing.assert_array_equal(np.bincount(user[stars == 0], minlength=60), np.minimum(rated_U, 40 - rated_U))
     assert rated_U.max() > 20
+    if negatives == "per_user":
+        negative_U = np.bincount(user[stars == 0], minlength=60)
+        np.testing.assert_array_equal(negative_U, np.minimum(rated_U, 40 - rated_U))
+    else:
+        assert (stars == 0).sum() == (stars > 0).sum()
     counts = data.manifest["counts"]
     assert counts["ratings"] == rated_U.sum()
     assert counts["negatives"] == (stars == 0).sum()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from dist_moe.data.negatives import held_out, sample_negatives, stratified_split
+from dist_moe.data.negatives import held_out, sample_per_user, sample_uniform, stratified_split
 from dist_moe.data.progress import Progress
 
 SILENT = Progress(enabled=False)
@@ -21,7 +21,7 @@ seeds = st.integers(0, 2**32 - 1)
 def negatives_of(rated_UI: NDArray[np.bool_], seed: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     user, item = (index.astype(np.int32) for index in np.nonzero(rated_UI))
     users, items = rated_UI.shape
-    return sample_negatives(user, item, users, items, np.random.default_rng(seed), SILENT)
+    return sample_per_user(user, item, users, items, np.random.default_rng(seed), SILENT)
 
 
 @given(rated_matrices, seeds)
@@ -52,10 +52,32 @@ def test_negatives_are_uniform_over_the_unrated_items() -> None:
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
 
 
+@given(rated_matrices, seeds)
+def test_uniform_negatives_are_unrated_distinct_and_as_many_as_there_are(
+    rated_UI: NDArray[np.bool_], seed: int
+) -> None:
+    user, item = (index.astype(np.int32) for index in np.nonzero(rated_UI))
+    chosen = sample_uniform(user, item, *rated_UI.shape, np.random.default_rng(seed), SILENT)
+    assert not rated_UI[chosen].any()
+    assert len(set(zip(*(index.tolist() for index in chosen), strict=True))) == len(chosen[0])
+    assert len(chosen[0]) == min(len(user), (~rated_UI).sum())
+
+
+def test_uniform_negatives_do_not_follow_the_activity_of_users() -> None:
+    users, items = 200, 100
+    rated_UI = np.zeros((users, items), dtype=bool)
+    rated_UI[:20, :50] = True
+    user, item = (index.astype(np.int32) for index in np.nonzero(rated_UI))
+    chosen_M, _ = sample_uniform(user, item, users, items, np.random.default_rng(0), SILENT)
+    counts_U = np.bincount(chosen_M, minlength=users)
+    expected_U = len(user) * (~rated_UI).sum(axis=1) / (~rated_UI).sum()
+    assert np.abs(counts_U - expected_U).max() < 5 * np.sqrt(expected_U.max())
+
+
 def test_unordered_ratings_are_refused() -> None:
     user, item = np.array([1, 0], dtype=np.int32), np.array([0, 0], dtype=np.int32)
     with pytest.raises(AssertionError, match="ordered by user"):
-        sample_negatives(user, item, 2, 3, np.random.default_rng(0), SILENT)
+        sample_per_user(user, item, 2, 3, np.random.default_rng(0), SILENT)
 
 
 watched_columns = arrays.arrays(np.bool_, st.integers(0, 300), elements=st.booleans())
