@@ -72,7 +72,7 @@ def test_environment_variables_stand_in_for_the_fields(
     monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "from-environment"))
     data = prepare(MovieLensConfig(), progress=False)
     assert data.num_users == 60
-    assert list((tmp_path / "from-environment" / "movielens-1m").glob("v1-seed0-*/manifest.json"))
+    assert list((tmp_path / "from-environment" / "movielens-1m").glob("v1-uniform-seed0-*/manifest.json"))
     elsewhere = write_tiny_movielens(tmp_path / "other", users=20, items=10)
     assert prepare(MovieLensConfig(root=elsewhere), progress=False).num_users == 20
 
@@ -118,7 +118,7 @@ def test_lines_on_stderr_and_silence_if_wanted(tiny: Path, tmp_path: Path, capsy
     output, errors = capsys.readouterr()
     assert output == ""
     assert [line for line in errors.splitlines() if "not the official MovieLens-1M" in line]
-    assert "sampling negatives: 60 users" in errors
+    assert "sampling negatives: 828 of 2,400 pairs" in errors
 
 
 def test_the_manifest_names_no_path(tiny: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_wrong_configuration_is_refused(wrong: dict[str, Any]) -> None:
 
 def test_every_field_is_described() -> None:
     properties = MovieLensConfig.model_json_schema()["properties"]
-    assert set(properties) == {"name", "root", "cache", "seed"}
+    assert set(properties) == {"name", "root", "cache", "negatives", "seed"}
     assert all(field["description"] for field in properties.values())
 
 
