@@ -106,11 +106,9 @@ class TrainingLoop:
             self._train_step(step, stop)
             step += 1
             last = step == self._total_steps
-            stopping = False
-            if last or step % self._config.log_every == 0:
-                stopping = self._collect()
-            if last or stopping or step % self._config.checkpoint_every == 0:
-                self._collect()
+            saving = last or step % self._config.checkpoint_every == 0
+            stopping = (saving or step % self._config.log_every == 0) and self._collect()
+            if saving or stopping:
                 save_checkpoint(self._engine, self._checkpoints, step, self._config.keep_checkpoints)
             if stopping:
                 break

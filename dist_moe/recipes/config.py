@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dist_moe.data.movielens import MovieLensConfig
@@ -16,6 +15,7 @@ from dist_moe.engine.loop import TrainConfig
 from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.errors import UserError
 from dist_moe.models import RecommenderConfig
+from dist_moe.recipes.overrides import Content, assign, parse_override, read_yaml
 
 
 class RunConfig(BaseModel):
@@ -57,13 +57,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises UserError that names the file or the field, the value and what is allowed.
     """
-    content = _read_yaml(path)
-    for override in overrides:
-        _apply(content, override)
+    content = read_yaml(path)
+    assignments = [parse_override(override) for override in overrides]
+    for key, value in assignments:
+        if key == "model.gate.name":
+            _drop_fields_of_another_gate(content, value)
+    for key, value in assignments:
+        assign(content, key, value)
     return validate_config(content)
 
 
-def validate_config(content: dict[str, Any]) -> RunConfig:
+def validate_config(content: Content) -> RunConfig:
     """Raise UserError with one line per field that is unknown, of a wrong type or out of range."""
     try:
         return RunConfig.model_validate(content)
@@ -72,49 +76,17 @@ def validate_config(content: dict[str, Any]) -> RunConfig:
         raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"configuration {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration {path} is not YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"configuration {path} must hold 'key: value' pairs, not a {type(content).__name__}")
-    return content
-
-
-def _apply(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form key=value, for example train.batch_size=256")
-    try:
-        value = _number_or(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of override {override!r} is not YAML: {error}") from error
-    *parents, last = key.split(".")
-    for parent in parents:
-        if not isinstance(content.setdefault(parent, {}), dict):
-            content[parent] = {}
-        content = content[parent]
-    content[last] = value
-
-
-def _number_or(value: Any) -> Any:
-    """YAML 1.1 takes 1e-3 for a string; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _drop_fields_of_another_gate(content: Content, name: str) -> None:
+    """Switching the gate by name alone keeps only those of the file's fields that the new gate has."""
+    gate = (content.get("model") or {}).get("gate")
+    config = _gate_configs().get(name)
+    if isinstance(gate, dict) and gate.get("name") != name and config is not None:
+        content["model"]["gate"] = {key: value for key, value in gate.items() if key in config.model_fields}
 
 
 def _explain(fault: Any) -> str:
     location = [str(part) for part in fault["loc"]]
-    field = ".".join(part for part in location if part not in _gate_names())
+    field = ".".join(part for part in location if part not in _gate_configs())
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(field, list(field_names(RunConfig)), n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --schema' for all fields"
@@ -122,9 +94,9 @@ def _explain(fault: Any) -> str:
     return f"{field}={fault['input']!r}: {fault['msg'][0].lower() + fault['msg'][1:]}"
 
 
-def _gate_names() -> set[str]:
-    gate_configs = RecommenderConfig.model_fields["gate"].annotation
-    return {config.model_fields["name"].default for config in getattr(gate_configs, "__args__", ())}
+def _gate_configs() -> dict[str, type[BaseModel]]:
+    gates = RecommenderConfig.model_fields["gate"].annotation
+    return {config.model_fields["name"].default: config for config in getattr(gates, "__args__", ())}
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
