@@ -124,7 +124,7 @@ class TrainingLoop:
         self._hooks.before_step()
         traffic = engine.process_groups.world.traffic
         traffic.reset()
-        sums = []
+        sums, lr = [], engine.get_lr()[0]
         for batch in self._feed.micro_batches(step):
             result = self._hooks.loss(engine, batch)
             engine.backward(result.loss)
@@ -139,7 +139,7 @@ class TrainingLoop:
         self._host_records.append(
             {
                 "step": step + 1,
-                "lr": engine.get_lr()[0],
+                "lr": lr,
                 "grad_norm": engine.grad_norm,
                 "seconds": time.perf_counter() - started,
             }
@@ -148,7 +148,7 @@ class TrainingLoop:
     def _collect(self) -> bool:
         """Report the steps since the last collection; whether any rank was asked to stop."""
         reduced = self._window.reduce()
-        stopping = any(numbers.pop("stop") for numbers in reduced)
+        stopping = sum(numbers.pop("stop") for numbers in reduced) > 0
         records = [host | numbers for host, numbers in zip(self._host_records, reduced, strict=True)]
         self._host_records = []
         if records:
