@@ -38,13 +38,25 @@ def console_script() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, return the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return int(options.run(options))
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"dist-moe: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options, which argparse alone does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    stray = [argument for argument in rest if argument.startswith("-") or "overrides" not in options]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
