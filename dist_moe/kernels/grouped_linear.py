@@ -22,7 +22,7 @@ def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, rows_per_g
     """
     if len(rows_per_group) != len(weight_EDF) or sum(rows_per_group) != len(x_ND):
         raise ValueError(f"{len(weight_EDF)} groups and {len(x_ND)} rows do not fit the counts {rows_per_group}")
-    if torch.is_autocast_enabled(x_ND.device.type):
+    if torch.is_autocast_enabled(x_ND.device.type) and x_ND.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, weight_EDF, bias_EF = x_ND.to(dtype), weight_EDF.to(dtype), bias_EF.to(dtype)
     return _GroupedLinear.apply(x_ND, weight_EDF, bias_EF, rows_per_group)

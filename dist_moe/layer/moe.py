@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dist_moe.experts import ExpertBank
 from dist_moe.gates import Gate
-from dist_moe.parallel import SingleWorld, World, combine, dispatch, plan_dispatch
+from dist_moe.parallel import SingleWorld, World, combine, dispatch, experts_of_rank, plan_dispatch
 from dist_moe.routing import Pairs, Permutation, Route, union_of_routes
 
 
@@ -83,13 +83,20 @@ class MoE(nn.Module):
         return routes, aux
 
     def _check_sizes(self) -> None:
-        slots = {int(gate.num_slots) for gate in self.gates}
-        if slots != {self.experts.num_experts}:
-            raise ValueError(f"gates choose among {sorted(slots)} slots, experts={self.experts.num_experts}")
-        if self.experts.num_local_experts * self.world.size != self.experts.num_experts:
+        bank = self.experts
+        if not self.gates:
+            raise ValueError("an MoE layer needs at least one gate")
+        for gate in self.gates:
+            if (gate.dim, gate.num_slots) != (bank.dim, bank.num_experts):
+                raise ValueError(
+                    f"a gate over {gate.num_slots} slots of width {gate.dim} does not fit "
+                    f"{bank.num_experts} experts of width {bank.dim}"
+                )
+        expected = tuple(experts_of_rank(bank.num_experts, self.world))
+        if bank.expert_ids != expected:
             raise ValueError(
-                f"{self.experts.num_local_experts} experts on each of {self.world.size} ranks "
-                f"are not the {self.experts.num_experts} experts of the layer"
+                f"rank {self.world.rank} of {self.world.size} must hold the experts {expected}, "
+                f"its bank holds {bank.expert_ids}"
             )
 
 

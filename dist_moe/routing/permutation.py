@@ -36,7 +36,8 @@ class SoftPermutation:
 
         The division makes up for a Sinkhorn iteration that has not converged.
         """
-        mixed_TS = route.dense() @ self.matrix_SS.to(route.weight_N.dtype)
+        with torch.autocast(route.weight_N.device.type, enabled=False):
+            mixed_TS = route.dense() @ self.matrix_SS.to(route.weight_N.dtype)
         row_sum_T1 = mixed_TS.sum(dim=1, keepdim=True)
         normalised_TS = mixed_TS / torch.where(row_sum_T1 > 0, row_sum_T1, 1)
         return Route.from_dense(normalised_TS, route.aux)

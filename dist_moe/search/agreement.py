@@ -9,18 +9,23 @@ import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+_NOT_FINITE = "the relaxed permutation holds a NaN or an infinity"
+
 
 def agree_on_table(soft: Tensor) -> Tensor:
     """Round ``soft`` (n, n) to the nearest permutation on rank 0 and give it to every rank.
 
     Returns (n,) int64, slot -> expert. Without a process group, or with one rank, no collective is
-    issued. Raises RuntimeError, on every rank, if some rank ended up with another table.
+    issued. Raises, on every rank: FloatingPointError if rank 0's ``soft`` holds a NaN or an infinity;
+    RuntimeError if some rank ended up with another table.
     """
     if not _several_ranks():
         return round_to_table(soft)
-    table = round_to_table(soft) if dist.get_rank() == 0 else torch.empty(len(soft), dtype=torch.int64)
-    table = table.to(soft.device)
+    decides = dist.get_rank() == 0 and bool(torch.isfinite(soft).all())
+    table = round_to_table(soft) if decides else torch.full((len(soft),), -1, device=soft.device)
     dist.broadcast(table, src=0)
+    if int(table[0]) < 0:
+        raise FloatingPointError(_NOT_FINITE)
     assert_same_on_all_ranks(table)
     return table
 
@@ -31,7 +36,7 @@ def round_to_table(soft: Tensor) -> Tensor:
     Raises FloatingPointError if ``soft`` holds a NaN or an infinity.
     """
     if not torch.isfinite(soft).all():
-        raise FloatingPointError("the relaxed permutation holds a NaN or an infinity")
+        raise FloatingPointError(_NOT_FINITE)
     _, expert_S = linear_sum_assignment(soft.detach().double().cpu().numpy(), maximize=True)
     return torch.from_numpy(expert_S).to(soft.device, torch.int64)
 

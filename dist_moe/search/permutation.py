@@ -99,7 +99,7 @@ class PermutationSearch(nn.Module):
             return HardPermutation(self.table), {}
         if not self.learning:
             # R stays in the graph with a zero gradient, lest ranks or ZeRO stages treat it as absent.
-            return HardPermutation(self.table), {"permutation": 0.0 * self.relaxed.float().sum()}
+            return HardPermutation(self.table), {"permutation": 0.0 * self.relaxed.sum()}
         with torch.autocast(self.relaxed.device.type, enabled=False):
             soft = self.soft_matrix()
             self.soft.copy_(soft.detach())
@@ -112,13 +112,17 @@ class PermutationSearch(nn.Module):
         return torch.eye(len(self.table), device=self.table.device)[self.table]
 
     def soft_matrix(self) -> Tensor:
-        """P_soft of the current step, (n, n), in fp32 or better."""
-        relaxed = self.relaxed if self.relaxed.dtype == torch.float64 else self.relaxed.float()
+        """P_soft of the current step, (n, n), in fp32 (fp64 if R is), but computed in fp64.
+
+        Near a vertex its gradient is a difference of nearly equal numbers. In fp32 that is rounding
+        noise, which Adam turns into steps of full size: two layouts of a run would part company.
+        """
         progress = min(int(self.step) / self.stage_steps, 1.0)
         log_first, log_last = (math.log10(t) for t in self.temperature)
         temperature = 10 ** (log_first + (log_last - log_first) * progress)
         first, last = self.iterations
-        return sinkhorn(relaxed / temperature, math.floor(first + (last - first) * progress))
+        soft = sinkhorn(self.relaxed.double() / temperature, math.floor(first + (last - first) * progress))
+        return soft if self.relaxed.dtype == torch.float64 else soft.float()
 
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:

@@ -1,0 +1,73 @@
+"""Several ranks in one process: threads over torch's threaded process group."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed import multi_threaded_pg as threaded
+
+from dist_moe.parallel import ProcessWorld
+
+Result = TypeVar("Result")
+DEADLINE_S = 10.0
+
+
+def run_worlds(num_ranks: int, function: Callable[[ProcessWorld], Result]) -> list[Result]:
+    """``function(world)`` on every rank at once; the results in rank order.
+
+    An exception on one rank ends them all and is raised here; so is a rank that never comes back.
+    Draw no random numbers in ``function``: the generator is shared.
+    """
+    store = dist.HashStore()
+    results: dict[int, Result] = {}
+    errors: dict[int, BaseException] = {}
+
+    def rank_main(rank: int) -> None:
+        try:
+            dist.init_process_group("threaded", rank=rank, world_size=num_ranks, store=store)
+            assert dist.group.WORLD is not None
+            results[rank] = function(ProcessWorld(dist.group.WORLD))
+        except SystemExit:
+            pass  # another rank has failed
+        except BaseException as error:
+            errors[rank] = error
+            threaded.ProcessLocalGroup.exception_handle(error)
+
+    with _threaded_groups():
+        threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(num_ranks)]
+        for thread in threads:
+            thread.start()
+        if hanging := _join(threads):
+            errors[num_ranks] = TimeoutError(f"ranks {hanging} hang")
+            threaded.ProcessLocalGroup.exception_handle(errors[num_ranks])
+            _join(threads)
+    if errors:
+        raise errors[min(errors)]
+    return [results[rank] for rank in range(num_ranks)]
+
+
+def _join(threads: list[threading.Thread]) -> list[int]:
+    """Wait for all threads until the deadline; the ranks of those that are still alive then."""
+    end = time.monotonic() + DEADLINE_S
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+
+
+@contextmanager
+def _threaded_groups() -> Iterator[None]:
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    threaded.ProcessLocalGroup.reset()
+    threaded._install_threaded_pg()
+    try:
+        yield
+    finally:
+        threaded._uninstall_threaded_pg()
+        threaded.ProcessLocalGroup.reset()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)

@@ -1,0 +1,66 @@
+"""Gates, bank and world that do not fit each other are refused, with the numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_moe.experts import DenseReLUBank
+from dist_moe.gates import Comet, TopK
+from dist_moe.layer import MoE
+from dist_moe.parallel import ProcessWorld
+from tests.helpers.worlds import run_worlds
+
+
+def test_gates_of_another_size_than_the_bank() -> None:
+    with pytest.raises(ValueError, match="6 slots of width 3 does not fit 4 experts"):
+        MoE(Comet(3, 6), DenseReLUBank(3, 2, 4, range(4)))
+
+
+def test_gates_of_different_sizes() -> None:
+    with pytest.raises(ValueError, match="6 slots"):
+        MoE([TopK(3, 4), TopK(3, 6)], DenseReLUBank(3, 2, 4, range(4)))
+
+
+def test_no_gate() -> None:
+    with pytest.raises(ValueError, match="at least one gate"):
+        MoE([], DenseReLUBank(3, 2, 4, range(4)))
+
+
+def test_part_of_a_bank_without_a_world() -> None:
+    with pytest.raises(ValueError, match=r"must hold the experts \(0, 1, 2, 3\), its bank holds \(0, 1\)"):
+        MoE(TopK(3, 4), DenseReLUBank(3, 2, 4, [0, 1]))
+
+
+def test_whole_bank_on_each_of_two_ranks() -> None:
+    gate, bank = TopK(3, 4), DenseReLUBank(3, 2, 4, range(4))
+
+    def refuse(world: ProcessWorld) -> str:
+        with pytest.raises(ValueError, match="of 2 must hold the experts") as raised:
+            MoE(gate, bank, None, world)
+        return str(raised.value)
+
+    assert len(run_worlds(2, refuse)) == 2
+
+
+def test_experts_of_another_rank() -> None:
+    """The right number of experts with the wrong ids would compute another function."""
+    gate = TopK(3, 4)
+    banks = [DenseReLUBank(3, 2, 4, ids) for ids in ([2, 3], [0, 1])]
+
+    def refuse(world: ProcessWorld) -> None:
+        with pytest.raises(ValueError, match="expert"):
+            MoE(gate, banks[world.rank], None, world)
+
+    run_worlds(2, refuse)
+
+
+def test_gate_of_another_width_than_the_bank() -> None:
+    with pytest.raises(ValueError, match="width 3 does not fit 4 experts of width 5"):
+        MoE(TopK(3, 4), DenseReLUBank(5, 2, 4, range(4)))
+
+
+def test_tokens_of_another_width() -> None:
+    moe = MoE(TopK(3, 4), DenseReLUBank(3, 2, 4, range(4)))
+    with pytest.raises(ValueError, match=r"\(T, 3\), got \(5, 2\)"):
+        moe(torch.zeros(5, 2))

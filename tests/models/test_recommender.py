@@ -1,0 +1,139 @@
+"""The paper's recommender: size, shapes, an empty batch, and gradients everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dist_moe.gates import CometConfig, TopKConfig
+from dist_moe.models import Recommender, RecommenderConfig
+from dist_moe.parallel import SingleWorld
+from dist_moe.search import PermutationSearchConfig
+from tests.helpers.worlds import run_worlds
+
+MOVIELENS = (6040, 3706)
+
+
+def build(num_users: int = 20, num_items: int = 30, **options: Any) -> Recommender:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embedding_dim": 4, "num_experts": 6, "expert_units": 5, "tower_units": 7}
+    return RecommenderConfig(**(sizes | options)).build(num_users, num_items, 10, SingleWorld())
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def expected_count(users: int, items: int, emb: int, n: int, hidden: int, tower: int, gate: int, tables: int) -> int:
+    dim = 2 * emb
+    experts = n * (dim * hidden + hidden)
+    towers = 2 * (hidden * tower + tower + tower + 1)
+    return (users + items) * emb + experts + 2 * gate + towers + tables * n * n
+
+
+def test_number_of_parameters_at_the_paper_sizes() -> None:
+    model = RecommenderConfig().build(*MOVIELENS, 3076, SingleWorld())
+    assert count(model.moe.gates[0]) == 15_934  # k (2n-1) (p+1), p=256, n=16, k=2
+    assert count(model) == expected_count(*MOVIELENS, 128, 16, 256, 256, gate=15_934, tables=0) == 2_464_126
+
+
+def test_number_of_top_k_gate_parameters_at_the_paper_sizes() -> None:
+    model = RecommenderConfig(gate=TopKConfig(k=2)).build(*MOVIELENS, 3076, SingleWorld())
+    assert count(model.moe.gates[0]) == 4_112
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("tables", [0, 1])
+def test_number_of_parameters_at_other_sizes(k: int, tables: int) -> None:
+    permutation = PermutationSearchConfig() if tables else None
+    model = build(gate=CometConfig(k=k), permutation=permutation)
+    assert count(model) == expected_count(20, 30, 4, 6, 5, 7, gate=k * 11 * 9, tables=tables)
+
+
+@pytest.mark.parametrize("gate", [CometConfig(), TopKConfig()])
+@pytest.mark.parametrize("permutation", [None, PermutationSearchConfig(epochs=1)])
+@pytest.mark.parametrize("batch", [0, 1, 13])
+def test_output_shapes_and_gradients_for_any_batch(
+    batch: int, gate: CometConfig | TopKConfig, permutation: PermutationSearchConfig | None
+) -> None:
+    model = build(gate=gate, permutation=permutation)
+    if model.permutation is not None:
+        model.permutation.begin_step()
+    output = model(torch.randint(20, (batch,)), torch.randint(30, (batch,)))
+    assert output.watched_logit_B.shape == output.rating_B.shape == (batch,)
+    assert len(output.moe.outputs) == 2
+    losses = [output.watched_logit_B.sum(), output.rating_B.sum(), *output.moe.aux.values()]
+    torch.stack(losses).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_every_parameter_learns_something() -> None:
+    model = build(permutation=PermutationSearchConfig(epochs=1))
+    assert model.permutation is not None
+    model.permutation.begin_step()
+    generator = torch.Generator().manual_seed(0)
+    user_B, item_B = (torch.randint(high, (200,), generator=generator) for high in (20, 30))
+    output = model(user_B, item_B)
+    weight_B = torch.randn(2, 200, generator=generator)
+    aux = sum(output.moe.aux.values())
+    ((output.watched_logit_B * weight_B[0]).sum() + (output.rating_B * weight_B[1]).sum() + aux).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        rows = parameter.grad if "embedding" in name or name.startswith("moe.experts") else [parameter.grad]
+        assert all(row.any() for row in rows), name
+
+
+def test_each_task_has_its_own_gate_and_tower() -> None:
+    model = build().eval()
+    user_B, item_B = torch.arange(5), torch.arange(5)
+    before = model(user_B, item_B)
+    with torch.no_grad():
+        model.moe.gates[1].leaf_weight.mul_(50)
+        model.towers[1][2].bias.add_(1)
+    after = model(user_B, item_B)
+    assert torch.equal(after.watched_logit_B, before.watched_logit_B)
+    assert not torch.equal(after.rating_B, before.rating_B)
+
+
+def test_user_and_item_both_matter() -> None:
+    model = build().eval()
+    results = [model(torch.tensor([u]), torch.tensor([i])).rating_B.item() for u, i in ((0, 0), (1, 0), (0, 1))]
+    assert len(set(results)) == 3
+
+
+def test_initial_ranges() -> None:
+    model = build(num_users=500, num_items=500, tower_units=64, expert_units=64)
+    for embedding in (model.user_embedding, model.item_embedding):
+        assert 0.049 < embedding.weight.abs().max() <= 0.05
+    for tower in model.towers:
+        bound = (6 / 128) ** 0.5
+        assert 0.97 * bound < tower[0].weight.abs().max() <= bound
+        assert not tower[0].bias.any()
+
+
+def test_share_of_every_rank_is_that_of_one_process() -> None:
+    """Same seed: replicated parameters are equal and experts are the ones of their ids."""
+    whole = build()
+    shares: dict[int, Recommender] = {}
+    for rank in range(3):  # one after another: the generator is shared by threads
+        config = RecommenderConfig(embedding_dim=4, num_experts=6, expert_units=5, tower_units=7)
+
+        def build_on(world: Any, rank: int = rank, config: RecommenderConfig = config) -> Recommender | None:
+            if world.rank != rank:
+                return None
+            torch.manual_seed(0)
+            return config.build(20, 30, 10, world)
+
+        share = run_worlds(3, build_on)[rank]
+        assert share is not None
+        shares[rank] = share
+    for rank, share in shares.items():
+        for name, parameter in share.named_parameters():
+            expected = whole.get_parameter(name)
+            if name.startswith("moe.experts"):
+                expected = expected[2 * rank : 2 * rank + 2]
+            assert torch.equal(parameter, expected), name

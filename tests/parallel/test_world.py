@@ -1,0 +1,148 @@
+"""Worlds: the ragged exchange, its counters, who holds which experts, and silence with one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_moe.experts import DenseReLUBank
+from dist_moe.gates import Comet
+from dist_moe.layer import MoE
+from dist_moe.parallel import ProcessWorld, SingleWorld, experts_of_rank
+from dist_moe.search import PermutationSearch
+from tests.helpers.worlds import run_worlds
+
+COLLECTIVES = [
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "batch_isend_irecv",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "irecv",
+    "isend",
+    "monitored_barrier",
+    "new_group",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+    "scatter_object_list",
+    "send",
+]
+
+
+@pytest.fixture
+def no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a collective was issued")
+
+    for name in COLLECTIVES:
+        monkeypatch.setattr(dist, name, refuse)
+
+
+def train_one_step_with_search(search: PermutationSearch) -> None:
+    moe = MoE([Comet(3, 4), Comet(3, 4)], DenseReLUBank(3, 2, 4, range(4)), search)
+    for _ in range(3):
+        search.begin_step()
+        output = moe.train()(torch.randn(5, 3, requires_grad=True))
+        (sum(y.sum() for y in output.outputs) + sum(output.aux.values())).backward()
+        search.begin_evaluation()
+        moe.eval()(torch.randn(2, 3))
+
+
+@pytest.mark.usefixtures("no_collectives")
+def test_one_rank_issues_no_collective_without_a_process_group() -> None:
+    train_one_step_with_search(PermutationSearch(4, stage_steps=2))
+
+
+@pytest.mark.usefixtures("no_collectives")
+def test_one_rank_issues_no_collective_in_a_process_group_of_one() -> None:
+    search = PermutationSearch(4, stage_steps=2)
+
+    def train(world: ProcessWorld) -> int:
+        assert dist.is_initialized()
+        train_one_step_with_search(search)
+        return world.size
+
+    assert run_worlds(1, train) == [1]
+
+
+@pytest.mark.usefixtures("no_collectives")
+def test_forbidden_collectives_are_noticed() -> None:
+    with pytest.raises(AssertionError, match="a collective was issued"):
+        run_worlds(2, lambda world: world.sum(torch.ones(1)))
+
+
+def test_counts_go_to_their_ranks() -> None:
+    received = run_worlds(3, lambda world: world.exchange_counts(torch.arange(6).view(3, 2) + 10 * world.rank))
+    for rank, counts_RE in enumerate(received):
+        assert counts_RE.tolist() == [[2 * rank + 10 * source, 2 * rank + 1 + 10 * source] for source in range(3)]
+
+
+def test_sum_is_over_all_ranks_and_leaves_its_argument() -> None:
+    def total(world: ProcessWorld) -> tuple[float, float]:
+        mine = torch.tensor(1.0 + world.rank, requires_grad=True)
+        return world.sum(mine).item(), mine.item()
+
+    assert run_worlds(4, total) == [(10.0, 1.0), (10.0, 2.0), (10.0, 3.0), (10.0, 4.0)]
+    x = torch.randn(3)
+    assert torch.equal(SingleWorld().sum(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_traffic_counts_rows_to_others_forward_and_backward(dtype: torch.dtype) -> None:
+    send = [[5, 2], [0, 3]]
+    width = 7
+
+    def exchange(world: ProcessWorld) -> tuple[tuple[int, int], tuple[int, int]]:
+        mine = send[world.rank]
+        x_ND = torch.randn(sum(mine), width, dtype=dtype, requires_grad=True)
+        received = world.all_to_all(x_ND, mine, [row[world.rank] for row in send])
+        forward = (world.traffic.rows, world.traffic.bytes)
+        world.traffic.reset()
+        received.sum().backward()
+        return forward, (world.traffic.rows, world.traffic.bytes)
+
+    row = width * dtype.itemsize
+    assert run_worlds(2, exchange) == [((2, 2 * row), (0, 0)), ((0, 0), (2, 2 * row))]
+
+
+def test_backward_of_the_exchange_is_the_exchange_back() -> None:
+    send = [[1, 2, 0], [0, 0, 3], [2, 0, 1]]
+
+    def exchange(world: ProcessWorld) -> tuple[Tensor, Tensor]:
+        mine, theirs = send[world.rank], [row[world.rank] for row in send]
+        x_ND = torch.zeros(sum(mine), 1, requires_grad=True)
+        received = world.all_to_all(x_ND, mine, theirs)
+        weight = torch.cat([torch.full((n, 1), 10.0 * world.rank + source) for source, n in enumerate(theirs)])
+        return torch.autograd.grad((received * weight).sum(), x_ND)[0], received
+
+    for rank, (grad_ND, _) in enumerate(run_worlds(3, exchange)):
+        expected = [10.0 * receiver + rank for receiver, n in enumerate(send[rank]) for _ in range(n)]
+        assert grad_ND.flatten().tolist() == expected
+
+
+def test_experts_of_all_ranks_are_all_experts_in_order() -> None:
+    ids = run_worlds(4, lambda world: list(experts_of_rank(12, world)))
+    assert ids == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert list(experts_of_rank(5, SingleWorld())) == [0, 1, 2, 3, 4]
+
+
+def test_experts_that_cannot_be_shared_out_evenly_are_refused() -> None:
+    def refuse(world: ProcessWorld) -> None:
+        with pytest.raises(ValueError, match="num_experts=8 is not divisible by the 3 ranks"):
+            experts_of_rank(8, world)
+
+    run_worlds(3, refuse)

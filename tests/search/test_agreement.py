@@ -1,0 +1,90 @@
+"""All ranks come to the same table: rank 0 decides, everybody proves it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_moe.parallel import ProcessWorld
+from dist_moe.search import PermutationSearch, agree_on_table, assert_same_on_all_ranks
+from dist_moe.search.agreement import round_to_table
+from tests.helpers.worlds import run_worlds
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_rank_0_decides(num_ranks: int) -> None:
+    torch.manual_seed(num_ranks)
+    softs = torch.rand(num_ranks, 6, 6)
+    tables = run_worlds(num_ranks, lambda world: agree_on_table(softs[world.rank]))
+    for table in tables:
+        assert torch.equal(table, round_to_table(softs[0]))
+    assert num_ranks == 1 or not torch.equal(tables[1], round_to_table(softs[1]))
+
+
+def test_without_a_process_group_it_rounds() -> None:
+    assert not dist.is_initialized()
+    soft = torch.eye(4).roll(1, 0)
+    assert torch.equal(agree_on_table(soft), round_to_table(soft))
+
+
+@pytest.mark.parametrize("odd", [[1], [3], [1, 2], [1, 2, 3]])
+def test_different_tables_are_an_error_on_every_rank_that_names_them(odd: list[int]) -> None:
+    tables = [torch.tensor([0, 1, 2, 3]) for _ in range(4)]
+    for rank in odd:
+        tables[rank] = torch.tensor([0, 1, 3, 2])
+
+    def compare(world: ProcessWorld) -> str:
+        with pytest.raises(RuntimeError, match="differs from that of rank 0") as raised:
+            assert_same_on_all_ranks(tables[world.rank])
+        return str(raised.value)
+
+    for message in run_worlds(4, compare):
+        assert f"ranks {odd} " in message
+
+
+def test_equal_tables_pass() -> None:
+    run_worlds(4, lambda world: assert_same_on_all_ranks(torch.tensor([3, 1, 0, 2])))
+
+
+def test_a_broadcast_that_goes_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    broadcast = dist.broadcast
+
+    def garbled(tensor: torch.Tensor, src: int) -> None:
+        broadcast(tensor, src=src)
+        if dist.get_rank() == 2:
+            tensor.copy_(tensor.flip(0))
+
+    monkeypatch.setattr(dist, "broadcast", garbled)
+
+    def agree(world: ProcessWorld) -> None:
+        with pytest.raises(RuntimeError, match=r"ranks \[2\] differs"):
+            agree_on_table(torch.eye(5))
+
+    run_worlds(3, agree)
+
+
+def test_nan_is_refused_on_every_rank_and_none_is_left_waiting() -> None:
+    def refuse(world: ProcessWorld) -> None:
+        with pytest.raises(FloatingPointError, match="NaN"):
+            agree_on_table(torch.full((3, 3), torch.nan))
+
+    assert run_worlds(2, refuse) == [None, None]
+
+
+def test_search_agrees_at_the_end_of_its_stage_and_at_evaluation() -> None:
+    torch.manual_seed(0)
+    searches = [PermutationSearch(6, stage_steps=3) for _ in range(3)]
+
+    def search_on_rank(world: ProcessWorld) -> list[list[int]]:
+        search, tables = searches[world.rank], []
+        for _ in range(3):
+            search.begin_step()
+            search.train()()
+            search.begin_evaluation()
+            tables.append(search.table.tolist())
+        return tables
+
+    tables = run_worlds(3, search_on_rank)
+    assert tables[1] == tables[2] == tables[0]
+    assert not torch.equal(searches[0].relaxed, searches[1].relaxed)
