@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from dist_moe.data.cache import Prepared, prepared
 from dist_moe.data.movielens_readers import Ratings
@@ -36,6 +36,7 @@ from dist_moe.data.movielens_sources import (
 from dist_moe.data.negatives import held_out, sample_per_user, sample_uniform, stratified_split
 from dist_moe.data.progress import Progress
 from dist_moe.errors import UserError
+from dist_moe.settings import Settings
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
@@ -45,10 +46,8 @@ PARTS = ("train", "val", "test")
 COLUMNS = ("user_N", "item_N", "rating_N")
 
 
-class MovieLensConfig(BaseModel):
+class MovieLensConfig(Settings):
     """Which MovieLens-1M to prepare, and where its files are."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["movielens-1m"] = Field(default="movielens-1m", description="The data set.")
     root: Path | None = Field(

@@ -80,6 +80,9 @@ def verify_checkpoint(directory: Path) -> Manifest:
             raise UserError(f"checkpoint file {file} is missing")
         if digest_of(file) != expected:
             raise UserError(f"checkpoint file {file} is torn or altered: its sha256 is not the one of {MANIFEST}")
+    unknown = {file.name for file in directory.iterdir()} - manifest.files.keys() - {MANIFEST}
+    if unknown:
+        raise UserError(f"checkpoint {directory} holds files that its {MANIFEST} does not name: {sorted(unknown)}")
     return manifest
 
 

@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.engine.checkpoint import save_checkpoint
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.step_window import StepWindow, Sums, add_sums
 from dist_moe.engine.stop_request import StopRequest
+from dist_moe.settings import Settings
 
 StepRecord = dict[str, Any]
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     """How long, how much at once, and how often to write."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: float = Field(1.0, gt=0, description="passes over the training pairs")
     max_steps: int | None = Field(
@@ -158,4 +157,4 @@ class TrainingLoop:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Key every random number of a step by (seed, step, rank): a resumed run needs no saved state."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)

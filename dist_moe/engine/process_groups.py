@@ -10,18 +10,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from dist_moe.engine.deepspeed_setup import import_deepspeed
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.errors import UserError
 from dist_moe.parallel import ProcessWorld, SingleWorld, World
+from dist_moe.settings import Settings
 
 
-class ParallelConfig(BaseModel):
+class ParallelConfig(Settings):
     """How the ranks are divided: world = expert-parallel size x expert-data-parallel size."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     expert_parallel_size: int = Field(
         1,

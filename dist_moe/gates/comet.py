@@ -18,21 +18,20 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.gates.base import Gate
 from dist_moe.gates.smooth_step import smooth_step
 from dist_moe.routing import Route
+from dist_moe.settings import Settings
 
 ENTROPY_EPSILON = 1e-6
 LEAF_INIT_RANGE = 0.05
 
 
-class CometConfig(BaseModel):
+class CometConfig(Settings):
     """The COMET gate: k trees whose splits harden while training, so that k experts remain."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["comet"] = "comet"
     k: int = Field(2, ge=1, description="number of trees: the experts per token once the trees are hard")

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.gates.base import Gate
 from dist_moe.routing import Route
+from dist_moe.settings import Settings
 
 
-class TopKConfig(BaseModel):
+class TopKConfig(Settings):
     """The Top-k gate: the k experts with the largest router logits, for every token alike."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["top_k"] = "top_k"
     k: int = Field(2, ge=1, description="experts per token")

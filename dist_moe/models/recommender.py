@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.experts import DenseReLUBank
@@ -18,15 +18,14 @@ from dist_moe.gates import CometConfig, GateConfig
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import World, experts_of_rank
 from dist_moe.search import PermutationSearch, PermutationSearchConfig
+from dist_moe.settings import Settings
 
 TASKS = ("watched", "rating")
 EMBEDDING_INIT_RANGE = 0.05
 
 
-class RecommenderConfig(BaseModel):
+class RecommenderConfig(Settings):
     """Two-task recommender over (user, item) pairs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     embedding_dim: int = Field(128, ge=1, description="width of each of the two embeddings")
     num_experts: int = Field(16, ge=2, description="experts in all, over all ranks")

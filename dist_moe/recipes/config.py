@@ -7,21 +7,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from dist_moe.data.movielens import MovieLensConfig
-from dist_moe.engine.deepspeed_config import check_deepspeed_section
+from dist_moe.engine.deepspeed_checks import check_deepspeed_section
 from dist_moe.engine.loop import TrainConfig
 from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.errors import UserError
 from dist_moe.models import RecommenderConfig
 from dist_moe.recipes.overrides import Content, assign, parse_override, read_yaml
+from dist_moe.settings import Settings
 
 
-class RunConfig(BaseModel):
+class RunConfig(Settings):
     """Supervised training of the two-task recommender."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     seed: int = Field(0, ge=0, description="seed of initialisation, data order and dropout")
     data: MovieLensConfig = Field(default_factory=lambda: MovieLensConfig(), description="the data set")

@@ -13,31 +13,34 @@ COMET (KDD 2023), section on local search; schedule and constants from the autho
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.routing import HardPermutation, Permutation, SoftPermutation
 from dist_moe.search.agreement import agree_on_table
+from dist_moe.settings import Settings
 
 INIT_RANGE = 0.05
 ENTROPY_EPSILON = 1e-6
 
+Temperature = Annotated[float, Field(gt=0)]
+Iterations = Annotated[int, Field(ge=1)]
 
-class PermutationSearchConfig(BaseModel):
+
+class PermutationSearchConfig(Settings):
     """The paper's permutation search (the "+" of COMET+): Sinkhorn-relaxed, then rounded."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: float = Field(
         0.1, gt=0, description="length of the learning stage; while it lasts every token visits every expert"
     )
     entropy_weight: float = Field(1e-4, ge=0, description="weight of the entropy of the relaxed permutation")
-    temperature: tuple[float, float] = Field(
+    temperature: tuple[Temperature, Temperature] = Field(
         (1e-3, 1e-7), description="first and last temperature of the stage, interpolated in their logarithm"
     )
-    iterations: tuple[int, int] = Field(
+    iterations: tuple[Iterations, Iterations] = Field(
         (20, 150), description="first and last number of Sinkhorn iterations, interpolated"
     )
 

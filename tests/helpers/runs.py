@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_moe.engine.checkpoint_files import newest_checkpoint
@@ -15,7 +16,6 @@ from dist_moe.engine.process_groups import process_groups
 from dist_moe.engine.stop_request import StopRequest
 from dist_moe.recipes.plan import plan_new_run
 from dist_moe.recipes.supervised import train_in_groups
-from safetensors.torch import load_file
 
 TINY_RUN: dict[str, Any] = {
     "model": {

@@ -1,0 +1,173 @@
+"""A wrong configuration: exit code 2, and a message that names the field, the value and what is right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dist_moe.cli.main import main
+
+from .conftest import Refused
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("seed=-1", ["seed=-1", "greater than or equal to 0"]),
+        ("train.batch_size=abc", ["train.batch_size='abc'", "integer"]),
+        ("train.batch_size=", ["train.batch_size=None", "integer"]),
+        ("train.max_steps=0", ["train.max_steps=0", "greater than or equal to 1"]),
+        ("train=[]", ["train=[]", "dictionary"]),
+        ("model.dropout=1", ["model.dropout=1", "less than 1"]),
+        ("model.dropout=high", ["model.dropout='high'", "number"]),
+        ("model.num_experts=1", ["model.num_experts=1", "greater than or equal to 2"]),
+        ("model.gate.gamma=0", ["model.gate.gamma=0", "greater than 0"]),
+        ("model.gate.k=2.5", ["model.gate.k=2.5", "integer"]),
+        ("model.gate.k=5", ["model.gate.k=5", "model.num_experts=4", "1..4"]),
+        ("model.gate.name=tree", ["model.gate", "'tree'", "'comet', 'top_k'"]),
+        ("watched_weight=1.5", ["watched_weight=1.5", "less than or equal to 1"]),
+        ("watched_weight=.nan", ["watched_weight=nan"]),
+        ("data.name=movielens-20m", ["data.name='movielens-20m'", "'movielens-1m'"]),
+        ("deepspeed=5", ["deepspeed=5", "dictionary"]),
+        ("parallel.expert_parallel_size=0", ["parallel.expert_parallel_size=0", "greater than or equal to 1"]),
+        ("train.bach_size=3", ["train.bach_size=3", "did you mean train.batch_size?"]),
+        ("model.gate.gama=3", ["model.gate.gama=3", "did you mean model.gate.gamma?"]),
+        ("modle.dropout=0", ["modle", "did you mean model?"]),
+        ("nonsense=1", ["nonsense=1", "no such field", "dist-moe config --schema"]),
+    ],
+)
+def test_a_field_that_is_not_valid(refused: Refused, config: Path, override: str, parts: list[str]) -> None:
+    refused(["train", config, override], *parts)
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("train.epochs=.inf", "train.epochs"),
+        ("model.gate.gamma=.inf", "model.gate.gamma"),
+        ("model.gate.entropy_weight=.inf", "model.gate.entropy_weight"),
+        ("model.permutation.epochs=.inf", "model.permutation.epochs"),
+        ("model.permutation.entropy_weight=.inf", "model.permutation.entropy_weight"),
+        ("model.permutation.temperature=[0, 0]", "model.permutation.temperature"),
+        ("model.permutation.temperature=[-1, 1]", "model.permutation.temperature"),
+        ("model.permutation.iterations=[-1, 5]", "model.permutation.iterations"),
+    ],
+)
+def test_a_number_with_which_nothing_could_be_computed(
+    refused: Refused, config: Path, override: str, field: str
+) -> None:
+    refused(["train", config, override], field)
+
+
+def test_all_faults_are_named_at_once(refused: Refused, config: Path) -> None:
+    refused(["train", config, "seed=-1", "model.dropout=2"], "seed=-1", "model.dropout=2")
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("train.max_steps", "'train.max_steps' is not of the form key=value"),
+        ("=5", "'=5' is not of the form key=value"),
+        ("seed=[1,", "'seed=[1,' is not YAML"),
+    ],
+)
+def test_an_override_that_cannot_be_read(refused: Refused, config: Path, override: str, part: str) -> None:
+    refused(["train", config, override], part)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"model: {dropout: 0.5", "is not YAML"),
+        (b"model:\n\tdropout: 0.5\n", "is not YAML"),
+        (b"\xff\xfe\x00\x01", "is not YAML"),
+        (b"just a sentence\n", "must hold 'key: value' pairs, not a str"),
+        (b"- a\n- b\n", "must hold 'key: value' pairs, not a list"),
+        (b"1: 2\n", "1"),
+    ],
+)
+def test_a_file_that_is_not_a_configuration(refused: Refused, tmp_path: Path, content: bytes, part: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    refused(["train", path], part)
+    refused(["config", path], part)
+
+
+def test_a_file_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    refused(["train", tmp_path / "nothing.yaml"], str(tmp_path / "nothing.yaml"), "No such file")
+    refused(["train", tmp_path], str(tmp_path), "Is a directory")
+
+
+def test_neither_configuration_nor_run(refused: Refused, tmp_path: Path) -> None:
+    refused(["train"], "--resume", "configs/")
+    refused(["config"], "--schema")
+    refused(["train", "--resume", tmp_path, "--run-dir", tmp_path], "--run-dir")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "parts"),
+    [
+        (
+            2,
+            ["model.num_experts=16", "parallel.expert_parallel_size=3"],
+            ["parallel.expert_parallel_size=3", "2 rank(s)", "allowed: 1, 2"],
+        ),
+        (
+            3,
+            ["model.num_experts=16", "parallel.expert_parallel_size=3"],
+            ["parallel.expert_parallel_size=3", "model.num_experts=16", "allowed: 1"],
+        ),
+        (1, ["parallel.expert_parallel_size=2"], ["parallel.expert_parallel_size=2", "1 rank(s)", "allowed: 1"]),
+        (3, [], ["train.batch_size=64", "3 rank(s)", "multiple of 3"]),
+        (
+            2,
+            ["deepspeed.gradient_accumulation_steps=3"],
+            ["train.batch_size=64", "2 rank(s)", "deepspeed.gradient_accumulation_steps=3", "multiple of 6"],
+        ),
+    ],
+)
+def test_a_layout_that_does_not_divide(
+    refused: Refused,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    world_size: int,
+    overrides: list[str],
+    parts: list[str],
+) -> None:
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world_size}.items():
+        monkeypatch.setenv(name, str(value))
+    refused(["train", config, *overrides], *parts)
+
+
+@pytest.mark.parametrize(
+    ("environment", "parts"),
+    [
+        ({"WORLD_SIZE": "2"}, ["RANK=None", "torchrun"]),
+        ({"RANK": "0"}, ["WORLD_SIZE=None", "torchrun"]),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["LOCAL_RANK=None", "torchrun"]),
+        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ["RANK='one'", "not a number"]),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ["RANK=2", "0..1", "WORLD_SIZE=2"]),
+    ],
+)
+def test_an_environment_that_no_launcher_makes(
+    refused: Refused, config: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], parts: list[str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refused(["train", config], *parts)
+
+
+def test_more_than_the_data_holds(refused: Refused, config: Path) -> None:
+    message = refused(["train", config, "train.batch_size=1000000"], "train.batch_size=1000000", "training pairs")
+    assert re.search(r"\b5,?\d{3}\b", message)
+
+
+def test_one_rank_speaks_for_a_machine(
+    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", str(config), "seed=-1"]) == 2
+    assert capsys.readouterr().err == ""

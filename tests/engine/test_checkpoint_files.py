@@ -1,0 +1,180 @@
+"""A checkpoint is complete or invisible; what was altered afterwards is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dist_moe.engine import checkpoint_files
+from dist_moe.engine.checkpoint_files import (
+    MANIFEST,
+    Manifest,
+    checkpoints_of,
+    complete_directories,
+    digest_of,
+    drop_old,
+    newest_checkpoint,
+    newest_good_checkpoint,
+    partial_directory,
+    publish,
+    step_directory,
+    verify_checkpoint,
+)
+from dist_moe.errors import UserError
+
+
+def write(root: Path, step: int, content: str = "weights") -> Path:
+    final = step_directory(root, step)
+    partial = partial_directory(final)
+    partial.mkdir(parents=True)
+    (partial / "a.bin").write_text(f"{content} {step}")
+    (partial / "b.bin").write_text("more")
+    publish(partial, final, Manifest(step, {name: digest_of(partial / name) for name in ("a.bin", "b.bin")}))
+    return final
+
+
+def steps_of(root: Path) -> list[str]:
+    return [path.name for path in complete_directories(root)]
+
+
+def test_published_checkpoints_verify(tmp_path: Path) -> None:
+    manifest = verify_checkpoint(write(tmp_path, 7))
+    assert manifest.step == 7
+    assert set(manifest.files) == {"a.bin", "b.bin"}
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for step in (1000, 999, 12_000):
+        write(tmp_path, step)
+    assert steps_of(tmp_path) == ["step-00000999", "step-00001000", "step-00012000"]
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        write(tmp_path, step)
+    drop_old(tmp_path, 2)
+    assert steps_of(tmp_path) == ["step-00000004", "step-00000005"]
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+DAMAGE = [flip_a_bit, cut_short, empty, os.remove]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["a.bin", "b.bin"])
+def test_an_altered_file_is_named(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    directory = write(tmp_path, 1)
+    damage(directory / name)
+    with pytest.raises(UserError) as error:
+        verify_checkpoint(directory)
+    assert str(directory / name) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"step": 1}', '{"step": 1, "files": {}, "x": 1}'])
+def test_a_manifest_that_cannot_be_read(tmp_path: Path, content: str) -> None:
+    directory = write(tmp_path, 1)
+    (directory / MANIFEST).write_text(content)
+    with pytest.raises(UserError) as error:
+        verify_checkpoint(directory)
+    assert str(directory) in str(error.value)
+    assert MANIFEST in str(error.value)
+
+
+def test_a_missing_manifest(tmp_path: Path) -> None:
+    directory = write(tmp_path, 1)
+    (directory / MANIFEST).unlink()
+    with pytest.raises(UserError, match=MANIFEST):
+        verify_checkpoint(directory)
+
+
+def test_a_manifest_of_another_format(tmp_path: Path) -> None:
+    directory = write(tmp_path, 1)
+    manifest = json.loads((directory / MANIFEST).read_text())
+    (directory / MANIFEST).write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(UserError, match="format_version=99"):
+        verify_checkpoint(directory)
+
+
+def test_a_file_that_the_manifest_does_not_know(tmp_path: Path) -> None:
+    """It would be read with the others."""
+    directory = write(tmp_path, 1)
+    (directory / "experts-00007.safetensors").write_text("from elsewhere")
+    with pytest.raises(UserError, match=r"experts-00007\.safetensors"):
+        verify_checkpoint(directory)
+
+
+def test_the_last_good_one_is_found(tmp_path: Path) -> None:
+    root = checkpoints_of(tmp_path)
+    for step in (1, 2, 3):
+        write(root, step)
+    cut_short(root / "step-00000003" / "a.bin")
+    directory, faults = newest_good_checkpoint(tmp_path)
+    assert directory.name == "step-00000002"
+    assert [str(root / "step-00000003" / "a.bin") in str(fault) for fault in faults] == [True]
+    with pytest.raises(UserError, match=r"a\.bin"):
+        newest_checkpoint(tmp_path)
+
+
+def test_no_good_one_left(tmp_path: Path) -> None:
+    root = checkpoints_of(tmp_path)
+    for step in (1, 2):
+        cut_short(write(root, step) / "b.bin")
+    with pytest.raises(UserError) as error:
+        newest_good_checkpoint(tmp_path)
+    for step in (1, 2):
+        assert str(step_directory(root, step) / "b.bin") in str(error.value)
+    assert "--run-dir" in str(error.value)
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+    for find in (newest_checkpoint, newest_good_checkpoint):
+        with pytest.raises(UserError, match="checkpoint"):
+            find(tmp_path)
+
+
+@pytest.mark.parametrize("last_call", ["write_json", "_flush", "os.rename"])
+def test_a_process_that_dies_leaves_the_older_one(tmp_path: Path, last_call: str) -> None:
+    """It is killed at the first such call while it publishes step 2."""
+    root = checkpoints_of(tmp_path)
+    write(root, 1)
+    child = os.fork()
+    if child == 0:
+        owner, _, name = last_call.rpartition(".")
+        setattr(os if owner else checkpoint_files, name, lambda *_: os._exit(9))
+        write(root, 2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert steps_of(root) == ["step-00000001"]
+    assert newest_good_checkpoint(tmp_path) == (root / "step-00000001", [])
+
+
+def test_nothing_is_visible_before_it_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
+    flush = checkpoint_files._flush
+
+    def watched(path: Path) -> None:
+        seen.append((path.name, step_directory(tmp_path, 1).exists()))
+        flush(path)
+
+    monkeypatch.setattr(checkpoint_files, "_flush", watched)
+    write(tmp_path, 1)
+    before = {name for name, visible in seen if not visible}
+    assert before == {"a.bin", "b.bin", MANIFEST, partial_directory(step_directory(tmp_path, 1)).name}
+    assert seen[-1] == (tmp_path.name, True)

@@ -1,0 +1,198 @@
+"""The user's DeepSpeed section: what is refused and why, what passes, what is added."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from dist_moe.engine import deepspeed_checks
+from dist_moe.engine.deepspeed_checks import check_deepspeed_section
+from dist_moe.engine.deepspeed_config import complete_deepspeed_section, lookup, zero_stage
+from dist_moe.errors import UserError
+
+SECTION: dict[str, Any] = {
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+    "zero_optimization": {"stage": 1},
+}
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a refusal for CPUs")
+
+
+def with_key(dotted: str, value: Any) -> dict[str, Any]:
+    section = copy.deepcopy(SECTION)
+    *parents, last = dotted.split(".")
+    inner = section
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+    inner[last] = value
+    return section
+
+
+REFUSED = [
+    ("train_batch_size", 64, "set train.batch_size"),
+    ("train_micro_batch_size_per_gpu", 32, "set train.batch_size"),
+    ("managed_gradient_accumulation", False, "leave it out"),
+    ("gradient_allreduce_op", "sum", "use mean"),
+    ("zero_optimization.stage", 3, "use 0, 1 or 2"),
+    ("zero_optimization.stage", 4, "allowed are 0, 1 and 2"),
+    ("zero_optimization.stage", -1, "allowed are 0, 1 and 2"),
+    ("zero_optimization.contiguous_gradients", False, "leave it out"),
+    ("zero_optimization.contiguous_gradients", 0, "leave it out"),
+    ("zero_optimization.contiguous_gradients", "false", "leave it out"),
+    ("zero_optimization.reduce_scatter", False, "leave it out"),
+    ("zero_optimization.reduce_scatter", 0, "leave it out"),
+    ("zero_optimization.elastic_checkpoint", True, "without it"),
+    ("zero_optimization.offload_optimizer", {"device": "cpu"}, "leave it out"),
+    ("checkpoint.load_universal", True, "leave it out"),
+    ("expert_parallel", {"enabled": True}, "parallel.expert_parallel_size"),
+    ("tensor_parallel", {"autotp_size": 2}, "leave it out"),
+    ("sequence_parallel_size", 2, "leave it out"),
+    ("use_data_before_expert_parallelism", True, "leave it out"),
+    ("data_types.grad_accum_dtype", "fp17", "fp32, bf16 and fp16"),
+    ("gradient_clipping", -1, ">= 0"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "remedy"), REFUSED)
+def test_refused_options(field: str, value: Any, remedy: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_deepspeed_section(with_key(field, value), batch_size=64, world_size=1)
+    for part in (f"deepspeed.{field}=", str(value).lower(), remedy):
+        assert part in str(error.value).replace("True", "true")
+
+
+def test_every_refusal_has_a_case() -> None:
+    assert {refusal.field for refusal in deepspeed_checks.REFUSALS} == {field for field, _, _ in REFUSED}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"bf16.enabled": True, "zero_optimization.stage": 0}, ["bf16", "zero_optimization.stage=0", "stage 1 or 2"]),
+        ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps=0", ">= 1"]),
+        ({"gradient_accumulation_steps": "two"}, ["gradient_accumulation_steps='two'", ">= 1"]),
+        ({"gradient_accumulation_steps": 3}, ["train.batch_size=64", "gradient_accumulation_steps=3", "multiple of 3"]),
+        ({"optimizer": None}, ["optimizer", "type", "AdamW"]),
+        ({"optimizer.type": 5}, ["optimizer", "type", "AdamW"]),
+        ({"optimizer.type": "Nope"}, ["optimizer.type=Nope", "AdamW"]),
+        ({"optimizer.type": "Lion"}, ["optimizer.type=Lion", "AdamW"]),
+        ({"optimizer.type": "OneBitAdam"}, ["optimizer.type=OneBitAdam", "AdamW"]),
+        ({"optimizer.type": "Muon"}, ["optimizer.type=Muon", "AdamW"]),
+        ({"zero_optimization.stagee": 1}, ["deepspeed", "stagee"]),
+        ({"zero_optimization.overlap_com": True}, ["deepspeed", "overlap_com"]),
+        ({"zero_optimization": 5}, ["zero_optimization"]),
+        ({"bf16": True}, ["bf16"]),
+        ({"bf16.enabled": "perhaps"}, ["enabled", "perhaps"]),
+    ],
+)
+def test_refused_combinations(changes: dict[str, Any], parts: list[str]) -> None:
+    section = copy.deepcopy(SECTION)
+    for field, value in changes.items():
+        *parents, last = field.split(".")
+        inner = section
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    with pytest.raises(UserError) as error:
+        check_deepspeed_section(section, batch_size=64, world_size=1)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@NO_GPU
+@pytest.mark.parametrize("fp16", [{"enabled": True}, {}, True])
+def test_fp16_needs_a_gpu(fp16: Any) -> None:
+    with pytest.raises(UserError, match="fp16 is refused: there is no GPU"):
+        check_deepspeed_section(with_key("fp16", fp16), batch_size=64, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gradient_clipping", "much"),
+        ("gradient_clipping", -1),
+        ("gradient_clipping", float("nan")),
+        ("gradient_clipping", None),
+        ("optimizer.params", None),
+        ("optimizer.params", 5),
+        ("optimizer.params.lr", "fast"),
+        ("optimizer.params.lr", -1),
+        ("optimizer.params.rl", 0.1),
+        ("optimizer.type", "LBFGS"),
+        ("optimizer.type", "SparseAdam"),
+        ("scheduler", {"type": "Nope"}),
+        ("scheduler", {"type": "WarmupLR", "params": {"warmup_steps": 3}}),
+        ("data_types", {"grad_accum_dtype": "fp17"}),
+    ],
+)
+def test_what_would_fail_only_in_the_engine(field: str, value: Any) -> None:
+    """Each of these is accepted by DeepSpeed's parser and ends in a traceback once groups exist, or is ignored."""
+    with pytest.raises(UserError) as error:
+        check_deepspeed_section(with_key(field, value), batch_size=64, world_size=1)
+    assert field.split(".")[0] in str(error.value)
+    assert "attribute" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["gradient_cliping", "zero_optimisation", "optimiser"])
+def test_a_misspelt_key_is_not_ignored(key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        check_deepspeed_section(with_key(key, 1.0), batch_size=64, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gradient_clipping", 0.5),
+        ("gradient_accumulation_steps", 4),
+        ("bf16", {"enabled": True}),
+        ("fp16", {"enabled": False}),
+        ("zero_optimization.overlap_comm", True),
+        ("zero_optimization.contiguous_gradients", True),
+        ("zero_optimization.round_robin_gradients", True),
+        ("zero_optimization.offload_optimizer", {"device": "none"}),
+        ("gradient_allreduce_op", "mean"),
+        ("communication_data_type", "bf16"),
+        ("expert_parallel", {"enabled": False}),
+        ("optimizer", {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}),
+        ("optimizer", {"type": "NAdam", "params": {"lr": 0.1}}),
+        ("scheduler", {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}),
+        ("scheduler", {"type": "WarmupCosineLR", "params": {"total_num_steps": 9, "warmup_num_steps": 3}}),
+    ],
+)
+def test_passed_through(field: str, value: Any) -> None:
+    section = with_key(field, value)
+    before = copy.deepcopy(section)
+    check_deepspeed_section(section, batch_size=64, world_size=2)
+    completed = complete_deepspeed_section(section, batch_size=64, world_size=2)
+    assert section == before
+    assert lookup(completed, field) == lookup(section, field) or field == "optimizer"
+
+
+@pytest.mark.parametrize(("world_size", "accumulation", "micro"), [(1, 1, 64), (2, 1, 32), (2, 4, 8), (4, 16, 1)])
+def test_sizes_are_filled_in(world_size: int, accumulation: int, micro: int) -> None:
+    section = with_key("gradient_accumulation_steps", accumulation)
+    check_deepspeed_section(section, batch_size=64, world_size=world_size)
+    completed = complete_deepspeed_section(section, batch_size=64, world_size=world_size)
+    assert completed["train_batch_size"] == 64
+    assert completed["train_micro_batch_size_per_gpu"] == micro
+    assert completed["gradient_accumulation_steps"] == accumulation
+
+
+def test_nothing_is_clipped_unless_asked_for() -> None:
+    """DeepSpeed's own default is to clip at 1."""
+    assert complete_deepspeed_section(SECTION, batch_size=64, world_size=1).get("gradient_clipping") == 0.0
+
+
+@NO_GPU
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "adamw"])
+def test_adam_is_not_compiled_on_a_cpu(name: str) -> None:
+    completed = complete_deepspeed_section(with_key("optimizer.type", name), batch_size=64, world_size=1)
+    assert completed["optimizer"]["params"]["torch_adam"] is True
+
+
+def test_zero_stage() -> None:
+    assert zero_stage(SECTION) == 1
+    assert zero_stage({"optimizer": {}}) == 0
+    assert zero_stage(with_key("zero_optimization.stage", 2)) == 2

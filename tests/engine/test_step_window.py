@@ -1,0 +1,56 @@
+"""Numbers of a window of steps: one row per step, shapes kept, micro-batches added."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_moe.engine.launch_environment import LaunchEnvironment
+from dist_moe.engine.loop import seed_step
+from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.step_window import StepWindow, add_sums
+from tests.helpers.pool import on_ranks
+
+
+def windows() -> list[list[dict[str, float | list[float]]]]:
+    rank = int(LaunchEnvironment.read().rank)
+    with process_groups(LaunchEnvironment.read(), ParallelConfig()):
+        window = StepWindow()
+        reduced = [window.reduce()]
+        for step in range(2):
+            window.add({"a": torch.tensor(float(step + rank)), "load": torch.tensor([1, rank])})
+        reduced += [window.reduce(), window.reduce()]
+        assert dist.get_world_size() > rank
+        return reduced
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sums_over_ranks_step_by_step(world_size: int) -> None:
+    ranks = sum(range(world_size))
+    steps = [{"a": float(step * world_size + ranks), "load": [float(world_size), float(ranks)]} for step in (0, 1)]
+    for reduced in on_ranks(world_size, windows):
+        assert reduced == [[], steps, []]
+
+
+def test_add_sums() -> None:
+    one = {"a": torch.tensor(1.0), "load": torch.tensor([1, 2])}
+    added = add_sums([one, one, one])
+    assert added["a"] == 3
+    assert added["load"].tolist() == [3, 6]
+
+
+def draws(seed: int, step: int, rank: int) -> tuple[float, ...]:
+    seed_step(seed, step, rank)
+    return tuple(torch.rand(3).tolist())
+
+
+def test_every_seed_step_and_rank_draws_its_own_numbers() -> None:
+    keys = [(seed, step, rank) for seed in (0, 1) for step in (0, 1, 999_999) for rank in (0, 1, 63)]
+    assert len({draws(*key) for key in keys}) == len(keys)
+    assert draws(1, 2, 3) == draws(1, 2, 3)
+
+
+@pytest.mark.parametrize("seed", [2**31 - 1, 2**32])
+def test_any_seed_that_torch_takes_will_do(seed: int) -> None:
+    assert draws(seed, 5, 1) == draws(seed, 5, 1)

@@ -1,0 +1,122 @@
+"""Ranks that stay alive between tests: importing torch and DeepSpeed is most of what a short run costs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from functools import cache
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+PATIENCE_S = 240.0
+PRELOADED = [
+    "dist_moe.recipes.supervised",
+    "deepspeed.runtime.zero.muon.original_muon",  # DeepSpeed imports it with the first engine: 7 s
+    "tests.helpers.runs",
+]
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(*arguments)`` on ``world_size`` processes; their results, in rank order.
+
+    Like ``run_ranks``, but the processes are kept and the next call finds them warm. Each call
+    sees the environment of a launch of its own. What goes wrong on a rank is raised here.
+    """
+    pool = _pool(world_size)
+    try:
+        return pool.run(function, arguments)
+    except BaseException:
+        pool.close()
+        _pool.cache_clear()
+        raise
+
+
+@cache
+def _pool(world_size: int) -> RankPool:
+    return RankPool(world_size)
+
+
+class RankPool:
+    """``world_size`` processes that wait for functions to run together."""
+
+    def __init__(self, world_size: int) -> None:
+        context = _context()
+        pipes = [context.Pipe() for _ in range(world_size)]
+        self._connections: list[Connection] = [ours for ours, _ in pipes]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, world_size, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process, (_, theirs) in zip(self._processes, pipes, strict=True):
+            process.start()
+            theirs.close()
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+        port = free_port()
+        for connection in self._connections:
+            connection.send((port, function, arguments))
+        results: dict[int, Any] = {}
+        while len(results) < len(self._connections):
+            waiting = {id(c): rank for rank, c in enumerate(self._connections) if rank not in results}
+            ready = wait([self._connections[rank] for rank in waiting.values()], PATIENCE_S)
+            if not ready:
+                raise TimeoutError(f"{function.__name__}: {len(waiting)} rank(s) gave no answer in {PATIENCE_S} s")
+            for answered in ready:
+                rank = waiting[id(answered)]
+                results[rank] = self._answer(rank)
+        return [results[rank] for rank in range(len(self._connections))]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _answer(self, rank: int) -> Any:
+        try:
+            failure, result = self._connections[rank].recv()
+        except EOFError:
+            raise AssertionError(f"rank {rank} died") from None
+        if failure is not None:
+            raise AssertionError(f"rank {rank} failed:\n{failure}")
+        return result
+
+
+def _context() -> Any:
+    """Ranks that are forks of one process which has imported everything; a GPU does not survive a fork."""
+    if torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _serve(rank: int, world_size: int, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            port, function, arguments = connection.recv()
+        except EOFError:
+            return
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        try:
+            connection.send((None, function(*arguments)))
+        except BaseException:
+            connection.send((traceback.format_exc(), None))

@@ -1,0 +1,193 @@
+"""A checkpoint written at one (world, EP, ZeRO stage) is the same at any other, and the run goes on the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dist_moe.engine import checkpoint
+from dist_moe.engine.checkpoint import load_checkpoint, save_checkpoint
+from dist_moe.engine.checkpoint_files import (
+    checkpoints_of,
+    complete_directories,
+    digest_of,
+    newest_checkpoint,
+    step_directory,
+    verify_checkpoint,
+)
+from dist_moe.engine.checkpoint_reader import expert_ids_by_parameter
+from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+from dist_moe.engine.process_groups import process_groups
+from dist_moe.recipes.plan import plan_resumed_run
+from dist_moe.recipes.supervised import build_model
+from tests.helpers.commands import Outcome, dist_moe, run_here, succeed
+from tests.helpers.pool import on_ranks
+from tests.helpers.runs import largest_difference, losses_of, records_of, tensors_of, write_config
+
+Layout = tuple[int, int, int]
+WRITTEN: Layout = (2, 2, 1)
+OTHERS: list[Layout] = [(1, 1, 0), (2, 1, 2), (4, 2, 1), (2, 2, 2), (1, 1, 1)]
+SAVED_AT, LAST = 10, 30
+EXPERTS, EXPERT_PARAMETERS = 4, 2
+
+
+def overrides(layout: Layout) -> list[str]:
+    _, ep, stage = layout
+    return [f"parallel.expert_parallel_size={ep}", f"deepspeed.zero_optimization.stage={stage}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
+    """30 steps at WRITTEN; the learning rate warms up, and the permutation stage ends, after the checkpoint."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    deepspeed: dict[str, Any] = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.005, "weight_decay": 0.01}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 20}},
+        "gradient_clipping": 0.3,
+    }
+    train = {"max_steps": LAST, "checkpoint_every": SAVED_AT, "keep_checkpoints": 9}
+    config = write_config(root, tiny_data, model={"permutation": {"epochs": 0.25}}, train=train, deepspeed=deepspeed)
+    succeed(WRITTEN[0], "train", "--run-dir", root / "run", config, *overrides(WRITTEN))
+    return root / "run"
+
+
+@pytest.fixture
+def interrupted(uninterrupted: Path, tmp_path: Path) -> Path:
+    """The same run as if it had died after its first checkpoint."""
+    run = tmp_path / "interrupted"
+    shutil.copytree(uninterrupted, run)
+    for directory in complete_directories(checkpoints_of(run))[1:]:
+        shutil.rmtree(directory)
+    return run
+
+
+def test_what_a_checkpoint_holds(uninterrupted: Path) -> None:
+    directory = step_directory(checkpoints_of(uninterrupted), SAVED_AT)
+    manifest = verify_checkpoint(directory)
+    assert manifest.step == SAVED_AT
+    assert manifest.files.keys() == {path.name for path in directory.iterdir()} - {"manifest.json"}
+    for name, digest in manifest.files.items():
+        assert digest_of(directory / name) == digest
+    tensors = {name: t for file in directory.glob("*.safetensors") for name, t in load_file(file).items()}
+    for state in ("master", "exp_avg", "exp_avg_sq"):
+        experts = {tuple(name.split("|")[::2]) for name in tensors if f"|{state}|" in name}
+        assert {expert for _, expert in experts} == {str(e) for e in range(EXPERTS)}
+        assert len(experts) == EXPERTS * EXPERT_PARAMETERS
+    assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if not name.endswith("|buffer"))
+    assert all(tensor.any() for name, tensor in tensors.items() if "|exp_avg" in name)
+    assert {name for name in tensors if name.endswith("|buffer")} == {
+        f"moe.permutation.{name}|buffer" for name in ("step", "soft", "table")
+    }
+    assert tensors["moe.permutation.step|buffer"] == SAVED_AT
+    trainer = json.loads((directory / "trainer.json").read_text())
+    assert (trainer["step"], trainer["scalars"]) == (SAVED_AT, {"step": SAVED_AT})
+
+
+def reload(source: Path, overrides: list[str], target: Path) -> list[str]:
+    """Load the checkpoint of ``source``, write it again to ``target``; parameters that are not as they were."""
+    plan = plan_resumed_run(source, overrides)
+    with process_groups(plan.environment, plan.config.parallel) as groups:
+        model = build_model(plan.config, plan.data, plan.feed.steps_per_epoch, groups)
+        engine = ExpertParallelEngine(model, plan.deepspeed, groups)
+        assert plan.checkpoint is not None
+        step = load_checkpoint(engine, plan.checkpoint).step
+        save_checkpoint(engine, checkpoints_of(target), step, keep=1)
+        return list(_wrong_parameters(engine, tensors_of(source)))
+
+
+def _wrong_parameters(engine: ExpertParallelEngine, expected: dict[str, Tensor]) -> Iterator[str]:
+    for name, parameter, expert_ids in expert_ids_by_parameter(engine.module):
+        if expert_ids is None:
+            wanted = expected[f"{name}|master"]
+        else:
+            wanted = torch.stack([expected[f"{name}|master|{expert}"] for expert in expert_ids])
+        if not torch.equal(parameter.detach(), wanted):
+            yield name
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    ours, theirs = tensors_of(one), tensors_of(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert (newest_checkpoint(one) / "trainer.json").read_text() == (
+        newest_checkpoint(other) / "trainer.json"
+    ).read_text()
+
+
+def test_there_and_back_again(interrupted: Path, tmp_path: Path) -> None:
+    source = interrupted
+    for index, layout in enumerate([*OTHERS, WRITTEN]):
+        target = tmp_path / str(index)
+        target.mkdir()
+        wrong = on_ranks(layout[0], reload, source, overrides(layout), target)
+        assert wrong == [[]] * layout[0]
+        shutil.copy(source / "config.yaml", target)
+        assert_same_checkpoint(interrupted, target)
+        source = target
+
+
+@pytest.mark.parametrize("layout", [WRITTEN, *OTHERS], ids=str)
+def test_the_run_goes_on_the_same(uninterrupted: Path, interrupted: Path, layout: Layout) -> None:
+    succeed(layout[0], "train", "--resume", interrupted, *overrides(layout))
+    assert [record["step"] for record in records_of(interrupted)] == list(range(1, LAST + 1))
+    torch.testing.assert_close(losses_of(interrupted), losses_of(uninterrupted), rtol=0, atol=1e-5)
+    for key in ("lr", "active_experts", "load"):
+        now, before = ([record[key] for record in records_of(run)] for run in (interrupted, uninterrupted))
+        assert now == before, key
+    assert largest_difference(tensors_of(interrupted), tensors_of(uninterrupted)) < 1e-5
+
+
+def die_in(function: str, arguments: list[str]) -> str:
+    """Run the command line while one function of the checkpoint module fails; how it ended."""
+    original = getattr(checkpoint, function)
+
+    def fail(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    setattr(checkpoint, function, fail)
+    try:
+        return str(run_here(arguments).code)
+    except OSError as error:
+        return str(error)
+    finally:
+        setattr(checkpoint, function, original)
+
+
+@pytest.mark.parametrize("function", ["_write_experts", "_write_dense", "_write_trainer", "publish"])
+def test_a_checkpoint_cut_off_is_not_seen(uninterrupted: Path, interrupted: Path, function: str) -> None:
+    resume = ["train", "--resume", str(interrupted), *overrides((1, 1, 0))]
+    assert on_ranks(1, die_in, function, resume) == ["No space left on device"]
+    assert newest_checkpoint(interrupted).name == f"step-{SAVED_AT:08d}"
+    succeed(1, *resume)
+    torch.testing.assert_close(losses_of(interrupted), losses_of(uninterrupted), rtol=0, atol=1e-5)
+    names = {path.name for path in checkpoints_of(interrupted).iterdir()}
+    assert names == {f"step-{step:08d}" for step in (10, 20, 30)}
+
+
+def test_old_checkpoints_go(interrupted: Path) -> None:
+    succeed(1, "train", "--resume", interrupted, *overrides((1, 1, 1)), "train.keep_checkpoints=1")
+    assert [path.name for path in checkpoints_of(interrupted).iterdir()] == [f"step-{LAST:08d}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("model.expert_units=8", ["moe.experts.weight|", "(16, 16)", "(16, 8)"]),
+        ("model.num_experts=8", ["moe."]),
+        ("model.gate={name: top_k}", ["moe.gates.0.weight"]),
+        ("model.embedding_dim=4", ["user_embedding.weight|", "(120, 8)", "(120, 4)"]),
+    ],
+)
+def test_a_checkpoint_of_another_model(interrupted: Path, change: str, parts: list[str]) -> None:
+    outcomes: list[Outcome] = dist_moe(2, "train", "--resume", interrupted, change, *overrides(WRITTEN))
+    assert [outcome.code for outcome in outcomes] == [2, 2]
+    for part in [str(newest_checkpoint(interrupted)), "configuration", *parts]:
+        assert part in outcomes[0].err

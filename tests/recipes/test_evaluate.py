@@ -1,0 +1,118 @@
+"""`dist-moe evaluate` gives the figures of summary.json again, from the checkpoint, at any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_moe.data.batches import PairBatch
+from dist_moe.engine.checkpoint import load_model
+from dist_moe.engine.checkpoint_files import newest_checkpoint
+from dist_moe.engine.process_groups import process_groups
+from dist_moe.recipes.metrics import area_under_curve
+from dist_moe.recipes.plan import plan_resumed_run
+from dist_moe.recipes.supervised import build_model
+from tests.helpers.commands import succeed
+from tests.helpers.pool import on_ranks
+from tests.helpers.runs import write_config
+
+TEST_FIGURES = {"auc", "bce", "mse", "loss", "active_experts", "dead_experts"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
+    """Two ranks, dropout while training, stopped within the permutation stage: the table counts, not the matrix."""
+    root = tmp_path_factory.mktemp("evaluate")
+    config = write_config(
+        root, tiny_data, model={"dropout": 0.3, "permutation": {"epochs": 1}}, train={"max_steps": 40}
+    )
+    succeed(2, "train", "--run-dir", root / "run", config, "parallel.expert_parallel_size=2")
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def summary(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return content
+
+
+def test_what_a_summary_holds(summary: dict[str, Any]) -> None:
+    assert summary["test"].keys() >= TEST_FIGURES
+    assert isinstance(summary["test"]["dead_experts"], int)
+    assert summary["baselines"].keys() == {"constant", "popularity"}
+    for figures in summary["baselines"].values():
+        assert figures.keys() >= {"auc", "bce", "mse", "loss"}
+    assert summary["baselines"]["constant"]["auc"] == 0.5
+    assert summary["baselines"]["popularity"]["auc"] > 0.55
+    assert summary["baselines"]["popularity"]["bce"] < summary["baselines"]["constant"]["bce"]
+    assert (summary["steps"], summary["first_step"]) == (40, 0)
+    assert summary["data"]["counts"]["test"] > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_same_figures_again(run: Path, summary: dict[str, Any], world_size: int) -> None:
+    first, *others = succeed(world_size, "evaluate", run, "--json")
+    again = json.loads(first.out)
+    assert again["checkpoint"] == "step-00000040"
+    assert again["test"].keys() == summary["test"].keys()
+    for name in TEST_FIGURES:
+        assert again["test"][name] == pytest.approx(summary["test"][name], abs=1e-6), name
+    assert again["baselines"] == summary["baselines"]
+    assert [outcome.out for outcome in others] == [""] * (world_size - 1)
+
+
+def test_the_table_for_people(run: Path, summary: dict[str, Any]) -> None:
+    (outcome,) = succeed(1, "evaluate", run)
+    assert "step-00000040" in outcome.out
+    for figure in ("auc", "bce", "mse", "loss"):
+        assert f"{summary['test'][figure]:.4f}" in outcome.out
+
+
+def test_evaluating_changes_nothing(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    succeed(1, "evaluate", run, "--json")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def figures_by_hand(run: Path) -> dict[str, float]:
+    """The test pairs one by one through the model in evaluation mode, on one rank."""
+    plan = plan_resumed_run(run, ["parallel.expert_parallel_size=1"])
+    with process_groups(plan.environment, plan.config.parallel) as groups:
+        model = build_model(plan.config, plan.data, 1, groups).eval()
+        load_model(model, newest_checkpoint(run))
+        test = plan.data.test
+        probabilities, squares, entropies = [], [], []
+        experts = torch.zeros(model.moe.experts.num_experts)
+        active = 0
+        for index in range(len(test)):
+            pair = PairBatch.take(test, np.array([index]), 1, 1)
+            with torch.no_grad():
+                output = model(pair.user_B, pair.item_B)
+            probability = float(output.watched_logit_B.double().sigmoid())
+            watched = float(pair.rating_B) > 0
+            probabilities.append(probability)
+            entropies.append(-np.log(probability if watched else 1 - probability))
+            if watched:
+                squares.append(float(output.rating_B - pair.rating_B) ** 2)
+            for route in output.moe.routes:
+                active += route.num_assignments
+                experts[route.slot_N] += 1
+    watched_N = np.asarray(test.rating_N) > 0
+    return {
+        "auc": area_under_curve(np.array(probabilities), watched_N),
+        "bce": float(np.mean(entropies)),
+        "mse": float(np.mean(squares)),
+        "active_experts": active / (2 * len(test)),
+        "dead_experts": int((experts == 0).sum()),
+    }
+
+
+def test_figures_by_hand(run: Path, summary: dict[str, Any]) -> None:
+    (by_hand,) = on_ranks(1, figures_by_hand, run)
+    for name, value in by_hand.items():
+        assert summary["test"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name

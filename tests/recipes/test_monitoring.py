@@ -1,0 +1,239 @@
+"""What a run shows: metrics.jsonl, TensorBoard, progress lines and files; and that the figures are true."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from dist_moe.data.batches import PairBatch
+from dist_moe.engine.process_groups import process_groups
+from dist_moe.models import Recommender
+from dist_moe.recipes.plan import plan_new_run
+from dist_moe.recipes.supervised import build_model
+from tests.helpers.board import last_image, read_board
+from tests.helpers.commands import Outcome, succeed
+from tests.helpers.pool import on_ranks
+from tests.helpers.runs import records_of, write_config
+
+STEPS, EXPERTS, BATCH, DIM, UNITS = 100, 4, 64, 16, 16
+WATCHED_WEIGHT = 0.3
+EP2 = "parallel.expert_parallel_size=2"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
+    """Trees that harden within a hundred steps."""
+    return write_config(
+        tmp_path_factory.mktemp("config"),
+        tiny_data,
+        model={
+            "gate": {"name": "comet", "k": 1, "gamma": 0.1, "entropy_weight": 2.0},
+            "permutation": {"epochs": 0.1},
+        },
+        train={"max_steps": STEPS, "validate_every": 40, "log_every": 7},
+        watched_weight=WATCHED_WEIGHT,
+    )
+
+
+@pytest.fixture(scope="module")
+def shown(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Outcome]]:
+    """The run directory and what the two ranks printed."""
+    run = tmp_path_factory.mktemp("shown") / "run"
+    return run, succeed(2, "train", "--run-dir", run, config, EP2)
+
+
+@pytest.fixture(scope="module")
+def run(shown: tuple[Path, list[Outcome]]) -> Path:
+    return shown[0]
+
+
+@pytest.fixture(scope="module")
+def records(run: Path) -> list[dict[str, Any]]:
+    return records_of(run)
+
+
+@pytest.fixture(scope="module")
+def board(run: Path) -> EventAccumulator:
+    return read_board(run)
+
+
+def scalars(board: EventAccumulator, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in board.Scalars(tag)}
+
+
+def test_one_record_per_step(records: list[dict[str, Any]]) -> None:
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    for record in records:
+        numbers = [value for name, value in record.items() if name != "load"]
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
+        assert len(record["load"]) == EXPERTS
+        assert record["loss"] == pytest.approx(
+            WATCHED_WEIGHT * record["bce"] + (1 - WATCHED_WEIGHT) * record["mse"], abs=1e-6
+        )
+        auxiliary = record["entropy"] + record["permutation"]
+        assert record["total_loss"] == pytest.approx(record["loss"] + auxiliary, abs=1e-5)
+        assert record["examples_per_second"] > 0
+
+
+def test_rows_and_bytes_are_consistent(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        rows = record["rows_computed"]
+        assert sum(record["load"]) == rows
+        assignments = record["active_experts"] * 2 * BATCH
+        assert assignments / 2 <= rows + 1e-6 <= min(assignments, BATCH * EXPERTS) + 2e-6
+        there_and_back, forward_and_backward = 2, 2
+        assert record["wire_rows"] % (there_and_back * forward_and_backward) == 0
+        assert record["wire_rows"] <= there_and_back * forward_and_backward * rows
+        assert record["wire_bytes"] == record["wire_rows"] / 2 * (DIM + UNITS) * 4
+
+
+def test_traffic_falls_as_trees_harden(records: list[dict[str, Any]]) -> None:
+    first, last = records[0], records[-1]
+    assert first["active_experts"] == EXPERTS
+    assert first["rows_computed"] == BATCH * EXPERTS
+    assert first["wire_rows"] == 4 * BATCH * EXPERTS // 2
+    assert last["active_experts"] < 1.5
+    for key in ("rows_computed", "wire_rows", "wire_bytes"):
+        assert last[key] < 0.75 * first[key], key
+
+
+def first_batch(config: Path, run: Path) -> dict[str, Any]:
+    """Loss and load of the first step by a loop over its pairs, in fp64, from the untrained model."""
+    plan = plan_new_run(config, [], run)
+    with process_groups(plan.environment, plan.config.parallel) as groups:
+        model: Recommender = build_model(plan.config, plan.data, plan.feed.steps_per_epoch, groups)
+        (batch,) = plan.feed.micro_batches(0)
+        assert model.permutation is not None
+        model.permutation.begin_step()
+        with torch.no_grad():
+            output = model(batch.user_B, batch.item_B)
+            pairs = naive_pairs(model, batch)
+        bce, squares = [], []
+        for logit, stars, target in zip(output.watched_logit_B, output.rating_B, batch.rating_B, strict=True):
+            probability = 1 / (1 + math.exp(-float(logit)))
+            bce.append(-math.log(probability if target > 0 else 1 - probability))
+            if target > 0:
+                squares.append((float(stars) - float(target)) ** 2)
+        return {"bce": np.mean(bce), "mse": np.mean(squares), "load": pairs.sum(0).tolist()}
+
+
+def naive_pairs(model: Recommender, batch: PairBatch) -> Tensor:
+    """(B, E): whether a gate, mixed by the permutation of the first step, has weight for the expert."""
+    x_BD = torch.cat([model.user_embedding(batch.user_B), model.item_embedding(batch.item_B)], dim=1)
+    assert model.permutation is not None
+    soft = model.permutation.soft_matrix()
+    weights = [gate(x_BD).dense() @ soft for gate in model.moe.gates]
+    return (weights[0] > 0) | (weights[1] > 0)
+
+
+def test_first_step_by_hand(config: Path, run: Path, records: list[dict[str, Any]], tmp_path: Path) -> None:
+    (by_hand,) = on_ranks(1, first_batch, config, tmp_path / "unused")
+    for name in ("bce", "mse"):
+        assert records[0][name] == pytest.approx(by_hand[name], rel=1e-5)
+    assert records[0]["load"] == by_hand["load"]
+
+
+@pytest.mark.parametrize(
+    ("tag", "key"),
+    [
+        ("loss/task", "loss"),
+        ("loss/total", "total_loss"),
+        ("loss/bce", "bce"),
+        ("loss/mse", "mse"),
+        ("loss/entropy", "entropy"),
+        ("loss/permutation", "permutation"),
+        ("experts/active_per_token", "active_experts"),
+        ("experts/rows_computed", "rows_computed"),
+        ("traffic/all_to_all_bytes", "wire_bytes"),
+        ("traffic/all_to_all_rows", "wire_rows"),
+        ("speed/examples_per_second", "examples_per_second"),
+        ("optimizer/lr", "lr"),
+        ("optimizer/grad_norm", "grad_norm"),
+    ],
+)
+def test_tensorboard_shows_every_step(
+    board: EventAccumulator, records: list[dict[str, Any]], tag: str, key: str
+) -> None:
+    values = scalars(board, tag)
+    assert list(values) == list(range(1, STEPS + 1))
+    for record in records:
+        assert values[record["step"]] == pytest.approx(record[key], rel=1e-6)
+
+
+def test_tensorboard_shows_evaluations(board: EventAccumulator, run: Path) -> None:
+    for figure in ("auc", "bce", "mse", "loss", "active_experts", "dead_experts"):
+        assert list(scalars(board, f"validation/{figure}")) == [40, 80]
+    test = json.loads((run / "summary.json").read_text())["test"]
+    for figure in ("auc", "bce", "mse", "loss", "active_experts", "dead_experts"):
+        assert scalars(board, f"test/{figure}") == {STEPS: pytest.approx(test[figure], rel=1e-6)}
+
+
+def test_tensorboard_shows_the_load(board: EventAccumulator, records: list[dict[str, Any]]) -> None:
+    (histogram,) = board.Histograms("experts/load")
+    assert histogram.step == STEPS
+    assert histogram.histogram_value.num == sum(records[-1]["load"])
+    image = last_image(board, "experts/load_over_time")
+    assert image.shape[0] % EXPERTS == 0
+    assert 0 <= image.min() < image.max() <= 255
+    darkness_E = 255.0 - image[:: image.shape[0] // EXPERTS, -1]
+    load_E = np.asarray(records[-1]["load"])
+    assert darkness_E.argmax() == load_E.argmax()
+    np.testing.assert_array_equal(darkness_E == 0, load_E == 0)
+
+
+def test_tensorboard_shows_the_permutation(board: EventAccumulator) -> None:
+    image = last_image(board, "permutation/slot_to_expert")
+    assert image.shape[0] == image.shape[1]
+    cell = image.shape[0] // EXPERTS
+    matrix = image[cell // 2 :: cell, cell // 2 :: cell] < 128
+    assert matrix.sum(0).tolist() == matrix.sum(1).tolist() == [1] * EXPERTS
+
+
+def test_only_rank_0_speaks(shown: tuple[Path, list[Outcome]]) -> None:
+    _, (first, second) = shown
+    assert (second.out, second.err) == ("", "")
+    assert f"step {STEPS}/{STEPS}: loss" in first.err
+    for part in ("examples/s", "experts/token", "B exchanged", "left", "validation after step 40", "auc"):
+        assert part in first.err
+
+
+def test_the_table_at_the_end(shown: tuple[Path, list[Outcome]]) -> None:
+    run, (first, _) = shown
+    summary = json.loads((run / "summary.json").read_text())
+    for row, figures in {"this model": summary["test"], **summary["baselines"]}.items():
+        (line,) = [line for line in first.out.splitlines() if line.startswith(row)]
+        for figure in ("auc", "bce", "mse", "loss"):
+            assert f"{figures[figure]:.4f}" in line
+    assert str(run) in first.out
+
+
+def test_files_of_a_run(run: Path) -> None:
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["parallel"]["expert_parallel_size"] == 2
+    assert resolved["train"]["keep_checkpoints"] >= 1
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+
+
+def test_loss_is_that_of_the_global_batch_at_any_layout(
+    config: Path, records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for world, ep in ((1, 1), (2, 1)):
+        run = tmp_path / f"{world}-{ep}"
+        short = ["train.max_steps=3", f"parallel.expert_parallel_size={ep}"]
+        succeed(world, "train", "--run-dir", run, config, *short)
+        for ours, theirs in zip(records_of(run), records, strict=False):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+            assert ours["load"] == theirs["load"]
+            assert ours["rows_computed"] == theirs["rows_computed"]
+            assert (ours["wire_rows"], ours["wire_bytes"]) == (0, 0)
