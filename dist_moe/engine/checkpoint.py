@@ -49,10 +49,12 @@ TRAINER_FILE = "trainer.json"
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a checkpoint holds besides tensors. ``scalars``: the optimizer's, see ParameterState."""
+    """What a checkpoint holds besides tensors. ``scalars``: the optimizer's, see ParameterState.
+    ``learning_rates``: of its parameter groups, which a schedule sets only at its next step."""
 
     step: int
     scalars: dict[str, float]
+    learning_rates: list[float]
     lr_scheduler: dict[str, Any] | None
 
 
@@ -96,6 +98,8 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
     reader.fill_buffers(engine.module)
     if engine.lr_scheduler is not None and trainer.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(trainer.lr_scheduler)
+        for group, learning_rate in zip(engine.optimizer.param_groups, trainer.learning_rates, strict=True):
+            group["lr"] = learning_rate
     engine.global_steps = trainer.step
     return trainer
 
@@ -142,5 +146,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
 def _write_trainer(engine: ExpertParallelEngine, state: ParameterState, step: int, directory: Path) -> dict[str, str]:
     schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
     path = directory / TRAINER_FILE
-    write_json(path, asdict(TrainerState(step, state.scalars, schedule)))
+    learning_rates = [float(group["lr"]) for group in engine.optimizer.param_groups]
+    write_json(path, asdict(TrainerState(step, state.scalars, learning_rates, schedule)))
     return {path.name: digest_of(path)}

@@ -147,12 +147,12 @@ class TrainingLoop:
     def _collect(self) -> bool:
         """Report the steps since the last collection; whether any rank was asked to stop."""
         reduced = self._window.reduce()
-        stopping = sum(numbers.pop("stop") for numbers in reduced) > 0
+        stops = [numbers.pop("stop") for numbers in reduced]
         records = [host | numbers for host, numbers in zip(self._host_records, reduced, strict=True)]
         self._host_records = []
         if records:
             self._hooks.report(records)
-        return stopping
+        return any(stops)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

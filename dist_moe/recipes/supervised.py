@@ -71,7 +71,8 @@ def evaluate_run(run_dir: Path) -> dict[str, Any]:
     size = math.gcd(environment.world_size, config.parallel.expert_parallel_size)
     parallel = config.parallel.model_copy(update={"expert_parallel_size": size})
     with process_groups(environment, parallel) as groups:
-        model = build_model(config, data, 1, groups).to(groups.device)
+        steps_per_epoch = len(data.train) // config.train.batch_size
+        model = build_model(config, data, steps_per_epoch, groups).to(groups.device)
         load_model(model, checkpoint)
         figures = evaluate(model, data.test, config.watched_weight, groups)
     return {
