@@ -24,8 +24,8 @@ PRELOADED = [
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """``function(*arguments)`` on ``world_size`` processes; their results, in rank order.
 
-    Like ``run_ranks``, but the processes are kept and the next call finds them warm. Each call
-    sees the environment of a launch of its own. What goes wrong on a rank is raised here.
+    The processes are kept, and the next call finds them warm. Each call sees the environment that
+    torchrun would give it. What goes wrong on a rank is raised here.
     """
     pool = _pool(world_size)
     try:

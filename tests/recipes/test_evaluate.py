@@ -83,8 +83,10 @@ def figures_by_hand(run: Path) -> dict[str, float]:
     """The test pairs one by one through the model in evaluation mode, on one rank."""
     plan = plan_resumed_run(run, ["parallel.expert_parallel_size=1"])
     with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.data, 1, groups).eval()
+        model = build_model(plan.config, plan.data, plan.feed.steps_per_epoch, groups).eval()
         load_model(model, newest_checkpoint(run))
+        assert model.permutation is not None
+        model.permutation.begin_evaluation()
         test = plan.data.test
         probabilities, squares, entropies = [], [], []
         experts = torch.zeros(model.moe.experts.num_experts)

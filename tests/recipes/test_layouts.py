@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.ranks import run_ranks
+from tests.helpers.pool import on_ranks
 from tests.helpers.runs import largest_difference, losses_of, records_of, tensors_of, train_all, write_config
 
 LAYOUTS = [(1, 1), (2, 2), (2, 1), (4, 2)]
@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
             for stage in (0, 1, 2)
             for clipping in CLIPPING
         }
-        run_ranks(world, train_all, config, cells)
+        on_ranks(world, train_all, config, cells)
     return root
 
 
