@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dist_moe import kernels
 from dist_moe.experts.bank import ExpertBank
-from dist_moe.kernels import grouped_linear
 
 
 class DenseReLUBank(ExpertBank):
@@ -24,12 +24,12 @@ class DenseReLUBank(ExpertBank):
         generators = self.generators()
         self.weight = nn.Parameter(torch.stack([self._draw(generator) for generator in generators]))
         self.bias = nn.Parameter(torch.zeros(self.num_local_experts, hidden))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         empty = torch.empty(self.dim, self.out_dim)
         return nn.init.xavier_uniform_(empty, generator=generator)
 
     def forward(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
-        hidden_NF = grouped_linear(x_ND, self.weight, self.bias, rows_per_expert)
-        return self.dropout(torch.relu(hidden_NF))
+        hidden_NF = kernels.grouped_linear(x_ND, self.weight, self.bias, rows_per_expert)
+        return kernels.dropout(torch.relu(hidden_NF), self.dropout, self.training)

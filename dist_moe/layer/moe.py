@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_moe.experts import ExpertBank
 from dist_moe.gates import Gate
+from dist_moe.kernels import weighted_scatter
 from dist_moe.parallel import SingleWorld, World, combine, dispatch, experts_of_rank, plan_dispatch
 from dist_moe.routing import Pairs, Permutation, Route, union_of_routes
 
@@ -67,7 +68,8 @@ class MoE(nn.Module):
         plan = plan_dispatch(pairs.rows_per_expert_E, self.world)
         rows = dispatch(x_TD[pairs.token_N], plan, self.world)
         results_NF = combine(self.experts(rows, plan.rows_per_local_expert), plan, self.world)
-        outputs = tuple(_weighted_sum(results_NF, weight_N, pairs) for weight_N in pairs.weight_GN)
+        outputs_GTF = weighted_scatter(results_NF, pairs.weight_GN, pairs.token_N, pairs.num_tokens)
+        outputs = outputs_GTF.to(results_NF.dtype).unbind()
         return MoEOutput(outputs, aux, tuple(routes), pairs, sum(plan.rows_per_local_expert))
 
     def _route(self, x_TD: Tensor, ids_T: Tensor | None) -> tuple[list[Route], dict[str, Tensor]]:
@@ -98,10 +100,3 @@ class MoE(nn.Module):
                 f"rank {self.world.rank} of {self.world.size} must hold the experts {expected}, "
                 f"its bank holds {bank.expert_ids}"
             )
-
-
-def _weighted_sum(results_NF: Tensor, weight_N: Tensor, pairs: Pairs) -> Tensor:
-    """Add every result, times its weight, to its token; in the precision of the weights."""
-    weighted_NF = results_NF.to(weight_N.dtype) * weight_N.unsqueeze(1)
-    sums_TF = weighted_NF.new_zeros(pairs.num_tokens, results_NF.shape[1])
-    return sums_TF.index_add(0, pairs.token_N, weighted_NF).to(results_NF.dtype)
