@@ -69,6 +69,12 @@ REFUSALS = (
         lambda v: isinstance(v, dict) and v.get("device", "none") != "none",
         "offload is not supported yet; leave it out",
     ),
+    Refusal("zero_optimization.legacy_stage1", _is_on, "DeepSpeed has dropped it; leave it out"),
+    Refusal("zero_optimization.zenflow", _is_set, "ZenFlow needs offload, which is not supported yet; leave it out"),
+    Refusal("prescale_gradients", _is_on, "experts are averaged without it; leave it out"),
+    Refusal("gradient_predivide_factor", lambda v: v != 1, "experts are averaged without it; leave it out"),
+    Refusal("wall_clock_breakdown", _is_on, "its timers do not see the model's outputs; leave it out"),
+    Refusal("flops_profiler.enabled", _is_on, "its timers do not see the model's outputs; leave it out"),
     Refusal("checkpoint.load_universal", _is_on, "checkpoints are written and read by dist_moe; leave it out"),
     Refusal("expert_parallel", _is_on, "experts are split by parallel.expert_parallel_size; leave it out"),
     Refusal("tensor_parallel", _is_on, "tensor parallelism is not supported; leave it out"),
@@ -147,6 +153,8 @@ def _check_spelling(section: DeepSpeedSection) -> None:
 
 
 def _check_precision(section: DeepSpeedSection) -> None:
+    if lookup(section, "data_types.grad_accum_dtype") not in (None, "fp32") and zero_stage(section) == 0:
+        raise UserError("deepspeed.data_types.grad_accum_dtype at ZeRO stage 0 must be fp32; use stage 1 or 2")
     bf16, fp16 = (_is_on(section.get(name, False)) for name in ("bf16", "fp16"))
     if fp16 and not torch.cuda.is_available():
         raise UserError("deepspeed.fp16 is refused: there is no GPU and CPUs train in fp32 or bf16 only")

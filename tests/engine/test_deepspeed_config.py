@@ -45,6 +45,12 @@ REFUSED = [
     ("zero_optimization.reduce_scatter", 0, "leave it out"),
     ("zero_optimization.elastic_checkpoint", True, "without it"),
     ("zero_optimization.offload_optimizer", {"device": "cpu"}, "leave it out"),
+    ("zero_optimization.legacy_stage1", True, "leave it out"),
+    ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "leave it out"),
+    ("prescale_gradients", True, "leave it out"),
+    ("gradient_predivide_factor", 2.0, "leave it out"),
+    ("wall_clock_breakdown", True, "leave it out"),
+    ("flops_profiler.enabled", True, "leave it out"),
     ("checkpoint.load_universal", True, "leave it out"),
     ("expert_parallel", {"enabled": True}, "parallel.expert_parallel_size"),
     ("tensor_parallel", {"autotp_size": 2}, "leave it out"),
@@ -71,6 +77,10 @@ def test_every_refusal_has_a_case() -> None:
     ("changes", "parts"),
     [
         ({"bf16.enabled": True, "zero_optimization.stage": 0}, ["bf16", "zero_optimization.stage=0", "stage 1 or 2"]),
+        (
+            {"data_types.grad_accum_dtype": "bf16", "zero_optimization.stage": 0},
+            ["grad_accum_dtype", "stage 0", "stage 1 or 2"],
+        ),
         ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps=0", ">= 1"]),
         ({"gradient_accumulation_steps": "two"}, ["gradient_accumulation_steps='two'", ">= 1"]),
         ({"gradient_accumulation_steps": 3}, ["train.batch_size=64", "gradient_accumulation_steps=3", "multiple of 3"]),
