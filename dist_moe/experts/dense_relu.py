@@ -1,4 +1,4 @@
-"""The recommender's expert: dense + ReLU + dropout (COMET supplement; spec of the experts, 4.1)."""
+"""The recommender's expert: dense + ReLU + dropout (COMET supplement, section on architectures)."""
 
 from __future__ import annotations
 
