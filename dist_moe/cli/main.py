@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
 from dist_moe.errors import UserError
+
+DATA_SETS = ("movielens-1m", "movielens-latest-small", "multi-fashion-mnist", "multi-mnist")
 
 _TRAIN_EPILOG = """\
 overrides: any field of the configuration, by its dotted name; values are YAML.
@@ -66,8 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_evaluate(commands)
+    _add_search(commands)
     _add_config(commands)
     _add_data(commands)
+    _add_sweep(commands)
     return parser
 
 
@@ -94,6 +98,19 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate.set_defaults(run=_evaluate)
 
 
+def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    search = commands.add_parser(
+        "search",
+        help="local search by swaps over the experts of a finished run",
+        description="Exchange experts between slots while that lowers the loss on validation examples, and write "
+        "the result as a run of its own. Works at any number of ranks, for any gate.",
+    )
+    search.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    search.add_argument("overrides", nargs="*", metavar="key=value", help="examples, max_swaps, ... (SwapSearchConfig)")
+    search.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RUN_DIR-search)")
+    search.set_defaults(run=_search)
+
+
 def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     config = commands.add_parser("config", help="check and show a configuration, or its schema")
     config.add_argument("config", nargs="?", type=Path, help="YAML file to check and show in full")
@@ -106,9 +123,24 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     data = commands.add_parser("data", help="fetch and prepare data sets")
     verbs = data.add_subparsers(required=True, metavar="VERB")
     fetch = verbs.add_parser("fetch", help="fetch and prepare a data set, once")
-    fetch.add_argument("name", choices=["movielens-1m"])
+    fetch.add_argument("name", choices=DATA_SETS, metavar="NAME", help=" | ".join(DATA_SETS))
     fetch.add_argument("--data-root", type=Path, metavar="DIR", help="directory of the original files")
     fetch.set_defaults(run=_fetch)
+
+
+def _add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="train many trials with drawn hyper-parameters, and report",
+        description="Begin a sweep or go on with it; when all trials are done, write its report.",
+    )
+    sweep.add_argument("file", type=Path, metavar="SWEEP", help="YAML file, see configs/sweeps/")
+    sweep.add_argument("--workers", type=int, default=1, metavar="N", help="processes that train (default: 1)")
+    sweep.add_argument("--sweep-dir", type=Path, metavar="DIR", help="where to write (default: runs/sweeps/SWEEP)")
+    sweep.add_argument("--retry-failed", action="store_true", help="try trials again that an error ended")
+    sweep.add_argument("--report-only", action="store_true", help="train nothing, write the report anew")
+    sweep.add_argument("--runner", metavar="MODULE:FUNCTION", help="what trains the trials, if not this package")
+    sweep.set_defaults(run=_sweep)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -132,13 +164,35 @@ def _train(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from dist_moe.engine.launch_environment import LaunchEnvironment
-    from dist_moe.recipes.report import figures_table
+    from dist_moe.recipes.report import figures_table, predictor_rows
     from dist_moe.recipes.supervised import evaluate_run
 
     result = evaluate_run(options.run_dir)
     if LaunchEnvironment.read().is_first:
-        table = figures_table(result["test"], result["baselines"])
+        table = figures_table(result["test"], predictor_rows(result["baselines"]))
         print(json.dumps(result, indent=2) if options.json else f"{result['checkpoint']}\n{table}")
+    return 0
+
+
+def _search(options: argparse.Namespace) -> int:
+    from dist_moe.engine.launch_environment import LaunchEnvironment
+    from dist_moe.recipes.config import validate_section
+    from dist_moe.recipes.report import figures_table
+    from dist_moe.recipes.search_run import search_run
+    from dist_moe.search import SwapSearchConfig
+
+    config = validate_section(SwapSearchConfig, options.overrides)
+    output = options.output or options.run_dir.with_name(f"{options.run_dir.name}-search")
+    report = search_run(options.run_dir, output, config)
+    if LaunchEnvironment.read().is_first:
+        first, last = report["losses"][0], report["losses"][-1]
+        ending = "no swap helps any more" if report["local_optimum"] else "the budget is spent"
+        print(
+            f"validation loss {first:.6g} -> {last:.6g} by {len(report['swaps'])} swap(s): {report['screened']} "
+            f"screened, {report['verified']} verified; {ending}"
+        )
+        print(figures_table(report["test_after"], {"before the search": report["test_before"]}))
+        print(f"written to {output}")
     return 0
 
 
@@ -158,10 +212,27 @@ def _config(options: argparse.Namespace) -> int:
 
 def _fetch(options: argparse.Namespace) -> int:
     from dist_moe.data.movielens import MovieLensConfig, prepare
+    from dist_moe.data.two_images import TwoImagesConfig, prepare_two_images
 
-    data = prepare(MovieLensConfig(root=options.data_root))
-    print(
-        f"{options.name}: {data.num_users:,} users, {data.num_items:,} items, pairs to train on "
-        f"{len(data.train):,}, to validate {len(data.val):,}, to test {len(data.test):,}"
-    )
+    parts: tuple[Sized, ...]
+    if options.name.startswith("movielens"):
+        table = prepare(MovieLensConfig(name=options.name, root=options.data_root))
+        sizes = f"{table.num_users:,} users, {table.num_items:,} items, "
+        parts = (table.train, table.val, table.test)
+    else:
+        pictures = prepare_two_images(TwoImagesConfig(name=options.name, root=options.data_root))
+        sizes = f"{len(pictures.train.images):,} images to train on, "
+        parts = (pictures.train, pictures.val, pictures.test)
+    train, val, test = map(len, parts)
+    print(f"{options.name}: {sizes}pairs to train on {train:,}, to validate {val:,}, to test {test:,}")
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from dist_moe.recipes.sweep import DEFAULT_RUNNER
+    from dist_moe.recipes.sweep.command import report_sweep, run_sweep
+
+    if options.report_only:
+        return report_sweep(options.file, options.sweep_dir)
+    runner = options.runner or DEFAULT_RUNNER
+    return run_sweep(options.file, options.workers, options.sweep_dir, options.retry_failed, runner)

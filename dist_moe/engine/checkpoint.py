@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_moe.engine.checkpoint_files import (
+    MANIFEST,
     Manifest,
     digest_of,
     drop_old,
@@ -50,15 +52,23 @@ TRAINER_FILE = "trainer.json"
 @dataclass(frozen=True)
 class TrainerState:
     """What a checkpoint holds besides tensors. ``scalars``: the optimizer's, see ParameterState.
-    ``learning_rates``: of its parameter groups, which a schedule sets only at its next step."""
+    ``learning_rates``: of its parameter groups, which a schedule sets only at its next step.
+    ``validation_losses``: of the run so far, by step."""
 
     step: int
     scalars: dict[str, float]
     learning_rates: list[float]
     lr_scheduler: dict[str, Any] | None
+    validation_losses: dict[str, float] = field(default_factory=dict)
 
 
-def save_checkpoint(engine: ExpertParallelEngine, root: Path, step: int, keep: int) -> Path:
+def save_checkpoint(
+    engine: ExpertParallelEngine,
+    root: Path,
+    step: int,
+    keep: int,
+    validation_losses: Mapping[int, float] | None = None,
+) -> Path:
     """Write ``root/step-...`` and drop all but the newest ``keep``. Collective over all ranks.
 
     A process that dies meanwhile leaves nothing that counts as a checkpoint. Needs a file system
@@ -74,7 +84,8 @@ def save_checkpoint(engine: ExpertParallelEngine, root: Path, step: int, keep: i
     wait_for_all()
     written = _write_experts(engine, state, partial)
     if is_first:
-        written |= _write_dense(engine, state, partial) | _write_trainer(engine, state, step, partial)
+        trainer = _trainer_state(engine, state, step, validation_losses or {})
+        written |= _write_dense(engine, state, partial) | _write_trainer(trainer, partial)
     files = {name: digest for one in gather_objects(written) for name, digest in one.items()}
     if is_first:
         publish(partial, final, Manifest(step, files))
@@ -113,6 +124,25 @@ def load_model(model: nn.Module, directory: Path) -> None:
     reader.fill_buffers(model)
 
 
+def copy_with_buffers(source: Path, root: Path, buffers: Mapping[str, Tensor]) -> Path:
+    """A verified checkpoint again, under ``root``, with other values of some buffers. For one process alone.
+
+    Raises KeyError if the checkpoint has no such buffer.
+    """
+    final = root / source.name
+    partial = partial_directory(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    manifest = Manifest(**json.loads((partial / MANIFEST).read_text()))
+    tensors = load_file(partial / DENSE_FILE)
+    for name, value in buffers.items():
+        key = f"{name}|{BUFFER}"
+        tensors[key] = value.to("cpu", tensors[key].dtype).view_as(tensors[key])
+    files = manifest.files | _write_tensors(partial / DENSE_FILE, tensors)
+    publish(partial, final, Manifest(manifest.step, files))
+    return final
+
+
 def _write_dense(engine: ExpertParallelEngine, state: ParameterState, directory: Path) -> dict[str, str]:
     tensors = {
         f"{name}|{key}": tensor
@@ -143,9 +173,16 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     return {path.name: digest_of(path)}
 
 
-def _write_trainer(engine: ExpertParallelEngine, state: ParameterState, step: int, directory: Path) -> dict[str, str]:
+def _trainer_state(
+    engine: ExpertParallelEngine, state: ParameterState, step: int, validation_losses: Mapping[int, float]
+) -> TrainerState:
     schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
-    path = directory / TRAINER_FILE
     learning_rates = [float(group["lr"]) for group in engine.optimizer.param_groups]
-    write_json(path, asdict(TrainerState(step, state.scalars, learning_rates, schedule)))
+    losses = {str(at): loss for at, loss in validation_losses.items()}
+    return TrainerState(step, state.scalars, learning_rates, schedule, losses)
+
+
+def _write_trainer(trainer: TrainerState, directory: Path) -> dict[str, str]:
+    path = directory / TRAINER_FILE
+    write_json(path, asdict(trainer))
     return {path.name: digest_of(path)}

@@ -33,6 +33,11 @@ def checkpoints_of(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def best_of(checkpoints: Path) -> Path:
+    """Where the checkpoint of the best validation loss is kept, beside the others."""
+    return checkpoints.with_name("best")
+
+
 def step_directory(root: Path, step: int) -> Path:
     return root / f"{_PREFIX}{step:08d}"
 
@@ -62,6 +67,13 @@ def drop_old(root: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
+def drop_after(root: Path, step: int) -> None:
+    """Drop the checkpoints of steps that a resumed run does again."""
+    for directory in complete_directories(root):
+        if directory > step_directory(root, step):
+            shutil.rmtree(directory)
+
+
 def verify_checkpoint(directory: Path) -> Manifest:
     """Compare every file with its digest; UserError names the file that is missing or altered."""
     path = directory / MANIFEST
@@ -86,11 +98,24 @@ def verify_checkpoint(directory: Path) -> Manifest:
     return manifest
 
 
+def tested_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint that speaks for a run: its best where one is kept, else its newest.
+
+    Raises UserError if there is none or if it is not intact.
+    """
+    best = best_of(checkpoints_of(run_dir))
+    return _newest_in(best if complete_directories(best) else checkpoints_of(run_dir))
+
+
 def newest_checkpoint(run_dir: Path) -> Path:
     """The newest checkpoint of ``run_dir``; UserError if there is none or if it is not intact."""
-    directories = complete_directories(checkpoints_of(run_dir))
+    return _newest_in(checkpoints_of(run_dir))
+
+
+def _newest_in(root: Path) -> Path:
+    directories = complete_directories(root)
     if not directories:
-        raise UserError(f"{checkpoints_of(run_dir)} holds no checkpoint yet")
+        raise UserError(f"{root} holds no checkpoint yet")
     verify_checkpoint(directories[-1])
     return directories[-1]
 

@@ -12,15 +12,6 @@ from torch.nn import functional as F
 T = TypeVar("T")
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of ``x`` over all ranks, on every rank."""
-    if dist.get_world_size() == 1:
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total
-
-
 def gather_columns(x_CN: Tensor, width: int) -> Tensor:
     """(C, N) blocks of all ranks side by side, in rank order; every block is padded to ``width``."""
     if dist.get_world_size() == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.engine.checkpoint import save_checkpoint
+from dist_moe.engine.checkpoint_files import best_of, complete_directories, drop_after
+from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.step_window import StepWindow, Sums, add_sums
 from dist_moe.engine.stop_request import StopRequest
@@ -38,6 +40,13 @@ class TrainConfig(Settings):
         None, ge=1, description="steps between two validations (null: at the end of each epoch)"
     )
 
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after this many validations without a better loss, and test the best weights "
+        "(null: train to the end and test the last weights)",
+    )
+
     def total_steps(self, steps_per_epoch: int) -> int:
         steps = max(1, round(self.epochs * steps_per_epoch))
         return min(steps, self.max_steps) if self.max_steps else steps
@@ -61,13 +70,25 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class LoopHooks:
-    """What the loop calls. ``before_step``: on every rank, before each training step. ``report``: on
-    every rank, with the finished steps' records. ``validate``: on every rank, after ``step`` steps."""
+    """What the loop calls, on every rank. ``before_step``: with the number of steps done, before each
+    training step; ``after_step``: the same after it. ``report``: with the finished steps' records.
+    ``validate``: after that many steps; the loss that counts for patience, the same on every rank."""
 
     loss: Callable[[nn.Module, Any], StepLoss]
-    before_step: Callable[[], None]
+    before_step: Callable[[int], None]
+    after_step: Callable[[int], None]
     report: Callable[[list[StepRecord]], None]
-    validate: Callable[[int], None]
+    validate: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``steps``: done in all. ``interrupted``: whether a signal ended the loop. ``best``: the checkpoint
+    of the best validation loss, where patience asks for one."""
+
+    steps: int
+    interrupted: bool
+    best: Path | None
 
 
 class TrainingLoop:
@@ -83,6 +104,7 @@ class TrainingLoop:
         steps_per_epoch: int,
         checkpoints: Path,
         seed: int,
+        validation_losses: Mapping[int, float] | None = None,
     ) -> None:
         self._engine = engine
         self._feed = feed
@@ -92,35 +114,44 @@ class TrainingLoop:
         self._validate_every = config.validate_every or steps_per_epoch
         self._checkpoints = checkpoints
         self._seed = seed
+        self._progress = EarlyStopping(config.patience, validation_losses)
         self._window = StepWindow()
         self._host_records: list[StepRecord] = []
 
-    def run(self, first_step: int, stop: StopRequest) -> int:
-        """Train until the last step, or until a rank was asked to stop; the number of steps done.
+    def run(self, first_step: int, stop: StopRequest) -> Outcome:
+        """Train until the last step, until patience ends, or until a rank was asked to stop.
 
         A checkpoint is written every ``checkpoint_every`` steps and at the end, however it comes.
         """
-        step = first_step
-        while step < self._total_steps:
+        if self._engine.process_groups.environment.is_first:
+            drop_after(best_of(self._checkpoints), first_step)
+        step, ending, stopping = first_step, self._progress.exhausted, False
+        while step < self._total_steps and not (ending or stopping):
             self._train_step(step, stop)
             step += 1
             last = step == self._total_steps
-            saving = last or step % self._config.checkpoint_every == 0
-            stopping = (saving or step % self._config.log_every == 0) and self._collect()
+            validating = step % self._validate_every == 0 or (last and self._config.patience is not None)
+            if validating and (not last or self._config.patience is not None):
+                self._validate(step)
+            ending = last or self._progress.exhausted
+            saving = ending or step % self._config.checkpoint_every == 0
+            stopping = (saving or step % self._config.log_every == 0) and self._collect() and not ending
             if saving or stopping:
-                save_checkpoint(self._engine, self._checkpoints, step, self._config.keep_checkpoints)
-            if stopping:
-                break
-            if not last and step % self._validate_every == 0:
-                self._hooks.validate(step)
-        return step
+                keep = self._config.keep_checkpoints
+                save_checkpoint(self._engine, self._checkpoints, step, keep, self._progress.losses)
+        best = complete_directories(best_of(self._checkpoints))
+        return Outcome(step, stopping, best[-1] if best else None)
+
+    def _validate(self, step: int) -> None:
+        if self._progress.add(step, self._hooks.validate(step)):
+            save_checkpoint(self._engine, best_of(self._checkpoints), step, keep=1)
 
     def _train_step(self, step: int, stop: StopRequest) -> None:
         started = time.perf_counter()
         engine = self._engine
         engine.train()
         seed_step(self._seed, step, engine.process_groups.environment.rank)
-        self._hooks.before_step()
+        self._hooks.before_step(step)
         traffic = engine.process_groups.world.traffic
         traffic.reset()
         sums, lr = [], engine.get_lr()[0]
@@ -129,6 +160,7 @@ class TrainingLoop:
             engine.backward(result.loss)
             engine.step()
             sums.append(result.sums)
+        self._hooks.after_step(step + 1)
         counts = {
             "wire_rows": torch.tensor(traffic.rows, device=engine.device),
             "wire_bytes": torch.tensor(traffic.bytes, device=engine.device),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dist_moe.engine.loop import StepRecord
+    from dist_moe.search import SwapReport
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,23 @@ class Monitor:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float))
         self._progress.say(f"{part} after step {step}: {shown}")
 
-    def permutation(self, matrix: Tensor, step: int) -> None:
-        """Show the (n, n) permutation, soft or hard, as an image."""
-        self._board.matrix("permutation/slot_to_expert", matrix, step)
+    def permutation(self, matrix_PKEE: Tensor, step: int) -> None:
+        """Show the permutations, soft or hard, as images: one for each of P gates and K branches."""
+        several = matrix_PKEE.shape[:2].numel() > 1
+        for gate, of_gate in enumerate(matrix_PKEE):
+            for branch, matrix in enumerate(of_gate):
+                suffix = f"/gate_{gate}_branch_{branch}" if several else ""
+                self._board.matrix(f"permutation/slot_to_expert{suffix}", matrix, step)
+
+    def swap_search(self, found: SwapReport, step: int) -> None:
+        """Show what a swap search after ``step`` steps found."""
+        before, after = found.losses[0], found.losses[-1]
+        figures = {"loss_before": before, "loss_after": after, "swaps": len(found.swaps), "verified": found.verified}
+        self._board.evaluation("swap_search", figures, step)
+        self._progress.say(
+            f"swap search after step {step}: loss {before:.4g} -> {after:.4g} by {len(found.swaps)} swap(s), "
+            f"{found.screened} screened, {found.verified} verified"
+        )
 
     def say(self, text: str) -> None:
         self._progress.say(text)

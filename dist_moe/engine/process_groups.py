@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ def process_groups(environment: LaunchEnvironment, config: ParallelConfig) -> It
         yield _expert_groups(environment, config.expert_parallel_size)
     finally:
         import_deepspeed().comm.destroy_process_group()
+        gc.collect()  # engines are cycles, and hold the groups' threads and sockets until they are collected
 
 
 def _init_torch(environment: LaunchEnvironment, config: ParallelConfig) -> None:

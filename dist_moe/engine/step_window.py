@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_moe.engine.collectives import sum_over_ranks
+from dist_moe.parallel import sum_over_ranks
 
 Sums = dict[str, Tensor]
 

@@ -1,6 +1,7 @@
 """Experts: banks of stacked weights. Pure modules that hold one rank's share and know no ranks."""
 
 from dist_moe.experts.bank import ExpertBank
+from dist_moe.experts.conv import ConvBank
 from dist_moe.experts.dense_relu import DenseReLUBank
 
-__all__ = ["DenseReLUBank", "ExpertBank"]
+__all__ = ["ConvBank", "DenseReLUBank", "ExpertBank"]

@@ -35,6 +35,15 @@ class ExpertBank(nn.Module, ABC):
     def forward(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
         """(N, dim) rows sorted by local expert, and their counts -> (N, out_dim)."""
 
+    def all_experts(self, x_TD: Tensor) -> Tensor:
+        """(T, dim) rows -> (E_local, T, out_dim): every local expert on every row, T may be 0.
+
+        Banks override this with something faster, without loops over counts, so that ``torch.vmap``
+        over stacked parameters works (``randomness="different"`` where the experts drop out).
+        """
+        experts, rows = self.num_local_experts, len(x_TD)
+        return self(x_TD.repeat(experts, 1), [rows] * experts).unflatten(0, (experts, rows))
+
     def generators(self) -> list[torch.Generator]:
         """One generator per local expert, for an initialisation that does not depend on the layout.
 

@@ -33,3 +33,8 @@ class DenseReLUBank(ExpertBank):
     def forward(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
         hidden_NF = kernels.grouped_linear(x_ND, self.weight, self.bias, rows_per_expert)
         return kernels.dropout(torch.relu(hidden_NF), self.dropout, self.training)
+
+    def all_experts(self, x_TD: Tensor) -> Tensor:
+        x_ETD = x_TD.expand(self.num_local_experts, *x_TD.shape)
+        hidden_ETF = torch.baddbmm(self.bias.unsqueeze(1), x_ETD, self.weight)
+        return kernels.dropout_of_stacks(torch.relu(hidden_ETF), self.dropout, self.training)

@@ -1,13 +1,47 @@
 """Gates: tokens -> Route. Pure modules that know nothing of ranks."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from dist_moe.gates.base import Gate
+from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture
 from dist_moe.gates.comet import Comet, CometConfig
+from dist_moe.gates.dselect_k import DSelectK, DSelectKConfig
+from dist_moe.gates.hash_routing import HashRouting, HashRoutingConfig
+from dist_moe.gates.null_slots import AdaMoEConfig, NullSlots, with_null
+from dist_moe.gates.registry import GateConfig, gate_settings, register_gate
+from dist_moe.gates.smoe_dropout import SMoEDropout, SMoEDropoutConfig
+from dist_moe.gates.softmax import Softmax, SoftmaxConfig
 from dist_moe.gates.top_k import TopK, TopKConfig
 
-GateConfig = Annotated[CometConfig | TopKConfig, Field(discriminator="name")]
+for _settings in (
+    AdaMoEConfig,
+    CometConfig,
+    DSelectKConfig,
+    HashRoutingConfig,
+    SMoEDropoutConfig,
+    SoftmaxConfig,
+    TopKConfig,
+):
+    register_gate(_settings)
 
-__all__ = ["Comet", "CometConfig", "Gate", "GateConfig", "TopK", "TopKConfig"]
+__all__ = [
+    "AdaMoEConfig",
+    "Comet",
+    "CometConfig",
+    "DSelectK",
+    "DSelectKConfig",
+    "Gate",
+    "GateConfig",
+    "GateContext",
+    "GateSettings",
+    "HashRouting",
+    "HashRoutingConfig",
+    "Mixture",
+    "NullSlots",
+    "SMoEDropout",
+    "SMoEDropoutConfig",
+    "Softmax",
+    "SoftmaxConfig",
+    "TopK",
+    "TopKConfig",
+    "gate_settings",
+    "register_gate",
+    "with_null",
+]

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from dist_moe.routing import Route
+from dist_moe.settings import Settings
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a gate computes, dense: ``weight_TKE`` (T, branches, n), non-negative, differentiable.
+
+    The branches are the parts whose sum is the mixture: COMET's trees, DSelect-k's selectors; most
+    gates have one. ``aux``: auxiliary losses by name, as in :class:`~dist_moe.routing.Route`.
+    """
+
+    weight_TKE: Tensor
+    aux: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Gate(nn.Module, ABC):
@@ -16,7 +31,13 @@ class Gate(nn.Module, ABC):
     ``x_TD``: (T, D) routing input, T may be 0. ``ids_T``: (T,) integer ids, for gates that route by
     identity (hash routing); others ignore them. Arithmetic is fp32 under any autocast and for any
     input below fp64; an fp64 input is computed in fp64.
+
+    A gate implements :meth:`mixture`. One that can do without the dense matrix overrides
+    :meth:`route` as well. A gate knows no ranks; whoever spreads tokens over ranks sets
+    ``sum_over_ranks``, by which statistics that are not a mean over tokens become global.
     """
+
+    num_branches = 1
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
@@ -24,10 +45,13 @@ class Gate(nn.Module, ABC):
             raise ValueError(f"num_experts must be at least 2, got {num_experts}")
         self.dim = dim
         self.num_experts = num_experts
+        self.splits_branches = False
+        self.sum_over_ranks: Callable[[Tensor], Tensor] = _alone
 
     @property
     def num_slots(self) -> int:
-        return self.num_experts
+        """n, or branches * n when every branch has slots of its own (``splits_branches``)."""
+        return self.num_experts * (self.num_branches if self.splits_branches else 1)
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Route:
         if x_TD.dim() != 2 or x_TD.shape[1] != self.dim:
@@ -36,10 +60,77 @@ class Gate(nn.Module, ABC):
             return self.route(x_TD.to(gate_dtype(x_TD)), ids_T)
 
     @abstractmethod
-    def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
+    def mixture(self, x_TD: Tensor, ids_T: Tensor | None) -> Mixture:
         """The gate's mathematics, on tokens that have their final precision (fp32 or fp64)."""
+
+    def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
+        """The non-zeros of :meth:`mixture`: of every branch, or of their sum."""
+        mixture = self.mixture(x_TD, ids_T)
+        weight_TKE = mixture.weight_TKE
+        weight_TS = weight_TKE.flatten(1) if self.splits_branches else weight_TKE.sum(dim=1)
+        return Route.from_dense(weight_TS, mixture.aux)
+
+    def begin_step(self, step: int) -> None:
+        """Called before training step ``step`` (from 0) on every rank; gates with a schedule use it."""
+
+    def end_step(self) -> None:
+        """Called after each training step on every rank; gates with a feedback loop use it."""
+
+    def total(self, sums: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """``sums`` over this rank's ``num_tokens`` tokens -> over those of all ranks; and their number.
+
+        Differentiable: an auxiliary loss counts with this rank's share of the tokens, so the gradient
+        to the local part is divided by that share. The ranks' gradients then add up to the true one.
+        """
+        with torch.no_grad():
+            totals = self.sum_over_ranks(torch.cat([sums.detach().flatten(), sums.new_tensor([num_tokens])]))
+        total_tokens = totals[-1]
+        own = (sums - sums.detach()) * (total_tokens / max(num_tokens, 1))
+        return totals[:-1].view_as(sums) + own, total_tokens
+
+
+class GateSettings(Settings, ABC):
+    """A gate's section of the configuration: a literal ``name``, its options, and how to build it."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, dim: int, num_experts: int, context: GateContext) -> Gate:
+        """The gate over ``num_experts`` experts for tokens of width ``dim``."""
+
+    def faults(self, num_experts: int) -> Iterator[str]:
+        """What does not fit ``num_experts``, as "field=value: reason"."""
+        k = getattr(self, "k", 1)
+        if k > num_experts:
+            yield f"k={k} exceeds num_experts={num_experts}; allowed: 1..{num_experts}"
+
+
+@dataclass(frozen=True)
+class GateContext:
+    """What a gate may need to know of the run. ``id_counts``: (ids,) how often each id occurs in the
+    training data. ``total_steps``: of the run."""
+
+    id_counts: Tensor | None = None
+    total_steps: int | None = None
+
+
+def check_k(k: int, num_experts: int) -> None:
+    """Raises ValueError unless 1 <= k <= num_experts."""
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k must lie in 1..num_experts={num_experts}, got {k}")
 
 
 def gate_dtype(x: Tensor) -> torch.dtype:
     """fp64 stays fp64; anything lower is computed in fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def affine(x_TD: Tensor, weight_QD: Tensor, bias_Q: Tensor) -> Tensor:
+    """(T, ...) values of hyperplanes (..., D) with biases (...), in the precision of ``x_TD``."""
+    weight = weight_QD.reshape(-1, weight_QD.shape[-1]).to(x_TD.dtype)
+    values = nn.functional.linear(x_TD, weight, bias_Q.flatten().to(x_TD.dtype))
+    return values.view(-1, *bias_Q.shape)
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x

@@ -8,29 +8,30 @@ of Experts with Trees and Local Search (KDD 2023). For a token x, tree j, split 
     a_i = A_i . x + c_i                            leaf logit
     g_i = sum_j v_ij exp(a_ij) / sum_{i,j} v_ij exp(a_ij)
 
-The tree is a heap: root 0, children of q are 2q+1 and 2q+2, n-1 splits, n leaves, any n >= 2.
 A leaf that some ancestor excludes has v = 0 exactly, hence g = 0 exactly, with zero gradient to
 everything that made it 0: its expert can be skipped forward and backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.gates.base import Gate
+from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine, check_k
 from dist_moe.gates.smooth_step import smooth_step
+from dist_moe.gates.top_k import largest
+from dist_moe.gates.tree import Nodes, Visit, descend, descend_lazily
 from dist_moe.routing import Route
-from dist_moe.settings import Settings
 
 ENTROPY_EPSILON = 1e-6
 LEAF_INIT_RANGE = 0.05
 
 
-class CometConfig(Settings):
+class CometConfig(GateSettings):
     """The COMET gate: k trees whose splits harden while training, so that k experts remain."""
 
     name: Literal["comet"] = "comet"
@@ -39,86 +40,172 @@ class CometConfig(Settings):
     entropy_weight: float = Field(
         1.0, ge=0, description="lambda of the paper: the larger, the sooner every tree picks one leaf"
     )
+    max_active: int | None = Field(
+        None, ge=1, description="keep at most this many leaves per token, the heaviest, renormalised (null: all)"
+    )
+    hard_evaluation: bool = Field(
+        False, description="evaluate with every split followed at 1/2, so that k is a bound, not a limit"
+    )
+    balance_weight: float = Field(
+        0.0, ge=0, description="weight of the per-split balance penalty (the paper's experiments: 0)"
+    )
+    static: bool = Field(False, description="the same mixture for every token: splits and leaves see no input")
+    lazy: bool = Field(False, description="visit only the reachable nodes: the same route, cheaper for large trees")
 
-    def build(self, dim: int, num_experts: int) -> Comet:
-        return Comet(dim, num_experts, self.k, self.gamma, self.entropy_weight)
+    def build(self, dim: int, num_experts: int, context: GateContext) -> Comet:
+        return Comet(dim, num_experts, **self.model_dump(exclude={"name"}))
+
+    def faults(self, num_experts: int) -> Iterator[str]:
+        yield from super().faults(num_experts)
+        if self.lazy and self.static:
+            yield "lazy=true: a static tree (static=true) sees no tokens, by which it could be visited lazily"
 
 
 class Comet(Gate):
     """k trees over ``num_experts`` leaves each; all (tree, leaf) pairs share one softmax.
 
     Parameters: ``split_weight`` (k, n-1, dim), ``split_bias`` (k, n-1) in heap order;
-    ``leaf_weight`` (k, n, dim), ``leaf_bias`` (k, n) from left to right. ``route.aux["entropy"]`` is
-    ``entropy_weight`` times the mean over tokens of the trees' summed leaf entropies.
+    ``leaf_weight`` (k, n, dim), ``leaf_bias`` (k, n) from left to right; a ``static`` gate has the
+    biases only. The trees are the branches. ``aux["entropy"]`` is ``entropy_weight`` times the mean
+    over tokens of the trees' summed leaf entropies; ``aux["split_balance"]``, if it has a weight,
+    see :func:`split_balance`. The other options are described in :class:`CometConfig`.
     """
 
-    def __init__(self, dim: int, num_experts: int, k: int = 2, gamma: float = 1.0, entropy_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 2,
+        gamma: float = 1.0,
+        entropy_weight: float = 1.0,
+        *,
+        max_active: int | None = None,
+        hard_evaluation: bool = False,
+        balance_weight: float = 0.0,
+        static: bool = False,
+        lazy: bool = False,
+    ) -> None:
         super().__init__(dim, num_experts)
-        if not 1 <= k <= num_experts:
-            raise ValueError(f"k must lie in 1..num_experts={num_experts}, got {k}")
+        check_k(k, num_experts)
         if gamma <= 0:
             raise ValueError(f"gamma must be positive, got {gamma}")
-        self.k = k
+        if max_active is not None and max_active < 1:
+            raise ValueError(f"max_active must be at least 1, got {max_active}")
+        if lazy and static:
+            raise ValueError("a static tree has no tokens to visit it lazily: lazy=True does not go with static=True")
+        self.k = self.num_branches = k
         self.gamma = gamma
         self.entropy_weight = entropy_weight
-        self.split_weight = nn.Parameter(torch.empty(k, num_experts - 1, dim))
+        self.max_active = max_active
+        self.hard_evaluation = hard_evaluation
+        self.balance_weight = balance_weight
+        self.static = static
+        self.lazy = lazy
         self.split_bias = nn.Parameter(torch.empty(k, num_experts - 1))
-        self.leaf_weight = nn.Parameter(torch.empty(k, num_experts, dim))
         self.leaf_bias = nn.Parameter(torch.empty(k, num_experts))
+        if not static:
+            self.split_weight = nn.Parameter(torch.empty(k, num_experts - 1, dim))
+            self.leaf_weight = nn.Parameter(torch.empty(k, num_experts, dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The paper's: splits U(-gamma/100, gamma/100), so that all leaves are equally likely."""
-        for split in (self.split_weight, self.split_bias):
-            nn.init.uniform_(split, -self.gamma / 100, self.gamma / 100)
-        for leaf in (self.leaf_weight, self.leaf_bias):
-            nn.init.uniform_(leaf, -LEAF_INIT_RANGE, LEAF_INIT_RANGE)
+        for name, parameter in self.named_parameters():
+            bound = self.gamma / 100 if name.startswith("split") else LEAF_INIT_RANGE
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        left_TKQ, right_TKQ = self._split(self._affine(x_TD, "split"))
+        split_mass_TKQ, mass_TKE = descend(left_TKQ, right_TKQ)
+        weight_TKE = _joint_softmax(self._affine(x_TD, "leaf"), mass_TKE)
+        if self.max_active is not None:
+            weight_TKE = self._cap(weight_TKE, self.max_active)
+        reached_2KQ = torch.stack([(split_mass_TKQ * left_TKQ).sum(0), split_mass_TKQ.sum(0)])
+        return Mixture(weight_TKE, self._aux(leaf_entropy(mass_TKE), reached_2KQ, len(x_TD)))
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
-        mass_TKE = self.leaf_mass(x_TD)
-        logit_TKE = _affine(x_TD, self.leaf_weight, self.leaf_bias)
-        weight_TE = _joint_softmax(logit_TKE, mass_TKE).sum(dim=1)
-        return Route.from_dense(weight_TE, {"entropy": self.entropy_weight * mean_leaf_entropy(mass_TKE)})
+        if not self.lazy:
+            return super().route(x_TD, ids_T)
+        visit = self._visit(x_TD)
+        leaves = visit.leaves
+        logit_N = (x_TD[leaves.token_N] * self.leaf_weight.to(x_TD.dtype)[leaves.tree_N, leaves.node_N]).sum(-1)
+        logit_N = logit_N + self.leaf_bias.to(x_TD.dtype)[leaves.tree_N, leaves.node_N] + leaves.mass_N.log()
+        weight_N = _segment_softmax(logit_N, leaves.token_N, len(x_TD))
+        slot_N = leaves.node_N + (leaves.tree_N * self.num_experts if self.splits_branches else 0)
+        aux = self._aux(leaf_entropy(leaves.mass_N), self._reached(visit), len(x_TD))
+        route = Route.merge(leaves.token_N, slot_N, weight_N, len(x_TD), self.num_slots, aux)
+        route = route.keep(route.weight_N > 0)  # exp() of a far smaller logit is 0, as in the dense mixture
+        return route if self.max_active is None else route.heaviest(self.max_active)
 
     def leaf_mass(self, x_TD: Tensor) -> Tensor:
         """v, of shape (T, k, n): how much of each token reaches each leaf; sums to 1 over leaves."""
-        left_TKQ, right_TKQ = smooth_step(_affine(x_TD, self.split_weight, self.split_bias), self.gamma)
-        return leaf_mass_of_splits(left_TKQ, right_TKQ)
+        return descend(*self._split(self._affine(x_TD, "split")))[1]
+
+    def _split(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self.hard_evaluation and not self.training:
+            left = (t >= 0).to(t.dtype)
+            return left, 1 - left
+        return smooth_step(t, self.gamma)
+
+    def _affine(self, x_TD: Tensor, part: str) -> Tensor:
+        bias_KQ = getattr(self, f"{part}_bias")
+        if self.static:
+            return bias_KQ.to(x_TD.dtype).expand(len(x_TD), *bias_KQ.shape)
+        return affine(x_TD, getattr(self, f"{part}_weight"), bias_KQ)
+
+    def _cap(self, weight_TKE: Tensor, most: int) -> Tensor:
+        """Zero all but the heaviest slots and divide by what is left."""
+        slots_TS = weight_TKE.flatten(1) if self.splits_branches else weight_TKE.sum(1)
+        kept_TM = largest(slots_TS.detach(), most)
+        kept_TS = torch.zeros_like(slots_TS, dtype=torch.bool).scatter(1, kept_TM, True)
+        kept_TKE = kept_TS.view_as(weight_TKE) if self.splits_branches else kept_TS.unsqueeze(1)
+        weight_TKE = torch.where(kept_TKE, weight_TKE, 0)
+        return weight_TKE / weight_TKE.sum(dim=(1, 2), keepdim=True)
+
+    def _visit(self, x_TD: Tensor) -> Visit:
+        weight_KQD, bias_KQ = self.split_weight.to(x_TD.dtype), self.split_bias.to(x_TD.dtype)
+
+        def split(nodes: Nodes) -> tuple[Tensor, Tensor]:
+            t_N = (x_TD[nodes.token_N] * weight_KQD[nodes.tree_N, nodes.node_N]).sum(-1)
+            return self._split(t_N + bias_KQ[nodes.tree_N, nodes.node_N])
+
+        token_N = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(self.k)
+        tree_N = torch.arange(self.k, device=x_TD.device).repeat(len(x_TD))
+        roots = Nodes(token_N, tree_N, torch.zeros_like(token_N), x_TD.new_ones(len(token_N)))
+        return descend_lazily(roots, self.num_experts, split)
+
+    def _reached(self, visit: Visit) -> Tensor:
+        """(2, k, n-1): the mass that goes left at each split, and the mass that reaches it."""
+        place = (visit.splits.tree_N, visit.splits.node_N)
+        zeros_KQ = torch.zeros_like(self.split_bias, dtype=visit.left_N.dtype)
+        mass_N = visit.splits.mass_N
+        return torch.stack(
+            [zeros_KQ.index_put(place, value_N, accumulate=True) for value_N in (mass_N * visit.left_N, mass_N)]
+        )
+
+    def _aux(self, entropy: Tensor, reached_2KQ: Tensor, num_tokens: int) -> dict[str, Tensor]:
+        aux = {"entropy": self.entropy_weight * (entropy / max(num_tokens, 1))}
+        if self.balance_weight and self.training:
+            reached_2KQ, _ = self.total(reached_2KQ, num_tokens)
+            aux["split_balance"] = self.balance_weight * split_balance(reached_2KQ)
+        return aux
 
 
-def leaf_mass_of_splits(left_TKQ: Tensor, right_TKQ: Tensor) -> Tensor:
-    """Push a unit of mass down the heap: (T, k, n-1) split probabilities -> (T, k, n) leaf masses.
+def leaf_entropy(mass: Tensor) -> Tensor:
+    """The sum of -v log(v + 1e-6) over all given leaf masses; leaves of mass 0 add nothing."""
+    return -(mass * (mass + ENTROPY_EPSILON).log()).sum()
 
-    Level by level; the nodes of a level, and their children, are contiguous in the heap. Leaves
-    from left to right are those of the deepest level followed by those of the level above it.
+
+def split_balance(reached_2KQ: Tensor) -> Tensor:
+    """Penalty that is least when half of what reaches a split goes left, as in the authors' history.
+
+    With alpha the share of the mass reaching a split that goes left, over all tokens:
+    mean over trees of the sum over splits of -(log(alpha + 1e-6) + log(1 - alpha + 1e-6)) / 2.
     """
-    num_splits = left_TKQ.shape[-1]
-    num_nodes = 2 * num_splits + 1
-    level = left_TKQ.new_ones(*left_TKQ.shape[:-1], 1)
-    first, leaves_above = 0, level[..., :0]
-    while first < num_splits:
-        inner = min(first + level.shape[-1], num_splits) - first
-        parents = level[..., :inner]
-        leaves_above = level[..., inner:]
-        nodes = slice(first, first + inner)
-        children = torch.stack([parents * left_TKQ[..., nodes], parents * right_TKQ[..., nodes]], dim=-1)
-        first = 2 * first + 1
-        level = children.flatten(start_dim=-2)
-    assert first + level.shape[-1] == num_nodes
-    return torch.cat([level, leaves_above], dim=-1)
-
-
-def mean_leaf_entropy(mass_TKE: Tensor) -> Tensor:
-    """mean over tokens of sum over trees and leaves of -v log(v + 1e-6); 0 without tokens."""
-    entropy_T = -(mass_TKE * (mass_TKE + ENTROPY_EPSILON).log()).sum(dim=(1, 2))
-    return entropy_T.sum() / max(len(entropy_T), 1)
-
-
-def _affine(x_TD: Tensor, weight_KQD: Tensor, bias_KQ: Tensor) -> Tensor:
-    """(T, k, q) values of k * q hyperplanes, in the precision of ``x_TD``."""
-    weight = weight_KQD.flatten(0, 1).to(x_TD.dtype)
-    values = nn.functional.linear(x_TD, weight, bias_KQ.flatten().to(x_TD.dtype))
-    return values.unflatten(-1, bias_KQ.shape)
+    left_KQ, mass_KQ = reached_2KQ
+    alpha_KQ = left_KQ / (mass_KQ + ENTROPY_EPSILON)
+    penalty_KQ = -0.5 * ((alpha_KQ + ENTROPY_EPSILON).log() + (1 - alpha_KQ + ENTROPY_EPSILON).log())
+    return penalty_KQ.sum(dim=1).mean()
 
 
 def _joint_softmax(logit_TKE: Tensor, mass_TKE: Tensor) -> Tensor:
@@ -126,3 +213,11 @@ def _joint_softmax(logit_TKE: Tensor, mass_TKE: Tensor) -> Tensor:
     reachable = mass_TKE > 0
     log_mass = torch.where(reachable, mass_TKE, 1).log().masked_fill(~reachable, -torch.inf)
     return (logit_TKE + log_mass).flatten(1).softmax(dim=-1).view_as(logit_TKE)
+
+
+def _segment_softmax(logit_N: Tensor, token_N: Tensor, num_tokens: int) -> Tensor:
+    """softmax over the entries of each token."""
+    lowest_T = logit_N.new_full((num_tokens,), -torch.inf)
+    largest_T = lowest_T.scatter_reduce(0, token_N, logit_N.detach(), "amax")
+    exp_N = (logit_N - largest_T[token_N]).exp()
+    return exp_N / logit_N.new_zeros(num_tokens).index_add(0, token_N, exp_N)[token_N]

@@ -1,4 +1,18 @@
-"""Top-k: a linear router, the k largest logits, a softmax over the kept (Shazeer et al., 2017)."""
+"""Top-k: a linear router keeps the k best experts of every token.
+
+Shazeer et al.: Outrageously Large Neural Networks (ICLR 2017). With logits l = W x + b:
+
+    noise (training only)  l += N(0, 1) softplus(W_noise x)
+    softmax_after          softmax over the k kept logits (Shazeer, eq. 3-5; the COMET comparison)
+    softmax_before         the kept entries of the softmax over all, not divided by their sum (Fedus et
+                           al., Switch Transformers, JMLR 2022): a token's weights sum to at most 1
+    sigmoid                the kept sigmoids divided by their sum (DeepSeek-V3, 2024, eq. 13-16)
+
+Against overloaded experts: the load-balance loss (see :mod:`dist_moe.gates.balance`), or, without a
+loss, a bias that is added to the scores for the selection only (Wang et al.: Auxiliary-Loss-Free
+Load Balancing, 2024): after each step b_i += rate * sign(mean load - load of i). Against growing
+logits: the mean of logsumexp(l)^2 (Zoph et al.: ST-MoE, 2022, eq. 5).
+"""
 
 from __future__ import annotations
 
@@ -8,37 +22,136 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.gates.base import Gate
-from dist_moe.routing import Route
-from dist_moe.settings import Settings
+from dist_moe.gates.balance import load_balance
+from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine, check_k
+
+Scores = Literal["softmax_after", "softmax_before", "sigmoid"]
 
 
-class TopKConfig(Settings):
+class TopKConfig(GateSettings):
     """The Top-k gate: the k experts with the largest router logits, for every token alike."""
 
     name: Literal["top_k"] = "top_k"
     k: int = Field(2, ge=1, description="experts per token")
+    scores: Scores = Field(
+        "softmax_after",
+        description="weights: softmax over the kept logits, the kept part of the softmax over all (as Switch; not "
+        "renormalised), or kept sigmoids divided by their sum (as DeepSeek-V3)",
+    )
+    noise: bool = Field(False, description="add learnt gaussian noise to the logits while training")
+    balance_weight: float = Field(
+        0.0, ge=0, description="weight of the load-balance loss, which is 1 for uniform routing"
+    )
+    z_loss_weight: float = Field(0.0, ge=0, description="weight of the mean squared logsumexp of the logits")
+    bias_update_rate: float = Field(
+        0.0, ge=0, description="step of the selection bias that balances the load without a loss (0: no bias)"
+    )
 
-    def build(self, dim: int, num_experts: int) -> TopK:
-        return TopK(dim, num_experts, self.k)
+    def build(self, dim: int, num_experts: int, context: GateContext) -> TopK:
+        return TopK(dim, num_experts, **self.model_dump(exclude={"name"}))
 
 
 class TopK(Gate):
     """``weight`` (n, dim), glorot-uniform, and ``bias`` (n,), zero, as in the COMET comparison.
 
-    The kept logits are chosen by index, never by value: a kept logit of exactly 0 counts.
+    Logits are kept by index, never by value: a kept logit of exactly 0 counts. Among equal ones the
+    lower slot wins. ``noise_weight`` (n, dim), zero at first, exists only with ``noise``.
+    ``aux["load_balance"]`` and ``aux["z_loss"]``: only with a weight, only while training. The
+    options are described in :class:`TopKConfig`.
     """
 
-    def __init__(self, dim: int, num_experts: int, k: int = 2) -> None:
+    selections: Tensor
+    bias_steps: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 2,
+        *,
+        scores: Scores = "softmax_after",
+        noise: bool = False,
+        balance_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        bias_update_rate: float = 0.0,
+    ) -> None:
         super().__init__(dim, num_experts)
-        if not 1 <= k <= num_experts:
-            raise ValueError(f"k must lie in 1..num_experts={num_experts}, got {k}")
+        check_k(k, num_experts)
         self.k = k
+        self.scores = scores
+        self.balance_weight = balance_weight
+        self.z_loss_weight = z_loss_weight
+        self.bias_update_rate = bias_update_rate
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_experts, dim)))
         self.bias = nn.Parameter(torch.zeros(num_experts))
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim)) if noise else None
+        if bias_update_rate:
+            # Whole steps: a bias kept in bf16, as the rest of a bf16 model, would soon swallow its updates.
+            self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.int64))
+            self.register_buffer("selections", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
-    def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
-        logit_TE = nn.functional.linear(x_TD, self.weight.to(x_TD.dtype), self.bias.to(x_TD.dtype))
-        kept_TK, slot_TK = logit_TE.topk(self.k, dim=-1)
-        weight_TE = torch.zeros_like(logit_TE).scatter(1, slot_TK, kept_TK.softmax(dim=-1))
-        return Route.from_dense(weight_TE)
+    @property
+    def selection_bias(self) -> Tensor:
+        """(n,) fp64, added to the scores for the selection; only with ``bias_update_rate``."""
+        return self.bias_update_rate * self.bias_steps.double()
+
+    def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        return self.mixture_of_logits(self.logits(x_TD))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, n), with noise while training if there is any."""
+        logit_TE = affine(x_TD, self.weight, self.bias)
+        if self.noise_weight is None or not self.training:
+            return logit_TE
+        deviation_TE = nn.functional.softplus(nn.functional.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
+        return logit_TE + torch.randn_like(logit_TE) * deviation_TE
+
+    def probabilities(self, logit_TE: Tensor) -> Tensor:
+        """(T, n), over all slots: the softmax, or each sigmoid divided by the sum of all."""
+        return self._log_scores(logit_TE).softmax(dim=-1)
+
+    def mixture_of_logits(self, logit_TE: Tensor) -> Mixture:
+        """Selection, weights and auxiliary losses; one branch."""
+        slot_TK = largest(self._selection_scores(logit_TE.detach()), self.k)
+        if self.scores == "softmax_before":
+            kept_TK = logit_TE.softmax(dim=-1).gather(1, slot_TK)
+        else:
+            kept_TK = self._log_scores(logit_TE).gather(1, slot_TK).softmax(dim=-1)
+        weight_TE = torch.zeros_like(logit_TE).scatter(1, slot_TK, kept_TK)
+        aux = self._train(logit_TE, slot_TK) if self.training else {}
+        return Mixture(weight_TE.unsqueeze(1), aux)
+
+    def end_step(self) -> None:
+        """Move the selection bias against the loads of all ranks since the last call."""
+        if self.bias_update_rate:
+            load_E = self.sum_over_ranks(self.selections)
+            self.bias_steps += torch.sign(load_E.sum() - self.num_experts * load_E)
+            self.selections.zero_()
+
+    def _log_scores(self, logit_TE: Tensor) -> Tensor:
+        """Whose softmax over any set of slots are their scores divided by the set's sum."""
+        return nn.functional.logsigmoid(logit_TE) if self.scores == "sigmoid" else logit_TE
+
+    def _selection_scores(self, logit_TE: Tensor) -> Tensor:
+        if not self.bias_update_rate:
+            return logit_TE  # in the order of the scores, and without ties by underflow
+        score_TE = logit_TE.sigmoid() if self.scores == "sigmoid" else logit_TE.softmax(dim=-1)
+        return score_TE + self.selection_bias.to(score_TE.dtype)
+
+    def _train(self, logit_TE: Tensor, slot_TK: Tensor) -> dict[str, Tensor]:
+        """Count the selections and give the auxiliary losses."""
+        selected_TE = torch.zeros_like(logit_TE, dtype=torch.bool).scatter(1, slot_TK, True)
+        aux = {}
+        if self.bias_update_rate:
+            self.selections += selected_TE.sum(dim=0)
+        if self.balance_weight:
+            aux["load_balance"] = self.balance_weight * load_balance(self, selected_TE, self.probabilities(logit_TE))
+        if self.z_loss_weight:
+            z_T = logit_TE.logsumexp(dim=-1).square()
+            aux["z_loss"] = self.z_loss_weight * (z_T.sum() / max(len(z_T), 1))
+        return aux
+
+
+def largest(score_TE: Tensor, k: int) -> Tensor:
+    """(T, k) slots of the largest scores, falling; of equal ones the lower slot, which topk does not promise."""
+    return score_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]

@@ -18,5 +18,18 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
         return x
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     levels = words.view(torch.int16)[: x.numel()].view(x.shape)
-    scale = LEVELS / (LEVELS - dropped)
-    return x * (levels >= dropped - LEVELS // 2).to(x.dtype).mul_(scale)
+    return _keep(x, levels, dropped)
+
+
+def dropout_of_stacks(x: Tensor, probability: float, training: bool) -> Tensor:
+    """The same, with a draw per element: works under ``torch.vmap(..., randomness="different")``."""
+    if not training or probability == 0 or x.is_cuda:
+        return F.dropout(x, probability, training)
+    dropped = round(probability * LEVELS)
+    levels = torch.randint(-LEVELS // 2, LEVELS // 2, x.shape, dtype=torch.int16)
+    return _keep(x, levels, dropped)
+
+
+def _keep(x: Tensor, levels: Tensor, dropped: int) -> Tensor:
+    """``x`` scaled up where its random level is not among the ``dropped`` lowest, else 0."""
+    return x * (levels >= dropped - LEVELS // 2).to(x.dtype).mul_(LEVELS / (LEVELS - dropped))

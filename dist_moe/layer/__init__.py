@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: gate -> permutation -> dispatch -> experts -> combine."""
 
-from dist_moe.layer.moe import MoE, MoEOutput
+from dist_moe.layer.dense import DenseReplay
+from dist_moe.layer.moe import MoE, MoEOutput, Replay
 
-__all__ = ["MoE", "MoEOutput"]
+__all__ = ["DenseReplay", "MoE", "MoEOutput", "Replay"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dist_moe.experts import ExpertBank
@@ -16,9 +17,15 @@ from dist_moe.routing import Pairs, Permutation, Route, union_of_routes
 
 
 class PermutationSource(Protocol):
-    """Gives the permutation of the current step and its named auxiliary losses."""
+    """Gives each gate's permutation of the current step, and named auxiliary losses."""
 
-    def __call__(self) -> tuple[Permutation, dict[str, Tensor]]: ...
+    def __call__(self) -> tuple[Sequence[Permutation], dict[str, Tensor]]: ...
+
+
+class Replay(Protocol):
+    """Stands in for a layer's forward pass: a search reuses what the experts gave for the same tokens."""
+
+    def __call__(self, layer: MoE, x_TD: Tensor, ids_T: Tensor | None) -> MoEOutput: ...
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ class MoE(nn.Module):
     """``MoE(gates, experts, permutation=None, world=None)``.
 
     ``gates``: one per task (a single gate may stand alone); a (token, expert) pair travels and is
-    computed once, however many gates want it. ``experts``: this rank's bank. ``permutation``:
-    slot -> expert, shared by all gates; None is the identity. ``world``: the ranks over which the
+    computed once, however many gates want it. ``experts``: this rank's bank. ``replay``, set by a search
+    for a while, answers instead of the layer. ``permutation``:
+    slot -> expert, one for each gate; None is the identity. ``world``: the ranks over which the
     experts are split; None is one rank.
 
     Raises ValueError when gates, bank and world do not fit each other.
@@ -59,10 +67,13 @@ class MoE(nn.Module):
         self.experts = experts
         self.permutation = permutation
         self.world = world or SingleWorld()
+        self.replay: Replay | None = None
         self._check_sizes()
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> MoEOutput:
         """(T, D) tokens (T may be 0) -> one weighted sum of experts per gate, of shape (T, F)."""
+        if self.replay is not None:
+            return self.replay(self, x_TD, ids_T)
         routes, aux = self._route(x_TD, ids_T)
         pairs = union_of_routes(routes)
         plan = plan_dispatch(pairs.rows_per_expert_E, self.world)
@@ -72,6 +83,25 @@ class MoE(nn.Module):
         outputs = outputs_GTF.to(results_NF.dtype).unbind()
         return MoEOutput(outputs, aux, tuple(routes), pairs, sum(plan.rows_per_local_expert))
 
+    def all_results(self, x_TD: Tensor) -> Tensor:
+        """(T, E, F): what every expert, wherever it lives, makes of each of this rank's tokens."""
+        tokens, experts = len(x_TD), self.experts.num_experts
+        rows_per_expert_E = torch.full((experts,), tokens, device=x_TD.device)
+        plan = plan_dispatch(rows_per_expert_E, self.world)
+        rows = dispatch(x_TD.repeat(experts, 1), plan, self.world)
+        results_NF = combine(self.experts(rows, plan.rows_per_local_expert), plan, self.world)
+        return results_NF.view(experts, tokens, self.experts.out_dim).transpose(0, 1)
+
+    def begin_step(self, step: int) -> None:
+        """Tell the gates that training step ``step`` (from 0) begins. On every rank."""
+        for gate in self._gates():
+            gate.begin_step(step)
+
+    def end_step(self) -> None:
+        """Tell the gates that a training step has ended. On every rank."""
+        for gate in self._gates():
+            gate.end_step()
+
     def _route(self, x_TD: Tensor, ids_T: Tensor | None) -> tuple[list[Route], dict[str, Tensor]]:
         routes: list[Route] = [gate(x_TD, ids_T) for gate in self.gates]
         aux: dict[str, Tensor] = {}
@@ -79,19 +109,22 @@ class MoE(nn.Module):
             for name, loss in route.aux.items():
                 aux[name] = aux[name] + loss if name in aux else loss
         if self.permutation is not None:
-            permutation, permutation_aux = self.permutation()
-            routes = [permutation.apply(route) for route in routes]
+            permutations, permutation_aux = self.permutation()
+            routes = [p.apply(route) for p, route in zip(permutations, routes, strict=True)]
             aux |= permutation_aux
         return routes, aux
+
+    def _gates(self) -> list[Gate]:
+        return [gate for gate in self.gates if isinstance(gate, Gate)]
 
     def _check_sizes(self) -> None:
         bank = self.experts
         if not self.gates:
             raise ValueError("an MoE layer needs at least one gate")
         for gate in self.gates:
-            if (gate.dim, gate.num_slots) != (bank.dim, bank.num_experts):
+            if (gate.dim, gate.num_experts) != (bank.dim, bank.num_experts):
                 raise ValueError(
-                    f"a gate over {gate.num_slots} slots of width {gate.dim} does not fit "
+                    f"a gate over {gate.num_experts} experts and tokens of width {gate.dim} does not fit "
                     f"{bank.num_experts} experts of width {bank.dim}"
                 )
         expected = tuple(experts_of_rank(bank.num_experts, self.world))

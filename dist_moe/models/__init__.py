@@ -1,5 +1,16 @@
 """Models: each a plain module that contains MoE layers."""
 
-from dist_moe.models.recommender import Recommender, RecommenderConfig, RecommenderOutput
+from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
+from dist_moe.models.recommender import Recommender, RecommenderConfig
+from dist_moe.models.two_image_classifier import TwoImageClassifier, TwoImageClassifierConfig
 
-__all__ = ["Recommender", "RecommenderConfig", "RecommenderOutput"]
+__all__ = [
+    "MoEModel",
+    "MoEModelConfig",
+    "ModelOutput",
+    "Recommender",
+    "RecommenderConfig",
+    "RunShape",
+    "TwoImageClassifier",
+    "TwoImageClassifierConfig",
+]

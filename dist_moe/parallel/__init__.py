@@ -1,5 +1,6 @@
 """Ranks: the world they live in, and the ragged exchange of token rows between them."""
 
+from dist_moe.parallel.collectives import several_ranks, sum_over_ranks
 from dist_moe.parallel.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
 from dist_moe.parallel.world import ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
 
@@ -13,4 +14,6 @@ __all__ = [
     "dispatch",
     "experts_of_rank",
     "plan_dispatch",
+    "several_ranks",
+    "sum_over_ranks",
 ]

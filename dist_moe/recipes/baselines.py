@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_moe.data.movielens import MovieLens, PairTable
+from dist_moe.data.movielens import MovieLens
+from dist_moe.data.pairs import PairTable
 from dist_moe.recipes.metrics import Floats, two_task_figures
 
 SMOOTHING = 1.0
 
 
-def baseline_figures(data: MovieLens, part: PairTable, watched_weight: float) -> dict[str, dict[str, float]]:
+def baseline_figures(data: MovieLens, part: PairTable, weights: tuple[float, float]) -> dict[str, dict[str, float]]:
     """``constant``: the training means for every pair. ``popularity``: the item's training means."""
     predictions = {"constant": _constant(data, part), "popularity": _popularity(data, part)}
     return {
-        name: two_task_figures(probability_N, rating_N, np.asarray(part.rating_N), watched_weight)
+        name: two_task_figures(probability_N, rating_N, np.asarray(part.rating_N), weights)
         for name, (probability_N, rating_N) in predictions.items()
     }
 

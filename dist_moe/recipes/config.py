@@ -3,29 +3,57 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import importlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
 from dist_moe.data.movielens import MovieLensConfig
+from dist_moe.data.two_images import TwoImagesConfig
 from dist_moe.engine.deepspeed_checks import check_deepspeed_section
 from dist_moe.engine.loop import TrainConfig
 from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.errors import UserError
-from dist_moe.models import RecommenderConfig
+from dist_moe.gates import GateSettings, gate_settings
+from dist_moe.models import MoEModelConfig, RecommenderConfig, TwoImageClassifierConfig
 from dist_moe.recipes.overrides import Content, assign, parse_override, read_yaml
+from dist_moe.recipes.swap import SwapScheduleConfig
 from dist_moe.settings import Settings
+
+DataConfig = Annotated[MovieLensConfig | TwoImagesConfig, Field(discriminator="name")]
+ModelConfig = Annotated[RecommenderConfig | TwoImageClassifierConfig, Field(discriminator="name")]
+TaskWeight = Annotated[float, Field(ge=0)]
+
+S = TypeVar("S", bound=Settings)
+
+_MODEL_FOR: dict[type[Settings], type[MoEModelConfig]] = {
+    MovieLensConfig: RecommenderConfig,
+    TwoImagesConfig: TwoImageClassifierConfig,
+}
 
 
 class RunConfig(Settings):
-    """Supervised training of the two-task recommender."""
+    """Supervised training of a two-task model on a data set."""
 
+    imports: tuple[str, ...] = Field(
+        (), description="Python modules to import first, for example one that registers a gate of your own"
+    )
     seed: int = Field(0, ge=0, description="seed of initialisation, data order and dropout")
-    data: MovieLensConfig = Field(default_factory=lambda: MovieLensConfig(), description="the data set")
-    model: RecommenderConfig = Field(default_factory=lambda: RecommenderConfig(), description="the model")
-    watched_weight: float = Field(0.5, ge=0, le=1, description="w of the loss w * BCE(watched) + (1 - w) * MSE(rating)")
+    data: DataConfig = Field(default_factory=lambda: MovieLensConfig(), description="the data set")
+    model: ModelConfig = Field(
+        default_factory=lambda: RecommenderConfig(), description="the model; by default the one that fits the data"
+    )
+    task_weights: tuple[TaskWeight, TaskWeight] = Field(
+        (0.5, 0.5),
+        description="weights of the two tasks' losses: cross-entropy of 'watched' and squared error of the rating, "
+        "or cross-entropy of the top left and of the bottom right image",
+    )
+    swap_search: SwapScheduleConfig | None = Field(
+        None, description="explicit local search by swaps, at chosen steps of the training (null: none)"
+    )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig(), description="length and rhythm")
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="the layout")
     deepspeed: dict[str, Any] = Field(
@@ -38,11 +66,11 @@ class RunConfig(Settings):
 
     def check(self, world_size: int) -> None:
         """Raise UserError for what does not fit together on ``world_size`` ranks."""
-        if self.model.gate.k > self.model.num_experts:
-            raise UserError(
-                f"model.gate.k={self.model.gate.k} exceeds model.num_experts={self.model.num_experts}; "
-                f"allowed: 1..{self.model.num_experts}"
-            )
+        fitting = _MODEL_FOR[type(self.data)].model_fields["name"].default
+        if self.model.name != fitting:
+            raise UserError(f"model.name={self.model.name} does not fit data.name={self.data.name}; use {fitting}")
+        for fault in self.model.gate.faults(self.model.num_experts):
+            raise UserError(f"model.gate.{fault}")
         self.parallel.check(world_size, self.model.num_experts)
         check_deepspeed_section(self.deepspeed, self.train.batch_size, world_size)
 
@@ -57,52 +85,98 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError that names the file or the field, the value and what is allowed.
     """
     content = read_yaml(path)
-    assignments = [parse_override(override) for override in overrides]
-    for key, value in assignments:
-        if key == "model.gate.name":
-            _drop_fields_of_another_gate(content, value)
-    for key, value in assignments:
-        assign(content, key, value)
+    override(content, dict(parse_override(text) for text in overrides))
     return validate_config(content)
+
+
+def override(content: Content, assignments: Mapping[str, Any]) -> None:
+    """Set fields by their dotted names. A gate switched by its name alone keeps what fields it shares."""
+    if "model.gate.name" in assignments:
+        _import_modules(assignments.get("imports", content.get("imports")))
+        _drop_fields_of_another_gate(content, assignments["model.gate.name"])
+    for key, value in assignments.items():
+        assign(content, key, value)
 
 
 def validate_config(content: Content) -> RunConfig:
     """Raise UserError with one line per field that is unknown, of a wrong type or out of range."""
+    _import_modules(content.get("imports"))
+    return _validated(RunConfig, _with_names(content))
+
+
+def validate_section(section: type[S], overrides: Sequence[str]) -> S:
+    """A single section from ``key=value`` overrides of its defaults; raises UserError likewise."""
+    return _validated(section, dict(parse_override(text) for text in overrides))
+
+
+def _validated(config: type[S], content: Content) -> S:
     try:
-        return RunConfig.model_validate(content)
+        return config.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(fault) for fault in error.errors()]
+        lines = [_explain(fault, config) for fault in error.errors()]
         raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from error
+
+
+def _import_modules(names: Any) -> None:
+    """Import the modules under ``imports``, also from the working directory."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return  # absent, or a mistake that validation explains
+    if names and "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"imports: the module {name!r} cannot be imported: {error}") from error
+
+
+def _with_names(content: Content) -> Content:
+    """``content`` with data.name and model.name filled in where they are left out."""
+    data, model = ({} if content.get(key) is None else content[key] for key in ("data", "model"))
+    name = None
+    if isinstance(data, dict):
+        data = {"name": "movielens-1m"} | data
+        name = data["name"]
+    fitting = next((model for config, model in _MODEL_FOR.items() if name in _names(config)), RecommenderConfig)
+    if isinstance(model, dict):
+        model = {"name": fitting.model_fields["name"].default} | model
+    return content | {"data": data, "model": model}
 
 
 def _drop_fields_of_another_gate(content: Content, name: str) -> None:
     """Switching the gate by name alone keeps only those of the file's fields that the new gate has."""
     gate = (content.get("model") or {}).get("gate")
-    config = _gate_configs().get(name)
-    if isinstance(gate, dict) and gate.get("name") != name and config is not None:
-        content["model"]["gate"] = {key: value for key, value in gate.items() if key in config.model_fields}
+    settings = gate_settings().get(name)
+    if isinstance(gate, dict) and gate.get("name") != name and settings is not None:
+        content["model"]["gate"] = {key: value for key, value in gate.items() if key in settings.model_fields}
 
 
-def _explain(fault: Any) -> str:
+def _explain(fault: Any, config: type[Settings]) -> str:
     location = [str(part) for part in fault["loc"]]
-    field = ".".join(part for part in location if part not in _gate_configs())
+    field = ".".join(part for part in location if part not in _TAGS)
+    if fault["type"] == "union_tag_invalid":
+        return f"{field}.name={fault['ctx']['tag']!r}: there is no such one; allowed: {fault['ctx']['expected_tags']}"
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, list(field_names(RunConfig)), n=1)
+        near = difflib.get_close_matches(field, list(field_names(config)), n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --schema' for all fields"
         return f"{field}={fault['input']!r}: there is no such field{hint}"
     return f"{field}={fault['input']!r}: {fault['msg'][0].lower() + fault['msg'][1:]}"
 
 
-def _gate_configs() -> dict[str, type[BaseModel]]:
-    gates = RecommenderConfig.model_fields["gate"].annotation
-    return {config.model_fields["name"].default: config for config in getattr(gates, "__args__", ())}
+def _names(config: type[BaseModel]) -> tuple[str, ...]:
+    """What the ``name`` of a section can be."""
+    return get_args(config.model_fields["name"].annotation)
+
+
+_TAGS = frozenset(name for config in (*_MODEL_FOR, *_MODEL_FOR.values()) for name in _names(config))
+"""The names by which pydantic tells the members of a union apart in a fault's location."""
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields of ``model`` and of the models within it."""
+    """Dotted names of all fields of ``model`` and of the models within it, those of all gates included."""
     for name, field in model.model_fields.items():
         yield prefix + name
         kinds = getattr(field.annotation, "__args__", (field.annotation,))
-        for kind in kinds:
+        for kind in gate_settings().values() if GateSettings in kinds or name == "gate" else kinds:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from field_names(kind, f"{prefix}{name}.")

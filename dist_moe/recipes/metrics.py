@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
@@ -12,11 +14,11 @@ Floats = NDArray[np.float64]
 
 
 def two_task_figures(
-    probability_N: Floats, rating_N: Floats, target_N: NDArray[np.int8], watched_weight: float
+    probability_N: Floats, rating_N: Floats, target_N: NDArray[Any], weights: tuple[float, float]
 ) -> dict[str, float]:
     """``probability_N``: of "watched"; ``rating_N``: predicted stars; ``target_N``: stars, 0 = not rated.
 
-    ``loss`` is w * BCE over all pairs + (1 - w) * MSE over the rated ones. ``loss_by_batches`` is
+    ``weights``: of BCE over all pairs and of MSE over the rated ones in ``loss``. ``loss_by_batches`` is
     what the authors' code reports: the mean over batches of 128 of each batch's loss, weighted by
     its size, in which MSE averages over the rated pairs of the batch.
     """
@@ -29,8 +31,8 @@ def two_task_figures(
         "auc": area_under_curve(probability_N, watched_N),
         "bce": bce,
         "mse": mse,
-        "loss": watched_weight * bce + (1 - watched_weight) * mse,
-        "loss_by_batches": _loss_by_batches(bce_N, error_N, watched_N, watched_weight),
+        "loss": weights[0] * bce + weights[1] * mse,
+        "loss_by_batches": _loss_by_batches(bce_N, error_N, watched_N, weights),
     }
 
 
@@ -49,10 +51,12 @@ def _cross_entropy(probability_N: Floats, watched_N: NDArray[np.bool_]) -> Float
     return -np.log(np.maximum(likelihood, np.finfo(np.float64).tiny))
 
 
-def _loss_by_batches(bce_N: Floats, error_N: Floats, watched_N: NDArray[np.bool_], watched_weight: float) -> float:
+def _loss_by_batches(
+    bce_N: Floats, error_N: Floats, watched_N: NDArray[np.bool_], weights: tuple[float, float]
+) -> float:
     total = 0.0
     for start in range(0, len(bce_N), PAPER_EVAL_BATCH):
         batch = slice(start, start + PAPER_EVAL_BATCH)
         mse = error_N[batch].sum() / max(watched_N[batch].sum(), 1)
-        total += watched_weight * bce_N[batch].sum() + (1 - watched_weight) * mse * len(bce_N[batch])
+        total += weights[0] * bce_N[batch].sum() + weights[1] * mse * len(bce_N[batch])
     return total / max(len(bce_N), 1)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dist_moe.data.batches import PairFeed
-from dist_moe.data.movielens import MovieLens, prepare
+from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.checkpoint_files import newest_good_checkpoint
 from dist_moe.engine.deepspeed_config import complete_deepspeed_section
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.monitor import Schedule
 from dist_moe.engine.run_directory import RunDirectory
 from dist_moe.recipes.config import RunConfig, load_config
+from dist_moe.recipes.problem import Problem
+from dist_moe.recipes.problems import open_problem
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class TrainingPlan:
     config: RunConfig
     run: RunDirectory
     environment: LaunchEnvironment
-    data: MovieLens
-    feed: PairFeed
+    problem: Problem
+    feed: ShuffledFeed[Any]
     deepspeed: dict[str, object]
     checkpoint: Path | None = None
     warnings: tuple[str, ...] = ()
@@ -70,9 +72,9 @@ def _plan(
     checkpoint: Path | None = None,
     warnings: tuple[str, ...] = (),
 ) -> TrainingPlan:
-    data = prepare(config.data, progress=environment.is_first)
-    feed = PairFeed(
-        data.train,
+    problem = open_problem(config, progress=environment.is_first)
+    feed = ShuffledFeed(
+        problem.train,
         config.train.batch_size,
         config.seed,
         rank=environment.rank,
@@ -81,7 +83,7 @@ def _plan(
         device=environment.device,
     )
     deepspeed = complete_deepspeed_section(config.deepspeed, config.train.batch_size, environment.world_size)
-    return TrainingPlan(config, run, environment, data, feed, deepspeed, checkpoint, warnings)
+    return TrainingPlan(config, run, environment, problem, feed, deepspeed, checkpoint, warnings)
 
 
 def _accumulation(config: RunConfig) -> int:

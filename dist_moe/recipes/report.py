@@ -10,11 +10,12 @@ import torch
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.loop import StepRecord
 from dist_moe.engine.monitor import Monitor
-from dist_moe.models import Recommender
+from dist_moe.models import MoEModel
 from dist_moe.recipes.plan import TrainingPlan
+from dist_moe.search import SwapReport
 
 PERMUTATION_IMAGE_EVERY = 50
-_COLUMNS = ("auc", "bce", "mse", "loss", "active_experts", "dead_experts")
+_HIDDEN = ("loss_by_batches",)
 
 
 class Reporter:
@@ -22,7 +23,7 @@ class Reporter:
 
     def __init__(self, plan: TrainingPlan, engine: ExpertParallelEngine, first_step: int) -> None:
         self._monitor = Monitor(plan.run, plan.schedule, first_step) if plan.environment.is_first else None
-        self._model: Recommender = engine.module
+        self._model: MoEModel = engine.module
         if self._monitor is not None:
             for line in (*plan.warnings, _opening_line(plan, engine, first_step)):
                 self._monitor.say(line)
@@ -45,23 +46,32 @@ class Reporter:
             return
         self._monitor.report(records)
         before, after = records[0]["step"] - 1, records[-1]["step"]
-        permutation = self._model.permutation
-        if permutation is not None and after // PERMUTATION_IMAGE_EVERY > before // PERMUTATION_IMAGE_EVERY:
-            self._monitor.permutation(permutation.current_matrix(), after)
+        if after // PERMUTATION_IMAGE_EVERY > before // PERMUTATION_IMAGE_EVERY:
+            self._monitor.permutation(self._model.table.current_matrix(), after)
+
+    def swaps(self, found: SwapReport, step: int) -> None:
+        if self._monitor is not None:
+            self._monitor.swap_search(found, step)
 
     def evaluation(self, part: str, figures: dict[str, Any], step: int) -> None:
         if self._monitor is not None:
             self._monitor.evaluation(part, figures, step)
 
 
-def figures_table(test: dict[str, Any], baselines: dict[str, dict[str, float]]) -> str:
-    """Test figures of the model beside those of the simple predictors, as aligned text."""
-    rows = {"this model": test} | {f"{name} predictor": figures for name, figures in baselines.items()}
-    lines = [f"{'':22}" + "".join(f"{column.replace('_', ' '):>16}" for column in _COLUMNS)]
+def figures_table(test: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
+    """Test figures of the model beside others by name, as aligned text."""
+    columns = [name for name, value in test.items() if isinstance(value, (int, float)) and name not in _HIDDEN]
+    rows = {"this model": test} | others
+    lines = [f"{'':22}" + "".join(f"{column.replace('_', ' '):>16}" for column in columns)]
     for name, figures in rows.items():
-        cells = (_cell(figures.get(column)) for column in _COLUMNS)
+        cells = (_cell(figures.get(column)) for column in columns)
         lines.append(f"{name:22}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
+
+
+def predictor_rows(baselines: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Baselines under the names that a table shows."""
+    return {f"{name} predictor": figures for name, figures in baselines.items()}
 
 
 def _cell(value: float | int | None) -> str:
@@ -72,7 +82,7 @@ def _cell(value: float | int | None) -> str:
 
 def _opening_line(plan: TrainingPlan, engine: ExpertParallelEngine, first_step: int) -> str:
     config, schedule = plan.config, plan.schedule
-    plus = "+" if config.model.permutation else ""
+    plus = "+" if config.model.permutation or config.swap_search else ""
     size = config.parallel.expert_parallel_size
     parameters = sum(p.numel() for p in engine.module.parameters())
     start = f"from step {first_step} " if first_step else ""
@@ -80,5 +90,5 @@ def _opening_line(plan: TrainingPlan, engine: ExpertParallelEngine, first_step: 
         f"{config.model.gate.name}{plus}, {config.model.num_experts} experts over {size} of "
         f"{plan.environment.world_size} rank(s), ZeRO stage {engine.zero_optimization_stage()}, "
         f"{parameters:,} parameters on this rank, {torch.get_num_threads()} thread(s) each, "
-        f"{schedule.total_steps} steps {start}of {schedule.batch_size} pairs -> {plan.run.root}"
+        f"{schedule.total_steps} steps {start}of {schedule.batch_size} examples -> {plan.run.root}"
     )

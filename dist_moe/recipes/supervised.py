@@ -1,104 +1,175 @@
-"""Supervised training of the recommender, and its evaluation from a checkpoint."""
+"""Supervised training, and the evaluation of a run from its checkpoint."""
 
 from __future__ import annotations
 
 import math
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dist_moe.data.movielens import MovieLens, prepare
-from dist_moe.engine.checkpoint import load_checkpoint, load_model
-from dist_moe.engine.checkpoint_files import checkpoints_of, newest_checkpoint, write_json
+from dist_moe.engine.checkpoint import TrainerState, load_checkpoint, load_model
+from dist_moe.engine.checkpoint_files import checkpoints_of, tested_checkpoint, write_json
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+from dist_moe.engine.host_memory import keep_freed_memory
 from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.loop import LoopHooks, TrainingLoop
+from dist_moe.engine.loop import LoopHooks, Outcome, TrainingLoop
 from dist_moe.engine.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.run_directory import RunDirectory
 from dist_moe.engine.stop_request import StopRequest, stop_requests
-from dist_moe.models import Recommender
-from dist_moe.recipes.baselines import baseline_figures
+from dist_moe.models import MoEModel
 from dist_moe.recipes.config import RunConfig, load_config
 from dist_moe.recipes.evaluation import evaluate
-from dist_moe.recipes.objective import TwoTaskObjective
+from dist_moe.recipes.models import build_model
+from dist_moe.recipes.objective import WeightedObjective
 from dist_moe.recipes.plan import TrainingPlan
-from dist_moe.recipes.report import Reporter, figures_table
+from dist_moe.recipes.problem import Problem
+from dist_moe.recipes.problems import open_problem
+from dist_moe.recipes.report import Reporter, figures_table, predictor_rows
+from dist_moe.recipes.swap import search_swaps
+
+OnValidation = Callable[[int, float], bool]
+"""Called after each validation with (steps done, validation loss); True gives the run up."""
 
 
-def train(plan: TrainingPlan) -> int:
-    """Run the plan. Collective over all ranks. Returns 0, or 128 + signal if it was asked to stop."""
+class Stopped(Exception):
+    """Whoever watched the validations has given the run up."""
+
+
+def train(plan: TrainingPlan, on_validation: OnValidation | None = None) -> int:
+    """Run the plan. Collective over all ranks. Returns 0, or 128 + signal if it was asked to stop.
+
+    Raises Stopped where ``on_validation`` returned True, which it must do on all ranks alike.
+    """
+    keep_freed_memory()
     if plan.environment.is_first:
         plan.run.create()
         plan.run.describe(plan.config.plain(), plan.environment)
     with stop_requests() as stop, process_groups(plan.environment, plan.config.parallel) as groups:
-        return train_in_groups(plan, groups, stop)
+        return train_in_groups(plan, groups, stop, on_validation)
 
 
-def train_in_groups(plan: TrainingPlan, groups: ProcessGroups, stop: StopRequest) -> int:
+def train_in_groups(
+    plan: TrainingPlan, groups: ProcessGroups, stop: StopRequest, on_validation: OnValidation | None = None
+) -> int:
     """The same in process groups that are open already and in a run directory that exists."""
-    model = build_model(plan.config, plan.data, plan.feed.steps_per_epoch, groups)
+    model = build_model(plan.config, plan.problem, groups.world)
     engine = ExpertParallelEngine(model, plan.deepspeed, groups)
-    first_step = load_checkpoint(engine, plan.checkpoint).step if plan.checkpoint else 0
+    try:
+        return _train(plan, engine, stop, on_validation)
+    finally:
+        engine.destroy()  # else its hooks keep it, the model and the groups' threads alive
+
+
+def _train(
+    plan: TrainingPlan, engine: ExpertParallelEngine, stop: StopRequest, on_validation: OnValidation | None
+) -> int:
+    model: MoEModel = engine.module
+    groups = engine.process_groups
+    resumed = load_checkpoint(engine, plan.checkpoint) if plan.checkpoint else None
+    first_step = resumed.step if resumed else 0
+    weights = plan.config.task_weights
     with Reporter(plan, engine, first_step) as reporter:
         started = time.monotonic()
-        steps = _loop(plan, engine, reporter).run(first_step, stop)
-        course = {"steps": steps, "first_step": first_step, "training_seconds": time.monotonic() - started}
-        if steps < plan.schedule.total_steps:
-            reporter.say(f"stopped after step {steps}; go on with: dist-moe train --resume {plan.run.root}")
+        outcome = _loop(plan, engine, reporter, resumed, on_validation).run(first_step, stop)
+        course = {
+            "steps": outcome.steps,
+            "first_step": first_step,
+            "training_seconds": time.monotonic() - started,
+        }
+        if outcome.interrupted:
+            reporter.say(f"stopped after step {outcome.steps}; go on with: dist-moe train --resume {plan.run.root}")
             return 128 + (stop.signal_number or signal.SIGTERM)
-        reporter.say("evaluating on the test pairs ...")
-        test = evaluate(model, plan.data.test, plan.config.watched_weight, groups)
-        reporter.evaluation("test", test, steps)
+        tested_step = _take_best(model, outcome, reporter)
+        reporter.say("evaluating on the validation and test examples ...")
+        val = evaluate(plan.problem, model, plan.problem.val, weights, groups)
+        test = evaluate(plan.problem, model, plan.problem.test, weights, groups)
+        reporter.evaluation("test", test, tested_step)
     if plan.environment.is_first:
-        _summarise(plan, test, course)
+        _summarise(plan, {"val": val, "test": test}, course | {"tested_step": tested_step})
     return 0
 
 
-def evaluate_run(run_dir: Path) -> dict[str, Any]:
-    """Test figures of a run from its newest checkpoint, at any number of ranks. Collective.
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished or stopped run, brought back: its model holds the weights of ``checkpoint``."""
 
-    Raises UserError if the run or its newest checkpoint is not intact.
+    config: RunConfig
+    problem: Problem
+    model: MoEModel
+    checkpoint: Path
+    groups: ProcessGroups
+
+
+@contextmanager
+def trained_run(run_dir: Path) -> Iterator[TrainedRun]:
+    """Open a run at any number of ranks: its best checkpoint where patience kept one, else its newest.
+
+    Collective. Raises UserError if the run or that checkpoint is not intact.
     """
     environment = LaunchEnvironment.read()
     run = RunDirectory(run_dir)
     run.check_exists()
     config = load_config(run.config)
-    checkpoint = newest_checkpoint(run_dir)
-    data = prepare(config.data, progress=environment.is_first)
+    checkpoint = tested_checkpoint(run_dir)
+    problem = open_problem(config, progress=environment.is_first)
     size = math.gcd(environment.world_size, config.parallel.expert_parallel_size)
     parallel = config.parallel.model_copy(update={"expert_parallel_size": size})
     with process_groups(environment, parallel) as groups:
-        steps_per_epoch = len(data.train) // config.train.batch_size
-        model = build_model(config, data, steps_per_epoch, groups).to(groups.device)
+        model = build_model(config, problem, groups.world).to(groups.device)
         load_model(model, checkpoint)
-        figures = evaluate(model, data.test, config.watched_weight, groups)
-    return {
-        "checkpoint": checkpoint.name,
-        "test": figures,
-        "baselines": baseline_figures(data, data.test, config.watched_weight),
-    }
+        yield TrainedRun(config, problem, model, checkpoint, groups)
 
 
-def build_model(config: RunConfig, data: MovieLens, steps_per_epoch: int, groups: ProcessGroups) -> Recommender:
-    """This rank's part of the model; dense parameters are alike on all ranks."""
-    torch.manual_seed(config.seed)
-    return config.model.build(data.num_users, data.num_items, steps_per_epoch, groups.world)
+def evaluate_run(run_dir: Path) -> dict[str, Any]:
+    """Test figures of a run from its checkpoint, at any number of ranks. Collective.
+
+    Raises UserError if the run or its checkpoint is not intact.
+    """
+    with trained_run(run_dir) as run:
+        weights = run.config.task_weights
+        return {
+            "checkpoint": run.checkpoint.name,
+            "test": evaluate(run.problem, run.model, run.problem.test, weights, run.groups),
+            "baselines": run.problem.baselines(run.problem.test, weights),
+        }
 
 
-def _loop(plan: TrainingPlan, engine: ExpertParallelEngine, reporter: Reporter) -> TrainingLoop:
-    config, groups = plan.config, engine.process_groups
-    permutation = engine.module.permutation
+def _loop(
+    plan: TrainingPlan,
+    engine: ExpertParallelEngine,
+    reporter: Reporter,
+    resumed: TrainerState | None,
+    on_validation: OnValidation | None,
+) -> TrainingLoop:
+    config, groups, problem = plan.config, engine.process_groups, plan.problem
+    model: MoEModel = engine.module
 
-    def validate(step: int) -> None:
-        figures = evaluate(engine.module, plan.data.val, config.watched_weight, groups)
+    def validate(step: int) -> float:
+        figures = evaluate(problem, model, problem.val, config.task_weights, groups)
         reporter.evaluation("validation", figures, step)
+        if on_validation is not None and on_validation(step, figures["loss"]):
+            raise Stopped(f"given up after step {step}")
+        return float(figures["loss"])
 
+    def before_step(step: int) -> None:
+        model.moe.begin_step(step)
+        model.table.begin_step()
+
+    def after_step(step: int) -> None:
+        model.moe.end_step()
+        search = config.swap_search
+        if search is not None and search.due(step, plan.feed.steps_per_epoch):
+            reporter.swaps(search_swaps(problem, model, search, config.task_weights, groups.environment), step)
+
+    shares = plan.environment.world_size * plan.accumulation
     hooks = LoopHooks(
-        loss=TwoTaskObjective(config.watched_weight, plan.environment.world_size * plan.accumulation),
-        before_step=permutation.begin_step if permutation is not None else lambda: None,
+        loss=WeightedObjective(problem, config.task_weights, shares),
+        before_step=before_step,
+        after_step=after_step,
         report=reporter.steps,
         validate=validate,
     )
@@ -110,12 +181,24 @@ def _loop(plan: TrainingPlan, engine: ExpertParallelEngine, reporter: Reporter) 
         steps_per_epoch=plan.feed.steps_per_epoch,
         checkpoints=checkpoints_of(plan.run.root),
         seed=config.seed,
+        validation_losses={int(step): loss for step, loss in (resumed.validation_losses if resumed else {}).items()},
     )
 
 
-def _summarise(plan: TrainingPlan, test: dict[str, Any], course: dict[str, Any]) -> None:
-    baselines = baseline_figures(plan.data, plan.data.test, plan.config.watched_weight)
-    summary = {"test": test, "baselines": baselines, "data": plan.data.manifest} | course
+def _take_best(model: MoEModel, outcome: Outcome, reporter: Reporter) -> int:
+    """Bring back the weights of the best validation loss, if they were kept; their step."""
+    if outcome.best is None:
+        return outcome.steps
+    load_model(model, outcome.best)
+    step = int(outcome.best.name.rpartition("-")[2])
+    reporter.say(f"taking the weights of step {step}, the best by validation loss")
+    return step
+
+
+def _summarise(plan: TrainingPlan, figures: dict[str, dict[str, Any]], course: dict[str, Any]) -> None:
+    problem = plan.problem
+    baselines = problem.baselines(problem.test, plan.config.task_weights)
+    summary = figures | {"baselines": baselines, "data": problem.manifest} | course
     write_json(plan.run.summary, summary)
-    print(figures_table(test, baselines))
+    print(figures_table(figures["test"], predictor_rows(baselines)))
     print(f"everything about this run is in {plan.run.root}; look at it with: tensorboard --logdir {plan.run.root}")

@@ -6,7 +6,7 @@ S slots, K trees / top-k, N assignments, G gates, R ranks, B batch, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,41 @@ class Route:
         token_N, slot_N = weight_TS.detach().nonzero(as_tuple=True)
         num_tokens, num_slots = weight_TS.shape
         return cls(token_N, slot_N, weight_TS[token_N, slot_N], num_tokens, num_slots, aux or {})
+
+    @classmethod
+    def merge(
+        cls,
+        token_N: Tensor,
+        slot_N: Tensor,
+        weight_N: Tensor,
+        num_tokens: int,
+        num_slots: int,
+        aux: dict[str, Tensor] | None = None,
+    ) -> Route:
+        """The route of assignments in any order, in which the weights of a repeated pair add up."""
+        key_N, place_N = torch.unique(token_N * num_slots + slot_N, return_inverse=True)
+        merged_N = weight_N.new_zeros(key_N.numel()).index_add(0, place_N, weight_N)
+        token_N = torch.div(key_N, num_slots, rounding_mode="floor")
+        return cls(token_N, key_N - token_N * num_slots, merged_N, num_tokens, num_slots, aux or {})
+
+    def heaviest(self, most: int) -> Route:
+        """Each token's ``most`` heaviest assignments (ties: the lower slot), divided by their sum."""
+        by_weight_N = self.weight_N.detach().argsort(descending=True, stable=True)
+        order_N = by_weight_N[self.token_N[by_weight_N].argsort(stable=True)]
+        count_T = torch.bincount(self.token_N, minlength=self.num_tokens)
+        place_N = torch.arange(self.num_assignments, device=self.token_N.device)
+        place_N = place_N - (count_T.cumsum(0) - count_T)[self.token_N]
+        kept_N = torch.zeros_like(self.token_N, dtype=torch.bool).index_put((order_N,), place_N < most)
+        return self.keep(kept_N).normalised()
+
+    def keep(self, kept_N: Tensor) -> Route:
+        """The assignments where ``kept_N`` (N,) is true, with their weights."""
+        return replace(self, token_N=self.token_N[kept_N], slot_N=self.slot_N[kept_N], weight_N=self.weight_N[kept_N])
+
+    def normalised(self) -> Route:
+        """Each token's weights divided by their sum."""
+        sum_T = self.weight_N.new_zeros(self.num_tokens).index_add(0, self.token_N, self.weight_N)
+        return replace(self, weight_N=self.weight_N / sum_T[self.token_N])
 
     @property
     def num_assignments(self) -> int:

@@ -1,6 +1,20 @@
 """Search over slot -> expert tables, coordinated by all ranks."""
 
-from dist_moe.search.agreement import agree_on_table, assert_same_on_all_ranks
+from dist_moe.search.agreement import agree_on_tables, assert_same_on_all_ranks
 from dist_moe.search.permutation import PermutationSearch, PermutationSearchConfig
+from dist_moe.search.slot_table import SlotTable, give_branches_slots
+from dist_moe.search.swap import BatchLoss, Swap, SwapReport, SwapSearch, SwapSearchConfig
 
-__all__ = ["PermutationSearch", "PermutationSearchConfig", "agree_on_table", "assert_same_on_all_ranks"]
+__all__ = [
+    "BatchLoss",
+    "PermutationSearch",
+    "PermutationSearchConfig",
+    "SlotTable",
+    "Swap",
+    "SwapReport",
+    "SwapSearch",
+    "SwapSearchConfig",
+    "agree_on_tables",
+    "assert_same_on_all_ranks",
+    "give_branches_slots",
+]

@@ -9,25 +9,42 @@ import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from dist_moe.parallel import several_ranks
+
 _NOT_FINITE = "the relaxed permutation holds a NaN or an infinity"
 
 
-def agree_on_table(soft: Tensor) -> Tensor:
-    """Round ``soft`` (n, n) to the nearest permutation on rank 0 and give it to every rank.
+def agree_on_tables(soft: Tensor) -> Tensor:
+    """Round ``soft`` (..., n, n) to the nearest permutations on rank 0 and give them to every rank.
 
-    Returns (n,) int64, slot -> expert. Without a process group, or with one rank, no collective is
+    Returns (..., n) int64, slot -> expert. Without a process group, or with one rank, no collective is
     issued. Raises, on every rank: FloatingPointError if rank 0's ``soft`` holds a NaN or an infinity;
     RuntimeError if some rank ended up with another table.
     """
-    if not _several_ranks():
-        return round_to_table(soft)
+    if not several_ranks():
+        return round_to_tables(soft)
     decides = dist.get_rank() == 0 and bool(torch.isfinite(soft).all())
-    table = round_to_table(soft) if decides else torch.full((len(soft),), -1, device=soft.device)
-    dist.broadcast(table, src=0)
-    if int(table[0]) < 0:
+    undecided = torch.full(soft.shape[:-1], -1, device=soft.device)
+    tables = take_from_first_rank(round_to_tables(soft) if decides else undecided)
+    if bool((tables < 0).any()):
         raise FloatingPointError(_NOT_FINITE)
-    assert_same_on_all_ranks(table)
-    return table
+    return tables
+
+
+def take_from_first_rank(tables: Tensor) -> Tensor:
+    """Rank 0's ``tables`` on every rank, proven by digest. Nothing is sent where there is one rank."""
+    if not several_ranks():
+        return tables
+    tables = tables.contiguous().clone()
+    dist.broadcast(tables, src=0)
+    assert_same_on_all_ranks(tables)
+    return tables
+
+
+def round_to_tables(soft: Tensor) -> Tensor:
+    """(..., n, n) -> (..., n): each matrix to the permutation nearest to it."""
+    tables = [round_to_table(matrix) for matrix in soft.reshape(-1, *soft.shape[-2:])]
+    return torch.stack(tables).view(soft.shape[:-1])
 
 
 def round_to_table(soft: Tensor) -> Tensor:
@@ -43,6 +60,8 @@ def round_to_table(soft: Tensor) -> Tensor:
 
 def assert_same_on_all_ranks(table: Tensor) -> None:
     """Compare a digest of ``table`` over all ranks; RuntimeError names the ranks that differ."""
+    if not several_ranks():
+        return
     mine = torch.tensor([_digest(table)], device=table.device)
     all_digests = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(all_digests, mine)
@@ -54,7 +73,3 @@ def assert_same_on_all_ranks(table: Tensor) -> None:
 def _digest(table: Tensor) -> int:
     content = table.cpu().numpy().tobytes()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -8,23 +8,29 @@ COMET (KDD 2023), section on local search; schedule and constants from the autho
     t <  T: the layer mixes with P_soft, gradients flow to R
     t >= T: the layer relabels with P_hard = the assignment that maximises <P_soft, P>, for ever
     any evaluation relabels with P_hard of the last P_soft
+
+Three options go beyond the paper: several matrices, rounding R instead of P_soft (sounder at the last
+temperatures, where Sinkhorn is far from converged), and a hard forward pass while learning.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.routing import HardPermutation, Permutation, SoftPermutation
-from dist_moe.search.agreement import agree_on_table
+from dist_moe.gates import Gate
+from dist_moe.routing import Permutation, SoftPermutation, StraightThroughPermutation
+from dist_moe.search.agreement import agree_on_tables
+from dist_moe.search.sinkhorn import permutation_entropy, sinkhorn
+from dist_moe.search.slot_table import SlotTable, give_branches_slots
 from dist_moe.settings import Settings
 
 INIT_RANGE = 0.05
-ENTROPY_EPSILON = 1e-6
 
 Temperature = Annotated[float, Field(gt=0)]
 Iterations = Annotated[int, Field(ge=1)]
@@ -43,16 +49,35 @@ class PermutationSearchConfig(Settings):
     iterations: tuple[Iterations, Iterations] = Field(
         (20, 150), description="first and last number of Sinkhorn iterations, interpolated"
     )
+    per_gate: bool = Field(False, description="one permutation for each task's gate instead of a shared one")
+    per_branch: bool = Field(False, description="one permutation for each tree or selector of a gate")
+    rounding: Literal["soft", "relaxed"] = Field(
+        "soft", description="what is rounded in the end: the soft permutation (the paper's code) or R itself"
+    )
+    forward: Literal["soft", "hard"] = Field(
+        "soft",
+        description="what a training step mixes with: the soft permutation (every token visits every expert), or "
+        "the hard one with straight-through gradients (routing stays sparse)",
+    )
 
-    def build(self, num_experts: int, steps_per_epoch: int) -> PermutationSearch:
-        stage_steps = max(1, round(self.epochs * steps_per_epoch))
-        return PermutationSearch(num_experts, stage_steps, self.entropy_weight, self.temperature, self.iterations)
+    def build(self, gates: Sequence[Gate], steps_per_epoch: int) -> PermutationSearch:
+        """The search over ``gates`` of one layer, whose branches are told to have slots of their own if need be."""
+        options = self.model_dump(exclude={"epochs", "per_branch"})
+        search = PermutationSearch(
+            gates[0].num_experts,
+            max(1, round(self.epochs * steps_per_epoch)),
+            len(gates),
+            branches=gates[0].num_branches if self.per_branch else 1,
+            **options,
+        )
+        give_branches_slots(gates, search)
+        return search
 
 
-class PermutationSearch(nn.Module):
-    """One relaxed n x n permutation, shared by all trees and all gates of a layer.
+class PermutationSearch(SlotTable):
+    """Relaxed n x n permutations, one for all or one for each gate and branch.
 
-    ``relaxed`` (n, n) is R, learned by the model's own optimiser. Buffers, all in the checkpoint:
+    ``relaxed`` (P, K, n, n) is R, learned by the model's own optimiser. Buffers, all in the checkpoint:
     ``step`` counts training steps, ``soft`` is the last P_soft, ``table`` is P_hard as
     slot -> expert. Call :meth:`begin_step` once before each training step, and
     :meth:`begin_evaluation` before evaluating: these two are the places where ranks agree.
@@ -61,82 +86,89 @@ class PermutationSearch(nn.Module):
     relaxed: nn.Parameter
     step: Tensor
     soft: Tensor
-    table: Tensor
 
     def __init__(
         self,
         num_experts: int,
         stage_steps: int,
+        num_gates: int = 1,
+        *,
         entropy_weight: float = 1e-4,
         temperature: tuple[float, float] = (1e-3, 1e-7),
         iterations: tuple[int, int] = (20, 150),
+        per_gate: bool = False,
+        branches: int = 1,
+        rounding: Literal["soft", "relaxed"] = "soft",
+        forward: Literal["soft", "hard"] = "soft",
     ) -> None:
-        super().__init__()
+        super().__init__(num_experts, num_gates, per_gate=per_gate, branches=branches)
         self.stage_steps = stage_steps
         self.entropy_weight = entropy_weight
         self.temperature = temperature
         self.iterations = iterations
-        self.relaxed = nn.Parameter(torch.empty(num_experts, num_experts).uniform_(-INIT_RANGE, INIT_RANGE))
+        self.rounds_relaxed = rounding == "relaxed"
+        self.straight_through = forward == "hard"
+        matrices = (*self.table.shape, num_experts)
+        self.relaxed = nn.Parameter(torch.empty(matrices).uniform_(-INIT_RANGE, INIT_RANGE))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("soft", torch.eye(num_experts))
-        self.register_buffer("table", torch.arange(num_experts))
+        self.register_buffer("soft", torch.eye(num_experts).expand(matrices).clone())
 
     @property
     def learning(self) -> bool:
-        """Whether the stage lasts, that is, whether training mixes with the soft permutation."""
+        """Whether the stage lasts, that is, whether training learns the permutation."""
         return int(self.step) < self.stage_steps
 
     def begin_step(self) -> None:
-        """Count a training step; the one that ends the stage rounds the permutation."""
+        """Count a training step; the one that ends the stage rounds the permutation.
+
+        A straight-through search rounds before every step of the stage.
+        """
         self.step += 1
-        if int(self.step) == self.stage_steps:
-            self.table.copy_(agree_on_table(self.soft))
+        if int(self.step) == self.stage_steps or (self.learning and self.straight_through):
+            self.round()
 
     def begin_evaluation(self) -> None:
         """During the stage, round the last soft permutation so that the evaluation uses it."""
         if 0 < int(self.step) < self.stage_steps:
-            self.table.copy_(agree_on_table(self.soft))
+            self.round()
 
-    def forward(self) -> tuple[Permutation, dict[str, Tensor]]:
-        if not self.training:
-            return HardPermutation(self.table), {}
-        if not self.learning:
-            # R stays in the graph with a zero gradient, lest ranks or ZeRO stages treat it as absent.
-            return HardPermutation(self.table), {"permutation": 0.0 * self.relaxed.sum()}
+    def round(self) -> None:
+        """Set ``table`` to the rounded permutation, the same on all ranks."""
+        self.table.copy_(agree_on_tables(self.relaxed.detach() if self.rounds_relaxed else self.soft))
+
+    def forward(self) -> tuple[Sequence[Permutation], dict[str, Tensor]]:
+        if not (self.training and self.learning):
+            permutations, aux = super().forward()
+            if self.training:
+                # R stays in the graph with a zero gradient, lest ranks or ZeRO stages treat it as absent.
+                aux["permutation"] = 0.0 * self.relaxed.sum()
+            return permutations, aux
         with torch.autocast(self.relaxed.device.type, enabled=False):
             soft = self.soft_matrix()
             self.soft.copy_(soft.detach())
-            return SoftPermutation(soft), {"permutation": self.entropy_weight * permutation_entropy(soft)}
+            aux = {"permutation": self.entropy_weight * permutation_entropy(soft)}
+        if self.straight_through:
+            tables = zip(soft, self.table, strict=True)
+            return self.for_gates([StraightThroughPermutation(*matrix_and_table) for matrix_and_table in tables]), aux
+        return self.for_gates([SoftPermutation(matrix_KEE) for matrix_KEE in soft]), aux
 
     def current_matrix(self) -> Tensor:
-        """(n, n), without gradient: the last soft matrix during the stage, then the hard one."""
-        if self.learning:
-            return self.soft
-        return torch.eye(len(self.table), device=self.table.device)[self.table]
+        """(P, K, n, n), without gradient: the last soft matrices during the stage, then the hard ones."""
+        return self.soft if self.learning else super().current_matrix()
 
     def soft_matrix(self) -> Tensor:
-        """P_soft of the current step, (n, n), in fp32 (fp64 if R is), but computed in fp64.
+        """P_soft of the current step, (P, K, n, n), in fp32 (fp64 if R is), but computed in fp64.
 
         Near a vertex its gradient is a difference of nearly equal numbers. In fp32 that is rounding
         noise, which Adam turns into steps of full size: two layouts of a run would part company.
         """
-        progress = min(int(self.step) / self.stage_steps, 1.0)
-        log_first, log_last = (math.log10(t) for t in self.temperature)
-        temperature = 10 ** (log_first + (log_last - log_first) * progress)
-        first, last = self.iterations
-        soft = sinkhorn(self.relaxed.double() / temperature, math.floor(first + (last - first) * progress))
+        temperature, iterations = self.schedule(int(self.step))
+        soft = sinkhorn(self.relaxed.double() / temperature, iterations)
         return soft if self.relaxed.dtype == torch.float64 else soft.float()
 
-
-def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """Normalise rows, then columns, ``iterations`` times, in log space; exp of the result."""
-    for _ in range(iterations):
-        logits = logits - logits.logsumexp(dim=-1, keepdim=True)
-        logits = logits - logits.logsumexp(dim=-2, keepdim=True)
-    return logits.exp()
-
-
-def permutation_entropy(soft: Tensor) -> Tensor:
-    """sum of -P log(P + 1e-6) over P and over P with its rows normalised (Sinkhorn ends on columns)."""
-    rows = soft / soft.sum(dim=-1, keepdim=True)
-    return sum((-(p * (p + ENTROPY_EPSILON).log()).sum() for p in (soft, rows)), soft.new_zeros(()))
+    def schedule(self, count: int) -> tuple[float, int]:
+        """Temperature and number of Sinkhorn iterations of the ``count``-th training step."""
+        progress = min(count / self.stage_steps, 1.0)
+        log_first, log_last = (math.log10(t) for t in self.temperature)
+        first, last = self.iterations
+        return 10 ** (log_first + (log_last - log_first) * progress), math.floor(first + (last - first) * progress)

@@ -25,11 +25,27 @@ from .conftest import Refused
         ("model.num_experts=1", ["model.num_experts=1", "greater than or equal to 2"]),
         ("model.gate.gamma=0", ["model.gate.gamma=0", "greater than 0"]),
         ("model.gate.k=2.5", ["model.gate.k=2.5", "integer"]),
-        ("model.gate.k=5", ["model.gate.k=5", "model.num_experts=4", "1..4"]),
-        ("model.gate.name=tree", ["model.gate", "'tree'", "'comet', 'top_k'"]),
-        ("watched_weight=1.5", ["watched_weight=1.5", "less than or equal to 1"]),
-        ("watched_weight=.nan", ["watched_weight=nan"]),
-        ("data.name=movielens-20m", ["data.name='movielens-20m'", "'movielens-1m'"]),
+        ("model.gate.k=5", ["model.gate.k=5", "num_experts=4", "1..4"]),
+        ("model.gate.name=tree", ["model.gate", "gate.name='tree' is not a gate", "comet", "hash", "top_k"]),
+        ("model.gate={name: smoe_dropout, k_max: 5}", ["model.gate.k_max=5", "num_experts=4", "1..4"]),
+        ("model.gate={name: smoe_dropout, k_min: 3, k_max: 2}", ["model.gate.k_min=3", "k_max=2"]),
+        ("model.gate={name: ada_moe, k: 9, null_slots: 4}", ["model.gate.k=9", "null_slots=8", "1..8"]),
+        ("model.gate={name: comet, lazy: true, static: true}", ["model.gate.lazy=true", "static=true"]),
+        ("model.gate={name: softmax, k: 2}", ["model.gate.k=2", "no such field"]),
+        ("model.permutation.forward=firm", ["model.permutation.forward='firm'", "'soft' or 'hard'"]),
+        ("model.name=classifier", ["model.name='classifier'", "'recommender'", "'two_image_classifier'"]),
+        ("model={name: two_image_classifier}", ["model.name=two_image_classifier", "movielens-1m", "use recommender"]),
+        ("task_weights=[-1, 1]", ["task_weights.0=-1", "greater than or equal to 0"]),
+        ("task_weights=[1, .nan]", ["task_weights.1=nan"]),
+        ("task_weights=[1]", ["task_weights.1"]),
+        ("watched_weight=0.5", ["watched_weight=0.5", "did you mean task_weights?"]),
+        ("swap_search.max_swaps=-1", ["swap_search.max_swaps=-1"]),
+        ("train.patience=0", ["train.patience=0", "greater than or equal to 1"]),
+        ("imports=[no_such_module_anywhere]", ["imports", "'no_such_module_anywhere'"]),
+        ("data=5", ["data=5", "dictionary"]),
+        ("data=[]", ["data=[]", "dictionary"]),
+        ("model=[]", ["model=[]", "dictionary"]),
+        ("data.name=movielens-20m", ["data.name='movielens-20m'", "'movielens-1m'", "'multi-mnist'"]),
         ("deepspeed=5", ["deepspeed=5", "dictionary"]),
         ("parallel.expert_parallel_size=0", ["parallel.expert_parallel_size=0", "greater than or equal to 1"]),
         ("train.bach_size=3", ["train.bach_size=3", "did you mean train.batch_size?"]),
@@ -93,6 +109,12 @@ def test_a_file_that_is_not_a_configuration(refused: Refused, tmp_path: Path, co
     path.write_bytes(content)
     refused(["train", path], part)
     refused(["config", path], part)
+
+
+@pytest.mark.parametrize("override", ["data.name=movielens-20m", "data=5"])
+def test_data_that_do_not_exist_are_the_only_fault(refused: Refused, config: Path, override: str) -> None:
+    """The model, whose name comes from that of the data, is not blamed."""
+    assert refused(["train", config, override]).count("\n  ") == 1
 
 
 def test_a_file_that_is_not_there(refused: Refused, tmp_path: Path) -> None:

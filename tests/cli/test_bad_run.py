@@ -121,7 +121,7 @@ def test_what_was_refused_leaves_no_run_behind(refused: Refused, tmp_path: Path,
 
 
 def test_resume_with_a_wrong_override(refused: Refused, run: Path) -> None:
-    refused(["train", "--resume", run, "model.gate.k=99"], "model.gate.k=99", "model.num_experts=4")
+    refused(["train", "--resume", run, "model.gate.k=99"], "model.gate.k=99", "num_experts=4")
     refused(["train", "--resume", run, "train.max_stepz=9"], "did you mean train.max_steps?")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from dist_moe.engine import loop
 from dist_moe.engine.checkpoint_files import newest_checkpoint, verify_checkpoint
 from tests.helpers.board import read_board, steps_of
-from tests.helpers.commands import Outcome, finish, run_here, start, succeed, wait_for_steps
+from tests.helpers.commands import Outcome, finish, start, succeed, wait_for_steps
 from tests.helpers.pool import free_port, on_ranks
 from tests.helpers.runs import records_of, tensors_of, write_config
+from tests.helpers.signals import signalled
 
 STEPS, STAGE_STEPS, STEPS_PER_EPOCH = 45, 38, 90
 HOST = {"examples_per_second"}
@@ -99,22 +98,6 @@ def test_two_processes_of_torchrun(config: Path, uninterrupted: dict[int, Path],
     assert_stopped_in_the_stage(run)
     succeed(2, "train", "--resume", run)
     assert_same_run(run, uninterrupted[2])
-
-
-def signalled(number: int, at_step: int, at_rank: int, arguments: list[str]) -> Outcome:
-    """Run the command line; one rank gets a signal as it begins a step."""
-    seed_step = loop.seed_step
-
-    def seed_and_signal(seed: int, step: int, rank: int) -> None:
-        seed_step(seed, step, rank)
-        if (step + 1, rank) == (at_step, at_rank):
-            os.kill(os.getpid(), number)
-
-    loop.seed_step = seed_and_signal
-    try:
-        return run_here(arguments)
-    finally:
-        loop.seed_step = seed_step
 
 
 @pytest.mark.parametrize(

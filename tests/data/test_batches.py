@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_moe.data.batches import PairBatch, PairFeed, shard_batches
-from dist_moe.data.movielens import PairTable
+from dist_moe.data.batches import ShuffledFeed, shard_batches
+from dist_moe.data.pairs import PairBatch, PairTable
 from dist_moe.errors import UserError
 
 PAIRS, BATCH = 103, 16
@@ -29,7 +29,7 @@ def users_of(batches: list[PairBatch]) -> list[int]:
 
 @given(st.integers(0, 2**31), st.integers(1, 40), st.integers(0, 3))
 def test_an_epoch_uses_no_pair_twice(seed: int, batch_size: int, epoch: int) -> None:
-    feed = PairFeed(numbered(PAIRS), batch_size, seed)
+    feed = ShuffledFeed(numbered(PAIRS), batch_size, seed)
     assert feed.steps_per_epoch == PAIRS // batch_size
     first = epoch * feed.steps_per_epoch
     used = [i for step in range(first, first + feed.steps_per_epoch) for i in feed.indices(step).tolist()]
@@ -39,21 +39,21 @@ def test_an_epoch_uses_no_pair_twice(seed: int, batch_size: int, epoch: int) -> 
 
 
 def test_every_pair_comes_up_in_the_end() -> None:
-    feed = PairFeed(numbered(PAIRS), BATCH, 0)
+    feed = ShuffledFeed(numbered(PAIRS), BATCH, 0)
     used = Counter(i for step in range(20 * feed.steps_per_epoch) for i in feed.indices(step).tolist())
     assert set(used) == set(range(PAIRS))
     assert max(used.values()) <= 20
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    feeds = [PairFeed(numbered(PAIRS), BATCH, seed) for seed in (0, 1)]
+    feeds = [ShuffledFeed(numbered(PAIRS), BATCH, seed) for seed in (0, 1)]
     steps = (0, feeds[0].steps_per_epoch, 2 * feeds[0].steps_per_epoch)
     orders = {tuple(feed.indices(step).tolist()) for feed in feeds for step in steps}
     assert len(orders) == 6
 
 
 def test_steps_may_be_asked_for_in_any_order() -> None:
-    once, again = (PairFeed(numbered(PAIRS), BATCH, 5) for _ in range(2))
+    once, again = (ShuffledFeed(numbered(PAIRS), BATCH, 5) for _ in range(2))
     forwards = {step: once.indices(step).tolist() for step in range(20)}
     assert {step: again.indices(step).tolist() for step in reversed(range(20))} == forwards
 
@@ -61,9 +61,9 @@ def test_steps_may_be_asked_for_in_any_order() -> None:
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 2), (1, 4), (2, 1), (2, 4), (4, 2), (8, 2)])
 def test_every_layout_shares_out_the_same_global_batch(world_size: int, accumulation: int) -> None:
     pairs = numbered(PAIRS)
-    whole = PairFeed(pairs, BATCH, 3)
+    whole = ShuffledFeed(pairs, BATCH, 3)
     feeds = [
-        PairFeed(pairs, BATCH, 3, rank=rank, world_size=world_size, accumulation=accumulation)
+        ShuffledFeed(pairs, BATCH, 3, rank=rank, world_size=world_size, accumulation=accumulation)
         for rank in range(world_size)
     ]
     for step in (0, 1, 7, 30):
@@ -75,7 +75,7 @@ def test_every_layout_shares_out_the_same_global_batch(world_size: int, accumula
 
 
 def test_a_batch_carries_its_pairs_and_the_sizes_of_its_step() -> None:
-    feed = PairFeed(numbered(PAIRS), BATCH, 3, rank=1, world_size=2, accumulation=2)
+    feed = ShuffledFeed(numbered(PAIRS), BATCH, 3, rank=1, world_size=2, accumulation=2)
     rated = int((numbered(PAIRS).rating_N[feed.indices(4)] > 0).sum())
     for batch in feed.micro_batches(4):
         assert (batch.user_B.dtype, batch.item_B.dtype, batch.rating_B.dtype) == (
@@ -86,12 +86,13 @@ def test_a_batch_carries_its_pairs_and_the_sizes_of_its_step() -> None:
         assert batch.item_B.tolist() == (2 * batch.user_B).tolist()
         assert batch.rating_B.tolist() == (batch.user_B % 6).tolist()
         assert (batch.pairs_in_step, batch.rated_in_step) == (BATCH, rated)
+        assert (batch.examples_in_step, len(batch)) == (BATCH, BATCH // 4)
 
 
 def test_fewer_pairs_than_a_batch() -> None:
     with pytest.raises(UserError, match=r"train\.batch_size=104.*103"):
-        PairFeed(numbered(PAIRS), PAIRS + 1, 0)
-    assert PairFeed(numbered(PAIRS), PAIRS, 0).steps_per_epoch == 1
+        ShuffledFeed(numbered(PAIRS), PAIRS + 1, 0)
+    assert ShuffledFeed(numbered(PAIRS), PAIRS, 0).steps_per_epoch == 1
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 9))

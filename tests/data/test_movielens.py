@@ -12,7 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from dist_moe.data import movielens
-from dist_moe.data.movielens import MovieLens, MovieLensConfig, PairTable, prepare
+from dist_moe.data.movielens import MovieLens, MovieLensConfig, prepare
+from dist_moe.data.pairs import PairTable
 from dist_moe.errors import UserError
 
 from .checks import PARTS, assert_same_arrays, forbid_fetching

@@ -137,6 +137,7 @@ def test_a_root_that_changes_while_it_is_read_is_refused(
         write_tiny_movielens(root, users=30)
         return ratings
 
-    monkeypatch.setattr(movielens_sources, "read_directory", read_then_change)
+    edition = replace(movielens_sources.EDITIONS["movielens-1m"], read=read_then_change)
+    monkeypatch.setitem(movielens_sources.EDITIONS, "movielens-1m", edition)
     with pytest.raises(UserError, match="changed while they were read"):
         prepare(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)

@@ -13,9 +13,11 @@ from dist_moe.engine import checkpoint_files
 from dist_moe.engine.checkpoint_files import (
     MANIFEST,
     Manifest,
+    best_of,
     checkpoints_of,
     complete_directories,
     digest_of,
+    drop_after,
     drop_old,
     newest_checkpoint,
     newest_good_checkpoint,
@@ -178,3 +180,24 @@ def test_nothing_is_visible_before_it_is_flushed(tmp_path: Path, monkeypatch: py
     before = {name for name, visible in seen if not visible}
     assert before == {"a.bin", "b.bin", MANIFEST, partial_directory(step_directory(tmp_path, 1)).name}
     assert seen[-1] == (tmp_path.name, True)
+
+
+def test_checkpoints_of_steps_to_be_done_again_go(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write(tmp_path, step)
+    drop_after(tmp_path, 10)
+    assert steps_of(tmp_path) == ["step-00000005", "step-00000010"]
+    drop_after(tmp_path / "nowhere", 0)
+
+
+def test_the_best_one_speaks_for_a_run(tmp_path: Path) -> None:
+    root = checkpoints_of(tmp_path)
+    for step in (1, 2):
+        write(root, step)
+    assert checkpoint_files.tested_checkpoint(tmp_path).name == "step-00000002"
+    best = write(best_of(root), 1)
+    assert checkpoint_files.tested_checkpoint(tmp_path) == best
+    assert newest_checkpoint(tmp_path).name == "step-00000002"
+    cut_short(best / "a.bin")
+    with pytest.raises(UserError, match=r"best.*a\.bin"):
+        checkpoint_files.tested_checkpoint(tmp_path)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.gates import Comet, CometConfig
-from dist_moe.gates.comet import leaf_mass_of_splits
+from dist_moe.gates import Comet, CometConfig, GateContext
+from dist_moe.gates.tree import descend
 from tests.helpers.oracle import assert_same, naive_comet, naive_leaf_masses
 
 
@@ -20,7 +20,7 @@ def saturate(gate: Comet) -> None:
 
 def test_worked_example_of_four_leaves() -> None:
     left_TKQ = torch.tensor([0.75, 0.25, 1.0]).view(1, 1, 3)
-    assert leaf_mass_of_splits(left_TKQ, 1 - left_TKQ).tolist() == [[[0.1875, 0.5625, 0.25, 0.0]]]
+    assert descend(left_TKQ, 1 - left_TKQ)[1].tolist() == [[[0.1875, 0.5625, 0.25, 0.0]]]
 
 
 @pytest.mark.parametrize(
@@ -29,14 +29,14 @@ def test_worked_example_of_four_leaves() -> None:
 )
 def test_depth_of_every_leaf_from_left_to_right(num_experts: int, depths: list[int]) -> None:
     half_TKQ = torch.full((1, 1, num_experts - 1), 0.5)
-    assert leaf_mass_of_splits(half_TKQ, half_TKQ).flatten().tolist() == [2.0**-depth for depth in depths]
+    assert descend(half_TKQ, half_TKQ)[1].flatten().tolist() == [2.0**-depth for depth in depths]
 
 
 @pytest.mark.parametrize("num_experts", range(2, 18))
 def test_leaf_masses_equal_recursive_descent_and_sum_to_one(num_experts: int) -> None:
     torch.manual_seed(num_experts)
     left_TKQ = torch.rand(3, 2, num_experts - 1, dtype=torch.float64)
-    mass_TKE = leaf_mass_of_splits(left_TKQ, 1 - left_TKQ)
+    mass_TKE = descend(left_TKQ, 1 - left_TKQ)[1]
     assert mass_TKE.shape == (3, 2, num_experts)
     for token in range(3):
         for tree in range(2):
@@ -57,7 +57,7 @@ def test_every_leaf_is_reached_by_turning_left_and_right(num_experts: int) -> No
         left_Q = torch.full((num_experts - 1,), 0.5)
         for node, is_left in path:
             left_Q[node] = float(is_left)
-        mass_E = leaf_mass_of_splits(left_Q.view(1, 1, -1), 1 - left_Q.view(1, 1, -1)).flatten()
+        mass_E = descend(left_Q.view(1, 1, -1), 1 - left_Q.view(1, 1, -1))[1].flatten()
         assert mass_E.nonzero().tolist() == [[leaf]]
         assert mass_E[leaf] == 1
 
@@ -174,6 +174,6 @@ def test_wrong_token_shape_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_config_builds_the_gate_it_describes() -> None:
-    gate = CometConfig(k=3, gamma=0.5, entropy_weight=2.0).build(dim=4, num_experts=6)
+    gate = CometConfig(k=3, gamma=0.5, entropy_weight=2.0).build(4, 6, GateContext())
     assert (gate.dim, gate.num_experts, gate.num_slots) == (4, 6, 6)
     assert (gate.k, gate.gamma, gate.entropy_weight) == (3, 0.5, 2.0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.experts import DenseReLUBank
-from dist_moe.gates import Comet, Gate, TopK
+from dist_moe.gates import Comet, DSelectK, Gate, HashRouting, NullSlots, SMoEDropout, Softmax, TopK
 
 
 def naive_smooth_step(t: Tensor, gamma: float) -> Tensor:
@@ -31,41 +31,235 @@ def naive_leaf_masses(left_Q: list[Tensor]) -> list[Tensor]:
 
 
 def naive_comet(gate: Comet, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, n) mixture, and the entropy term with its coefficient."""
+    """(T, slots) mixture, and the entropy term with its coefficient."""
+    branches_TKE, aux = _comet_branches(gate, x_TD)
+    return _slots(gate, branches_TKE), aux["entropy"]
+
+
+def _comet_branches(gate: Comet, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     rows, entropy = [], x_TD.new_zeros(())
+    left_KQ = x_TD.new_zeros(gate.k, gate.num_experts - 1)
+    reached_KQ = torch.zeros_like(left_KQ)
     for x_D in x_TD:
-        shares = [x_TD.new_zeros(()) for _ in range(gate.num_experts)]
+        shares = []
         for tree in range(gate.k):
-            splits = zip(gate.split_weight[tree], gate.split_bias[tree], strict=True)
-            masses = naive_leaf_masses([naive_smooth_step(w_D @ x_D + b, gate.gamma) for w_D, b in splits])
-            for leaf, mass in enumerate(masses):
-                logit = gate.leaf_weight[tree, leaf] @ x_D + gate.leaf_bias[tree, leaf]
-                shares[leaf] = shares[leaf] + mass * logit.exp()
-                entropy = entropy - mass * (mass + 1e-6).log()
-        rows.append(torch.stack([share / sum(shares) for share in shares]))
-    mixture_TE = torch.stack(rows) if rows else x_TD.new_zeros(0, gate.num_experts)
-    return mixture_TE, gate.entropy_weight * entropy / max(len(x_TD), 1)
+            lefts = [_comet_left(gate, t) for t in _planes(gate, "split", x_D, tree)]
+            masses = naive_leaf_masses(lefts)
+            logits = _planes(gate, "leaf", x_D, tree)
+            shares.append(torch.stack([mass * logit.exp() for mass, logit in zip(masses, logits, strict=True)]))
+            entropy = entropy + _naive_entropy(masses)
+            reached = torch.stack(_naive_split_masses(lefts))
+            left_KQ = left_KQ + _one_row(gate.k, tree, reached * torch.stack(lefts))
+            reached_KQ = reached_KQ + _one_row(gate.k, tree, reached)
+        rows.append(_naive_cap(gate, torch.stack(shares)))
+    aux = {"entropy": gate.entropy_weight * entropy / max(len(x_TD), 1)}
+    if gate.balance_weight and gate.training:
+        aux["split_balance"] = gate.balance_weight * naive_split_balance(left_KQ, reached_KQ)
+    return _stacked(rows, x_TD, gate.k, gate.num_experts), aux
+
+
+def _planes(gate: Comet | DSelectK, part: str, x_D: Tensor, branch: int) -> list[Tensor]:
+    """Values of one tree's or one selector's hyperplanes; of a static gate, the biases."""
+    biases = getattr(gate, f"{part}_bias")[branch].unbind()
+    if gate.static:
+        return list(biases)
+    return [w_D @ x_D + b for w_D, b in zip(getattr(gate, f"{part}_weight")[branch], biases, strict=True)]
+
+
+def _comet_left(gate: Comet, t: Tensor) -> Tensor:
+    if gate.hard_evaluation and not gate.training:
+        return torch.ones_like(t) if t >= 0 else torch.zeros_like(t)
+    return naive_smooth_step(t, gate.gamma)
+
+
+def _naive_split_masses(left_Q: list[Tensor]) -> list[Tensor]:
+    """The mass that reaches each split: the product along its way from the root."""
+    masses = [torch.ones_like(left_Q[0])]
+    for node in range(1, len(left_Q)):
+        parent = (node - 1) // 2
+        masses.append(masses[parent] * (left_Q[parent] if node == 2 * parent + 1 else 1 - left_Q[parent]))
+    return masses
+
+
+def _one_row(rows: int, row: int, values_Q: Tensor) -> Tensor:
+    """(rows, q), zero but for one row."""
+    return torch.stack([values_Q if each == row else torch.zeros_like(values_Q) for each in range(rows)])
+
+
+def _naive_cap(gate: Comet, share_KE: Tensor) -> Tensor:
+    """Divide by the sum of all, or of the ``max_active`` heaviest slots, the others being zeroed."""
+    if gate.max_active is not None:
+        slots = share_KE.flatten() if gate.splits_branches else share_KE.sum(dim=0)
+        kept = naive_largest(slots, gate.max_active)
+        kept_S = torch.tensor([s in kept for s in range(len(slots))])
+        share_KE = share_KE * (kept_S.view_as(share_KE) if gate.splits_branches else kept_S)
+    return share_KE / share_KE.sum()
+
+
+def naive_split_balance(left_KQ: Tensor, reached_KQ: Tensor) -> Tensor:
+    """Mean over trees of the sum over splits of -(log alpha + log(1 - alpha)) / 2."""
+    penalty = left_KQ.new_zeros(())
+    for left_Q, reached_Q in zip(left_KQ, reached_KQ, strict=True):
+        for left, reached in zip(left_Q, reached_Q, strict=True):
+            alpha = left / (reached + 1e-6)
+            penalty = penalty - 0.5 * ((alpha + 1e-6).log() + (1 - alpha + 1e-6).log())
+    return penalty / len(left_KQ)
+
+
+def _naive_entropy(masses: list[Tensor]) -> Tensor:
+    return sum((-mass * (mass + 1e-6).log() for mass in masses), torch.zeros_like(masses[0]))
+
+
+def naive_largest(scores: Tensor | list[Tensor], k: int) -> list[int]:
+    """Places of the k largest, of equal ones the first."""
+    return sorted(range(len(scores)), key=lambda place: scores[place].item(), reverse=True)[:k]
 
 
 def naive_top_k(gate: TopK, x_TD: Tensor) -> Tensor:
-    """(T, n) mixture: sort, keep k indices, softmax over them."""
+    """(T, n) mixture: sort, keep k indices, weigh them."""
+    return _top_k_branches(gate, x_TD)[0].sum(dim=1)
+
+
+def _top_k_branches(gate: TopK, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor], list[list[Tensor]]]:
+    """Branches, losses, and the router probabilities of every token over all slots."""
+    rows, chosen, probabilities, z = [], [], [], x_TD.new_zeros(())
+    noisy = gate.noise_weight is not None and gate.training
+    noise_TE = torch.randn(len(x_TD), gate.num_experts, dtype=x_TD.dtype) if noisy else None
+    for token, x_D in enumerate(x_TD):
+        logits = [w_D @ x_D + b for w_D, b in zip(gate.weight, gate.bias, strict=True)]
+        if noise_TE is not None:
+            deviations = [(1 + (w_D @ x_D).exp()).log() for w_D in gate.noise_weight]
+            logits = [logit + n * d for logit, n, d in zip(logits, noise_TE[token], deviations, strict=True)]
+        scores = [1 / (1 + (-logit).exp()) if gate.scores == "sigmoid" else logit.exp() for logit in logits]
+        probabilities.append([score / sum(scores) for score in scores])
+        kept = naive_largest(_top_k_preferences(gate, scores, probabilities[-1]), gate.k)
+        total = sum(scores) if gate.scores == "softmax_before" else sum(scores[e] for e in kept)
+        zero = x_TD.new_zeros(())
+        rows.append(torch.stack([scores[e] / total if e in kept else zero for e in range(len(logits))]).unsqueeze(0))
+        chosen.append(kept)
+        z = z + sum(logit.exp() for logit in logits).log() ** 2
+    aux = {}
+    if gate.training and gate.balance_weight:
+        aux["load_balance"] = gate.balance_weight * naive_load_balance(chosen, probabilities, gate.num_experts)
+    if gate.training and gate.z_loss_weight:
+        aux["z_loss"] = gate.z_loss_weight * z / max(len(x_TD), 1)
+    return _stacked(rows, x_TD, 1, gate.num_experts), aux, probabilities
+
+
+def _top_k_preferences(gate: TopK, scores: list[Tensor], probabilities: list[Tensor]) -> list[Tensor]:
+    if not gate.bias_update_rate:
+        return scores
+    biased = scores if gate.scores == "sigmoid" else probabilities
+    return [score + bias for score, bias in zip(biased, gate.selection_bias, strict=True)]
+
+
+def naive_load_balance(
+    chosen: list[list[int]], probabilities: list[list[Tensor]], num_slots: int, num_null: int = 0
+) -> Tensor:
+    """S sum_i f_i P_i; the nulls, the last slots, share f."""
+    selections = sum(len(slots) for slots in chosen)
+    share = [sum(slots.count(s) for slots in chosen) / max(selections, 1) for s in range(num_slots)]
+    null = range(num_slots - num_null, num_slots)
+    bucket = sum(share[s] for s in null) / max(num_null, 1)
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in probabilities:
+        for slot, probability in enumerate(row):
+            loss = loss + (bucket if slot in null else share[slot]) * probability / len(probabilities)
+    return num_slots * loss
+
+
+def _dselect_k_branches(gate: DSelectK, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    rows, entropy, reciprocal = [], x_TD.new_zeros(()), x_TD.new_zeros(())
+    for x_D in x_TD:
+        alphas = [b if gate.static else gate.selector_weight[j] @ x_D + b for j, b in enumerate(gate.selector_bias)]
+        row = []
+        for j in range(gate.k):
+            bits = [naive_smooth_step(t, gate.gamma) for t in _planes(gate, "bit", x_D, j)]
+            codes = []
+            for expert in range(gate.num_experts):
+                factors = [z if (expert >> b) & 1 else 1 - z for b, z in enumerate(bits)]
+                code = factors[0]
+                for factor in factors[1:]:
+                    code = code * factor
+                codes.append(code)
+            row.append(alphas[j].exp() / sum(alpha.exp() for alpha in alphas) * torch.stack(codes))
+            entropy = entropy + _naive_entropy(codes)
+            reciprocal = reciprocal + 1 / (sum(codes) + 1e-6)
+        rows.append(torch.stack(row))
+    aux = {"entropy": gate.entropy_weight * entropy / max(len(x_TD), 1)}
+    if bin(gate.num_experts).count("1") != 1:
+        aux["reciprocal"] = gate.reciprocal_weight * reciprocal / max(len(x_TD), 1)
+    return _stacked(rows, x_TD, gate.k, gate.num_experts), aux
+
+
+def _linear_branches(gate: Softmax | SMoEDropout, x_TD: Tensor) -> Tensor:
+    k = gate.num_experts
+    if isinstance(gate, SMoEDropout):
+        own_k = gate.evaluation_k is not None and not gate.training
+        k = gate.evaluation_k if own_k else gate.k_at(int(gate.step))
     rows = []
     for x_D in x_TD:
         logits = [w_D @ x_D + b for w_D, b in zip(gate.weight, gate.bias, strict=True)]
-        kept = sorted(range(len(logits)), key=lambda e: logits[e].item(), reverse=True)[: gate.k]
-        total = sum(logits[e].exp() for e in kept)
-        zero = x_TD.new_zeros(())
+        kept = naive_largest(logits, k)
+        total, zero = sum(logits[e].exp() for e in kept), x_TD.new_zeros(())
         rows.append(torch.stack([logits[e].exp() / total if e in kept else zero for e in range(len(logits))]))
-    return torch.stack(rows) if rows else x_TD.new_zeros(0, gate.num_experts)
+    return _stacked([row.unsqueeze(0) for row in rows], x_TD, 1, gate.num_experts)
 
 
-def naive_gate(gate: Gate, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(T, n) mixture and the auxiliary losses of any gate."""
+def _null_branches(gate: NullSlots, x_TD: Tensor, ids_T: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    inner, num_slots = gate.gate, gate.num_experts + gate.null_slots
+    if isinstance(inner, TopK):
+        inner_TKS, aux, probabilities = _top_k_branches(inner, x_TD)
+    else:
+        inner_TKS, aux = _branches(inner, x_TD, ids_T)
+        probabilities = [list(row_S) for row_S in inner_TKS.sum(dim=1)]
+    chosen = [row_S.nonzero().flatten().tolist() for row_S in inner_TKS.sum(dim=1)]
+    if gate.balance_weight and gate.training:
+        loss = naive_load_balance(chosen, probabilities, num_slots, gate.null_slots)
+        aux = aux | {"null_balance": gate.balance_weight * loss}
+    rows = []
+    for row_KS, slots in zip(inner_TKS, chosen, strict=True):
+        row_KE = row_KS[:, : gate.num_experts]
+        true = [slot for slot in slots if slot < gate.num_experts]
+        rows.append(row_KE / row_KE.sum() if true and len(true) < len(slots) else row_KE)
+    return _stacked(rows, x_TD, gate.num_branches, gate.num_experts), aux
+
+
+def _hash_branches(gate: HashRouting, x_TD: Tensor, ids_T: Tensor | None) -> Tensor:
+    assert ids_T is not None
+    table = gate.table.tolist()
+    rows = [[float(table[each] == expert) for expert in range(gate.num_experts)] for each in ids_T.tolist()]
+    return torch.tensor(rows, dtype=x_TD.dtype).view(len(x_TD), 1, gate.num_experts)
+
+
+def _stacked(rows: list[Tensor], x_TD: Tensor, branches: int, num_experts: int) -> Tensor:
+    return torch.stack(rows) if rows else x_TD.new_zeros(0, branches, num_experts)
+
+
+def _branches(gate: Gate, x_TD: Tensor, ids_T: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """(T, branches, n) and the auxiliary losses of any gate."""
     if isinstance(gate, Comet):
-        mixture_TE, entropy = naive_comet(gate, x_TD)
-        return mixture_TE, {"entropy": entropy}
-    assert isinstance(gate, TopK)
-    return naive_top_k(gate, x_TD), {}
+        return _comet_branches(gate, x_TD)
+    if isinstance(gate, TopK):
+        return _top_k_branches(gate, x_TD)[:2]
+    if isinstance(gate, DSelectK):
+        return _dselect_k_branches(gate, x_TD)
+    if isinstance(gate, NullSlots):
+        return _null_branches(gate, x_TD, ids_T)
+    if isinstance(gate, HashRouting):
+        return _hash_branches(gate, x_TD, ids_T), {}
+    assert isinstance(gate, Softmax | SMoEDropout)
+    return _linear_branches(gate, x_TD), {}
+
+
+def _slots(gate: Gate, branches_TKE: Tensor) -> Tensor:
+    return branches_TKE.flatten(1) if gate.splits_branches else branches_TKE.sum(dim=1)
+
+
+def naive_gate(gate: Gate, x_TD: Tensor, ids_T: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """(T, slots) mixture and the auxiliary losses of any gate, of a single rank."""
+    branches_TKE, aux = _branches(gate, x_TD, ids_T)
+    return _slots(gate, branches_TKE), aux
 
 
 def naive_relabel(mixture_TS: Tensor, table: list[int]) -> Tensor:

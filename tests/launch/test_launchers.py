@@ -66,7 +66,7 @@ def test_one_process_agrees(config: Path, reference: Path, tmp_path: Path) -> No
 def test_exit_code_of_a_mistake(config: Path, tmp_path: Path) -> None:
     outcome = finish(start("dist-moe", "train", config, "--run-dir", tmp_path / "run", "model.gate.k=99"))
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == "dist-moe: model.gate.k=99 exceeds model.num_experts=4; allowed: 1..4\n"
+    assert outcome.err == "dist-moe: model.gate.k=99 exceeds num_experts=4; allowed: 1..4\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -14,15 +14,9 @@ from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, Gate, TopK
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import World
-from dist_moe.search import PermutationSearch
-from tests.helpers.oracle import (
-    naive_experts,
-    naive_gate,
-    naive_mix,
-    naive_permutation_entropy,
-    naive_relabel,
-    naive_sinkhorn,
-)
+from dist_moe.search import PermutationSearch, give_branches_slots
+from tests.helpers.branches import naive_branch_mix, naive_branch_relabel, naive_branch_sum
+from tests.helpers.oracle import naive_experts, naive_gate, naive_permutation_entropy, naive_sinkhorn
 
 STAGE_STEPS = 4
 ENTROPY_WEIGHT = 0.3
@@ -31,7 +25,11 @@ PERMUTATION_WEIGHT = 0.2
 
 @dataclass(frozen=True)
 class Case:
-    """``hardness``: the spread of the split values in units of gamma; large ones saturate all splits."""
+    """``hardness``: the spread of the split values in units of gamma; large ones saturate all splits.
+
+    ``permutation``: "through" learns straight through hard tables. ``per_gate``, ``per_branch``: whether
+    every gate, every tree, has one of its own.
+    """
 
     gate: Literal["comet", "top_k"] = "comet"
     num_gates: int = 1
@@ -41,7 +39,9 @@ class Case:
     hidden: int = 4
     gamma: float = 1.0
     hardness: float = 0.6
-    permutation: Literal["none", "hard", "soft"] = "none"
+    permutation: Literal["none", "hard", "soft", "through"] = "none"
+    per_gate: bool = False
+    per_branch: bool = False
     tokens: int = 6
     seed: int = 0
 
@@ -58,7 +58,9 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         "hidden": draw(st.integers(1, 3)),
         "gamma": draw(st.sampled_from([0.001, 0.1, 1.0, 10.0])),
         "hardness": draw(st.sampled_from([0.1, 0.5, 1.0, 1000.0])),
-        "permutation": draw(st.sampled_from(["none", "hard", "soft"])),
+        "permutation": draw(st.sampled_from(["none", "hard", "soft", "through"])),
+        "per_gate": draw(st.booleans()),
+        "per_branch": draw(st.booleans()),
         "tokens": draw(st.integers(0, 5)),
         "seed": draw(st.integers(0, 2**20)),
     }
@@ -96,7 +98,10 @@ def build_layer(case: Case) -> Layer:
     gates = [build_gate(case) for _ in range(case.num_gates)]
     experts = DenseReLUBank(case.dim, case.hidden, case.num_experts, range(case.num_experts)).double()
     torch.nn.init.normal_(experts.bias)
-    return Layer(gates, experts, build_search(case))
+    search = build_search(case, gates)
+    if search is not None:
+        give_branches_slots(gates, search)
+    return Layer(gates, experts, search)
 
 
 def build_gate(case: Case) -> Gate:
@@ -113,14 +118,22 @@ def build_gate(case: Case) -> Gate:
     return comet
 
 
-def build_search(case: Case) -> PermutationSearch | None:
+def build_search(case: Case, gates: list[Gate]) -> PermutationSearch | None:
     if case.permutation == "none":
         return None
     search = PermutationSearch(
-        case.num_experts, STAGE_STEPS, PERMUTATION_WEIGHT, temperature=(1e-1, 1e-2), iterations=(3, 7)
+        case.num_experts,
+        STAGE_STEPS,
+        case.num_gates,
+        entropy_weight=PERMUTATION_WEIGHT,
+        temperature=(1e-1, 1e-2),
+        iterations=(3, 7),
+        per_gate=case.per_gate,
+        branches=gates[0].num_branches if case.per_branch else 1,
+        forward="hard" if case.permutation == "through" else "soft",
     ).double()
-    search.step.fill_(1 if case.permutation == "soft" else STAGE_STEPS)
-    search.table.copy_(torch.randperm(case.num_experts))
+    search.step.fill_(STAGE_STEPS if case.permutation == "hard" else 1)
+    search.table.copy_(torch.rand_like(search.soft[..., 0]).argsort(-1))
     return search
 
 
@@ -140,15 +153,35 @@ def naive_mixtures(layer: Layer, x_TD: Tensor) -> tuple[list[Tensor], dict[str, 
     pairs = [naive_gate(gate, x_TD) for gate in layer.gates]
     mixtures = [mixture for mixture, _ in pairs]
     aux = {name: sum(gate_aux[name] for _, gate_aux in pairs) for name in pairs[0][1]}
-    if layer.search is None:
+    search = layer.search
+    if search is None:
         return mixtures, aux
-    if int(layer.search.step) >= STAGE_STEPS:
-        table = layer.search.table.tolist()
-        return [naive_relabel(m, table) for m in mixtures], aux | {"permutation": x_TD.new_zeros(())}
-    progress = int(layer.search.step) / STAGE_STEPS
-    soft = naive_sinkhorn(layer.search.relaxed / 10 ** (-1 - progress), int(3 + 4 * progress))
-    penalty = PERMUTATION_WEIGHT * naive_permutation_entropy(soft)
-    return [naive_mix(m, soft) for m in mixtures], aux | {"permutation": penalty}
+    of_gate = range(len(mixtures)) if search.per_gate else [0] * len(mixtures)
+    if int(search.step) >= STAGE_STEPS:
+        tables = [search.table[p] for p in of_gate]
+        mixtures = [naive_branch_relabel(m, table_KE) for m, table_KE in zip(mixtures, tables, strict=True)]
+        return mixtures, aux | {"permutation": x_TD.new_zeros(())}
+    soft = naive_soft(search)
+    penalties = [naive_permutation_entropy(matrix) for matrix in soft.flatten(0, 1)]
+    aux |= {"permutation": PERMUTATION_WEIGHT * sum(penalties, x_TD.new_zeros(())) / len(penalties)}
+    if search.straight_through:
+        return [naive_through(m, soft[p], search.table[p]) for m, p in zip(mixtures, of_gate, strict=True)], aux
+    return [naive_branch_mix(m, soft[p]) for m, p in zip(mixtures, of_gate, strict=True)], aux
+
+
+def naive_soft(search: PermutationSearch) -> Tensor:
+    """(P, K, n, n), one Sinkhorn matrix after another."""
+    progress = int(search.step) / STAGE_STEPS
+    logits = search.relaxed / 10 ** (-1 - progress)
+    matrices = [naive_sinkhorn(matrix, int(3 + 4 * progress)) for matrix in logits.flatten(0, 1)]
+    return torch.stack(matrices).view_as(search.relaxed)
+
+
+def naive_through(mixture_TS: Tensor, matrix_KEE: Tensor, table_KE: Tensor) -> Tensor:
+    """The values of the table; R's gradient is that of the soft sum, on the pairs that the table uses."""
+    hard_TE = naive_branch_relabel(mixture_TS, table_KE)
+    soft_TE = naive_branch_sum(mixture_TS.detach(), matrix_KEE) * (hard_TE.detach() != 0)
+    return hard_TE + (soft_TE - soft_TE.detach())
 
 
 def naive_layer(layer: Layer, x_TD: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:

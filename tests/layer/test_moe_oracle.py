@@ -27,6 +27,10 @@ from tests.layer.cases import (
 @example(Case(num_gates=3, num_experts=9, k=3, gamma=0.001, hardness=0.5, permutation="hard"))
 @example(Case(num_gates=3, num_experts=5, k=2, gamma=0.001, hardness=0.5, permutation="soft"))
 @example(Case(num_gates=2, num_experts=8, k=8, gate="top_k"))
+@example(Case(num_gates=2, num_experts=5, k=2, permutation="soft", per_gate=True, per_branch=True))
+@example(Case(num_gates=2, num_experts=6, k=3, hardness=1.0, permutation="hard", per_gate=True, per_branch=True))
+@example(Case(num_gates=2, num_experts=6, k=3, hardness=1.0, permutation="through", per_gate=True, per_branch=True))
+@example(Case(tokens=0, num_gates=2, permutation="through", per_branch=True))
 def test_layer_equals_naive_loop(case: Case) -> None:
     layer, x_TD, cotangents = build_layer(case), build_tokens(case), build_cotangents(case)
     leaves = layer.leaves() | {"x": x_TD}

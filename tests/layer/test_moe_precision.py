@@ -16,7 +16,7 @@ def layer_in_fp32(case: Case) -> Layer:
     return layer
 
 
-@pytest.mark.parametrize("permutation", ["none", "hard", "soft"])
+@pytest.mark.parametrize("permutation", ["none", "hard", "soft", "through"])
 @pytest.mark.parametrize("gate", ["comet", "top_k"])
 def test_mixture_and_auxiliary_losses_are_those_without_autocast(gate: str, permutation: str) -> None:
     case = Case(gate=gate, num_gates=2, permutation=permutation, tokens=20)

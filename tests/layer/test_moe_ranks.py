@@ -100,6 +100,8 @@ CASES = {
     "comet": Case(num_gates=2, hardness=0.6),
     "comet-hard-trees": Case(num_gates=2, k=3, hardness=1000.0, permutation="hard"),
     "comet-soft-permutation": Case(permutation="soft"),
+    "comet-tables-per-gate-and-tree": Case(num_gates=2, permutation="hard", per_gate=True, per_branch=True),
+    "comet-straight-through": Case(num_gates=2, permutation="through", per_branch=True),
     "top-k": Case(gate="top_k", num_gates=2, permutation="hard"),
 }
 
@@ -123,7 +125,9 @@ def test_any_split_equals_one_process(data: st.DataObject) -> None:
         num_experts=num_experts,
         k=data.draw(st.integers(1, min(num_experts, 3))),
         hardness=data.draw(st.sampled_from([0.5, 1.0, 1000.0])),
-        permutation=data.draw(st.sampled_from(["none", "hard", "soft"])),
+        permutation=data.draw(st.sampled_from(["none", "hard", "soft", "through"])),
+        per_gate=data.draw(st.booleans()),
+        per_branch=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 1000)),
     )
     assert_equals_one_process(case, tokens_per_rank)

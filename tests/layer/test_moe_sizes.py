@@ -13,12 +13,12 @@ from tests.helpers.worlds import run_worlds
 
 
 def test_gates_of_another_size_than_the_bank() -> None:
-    with pytest.raises(ValueError, match="6 slots of width 3 does not fit 4 experts"):
+    with pytest.raises(ValueError, match="6 experts and tokens of width 3 does not fit 4 experts of width 3"):
         MoE(Comet(3, 6), DenseReLUBank(3, 2, 4, range(4)))
 
 
 def test_gates_of_different_sizes() -> None:
-    with pytest.raises(ValueError, match="6 slots"):
+    with pytest.raises(ValueError, match="a gate over 6 experts"):
         MoE([TopK(3, 4), TopK(3, 6)], DenseReLUBank(3, 2, 4, range(4)))
 
 

@@ -71,7 +71,7 @@ def test_dispatched_run_equals_dense_run_with_garbage() -> None:
 
 
 @pytest.mark.parametrize("gate", ["comet", "top_k"])
-@pytest.mark.parametrize("permutation", ["none", "hard"])
+@pytest.mark.parametrize("permutation", ["none", "hard", "through"])
 def test_poisoned_unused_experts_change_no_bit(gate: str, permutation: str) -> None:
     """Weights of an expert that no token reaches may be NaN."""
     case = Case(gate=gate, k=1, hardness=1000.0, permutation=permutation, tokens=5, num_experts=16)

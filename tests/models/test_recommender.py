@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_moe.gates import CometConfig, TopKConfig
-from dist_moe.models import Recommender, RecommenderConfig
+from dist_moe.models import Recommender, RecommenderConfig, RunShape
 from dist_moe.parallel import SingleWorld
 from dist_moe.search import PermutationSearchConfig
 from tests.helpers.worlds import run_worlds
@@ -19,7 +19,7 @@ MOVIELENS = (6040, 3706)
 def build(num_users: int = 20, num_items: int = 30, **options: Any) -> Recommender:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"embedding_dim": 4, "num_experts": 6, "expert_units": 5, "tower_units": 7}
-    return RecommenderConfig(**(sizes | options)).build(num_users, num_items, 10, SingleWorld())
+    return RecommenderConfig(**(sizes | options)).build(num_users, num_items, RunShape(SingleWorld(), 10))
 
 
 def count(module: torch.nn.Module) -> int:
@@ -34,13 +34,13 @@ def expected_count(users: int, items: int, emb: int, n: int, hidden: int, tower:
 
 
 def test_number_of_parameters_at_the_paper_sizes() -> None:
-    model = RecommenderConfig().build(*MOVIELENS, 3076, SingleWorld())
+    model = RecommenderConfig().build(*MOVIELENS, RunShape(SingleWorld(), 3076))
     assert count(model.moe.gates[0]) == 15_934  # k (2n-1) (p+1), p=256, n=16, k=2
     assert count(model) == expected_count(*MOVIELENS, 128, 16, 256, 256, gate=15_934, tables=0) == 2_464_126
 
 
 def test_number_of_top_k_gate_parameters_at_the_paper_sizes() -> None:
-    model = RecommenderConfig(gate=TopKConfig(k=2)).build(*MOVIELENS, 3076, SingleWorld())
+    model = RecommenderConfig(gate=TopKConfig(k=2)).build(*MOVIELENS, RunShape(SingleWorld(), 3076))
     assert count(model.moe.gates[0]) == 4_112
 
 
@@ -59,12 +59,11 @@ def test_output_shapes_and_gradients_for_any_batch(
     batch: int, gate: CometConfig | TopKConfig, permutation: PermutationSearchConfig | None
 ) -> None:
     model = build(gate=gate, permutation=permutation)
-    if model.permutation is not None:
-        model.permutation.begin_step()
+    model.table.begin_step()
     output = model(torch.randint(20, (batch,)), torch.randint(30, (batch,)))
-    assert output.watched_logit_B.shape == output.rating_B.shape == (batch,)
+    assert [prediction.shape for prediction in output.predictions] == [(batch,), (batch,)]
     assert len(output.moe.outputs) == 2
-    losses = [output.watched_logit_B.sum(), output.rating_B.sum(), *output.moe.aux.values()]
+    losses = [*(prediction.sum() for prediction in output.predictions), *output.moe.aux.values()]
     torch.stack(losses).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -73,14 +72,13 @@ def test_output_shapes_and_gradients_for_any_batch(
 
 def test_every_parameter_learns_something() -> None:
     model = build(permutation=PermutationSearchConfig(epochs=1))
-    assert model.permutation is not None
-    model.permutation.begin_step()
+    model.table.begin_step()
     generator = torch.Generator().manual_seed(0)
     user_B, item_B = (torch.randint(high, (200,), generator=generator) for high in (20, 30))
     output = model(user_B, item_B)
-    weight_B = torch.randn(2, 200, generator=generator)
+    weight_GB = torch.randn(2, 200, generator=generator)
     aux = sum(output.moe.aux.values())
-    ((output.watched_logit_B * weight_B[0]).sum() + (output.rating_B * weight_B[1]).sum() + aux).backward()
+    ((torch.stack(output.predictions) * weight_GB).sum() + aux).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         rows = parameter.grad if "embedding" in name or name.startswith("moe.experts") else [parameter.grad]
@@ -90,18 +88,18 @@ def test_every_parameter_learns_something() -> None:
 def test_each_task_has_its_own_gate_and_tower() -> None:
     model = build().eval()
     user_B, item_B = torch.arange(5), torch.arange(5)
-    before = model(user_B, item_B)
+    before = model(user_B, item_B).predictions
     with torch.no_grad():
         model.moe.gates[1].leaf_weight.mul_(50)
         model.towers[1][2].bias.add_(1)
-    after = model(user_B, item_B)
-    assert torch.equal(after.watched_logit_B, before.watched_logit_B)
-    assert not torch.equal(after.rating_B, before.rating_B)
+    after = model(user_B, item_B).predictions
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
 
 
 def test_user_and_item_both_matter() -> None:
     model = build().eval()
-    results = [model(torch.tensor([u]), torch.tensor([i])).rating_B.item() for u, i in ((0, 0), (1, 0), (0, 1))]
+    results = [model(torch.tensor([u]), torch.tensor([i])).predictions[1].item() for u, i in ((0, 0), (1, 0), (0, 1))]
     assert len(set(results)) == 3
 
 
@@ -126,7 +124,7 @@ def test_share_of_every_rank_is_that_of_one_process() -> None:
             if world.rank != rank:
                 return None
             torch.manual_seed(0)
-            return config.build(20, 30, 10, world)
+            return config.build(20, 30, RunShape(world, 10))
 
         share = run_worlds(3, build_on)[rank]
         assert share is not None

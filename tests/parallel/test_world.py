@@ -64,12 +64,12 @@ def train_one_step_with_search(search: PermutationSearch) -> None:
 
 @pytest.mark.usefixtures("no_collectives")
 def test_one_rank_issues_no_collective_without_a_process_group() -> None:
-    train_one_step_with_search(PermutationSearch(4, stage_steps=2))
+    train_one_step_with_search(PermutationSearch(4, stage_steps=2, num_gates=2))
 
 
 @pytest.mark.usefixtures("no_collectives")
 def test_one_rank_issues_no_collective_in_a_process_group_of_one() -> None:
-    search = PermutationSearch(4, stage_steps=2)
+    search = PermutationSearch(4, stage_steps=2, num_gates=2)
 
     def train(world: ProcessWorld) -> int:
         assert dist.is_initialized()

@@ -26,8 +26,8 @@ from dist_moe.engine.checkpoint_files import (
 from dist_moe.engine.checkpoint_reader import expert_ids_by_parameter
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.process_groups import process_groups
+from dist_moe.recipes.models import build_model
 from dist_moe.recipes.plan import plan_resumed_run
-from dist_moe.recipes.supervised import build_model
 from tests.helpers.commands import Outcome, dist_moe, run_here, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import largest_difference, losses_of, records_of, tensors_of, write_config
@@ -95,7 +95,7 @@ def reload(source: Path, overrides: list[str], target: Path) -> list[str]:
     """Load the checkpoint of ``source``, write it again to ``target``; parameters that are not as they were."""
     plan = plan_resumed_run(source, overrides)
     with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.data, plan.feed.steps_per_epoch, groups)
+        model = build_model(plan.config, plan.problem, groups.world)
         engine = ExpertParallelEngine(model, plan.deepspeed, groups)
         assert plan.checkpoint is not None
         step = load_checkpoint(engine, plan.checkpoint).step
@@ -183,7 +183,7 @@ def test_old_checkpoints_go(interrupted: Path) -> None:
         ("model.expert_units=8", ["moe.experts.weight|", "(16, 16)", "(16, 8)"]),
         ("model.num_experts=8", ["moe."]),
         ("model.gate={name: top_k}", ["moe.gates.0.weight"]),
-        ("model.embedding_dim=4", ["user_embedding.weight|", "(120, 8)", "(120, 4)"]),
+        ("model.embedding_dim=4", ["moe.gates.0.split_weight|", "(2, 3, 16)", "(2, 3, 8)"]),
     ],
 )
 def test_a_checkpoint_of_another_model(interrupted: Path, change: str, parts: list[str]) -> None:

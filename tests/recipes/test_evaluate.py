@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from dist_moe.data.batches import PairBatch
 from dist_moe.engine.checkpoint import load_model
 from dist_moe.engine.checkpoint_files import newest_checkpoint
 from dist_moe.engine.process_groups import process_groups
 from dist_moe.recipes.metrics import area_under_curve
+from dist_moe.recipes.models import build_model
 from dist_moe.recipes.plan import plan_resumed_run
-from dist_moe.recipes.supervised import build_model
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config
 
-TEST_FIGURES = {"auc", "bce", "mse", "loss", "active_experts", "dead_experts"}
+TEST_FIGURES = {"auc", "bce", "mse", "loss", "active_experts", "active_experts_by_gate", "dead_experts"}
 
 
 @pytest.fixture(scope="module")
@@ -79,37 +78,38 @@ def test_evaluating_changes_nothing(run: Path) -> None:
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def figures_by_hand(run: Path) -> dict[str, float]:
+def figures_by_hand(run: Path) -> dict[str, float | list[float]]:
     """The test pairs one by one through the model in evaluation mode, on one rank."""
     plan = plan_resumed_run(run, ["parallel.expert_parallel_size=1"])
     with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.data, plan.feed.steps_per_epoch, groups).eval()
+        model = build_model(plan.config, plan.problem, groups.world).eval()
         load_model(model, newest_checkpoint(run))
-        assert model.permutation is not None
-        model.permutation.begin_evaluation()
-        test = plan.data.test
+        model.table.begin_evaluation()
+        test = plan.problem.test
         probabilities, squares, entropies = [], [], []
         experts = torch.zeros(model.moe.experts.num_experts)
-        active = 0
+        active = [0, 0]
         for index in range(len(test)):
-            pair = PairBatch.take(test, np.array([index]), 1, 1)
+            pair = test.batch(np.array([index]), np.array([index]))
             with torch.no_grad():
                 output = model(pair.user_B, pair.item_B)
-            probability = float(output.watched_logit_B.double().sigmoid())
+            logit_B, stars_B = output.predictions
+            probability = float(logit_B.double().sigmoid())
             watched = float(pair.rating_B) > 0
             probabilities.append(probability)
             entropies.append(-np.log(probability if watched else 1 - probability))
             if watched:
-                squares.append(float(output.rating_B - pair.rating_B) ** 2)
-            for route in output.moe.routes:
-                active += route.num_assignments
+                squares.append(float(stars_B - pair.rating_B) ** 2)
+            for gate, route in enumerate(output.moe.routes):
+                active[gate] += route.num_assignments
                 experts[route.slot_N] += 1
     watched_N = np.asarray(test.rating_N) > 0
     return {
         "auc": area_under_curve(np.array(probabilities), watched_N),
         "bce": float(np.mean(entropies)),
         "mse": float(np.mean(squares)),
-        "active_experts": active / (2 * len(test)),
+        "active_experts": sum(active) / (2 * len(test)),
+        "active_experts_by_gate": [count / len(test) for count in active],
         "dead_experts": int((experts == 0).sum()),
     }
 

@@ -13,6 +13,7 @@ from tests.helpers.runs import largest_difference, losses_of, records_of, tensor
 LAYOUTS = [(1, 1), (2, 2), (2, 1), (4, 2)]
 CLIPPING = [0.0, 0.3]
 PERMUTATION = {"epochs": 0.3}
+SEED = 1  # with which no ReLU sits at its kink, where rounding alone would decide whether its unit learns
 
 
 def run_name(world: int, ep: int, stage: int, clipping: float) -> str:
@@ -22,7 +23,7 @@ def run_name(world: int, ep: int, stage: int, clipping: float) -> str:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
     root = tmp_path_factory.mktemp("layouts")
-    config = write_config(root, tiny_data, model={"permutation": PERMUTATION})
+    config = write_config(root, tiny_data, model={"permutation": PERMUTATION}, seed=SEED)
     for world, ep in LAYOUTS:
         cells = {
             str(root / run_name(world, ep, stage, clipping)): [

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_moe.data.movielens import MovieLens, PairTable
+from dist_moe.data.movielens import MovieLens
+from dist_moe.data.pairs import PairTable
 from dist_moe.recipes.baselines import SMOOTHING, baseline_figures
 from dist_moe.recipes.metrics import PAPER_EVAL_BATCH, area_under_curve, two_task_figures
 
@@ -38,8 +39,8 @@ def test_auc_counts_pairs_and_half_of_ties(scored: list[tuple[float, bool]]) -> 
     assert area_under_curve(score_N, positive_N) == pytest.approx(auc_of_pairs(scored), abs=1e-12, nan_ok=True)
 
 
-@given(st.lists(PREDICTED, min_size=1, max_size=300), st.floats(0, 1))
-def test_losses_by_a_loop(predicted: list[tuple[float, float, int]], weight: float) -> None:
+@given(st.lists(PREDICTED, min_size=1, max_size=300), st.tuples(st.floats(0, 2), st.floats(0, 2)))
+def test_losses_by_a_loop(predicted: list[tuple[float, float, int]], weights: tuple[float, float]) -> None:
     bce = [-math.log(p if target else 1 - p) for p, _, target in predicted]
     squares = [(stars - target) ** 2 for _, stars, target in predicted if target]
     mse = sum(squares) / len(squares) if squares else 0.0
@@ -48,17 +49,17 @@ def test_losses_by_a_loop(predicted: list[tuple[float, float, int]], weight: flo
     for batch in batches:
         rated = [(stars - target) ** 2 for _, stars, target in batch if target]
         entropy = np.mean([-math.log(p if target else 1 - p) for p, _, target in batch])
-        by_batches.append(len(batch) * float(weight * entropy + (1 - weight) * (np.mean(rated) if rated else 0.0)))
+        by_batches.append(len(batch) * float(weights[0] * entropy + weights[1] * (np.mean(rated) if rated else 0.0)))
     probability_N, rating_N, target_N = (np.array(column) for column in zip(*predicted, strict=True))
-    figures = two_task_figures(probability_N, rating_N.astype(np.float64), target_N.astype(np.int8), weight)
+    figures = two_task_figures(probability_N, rating_N.astype(np.float64), target_N.astype(np.int8), weights)
     assert figures["bce"] == pytest.approx(np.mean(bce), rel=1e-9)
     assert figures["mse"] == pytest.approx(mse, rel=1e-9)
-    assert figures["loss"] == pytest.approx(weight * np.mean(bce) + (1 - weight) * mse, rel=1e-9)
+    assert figures["loss"] == pytest.approx(weights[0] * np.mean(bce) + weights[1] * mse, rel=1e-9)
     assert figures["loss_by_batches"] == pytest.approx(sum(by_batches) / len(predicted), rel=1e-9)
 
 
 def test_a_certainty_that_is_wrong_costs_much_but_not_everything() -> None:
-    figures = two_task_figures(np.array([0.0]), np.array([3.0]), np.array([5], dtype=np.int8), 0.5)
+    figures = two_task_figures(np.array([0.0]), np.array([3.0]), np.array([5], dtype=np.int8), (0.5, 0.5))
     assert 100 < figures["bce"] < math.inf
 
 
@@ -80,7 +81,7 @@ def data() -> MovieLens:
 
 
 def test_constant_predictor(data: MovieLens) -> None:
-    figures = baseline_figures(data, data.test, 0.5)["constant"]
+    figures = baseline_figures(data, data.test, (0.5, 0.5))["constant"]
     watched = float((data.train.rating_N > 0).mean())
     stars = float(data.train.rating_N[data.train.rating_N > 0].mean())
     rated = data.test.rating_N[data.test.rating_N > 0]
@@ -107,13 +108,13 @@ def test_popularity_predictor_by_a_loop(data: MovieLens) -> None:
         for item in data.test.item_N.tolist()
     ]
     probability_N, rating_N = (np.array(column) for column in zip(*predicted, strict=True))
-    expected = two_task_figures(probability_N, rating_N, data.test.rating_N, 0.5)
-    figures = baseline_figures(data, data.test, 0.5)
+    expected = two_task_figures(probability_N, rating_N, data.test.rating_N, (0.5, 0.25))
+    figures = baseline_figures(data, data.test, (0.5, 0.25))
     assert figures["popularity"] == pytest.approx(expected)
     assert figures["popularity"]["auc"] > 0.6 > figures["constant"]["auc"]
 
 
 def test_an_item_never_seen_gets_the_means(data: MovieLens) -> None:
     unseen = table([(0, 7, 4), (1, 7, 0)])
-    figures = baseline_figures(data, unseen, 0.5)
+    figures = baseline_figures(data, unseen, (0.5, 0.5))
     assert figures["popularity"] == pytest.approx(figures["constant"])

@@ -14,18 +14,19 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dist_moe.data.batches import PairBatch
+from dist_moe.data.pairs import PairBatch
 from dist_moe.engine.process_groups import process_groups
 from dist_moe.models import Recommender
+from dist_moe.recipes.models import build_model
 from dist_moe.recipes.plan import plan_new_run
-from dist_moe.recipes.supervised import build_model
+from dist_moe.search import PermutationSearch
 from tests.helpers.board import last_image, read_board
 from tests.helpers.commands import Outcome, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import records_of, write_config
 
 STEPS, EXPERTS, BATCH, DIM, UNITS = 100, 4, 64, 16, 16
-WATCHED_WEIGHT = 0.3
+WEIGHTS = (0.3, 0.9)
 EP2 = "parallel.expert_parallel_size=2"
 
 
@@ -40,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
             "permutation": {"epochs": 0.1},
         },
         train={"max_steps": STEPS, "validate_every": 40, "log_every": 7},
-        watched_weight=WATCHED_WEIGHT,
+        task_weights=list(WEIGHTS),
     )
 
 
@@ -76,9 +77,8 @@ def test_one_record_per_step(records: list[dict[str, Any]]) -> None:
         numbers = [value for name, value in record.items() if name != "load"]
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
         assert len(record["load"]) == EXPERTS
-        assert record["loss"] == pytest.approx(
-            WATCHED_WEIGHT * record["bce"] + (1 - WATCHED_WEIGHT) * record["mse"], abs=1e-6
-        )
+        weighted = WEIGHTS[0] * record["bce"] + WEIGHTS[1] * record["mse"]
+        assert record["loss"] == pytest.approx(weighted, rel=1e-6)
         auxiliary = record["entropy"] + record["permutation"]
         assert record["total_loss"] == pytest.approx(record["loss"] + auxiliary, abs=1e-5)
         assert record["examples_per_second"] > 0
@@ -110,15 +110,15 @@ def first_batch(config: Path, run: Path) -> dict[str, Any]:
     """Loss and load of the first step by a loop over its pairs, in fp64, from the untrained model."""
     plan = plan_new_run(config, [], run)
     with process_groups(plan.environment, plan.config.parallel) as groups:
-        model: Recommender = build_model(plan.config, plan.data, plan.feed.steps_per_epoch, groups)
+        model = build_model(plan.config, plan.problem, groups.world)
         (batch,) = plan.feed.micro_batches(0)
-        assert model.permutation is not None
-        model.permutation.begin_step()
+        model.table.begin_step()
         with torch.no_grad():
             output = model(batch.user_B, batch.item_B)
+            assert isinstance(model, Recommender)
             pairs = naive_pairs(model, batch)
         bce, squares = [], []
-        for logit, stars, target in zip(output.watched_logit_B, output.rating_B, batch.rating_B, strict=True):
+        for logit, stars, target in zip(*output.predictions, batch.rating_B, strict=True):
             probability = 1 / (1 + math.exp(-float(logit)))
             bce.append(-math.log(probability if target > 0 else 1 - probability))
             if target > 0:
@@ -129,8 +129,8 @@ def first_batch(config: Path, run: Path) -> dict[str, Any]:
 def naive_pairs(model: Recommender, batch: PairBatch) -> Tensor:
     """(B, E): whether a gate, mixed by the permutation of the first step, has weight for the expert."""
     x_BD = torch.cat([model.user_embedding(batch.user_B), model.item_embedding(batch.item_B)], dim=1)
-    assert model.permutation is not None
-    soft = model.permutation.soft_matrix()
+    assert isinstance(model.table, PermutationSearch)
+    soft = model.table.soft_matrix()[0, 0]
     weights = [gate(x_BD).dense() @ soft for gate in model.moe.gates]
     return (weights[0] > 0) | (weights[1] > 0)
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.parallel import ProcessWorld
-from dist_moe.search import PermutationSearch, agree_on_table, assert_same_on_all_ranks
-from dist_moe.search.agreement import round_to_table
+from dist_moe.search import PermutationSearch, agree_on_tables, assert_same_on_all_ranks
+from dist_moe.search.agreement import round_to_table, take_from_first_rank
 from tests.helpers.worlds import run_worlds
 
 
@@ -16,7 +16,7 @@ from tests.helpers.worlds import run_worlds
 def test_rank_0_decides(num_ranks: int) -> None:
     torch.manual_seed(num_ranks)
     softs = torch.rand(num_ranks, 6, 6)
-    tables = run_worlds(num_ranks, lambda world: agree_on_table(softs[world.rank]))
+    tables = run_worlds(num_ranks, lambda world: agree_on_tables(softs[world.rank]))
     for table in tables:
         assert torch.equal(table, round_to_table(softs[0]))
     assert num_ranks == 1 or not torch.equal(tables[1], round_to_table(softs[1]))
@@ -25,7 +25,7 @@ def test_rank_0_decides(num_ranks: int) -> None:
 def test_without_a_process_group_it_rounds() -> None:
     assert not dist.is_initialized()
     soft = torch.eye(4).roll(1, 0)
-    assert torch.equal(agree_on_table(soft), round_to_table(soft))
+    assert torch.equal(agree_on_tables(soft), round_to_table(soft))
 
 
 @pytest.mark.parametrize("odd", [[1], [3], [1, 2], [1, 2, 3]])
@@ -59,7 +59,7 @@ def test_a_broadcast_that_goes_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
     def agree(world: ProcessWorld) -> None:
         with pytest.raises(RuntimeError, match=r"ranks \[2\] differs"):
-            agree_on_table(torch.eye(5))
+            agree_on_tables(torch.eye(5))
 
     run_worlds(3, agree)
 
@@ -67,7 +67,7 @@ def test_a_broadcast_that_goes_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch)
 def test_nan_is_refused_on_every_rank_and_none_is_left_waiting() -> None:
     def refuse(world: ProcessWorld) -> None:
         with pytest.raises(FloatingPointError, match="NaN"):
-            agree_on_table(torch.full((3, 3), torch.nan))
+            agree_on_tables(torch.full((3, 3), torch.nan))
 
     assert run_worlds(2, refuse) == [None, None]
 
@@ -88,3 +88,61 @@ def test_search_agrees_at_the_end_of_its_stage_and_at_evaluation() -> None:
     tables = run_worlds(3, search_on_rank)
     assert tables[1] == tables[2] == tables[0]
     assert not torch.equal(searches[0].relaxed, searches[1].relaxed)
+
+
+def test_many_matrices_at_once() -> None:
+    torch.manual_seed(1)
+    soft = torch.rand(2, 3, 5, 5)
+    expected = [[round_to_table(soft[p, k]).tolist() for k in range(3)] for p in range(2)]
+    assert agree_on_tables(soft).tolist() == expected
+    for tables in run_worlds(2, lambda world: agree_on_tables(soft if world.rank == 0 else torch.rand(2, 3, 5, 5))):
+        assert tables.tolist() == expected
+        assert tables.dtype == torch.int64
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_the_first_rank_is_taken_at_its_word(num_ranks: int) -> None:
+    mine = [torch.tensor([[rank, 7], [8, rank]]) for rank in range(num_ranks)]
+    for rank, taken in enumerate(run_worlds(num_ranks, lambda world: take_from_first_rank(mine[world.rank].t()))):
+        assert taken.tolist() == [[0, 8], [7, 0]]
+        assert mine[rank].tolist() == [[rank, 7], [8, rank]]
+
+
+def test_one_rank_agrees_with_itself_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a collective was issued")
+
+    for name in ("broadcast", "all_gather"):
+        monkeypatch.setattr(dist, name, refuse)
+    tables = torch.tensor([1, 0])
+
+    def agree(world: ProcessWorld) -> bool:
+        assert_same_on_all_ranks(tables)
+        return take_from_first_rank(tables) is tables
+
+    assert run_worlds(1, agree) == [True]
+    assert take_from_first_rank(tables) is tables
+    assert_same_on_all_ranks(tables)
+
+
+def test_a_straight_through_search_agrees_before_every_step() -> None:
+    """R differs between these ranks, as it never should; their tables do not, at any step."""
+    torch.manual_seed(0)
+    options = {"per_gate": True, "branches": 2, "forward": "hard", "temperature": (0.1, 0.01), "iterations": (3, 7)}
+    searches = [PermutationSearch(5, 4, 3, **options) for _ in range(2)]
+    noise = torch.randn(4, 3, 2, 5, 5)
+
+    def search_on_rank(world: ProcessWorld) -> list[list[list[list[int]]]]:
+        search, tables = searches[world.rank], []
+        for step in range(4):
+            search.begin_step()
+            search.train()()
+            tables.append(search.table.tolist())
+            with torch.no_grad():
+                search.relaxed.add_(noise[step])
+        return tables
+
+    first, second = run_worlds(2, search_on_rank)
+    assert first == second
+    assert len({str(tables) for tables in first}) > 2
+    assert not torch.equal(searches[0].soft, searches[1].soft)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_moe.gates import TopK
 from dist_moe.routing import HardPermutation, Route, SoftPermutation
 from dist_moe.search import PermutationSearch, PermutationSearchConfig
 from dist_moe.search import permutation as module
 from dist_moe.search.agreement import round_to_table
-from dist_moe.search.permutation import permutation_entropy
-from tests.helpers.oracle import assert_same, naive_mix, naive_relabel, naive_sinkhorn
+from dist_moe.search.sinkhorn import permutation_entropy
+from tests.helpers.branches import naive_branch_mix
+from tests.helpers.oracle import assert_same, naive_relabel, naive_sinkhorn
 
 STAGE = 6
 WARM = {"temperature": (1e-1, 1e-2), "iterations": (3, 7)}
@@ -84,15 +86,19 @@ def test_steps_count_from_one() -> None:
 def test_training_in_the_stage_mixes_with_the_sinkhorn_matrix() -> None:
     search = make_search().double()
     search.begin_step()
-    permutation, aux = search.train()()
+    (permutation,), aux = search.train()()
     assert isinstance(permutation, SoftPermutation)
-    expected = naive_sinkhorn(search.relaxed / 10 ** (-1 - 1 / STAGE), 3)
-    assert_same(permutation.matrix_SS, expected, 1e-12)
-    assert torch.equal(search.soft, permutation.matrix_SS.detach())
-    assert torch.equal(aux["permutation"], 1e-4 * permutation_entropy(permutation.matrix_SS))
+    expected = naive_sinkhorn(search.relaxed[0, 0] / 10 ** (-1 - 1 / STAGE), 3)
+    assert_same(permutation.matrix_KEE, expected.unsqueeze(0), 1e-12)
+    assert torch.equal(search.soft[0], permutation.matrix_KEE.detach())
+    assert torch.equal(aux["permutation"], 1e-4 * permutation_entropy(permutation.matrix_KEE))
     mixture_TS = torch.rand(3, 5, dtype=torch.float64)
-    assert_same(permutation.apply(Route.from_dense(mixture_TS)).dense(), naive_mix(mixture_TS, expected), 1e-12)
-    (grad,) = torch.autograd.grad(aux["permutation"] + permutation.matrix_SS[0, 0], search.relaxed)
+    assert_same(
+        permutation.apply(Route.from_dense(mixture_TS)).dense(),
+        naive_branch_mix(mixture_TS, expected.unsqueeze(0)),
+        1e-12,
+    )
+    (grad,) = torch.autograd.grad(aux["permutation"] + permutation.matrix_KEE[0, 0, 0], search.relaxed)
     assert grad.abs().max() > 0
 
 
@@ -108,20 +114,20 @@ def test_stage_ends_with_the_rounding_of_the_last_soft_matrix() -> None:
     train_steps(search, STAGE - 1)
     last_soft = search.soft.clone()
     train_steps(search, 1)
-    assert torch.equal(search.table, round_to_table(last_soft))
+    assert torch.equal(search.table, round_to_table(last_soft[0, 0]).view(1, 1, 5))
     assert torch.equal(search.soft, last_soft)
-    assert search.table.tolist() != list(range(5))
-    permutation, _ = search.train()()
+    assert search.table.tolist() != [[list(range(5))]]
+    (permutation,), _ = search.train()()
     assert isinstance(permutation, HardPermutation)
     mixture_TS = torch.rand(3, 5)
     relabelled = permutation.apply(Route.from_dense(mixture_TS)).dense()
-    assert torch.equal(relabelled, naive_relabel(mixture_TS, search.table.tolist()))
+    assert torch.equal(relabelled, naive_relabel(mixture_TS, search.table[0, 0].tolist()))
 
 
 def test_a_stage_of_one_step_is_the_identity() -> None:
     search = make_search(stage=1)
     train_steps(search, 3)
-    assert search.table.tolist() == [0, 1, 2, 3, 4]
+    assert search.table.tolist() == [[[0, 1, 2, 3, 4]]]
 
 
 def test_frozen_for_ever_after_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,16 +136,16 @@ def test_frozen_for_ever_after_the_stage(monkeypatch: pytest.MonkeyPatch) -> Non
 
     search = make_search()
     train_steps(search, STAGE)
-    monkeypatch.setattr(module, "agree_on_table", refuse)
+    monkeypatch.setattr(module, "agree_on_tables", refuse)
     table, soft = search.table.clone(), search.soft.clone()
     with torch.no_grad():
         search.relaxed.copy_(-100 * torch.eye(5)[table])
     train_steps(search, 20 * STAGE)
     search.begin_evaluation()
     for training in (True, False):
-        permutation, _ = search.train(training)()
+        (permutation,), _ = search.train(training)()
         assert isinstance(permutation, HardPermutation)
-        assert torch.equal(permutation.table_S, table)
+        assert torch.equal(permutation.table_KE, table[0])
     assert torch.equal(search.table, table)
     assert torch.equal(search.soft, soft)
 
@@ -157,19 +163,21 @@ def test_after_the_stage_the_relaxed_gradient_is_zero_not_none() -> None:
 def test_evaluation_in_the_stage_uses_the_rounding_of_the_last_soft_matrix() -> None:
     search = make_search()
     train_steps(search, 2)
-    first = round_to_table(search.soft)
+    first = round_to_table(search.soft[0, 0])
     search.begin_evaluation()
-    permutation, aux = search.eval()()
+    (permutation,), aux = search.eval()()
     assert isinstance(permutation, HardPermutation)
-    assert torch.equal(permutation.table_S, first)
+    assert torch.equal(permutation.table_KE[0], first)
     assert aux == {}
     with torch.no_grad():
         search.relaxed.copy_(torch.eye(5).roll(1, 0))
     train_steps(search, 1)
     search.begin_evaluation()
-    assert torch.equal(search.eval()()[0].table_S, round_to_table(search.soft))
-    assert not torch.equal(search.table, first)
-    assert isinstance(search.train()()[0], SoftPermutation)
+    (permutation,), _ = search.eval()()
+    assert isinstance(permutation, HardPermutation)
+    assert torch.equal(permutation.table_KE[0], round_to_table(search.soft[0, 0]))
+    assert not torch.equal(search.table[0, 0], first)
+    assert isinstance(search.train()()[0][0], SoftPermutation)
 
 
 def test_evaluation_does_not_count_as_a_step_nor_touch_the_soft_matrix() -> None:
@@ -185,7 +193,9 @@ def test_evaluation_does_not_count_as_a_step_nor_touch_the_soft_matrix() -> None
 def test_evaluation_before_any_step_is_the_identity() -> None:
     search = make_search()
     search.begin_evaluation()
-    assert search.eval()()[0].table_S.tolist() == [0, 1, 2, 3, 4]
+    (permutation,), _ = search.eval()()
+    assert isinstance(permutation, HardPermutation)
+    assert permutation.table_KE.tolist() == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("steps", [3, STAGE - 1, STAGE, STAGE + 2])
@@ -217,7 +227,7 @@ def test_stays_finite_far_beyond_the_stage() -> None:
 def test_nan_is_refused_at_the_end_of_the_stage_and_at_evaluation() -> None:
     search = make_search()
     train_steps(search, 1)
-    search.soft[0, 0] = math.nan
+    search.soft[0, 0, 0, 0] = math.nan
     with pytest.raises(FloatingPointError, match="NaN"):
         search.begin_evaluation()
     search.step.fill_(STAGE - 1)
@@ -231,7 +241,8 @@ def test_current_matrix_is_soft_then_hard() -> None:
     assert torch.equal(search.current_matrix(), search.soft)
     train_steps(search, STAGE)
     hard = search.current_matrix()
-    assert [(s, int(e)) for s, e in hard.nonzero().tolist()] == list(enumerate(search.table.tolist()))
+    assert hard.shape == (1, 1, 5, 5)
+    assert [(s, e) for s, e in hard[0, 0].nonzero().tolist()] == list(enumerate(search.table[0, 0].tolist()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -239,14 +250,14 @@ def test_autocast_changes_no_bit_of_sinkhorn_and_entropy(dtype: torch.dtype) -> 
     search = make_search(n=9)
     search.relaxed.data = search.relaxed.data.to(dtype)
     search.begin_step()
-    permutation, aux = search()
+    (permutation,), aux = search()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_permutation, under_aux = search()
+        (under_permutation,), under_aux = search()
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     assert isinstance(permutation, SoftPermutation)
     assert isinstance(under_permutation, SoftPermutation)
-    assert under_permutation.matrix_SS.dtype == under_aux["permutation"].dtype == wanted
-    assert torch.equal(under_permutation.matrix_SS, permutation.matrix_SS)
+    assert under_permutation.matrix_KEE.dtype == under_aux["permutation"].dtype == wanted
+    assert torch.equal(under_permutation.matrix_KEE, permutation.matrix_KEE)
     assert torch.equal(under_aux["permutation"], aux["permutation"])
 
 
@@ -273,14 +284,14 @@ def test_sinkhorn_and_entropy_run_outside_autocast(monkeypatch: pytest.MonkeyPat
 def test_initial_range_and_single_parameter() -> None:
     torch.manual_seed(0)
     search = PermutationSearch(32, 10)
-    assert {name: tuple(p.shape) for name, p in search.named_parameters()} == {"relaxed": (32, 32)}
+    assert {name: tuple(p.shape) for name, p in search.named_parameters()} == {"relaxed": (1, 1, 32, 32)}
     assert -0.05 <= search.relaxed.min() < -0.049
     assert 0.049 < search.relaxed.max() <= 0.05
 
 
 @pytest.mark.parametrize(("epochs", "steps_per_epoch", "stage"), [(0.1, 1000, 100), (2.0, 30, 60), (0.001, 10, 1)])
 def test_config_measures_the_stage_in_epochs(epochs: float, steps_per_epoch: int, stage: int) -> None:
-    search = PermutationSearchConfig(epochs=epochs).build(4, steps_per_epoch)
+    search = PermutationSearchConfig(epochs=epochs).build([TopK(3, 4)], steps_per_epoch)
     assert search.stage_steps == stage
     assert search.temperature == (1e-3, 1e-7)
     assert search.iterations == (20, 150)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_moe.search.agreement import round_to_table
-from dist_moe.search.permutation import permutation_entropy, sinkhorn
+from dist_moe.search.sinkhorn import permutation_entropy, sinkhorn
 from tests.helpers.oracle import assert_same, naive_permutation_entropy, naive_sinkhorn
 
 

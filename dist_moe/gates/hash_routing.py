@@ -1,0 +1,91 @@
+"""Hash routing: a fixed table sends every id to one expert, whatever the token looks like.
+
+Roller, Sukhbaatar, Szlam, Weston: Hash Layers for Large Sparse Models (NeurIPS 2021). In the COMET
+comparison ("Hash-r") the id is the user's and the expert of each id is drawn uniformly, once.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture
+from dist_moe.routing import Route
+
+Assignment = Literal["random", "balanced"]
+
+
+class HashRoutingConfig(GateSettings):
+    """The hash gate: one expert per token, by the token's id; nothing to learn."""
+
+    name: Literal["hash"] = "hash"
+    assignment: Assignment = Field(
+        "random",
+        description="random: each id a uniformly drawn expert; balanced: frequent ids first, each to the expert "
+        "with the smallest load so far",
+    )
+    seed: int = Field(0, ge=0, description="seed of the random assignment, the same for every task's gate")
+
+    def build(self, dim: int, num_experts: int, context: GateContext) -> HashRouting:
+        if context.id_counts is None:
+            raise ValueError("gate.name=hash routes by id, but the data has no ids to route by")
+        return HashRouting(dim, num_experts, context.id_counts, self.assignment, self.seed)
+
+
+class HashRouting(Gate):
+    """``table`` (ids,) int64, in the checkpoint: the expert of each id. No parameters.
+
+    ``id_counts``: (ids,) how often each id occurs in the training data. "balanced" deals the ids out
+    in order of falling frequency (ties: the lower id), each to the least loaded expert (ties: the
+    lower expert).
+    """
+
+    table: Tensor
+    k = 1
+
+    def __init__(
+        self, dim: int, num_experts: int, id_counts: Tensor, assignment: Assignment = "random", seed: int = 0
+    ) -> None:
+        super().__init__(dim, num_experts)
+        if assignment == "random":
+            generator = torch.Generator().manual_seed(seed)
+            table = torch.randint(num_experts, (id_counts.numel(),), generator=generator)
+        else:
+            table = balanced_assignment(id_counts, num_experts)
+        self.register_buffer("table", table)
+
+    def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        expert_T11 = self._experts(x_TD, ids_T).view(-1, 1, 1)
+        return Mixture((expert_T11 == torch.arange(self.num_experts, device=x_TD.device)).to(x_TD.dtype))
+
+    def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
+        expert_T = self._experts(x_TD, ids_T)
+        token_T = torch.arange(len(x_TD), device=x_TD.device)
+        return Route(token_T, expert_T, x_TD.new_ones(len(x_TD)), len(x_TD), self.num_slots)
+
+    def _experts(self, x_TD: Tensor, ids_T: Tensor | None) -> Tensor:
+        if ids_T is None:
+            raise ValueError("hash routing needs ids_T, the tokens' ids, and got None")
+        if ids_T.shape != (len(x_TD),) or ids_T.is_floating_point() or ids_T.dtype == torch.bool:
+            raise ValueError(f"ids_T must be {len(x_TD)} integers, got {tuple(ids_T.shape)} of {ids_T.dtype}")
+        ids_T = ids_T.long()
+        if ids_T.numel() and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < len(self.table):
+            span = f"{int(ids_T.min())}..{int(ids_T.max())}"
+            raise ValueError(f"ids_T must lie in 0..{len(self.table) - 1}, the ids of the table, got {span}")
+        return self.table[ids_T]
+
+
+def balanced_assignment(id_counts: Tensor, num_experts: int) -> Tensor:
+    """(ids,) counts -> (ids,) int64 experts whose loads are as equal as greedy filling makes them."""
+    table = torch.empty(id_counts.numel(), dtype=torch.int64)
+    counts = id_counts.tolist()
+    loads = [(0, expert) for expert in range(num_experts)]
+    for each in sorted(range(len(counts)), key=lambda each: (-counts[each], each)):
+        load, expert = loads[0]
+        table[each] = expert
+        heapq.heapreplace(loads, (load + counts[each], expert))
+    return table

@@ -1,0 +1,144 @@
+"""SMoE-Dropout: a frozen random router, and a number of experts that grows while training.
+
+Chen, Zhang, Jaiswal, Liu, Wang: Sparse MoE as the New Dropout (ICLR 2023). The router l = W x + b is
+drawn once and never trained; a token's weights are the softmax over its k largest logits. From step
+0 to step T, k goes from k_min to k_max (or back), by one of
+
+    linear        k_min + round((k_max - k_min) t / T)
+    cosine        k_max - round((k_max - k_min) cos(pi t / 2T))
+    exponential   k_max - round((k_max - k_min) 0.99^floor(300 t / T))
+    multi_step    k_min, 2 k_min, 4 k_min, ..., k_max, each for an equal share of T
+
+"Dropout" is the paper's word: for given tokens nothing is random but the router's draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine, check_k
+from dist_moe.gates.top_k import largest
+
+ROUTER_INIT_STD = 0.02
+Schedule = Literal["linear", "cosine", "exponential", "multi_step"]
+
+
+class SMoEDropoutConfig(GateSettings):
+    """The SMoE-Dropout gate: a frozen random router whose k follows a schedule."""
+
+    name: Literal["smoe_dropout"] = "smoe_dropout"
+    k_min: int = Field(1, ge=1, description="experts per token at one end of the schedule")
+    k_max: int | None = Field(None, ge=1, description="experts per token at the other end (null: all experts)")
+    schedule: Schedule = Field("linear", description="how k goes from one end to the other")
+    schedule_steps: int | None = Field(None, ge=1, description="length of the schedule in steps (null: the whole run)")
+    increasing: bool = Field(True, description="from k_min to k_max; false: from k_max to k_min")
+    evaluation_k: int | None = Field(
+        None, ge=1, description="experts per token in evaluation (null: those of the schedule)"
+    )
+
+    def build(self, dim: int, num_experts: int, context: GateContext) -> SMoEDropout:
+        steps = self.schedule_steps or context.total_steps
+        if steps is None:
+            raise ValueError("gate.schedule_steps=null means the run's steps, but the run has no fixed number of steps")
+        return SMoEDropout(
+            dim,
+            num_experts,
+            self.k_min,
+            self.k_max or num_experts,
+            steps,
+            self.schedule,
+            increasing=self.increasing,
+            evaluation_k=self.evaluation_k,
+        )
+
+    def faults(self, num_experts: int) -> Iterator[str]:
+        for field in ("k_min", "k_max", "evaluation_k"):
+            k = getattr(self, field)
+            if k is not None and k > num_experts:
+                yield f"{field}={k} exceeds num_experts={num_experts}; allowed: 1..{num_experts}"
+        if self.k_max is not None and self.k_min > self.k_max:
+            yield f"k_min={self.k_min} exceeds k_max={self.k_max}"
+
+
+class SMoEDropout(Gate):
+    """``weight`` (n, dim), N(0, 0.02), and ``bias`` (n,), zero: buffers, so that nothing can train them.
+
+    ``step``: int64 buffer, the training step last begun: a loaded checkpoint evaluates with its own k.
+    ``evaluation_k``: the k of evaluation, if it is not the schedule's.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k_min: int,
+        k_max: int,
+        schedule_steps: int,
+        schedule: Schedule = "linear",
+        *,
+        increasing: bool = True,
+        evaluation_k: int | None = None,
+    ) -> None:
+        super().__init__(dim, num_experts)
+        for k in (k_min, k_max) if evaluation_k is None else (k_min, k_max, evaluation_k):
+            check_k(k, num_experts)
+        if k_min > k_max:
+            raise ValueError(f"k_min must not exceed k_max, got {k_min} and {k_max}")
+        if schedule_steps < 1:
+            raise ValueError(f"schedule_steps must be at least 1, got {schedule_steps}")
+        self.k_min = k_min
+        self.k_max = k_max
+        self.schedule_steps = schedule_steps
+        self.schedule = schedule
+        self.increasing = increasing
+        self.evaluation_k = evaluation_k
+        self.register_buffer("weight", nn.init.normal_(torch.empty(num_experts, dim), std=ROUTER_INIT_STD))
+        self.register_buffer("bias", torch.zeros(num_experts))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def begin_step(self, step: int) -> None:
+        self.step.fill_(step)
+
+    def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        logit_TE = affine(x_TD, self.weight, self.bias)
+        slot_TK = largest(logit_TE, self._k())
+        weight_TE = torch.zeros_like(logit_TE).scatter(1, slot_TK, logit_TE.gather(1, slot_TK).softmax(dim=-1))
+        return Mixture(weight_TE.unsqueeze(1))
+
+    def k_at(self, step: int) -> int:
+        """k of training step ``step``; from ``schedule_steps`` on, that of the end."""
+        step = min(max(step, 0), self.schedule_steps)
+        if self.schedule == "multi_step":
+            stages = self._stages()
+            return stages[min(len(stages) * step // self.schedule_steps, len(stages) - 1)]
+        moved = self._moved(self.k_max - self.k_min, step)
+        return self.k_min + moved if self.increasing else self.k_max - moved
+
+    def _k(self) -> int:
+        if self.evaluation_k is not None and not self.training:
+            return self.evaluation_k
+        return self.k_at(int(self.step))
+
+    def _moved(self, span: int, step: int) -> int:
+        """How many of ``span`` steps of k are behind; round() takes halves to even, as the authors' code."""
+        if self.schedule == "linear":
+            return round(span * step / self.schedule_steps)
+        if self.schedule == "cosine":
+            return span - round(span * math.cos(math.pi * step / (2 * self.schedule_steps)))
+        return span - round(span * 0.99 ** (300 * step // self.schedule_steps))
+
+    def _stages(self) -> list[int]:
+        stages = [self.k_min]
+        while stages[-1] < self.k_max:
+            stages.append(min(2 * stages[-1], self.k_max))
+        return stages if self.increasing else stages[::-1]

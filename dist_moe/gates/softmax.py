@@ -1,0 +1,34 @@
+"""Softmax: the dense mixture of all experts, g = softmax(W x + b); the comparison without sparsity.
+
+Jacobs, Jordan, Nowlan, Hinton: Adaptive Mixtures of Local Experts (Neural Computation 1991).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine
+
+
+class SoftmaxConfig(GateSettings):
+    """The softmax gate: every token uses every expert."""
+
+    name: Literal["softmax"] = "softmax"
+
+    def build(self, dim: int, num_experts: int, context: GateContext) -> Softmax:
+        return Softmax(dim, num_experts)
+
+
+class Softmax(Gate):
+    """``weight`` (n, dim), glorot-uniform, and ``bias`` (n,), zero."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts)
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_experts, dim)))
+        self.bias = nn.Parameter(torch.zeros(num_experts))
+
+    def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        return Mixture(affine(x_TD, self.weight, self.bias).softmax(dim=-1).unsqueeze(1))

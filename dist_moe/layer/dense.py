@@ -1,0 +1,48 @@
+"""The layer as one dense computation: every expert on every token, free of data-dependent shapes.
+
+Costs n / (experts per token) times the work of the ragged layer, but can be vectorised over many
+models at once (``torch.vmap``). For one rank that holds all experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dist_moe.gates import Gate
+from dist_moe.gates.base import gate_dtype
+from dist_moe.layer.moe import MoE, MoEOutput
+from dist_moe.routing import Pairs, mix
+
+
+class DenseReplay:
+    """A :class:`~dist_moe.layer.moe.Replay` that mixes with ``matrices_GKEE``, one (K, n, n) slot -> expert
+    matrix per gate. Keeps the mixtures of the last call, (G, T, n), in ``weight_GTE``."""
+
+    def __init__(self, matrices_GKEE: Sequence[Tensor]) -> None:
+        self._matrices_GKEE = matrices_GKEE
+        self.weight_GTE: Tensor | None = None
+
+    def __call__(self, layer: MoE, x_TD: Tensor, ids_T: Tensor | None) -> MoEOutput:
+        weights, aux = [], dict[str, Tensor]()
+        for gate, matrix_KEE in zip(layer.gates, self._matrices_GKEE, strict=True):
+            assert isinstance(gate, Gate)
+            mixture = gate.mixture(x_TD.to(gate_dtype(x_TD)), ids_T)
+            branches_TKE = mixture.weight_TKE
+            if len(matrix_KEE) == 1:
+                branches_TKE = branches_TKE.sum(dim=1, keepdim=True)
+            weights.append(mix(branches_TKE, matrix_KEE))
+            for name, loss in mixture.aux.items():
+                aux[name] = aux[name] + loss if name in aux else loss
+        self.weight_GTE = torch.stack(weights)
+        results_ETF = layer.experts.all_experts(x_TD)
+        outputs_GTF = torch.einsum("gte,etf->gtf", self.weight_GTE.to(results_ETF.dtype), results_ETF)
+        return MoEOutput(tuple(outputs_GTF.unbind()), aux, (), _no_pairs(layer, x_TD), rows_computed=0)
+
+
+def _no_pairs(layer: MoE, x_TD: Tensor) -> Pairs:
+    nothing = torch.zeros(0, dtype=torch.int64, device=x_TD.device)
+    weights = torch.zeros(len(layer.gates), 0, device=x_TD.device)
+    return Pairs(nothing, nothing, weights, nothing.new_zeros(layer.experts.num_experts), 0)

@@ -1,0 +1,87 @@
+"""The COMET paper's classifier of two overlaid images (MultiMNIST, MultiFashionMNIST).
+
+COMET supplement, section on architectures: convolutional experts, shared; per task a gate on the raw
+pixels and a head dense 50 ReLU, dense 50 ReLU, dense 10. Initialisers are Keras' defaults, which the
+authors used: glorot-uniform kernels, zero biases.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from dist_moe.experts import ConvBank
+from dist_moe.layer import MoE
+from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
+from dist_moe.parallel import experts_of_rank
+
+TASKS = ("top_left", "bottom_right")
+NUM_IDS = 4096
+_GREY_LEVELS = 255
+
+
+class TwoImageClassifierConfig(MoEModelConfig):
+    """Two-task classifier of the two images that were added to one another."""
+
+    name: Literal["two_image_classifier"] = Field("two_image_classifier", description="which model this is")
+    num_experts: int = Field(5, ge=2, description="experts in all, over all ranks")
+    expert_channels: tuple[PositiveInt, PositiveInt] = Field(
+        (10, 20), description="filters of the two 5x5 convolutions of each expert"
+    )
+    expert_units: tuple[PositiveInt, PositiveInt] = Field(
+        (50, 50), description="units of the two dense layers of each expert"
+    )
+    head_units: tuple[PositiveInt, ...] = Field(
+        (50, 50), description="units of the hidden layers of each task's head (empty: none)"
+    )
+
+    def build(self, side: int, num_classes: int, run: RunShape) -> TwoImageClassifier:
+        """The model with this rank's experts; all ranks must have seeded torch alike.
+
+        ``side``: pixels along each edge of the image, 36 in the paper.
+        """
+        expert_ids = experts_of_rank(self.num_experts, run.world)
+        experts = ConvBank(side, self.num_experts, expert_ids, self.expert_channels, self.expert_units)
+        return TwoImageClassifier(self.build_layer(experts, len(TASKS), run), self.head_units, num_classes)
+
+
+class TwoImageClassifier(MoEModel):
+    """``model(image_BD)``: B flattened images (B may be 0) -> one (B, num_classes) tensor of logits per task.
+
+    Images have no ids; gates that route by identity see :func:`pixel_ids`.
+    """
+
+    def __init__(self, moe: MoE, head_units: tuple[int, ...], num_classes: int) -> None:
+        super().__init__(moe)
+        self.heads = nn.ModuleList(_head([moe.experts.out_dim, *head_units, num_classes]) for _ in TASKS)
+
+    def forward(self, image_BD: Tensor) -> ModelOutput:
+        mixed = self.moe(image_BD, pixel_ids(image_BD))
+        logits = tuple(head(output) for head, output in zip(self.heads, mixed.outputs, strict=True))
+        return ModelOutput(logits, mixed)
+
+
+def pixel_ids(image_BD: Tensor) -> Tensor:
+    """(B,) int64 in 0..NUM_IDS-1: a hash of each image's grey levels, the same wherever it occurs."""
+    levels_BD = (image_BD.detach().float() * _GREY_LEVELS).round().long()
+    factor_D = (2 * torch.arange(image_BD.shape[1], device=image_BD.device) + 1) * 2_654_435_761
+    return ((levels_BD * factor_D).sum(dim=1) >> 16) % NUM_IDS
+
+
+def _head(widths: list[int]) -> nn.Sequential:
+    """Dense layers between the given widths, a ReLU after all but the last."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        layers += [_dense(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _dense(fan_in: int, fan_out: int) -> nn.Linear:
+    layer = nn.Linear(fan_in, fan_out)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

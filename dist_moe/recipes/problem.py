@@ -1,0 +1,59 @@
+"""What supervised training needs to know of a data set and the model that fits it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_moe.data.batches import Examples
+from dist_moe.models import ModelOutput, MoEModel, RunShape
+
+Figures = dict[str, float]
+Columns = NDArray[np.float64]
+
+
+class Problem(ABC):
+    """A data set of two tasks, its model, its losses and its figures.
+
+    ``train``, ``val``, ``test``: tables of examples. ``manifest``: where the data came from.
+    """
+
+    tasks: tuple[str, str]
+    train: Examples[Any]
+    val: Examples[Any]
+    test: Examples[Any]
+    manifest: dict[str, Any]
+
+    @abstractmethod
+    def build_model(self, model: Any, run: RunShape) -> MoEModel:
+        """This rank's part of the model that the section ``model`` describes; all ranks must have seeded
+        torch alike."""
+
+    @abstractmethod
+    def id_counts(self) -> Tensor:
+        """(ids,) how often each id that a gate can route by occurs in the training examples."""
+
+    @abstractmethod
+    def task_losses(self, output: ModelOutput, batch: Any) -> dict[str, Tensor]:
+        """The tasks' losses by name, in order: sums over the batch divided by the size of the whole step."""
+
+    @abstractmethod
+    def observe(self, output: ModelOutput, batch: Any) -> Tensor:
+        """(C, B) fp64 columns from which :meth:`figures` can be computed exactly over a data set."""
+
+    @abstractmethod
+    def figures(self, columns: Columns, part: Any, weights: tuple[float, float]) -> Figures:
+        """Figures of (C, N) observed columns of all rows of ``part``; "loss" is the weighted task loss."""
+
+    def baselines(self, part: Any, weights: tuple[float, float]) -> dict[str, Figures]:
+        """Figures of predictors that a model must beat, by name."""
+        return {}
+
+    def weighted(self, losses: dict[str, Tensor], weights: tuple[float, float]) -> Tensor:
+        """The weighted sum of the tasks' losses."""
+        return torch.stack([w * loss for w, loss in zip(weights, losses.values(), strict=True)]).sum()

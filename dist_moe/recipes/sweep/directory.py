@@ -1,0 +1,72 @@
+"""A sweep directory: everything that a sweep leaves behind, and who works on it now.
+
+studies.db      Optuna's studies, one per row
+base.yaml       the base configuration, as it was when the sweep began
+report/         see report.py
+*.lock          held by living processes; the kernel frees them when a process dies
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from dist_moe.errors import UserError
+
+
+@dataclass(frozen=True)
+class SweepDirectory:
+    """The paths of a sweep under ``root``."""
+
+    root: Path
+
+    @property
+    def database(self) -> Path:
+        return self.root / "studies.db"
+
+    @property
+    def base(self) -> Path:
+        return self.root / "base.yaml"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    def create(self) -> None:
+        """Make the directory; UserError if that cannot be done."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--sweep-dir {self.root} cannot be made: {error}") from error
+
+    def check_exists(self) -> None:
+        """Raise UserError if no sweep has begun here."""
+        if not self.database.is_file():
+            raise UserError(f"{self.root} holds no sweep to report: it has no {self.database.name}")
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Alone among all processes while trials change hands; not to be nested."""
+        with (self.root / "taking.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def working(self) -> Iterator[bool]:
+        """Present while inside; True if no other living process is. Enter it within ``taking``."""
+        with (self.root / "working.lock").open("a") as file:
+            alone = _lock_at_once(file)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield alone
+
+
+def _lock_at_once(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

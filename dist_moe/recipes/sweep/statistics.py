@@ -1,0 +1,149 @@
+"""The COMET paper's way to report a random search, and the budget curve. N trials of one row throughout.
+
+Selection is by validation loss alone; a trial with nan or inf there diverged, and comes last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+LOW, HIGH = 0.05, 0.95
+
+
+@dataclass(frozen=True)
+class BestMean:
+    """Mean of a figure over the ``count`` best trials. ``standard_error``: sd(ddof=1) / sqrt(count); nan
+    for a single value, and where one is not finite."""
+
+    mean: float
+    standard_error: float
+    count: int
+
+
+@dataclass(frozen=True)
+class BudgetCurve:
+    """What a search of b trials can expect, for each b in ``budgets``: the test loss of the trial that it
+    would choose, its mean (``expected``) and the 5 % and 95 % quantiles over resamples (``low``, ``high``)."""
+
+    budgets: Ints
+    expected: Floats
+    low: Floats
+    high: Floats
+
+
+def best_trials(val_N: ArrayLike, fraction: float) -> Ints:
+    """Indices of the ceil(fraction * N) trials with the least validation loss, best first; the earlier of equals.
+
+    Raises ValueError for no trials, or a fraction outside (0, 1].
+    """
+    val = _losses(val_N)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
+    # 0.05 * 60 is 3.0000000000000004 in floating point, and means 3.
+    count = math.ceil(round(fraction * len(val), 9))
+    return np.argsort(val, kind="stable")[: max(count, 1)]
+
+
+def best_fraction_mean(val_N: ArrayLike, test_N: ArrayLike, fraction: float) -> BestMean:
+    """The paper's figure: the mean test figure of the best ``fraction`` of trials by validation loss.
+
+    Raises ValueError for lengths that differ, and as ``best_trials``.
+    """
+    return mean_of(_alike(val_N, test_N)[1][best_trials(val_N, fraction)])
+
+
+def mean_of(values_M: ArrayLike) -> BestMean:
+    """Mean and standard error of at least one value."""
+    values = np.asarray(values_M, dtype=np.float64)
+    count = len(values)
+    known = count > 1 and bool(np.isfinite(values).all())
+    spread = float(values.std(ddof=1)) / math.sqrt(count) if known else math.nan
+    return BestMean(float(values.mean()), spread, count)
+
+
+def budget_curve(
+    val_N: ArrayLike, test_N: ArrayLike, budgets: Sequence[int], resamples: int = 2000, seed: int = 0
+) -> BudgetCurve:
+    """By bootstrap: draw b of the N trials with replacement, take the test loss of the best by validation.
+
+    The resamples of a smaller budget are the beginnings of those of a larger one. Among drawn trials with
+    equal validation loss the first drawn wins. Raises ValueError for budgets below 1 or no resamples.
+    """
+    val, test = _alike(val_N, test_N)
+    budgets_B = _budgets(budgets)
+    if resamples < 1:
+        raise ValueError(f"resamples must be positive, got {resamples}")
+    longest = int(budgets_B.max())
+    drawn_RB = np.random.default_rng(seed).integers(len(val), size=(resamples, longest))
+    rank_N = np.unique(val, return_inverse=True)[1]
+    # One number orders draws by rank, then by when they were drawn; its running minimum is the winner so far.
+    order_RB = rank_N[drawn_RB] * longest + np.arange(longest)
+    winner_RB = np.minimum.accumulate(order_RB, axis=1)[:, budgets_B - 1] % longest
+    outcome_RB = test[np.take_along_axis(drawn_RB, winner_RB, axis=1)]
+    low, high = np.quantile(outcome_RB, [LOW, HIGH], axis=0)
+    return BudgetCurve(budgets_B, outcome_RB.mean(axis=0), low, high)
+
+
+def expected_best(val_N: ArrayLike, test_N: ArrayLike, budgets: Sequence[int]) -> Floats:
+    """The expectation that ``budget_curve`` estimates, in closed form.
+
+    With c(r) of N trials of rank r or worse, the best of b draws has rank r with probability
+    (c(r) / N)^b - (c(r+1) / N)^b; trials of equal validation loss are equally likely to be it.
+    """
+    val, test = _alike(val_N, test_N)
+    _, rank_N, size_U = np.unique(val, return_inverse=True, return_counts=True)
+    mean_U = np.bincount(rank_N, weights=test) / size_U
+    at_least_U = np.append(np.cumsum(size_U[::-1])[::-1], 0) / len(val)
+    tail_BU = at_least_U ** _budgets(budgets)[:, None]
+    return (tail_BU[:, :-1] - tail_BU[:, 1:]) @ mean_U
+
+
+def budget_to_reach(curve: BudgetCurve, level: float) -> int | None:
+    """The least budget at which the expected test loss is at most ``level``; None if no budget reaches it.
+
+    With the level that another row reaches at its full budget, this is the paper's "x times fewer trials".
+    """
+    reached = np.flatnonzero(curve.expected <= level)
+    return int(curve.budgets[reached[0]]) if len(reached) else None
+
+
+def with_bounded_losses(val_N: ArrayLike, test_N: ArrayLike) -> tuple[Floats, Floats]:
+    """For budget curves: a trial that diverged keeps the last rank, and gets the row's worst finite test loss.
+
+    Any chance, however small, of drawing only such trials would else make the expectation infinite.
+    Raises ValueError if no trial has a finite test loss.
+    """
+    val, test = _alike(val_N, test_N)
+    if not np.isfinite(test).any():
+        raise ValueError("no trial has a finite test loss")
+    worst = test[np.isfinite(test)].max()
+    return val, np.where(np.isfinite(val) & np.isfinite(test), test, worst)
+
+
+def _losses(val_N: ArrayLike) -> Floats:
+    val = np.asarray(val_N, dtype=np.float64)
+    if val.ndim != 1 or len(val) == 0:
+        raise ValueError(f"expected the losses of at least one trial, got an array of shape {val.shape}")
+    return np.where(np.isfinite(val), val, np.inf)
+
+
+def _alike(val_N: ArrayLike, test_N: ArrayLike) -> tuple[Floats, Floats]:
+    val, test = _losses(val_N), np.asarray(test_N, dtype=np.float64)
+    if val.shape != test.shape:
+        raise ValueError(f"validation and test figures differ in number: {val.shape} and {test.shape}")
+    return val, test
+
+
+def _budgets(budgets: Sequence[int]) -> Ints:
+    budgets_B = np.asarray(budgets, dtype=np.int64)
+    if len(budgets_B) == 0 or budgets_B.min() < 1:
+        raise ValueError(f"budgets must be at least one number of trials, each positive, got {list(budgets)}")
+    return budgets_B

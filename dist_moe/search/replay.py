@@ -1,0 +1,91 @@
+"""Recorded layers: what gates and experts gave for a batch, replayed under other tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_moe.kernels import weighted_scatter
+from dist_moe.layer import MoE, MoEOutput
+from dist_moe.routing import HardPermutation, Pairs, Route
+from dist_moe.search.slot_table import SlotTable
+
+
+@dataclass(frozen=True)
+class Recording:
+    """``routes``: of each gate, before the permutation. ``results_TEF``: of every expert, on every token."""
+
+    routes: tuple[Route, ...]
+    results_TEF: Tensor
+
+
+class Recorder:
+    """Runs a layer on all of its experts and keeps the recording."""
+
+    def __init__(self) -> None:
+        self.recording: Recording | None = None
+
+    def __call__(self, layer: MoE, x_TD: Tensor, ids_T: Tensor | None) -> MoEOutput:
+        routes = tuple(gate(x_TD, ids_T) for gate in layer.gates)
+        self.recording = Recording(routes, layer.all_results(x_TD))
+        return Replayed(self.recording)(layer, x_TD, ids_T)
+
+
+class Replayed:
+    """Answers from a recording, under the layer's present table or under ``matrix_PKEE``, of which the
+    answer is then a differentiable (linear) function."""
+
+    def __init__(self, recording: Recording, matrix_PKEE: Tensor | None = None) -> None:
+        self._recording = recording
+        self._matrix_PKEE = matrix_PKEE
+
+    def __call__(self, layer: MoE, x_TD: Tensor, ids_T: Tensor | None) -> MoEOutput:
+        table = layer.permutation
+        assert isinstance(table, SlotTable)
+        of_gate = range(len(self._recording.routes)) if table.per_gate else [0] * len(self._recording.routes)
+        if self._matrix_PKEE is None:
+            routes = tuple(
+                HardPermutation(table.table[p]).apply(route)
+                for p, route in zip(of_gate, self._recording.routes, strict=True)
+            )
+            return self._output(tuple(map(self._sparse, routes)), routes)
+        outputs = [
+            self._dense(route, self._matrix_PKEE[p]) for p, route in zip(of_gate, self._recording.routes, strict=True)
+        ]
+        return self._output(tuple(outputs), self._recording.routes)
+
+    def _sparse(self, route: Route) -> Tensor:
+        rows_NF = self._recording.results_TEF[route.token_N, route.slot_N]
+        weight_1N = route.weight_N.unsqueeze(0)
+        return weighted_scatter(rows_NF, weight_1N, route.token_N, route.num_tokens)[0].to(rows_NF.dtype)
+
+    def _dense(self, route: Route, matrix_KEE: Tensor) -> Tensor:
+        results_TEF = self._recording.results_TEF
+        branches, num_experts, _ = matrix_KEE.shape
+        slots_TKE = route.dense().view(-1, branches, num_experts)
+        weight_TE = torch.einsum("tks,kse->te", slots_TKE.to(matrix_KEE.dtype), matrix_KEE)
+        return torch.einsum("te,tef->tf", weight_TE.to(results_TEF.dtype), results_TEF)
+
+    def _output(self, outputs: tuple[Tensor, ...], routes: tuple[Route, ...]) -> MoEOutput:
+        num_experts = self._recording.results_TEF.shape[1]
+        nothing = routes[0].token_N[:0]
+        pairs = Pairs(nothing, nothing, routes[0].weight_N.new_zeros(len(routes), 0), nothing.new_zeros(num_experts), 0)
+        return MoEOutput(outputs, {}, routes, pairs, rows_computed=0)
+
+
+@contextmanager
+def replaying(
+    layers: Sequence[MoE], recordings: Sequence[Recording], matrix_PKEE: Tensor | None = None
+) -> Iterator[None]:
+    """Within, ``layers`` answer from their recordings; the last one under ``matrix_PKEE`` if it is given."""
+    try:
+        for i, (layer, recording) in enumerate(zip(layers, recordings, strict=False)):
+            layer.replay = Replayed(recording, matrix_PKEE if i == len(layers) - 1 else None)
+        yield
+    finally:
+        for layer in layers:
+            layer.replay = None

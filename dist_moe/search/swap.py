@@ -1,0 +1,221 @@
+"""Swap search: local search over slot -> expert tables by exchanging the experts of two slots.
+
+The title of COMET (KDD 2023) promises local search; its code relaxes permutations (see
+``permutation.py``) but never swaps. Here the neighbourhood is explicit. For a layer with mixtures g
+and experts f, the output is y = sum_s g_s sum_e P[s, e] f_e(x), with P the matrix of the table. The
+gradient of the loss with respect to P, at the table, estimates to first order what a swap of slots a
+and b gains:
+
+    gain(a, b) = D[a, e_a] + D[b, e_b] - D[a, e_b] - D[b, e_a],     D = dL/dP
+
+All swaps are screened by that estimate; the most promising are verified exactly, in rounds. A round
+takes its best swap if it lowers the loss; if none does, the next promising ones are verified. The
+search ends when every swap has been verified in vain (a local optimum), or with its budget.
+
+The experts' results for the search's batches are computed once and reused for every candidate. Each
+rank scores its own batches; losses and gradients are summed over ranks, rank 0 decides, and every
+rank proves by digest that it holds the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dist_moe.layer import MoE
+from dist_moe.parallel import sum_over_ranks
+from dist_moe.search.agreement import assert_same_on_all_ranks, take_from_first_rank
+from dist_moe.search.replay import Recorder, Recording, replaying
+from dist_moe.search.slot_table import SlotTable
+from dist_moe.settings import Settings
+
+BatchLoss = Callable[[Any], Tensor]
+"""A batch -> this batch's share of the loss; the shares of all batches and ranks add up to the loss."""
+
+
+class SwapSearchConfig(Settings):
+    """Local search by swaps, on held-out examples."""
+
+    examples: int = Field(4096, ge=1, description="validation examples that score a table, over all ranks")
+    batch_size: int = Field(2048, ge=1, description="examples whose expert results are held at once, per rank")
+    verified_per_round: int = Field(16, ge=1, description="swaps verified exactly before the best of them is taken")
+    max_swaps: int = Field(200, ge=0, description="swaps taken at most")
+    max_verified: int = Field(20_000, ge=1, description="swaps verified at most")
+    least_gain: float = Field(1e-6, ge=0, description="share of the loss that a swap must gain to be taken")
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Exchange the experts of ``slots`` in row ``row`` (gate, branch) of the table of layer ``layer``."""
+
+    layer: int
+    row: tuple[int, int]
+    slots: tuple[int, int]
+
+
+@dataclass
+class SwapReport:
+    """``losses``: before the search and after every swap taken. ``screened``, ``verified``: candidates
+    that were estimated to first order and evaluated exactly. ``local_optimum``: no swap helps any more."""
+
+    losses: list[float] = field(default_factory=list)
+    swaps: list[Swap] = field(default_factory=list)
+    screened: int = 0
+    verified: int = 0
+    local_optimum: bool = False
+
+
+class SwapSearch:
+    """``SwapSearch(model, batches, loss, config).run()``: swaps until nothing helps. Collective.
+
+    ``model``: any module with one or several MoE layers whose permutation is a ``SlotTable``.
+    ``batches``: this rank's; every rank has as many (they may be empty). ``loss``: see ``BatchLoss``;
+    it runs ``model`` in evaluation mode.
+
+    Raises ValueError if the model has no such layer.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], loss: BatchLoss, config: SwapSearchConfig) -> None:
+        self._model = model
+        self._layers = [m for m in model.modules() if isinstance(m, MoE) and isinstance(m.permutation, SlotTable)]
+        if not self._layers:
+            raise ValueError("the model has no MoE layer with a slot -> expert table to search")
+        self._batches = batches
+        self._loss = loss
+        self._config = config
+        self._recordings: list[list[Recording]] = []
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """The (P, K, n) tables, one per layer."""
+        return [layer.permutation.table for layer in self._layers if isinstance(layer.permutation, SlotTable)]
+
+    def run(self) -> SwapReport:
+        """Search; the model holds the best table found when this returns."""
+        was_training = self._model.training
+        self._model.eval()
+        report = SwapReport()
+        try:
+            self._search(report)
+        finally:
+            self._model.train(was_training)
+            self._recordings = []
+        for table in self.tables:
+            assert_same_on_all_ranks(table)
+        return report
+
+    def _search(self, report: SwapReport) -> None:
+        self._record()
+        report.losses.append(self._losses([None])[0])
+        while len(report.swaps) < self._config.max_swaps:
+            swap, loss = self._best_swap(report)
+            if swap is None:
+                return
+            self._apply(swap)
+            report.swaps.append(swap)
+            report.losses.append(loss)
+            if swap.layer + 1 < len(self._layers):
+                self._record()
+
+    def _best_swap(self, report: SwapReport) -> tuple[Swap | None, float]:
+        """The best of the first round of candidates in which any helps."""
+        candidates = self._by_estimated_gain()
+        report.screened += len(candidates)
+        enough = report.losses[-1] - self._config.least_gain * abs(report.losses[-1])
+        for start in range(0, len(candidates), self._config.verified_per_round):
+            if report.verified >= self._config.max_verified:
+                return None, report.losses[-1]
+            swaps = candidates[start : start + self._config.verified_per_round]
+            losses = self._losses(swaps)
+            report.verified += len(swaps)
+            best = min(range(len(swaps)), key=losses.__getitem__)
+            if losses[best] < enough:
+                return swaps[best], losses[best]
+        report.local_optimum = True
+        return None, report.losses[-1]
+
+    def _by_estimated_gain(self) -> list[Swap]:
+        """All swaps, the most promising first; the same on every rank."""
+        swaps: list[Swap] = []
+        gains = []
+        for layer, (table, gradient) in enumerate(zip(self.tables, self._gradients(), strict=True)):
+            for some, gain in _swaps_of(layer, table, gradient):
+                swaps += some
+                gains.append(gain)
+        order = take_from_first_rank(torch.cat(gains).argsort(descending=True, stable=True))
+        return [swaps[i] for i in order.tolist()]
+
+    def _gradients(self) -> list[Tensor]:
+        """dL/dP of each layer, (P, K, n, n), at the present tables, summed over batches and ranks."""
+        totals = [torch.zeros_like(_matrix(table)) for table in self.tables]
+        for batch, recordings in zip(self._batches, self._recordings, strict=True):
+            for layer, total in enumerate(totals):
+                matrix = _matrix(self.tables[layer]).requires_grad_()
+                with torch.enable_grad(), replaying(self._layers[: layer + 1], recordings, matrix):
+                    loss = self._loss(batch)
+                    total += torch.autograd.grad(loss, matrix)[0]
+        return [sum_over_ranks(total) for total in totals]
+
+    @torch.no_grad()
+    def _losses(self, swaps: Sequence[Swap | None]) -> list[float]:
+        """The loss over all batches and ranks after each of the swaps alone; the same on every rank."""
+        totals = torch.zeros(len(swaps), dtype=torch.float64, device=self.tables[0].device)
+        for batch, recordings in zip(self._batches, self._recordings, strict=True):
+            for i, swap in enumerate(swaps):
+                replayed = len(self._layers) if swap is None else swap.layer + 1
+                with self._tried(swap), replaying(self._layers[:replayed], recordings):
+                    totals[i] += self._loss(batch).double()
+        return take_from_first_rank(sum_over_ranks(totals)).tolist()
+
+    @torch.no_grad()
+    def _record(self) -> None:
+        """Run every batch under the present tables, and keep what gates and experts of each layer gave."""
+        self._recordings = []
+        for batch in self._batches:
+            recorders = [Recorder() for _ in self._layers]
+            for layer, recorder in zip(self._layers, recorders, strict=True):
+                layer.replay = recorder
+            try:
+                self._loss(batch)
+            finally:
+                for layer in self._layers:
+                    layer.replay = None
+            self._recordings.append([r.recording for r in recorders if r.recording is not None])
+
+    @contextmanager
+    def _tried(self, swap: Swap | None) -> Iterator[None]:
+        """Within, the swap is made."""
+        if swap is not None:
+            self._apply(swap)
+        try:
+            yield
+        finally:
+            if swap is not None:
+                self._apply(swap)
+
+    def _apply(self, swap: Swap) -> None:
+        expert_S = self.tables[swap.layer][swap.row]
+        expert_S[list(swap.slots)] = expert_S[list(swap.slots[::-1])]
+
+
+def _swaps_of(layer: int, table: Tensor, gradient: Tensor) -> Iterator[tuple[list[Swap], Tensor]]:
+    """Per row (gate, branch) of a layer's table: all swaps, and what each gains to first order."""
+    for row in product(range(table.shape[0]), range(table.shape[1])):
+        d_SS = gradient[row][:, table[row]]  # of slot a with the expert of slot b
+        own_S = d_SS.diagonal()
+        gain_SS = own_S[:, None] + own_S[None, :] - d_SS - d_SS.T
+        first, second = torch.triu_indices(len(d_SS), len(d_SS), offset=1)
+        slots = zip(first.tolist(), second.tolist(), strict=True)
+        yield [Swap(layer, row, pair) for pair in slots], gain_SS[first, second]
+
+
+def _matrix(table: Tensor) -> Tensor:
+    """(P, K, n) table -> (P, K, n, n) permutation matrices, fp64."""
+    return torch.eye(table.shape[-1], dtype=torch.float64, device=table.device)[table]

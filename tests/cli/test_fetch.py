@@ -1,0 +1,52 @@
+"""``dist-moe data fetch``: every data set that a configuration can name, and one line about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from dist_moe.cli.main import DATA_SETS, main
+from dist_moe.data.movielens import MovieLensConfig
+from dist_moe.data.two_images import TwoImagesConfig
+from tests.data.tiny_images import write_tiny_images
+from tests.data.tiny_latest_small import write_tiny_latest_small
+from tests.data.tiny_movielens import write_tiny_movielens
+
+
+def test_all_data_sets_can_be_fetched() -> None:
+    named = [get_args(config.model_fields["name"].annotation) for config in (MovieLensConfig, TwoImagesConfig)]
+    assert tuple(name for names in named for name in names) == DATA_SETS
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "said"),
+    [
+        ("movielens-1m", write_tiny_movielens, "60 users, 40 items, pairs to train on 1,"),
+        ("movielens-latest-small", write_tiny_latest_small, "20 users, 15 items, pairs to train on 1"),
+        ("multi-fashion-mnist", write_tiny_images, "25 images to train on, pairs to train on 50, to validate 10, to"),
+        ("multi-mnist", write_tiny_images, "25 images to train on, pairs to train on 50, to validate 10, to test 14"),
+    ],
+)
+def test_one_line_says_what_there_is(
+    tmp_path: Path,
+    name: str,
+    write: Callable[[Path], Path],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+    assert main(["data", "fetch", name, "--data-root", str(write(tmp_path / "root"))]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{name}: {said}")
+    assert list((tmp_path / "cache" / name).glob("*/manifest.json"))
+
+
+def test_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "fetch", "movielens-20m"])
+    assert ended.value.code == 2
+    assert "movielens-latest-small" in capsys.readouterr().err

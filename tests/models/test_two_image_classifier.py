@@ -1,0 +1,234 @@
+"""The paper's classifier of two overlaid images: sizes, initialisation, the naive model, and split over ranks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dist_moe.gates import CometConfig, TopKConfig
+from dist_moe.models import ModelOutput, RunShape, TwoImageClassifier, TwoImageClassifierConfig
+from dist_moe.parallel import ProcessWorld, SingleWorld, World
+from dist_moe.search import PermutationSearchConfig
+from tests.experts.naive_banks import naive_expert, randomise_biases
+from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gate, naive_gradients
+from tests.helpers.worlds import run_worlds
+
+SIDE = 16
+NUM_CLASSES = 3
+SIZES: dict[str, Any] = {
+    "num_experts": 6,
+    "expert_channels": (2, 3),
+    "expert_units": (5, 4),
+    "head_units": (4, 6),
+}
+
+
+def build_config(
+    config: TwoImageClassifierConfig, side: int, num_classes: int, world: World | None = None
+) -> TwoImageClassifier:
+    torch.manual_seed(0)
+    return config.build(side, num_classes, RunShape(world or SingleWorld(), 10))
+
+
+def build(world: World | None = None, **options: Any) -> TwoImageClassifier:
+    return build_config(TwoImageClassifierConfig(**(SIZES | options)), SIDE, NUM_CLASSES, world)
+
+
+def paper_model() -> TwoImageClassifier:
+    return build_config(TwoImageClassifierConfig(), 36, 10)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def loss_of(output: ModelOutput, weight_GBC: Tensor) -> Tensor:
+    """Sum of the weighted logits of this rank's images."""
+    return sum(((logits * w).sum() for logits, w in zip(output.predictions, weight_GBC, strict=True)), torch.zeros(()))
+
+
+def test_number_of_parameters_at_the_paper_sizes() -> None:
+    model = paper_model()
+    conv = (25 * 10 + 10) + (250 * 20 + 20)
+    expert = conv + (720 * 50 + 50) + (50 * 50 + 50)
+    head = 2 * (50 * 50 + 50) + 50 * 10 + 10
+    assert count(model.moe.experts) == 5 * expert
+    assert count(model.moe.gates[0]) == 2 * 9 * 1297  # k (2n-1) (p+1), p=1296, n=5, k=2
+    assert [count(part) for part in model.heads] == [head, head]
+    assert count(model) == 5 * expert + 2 * 2 * 9 * 1297 + 2 * head
+
+
+@pytest.mark.parametrize("head_units", [(), (4,), (4, 6)])
+def test_layers_of_the_heads(head_units: tuple[int, ...]) -> None:
+    widths = [4, *head_units, NUM_CLASSES]
+    for head in build(head_units=head_units).heads:
+        dense = [layer for layer in head if isinstance(layer, torch.nn.Linear)]
+        assert [(layer.in_features, layer.out_features) for layer in dense] == list(pairwise(widths))
+        assert [type(layer) for layer in head][1::2] == [torch.nn.ReLU] * len(head_units)
+
+
+def test_heads_are_glorot_uniform_with_zero_biases() -> None:
+    model = paper_model()
+    for head in model.heads:
+        for layer, fans in zip(head[::2], (100, 100, 60), strict=True):
+            bound = (6 / fans) ** 0.5
+            assert 0.97 * bound < layer.weight.abs().max() <= bound
+            assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+            assert not layer.bias.any()
+    assert not torch.equal(model.heads[0][0].weight, model.heads[1][0].weight)
+
+
+@pytest.mark.parametrize("gate", [CometConfig(), TopKConfig()])
+@pytest.mark.parametrize("permutation", [None, PermutationSearchConfig(epochs=1)])
+@pytest.mark.parametrize("batch", [0, 1, 13])
+def test_output_shapes_and_gradients_for_any_batch(
+    batch: int, gate: CometConfig | TopKConfig, permutation: PermutationSearchConfig | None
+) -> None:
+    model = build(gate=gate, permutation=permutation)
+    model.table.begin_step()
+    output = model(torch.rand(batch, SIDE**2))
+    assert isinstance(output, ModelOutput)
+    assert [tuple(logits.shape) for logits in output.predictions] == [(batch, NUM_CLASSES)] * 2
+    losses = [*(logits.sum() for logits in output.predictions), *output.moe.aux.values()]
+    torch.stack(losses).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_every_parameter_learns_something() -> None:
+    config = TwoImageClassifierConfig(num_experts=3, permutation=PermutationSearchConfig(epochs=1))
+    model = build_config(config, 20, 10)
+    model.table.begin_step()
+    output = model(2 * torch.rand(64, 400))
+    (loss_of(output, torch.randn(2, 64, 10)) + sum(output.moe.aux.values())).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        rows = parameter.grad if name.startswith("moe.experts") else [parameter.grad]
+        assert all(row.any() for row in rows), name
+
+
+def naive_model(model: TwoImageClassifier, image_BD: Tensor) -> list[Tensor]:
+    """Every expert on every image, weighted by every gate; heads as plain matrix products."""
+    experts = range(model.moe.experts.num_experts)
+    results_BEF = torch.stack([torch.stack([naive_expert(model.moe.experts, e, x) for e in experts]) for x in image_BD])
+    predictions = []
+    for gate, head in zip(model.moe.gates, model.heads, strict=True):
+        mixture_BE, _ = naive_gate(gate, image_BD)
+        x_BF = (mixture_BE.unsqueeze(2) * results_BEF).sum(1)
+        for layer in head[:-1:2]:
+            x_BF = (x_BF @ layer.weight.T + layer.bias).clamp(min=0)
+        predictions.append(x_BF @ head[-1].weight.T + head[-1].bias)
+    return predictions
+
+
+def noisy_model(world: World | None = None) -> TwoImageClassifier:
+    """fp64, no bias at zero, and gates that exclude some experts."""
+    model = build(world, gate=CometConfig(gamma=1.0)).double()
+    randomise_biases(model.moe.experts)
+    for gate in model.moe.gates:
+        torch.nn.init.normal_(gate.split_weight, std=0.1)
+    for head in model.heads:
+        for layer in head[::2]:
+            torch.nn.init.uniform_(layer.bias, -0.2, 0.2)
+    return model
+
+
+def test_values_and_gradients_equal_the_naive_model() -> None:
+    model = noisy_model()
+    image_BD = torch.rand(4, SIDE**2, dtype=torch.float64)
+    output = model(image_BD)
+    expected = naive_model(model, image_BD)
+    assert 0 < output.moe.rows_computed < 4 * 6  # some pairs are skipped
+    for actual, logits in zip(output.predictions, expected, strict=True):
+        assert_same(actual, logits)
+    weight_GBC = torch.randn(2, 4, NUM_CLASSES, dtype=torch.float64)
+    leaves = dict(model.named_parameters())
+    expected_loss = sum(((logits * w).sum() for logits, w in zip(expected, weight_GBC, strict=True)), torch.zeros(()))
+    assert_all_same(gradients(loss_of(output, weight_GBC), leaves), naive_gradients(expected_loss, leaves))
+
+
+def share_of(whole: TwoImageClassifier, world: World) -> TwoImageClassifier:
+    """A model of this rank with the weights of ``whole``."""
+    share = build(world).double()
+    with torch.no_grad():
+        for name, parameter in share.named_parameters():
+            weights = whole.get_parameter(name)
+            experts = list(share.moe.experts.expert_ids)
+            parameter.copy_(weights[experts] if name.startswith("moe.experts") else weights)
+    return share
+
+
+@pytest.mark.parametrize("images_per_rank", [[3, 4], [2, 0, 3]])
+def test_ranks_equal_one_process(images_per_rank: list[int]) -> None:
+    whole = noisy_model()
+    batch = sum(images_per_rank)
+    image_BD = torch.rand(batch, SIDE**2, dtype=torch.float64)
+    weight_GBC = torch.randn(2, batch, NUM_CLASSES, dtype=torch.float64)
+    images, weights = image_BD.split(images_per_rank), weight_GBC.split(images_per_rank, dim=1)
+
+    def run_rank(world: ProcessWorld) -> tuple[ModelOutput, dict[str, Tensor]]:
+        model = share_of(whole, world)
+        output = model(images[world.rank])
+        return output, gradients(loss_of(output, weights[world.rank]), dict(model.named_parameters()))
+
+    results = run_worlds(len(images_per_rank), run_rank)
+    output = whole(image_BD)
+    for g, logits in enumerate(output.predictions):
+        assert_same(torch.cat([result.predictions[g] for result, _ in results]), logits)
+    for name, expected in gradients(loss_of(output, weight_GBC), dict(whole.named_parameters())).items():
+        parts = [grads[name] for _, grads in results]
+        assert_same(torch.cat(parts) if name.startswith("moe.experts") else sum(parts), expected, name=name)
+
+
+def test_share_of_every_rank_is_that_of_one_process() -> None:
+    """Same seed: replicated parameters are equal and experts are the ones of their ids."""
+    whole = build()
+    for rank in range(3):  # one after another: the generator is shared by threads
+
+        def build_on(world: ProcessWorld, rank: int = rank) -> TwoImageClassifier | None:
+            return build(world) if world.rank == rank else None
+
+        share = run_worlds(3, build_on)[rank]
+        assert share is not None
+        for name, parameter in share.named_parameters():
+            expected = whole.get_parameter(name)
+            if name.startswith("moe.experts"):
+                expected = expected[2 * rank : 2 * rank + 2]
+            assert torch.equal(parameter, expected), name
+
+
+def test_each_task_has_its_own_gate_and_head() -> None:
+    model = build().eval()
+    image_BD = torch.rand(5, SIDE**2)
+    before = model(image_BD).predictions
+    with torch.no_grad():
+        model.moe.gates[1].leaf_weight.mul_(50)
+        model.heads[1][-1].bias.add_(1)
+    after = model(image_BD).predictions
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+
+
+def test_configuration_survives_a_round_trip() -> None:
+    config = TwoImageClassifierConfig(**SIZES, gate=TopKConfig(k=3))
+    assert TwoImageClassifierConfig(**config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_experts": 1}, {"expert_channels": [10]}, {"expert_units": [50, 0]}, {"head_units": [50, 0]}, {"name": "x"}],
+)
+def test_impossible_sizes_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(options))):
+        TwoImageClassifierConfig(**options)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected tokens of shape \(T, 256\)"):
+        build()(torch.rand(2, 100))

@@ -1,0 +1,163 @@
+"""The two-image problem, through the command line: equal on one and two ranks, and figures that a loop gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from dist_moe.engine.checkpoint import load_model
+from dist_moe.engine.checkpoint_files import newest_checkpoint
+from dist_moe.engine.process_groups import process_groups
+from dist_moe.models import TwoImageClassifier
+from dist_moe.recipes.models import build_model
+from dist_moe.recipes.plan import plan_resumed_run
+from tests.data.tiny_images import write_tiny_images
+from tests.helpers.commands import succeed
+from tests.helpers.pool import on_ranks
+from tests.helpers.runs import losses_of, records_of
+
+STEPS, BATCH, WEIGHTS = 6, 16, (0.25, 0.5)
+FIGURES = {"accuracy", "accuracy_top_left", "accuracy_bottom_right", "ce_top_left", "ce_bottom_right", "loss"}
+Figures = dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    content: dict[str, Any] = {
+        "data": {
+            "name": "multi-mnist",
+            "root": str(write_tiny_images(root / "raw", train=42, test=9)),
+            "cache": str(root / "cache"),
+        },
+        "model": {
+            "num_experts": 4,
+            "expert_channels": [2, 3],
+            "expert_units": [6, 5],
+            "head_units": [7],
+            "gate": {"name": "comet", "k": 2, "gamma": 0.3, "entropy_weight": 0.05},
+            "permutation": {"epochs": 1.0},
+        },
+        "task_weights": list(WEIGHTS),
+        "train": {"max_steps": STEPS, "epochs": 9, "batch_size": BATCH, "validate_every": 3},
+    }
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(config: Path) -> dict[int, Path]:
+    """By number of ranks, as many as expert-parallel ones."""
+    by_world = {world: config.parent / f"run-{world}" for world in (1, 2)}
+    for world, run in by_world.items():
+        succeed(world, "train", "--run-dir", run, config, f"parallel.expert_parallel_size={world}")
+    return by_world
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return content
+
+
+def test_two_ranks_train_as_one(runs: dict[int, Path]) -> None:
+    assert len(losses_of(runs[1])) == STEPS
+    torch.testing.assert_close(losses_of(runs[2]), losses_of(runs[1]), rtol=0, atol=1e-5)
+    for ours, theirs in zip(records_of(runs[2]), records_of(runs[1]), strict=True):
+        assert ours["load"] == theirs["load"]
+        weighted = WEIGHTS[0] * ours["ce_top_left"] + WEIGHTS[1] * ours["ce_bottom_right"]
+        assert ours["loss"] == pytest.approx(weighted, rel=1e-6)
+        assert ours["total_loss"] == pytest.approx(weighted + ours["entropy"] + ours["permutation"], rel=1e-6)
+    tests = [summary_of(run)["test"] for run in runs.values()]
+    for name in FIGURES:
+        assert tests[0][name] == pytest.approx(tests[1][name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_evaluate_gives_the_same_figures_again(runs: dict[int, Path], world: int) -> None:
+    again = json.loads(succeed(world, "evaluate", runs[2], "--json")[0].out)
+    summary = summary_of(runs[2])
+    assert again["test"].keys() >= FIGURES
+    for name in FIGURES:
+        assert again["test"][name] == pytest.approx(summary["test"][name], abs=1e-6), name
+    assert again["baselines"] == summary["baselines"]
+
+
+def by_hand(run: Path) -> tuple[Figures, Figures]:
+    """Test figures of the model and of the constant predictor, one pair of images after the other."""
+    plan = plan_resumed_run(run, ["parallel.expert_parallel_size=1"])
+    with process_groups(plan.environment, plan.config.parallel) as groups:
+        model = build_model(plan.config, plan.problem, groups.world).eval()
+        assert isinstance(model, TwoImageClassifier)
+        load_model(model, newest_checkpoint(run))
+        model.table.begin_evaluation()
+        rows = [model_row(model, plan.problem.test, i) for i in range(len(plan.problem.test))]
+        constant = [constant_row(plan.problem.train, plan.problem.test, i) for i in range(len(plan.problem.test))]
+    return figures_of(rows), figures_of(constant)
+
+
+def model_row(model: TwoImageClassifier, part: Any, index: int) -> list[float]:
+    """Cross-entropies of both tasks, then whether each is right."""
+    example = part.batch(np.array([index]), np.array([index]))
+    with torch.no_grad():
+        logits = [logit_BC[0].double().tolist() for logit_BC in model(example.image_BD).predictions]
+    labels = example.label_BG[0].tolist()
+    surprise = [math.log(sum(math.exp(x) for x in row)) - row[c] for row, c in zip(logits, labels, strict=True)]
+    return surprise + [float(row.index(max(row)) == c) for row, c in zip(logits, labels, strict=True)]
+
+
+def constant_row(train: Any, part: Any, index: int) -> list[float]:
+    surprise, right = [], []
+    for side in ("left_N", "right_N"):
+        seen = [int(train.labels[i]) for i in getattr(train, side)]
+        label = int(part.labels[getattr(part, side)[index]])
+        counts = [seen.count(c) for c in range(10)]
+        surprise.append(-math.log(counts[label] / len(seen)))
+        right.append(float(counts.index(max(counts)) == label))
+    return surprise + right
+
+
+def figures_of(rows: list[list[float]]) -> Figures:
+    first, second, right_first, right_second = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+    return {
+        "ce_top_left": first,
+        "ce_bottom_right": second,
+        "accuracy_top_left": right_first,
+        "accuracy_bottom_right": right_second,
+        "accuracy": (right_first + right_second) / 2,
+        "loss": WEIGHTS[0] * first + WEIGHTS[1] * second,
+    }
+
+
+def test_figures_by_hand(runs: dict[int, Path]) -> None:
+    ((model, constant),) = on_ranks(1, by_hand, runs[1])
+    summary = summary_of(runs[1])
+    for figures, expected in ((summary["test"], model), (summary["baselines"]["constant"], constant)):
+        for name, value in expected.items():
+            assert figures[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_hash_routing_knows_images_by_their_pixels(config: Path, tmp_path: Path) -> None:
+    """Images have no ids; equal ones go to equal experts on one rank as on two."""
+    for world in (1, 2):
+        options = ["model.gate={name: hash}", "model.permutation=null", f"parallel.expert_parallel_size={world}"]
+        succeed(world, "train", "--run-dir", tmp_path / str(world), config, *options)
+    one, two = (records_of(tmp_path / str(world)) for world in (1, 2))
+    torch.testing.assert_close(losses_of(tmp_path / "1"), losses_of(tmp_path / "2"), rtol=0, atol=1e-5)
+    assert [record["load"] for record in one] == [record["load"] for record in two]
+    assert all(record["active_experts"] == 1 and sum(record["load"]) == BATCH for record in one)
+    assert sum(load > 0 for load in one[0]["load"]) > 1
+
+
+def test_every_part_is_said(runs: dict[int, Path], config: Path) -> None:
+    """The configuration that a run keeps names the model that fits the data."""
+    kept = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    assert kept["model"]["name"] == "two_image_classifier"
+    assert summary_of(runs[1])["data"]["counts"] == {"train": 70, "val": 14, "test": 18}

@@ -1,0 +1,334 @@
+"""Swap search against brute force: estimates, exact losses, the moves it takes, where it ends."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_moe.experts import DenseReLUBank
+from dist_moe.gates import Comet, TopK
+from dist_moe.layer import MoE
+from dist_moe.parallel import ProcessWorld
+from dist_moe.search import SlotTable, Swap, SwapSearch, SwapSearchConfig, give_branches_slots
+from tests.helpers.clusters import Mixture, Tokens, make_tokens, trained_mixture
+from tests.helpers.worlds import run_worlds
+
+
+def search(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor], **options: Any) -> SwapSearch:
+    return SwapSearch(model, batches, loss, SwapSearchConfig(**options))
+
+
+def scrambled(name: str, num_experts: int, steps: int, seed: int = 0) -> Mixture:
+    model = trained_mixture(name, num_experts, steps)
+    model.table.copy_(torch.randperm(num_experts, generator=torch.Generator().manual_seed(seed)))
+    return model
+
+
+@torch.no_grad()
+def loss_by_running_everything(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor]) -> float:
+    """No replay, no estimate: the model as it is."""
+    model.eval()
+    return sum(loss(batch).item() for batch in batches)
+
+
+def all_swaps(tables: list[Tensor]) -> list[Swap]:
+    return [
+        Swap(layer, (p, k), pair)
+        for layer, table in enumerate(tables)
+        for p in range(table.shape[0])
+        for k in range(table.shape[1])
+        for pair in itertools.combinations(range(table.shape[2]), 2)
+    ]
+
+
+def swap_in_place(tables: list[Tensor], swap: Swap) -> None:
+    row = tables[swap.layer][swap.row]
+    a, b = swap.slots
+    row[a], row[b] = row[b].clone(), row[a].clone()
+
+
+def naive_greedy(model: nn.Module, tables: list[Tensor], batches: list[Any], loss: Callable[[Any], Tensor]) -> float:
+    """Best improvement over all swaps, everything run again for each candidate; the final loss."""
+    now = loss_by_running_everything(model, batches, loss)
+    while True:
+        found = []
+        for swap in all_swaps(tables):
+            swap_in_place(tables, swap)
+            found.append((loss_by_running_everything(model, batches, loss), swap.layer, swap.row, swap.slots))
+            swap_in_place(tables, swap)
+        best = min(found)
+        if best[0] >= now * (1 - 1e-6):
+            return now
+        now = best[0]
+        swap_in_place(tables, Swap(*best[1:]))
+
+
+@pytest.mark.parametrize("name", ["comet", "top_k", "dselect_k", "hash"])
+def test_verifying_all_swaps_of_every_round_is_the_naive_greedy_search(name: str) -> None:
+    tokens = make_tokens(6, 300, seed=2)
+    batches = [tokens.part(slice(0, 200)), tokens.part(slice(200, 300))]
+    naive, fast = scrambled(name, 6, steps=60), scrambled(name, 6, steps=60)
+    expected = naive_greedy(naive, [naive.table], batches, naive.loss)
+    report = search(fast, batches, fast.loss, verified_per_round=15).run()
+    assert torch.equal(fast.table, naive.table)
+    assert report.losses[-1] == pytest.approx(expected, rel=1e-6)
+    assert report.losses == sorted(report.losses, reverse=True)
+    assert report.local_optimum
+
+
+def test_first_order_gain_is_exact_where_the_loss_is_linear() -> None:
+    model = scrambled("comet", 5, steps=0).double()
+    cotangent_TF = torch.randn(40, 32, dtype=torch.float64)
+    x_TD = torch.randn(40, 16, dtype=torch.float64)
+
+    def linear(_: object) -> Tensor:
+        return (model.moe(x_TD).outputs[0] * cotangent_TF).sum()
+
+    searching = search(model, [None], linear, verified_per_round=1)
+    searching._record()
+    (before,) = searching._losses([None])
+    swaps = searching._by_estimated_gain()
+    losses = searching._losses(swaps)
+    assert len(swaps) == 10
+    assert losses == sorted(losses), "the order of the estimates is the order of the exact losses"
+    gradient = searching._gradients()[0][0, 0]
+    for swap, loss in zip(swaps, losses, strict=True):
+        a, b = swap.slots
+        at_a, at_b = model.table[0, 0, a], model.table[0, 0, b]
+        estimate = gradient[a, at_a] + gradient[b, at_b] - gradient[a, at_b] - gradient[b, at_a]
+        assert estimate.item() == pytest.approx(before - loss, abs=1e-10)
+
+
+def test_gradient_equals_autograd_of_a_loop_over_slots_and_experts() -> None:
+    model = scrambled("comet", 4, steps=5).double()
+    tokens = make_tokens(4, 20, seed=3)
+    tokens = replace(tokens, x_TD=tokens.x_TD.double(), y_TF=tokens.y_TF.double())
+    searching = search(model, [tokens], model.loss)
+    searching._record()
+    (gradient,) = searching._gradients()
+
+    matrix = torch.eye(4, dtype=torch.float64)[model.table[0, 0]].requires_grad_()
+    gate, bank = model.moe.gates[0], model.moe.experts
+    with torch.no_grad():
+        g_TS = gate(tokens.x_TD, tokens.id_T).dense()
+        f = [torch.relu(tokens.x_TD @ w + b) for w, b in zip(bank.weight, bank.bias, strict=True)]
+    y_TF = sum(g_TS[:, s, None] * matrix[s, e] * f[e] for s in range(4) for e in range(4))
+    loss = (model.head(y_TF) - tokens.y_TF).square().mean()
+    (expected,) = torch.autograd.grad(loss, matrix)
+    torch.testing.assert_close(gradient[0, 0], expected, rtol=0, atol=1e-12)
+
+
+def test_ends_in_a_local_optimum() -> None:
+    model = scrambled("top_k", 8, steps=30)
+    tokens = make_tokens(8, 400, seed=4)
+    report = search(model, [tokens], model.loss, verified_per_round=5).run()
+    assert report.local_optimum
+    assert report.losses[-1] == pytest.approx(loss_by_running_everything(model, [tokens], model.loss), rel=1e-6)
+    for swap in all_swaps([model.table]):
+        swap_in_place([model.table], swap)
+        loss = loss_by_running_everything(model, [tokens], model.loss)
+        assert loss >= report.losses[-1] * (1 - 1.1e-6)
+        swap_in_place([model.table], swap)
+
+
+def test_budgets_end_the_search() -> None:
+    tokens = make_tokens(8, 200, seed=5)
+    model = scrambled("top_k", 8, steps=60)
+    report = search(model, [tokens], model.loss, max_swaps=2).run()
+    assert (len(report.swaps), len(report.losses), report.local_optimum) == (2, 3, False)
+    model = scrambled("top_k", 8, steps=60)
+    report = search(model, [tokens], model.loss, max_verified=8, verified_per_round=4).run()
+    assert report.verified <= 8
+    assert not report.local_optimum
+    assert search(model, [tokens], model.loss, max_swaps=0).run().swaps == []
+
+
+def test_experts_run_once_per_batch_however_many_candidates() -> None:
+    model = scrambled("comet", 8, steps=60)
+    tokens = make_tokens(8, 200, seed=6)
+    rows: list[int] = []
+    model.moe.experts.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    report = search(model, [tokens.part(slice(0, 120)), tokens.part(slice(120, 200))], model.loss).run()
+    assert report.verified > 30
+    assert rows == [120 * 8, 80 * 8]
+
+
+def test_leaves_the_model_as_it_was_but_for_the_table_also_after_an_error() -> None:
+    model = scrambled("comet", 4, steps=10).train()
+    tokens = make_tokens(4, 50, seed=7)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    search(model, [tokens], model.loss).run()
+    assert model.training
+    assert model.moe.replay is None
+    after = model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["moe.permutation.table"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    def fail(_: Tokens) -> Tensor:
+        raise ArithmeticError("no loss")
+
+    table = model.table.clone()
+    with pytest.raises(ArithmeticError, match="no loss"):
+        search(model, [tokens], fail).run()
+    assert model.training
+    assert model.moe.replay is None
+    assert torch.equal(model.table, table)
+
+
+class TwoLayers(nn.Module):
+    """The second layer routes by what the first one gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = MoE(TopK(6, 4, k=2), DenseReLUBank(6, 6, 4, range(4)), SlotTable(4))
+        self.second = MoE(Comet(6, 5, k=2, gamma=0.1), DenseReLUBank(6, 3, 5, range(5)), SlotTable(5))
+        with torch.no_grad():
+            self.second.gates[0].split_weight.normal_()
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.second(x_TD + self.first(x_TD).outputs[0]).outputs[0]
+
+    @property
+    def tables(self) -> list[Tensor]:
+        return [self.first.permutation.table, self.second.permutation.table]
+
+
+def test_several_layers_are_searched_as_one() -> None:
+    torch.manual_seed(8)
+    naive, fast = TwoLayers().double(), TwoLayers().double()
+    fast.load_state_dict(naive.state_dict())
+    x_TD, y_TF = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
+
+    def loss_of(model: nn.Module) -> Callable[[object], Tensor]:
+        return lambda _: (model(x_TD) - y_TF).square().mean()
+
+    expected = naive_greedy(naive, naive.tables, [None], loss_of(naive))
+    report = search(fast, [None], loss_of(fast), verified_per_round=16).run()
+    assert report.losses[-1] == pytest.approx(expected, rel=1e-9)
+    assert {swap.layer for swap in report.swaps} == {0, 1}
+    assert all(map(torch.equal, fast.tables, naive.tables))
+
+
+def test_gradient_of_the_first_layer_flows_through_the_second() -> None:
+    torch.manual_seed(9)
+    model = TwoLayers().double()
+    x_TD = torch.randn(30, 6, dtype=torch.float64)
+    searching = search(model, [None], lambda _: model(x_TD).square().mean())
+    searching._record()
+    first, _ = searching._gradients()
+    step = 1e-6
+    matrix = torch.eye(4, dtype=torch.float64)[model.first.permutation.table[0, 0]]
+    results_TEF = model.first.all_results(x_TD)
+    g_TS = model.first.gates[0](x_TD).dense()
+
+    def loss_at(matrix_SE: Tensor) -> Tensor:
+        y_TF = torch.einsum("ts,se,tef->tf", g_TS, matrix_SE, results_TEF)
+        return model.second(x_TD + y_TF).outputs[0].square().mean()
+
+    for slot, expert in ((0, 1), (3, 2)):
+        moved = matrix.clone()
+        moved[slot, expert] += step
+        slope = (loss_at(moved) - loss_at(matrix)) / step
+        assert first[0, 0, slot, expert].item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(("per_gate", "branches"), [(True, 1), (False, 2), (True, 2)])
+def test_tables_per_gate_and_per_branch(per_gate: bool, branches: int) -> None:
+    def build() -> MoE:
+        torch.manual_seed(10)
+        gates = [Comet(5, 4, k=2, gamma=0.1) for _ in range(2)]
+        for gate in gates:
+            nn.init.normal_(gate.split_weight)
+        table = SlotTable(4, num_gates=2, per_gate=per_gate, branches=branches)
+        give_branches_slots(gates, table)
+        return MoE(gates, DenseReLUBank(5, 3, 4, range(4)), table).double()
+
+    x_TD = torch.randn(40, 5, dtype=torch.float64)
+    y_GTF = torch.randn(2, 40, 3, dtype=torch.float64)
+    naive, fast = build(), build()
+
+    def loss_of(moe: MoE) -> Callable[[object], Tensor]:
+        return lambda _: (torch.stack(moe(x_TD).outputs) - y_GTF).square().mean()
+
+    expected = naive_greedy(naive, [naive.permutation.table], [None], loss_of(naive))
+    report = search(fast, [None], loss_of(fast), verified_per_round=100).run()
+    assert fast.permutation.table.shape == (2 if per_gate else 1, branches, 4)
+    assert report.losses[-1] == pytest.approx(expected, rel=1e-9)
+    assert torch.equal(fast.permutation.table, naive.permutation.table)
+    assert len({swap.row for swap in report.swaps}) > 1
+
+
+def test_a_model_without_a_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="no MoE layer with a slot -> expert table"):
+        search(nn.Linear(2, 2), [], lambda _: torch.zeros(()))
+
+
+def restore(name: str, num_experts: int, steps: int, num_ranks: int) -> tuple[float, float, list[list[int]]]:
+    """Loss before the scrambling and after the search, and the table of every rank."""
+    tokens = make_tokens(num_experts, 1024, seed=11)
+    original = trained_mixture(name, num_experts, steps)
+    reference = loss_by_running_everything(original, [tokens], original.loss)
+    models = [scrambled(name, num_experts, steps, seed=1) for _ in range(num_ranks)]
+    share = -(-tokens.total // num_ranks)
+
+    def search_on_rank(world: ProcessWorld) -> tuple[float, list[int]]:
+        model = models[world.rank]
+        mine = tokens.part(slice(world.rank * share, (world.rank + 1) * share))
+        report = search(model, [mine], model.loss).run()
+        return report.losses[-1], model.table.flatten().tolist()
+
+    results = run_worlds(num_ranks, search_on_rank)
+    return reference, results[0][0], [table for _, table in results]
+
+
+@pytest.mark.parametrize("name", ["comet", "top_k", "dselect_k", "hash"])
+def test_planted_permutation_is_undone_on_one_and_on_four_ranks(name: str) -> None:
+    reference, alone, tables = restore(name, 8, steps=400, num_ranks=1)
+    assert alone <= 1.005 * reference
+    _, together, of_ranks = restore(name, 8, steps=400, num_ranks=4)
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert of_ranks == tables * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_experts", [16, 32])
+@pytest.mark.parametrize("name", ["comet", "top_k", "dselect_k", "hash"])
+def test_planted_permutation_of_many_experts_is_undone(name: str, num_experts: int) -> None:
+    reference, alone, tables = restore(name, num_experts, steps=2000, num_ranks=1)
+    assert alone <= 1.005 * reference
+    _, _, of_ranks = restore(name, num_experts, steps=2000, num_ranks=4)
+    assert of_ranks == tables * 4
+
+
+def test_ranks_with_experts_split_and_one_without_tokens() -> None:
+    tokens = make_tokens(8, 200, seed=12)
+    alone = scrambled("top_k", 8, steps=60)
+    expected = search(alone, [tokens], alone.loss).run()
+    whole = scrambled("top_k", 8, steps=60)
+    models = []
+    for rank in range(2):
+        model = scrambled("top_k", 8, steps=60)
+        ids = range(4 * rank, 4 * rank + 4)
+        share = DenseReLUBank(16, 32, 8, ids)
+        with torch.no_grad():
+            share.weight.copy_(whole.moe.experts.weight[list(ids)])
+            share.bias.copy_(whole.moe.experts.bias[list(ids)])
+        model.moe.experts = share
+        models.append(model.eval())
+
+    def search_on_rank(world: ProcessWorld) -> tuple[list[float], list[int]]:
+        model = models[world.rank]
+        model.moe.world = world
+        mine = tokens if world.rank == 0 else tokens.part(slice(0, 0))
+        report = search(model, [mine], model.loss).run()
+        return report.losses, model.table.flatten().tolist()
+
+    for losses, table in run_worlds(2, search_on_rank):
+        assert losses == pytest.approx(expected.losses, rel=1e-5)
+        assert table == alone.table.flatten().tolist()
