@@ -59,4 +59,4 @@ def _loss_by_batches(
         batch = slice(start, start + PAPER_EVAL_BATCH)
         mse = error_N[batch].sum() / max(watched_N[batch].sum(), 1)
         total += weights[0] * bce_N[batch].sum() + weights[1] * mse * len(bce_N[batch])
-    return total / max(len(bce_N), 1)
+    return float(total / max(len(bce_N), 1))
