@@ -92,7 +92,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    evaluate = commands.add_parser("evaluate", help="test figures of a run, from its newest checkpoint")
+    evaluate = commands.add_parser("evaluate", help="test figures of a run, from its best or newest checkpoint")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     evaluate.set_defaults(run=_evaluate)
@@ -182,14 +182,15 @@ def _search(options: argparse.Namespace) -> int:
     from dist_moe.search import SwapSearchConfig
 
     config = validate_section(SwapSearchConfig, options.overrides)
-    output = options.output or options.run_dir.with_name(f"{options.run_dir.name}-search")
-    report = search_run(options.run_dir, output, config)
+    run_dir = options.run_dir.resolve()
+    output = options.output or run_dir.with_name(f"{run_dir.name}-search")
+    report = search_run(run_dir, output, config)
     if LaunchEnvironment.read().is_first:
         first, last = report["losses"][0], report["losses"][-1]
         ending = "no swap helps any more" if report["local_optimum"] else "the budget is spent"
         print(
-            f"validation loss {first:.6g} -> {last:.6g} by {len(report['swaps'])} swap(s): {report['screened']} "
-            f"screened, {report['verified']} verified; {ending}"
+            f"loss on {report['search']['examples']:,} validation examples {first:.6g} -> {last:.6g} by "
+            f"{len(report['swaps'])} swap(s): {report['screened']} screened, {report['verified']} verified; {ending}"
         )
         print(figures_table(report["test_after"], {"before the search": report["test_before"]}))
         print(f"written to {output}")
@@ -206,7 +207,9 @@ def _config(options: argparse.Namespace) -> int:
         return 0
     if options.config is None:
         raise UserError("name a configuration to check, or ask for --schema")
-    print(yaml.safe_dump(load_config(options.config, options.overrides).plain(), sort_keys=False), end="")
+    config = load_config(options.config, options.overrides)
+    config.check(config.parallel.expert_parallel_size)
+    print(yaml.safe_dump(config.plain(), sort_keys=False), end="")
     return 0
 
 

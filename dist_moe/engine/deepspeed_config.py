@@ -20,9 +20,12 @@ def complete_deepspeed_section(section: DeepSpeedSection, batch_size: int, world
     completed.setdefault("steps_per_print", 2**31 - 1)
     completed.setdefault("gradient_clipping", 0.0)  # DeepSpeed would clip at 1 unasked
     optimizer = completed["optimizer"]
-    if is_adam(optimizer["type"]) and not torch.cuda.is_available():
-        # DeepSpeed's own CPU Adam is compiled on first use, which takes a minute and a C++ compiler.
-        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+    if is_adam(optimizer["type"]):
+        params = optimizer.setdefault("params", {})
+        params.setdefault("weight_decay", 0.0)  # torch's AdamW would decay by 0.01 unasked, DeepSpeed's not
+        if not torch.cuda.is_available():
+            # DeepSpeed's own CPU Adam is compiled on first use, which takes a minute and a C++ compiler.
+            params.setdefault("torch_adam", True)
     return completed
 
 

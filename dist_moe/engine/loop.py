@@ -44,7 +44,7 @@ class TrainConfig(Settings):
         None,
         ge=1,
         description="stop after this many validations without a better loss, and test the best weights "
-        "(null: train to the end and test the last weights)",
+        "(null: train to the end and test the last weights); a resumed run counts the validations before it too",
     )
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -61,7 +61,7 @@ class Feed(Protocol):
 
 @dataclass(frozen=True)
 class StepLoss:
-    """``loss``: its mean over ranks, summed over micro-batches, is what the step minimises.
+    """``loss``: its mean over ranks and micro-batches is what the step minimises.
     ``sums``: numbers to record, which add up over micro-batches and ranks."""
 
     loss: Tensor
@@ -124,7 +124,9 @@ class TrainingLoop:
         A checkpoint is written every ``checkpoint_every`` steps and at the end, however it comes.
         """
         if self._engine.process_groups.environment.is_first:
-            drop_after(best_of(self._checkpoints), first_step)
+            # What a resumed run does again, or could not be read; and what another patience once kept.
+            drop_after(self._checkpoints, first_step)
+            drop_after(best_of(self._checkpoints), first_step if self._config.patience is not None else -1)
         step, ending, stopping = first_step, self._progress.exhausted, False
         while step < self._total_steps and not (ending or stopping):
             self._train_step(step, stop)
@@ -160,7 +162,6 @@ class TrainingLoop:
             engine.backward(result.loss)
             engine.step()
             sums.append(result.sums)
-        self._hooks.after_step(step + 1)
         counts = {
             "wire_rows": torch.tensor(traffic.rows, device=engine.device),
             "wire_bytes": torch.tensor(traffic.bytes, device=engine.device),
@@ -175,6 +176,7 @@ class TrainingLoop:
                 "seconds": time.perf_counter() - started,
             }
         )
+        self._hooks.after_step(step + 1)
 
     def _collect(self) -> bool:
         """Report the steps since the last collection; whether any rank was asked to stop."""

@@ -55,12 +55,12 @@ class RunDirectory:
     def summary(self) -> Path:
         return self.root / "summary.json"
 
-    def check_unused(self) -> None:
-        """Raise UserError if the directory holds a run already."""
+    def check_unused(self, option: str = "--run-dir") -> None:
+        """Raise UserError, naming the command's ``option``, if the directory holds a run already."""
         if self.config.exists():
             raise UserError(
-                f"--run-dir {self.root} holds a run already; go on with it by "
-                f"'dist-moe train --resume {self.root}', or name another directory"
+                f"{option} {self.root} holds a run already; name another directory, or go on with that run by "
+                f"'dist-moe train --resume {self.root}'"
             )
 
     def check_exists(self) -> None:
@@ -76,8 +76,10 @@ class RunDirectory:
             raise UserError(f"--run-dir {self.root} cannot be made: {error}") from error
 
     def describe(self, config: dict[str, Any], environment: LaunchEnvironment) -> None:
-        """Write the resolved configuration and what it runs on."""
+        """Write the resolved configuration and, if it is not there yet, what the run was begun with."""
         self.config.write_text(yaml.safe_dump(config, sort_keys=False))
+        if self.environment.exists():
+            return
         write_json(
             self.environment,
             {

@@ -79,6 +79,8 @@ class Gate(nn.Module, ABC):
     def total(self, sums: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         """``sums`` over this rank's ``num_tokens`` tokens -> over those of all ranks; and their number.
 
+        That is, of this forward pass: with gradient accumulation, of one micro-batch.
+
         Differentiable: an auxiliary loss counts with this rank's share of the tokens, so the gradient
         to the local part is divided by that share. The ranks' gradients then add up to the true one.
         """

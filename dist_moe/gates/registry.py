@@ -14,6 +14,8 @@ from pydantic_core import CoreSchema, core_schema
 
 from dist_moe.gates.base import GateSettings
 
+DEFAULT_GATE = "comet"
+
 _GATES: dict[str, type[GateSettings]] = {}
 
 
@@ -50,7 +52,7 @@ class _ByName:
 def _choose(value: Any, _: Any) -> GateSettings:
     if isinstance(value, GateSettings):
         return value
-    name = value.get("name") if isinstance(value, dict) else value
+    name = value.get("name", DEFAULT_GATE) if isinstance(value, dict) else value
     settings = _GATES.get(name) if isinstance(name, str) else None
     if settings is None:
         raise ValueError(f"gate.name={name!r} is not a gate; allowed: {', '.join(sorted(_GATES))}")

@@ -17,7 +17,9 @@ from dist_moe.routing import Pairs, Permutation, Route, union_of_routes
 
 
 class PermutationSource(Protocol):
-    """Gives each gate's permutation of the current step, and named auxiliary losses."""
+    """Gives the permutation of the current step of each of ``num_gates`` gates, and named auxiliary losses."""
+
+    num_gates: int
 
     def __call__(self) -> tuple[Sequence[Permutation], dict[str, Tensor]]: ...
 
@@ -127,6 +129,9 @@ class MoE(nn.Module):
                     f"a gate over {gate.num_experts} experts and tokens of width {gate.dim} does not fit "
                     f"{bank.num_experts} experts of width {bank.dim}"
                 )
+        table = self.permutation
+        if table is not None and table.num_gates != len(self.gates):
+            raise ValueError(f"permutations for {table.num_gates} gate(s) do not fit {len(self.gates)} gate(s)")
         expected = tuple(experts_of_rank(bank.num_experts, self.world))
         if bank.expert_ids != expected:
             raise ValueError(

@@ -52,7 +52,9 @@ class RunConfig(Settings):
         "or cross-entropy of the top left and of the bottom right image",
     )
     swap_search: SwapScheduleConfig | None = Field(
-        None, description="explicit local search by swaps, at chosen steps of the training (null: none)"
+        None,
+        description="explicit local search by swaps, at chosen steps of the training (null: none); not while a "
+        "permutation is being learnt, which would overwrite what it finds",
     )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig(), description="length and rhythm")
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="the layout")
@@ -69,6 +71,8 @@ class RunConfig(Settings):
         fitting = _MODEL_FOR[type(self.data)].model_fields["name"].default
         if self.model.name != fitting:
             raise UserError(f"model.name={self.model.name} does not fit data.name={self.data.name}; use {fitting}")
+        if not any(self.task_weights):
+            raise UserError(f"task_weights={list(self.task_weights)}: one of them must be above 0")
         for fault in self.model.gate.faults(self.model.num_experts):
             raise UserError(f"model.gate.{fault}")
         self.parallel.check(world_size, self.model.num_experts)
@@ -91,6 +95,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def override(content: Content, assignments: Mapping[str, Any]) -> None:
     """Set fields by their dotted names. A gate switched by its name alone keeps what fields it shares."""
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("gate"), str):
+        content["model"] = model | {"gate": {"name": model["gate"]}}
     if "model.gate.name" in assignments:
         _import_modules(assignments.get("imports", content.get("imports")))
         _drop_fields_of_another_gate(content, assignments["model.gate.name"])
@@ -126,8 +133,9 @@ def _import_modules(names: Any) -> None:
     for name in names:
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f"imports: the module {name!r} cannot be imported: {error}") from error
+        except Exception as error:  # whatever the user's own module may do wrong
+            kind = type(error).__name__
+            raise UserError(f"imports: the module {name!r} cannot be imported: {kind}: {error}") from error
 
 
 def _with_names(content: Content) -> Content:
@@ -153,12 +161,16 @@ def _drop_fields_of_another_gate(content: Content, name: str) -> None:
 
 def _explain(fault: Any, config: type[Settings]) -> str:
     location = [str(part) for part in fault["loc"]]
+    if fault["type"] == "missing":
+        return f"{'.'.join(location)}: required, but not given"
     field = ".".join(part for part in location if part not in _TAGS)
     if fault["type"] == "union_tag_invalid":
         return f"{field}.name={fault['ctx']['tag']!r}: there is no such one; allowed: {fault['ctx']['expected_tags']}"
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(field, list(field_names(config)), n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --schema' for all fields"
+        if near == [field]:  # of another member of a union
+            hint = f" with this {field.rpartition('.')[0]}.name; see 'dist-moe config --schema' for all fields"
         return f"{field}={fault['input']!r}: there is no such field{hint}"
     return f"{field}={fault['input']!r}: {fault['msg'][0].lower() + fault['msg'][1:]}"
 

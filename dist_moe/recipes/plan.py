@@ -13,6 +13,7 @@ from dist_moe.engine.deepspeed_config import complete_deepspeed_section
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.monitor import Schedule
 from dist_moe.engine.run_directory import RunDirectory
+from dist_moe.errors import UserError
 from dist_moe.recipes.config import RunConfig, load_config
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.problems import open_problem
@@ -60,9 +61,30 @@ def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> TrainingPlan:
     run.check_exists()
     config = load_config(run.config, overrides)
     config.check(environment.world_size)
+    _check_same_run(load_config(run.config), config)
     checkpoint, faults = newest_good_checkpoint(run_dir)
     warnings = tuple(f"warning: {fault}; going on from {checkpoint.name} instead" for fault in faults)
     return _plan(config, run, environment, checkpoint, warnings)
+
+
+def _check_same_run(recorded: RunConfig, config: RunConfig) -> None:
+    """Raise UserError for a change after which the run's record would speak of another run."""
+    before, after = _identity(recorded), _identity(config)
+    for field in before:
+        if before[field] != after[field]:
+            raise UserError(
+                f"{field}={after[field]!r}: the run was trained with {before[field]!r}, and --resume goes on with the "
+                f"same run. It may change train (but for batch_size), parallel, deepspeed, swap_search, data.root and "
+                f"data.cache; for anything else start a new run"
+            )
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    content = config.plain()
+    data = {f"data.{name}": value for name, value in content["data"].items() if name not in ("root", "cache")}
+    model = {f"model.{name}": value for name, value in content["model"].items()}
+    whole = {name: content[name] for name in ("seed", "task_weights")}
+    return whole | data | model | {"train.batch_size": content["train"]["batch_size"]}
 
 
 def _plan(

@@ -22,20 +22,25 @@ REPORT = "swap_search.json"
 def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[str, Any]:
     """Search the tables of a run on its validation examples; write ``output``, a run with the tables found.
 
-    ``output`` holds the run's configuration, a checkpoint that differs in the tables only, and a report.
+    ``output`` holds the run's configuration, a checkpoint that differs in the tables only (and
+    in that a stage of permutation learning is over), and a report.
     Returns the report. Collective, at any number of ranks. Raises UserError if the run is not intact, or
     if ``output`` holds a run already.
     """
     environment = LaunchEnvironment.read()
     found = RunDirectory(output)
     if environment.is_first:
-        found.check_unused()
+        found.check_unused("--output")
     with trained_run(run_dir) as run:
+        if environment.is_first:
+            found.create()
+        run.model.table.end_learning()
         before = _figures(run)
         swaps = search_swaps(run.problem, run.model, config, run.config.task_weights, environment)
         after = _figures(run)
         report = {
             "checkpoint": run.checkpoint.name,
+            "search": config.model_dump() | {"examples": min(config.examples, len(run.problem.val))},
             "losses": swaps.losses,
             "swaps": [{"layer": swap.layer, "row": swap.row, "slots": swap.slots} for swap in swaps.swaps],
             "screened": swaps.screened,
@@ -55,8 +60,7 @@ def _figures(run: TrainedRun) -> dict[str, Any]:
 
 
 def _write(run: TrainedRun, run_dir: Path, found: RunDirectory, report: dict[str, Any]) -> None:
-    found.root.mkdir(parents=True, exist_ok=True)
-    tables = {"moe.permutation.table": run.model.table.table}
+    tables = {f"moe.permutation.{name}": buffer for name, buffer in run.model.table.named_buffers()}
     copy_with_buffers(run.checkpoint, checkpoints_of(found.root), tables)
     shutil.copy(RunDirectory(run_dir).environment, found.environment)
     write_json(found.root / REPORT, report)

@@ -47,7 +47,8 @@ def train(plan: TrainingPlan, on_validation: OnValidation | None = None) -> int:
     keep_freed_memory()
     if plan.environment.is_first:
         plan.run.create()
-        plan.run.describe(plan.config.plain(), plan.environment)
+        if plan.checkpoint is None:
+            plan.run.describe(plan.config.plain(), plan.environment)
     with stop_requests() as stop, process_groups(plan.environment, plan.config.parallel) as groups:
         return train_in_groups(plan, groups, stop, on_validation)
 
@@ -70,6 +71,8 @@ def _train(
     model: MoEModel = engine.module
     groups = engine.process_groups
     resumed = load_checkpoint(engine, plan.checkpoint) if plan.checkpoint else None
+    if resumed and plan.environment.is_first:
+        plan.run.describe(plan.config.plain(), plan.environment)
     first_step = resumed.step if resumed else 0
     weights = plan.config.task_weights
     with Reporter(plan, engine, first_step) as reporter:
@@ -162,7 +165,7 @@ def _loop(
     def after_step(step: int) -> None:
         model.moe.end_step()
         search = config.swap_search
-        if search is not None and search.due(step, plan.feed.steps_per_epoch):
+        if search is not None and not model.table.learning and search.due(step, plan.feed.steps_per_epoch):
             reporter.swaps(search_swaps(problem, model, search, config.task_weights, groups.environment), step)
 
     shares = plan.environment.world_size * plan.accumulation

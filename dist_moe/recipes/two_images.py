@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_moe.data.batches import shard_batches
 from dist_moe.data.two_images import FRAME_SIDE, ImageBatch, ImagePairs, TwoImages
 from dist_moe.models import ModelOutput, RunShape, TwoImageClassifier, TwoImageClassifierConfig
-from dist_moe.models.two_image_classifier import NUM_IDS, TASKS
+from dist_moe.models.two_image_classifier import NUM_IDS, TASKS, pixel_ids
 from dist_moe.recipes.problem import Columns, Figures, Problem
 
 NUM_CLASSES = 10
@@ -31,7 +33,14 @@ class TwoImagesProblem(Problem):
         return model.build(FRAME_SIDE, NUM_CLASSES, run)
 
     def id_counts(self) -> Tensor:
-        return torch.ones(NUM_IDS, dtype=torch.int64)
+        return self._pixel_id_counts
+
+    @cached_property
+    def _pixel_id_counts(self) -> Tensor:
+        counts = torch.zeros(NUM_IDS, dtype=torch.int64)
+        for index_B in shard_batches(self.train, 1024, rank=0, world_size=1):
+            counts += torch.bincount(pixel_ids(self.train.batch(index_B, index_B).image_BD), minlength=NUM_IDS)
+        return counts
 
     def task_losses(self, output: ModelOutput, batch: ImageBatch) -> dict[str, Tensor]:
         """``ce_TASK``: cross-entropy of each image's class, a sum over the step's number of examples."""

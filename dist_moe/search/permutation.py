@@ -40,7 +40,9 @@ class PermutationSearchConfig(Settings):
     """The paper's permutation search (the "+" of COMET+): Sinkhorn-relaxed, then rounded."""
 
     epochs: float = Field(
-        0.1, gt=0, description="length of the learning stage; while it lasts every token visits every expert"
+        0.1,
+        gt=0,
+        description="length of the learning stage; while it lasts every token visits every expert, unless forward=hard",
     )
     entropy_weight: float = Field(1e-4, ge=0, description="weight of the entropy of the relaxed permutation")
     temperature: tuple[Temperature, Temperature] = Field(
@@ -118,13 +120,22 @@ class PermutationSearch(SlotTable):
         """Whether the stage lasts, that is, whether training learns the permutation."""
         return int(self.step) < self.stage_steps
 
+    def end_learning(self) -> None:
+        """End the stage here, with the rounding of the last soft permutation."""
+        self.begin_evaluation()
+        self.step.fill_(max(int(self.step), self.stage_steps))
+
+    @torch.no_grad()
     def begin_step(self) -> None:
         """Count a training step; the one that ends the stage rounds the permutation.
 
-        A straight-through search rounds before every step of the stage.
+        A straight-through search rounds the permutation of every step of the stage.
         """
         self.step += 1
-        if int(self.step) == self.stage_steps or (self.learning and self.straight_through):
+        if self.learning and self.straight_through:
+            self.soft.copy_(self.soft_matrix())
+            self.round()
+        elif int(self.step) == self.stage_steps:
             self.round()
 
     def begin_evaluation(self) -> None:
@@ -153,7 +164,10 @@ class PermutationSearch(SlotTable):
         return self.for_gates([SoftPermutation(matrix_KEE) for matrix_KEE in soft]), aux
 
     def current_matrix(self) -> Tensor:
-        """(P, K, n, n), without gradient: the last soft matrices during the stage, then the hard ones."""
+        """(P, K, n, n), without gradient: the last soft matrices during the stage, then the hard ones.
+
+        With ``forward: hard`` the soft ones are what is learnt, not what training routes by.
+        """
         return self.soft if self.learning else super().current_matrix()
 
     def soft_matrix(self) -> Tensor:

@@ -36,6 +36,14 @@ class SlotTable(nn.Module):
         """One per table -> one per gate."""
         return list(permutations) if self.per_gate else list(permutations) * self.num_gates
 
+    @property
+    def learning(self) -> bool:
+        """Whether training still learns the tables, so that what a search finds would be overwritten."""
+        return False
+
+    def end_learning(self) -> None:
+        """Keep the tables as they are from now on."""
+
     def begin_step(self) -> None:
         """Called before each training step on every rank."""
 
@@ -43,7 +51,7 @@ class SlotTable(nn.Module):
         """Called before each evaluation on every rank."""
 
     def current_matrix(self) -> Tensor:
-        """(P, K, n, n), without gradient: the permutation matrices that training uses now."""
+        """(P, K, n, n), without gradient: the permutation matrices that are learnt now, else the tables'."""
         return torch.eye(self.table.shape[-1], device=self.table.device)[self.table]
 
 

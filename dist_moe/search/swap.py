@@ -44,7 +44,9 @@ class SwapSearchConfig(Settings):
     """Local search by swaps, on held-out examples."""
 
     examples: int = Field(4096, ge=1, description="validation examples that score a table, over all ranks")
-    batch_size: int = Field(2048, ge=1, description="examples whose expert results are held at once, per rank")
+    batch_size: int = Field(
+        2048, ge=1, description="examples per forward pass; what all experts make of all examples is held in memory"
+    )
     verified_per_round: int = Field(16, ge=1, description="swaps verified exactly before the best of them is taken")
     max_swaps: int = Field(200, ge=0, description="swaps taken at most")
     max_verified: int = Field(20_000, ge=1, description="swaps verified at most")
@@ -75,11 +77,12 @@ class SwapReport:
 class SwapSearch:
     """``SwapSearch(model, batches, loss, config).run()``: swaps until nothing helps. Collective.
 
-    ``model``: any module with one or several MoE layers whose permutation is a ``SlotTable``.
+    ``model``: any module with one or several MoE layers whose permutation is a ``SlotTable``, and which
+    run in the order in which they were registered, once each.
     ``batches``: this rank's; every rank has as many (they may be empty). ``loss``: see ``BatchLoss``;
     it runs ``model`` in evaluation mode.
 
-    Raises ValueError if the model has no such layer.
+    Raises ValueError if the model has no such layer, or one that the loss does not need.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], loss: BatchLoss, config: SwapSearchConfig) -> None:
@@ -129,16 +132,15 @@ class SwapSearch:
         candidates = self._by_estimated_gain()
         report.screened += len(candidates)
         enough = report.losses[-1] - self._config.least_gain * abs(report.losses[-1])
-        for start in range(0, len(candidates), self._config.verified_per_round):
-            if report.verified >= self._config.max_verified:
-                return None, report.losses[-1]
-            swaps = candidates[start : start + self._config.verified_per_round]
+        affordable = candidates[: self._config.max_verified - report.verified]
+        for start in range(0, len(affordable), self._config.verified_per_round):
+            swaps = affordable[start : start + self._config.verified_per_round]
             losses = self._losses(swaps)
             report.verified += len(swaps)
             best = min(range(len(swaps)), key=losses.__getitem__)
             if losses[best] < enough:
                 return swaps[best], losses[best]
-        report.local_optimum = True
+        report.local_optimum = len(affordable) == len(candidates)
         return None, report.losses[-1]
 
     def _by_estimated_gain(self) -> list[Swap]:
@@ -188,6 +190,8 @@ class SwapSearch:
                 for layer in self._layers:
                     layer.replay = None
             self._recordings.append([r.recording for r in recorders if r.recording is not None])
+            if len(self._recordings[-1]) < len(self._layers):
+                raise ValueError("an MoE layer with a table takes no part in the loss: there is nothing to search")
 
     @contextmanager
     def _tried(self, swap: Swap | None) -> Iterator[None]:

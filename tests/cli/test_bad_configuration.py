@@ -77,6 +77,17 @@ def test_a_number_with_which_nothing_could_be_computed(
     refused(["train", config, override], field)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("def gate(:\n", "SyntaxError"), ("raise ArithmeticError('no gate')\n", "ArithmeticError: no gate")],
+)
+def test_a_module_of_the_user_s_that_is_broken(
+    refused: Refused, config: Path, tmp_path: Path, content: str, reason: str
+) -> None:
+    (tmp_path / "a_broken_gate.py").write_text(content)
+    refused(["train", config, "imports=[a_broken_gate]"], "imports: the module 'a_broken_gate'", reason)
+
+
 def test_all_faults_are_named_at_once(refused: Refused, config: Path) -> None:
     refused(["train", config, "seed=-1", "model.dropout=2"], "seed=-1", "model.dropout=2")
 

@@ -92,6 +92,15 @@ def test_resume_goes_on_from_the_last_good_one(finished: Path, run: Path, name: 
     assert largest_difference(tensors_of(run), tensors_of(finished)) == 0
 
 
+def test_a_damaged_checkpoint_that_was_passed_over_is_gone(run: Path) -> None:
+    """Also where the resumed run ends before it comes to that step again."""
+    _, newer = checkpoints(run)
+    cut_short(newer / "dense.safetensors")
+    succeed(1, "train", "--resume", run, f"train.max_steps={EVERY + 2}")
+    assert not newer.exists()
+    assert f"step-{EVERY + 2:08d}" in succeed(1, "evaluate", run)[0].out
+
+
 def test_no_checkpoint_at_all(refused: Refused, run: Path) -> None:
     shutil.rmtree(checkpoints_of(run))
     refused(["train", "--resume", run], str(run), "checkpoint", "--run-dir")

@@ -121,6 +121,27 @@ def test_numbers_as_people_write_them(capsys: pytest.CaptureFixture[str], text: 
     assert shown["deepspeed"]["optimizer"]["params"]["lr"] == value
 
 
+@pytest.mark.parametrize(
+    ("model", "overrides", "gate"),
+    [
+        ({"gate": "comet"}, ["model.gate.k=3"], {"name": "comet", "k": 3}),
+        ({"gate": "top_k"}, ["model.gate.k=3"], {"name": "top_k", "k": 3}),
+        ({"gate": "top_k"}, ["model.gate.name=dselect_k", "model.gate.gamma=3"], {"name": "dselect_k", "gamma": 3}),
+        ({}, ["model.gate.k=3"], {"name": "comet", "k": 3}),
+        (None, ["model.gate.k=3"], {"name": "comet", "k": 3}),
+        ({"gate": {"k": 3}}, ["model.gate.gamma=2"], {"name": "comet", "k": 3, "gamma": 2}),
+    ],
+)
+def test_a_gate_s_field_wherever_its_name_stands(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Any, overrides: list[str], gate: dict[str, Any]
+) -> None:
+    """A gate given by its name alone, or left out: then it is the default one."""
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump({} if model is None else {"model": model}))
+    assert main(["config", str(tmp_path / "short.yaml"), *overrides]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["model"]["gate"]
+    assert {field: shown[field] for field in gate} == gate
+
+
 def objects_of(schema: Any) -> list[dict[str, Any]]:
     """Every description of a section, wherever it is: gates are described where they are used."""
     if isinstance(schema, list):

@@ -202,6 +202,24 @@ def test_adam_is_not_compiled_on_a_cpu(name: str) -> None:
     assert completed["optimizer"]["params"]["torch_adam"] is True
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "adamw"])
+def test_adam_decays_no_weights_unless_asked_to(monkeypatch: pytest.MonkeyPatch, name: str, on_gpu: bool) -> None:
+    """torch's AdamW, which a CPU gets, would by 0.01; DeepSpeed's own would not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    for section in ({"optimizer": {"type": name}}, with_key("optimizer.type", name)):
+        completed = complete_deepspeed_section(section, batch_size=64, world_size=1)
+        assert completed["optimizer"]["params"]["weight_decay"] == 0.0
+    decaying = with_key("optimizer", {"type": name, "params": {"weight_decay": 0.1}})
+    completed = complete_deepspeed_section(decaying, batch_size=64, world_size=1)
+    assert completed["optimizer"]["params"]["weight_decay"] == 0.1
+
+
+def test_another_optimizer_keeps_its_own_defaults() -> None:
+    completed = complete_deepspeed_section(with_key("optimizer", {"type": "Lamb"}), batch_size=64, world_size=1)
+    assert completed["optimizer"] == {"type": "Lamb"}
+
+
 def test_zero_stage() -> None:
     assert zero_stage(SECTION) == 1
     assert zero_stage({"optimizer": {}}) == 0

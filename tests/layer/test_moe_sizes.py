@@ -9,6 +9,7 @@ from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, TopK
 from dist_moe.layer import MoE
 from dist_moe.parallel import ProcessWorld
+from dist_moe.search import PermutationSearch, SlotTable
 from tests.helpers.worlds import run_worlds
 
 
@@ -64,3 +65,13 @@ def test_tokens_of_another_width() -> None:
     moe = MoE(TopK(3, 4), DenseReLUBank(3, 2, 4, range(4)))
     with pytest.raises(ValueError, match=r"\(T, 3\), got \(5, 2\)"):
         moe(torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("per_gate", [False, True])
+def test_permutations_for_another_number_of_gates(per_gate: bool) -> None:
+    """One table that all gates share must know their number, too."""
+    gates, bank = [TopK(3, 4), TopK(3, 4)], DenseReLUBank(3, 2, 4, range(4))
+    for table in (SlotTable(4, 3, per_gate=per_gate), PermutationSearch(4, 5, 3, per_gate=per_gate)):
+        with pytest.raises(ValueError, match=r"permutations for 3 gate\(s\) do not fit 2 gate\(s\)"):
+            MoE(gates, bank, table)
+    assert len(MoE(gates, bank, SlotTable(4, 2, per_gate=per_gate))(torch.zeros(5, 3)).outputs) == 2

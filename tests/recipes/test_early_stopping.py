@@ -163,6 +163,18 @@ def test_a_run_that_patience_ended_is_at_its_end(runs: dict[int, Path], tmp_path
     assert summary_of(run)["first_step"] == summary_of(run)["steps"]
 
 
+def test_patience_that_is_taken_back(runs: dict[int, Path], tmp_path: Path) -> None:
+    """Without patience the last weights are tested, and no best ones are left to speak for the run."""
+    run, last = tmp_path / "run", max(validation_losses(runs[1]))
+    shutil.copytree(runs[1], run)
+    assert best_step(run) < last
+    succeed(1, "train", "--resume", run, "train.patience=null", f"train.max_steps={last}")
+    assert summary_of(run)["tested_step"] == last
+    assert complete_directories(best_of(checkpoints_of(run))) == []
+    assert_equal_tensors(tensors_of(run), tensors_of(runs[1]))
+    assert summary_of(run)["test"]["loss"] != summary_of(runs[1])["test"]["loss"]
+
+
 def test_the_last_step_is_validated_too(config: Path, tmp_path: Path) -> None:
     succeed(1, "train", "--run-dir", tmp_path / "run", config, "train.max_steps=8")
     losses = validation_losses(tmp_path / "run")

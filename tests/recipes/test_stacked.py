@@ -12,10 +12,14 @@ import torch
 import yaml
 
 from dist_moe.errors import UserError
+from dist_moe.models import MoEModel
 from dist_moe.recipes.config import RunConfig, load_config
+from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.problems import open_problem
-from dist_moe.recipes.stacked import stack_fault, stack_key, train_stack
+from dist_moe.recipes.stacked import stack_fault, stack_key, train_stack, training
+from dist_moe.recipes.swap import search_swaps
 from dist_moe.recipes.trials import run_trials
+from dist_moe.search import SlotTable, SwapReport
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import train_all, write_config
 
@@ -82,21 +86,59 @@ def test_a_stack_is_its_trials_one_by_one(
         configured(f"model.gate.name={name}", *of_gate, *more)
         for of_gate, more in zip(GATES[name], of_search, strict=True)
     ]
+    together = assert_as_alone(configs, tmp_path)
+    assert together[0] != together[1]
+
+
+def assert_as_alone(configs: list[RunConfig], directory: Path) -> list[Result | None]:
+    """Train ``configs`` as one stack, which must give what each gives in a run of its own."""
     together = stacked(configs)
     for i, (config, result) in enumerate(zip(configs, together, strict=True)):
-        summary = alone(config, tmp_path / str(i))
+        summary = alone(config, directory / str(i))
         assert result is not None
         val, test, steps = result
         assert steps == summary["steps"]
         for ours, expected in ((val, summary["val"]), (test, summary["test"])):
             for figure in ("loss", "bce", "mse", "auc", "active_experts", "dead_experts"):
                 assert ours[figure] == pytest.approx(expected[figure], rel=1e-4, abs=2e-5), figure
-    assert together[0] != together[1]
+    return together
 
 
-def test_a_trial_that_leaves_does_not_disturb_the_others(configured: Callable[..., RunConfig]) -> None:
+def test_an_optimizer_with_its_defaults(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Neither the engine's Adam nor the stack's decays weights unless told to."""
+    optimizers = [f"deepspeed.optimizer={{type: Adam, params: {{lr: {lr}}}}}" for lr in (0.02, 0.01)]
+    assert_as_alone([configured(optimizer) for optimizer in optimizers], tmp_path)
+
+
+def test_no_swaps_are_searched_while_a_permutation_is_learnt(
+    configured: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage of 27 steps, one that ends with a step that a search is due after, and one without an end."""
+    steps_per_epoch = 90
+    search = "swap_search={examples: 200, every_epochs: 0.2, least_gain: 0.001}"
+    configs = [configured(search, f"model.permutation.epochs={e}") for e in (0.3, 0.4, 10)]
+    schedule = configs[0].swap_search
+    assert schedule is not None
+    assert [step for step in range(1, STEPS + 1) if schedule.due(step, steps_per_epoch)] == [18, 36]
+    together = assert_as_alone(configs, tmp_path)
+    assert together[0] != together[1] != together[2]
+    searched: list[SlotTable] = []
+
+    def spy(problem: Problem, model: MoEModel, *arguments: Any) -> SwapReport:
+        searched.append(model.table)
+        return search_swaps(problem, model, *arguments)
+
+    monkeypatch.setattr(training, "search_swaps", spy)
+    assert stacked(configs) == together
+    assert len(searched) == 2
+
+
+@pytest.mark.parametrize("permutation", ["null", "{epochs: 0.3}", "{epochs: 0.3, rounding: relaxed}"])
+def test_a_trial_that_leaves_does_not_disturb_the_others(
+    configured: Callable[..., RunConfig], permutation: str
+) -> None:
     """One diverges at once, one is given up after the first validation, one stays."""
-    configs = [configured(f"{LR}={lr}") for lr in (1e30, 0.005, 0.01)]
+    configs = [configured(f"{LR}={lr}", f"model.permutation={permutation}") for lr in (1e30, 0.005, 0.01)]
     seen: list[tuple[int, int]] = []
 
     def report(trial: int, step: int, loss: float) -> bool:

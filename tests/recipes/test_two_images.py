@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ import yaml
 from dist_moe.engine.checkpoint import load_model
 from dist_moe.engine.checkpoint_files import newest_checkpoint
 from dist_moe.engine.process_groups import process_groups
+from dist_moe.gates.hash_routing import HashRouting, balanced_assignment
 from dist_moe.models import TwoImageClassifier
+from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
+from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.config import load_config
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.plan import plan_resumed_run
+from dist_moe.recipes.problems import open_problem
 from tests.data.tiny_images import write_tiny_images
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
@@ -154,6 +160,24 @@ def test_hash_routing_knows_images_by_their_pixels(config: Path, tmp_path: Path)
     assert [record["load"] for record in one] == [record["load"] for record in two]
     assert all(record["active_experts"] == 1 and sum(record["load"]) == BATCH for record in one)
     assert sum(load > 0 for load in one[0]["load"]) > 1
+
+
+def test_the_ids_of_images_are_counted(config: Path) -> None:
+    """Balanced assignment deals out the training images' ids by how often they occur, not all ids alike."""
+    options = ["model.gate={name: hash, assignment: balanced}", "model.permutation=null"]
+    run_config = load_config(config, options)
+    problem = open_problem(run_config, progress=False)
+    images = [problem.train.batch(np.array([i]), np.array([i])).image_BD for i in range(len(problem.train))]
+    expected = Counter(int(pixel_ids(image_1D)) for image_1D in images)
+    counts = problem.id_counts()
+    assert counts.shape == (NUM_IDS,)
+    assert {each: int(count) for each, count in enumerate(counts) if count} == expected
+    assert expected.total() == 70
+    for gate in build_model(run_config, problem, SingleWorld()).moe.gates:
+        assert isinstance(gate, HashRouting)
+        assert torch.equal(gate.table, balanced_assignment(counts, 4))
+        loads = torch.zeros(4, dtype=torch.int64).index_add_(0, gate.table, counts)
+        assert loads.max() - loads.min() <= 1
 
 
 def test_every_part_is_said(runs: dict[int, Path], config: Path) -> None:

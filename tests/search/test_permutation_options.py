@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -135,20 +136,24 @@ def test_a_hard_forward_pass_is_the_hard_route_with_the_soft_gradient(per_gate: 
     assert grads[0].any()
 
 
-def test_a_hard_forward_pass_rounds_before_every_step() -> None:
-    search = make_search(forward="hard")
+def test_a_hard_forward_pass_rounds_the_soft_matrix_of_its_own_step() -> None:
+    """Values and gradients of a step are those of one permutation; the last of the stage stays."""
+    search, tables = make_search(forward="hard"), []
     for step in range(STAGE + 3):
-        before, last_soft = search.table.clone(), search.soft.clone()
+        before = search.table.clone()
         search.begin_step()
-        if step < STAGE:
-            assert search.table.tolist() == [[round_to_table(m).tolist() for m in of_gate] for of_gate in last_soft]
+        assert not search.soft.requires_grad
+        tables.append(search.table.tolist())
+        permutations, _ = search.train()()
+        if step + 1 < STAGE:
+            assert tables[-1] == [[round_to_table(m).tolist() for m in of_gate] for of_gate in search.soft]
         else:
             assert torch.equal(search.table, before)
-        permutations, _ = search.train()()
         kind = StraightThroughPermutation if step + 1 < STAGE else HardPermutation
         assert all(isinstance(p, kind) for p in permutations)
         with torch.no_grad():
             search.relaxed.normal_(std=0.1)
+    assert all(one != next_one for one, next_one in pairwise(tables[: STAGE - 1]))
     assert all(isinstance(p, HardPermutation) for p in search.eval()()[0])
 
 

@@ -149,6 +149,19 @@ def test_budgets_end_the_search() -> None:
     assert search(model, [tokens], model.loss, max_swaps=0).run().swaps == []
 
 
+@pytest.mark.parametrize(("most", "per_round"), [(7, 4), (3, 4), (27, 100)])
+def test_a_budget_that_no_round_fits(most: int, per_round: int) -> None:
+    """The tables of 8 experts have 28 swaps. A search that could not verify them all knows no local optimum."""
+    tokens, model = make_tokens(8, 200, seed=5), scrambled("top_k", 8, steps=60)
+    search(model, [tokens], model.loss, verified_per_round=100).run()
+    at_optimum = model.table.clone()
+    report = search(model, [tokens], model.loss, max_verified=most, verified_per_round=per_round).run()
+    assert (report.swaps, report.verified, report.local_optimum) == ([], most, False)
+    report = search(model, [tokens], model.loss, max_verified=28, verified_per_round=per_round).run()
+    assert (report.swaps, report.verified, report.local_optimum) == ([], 28, True)
+    assert torch.equal(model.table, at_optimum)
+
+
 def test_experts_run_once_per_batch_however_many_candidates() -> None:
     model = scrambled("comet", 8, steps=60)
     tokens = make_tokens(8, 200, seed=6)
@@ -267,6 +280,14 @@ def test_tables_per_gate_and_per_branch(per_gate: bool, branches: int) -> None:
 def test_a_model_without_a_table_is_refused() -> None:
     with pytest.raises(ValueError, match="no MoE layer with a slot -> expert table"):
         search(nn.Linear(2, 2), [], lambda _: torch.zeros(()))
+
+
+def test_a_layer_that_the_loss_does_not_use_is_refused() -> None:
+    model = TwoLayers()
+    x_TD = torch.randn(5, 6)
+    with pytest.raises(ValueError, match="takes no part in the loss"):
+        search(model, [None], lambda _: model.first(x_TD).outputs[0].square().mean()).run()
+    assert model.second.replay is None
 
 
 def restore(name: str, num_experts: int, steps: int, num_ranks: int) -> tuple[float, float, list[list[int]]]:

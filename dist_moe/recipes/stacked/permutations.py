@@ -32,6 +32,10 @@ class StackedPermutations:
         if self._searches:
             self._searches = [self._searches[i] for i in trials]
 
+    def learning(self, place: int, steps: int) -> bool:
+        """Whether the stage of the trial at ``place`` lasts after ``steps`` steps."""
+        return bool(self._searches) and steps < self._searches[place].stage_steps
+
     def begin_step(self, step: int) -> None:
         """Before training step ``step`` (from 0): a stage that ends is rounded."""
         self._round([step + 1 == search.stage_steps for search in self._searches])
@@ -71,11 +75,11 @@ class StackedPermutations:
 
     def _round(self, chosen: Sequence[bool]) -> None:
         for trial, (search, due) in enumerate(zip(self._searches, chosen, strict=True)):
-            if due:
-                source = "relaxed" if search.rounds_relaxed else "soft"
-                tensors = self._stack.values if source == "relaxed" else self._stack.buffers
-                rounded = round_to_tables(tensors[_PREFIX + source][trial].detach())
-                self._stack.buffers[_PREFIX + "table"][trial] = rounded
+            source = "relaxed" if search.rounds_relaxed else "soft"
+            tensors = self._stack.values if source == "relaxed" else self._stack.buffers
+            relaxed = tensors[_PREFIX + source][trial].detach()
+            if due and torch.isfinite(relaxed).all():  # else its validation loss is NaN, and it leaves
+                self._stack.buffers[_PREFIX + "table"][trial] = round_to_tables(relaxed)
 
     def _by_gate(self, matrices: Tensor) -> list[Tensor]:
         """(B, P, K, n, n) -> one (B, K, n, n) per gate."""

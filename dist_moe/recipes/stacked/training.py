@@ -3,7 +3,8 @@
 Every trial computes every expert on every example (the dense form of the layer), so that the stack is
 one batched computation. Worth it where a trial alone leaves the device idle. Trials of one stack differ
 in what :data:`VARYING` names and agree in everything else; each has its own patience and its own best
-weights, and leaves the stack when it has finished.
+weights, and leaves the stack when it has finished, or when its validation loss is no longer finite.
+But for dropout's random numbers, a trial comes out as it would alone.
 """
 
 from __future__ import annotations
@@ -224,6 +225,8 @@ class _StackedTraining:
         for place, trial in enumerate(self._trials):
             search = self._configs[trial].swap_search
             if search is None or not search.due(step, self._feed.steps_per_epoch):
+                continue
+            if self._permutations.learning(place, step):
                 continue
             self._stack.write(self._model, place)
             gate = self._configs[trial].model.gate

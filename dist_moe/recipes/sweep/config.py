@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from dist_moe.recipes.sweep.distributions import KINDS, Distribution
 from dist_moe.settings import Settings
 
 Space = dict[str, Distribution]
+
+SHOWN_CHARACTERS = 80
 
 
 class RowConfig(Settings):
@@ -71,8 +74,19 @@ def _with_numbers(content: Any) -> Any:
 
 
 def _explain(fault: Any) -> str:
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{_place(fault['loc'])}={fault['input']!r}: {message[0].lower() + message[1:]}"
+    place, message = _place(fault["loc"]), fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return f"{place}: required, but not given (a sweep file names a base 'config', 'trials' and 'rows')"
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(fault["loc"][-1]), [*SweepConfig.model_fields], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{place}={_short(fault['input'])}: there is no such field of a sweep{hint}"
+    return f"{place}={fault['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _place(location: tuple[Any, ...]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from dist_moe.recipes.sweep.statistics import BudgetCurve
 
@@ -40,7 +40,7 @@ def group_of(name: str) -> str:
 
 def _draw(axes: Axes, name: str, curve: BudgetCurve, group: int) -> None:
     colour = COLOURS[group % len(COLOURS)]
-    axes.fill_between(curve.budgets, curve.low, curve.high, alpha=0.08, linewidth=0, color=colour)
+    axes.fill_between(curve.budgets, curve.low, curve.high, alpha=0.05, linewidth=0, color=colour)
     axes.plot(
         curve.budgets,
         curve.expected,
@@ -57,8 +57,10 @@ def _draw(axes: Axes, name: str, curve: BudgetCurve, group: int) -> None:
 def _label(axes: Axes, title: str) -> None:
     axes.set_title(title)
     axes.set_xlabel("trials")
-    axes.set_ylabel("test loss of the trial best by validation")
+    axes.set_ylabel("expected test loss of the trial best by validation (band: 5-95 %)")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(MaxNLocator(8))
     axes.grid(alpha=0.3)

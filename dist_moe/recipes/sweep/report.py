@@ -92,16 +92,19 @@ def _figures(summary: RowSummary, others: list[str]) -> list[str]:
 
 
 def _with_error(mean: BestMean) -> str:
-    return f"{mean.mean:.4f} ± {mean.standard_error:.4f} (of {mean.count})"
+    error = f" ± {mean.standard_error:.4f}" if mean.count > 1 else ""
+    return f"{mean.mean:.4f}{error} (of {mean.count})"
 
 
 def _reach_table(summaries: list[RowSummary]) -> str:
     reach = trials_to_reach(summaries)
-    head = ["trials of ... to reach", *reach]
+    head = ["trials of this row to reach", *reach]
     body = [[one, *("never" if n is None else str(n) for n in others.values())] for one, others in reach.items()]
     return (
         "Trials after which a row (left) can expect the test loss that another (above) can expect of all its "
-        "trials;\nnever: not within its own number of trials.\n\n" + _markdown([head, *body])
+        "trials;\nnever: not within its own number of trials. Expectations are over trials drawn with replacement "
+        "from those made\n(bootstrap; `expected_exact` in budget.csv is its closed form), as are the curves of "
+        "budget.png.\n\n" + _markdown([head, *body])
     )
 
 

@@ -40,14 +40,14 @@ def drawn(**distribution: Any) -> dict[str, Any]:
         (drawn(choice=[1, True]), ["row 'COMET', space, model.gate.gamma", "True is listed twice"]),
         (drawn(gauss=[0, 1]), ["row 'COMET', space, model.gate.gamma", "gauss", "log_uniform, int_uniform"]),
         ({"space": {LR: {"uniform": [2, 1]}}}, [f"space, {LR}", "must be below"]),
-        (row(spaces={}), ["row 'COMET', spaces", "not permitted"]),
+        (row(spaces={}), ["row 'COMET', spaces", "no such field", "did you mean space?"]),
         ({"trials": 0}, ["trials=0", "greater than or equal to 1"]),
         ({"rows": {}}, ["rows={}", "at least 1"]),
         ({"sampler": "grid"}, ["sampler='grid'", "'random' or 'tpe'"]),
         ({"pruner": "hyperband"}, ["pruner='hyperband'", "'median'"]),
         ({"best_fraction": 0}, ["best_fraction=0", "greater than 0"]),
         ({"trials_together": 0}, ["trials_together=0"]),
-        ({"workers": 3}, ["workers=3", "not permitted"]),
+        ({"workers": 3}, ["workers=3", "no such field"]),
         ({"config": "absent.yaml"}, ["absent.yaml cannot be read", "No such file"]),
         ({"space": {}, "rows": {"A": {}}}, ["row 'A' draws nothing", "give it a space"]),
         ({"set": {LR: 1.0}}, [f"the sweep both sets and draws {LR}", "leave one out"]),
@@ -91,6 +91,17 @@ def test_every_field_is_described() -> None:
         assert all(field.description for field in model.model_fields.values())
 
 
-def test_the_example_is_valid() -> None:
-    plan = plan_sweep(Path(__file__).parents[3] / "configs" / "sweeps" / "movielens_small.yaml")
-    assert [row.name for row in plan.rows] == ["Top-k", "COMET", "COMET+"]
+SWEEPS = sorted((Path(__file__).parents[3] / "configs" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_sweeps_that_come_with_it_have_the_papers_rows(path: Path) -> None:
+    of_gates = [f"{gate}{plus}" for gate in ("Hash", "Top-k", "DSelect-k") for plus in ("", "+")]
+    assert [row.name for row in plan_sweep(path).rows] == [*of_gates, "COMET", "COMET+ (Sinkhorn)", "COMET+ (swap)"]
+
+
+def test_a_training_configuration_is_no_sweep() -> None:
+    with pytest.raises(UserError) as raised:
+        plan_sweep(Path(__file__).parents[3] / "configs" / "movielens_small.yaml")
+    assert "rows: required, but not given" in str(raised.value)
+    assert max(map(len, str(raised.value).splitlines())) < 250
