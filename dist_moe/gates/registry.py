@@ -55,7 +55,8 @@ def _choose(value: Any, _: Any) -> GateSettings:
     name = value.get("name", DEFAULT_GATE) if isinstance(value, dict) else value
     settings = _GATES.get(name) if isinstance(name, str) else None
     if settings is None:
-        raise ValueError(f"gate.name={name!r} is not a gate; allowed: {', '.join(sorted(_GATES))}")
+        known = ", ".join(sorted(_GATES))
+        raise ValueError(f"gate.name={name!r} is not a gate; allowed: {known}, and what modules under imports register")
     return settings.model_validate(value if isinstance(value, dict) else {"name": name})
 
 

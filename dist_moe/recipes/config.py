@@ -172,7 +172,10 @@ def _explain(fault: Any, config: type[Settings]) -> str:
         if near == [field]:  # of another member of a union
             hint = f" with this {field.rpartition('.')[0]}.name; see 'dist-moe config --schema' for all fields"
         return f"{field}={fault['input']!r}: there is no such field{hint}"
-    return f"{field}={fault['input']!r}: {fault['msg'][0].lower() + fault['msg'][1:]}"
+    message = fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list, for example '[a, b]'")
+    if message.startswith("gate.name="):
+        return f"{field.removesuffix('gate')}{message}"
+    return f"{field}={fault['input']!r}: {message[0].lower() + message[1:]}"
 
 
 def _names(config: type[BaseModel]) -> tuple[str, ...]:

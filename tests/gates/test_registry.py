@@ -70,8 +70,14 @@ def test_unknown_name_is_told_with_the_known_ones(gate: Any) -> None:
     assert f"gate.name='commet' is not a gate; allowed: {', '.join(sorted(NAMES))}" in fault["msg"]
 
 
-@pytest.mark.parametrize("gate", [{}, {"k": 2}, 7, None, {"name": ["comet"]}])
-def test_a_gate_without_a_name_is_refused(gate: Any) -> None:
+@pytest.mark.parametrize("fields", [{}, {"k": 3}])
+def test_a_gate_without_a_name_is_comet(fields: dict[str, Any]) -> None:
+    run = Run.model_validate({"model": {"gate": fields}})
+    assert run.model.gate == CometConfig(**fields)
+
+
+@pytest.mark.parametrize("gate", [7, None, {"name": ["comet"]}])
+def test_what_names_no_gate_is_refused(gate: Any) -> None:
     (fault,) = faults(gate)
     assert "is not a gate; allowed:" in fault["msg"]
 
