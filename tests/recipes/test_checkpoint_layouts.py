@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from dist_moe.engine.checkpoint_files import (
 from dist_moe.engine.checkpoint_reader import expert_ids_by_parameter
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.process_groups import process_groups
+from dist_moe.recipes.config import load_config
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.plan import plan_resumed_run
 from tests.helpers.commands import Outcome, dist_moe, run_here, succeed
@@ -187,7 +189,10 @@ def test_old_checkpoints_go(interrupted: Path) -> None:
     ],
 )
 def test_a_checkpoint_of_another_model(interrupted: Path, change: str, parts: list[str]) -> None:
-    outcomes: list[Outcome] = dist_moe(2, "train", "--resume", interrupted, change, *overrides(WRITTEN))
+    """The run's configuration was altered by hand; --resume itself refuses such an override."""
+    config = interrupted / "config.yaml"
+    config.write_text(yaml.safe_dump(load_config(config, [change]).plain()))
+    outcomes: list[Outcome] = dist_moe(2, "train", "--resume", interrupted, *overrides(WRITTEN))
     assert [outcome.code for outcome in outcomes] == [2, 2]
     for part in [str(newest_checkpoint(interrupted)), "configuration", *parts]:
         assert part in outcomes[0].err
