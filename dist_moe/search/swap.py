@@ -36,6 +36,10 @@ from dist_moe.search.replay import Recorder, Recording, replaying
 from dist_moe.search.slot_table import SlotTable
 from dist_moe.settings import Settings
 
+RESOLUTION = 1e-6
+"""Share of the loss below which two candidates count as equal: the rounding of fp32 sums, which depends on
+how many ranks share the examples, must not decide between experts that hardly matter."""
+
 BatchLoss = Callable[[Any], Tensor]
 """A batch -> this batch's share of the loss; the shares of all batches and ranks add up to the loss."""
 
@@ -53,7 +57,7 @@ class SwapSearchConfig(Settings):
     least_gain: float = Field(1e-6, ge=0, description="share of the loss that a swap must gain to be taken")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Swap:
     """Exchange the experts of ``slots`` in row ``row`` (gate, branch) of the table of layer ``layer``."""
 
@@ -129,7 +133,8 @@ class SwapSearch:
 
     def _best_swap(self, report: SwapReport) -> tuple[Swap | None, float]:
         """The best of the first round of candidates in which any helps."""
-        candidates = self._by_estimated_gain()
+        resolution = RESOLUTION * max(abs(report.losses[-1]), torch.finfo(torch.float64).tiny)
+        candidates = self._by_estimated_gain(resolution)
         report.screened += len(candidates)
         enough = report.losses[-1] - self._config.least_gain * abs(report.losses[-1])
         affordable = candidates[: self._config.max_verified - report.verified]
@@ -137,21 +142,22 @@ class SwapSearch:
             swaps = affordable[start : start + self._config.verified_per_round]
             losses = self._losses(swaps)
             report.verified += len(swaps)
-            best = min(range(len(swaps)), key=losses.__getitem__)
+            best = min(range(len(swaps)), key=lambda i: (round(losses[i] / resolution), swaps[i]))
             if losses[best] < enough:
                 return swaps[best], losses[best]
         report.local_optimum = len(affordable) == len(candidates)
         return None, report.losses[-1]
 
-    def _by_estimated_gain(self) -> list[Swap]:
-        """All swaps, the most promising first; the same on every rank."""
+    def _by_estimated_gain(self, resolution: float) -> list[Swap]:
+        """All swaps, the most promising first, equal ones in their own order; the same on every rank."""
         swaps: list[Swap] = []
         gains = []
         for layer, (table, gradient) in enumerate(zip(self.tables, self._gradients(), strict=True)):
             for some, gain in _swaps_of(layer, table, gradient):
                 swaps += some
                 gains.append(gain)
-        order = take_from_first_rank(torch.cat(gains).argsort(descending=True, stable=True))
+        steps = (torch.cat(gains) / resolution).round()
+        order = take_from_first_rank(steps.argsort(descending=True, stable=True))
         return [swaps[i] for i in order.tolist()]
 
     def _gradients(self) -> list[Tensor]:

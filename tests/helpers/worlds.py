@@ -18,7 +18,9 @@ Result = TypeVar("Result")
 DEADLINE_S = 10.0
 
 
-def run_worlds(num_ranks: int, function: Callable[[ProcessWorld], Result]) -> list[Result]:
+def run_worlds(
+    num_ranks: int, function: Callable[[ProcessWorld], Result], deadline_s: float = DEADLINE_S
+) -> list[Result]:
     """``function(world)`` on every rank at once; the results in rank order.
 
     An exception on one rank ends them all and is raised here; so is a rank that never comes back.
@@ -43,18 +45,18 @@ def run_worlds(num_ranks: int, function: Callable[[ProcessWorld], Result]) -> li
         threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(num_ranks)]
         for thread in threads:
             thread.start()
-        if hanging := _join(threads):
+        if hanging := _join(threads, deadline_s):
             errors[num_ranks] = TimeoutError(f"ranks {hanging} hang")
             threaded.ProcessLocalGroup.exception_handle(errors[num_ranks])
-            _join(threads)
+            _join(threads, DEADLINE_S)
     if errors:
         raise errors[min(errors)]
     return [results[rank] for rank in range(num_ranks)]
 
 
-def _join(threads: list[threading.Thread]) -> list[int]:
+def _join(threads: list[threading.Thread], deadline_s: float) -> list[int]:
     """Wait for all threads until the deadline; the ranks of those that are still alive then."""
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + deadline_s
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
     return [rank for rank, thread in enumerate(threads) if thread.is_alive()]
