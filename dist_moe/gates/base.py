@@ -127,8 +127,13 @@ def gate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def affine(x_TD: Tensor, weight_QD: Tensor, bias_Q: Tensor) -> Tensor:
-    """(T, ...) values of hyperplanes (..., D) with biases (...), in the precision of ``x_TD``."""
+def affine(x_TD: Tensor, weight_QD: Tensor | None, bias_Q: Tensor) -> Tensor:
+    """(T, ...) values of hyperplanes (..., D) with biases (...), in the precision of ``x_TD``.
+
+    Without weights (a static gate) the biases, for every token.
+    """
+    if weight_QD is None:
+        return bias_Q.to(x_TD.dtype).expand(len(x_TD), *bias_Q.shape)
     weight = weight_QD.reshape(-1, weight_QD.shape[-1]).to(x_TD.dtype)
     values = nn.functional.linear(x_TD, weight, bias_Q.flatten().to(x_TD.dtype))
     return values.view(-1, *bias_Q.shape)

@@ -148,10 +148,8 @@ class Comet(Gate):
         return smooth_step(t, self.gamma)
 
     def _affine(self, x_TD: Tensor, part: str) -> Tensor:
-        bias_KQ = getattr(self, f"{part}_bias")
-        if self.static:
-            return bias_KQ.to(x_TD.dtype).expand(len(x_TD), *bias_KQ.shape)
-        return affine(x_TD, getattr(self, f"{part}_weight"), bias_KQ)
+        weight = None if self.static else getattr(self, f"{part}_weight")
+        return affine(x_TD, weight, getattr(self, f"{part}_bias"))
 
     def _cap(self, weight_TKE: Tensor, most: int) -> Tensor:
         """Zero all but the heaviest slots and divide by what is left."""

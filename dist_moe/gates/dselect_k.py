@@ -106,10 +106,8 @@ class DSelectK(Gate):
         return code[..., : self.num_experts]
 
     def _affine(self, x_TD: Tensor, part: str) -> Tensor:
-        bias = getattr(self, f"{part}_bias")
-        if self.static:
-            return bias.to(x_TD.dtype).expand(len(x_TD), *bias.shape)
-        return affine(x_TD, getattr(self, f"{part}_weight"), bias)
+        weight = None if self.static else getattr(self, f"{part}_weight")
+        return affine(x_TD, weight, getattr(self, f"{part}_bias"))
 
     def _aux(self, code_TKE: Tensor) -> dict[str, Tensor]:
         tokens = max(len(code_TKE), 1)

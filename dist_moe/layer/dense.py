@@ -39,10 +39,5 @@ class DenseReplay:
         self.weight_GTE = torch.stack(weights)
         results_ETF = layer.experts.all_experts(x_TD)
         outputs_GTF = torch.einsum("gte,etf->gtf", self.weight_GTE.to(results_ETF.dtype), results_ETF)
-        return MoEOutput(tuple(outputs_GTF.unbind()), aux, (), _no_pairs(layer, x_TD), rows_computed=0)
-
-
-def _no_pairs(layer: MoE, x_TD: Tensor) -> Pairs:
-    nothing = torch.zeros(0, dtype=torch.int64, device=x_TD.device)
-    weights = torch.zeros(len(layer.gates), 0, device=x_TD.device)
-    return Pairs(nothing, nothing, weights, nothing.new_zeros(layer.experts.num_experts), 0)
+        pairs = Pairs.none(len(layer.gates), layer.experts.num_experts, x_TD.device)
+        return MoEOutput(tuple(outputs_GTF.unbind()), aux, (), pairs, rows_computed=0)

@@ -23,7 +23,6 @@ class Problem(ABC):
     ``train``, ``val``, ``test``: tables of examples. ``manifest``: where the data came from.
     """
 
-    tasks: tuple[str, str]
     train: Examples[Any]
     val: Examples[Any]
     test: Examples[Any]

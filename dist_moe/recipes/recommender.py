@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_moe.data.movielens import MovieLens
 from dist_moe.data.pairs import PairBatch, PairTable
 from dist_moe.models import ModelOutput, RecommenderConfig, RunShape
-from dist_moe.models.recommender import TASKS, Recommender
+from dist_moe.models.recommender import Recommender
 from dist_moe.recipes.baselines import baseline_figures
 from dist_moe.recipes.metrics import two_task_figures
 from dist_moe.recipes.problem import Columns, Figures, Problem
@@ -20,8 +20,6 @@ from dist_moe.recipes.problem import Columns, Figures, Problem
 
 class RecommenderProblem(Problem):
     """Two tasks on (user, item) pairs; gates that route by identity see the user."""
-
-    tasks = TASKS
 
     def __init__(self, data: MovieLens) -> None:
         self.train, self.val, self.test = data.train, data.val, data.test

@@ -22,8 +22,6 @@ NUM_CLASSES = 10
 class TwoImagesProblem(Problem):
     """One cross-entropy per image; gates that route by identity see a hash of the pixels."""
 
-    tasks = TASKS
-
     def __init__(self, data: TwoImages) -> None:
         self.train, self.val, self.test = data.train, data.val, data.test
         self._train_labels_NG = data.train.labels_NG

@@ -24,6 +24,13 @@ class Pairs:
     rows_per_expert_E: Tensor
     num_tokens: int
 
+    @classmethod
+    def none(cls, num_gates: int, num_experts: int, device: torch.device) -> Pairs:
+        """No pair at all: what is dispatched where a layer's results are computed otherwise."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        weight_GN = torch.zeros(num_gates, 0, device=device)
+        return cls(nothing, nothing, weight_GN, nothing.new_zeros(num_experts), 0)
+
     @property
     def num_pairs(self) -> int:
         return self.token_N.numel()

@@ -71,9 +71,8 @@ class Replayed:
         return torch.einsum("te,tef->tf", weight_TE.to(results_TEF.dtype), results_TEF)
 
     def _output(self, outputs: tuple[Tensor, ...], routes: tuple[Route, ...]) -> MoEOutput:
-        num_experts = self._recording.results_TEF.shape[1]
-        nothing = routes[0].token_N[:0]
-        pairs = Pairs(nothing, nothing, routes[0].weight_N.new_zeros(len(routes), 0), nothing.new_zeros(num_experts), 0)
+        results_TEF = self._recording.results_TEF
+        pairs = Pairs.none(len(routes), results_TEF.shape[1], results_TEF.device)
         return MoEOutput(outputs, {}, routes, pairs, rows_computed=0)
 
 
