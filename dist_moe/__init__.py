@@ -5,8 +5,23 @@ moe = dist_moe.MoE([gate], dist_moe.experts.DenseReLUBank(256, 256, 16, range(16
 y = moe(x).outputs[0]
 """
 
-from dist_moe import experts, gates, parallel, routing
-from dist_moe.layer import MoE, MoEOutput
-from dist_moe.routing import Route
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_moe import experts, gates, parallel, routing
+    from dist_moe.layer import MoE, MoEOutput
+    from dist_moe.routing import Route
 
 __all__ = ["MoE", "MoEOutput", "Route", "experts", "gates", "parallel", "routing"]
+
+_MODULE_OF = {"MoE": "layer", "MoEOutput": "layer", "Route": "routing"}
+
+
+def __getattr__(name: str) -> Any:
+    """Torch takes seconds to import: it is imported with the first thing that needs it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return import_module(f"{__name__}.{name}")

@@ -8,7 +8,8 @@ from typing import get_args
 
 import pytest
 
-from dist_moe.cli.main import DATA_SETS, main
+from dist_moe.cli.data import DATA_SETS
+from dist_moe.cli.main import main
 from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.two_images import TwoImagesConfig
 from tests.data.tiny_images import write_tiny_images

@@ -1,0 +1,35 @@
+"""dist-moe config: check and show a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dist_moe.cli.commands import Commands
+from dist_moe.errors import UserError
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
+    config = commands.add_parser("config", help="check and show a configuration, or its schema")
+    config.add_argument("config", nargs="?", type=Path, help="YAML file to check and show in full")
+    config.add_argument("overrides", nargs="*", metavar="key=value")
+    config.add_argument("--schema", action="store_true", help="print the JSON schema of all fields")
+    config.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    import yaml
+
+    from dist_moe.recipes.config import RunConfig, load_config
+
+    if options.schema:
+        print(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return 0
+    if options.config is None:
+        raise UserError("name a configuration to check, or ask for --schema")
+    config = load_config(options.config, options.overrides)
+    config.check(config.parallel.expert_parallel_size)
+    print(yaml.safe_dump(config.plain(), sort_keys=False), end="")
+    return 0

@@ -1,0 +1,29 @@
+"""dist-moe evaluate: test figures of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dist_moe.cli.commands import Commands
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
+    evaluate = commands.add_parser("evaluate", help="test figures of a run, from its best or newest checkpoint")
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    evaluate.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from dist_moe.engine.launch_environment import LaunchEnvironment
+    from dist_moe.recipes.report import figures_table, predictor_rows
+    from dist_moe.recipes.supervised import evaluate_run
+
+    result = evaluate_run(options.run_dir)
+    if LaunchEnvironment.read().is_first:
+        table = figures_table(result["test"], predictor_rows(result["baselines"]))
+        print(json.dumps(result, indent=2) if options.json else f"{result['checkpoint']}\n{table}")
+    return 0

@@ -1,0 +1,45 @@
+"""dist-moe search: swaps of experts after training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dist_moe.cli.commands import Commands
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
+    search = commands.add_parser(
+        "search",
+        help="local search by swaps over the experts of a finished run",
+        description="Exchange experts between slots while that lowers the loss on validation examples, and write "
+        "the result as a run of its own. Works at any number of ranks, for any gate.",
+    )
+    search.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    search.add_argument("overrides", nargs="*", metavar="key=value", help="examples, max_swaps, ... (SwapSearchConfig)")
+    search.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RUN_DIR-search)")
+    search.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from dist_moe.engine.launch_environment import LaunchEnvironment
+    from dist_moe.recipes.config import validate_section
+    from dist_moe.recipes.report import figures_table
+    from dist_moe.recipes.search_run import search_run
+    from dist_moe.search import SwapSearchConfig
+
+    config = validate_section(SwapSearchConfig, options.overrides)
+    run_dir = options.run_dir.resolve()
+    output = options.output or run_dir.with_name(f"{run_dir.name}-search")
+    report = search_run(run_dir, output, config)
+    if LaunchEnvironment.read().is_first:
+        first, last = report["losses"][0], report["losses"][-1]
+        ending = "no swap helps any more" if report["local_optimum"] else "the budget is spent"
+        print(
+            f"loss on {report['search']['examples']:,} validation examples {first:.6g} -> {last:.6g} by "
+            f"{len(report['swaps'])} swap(s): {report['screened']} screened, {report['verified']} verified; {ending}"
+        )
+        print(figures_table(report["test_after"], {"before the search": report["test_before"]}))
+        print(f"written to {output}")
+    return 0
