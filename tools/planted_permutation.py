@@ -25,7 +25,7 @@ import torch
 from dist_moe.data.batches import shard_batches
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.recipes.supervised import TrainedRun, trained_run
-from dist_moe.recipes.swap import search_swaps
+from dist_moe.recipes.swap import in_double_precision, search_swaps
 from dist_moe.search import SwapReport, SwapSearchConfig
 
 GATES = ("hash", "top_k", "dselect_k", "comet")
@@ -112,18 +112,19 @@ def summary(
 
 @torch.no_grad()
 def seconds_per_naive_candidate(run: TrainedRun) -> float:
-    """Of running the whole model, experts included, on the search's examples."""
+    """Of running the whole model, experts included, on the search's examples, in the search's precision."""
     environment = LaunchEnvironment.read()
     examples = np.arange(min(CONFIG.examples, len(run.problem.val)))
     parts = shard_batches(examples, CONFIG.batch_size, rank=environment.rank, world_size=environment.world_size)
     batches = [run.problem.val.batch(index_B, examples) for index_B in parts]
     run.model.eval()
     times = []
-    for _ in range(NAIVE_SAMPLE):
-        started = time.perf_counter()
-        for batch in batches:
-            run.problem.task_losses(run.model(*batch.inputs), batch)
-        times.append(time.perf_counter() - started)
+    with in_double_precision(run.model):
+        for _ in range(NAIVE_SAMPLE):
+            started = time.perf_counter()
+            for batch in batches:
+                run.problem.task_losses(run.model(*batch.inputs), batch)
+            times.append(time.perf_counter() - started)
     return float(np.median(times))
 
 

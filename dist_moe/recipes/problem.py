@@ -17,6 +17,11 @@ Figures = dict[str, float]
 Columns = NDArray[np.float64]
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """``x`` in the precision in which losses are computed: its own, or fp32 if that is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Problem(ABC):
     """A data set of two tasks, its model, its losses and its figures.
 

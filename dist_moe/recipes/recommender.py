@@ -15,7 +15,7 @@ from dist_moe.models import ModelOutput, RecommenderConfig, RunShape
 from dist_moe.models.recommender import Recommender
 from dist_moe.recipes.baselines import baseline_figures
 from dist_moe.recipes.metrics import two_task_figures
-from dist_moe.recipes.problem import Columns, Figures, Problem
+from dist_moe.recipes.problem import Columns, Figures, Problem, at_least_fp32
 
 
 class RecommenderProblem(Problem):
@@ -34,9 +34,9 @@ class RecommenderProblem(Problem):
 
     def task_losses(self, output: ModelOutput, batch: PairBatch) -> dict[str, Tensor]:
         """``bce`` over all pairs, ``mse`` over the rated ones; each a sum over the step's number of those."""
-        logit_B, stars_B = (prediction.float() for prediction in output.predictions)
+        logit_B, stars_B = (at_least_fp32(prediction) for prediction in output.predictions)
         watched_B = batch.rating_B > 0
-        bce = F.binary_cross_entropy_with_logits(logit_B, watched_B.float(), reduction="sum")
+        bce = F.binary_cross_entropy_with_logits(logit_B, watched_B.to(logit_B), reduction="sum")
         error_B = torch.where(watched_B, stars_B - batch.rating_B, 0.0)
         return {
             "bce": bce / batch.pairs_in_step,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_moe.data.batches import shard_batches
 from dist_moe.engine.launch_environment import LaunchEnvironment
@@ -37,7 +40,8 @@ def search_swaps(
 ) -> SwapReport:
     """Swap experts between slots while that lowers the task loss on the first validation examples.
 
-    Collective over all ranks; every rank scores its share of the examples.
+    Collective over all ranks; every rank scores its share of the examples, in fp64: how the examples are
+    shared out then makes no difference between tables, not even between nearly equal ones.
     """
     examples = np.arange(min(config.examples, len(problem.val)))
     batches = [
@@ -48,7 +52,23 @@ def search_swaps(
     ]
 
     def loss(batch: Any) -> Tensor:
-        return problem.weighted(problem.task_losses(model(*batch.inputs), batch), weights)
+        inputs = (x.double() if x.is_floating_point() else x for x in batch.inputs)
+        return problem.weighted(problem.task_losses(model(*inputs), batch), weights)
 
     model.table.begin_evaluation()
-    return SwapSearch(model, batches, loss, config).run()
+    with in_double_precision(model):
+        return SwapSearch(model, batches, loss, config).run()
+
+
+@contextmanager
+def in_double_precision(model: nn.Module) -> Iterator[None]:
+    """Within, the model's floating-point parameters and buffers are fp64 copies; after, what they were before."""
+    tensors = [x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point()]
+    originals = [x.data for x in tensors]
+    try:
+        for x in tensors:
+            x.data = x.data.double()
+        yield
+    finally:
+        for x, original in zip(tensors, originals, strict=True):
+            x.data = original

@@ -14,7 +14,7 @@ from dist_moe.data.batches import shard_batches
 from dist_moe.data.two_images import FRAME_SIDE, ImageBatch, ImagePairs, TwoImages
 from dist_moe.models import ModelOutput, RunShape, TwoImageClassifier, TwoImageClassifierConfig
 from dist_moe.models.two_image_classifier import NUM_IDS, TASKS, pixel_ids
-from dist_moe.recipes.problem import Columns, Figures, Problem
+from dist_moe.recipes.problem import Columns, Figures, Problem, at_least_fp32
 
 NUM_CLASSES = 10
 
@@ -43,7 +43,7 @@ class TwoImagesProblem(Problem):
     def task_losses(self, output: ModelOutput, batch: ImageBatch) -> dict[str, Tensor]:
         """``ce_TASK``: cross-entropy of each image's class, a sum over the step's number of examples."""
         return {
-            f"ce_{task}": F.cross_entropy(logit_BC.float(), label_B, reduction="sum") / batch.examples_in_step
+            f"ce_{task}": F.cross_entropy(at_least_fp32(logit_BC), label_B, reduction="sum") / batch.examples_in_step
             for task, logit_BC, label_B in zip(TASKS, output.predictions, batch.label_BG.unbind(1), strict=True)
         }
 

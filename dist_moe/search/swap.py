@@ -36,9 +36,9 @@ from dist_moe.search.replay import Recorder, Recording, replaying
 from dist_moe.search.slot_table import SlotTable
 from dist_moe.settings import Settings
 
-RESOLUTION = 1e-6
-"""Share of the loss below which two candidates count as equal: the rounding of fp32 sums, which depends on
-how many ranks share the examples, must not decide between experts that hardly matter."""
+RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-11}
+"""By the loss's precision, the share of the loss below which two candidates count as equal: the rounding of
+sums, which depends on how many ranks share the examples, must not decide between experts that hardly matter."""
 
 BatchLoss = Callable[[Any], Tensor]
 """A batch -> this batch's share of the loss; the shares of all batches and ranks add up to the loss."""
@@ -97,6 +97,7 @@ class SwapSearch:
         self._batches = batches
         self._loss = loss
         self._config = config
+        self._resolution = RESOLUTION[torch.float32]
         self._recordings: list[list[Recording]] = []
 
     @property
@@ -133,7 +134,7 @@ class SwapSearch:
 
     def _best_swap(self, report: SwapReport) -> tuple[Swap | None, float]:
         """The best of the first round of candidates in which any helps."""
-        resolution = RESOLUTION * max(abs(report.losses[-1]), torch.finfo(torch.float64).tiny)
+        resolution = self._resolution * max(abs(report.losses[-1]), torch.finfo(torch.float64).tiny)
         candidates = self._by_estimated_gain(resolution)
         report.screened += len(candidates)
         enough = report.losses[-1] - self._config.least_gain * abs(report.losses[-1])
@@ -191,10 +192,11 @@ class SwapSearch:
             for layer, recorder in zip(self._layers, recorders, strict=True):
                 layer.replay = recorder
             try:
-                self._loss(batch)
+                precision = self._loss(batch).dtype
             finally:
                 for layer in self._layers:
                     layer.replay = None
+            self._resolution = RESOLUTION.get(precision, RESOLUTION[torch.float32])
             self._recordings.append([r.recording for r in recorders if r.recording is not None])
             if len(self._recordings[-1]) < len(self._layers):
                 raise ValueError("an MoE layer with a table takes no part in the loss: there is nothing to search")
