@@ -12,10 +12,13 @@ from dist_moe.errors import UserError
 
 def add_to(commands: Commands) -> None:
     """Add the command and its options to the command line."""
-    config = commands.add_parser("config", help="check and show a configuration, or its schema")
+    config = commands.add_parser("config", help="check and show a configuration, or list its fields")
     config.add_argument("config", nargs="?", type=Path, help="YAML file to check and show in full")
     config.add_argument("overrides", nargs="*", metavar="key=value")
-    config.add_argument("--schema", action="store_true", help="print the JSON schema of all fields")
+    config.add_argument(
+        "--fields", nargs="?", const="", metavar="PREFIX", help="list all fields, or those that begin with PREFIX"
+    )
+    config.add_argument("--schema", action="store_true", help="print all fields as a JSON schema")
     config.set_defaults(run=_run)
 
 
@@ -23,12 +26,16 @@ def _run(options: argparse.Namespace) -> int:
     import yaml
 
     from dist_moe.recipes.config import RunConfig, load_config
+    from dist_moe.recipes.fields import field_listing
 
+    if options.fields is not None:
+        print(field_listing(RunConfig, options.fields))
+        return 0
     if options.schema:
         print(json.dumps(RunConfig.model_json_schema(), indent=2))
         return 0
     if options.config is None:
-        raise UserError("name a configuration to check, or ask for --schema")
+        raise UserError("name a configuration to check, or ask for --fields")
     config = load_config(options.config, options.overrides)
     config.check(config.parallel.expert_parallel_size)
     print(yaml.safe_dump(config.plain(), sort_keys=False), end="")

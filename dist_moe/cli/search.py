@@ -17,7 +17,12 @@ def add_to(commands: Commands) -> None:
         "the result as a run of its own. Works at any number of ranks, for any gate.",
     )
     search.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    search.add_argument("overrides", nargs="*", metavar="key=value", help="examples, max_swaps, ... (SwapSearchConfig)")
+    search.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="examples=2048 max_swaps=50 ...; see 'dist-moe config --fields swap_search'",
+    )
     search.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RUN_DIR-search)")
     search.set_defaults(run=_run)
 

@@ -15,7 +15,7 @@ overrides: any field of the configuration, by its dotted name; values are YAML.
   model.gate.name=top_k  model.gate.k=2  model.permutation.epochs=0.2  model.permutation=null
   parallel.expert_parallel_size=2  deepspeed.zero_optimization.stage=2
   deepspeed.optimizer.params.lr=0.001  deepspeed.gradient_clipping=1.0
-  'dist-moe config --schema' lists all fields with their ranges; what is below deepspeed is
+  'dist-moe config --fields' lists all fields with their ranges; what is below deepspeed is
   DeepSpeed's own configuration.
 
 one process:       dist-moe train configs/movielens_comet_plus.yaml

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -17,8 +17,9 @@ from dist_moe.engine.deepspeed_checks import check_deepspeed_section
 from dist_moe.engine.loop import TrainConfig
 from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.errors import UserError
-from dist_moe.gates import GateSettings, gate_settings
+from dist_moe.gates import gate_settings
 from dist_moe.models import MoEModelConfig, RecommenderConfig, TwoImageClassifierConfig
+from dist_moe.recipes.fields import fields_of
 from dist_moe.recipes.overrides import Content, assign, parse_override, read_yaml
 from dist_moe.recipes.swap import SwapScheduleConfig
 from dist_moe.settings import Settings
@@ -167,10 +168,10 @@ def _explain(fault: Any, config: type[Settings]) -> str:
     if fault["type"] == "union_tag_invalid":
         return f"{field}.name={fault['ctx']['tag']!r}: there is no such one; allowed: {fault['ctx']['expected_tags']}"
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, list(field_names(config)), n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --schema' for all fields"
+        near = difflib.get_close_matches(field, [known.name for known in fields_of(config)], n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --fields'"
         if near == [field]:  # of another member of a union
-            hint = f" with this {field.rpartition('.')[0]}.name; see 'dist-moe config --schema' for all fields"
+            hint = f" with this {field.rpartition('.')[0]}.name; see 'dist-moe config --fields'"
         return f"{field}={fault['input']!r}: there is no such field{hint}"
     message = fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list, for example '[a, b]'")
     if message.startswith("gate.name="):
@@ -185,13 +186,3 @@ def _names(config: type[BaseModel]) -> tuple[str, ...]:
 
 _TAGS = frozenset(name for config in (*_MODEL_FOR, *_MODEL_FOR.values()) for name in _names(config))
 """The names by which pydantic tells the members of a union apart in a fault's location."""
-
-
-def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields of ``model`` and of the models within it, those of all gates included."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        kinds = getattr(field.annotation, "__args__", (field.annotation,))
-        for kind in gate_settings().values() if GateSettings in kinds or name == "gate" else kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from field_names(kind, f"{prefix}{name}.")

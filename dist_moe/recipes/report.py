@@ -62,11 +62,13 @@ def figures_table(test: dict[str, Any], others: dict[str, dict[str, Any]]) -> st
     """Test figures of the model beside others by name, as aligned text."""
     columns = [name for name, value in test.items() if isinstance(value, (int, float)) and name not in _HIDDEN]
     rows = {"this model": test} | others
-    lines = [f"{'':22}" + "".join(f"{column.replace('_', ' '):>16}" for column in columns)]
-    for name, figures in rows.items():
-        cells = (_cell(figures.get(column)) for column in columns)
-        lines.append(f"{name:22}" + "".join(f"{cell:>16}" for cell in cells))
-    return "\n".join(lines)
+    cells = [["", *(column.replace("_", " ") for column in columns)]]
+    cells += [[name, *(_cell(figures.get(column)) for column in columns)] for name, figures in rows.items()]
+    names, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return "\n".join(
+        f"{name:{names}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(figures, widths, strict=True))
+        for name, *figures in cells
+    )
 
 
 def predictor_rows(baselines: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -90,5 +92,5 @@ def _opening_line(plan: TrainingPlan, engine: ExpertParallelEngine, first_step: 
         f"{config.model.gate.name}{plus}, {config.model.num_experts} experts over {size} of "
         f"{plan.environment.world_size} rank(s), ZeRO stage {engine.zero_optimization_stage()}, "
         f"{parameters:,} parameters on this rank, {torch.get_num_threads()} thread(s) each, "
-        f"{schedule.total_steps} steps {start}of {schedule.batch_size} examples -> {plan.run.root}"
+        f"{schedule.total_steps} step(s) {start}of {schedule.batch_size} examples -> {plan.run.root}"
     )

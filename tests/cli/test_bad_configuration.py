@@ -51,7 +51,7 @@ from .conftest import Refused
         ("train.bach_size=3", ["train.bach_size=3", "did you mean train.batch_size?"]),
         ("model.gate.gama=3", ["model.gate.gama=3", "did you mean model.gate.gamma?"]),
         ("modle.dropout=0", ["modle", "did you mean model?"]),
-        ("nonsense=1", ["nonsense=1", "no such field", "dist-moe config --schema"]),
+        ("nonsense=1", ["nonsense=1", "no such field", "dist-moe config --fields"]),
     ],
 )
 def test_a_field_that_is_not_valid(refused: Refused, config: Path, override: str, parts: list[str]) -> None:
@@ -135,7 +135,7 @@ def test_a_file_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
 
 def test_neither_configuration_nor_run(refused: Refused, tmp_path: Path) -> None:
     refused(["train"], "--resume", "configs/")
-    refused(["config"], "--schema")
+    refused(["config"], "--fields")
     refused(["train", "--resume", tmp_path, "--run-dir", tmp_path], "--run-dir")
 
 

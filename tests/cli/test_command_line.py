@@ -153,13 +153,14 @@ def objects_of(schema: Any) -> list[dict[str, Any]]:
 
 
 def test_schema_is_json_and_names_all_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    from dist_moe.recipes.config import RunConfig, field_names
+    from dist_moe.recipes.config import RunConfig
+    from dist_moe.recipes.fields import fields_of
 
     assert main(["config", "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert schema["type"] == "object"
     named = {name for section in objects_of(schema) for name in section["properties"]}
-    assert named == {dotted.rpartition(".")[2] for dotted in field_names(RunConfig)}
+    assert named == {field.name.rpartition(".")[2] for field in fields_of(RunConfig)}
     assert {"gamma", "null_slots", "noise", "until_epoch", "expert_channels", "patience"} <= named
     for section in objects_of(schema):
         assert section["additionalProperties"] is False
