@@ -67,6 +67,11 @@ class RunConfig(Settings):
         description="DeepSpeed's own JSON configuration, passed through (optimizer, zero_optimization, ...)",
     )
 
+    @property
+    def gate_label(self) -> str:
+        """The gate's name, with the paper's "+" where a local search goes with it."""
+        return self.model.gate.name + ("+" if self.model.permutation or self.swap_search else "")
+
     def check(self, world_size: int) -> None:
         """Raise UserError for what does not fit together on ``world_size`` ranks."""
         fitting = _MODEL_FOR[type(self.data)].model_fields["name"].default

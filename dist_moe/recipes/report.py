@@ -84,12 +84,11 @@ def _cell(value: float | int | None) -> str:
 
 def _opening_line(plan: TrainingPlan, engine: ExpertParallelEngine, first_step: int) -> str:
     config, schedule = plan.config, plan.schedule
-    plus = "+" if config.model.permutation or config.swap_search else ""
     size = config.parallel.expert_parallel_size
     parameters = sum(p.numel() for p in engine.module.parameters())
     start = f"from step {first_step} " if first_step else ""
     return (
-        f"{config.model.gate.name}{plus}, {config.model.num_experts} experts over {size} of "
+        f"{config.gate_label}, {config.model.num_experts} experts over {size} of "
         f"{plan.environment.world_size} rank(s), ZeRO stage {engine.zero_optimization_stage()}, "
         f"{parameters:,} parameters on this rank, {torch.get_num_threads()} thread(s) each, "
         f"{schedule.total_steps} step(s) {start}of {schedule.batch_size} examples -> {plan.run.root}"

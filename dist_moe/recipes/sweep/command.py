@@ -45,7 +45,7 @@ def run_sweep(
     elsewhere = studies.running()
     if elsewhere:
         say(f"{elsewhere} trial(s) are being trained by another 'dist-moe sweep'; the report is without them")
-    print(write_report(plan, directory, studies))
+    _report(plan, directory, studies)
     return 0
 
 
@@ -54,8 +54,13 @@ def report_sweep(path: Path, sweep_dir: Path | None = None) -> int:
     plan = plan_sweep(path)
     directory = _directory(path, sweep_dir)
     directory.check_exists()
-    print(write_report(plan, directory, Studies(directory, plan)))
+    _report(plan, directory, Studies(directory, plan))
     return 0
+
+
+def _report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -> None:
+    print(write_report(plan, directory, studies))
+    say(f"table, curves and all trials are in {directory.report}")
 
 
 def _directory(path: Path, sweep_dir: Path | None) -> SweepDirectory:

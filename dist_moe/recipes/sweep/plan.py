@@ -58,8 +58,8 @@ class SweepPlan:
     base: dict[str, Any]
 
     def settings(self) -> dict[str, Any]:
-        """All on which a trial depends, flat; ``trials``, which may grow, is not among it."""
-        sweep = self.sweep.model_dump(mode="json", exclude={"config", "trials"})
+        """All on which a trial depends, flat: not ``trials``, which may grow, nor what only the report asks for."""
+        sweep = self.sweep.model_dump(mode="json", exclude={"config", "trials", "best_fraction"})
         return dict(_flat("base", self.base)) | dict(_flat("", sweep))
 
 
