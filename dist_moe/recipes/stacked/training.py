@@ -236,10 +236,10 @@ class _StackedTraining:
 
     def _say(self, step: int, losses: list[float], staying: int) -> None:
         epoch = step / self._feed.steps_per_epoch
-        ending = f", {staying} go on" if staying else ", the last of these"
+        label, ending = self._configs[0].gate_label, f"{staying} go on" if staying else "the last of these"
         print(
-            f"{self._configs[0].gate_label}, epoch {epoch:.4g} of {self._train.epochs:g}: {len(losses)} trials together, "
-            f"best validation loss {min(losses):.4f}{ending}",
+            f"{label}, epoch {epoch:.4g} of {self._train.epochs:g}: {len(losses)} trials together, "
+            f"best validation loss {min(losses):.4f}, {ending}",
             file=sys.stderr,
         )
 
