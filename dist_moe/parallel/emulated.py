@@ -18,6 +18,7 @@ add up gradients in another order.) So what runs on real ranks runs here: whole 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,9 @@ from dist_moe.parallel.world import ExchangingWorld
 
 Result = TypeVar("Result")
 DEADLINE_S = 300.0
+
+_lockstep_here: ContextVar[Lockstep[Any] | None] = ContextVar("lockstep_here", default=None)
+"""The run to which this thread belongs. A rank that was given up and comes back finds its own, not a later one."""
 
 
 class EmulatedWorld:
@@ -58,24 +62,17 @@ class EmulatedWorld:
         processes that are seeded alike, and each goes on with its own; the caller with those of rank 0.
 
         Raises what the first rank to fail raised, after all have ended; RuntimeError if the ranks do not
-        issue the same collectives in the same order, or if they are running already; TimeoutError if a
-        rank keeps the others waiting for more than ``deadline_s``. Each says which ranks, and where.
+        issue the same collectives in the same order; TimeoutError if a rank keeps the others waiting for
+        more than ``deadline_s``. Each says which ranks, and where.
         """
-        if self.ranks[0].lockstep is not None:
-            raise RuntimeError("the ranks of this emulated world are running already")
         lockstep: Lockstep[Result] = Lockstep(self.size, self.deadline_s)
 
         def on_rank(rank: int) -> Result:
+            _lockstep_here.set(lockstep)
             with job_is(self.ranks[rank]):
                 return function(self.ranks[rank])
 
-        for world in self.ranks:
-            world.lockstep = lockstep
-        try:
-            return lockstep.run(on_rank)
-        finally:
-            for world in self.ranks:
-                world.lockstep = None
+        return lockstep.run(on_rank)
 
     def backward(self, losses: Sequence[Tensor]) -> None:
         """Backward passes of the losses that an earlier :meth:`run` returned, one per rank, in rank order.
@@ -88,14 +85,7 @@ class EmulatedWorld:
 
 
 class EmulatedRank(ExchangingWorld):
-    """A rank of an :class:`EmulatedWorld`. ``lockstep``: the run in which it meets the others, if there is one.
-
-    A copy of a layer stays on the layer's rank: copying a rank gives the rank itself.
-    """
-
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)
-        self.lockstep: Lockstep[Any] | None = None
+    """A rank of an :class:`EmulatedWorld`. A copy of a layer is on the layer's rank: a rank's copy is the rank."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmulatedRank:
         return self
@@ -137,12 +127,13 @@ class EmulatedRank(ExchangingWorld):
 
     @torch.no_grad()
     def _meet(self, what: str, brought: Any, share_out: ShareOut) -> Any:
-        if self.lockstep is None or job() is not self:
+        lockstep = _lockstep_here.get()
+        if lockstep is None or job() is not self:
             raise RuntimeError(
                 f"{what} on emulated rank {self.rank} outside its own function: call layers within "
                 "EmulatedWorld.run, each on its own rank, and losses' backward() there or by EmulatedWorld.backward"
             )
-        return self.lockstep.meet(self.rank, what, brought, share_out)
+        return lockstep.meet(self.rank, what, brought, share_out)
 
 
 def _share_out_rows(of_ranks: list[tuple[Tensor, list[int], list[int]]]) -> list[Tensor]:

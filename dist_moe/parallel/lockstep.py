@@ -24,7 +24,7 @@ ShareOut = Callable[[list[Any]], Sequence[Any]]
 """What all ranks brought to a meeting -> what each of them takes away, both in rank order."""
 
 UNWINDING_S = 5.0
-"""How long the other ranks may take to end after one has been given up."""
+"""How long ranks may take to end after one has been given up, or the caller been interrupted."""
 
 
 class _Abandoned(BaseException):
@@ -95,6 +95,7 @@ class Lockstep(Generic[Result]):
             self._watch(threads)
         except BaseException as error:  # the caller is interrupted
             self._fail(error)
+            self._over.wait(UNWINDING_S)
             raise
         finally:
             self._random.set(self._random_states[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -216,11 +217,34 @@ def test_a_rank_that_never_arrives_is_named_with_its_place(lost: int) -> None:
         emulated.run(wait_for_something_else)
     assert sorted(ended) == [rank for rank in range(3) if rank != lost]
     assert emulated.run(lambda world: world.sum(torch.ones(1)).item()) == [3, 3, 3]
-    released.set()
-    for thread in threading.enumerate():
-        if thread.name == f"rank {lost}":
-            thread.join(10)
-    assert len(ended) == 3
+    # It comes back while the ranks are running anew: it ends, and does not take part.
+    (zombie,) = [thread for thread in threading.enumerate() if thread.name == f"rank {lost}"]
+
+    def run_anew(world: World) -> float:
+        released.set()
+        zombie.join(10)
+        return world.sum(torch.ones(1)).item()
+
+    assert emulated.run(run_anew) == [3, 3, 3]
+    assert sorted(ended) == [0, 1, 2]
+
+
+def test_an_interruption_of_the_caller_ends_all_ranks() -> None:
+    ended: list[int] = []
+
+    def interrupt(world: World) -> None:
+        try:
+            for _ in range(1000):
+                if world.rank == 1:
+                    signal.raise_signal(signal.SIGINT)
+                    time.sleep(0.05)
+                world.sum(torch.ones(1))
+        finally:
+            ended.append(world.rank)
+
+    with pytest.raises(KeyboardInterrupt):
+        EmulatedWorld(3).run(interrupt)
+    assert sorted(ended) == [0, 1, 2]
 
 
 def test_a_deadline_counts_a_turn_and_not_the_run() -> None:
@@ -294,8 +318,6 @@ def test_what_is_called_in_the_wrong_place_is_explained() -> None:
     losses = emulated.run(lambda world: layers[world.rank](x_TD).outputs[0].sum())
     with pytest.raises(RuntimeError, match=r"outside its own function.*losses' backward\(\) there or by"):
         sum(losses).backward()
-    with pytest.raises(RuntimeError, match="are running already"):
-        emulated.run(lambda world: emulated.run(lambda _: None))
     with pytest.raises(ValueError, match="size=0: an emulated world has at least one rank"):
         EmulatedWorld(0)
 
