@@ -47,6 +47,14 @@ class World(ABC):
     def sum(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over all ranks, on every rank; not differentiable."""
 
+    @abstractmethod
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's ``x``, of the same shape everywhere, on every rank; not differentiable."""
+
+    @abstractmethod
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's ``x``, of the same shape everywhere, in rank order, on every rank; not differentiable."""
+
 
 class SingleWorld(World):
     """A world of one rank: nothing is exchanged and no collective is issued."""
@@ -63,8 +71,25 @@ class SingleWorld(World):
     def sum(self, x: Tensor) -> Tensor:
         return x
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        return x
 
-class ProcessWorld(World):
+    def gather(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+
+class ExchangingWorld(World):
+    """A world in which rows really travel. Autograd sends their gradients back on the same way."""
+
+    def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        return _AllToAll.apply(x_ND, send_rows, receive_rows, self)
+
+    @abstractmethod
+    def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        """The exchange of :meth:`all_to_all`, of values only; counted in ``traffic``."""
+
+
+class ProcessWorld(ExchangingWorld):
     """The ranks of a ``torch.distributed`` process group, on any backend."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -76,13 +101,21 @@ class ProcessWorld(World):
         dist.all_to_all_single(received_RE, counts_RE.contiguous(), group=self.group)
         return received_RE
 
-    def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-        return _AllToAll.apply(x_ND, send_rows, receive_rows, self)
-
     def sum(self, x: Tensor) -> Tensor:
         total = x.detach().clone()
         dist.all_reduce(total, group=self.group)
         return total
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        taken = x.detach().contiguous().clone()
+        dist.broadcast(taken, group=self.group, group_src=0)
+        return taken
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        mine = x.detach().contiguous()
+        everyones = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyones, mine, group=self.group)
+        return everyones
 
     def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         received_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:])
@@ -95,7 +128,9 @@ class _AllToAll(torch.autograd.Function):
     """Gradients travel back along the way on which the rows came."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, send_rows: list[int], receive_rows: list[int], world: ProcessWorld) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, send_rows: list[int], receive_rows: list[int], world: ExchangingWorld
+    ) -> Tensor:
         ctx.send_rows, ctx.receive_rows, ctx.world = send_rows, receive_rows, world
         return world.exchange_rows(x_ND, send_rows, receive_rows)
 

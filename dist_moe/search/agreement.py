@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 
 import torch
-import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dist_moe.parallel import several_ranks
+from dist_moe.parallel import job, several_ranks
 
 _NOT_FINITE = "the relaxed permutation holds a NaN or an infinity"
 
@@ -17,13 +16,13 @@ _NOT_FINITE = "the relaxed permutation holds a NaN or an infinity"
 def agree_on_tables(soft: Tensor) -> Tensor:
     """Round ``soft`` (..., n, n) to the nearest permutations on rank 0 and give them to every rank.
 
-    Returns (..., n) int64, slot -> expert. Without a process group, or with one rank, no collective is
-    issued. Raises, on every rank: FloatingPointError if rank 0's ``soft`` holds a NaN or an infinity;
-    RuntimeError if some rank ended up with another table.
+    Returns (..., n) int64, slot -> expert. With one rank, no collective is issued. Raises, on every rank:
+    FloatingPointError if rank 0's ``soft`` holds a NaN or an infinity; RuntimeError if some rank ended up
+    with another table.
     """
     if not several_ranks():
         return round_to_tables(soft)
-    decides = dist.get_rank() == 0 and bool(torch.isfinite(soft).all())
+    decides = job().rank == 0 and bool(torch.isfinite(soft).all())
     undecided = torch.full(soft.shape[:-1], -1, device=soft.device)
     tables = take_from_first_rank(round_to_tables(soft) if decides else undecided)
     if bool((tables < 0).any()):
@@ -35,8 +34,7 @@ def take_from_first_rank(tables: Tensor) -> Tensor:
     """Rank 0's ``tables`` on every rank, proven by digest. Nothing is sent where there is one rank."""
     if not several_ranks():
         return tables
-    tables = tables.contiguous().clone()
-    dist.broadcast(tables, src=0)
+    tables = job().broadcast(tables)
     assert_same_on_all_ranks(tables)
     return tables
 
@@ -62,9 +60,7 @@ def assert_same_on_all_ranks(table: Tensor) -> None:
     """Compare a digest of ``table`` over all ranks; RuntimeError names the ranks that differ."""
     if not several_ranks():
         return
-    mine = torch.tensor([_digest(table)], device=table.device)
-    all_digests = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_digests, mine)
+    all_digests = job().gather(torch.tensor([_digest(table)], device=table.device))
     differing = [rank for rank, digest in enumerate(all_digests) if not torch.equal(digest, all_digests[0])]
     if differing:
         raise RuntimeError(f"the permutation of ranks {differing} differs from that of rank 0")

@@ -8,13 +8,19 @@ import pytest
 from torch import Tensor
 
 from dist_moe.gates import Gate, TopK
-from dist_moe.parallel import World
+from dist_moe.parallel import EmulatedWorld, World, sum_over_ranks
 from tests.gates.cases import VARIANTS, build, ids, tokens
 from tests.helpers.oracle import assert_same, naive_gradients
-from tests.helpers.worlds import run_worlds
 
 SHARES = ([4, 3], [7, 0], [1, 5, 2])
-WITHOUT_NOISE = [name for name in VARIANTS if name != "top_k_noise"]  # ranks in one process share a generator
+WITHOUT_NOISE = [name for name in VARIANTS if name != "top_k_noise"]  # each rank draws for its own tokens
+
+
+def build_for_ranks(variant: str) -> Gate:
+    """6 experts, k = 2; statistics are those of all ranks of the job, be it one or many."""
+    gate = build(variant, 6, 2)
+    gate.sum_over_ranks = sum_over_ranks
+    return gate
 
 
 def losses_and_gradients(gate: Gate, x_TD: Tensor, ids_T: Tensor) -> dict[str, Tensor]:
@@ -30,15 +36,14 @@ def losses_and_gradients(gate: Gate, x_TD: Tensor, ids_T: Tensor) -> dict[str, T
 @pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("variant", WITHOUT_NOISE)
 def test_losses_weighted_by_the_ranks_shares_are_the_loss_of_the_whole_batch(variant: str, shares: list[int]) -> None:
-    gate, total = build(variant, 6, 2), sum(shares)
+    gate, total = build_for_ranks(variant), sum(shares)
     x_TD, ids_T = tokens(total).detach(), ids(total)
     gates, parts, part_ids = [deepcopy(gate) for _ in shares], x_TD.split(shares), ids_T.split(shares)
 
     def on_rank(world: World) -> dict[str, Tensor]:
-        gates[world.rank].sum_over_ranks = world.sum
         return losses_and_gradients(gates[world.rank], parts[world.rank], part_ids[world.rank])
 
-    ranks = run_worlds(len(shares), on_rank)
+    ranks = EmulatedWorld(len(shares)).run(on_rank)
     for name, expected in losses_and_gradients(gate, x_TD, ids_T).items():
         actual = sum(count / total * rank[name] for count, rank in zip(shares, ranks, strict=True))
         assert_same(actual, expected, 1e-10, name)
@@ -55,28 +60,26 @@ def test_losses_weighted_by_the_ranks_shares_are_the_loss_of_the_whole_batch(var
     ],
 )
 def test_balance_on_every_rank_is_that_of_the_whole_batch_and_not_of_its_part(variant: str, loss: str) -> None:
-    gate, x_TD = build(variant, 6, 2), tokens(9).detach()
+    gate, x_TD = build_for_ranks(variant), tokens(9).detach()
     gates, parts = [deepcopy(gate) for _ in range(2)], x_TD.split([2, 7])
 
     def on_rank(world: World) -> Tensor:
-        gates[world.rank].sum_over_ranks = world.sum
         return gates[world.rank](parts[world.rank]).aux[loss].detach()
 
     whole = gate(x_TD).aux[loss]
-    for part, of_rank in zip(parts, run_worlds(2, on_rank), strict=True):
+    for part, of_rank in zip(parts, EmulatedWorld(2).run(on_rank), strict=True):
         assert_same(of_rank, whole, 1e-12)
         assert (gate(part).aux[loss] - whole).abs() > 1e-4
 
 
 def test_every_rank_moves_its_selection_bias_by_the_load_of_all_ranks() -> None:
-    gate = build("top_k_bias", 6, 2)
+    gate = build_for_ranks("top_k_bias")
     assert isinstance(gate, TopK)
     x_TD, start = tokens(9).detach(), gate.bias_steps.clone()
     gates, parts = [deepcopy(gate) for _ in range(3)], x_TD.split([1, 2, 6])
 
     def on_rank(world: World) -> Tensor:
         own = gates[world.rank]
-        own.sum_over_ranks = world.sum
         own(parts[world.rank])
         own.end_step()
         return own.bias_steps - start
@@ -85,4 +88,4 @@ def test_every_rank_moves_its_selection_bias_by_the_load_of_all_ranks() -> None:
     mean = load_E.sum().item() / 6
     expected = [(load < mean) - (load > mean) for load in load_E.tolist()]
     assert len(set(expected)) > 1
-    assert [moved.tolist() for moved in run_worlds(3, on_rank)] == [expected] * 3
+    assert [moved.tolist() for moved in EmulatedWorld(3).run(on_rank)] == [expected] * 3

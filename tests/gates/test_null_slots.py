@@ -11,10 +11,9 @@ from dist_moe.gates import AdaMoEConfig, Comet, Gate, GateContext, NullSlots, To
 from dist_moe.gates.balance import load_balance
 from dist_moe.gates.null_slots import without_null
 from dist_moe.layer import MoE
-from dist_moe.parallel import World, experts_of_rank
+from dist_moe.parallel import EmulatedWorld, World, experts_of_rank
 from tests.gates.cases import VARIANTS, build, ids, tokens
 from tests.helpers.oracle import assert_same
-from tests.helpers.worlds import run_worlds
 
 
 def ada_moe(n: int = 8, m: int = 16, k: int = 4, dim: int = 3, balance_weight: float = 1.0) -> NullSlots:
@@ -110,7 +109,7 @@ def test_check_f5_rows_and_bytes_are_those_of_the_experts_really_taken() -> None
             output = MoE(gate, banks[world.rank], world=world)(x_TD.chunk(2)[world.rank])
             return output.rows_computed, world.traffic.rows, world.traffic.bytes
 
-        ranks = run_worlds(2, on_rank)
+        ranks = EmulatedWorld(2).run(on_rank)
         rows[m], sent[m] = sum(rank[0] for rank in ranks), sum(rank[2] for rank in ranks)
         assert rows[m] == sum(slot_N.numel() for slot_N in slots)
         assert sum(rank[1] for rank in ranks) == 2 * away  # there, and the results back

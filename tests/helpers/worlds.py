@@ -1,4 +1,8 @@
-"""Several ranks in one process: threads over torch's threaded process group."""
+"""Worlds of several ranks: real processes, and threads over torch's threaded process group.
+
+That group is a private part of torch, for tests of ``ProcessWorld``. What does not need ``torch.distributed``
+itself uses ``EmulatedWorld``.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-from dist_moe.parallel import ProcessWorld
+from dist_moe.engine.launch_environment import LaunchEnvironment
+from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.parallel import EmulatedWorld, ProcessWorld, World, job
+from tests.helpers.pool import on_ranks
 
 Result = TypeVar("Result")
+RunOnRanks = Callable[[int, Callable[[World], Any]], list[Any]]
 DEADLINE_S = 10.0
 
 
@@ -52,6 +61,27 @@ def run_worlds(
     if errors:
         raise errors[min(errors)]
     return [results[rank] for rank in range(num_ranks)]
+
+
+def on_real_worlds(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(world, *arguments)`` on ``size`` gloo processes over which the experts are split."""
+    return on_ranks(size, _on_process, function, arguments)
+
+
+def _on_process(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    environment = LaunchEnvironment.read()
+    with process_groups(environment, ParallelConfig(expert_parallel_size=environment.world_size)) as groups:
+        assert job().size == groups.world.size == environment.world_size
+        return function(groups.world, *arguments)
+
+
+def emulate(num_ranks: int, function: Callable[[World], Result]) -> list[Result]:
+    """The same on emulated ranks."""
+    return EmulatedWorld(num_ranks, DEADLINE_S).run(function)
+
+
+both_kinds = pytest.mark.parametrize("run", [run_worlds, emulate], ids=["torch_distributed", "emulated"])
+"""``run(num_ranks, function)``: what every world promises."""
 
 
 def _join(threads: list[threading.Thread], deadline_s: float) -> list[int]:

@@ -9,9 +9,8 @@ from torch import Tensor
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import SMoEDropout, TopK
 from dist_moe.layer import MoE, MoEOutput
-from dist_moe.parallel import ProcessWorld
+from dist_moe.parallel import EmulatedWorld, World
 from tests.helpers.oracle import assert_same
-from tests.helpers.worlds import run_worlds
 from tests.layer.cases import Case, build_layer, build_tokens
 
 
@@ -31,10 +30,10 @@ def test_all_results_are_those_of_every_expert_on_the_tokens_of_this_rank(tokens
     tokens = build_tokens(case).detach().split(tokens_per_rank)
     shares = [layer.of_rank(rank, num_ranks) for rank in range(num_ranks)]
 
-    def results(world: ProcessWorld) -> Tensor:
+    def results(world: World) -> Tensor:
         return shares[world.rank].moe(world).all_results(tokens[world.rank]).detach()
 
-    for rank, results_TEF in enumerate(run_worlds(num_ranks, results)):
+    for rank, results_TEF in enumerate(EmulatedWorld(num_ranks).run(results)):
         assert results_TEF.shape == (tokens_per_rank[rank], case.num_experts, case.hidden)
         assert_same(results_TEF, naive_results(layer.experts, tokens[rank]).detach(), 1e-12)
 

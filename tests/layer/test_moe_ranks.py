@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_moe.layer import MoEOutput
-from dist_moe.parallel import ProcessWorld, Traffic
+from dist_moe.parallel import EmulatedWorld, Traffic, World
 from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gradients
 from tests.helpers.worlds import run_worlds
 from tests.layer.cases import (
@@ -50,7 +50,7 @@ def run_case(case: Case, tokens_per_rank: list[int], layer: Layer | None = None)
     ]
     layers = [layer.of_rank(rank, num_ranks) for rank in range(num_ranks)]
 
-    def run_rank(world: ProcessWorld) -> RankResult:
+    def run_rank(world: World) -> RankResult:
         rank, x_TD = world.rank, tokens[world.rank]
         output = layers[rank].moe(world)(x_TD)
         forward_traffic = replace(world.traffic)
@@ -61,7 +61,7 @@ def run_case(case: Case, tokens_per_rank: list[int], layer: Layer | None = None)
         grads = gradients(loss, layers[rank].leaves() | {"x": x_TD})
         return RankResult(output, grads, forward_traffic, world.traffic)
 
-    return run_worlds(num_ranks, run_rank)
+    return EmulatedWorld(num_ranks).run(run_rank)
 
 
 def assert_equals_one_process(case: Case, tokens_per_rank: list[int]) -> None:
@@ -113,6 +113,12 @@ def test_ragged_ranks_equal_one_process(name: str, num_ranks: int, tokens_per_ra
     assert_equals_one_process(case, tokens_per_rank)
 
 
+@pytest.mark.parametrize(("num_ranks", "name"), [(16, "comet"), (16, "top-k"), (64, "top-k")])
+def test_many_ranks_equal_one_process(num_ranks: int, name: str) -> None:
+    tokens_per_rank = [max(0, 3 - rank % 8) for rank in range(16)] + [0] * (num_ranks - 16)
+    assert_equals_one_process(replace(CASES[name], num_experts=num_ranks), tokens_per_rank[::-1])
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_split_equals_one_process(data: st.DataObject) -> None:
@@ -160,7 +166,7 @@ def test_all_ranks_issue_the_same_collectives_in_the_same_order(monkeypatch: pyt
     layers = [layer.of_rank(rank, 4) for rank in range(4)]
     tokens = [torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (0, 7, 1, 0)]
 
-    def log_of_rank(world: ProcessWorld) -> list[Any]:
+    def log_of_rank(world: World) -> list[Any]:
         local.log = []
         (layers[world.rank].moe(world)(tokens[world.rank]).outputs[0] @ cotangent).sum().backward()
         return local.log

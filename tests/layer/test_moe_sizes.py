@@ -8,9 +8,8 @@ import torch
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import ProcessWorld
+from dist_moe.parallel import EmulatedWorld, World
 from dist_moe.search import PermutationSearch, SlotTable
-from tests.helpers.worlds import run_worlds
 
 
 def test_gates_of_another_size_than_the_bank() -> None:
@@ -36,12 +35,12 @@ def test_part_of_a_bank_without_a_world() -> None:
 def test_whole_bank_on_each_of_two_ranks() -> None:
     gate, bank = TopK(3, 4), DenseReLUBank(3, 2, 4, range(4))
 
-    def refuse(world: ProcessWorld) -> str:
+    def refuse(world: World) -> str:
         with pytest.raises(ValueError, match="of 2 must hold the experts") as raised:
             MoE(gate, bank, None, world)
         return str(raised.value)
 
-    assert len(run_worlds(2, refuse)) == 2
+    assert len(EmulatedWorld(2).run(refuse)) == 2
 
 
 def test_experts_of_another_rank() -> None:
@@ -49,11 +48,11 @@ def test_experts_of_another_rank() -> None:
     gate = TopK(3, 4)
     banks = [DenseReLUBank(3, 2, 4, ids) for ids in ([2, 3], [0, 1])]
 
-    def refuse(world: ProcessWorld) -> None:
+    def refuse(world: World) -> None:
         with pytest.raises(ValueError, match="expert"):
             MoE(gate, banks[world.rank], None, world)
 
-    run_worlds(2, refuse)
+    EmulatedWorld(2).run(refuse)
 
 
 def test_gate_of_another_width_than_the_bank() -> None:

@@ -9,17 +9,16 @@ import torch
 
 from dist_moe.gates import CometConfig, TopKConfig
 from dist_moe.models import Recommender, RecommenderConfig, RunShape
-from dist_moe.parallel import SingleWorld
+from dist_moe.parallel import EmulatedWorld, SingleWorld, World
 from dist_moe.search import PermutationSearchConfig
-from tests.helpers.worlds import run_worlds
 
 MOVIELENS = (6040, 3706)
 
 
-def build(num_users: int = 20, num_items: int = 30, **options: Any) -> Recommender:
+def build(num_users: int = 20, num_items: int = 30, world: World | None = None, **options: Any) -> Recommender:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"embedding_dim": 4, "num_experts": 6, "expert_units": 5, "tower_units": 7}
-    return RecommenderConfig(**(sizes | options)).build(num_users, num_items, RunShape(SingleWorld(), 10))
+    return RecommenderConfig(**(sizes | options)).build(num_users, num_items, RunShape(world or SingleWorld(), 10))
 
 
 def count(module: torch.nn.Module) -> int:
@@ -116,20 +115,7 @@ def test_initial_ranges() -> None:
 def test_share_of_every_rank_is_that_of_one_process() -> None:
     """Same seed: replicated parameters are equal and experts are the ones of their ids."""
     whole = build()
-    shares: dict[int, Recommender] = {}
-    for rank in range(3):  # one after another: the generator is shared by threads
-        config = RecommenderConfig(embedding_dim=4, num_experts=6, expert_units=5, tower_units=7)
-
-        def build_on(world: Any, rank: int = rank, config: RecommenderConfig = config) -> Recommender | None:
-            if world.rank != rank:
-                return None
-            torch.manual_seed(0)
-            return config.build(20, 30, RunShape(world, 10))
-
-        share = run_worlds(3, build_on)[rank]
-        assert share is not None
-        shares[rank] = share
-    for rank, share in shares.items():
+    for rank, share in enumerate(EmulatedWorld(3).run(lambda world: build(world=world))):
         for name, parameter in share.named_parameters():
             expected = whole.get_parameter(name)
             if name.startswith("moe.experts"):

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from dist_moe.gates import CometConfig, TopKConfig
 from dist_moe.models import ModelOutput, RunShape, TwoImageClassifier, TwoImageClassifierConfig
-from dist_moe.parallel import ProcessWorld, SingleWorld, World
+from dist_moe.parallel import EmulatedWorld, SingleWorld, World
 from dist_moe.search import PermutationSearchConfig
 from tests.experts.naive_banks import naive_expert, randomise_biases
 from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gate, naive_gradients
-from tests.helpers.worlds import run_worlds
 
 SIDE = 16
 NUM_CLASSES = 3
@@ -172,12 +171,12 @@ def test_ranks_equal_one_process(images_per_rank: list[int]) -> None:
     weight_GBC = torch.randn(2, batch, NUM_CLASSES, dtype=torch.float64)
     images, weights = image_BD.split(images_per_rank), weight_GBC.split(images_per_rank, dim=1)
 
-    def run_rank(world: ProcessWorld) -> tuple[ModelOutput, dict[str, Tensor]]:
+    def run_rank(world: World) -> tuple[ModelOutput, dict[str, Tensor]]:
         model = share_of(whole, world)
         output = model(images[world.rank])
         return output, gradients(loss_of(output, weights[world.rank]), dict(model.named_parameters()))
 
-    results = run_worlds(len(images_per_rank), run_rank)
+    results = EmulatedWorld(len(images_per_rank)).run(run_rank)
     output = whole(image_BD)
     for g, logits in enumerate(output.predictions):
         assert_same(torch.cat([result.predictions[g] for result, _ in results]), logits)
@@ -189,13 +188,7 @@ def test_ranks_equal_one_process(images_per_rank: list[int]) -> None:
 def test_share_of_every_rank_is_that_of_one_process() -> None:
     """Same seed: replicated parameters are equal and experts are the ones of their ids."""
     whole = build()
-    for rank in range(3):  # one after another: the generator is shared by threads
-
-        def build_on(world: ProcessWorld, rank: int = rank) -> TwoImageClassifier | None:
-            return build(world) if world.rank == rank else None
-
-        share = run_worlds(3, build_on)[rank]
-        assert share is not None
+    for rank, share in enumerate(EmulatedWorld(3).run(build)):
         for name, parameter in share.named_parameters():
             expected = whole.get_parameter(name)
             if name.startswith("moe.experts"):

@@ -1,4 +1,4 @@
-"""Dispatch and combine between threaded ranks, on rows that know where they come from."""
+"""Dispatch and combine between emulated ranks, on rows that know where they come from."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.parallel import ProcessWorld, SingleWorld, combine, dispatch, plan_dispatch
-from tests.helpers.worlds import run_worlds
+from dist_moe.parallel import EmulatedWorld, SingleWorld, World, combine, dispatch, plan_dispatch
 
 Counts = list[list[int]]
 
@@ -33,13 +32,13 @@ def labelled_rows(counts: Counts, rank: int) -> Tensor:
 @example([[0, 0, 0, 0], [0, 0, 0, 0]])
 @example([[0, 3, 0], [0, 0, 0], [2, 0, 1]])
 def test_rows_arrive_by_local_expert_then_by_source(counts: Counts) -> None:
-    def arrive(world: ProcessWorld) -> tuple[list[list[float]], list[int]]:
+    def arrive(world: World) -> tuple[list[list[float]], list[int]]:
         plan = plan_dispatch(torch.tensor(counts[world.rank]), world)
         return dispatch(labelled_rows(counts, world.rank), plan, world).tolist(), plan.rows_per_local_expert
 
     num_ranks = len(counts)
     per_rank = len(counts[0]) // num_ranks
-    for rank, (arrived, rows_per_local_expert) in enumerate(run_worlds(num_ranks, arrive)):
+    for rank, (arrived, rows_per_local_expert) in enumerate(EmulatedWorld(num_ranks).run(arrive)):
         experts = range(rank * per_rank, (rank + 1) * per_rank)
         expected = [
             [float(s), float(e), float(i)] for e in experts for s in range(num_ranks) for i in range(counts[s][e])
@@ -52,13 +51,13 @@ def test_rows_arrive_by_local_expert_then_by_source(counts: Counts) -> None:
 @given(counts_per_rank())
 @example([[0, 0, 0, 0], [0, 0, 0, 0]])
 def test_dispatch_then_combine_is_the_identity_with_gradient_one(counts: Counts) -> None:
-    def there_and_back(world: ProcessWorld) -> tuple[Tensor, Tensor]:
+    def there_and_back(world: World) -> tuple[Tensor, Tensor]:
         x_ND = labelled_rows(counts, world.rank).requires_grad_()
         plan = plan_dispatch(torch.tensor(counts[world.rank]), world)
         back_ND = combine(dispatch(x_ND, plan, world), plan, world)
         return back_ND.detach(), torch.autograd.grad(back_ND.sum(), x_ND)[0]
 
-    for rank, (back_ND, grad_ND) in enumerate(run_worlds(len(counts), there_and_back)):
+    for rank, (back_ND, grad_ND) in enumerate(EmulatedWorld(len(counts)).run(there_and_back)):
         assert torch.equal(back_ND, labelled_rows(counts, rank))
         assert torch.equal(grad_ND, torch.ones_like(back_ND))
 
@@ -69,7 +68,7 @@ def test_gradient_of_a_row_comes_from_its_own_result(counts: Counts) -> None:
     """The expert multiplies by its id, the source weighs by the row's own label."""
     per_rank = len(counts[0]) // len(counts)
 
-    def scale(world: ProcessWorld) -> tuple[Tensor, Tensor, Tensor]:
+    def scale(world: World) -> tuple[Tensor, Tensor, Tensor]:
         x_ND = labelled_rows(counts, world.rank).requires_grad_()
         plan = plan_dispatch(torch.tensor(counts[world.rank]), world)
         ids = torch.arange(world.rank * per_rank, (world.rank + 1) * per_rank)
@@ -78,7 +77,7 @@ def test_gradient_of_a_row_comes_from_its_own_result(counts: Counts) -> None:
         weight_ND = 1.0 + labelled_rows(counts, world.rank)
         return x_ND.detach(), y_ND.detach(), torch.autograd.grad((y_ND * weight_ND).sum(), x_ND)[0]
 
-    for x_ND, y_ND, grad_ND in run_worlds(len(counts), scale):
+    for x_ND, y_ND, grad_ND in EmulatedWorld(len(counts)).run(scale):
         factor_N1 = 1.0 + x_ND[:, 1:2]
         assert torch.equal(y_ND, x_ND * factor_N1)
         assert torch.equal(grad_ND, (1.0 + x_ND) * factor_N1)

@@ -12,9 +12,9 @@ from torch import Tensor
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet
 from dist_moe.layer import MoE
-from dist_moe.parallel import ProcessWorld, SingleWorld, experts_of_rank
+from dist_moe.parallel import EmulatedWorld, ProcessWorld, SingleWorld, World, experts_of_rank
 from dist_moe.search import PermutationSearch
-from tests.helpers.worlds import run_worlds
+from tests.helpers.worlds import RunOnRanks, both_kinds, run_worlds
 
 COLLECTIVES = [
     "all_gather",
@@ -85,28 +85,51 @@ def test_forbidden_collectives_are_noticed() -> None:
         run_worlds(2, lambda world: world.sum(torch.ones(1)))
 
 
-def test_counts_go_to_their_ranks() -> None:
-    received = run_worlds(3, lambda world: world.exchange_counts(torch.arange(6).view(3, 2) + 10 * world.rank))
+@both_kinds
+def test_counts_go_to_their_ranks(run: RunOnRanks) -> None:
+    received = run(3, lambda world: world.exchange_counts(torch.arange(6).view(3, 2) + 10 * world.rank))
     for rank, counts_RE in enumerate(received):
         assert counts_RE.tolist() == [[2 * rank + 10 * source, 2 * rank + 1 + 10 * source] for source in range(3)]
 
 
-def test_sum_is_over_all_ranks_and_leaves_its_argument() -> None:
-    def total(world: ProcessWorld) -> tuple[float, float]:
+@both_kinds
+def test_sum_is_over_all_ranks_and_leaves_its_argument(run: RunOnRanks) -> None:
+    def total(world: World) -> tuple[float, float]:
         mine = torch.tensor(1.0 + world.rank, requires_grad=True)
         return world.sum(mine).item(), mine.item()
 
-    assert run_worlds(4, total) == [(10.0, 1.0), (10.0, 2.0), (10.0, 3.0), (10.0, 4.0)]
+    assert run(4, total) == [(10.0, 1.0), (10.0, 2.0), (10.0, 3.0), (10.0, 4.0)]
     x = torch.randn(3)
     assert torch.equal(SingleWorld().sum(x), x)
 
 
+@both_kinds
+def test_broadcast_and_gather_give_every_rank_copies_of_its_own(run: RunOnRanks) -> None:
+    def spoil(world: World) -> list[Tensor]:
+        mine = torch.tensor([[world.rank, 7], [8, world.rank]]).t()
+        received = [world.broadcast(mine), *world.gather(mine)]
+        before = [x.clone() for x in received]
+        for x in received:
+            x.fill_(100 + world.rank)
+        world.sum(torch.ones(1))
+        assert mine.tolist() == [[world.rank, 8], [7, world.rank]]
+        return before
+
+    for broadcast, *gathered in run(3, spoil):
+        assert broadcast.tolist() == [[0, 8], [7, 0]]
+        assert [x.tolist() for x in gathered] == [[[r, 8], [7, r]] for r in range(3)]
+    x = torch.randn(3)
+    assert SingleWorld().broadcast(x) is x
+    assert SingleWorld().gather(x) == [x]
+
+
+@both_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_traffic_counts_rows_to_others_forward_and_backward(dtype: torch.dtype) -> None:
+def test_traffic_counts_rows_to_others_forward_and_backward(dtype: torch.dtype, run: RunOnRanks) -> None:
     send = [[5, 2], [0, 3]]
     width = 7
 
-    def exchange(world: ProcessWorld) -> tuple[tuple[int, int], tuple[int, int]]:
+    def exchange(world: World) -> tuple[tuple[int, int], tuple[int, int]]:
         mine = send[world.rank]
         x_ND = torch.randn(sum(mine), width, dtype=dtype, requires_grad=True)
         received = world.all_to_all(x_ND, mine, [row[world.rank] for row in send])
@@ -116,33 +139,32 @@ def test_traffic_counts_rows_to_others_forward_and_backward(dtype: torch.dtype) 
         return forward, (world.traffic.rows, world.traffic.bytes)
 
     row = width * dtype.itemsize
-    assert run_worlds(2, exchange) == [((2, 2 * row), (0, 0)), ((0, 0), (2, 2 * row))]
+    assert run(2, exchange) == [((2, 2 * row), (0, 0)), ((0, 0), (2, 2 * row))]
 
 
-def test_backward_of_the_exchange_is_the_exchange_back() -> None:
+@both_kinds
+def test_backward_of_the_exchange_is_the_exchange_back(run: RunOnRanks) -> None:
     send = [[1, 2, 0], [0, 0, 3], [2, 0, 1]]
 
-    def exchange(world: ProcessWorld) -> tuple[Tensor, Tensor]:
+    def exchange(world: World) -> tuple[Tensor, Tensor]:
         mine, theirs = send[world.rank], [row[world.rank] for row in send]
         x_ND = torch.zeros(sum(mine), 1, requires_grad=True)
         received = world.all_to_all(x_ND, mine, theirs)
         weight = torch.cat([torch.full((n, 1), 10.0 * world.rank + source) for source, n in enumerate(theirs)])
         return torch.autograd.grad((received * weight).sum(), x_ND)[0], received
 
-    for rank, (grad_ND, _) in enumerate(run_worlds(3, exchange)):
+    for rank, (grad_ND, _) in enumerate(run(3, exchange)):
         expected = [10.0 * receiver + rank for receiver, n in enumerate(send[rank]) for _ in range(n)]
         assert grad_ND.flatten().tolist() == expected
 
 
 def test_experts_of_all_ranks_are_all_experts_in_order() -> None:
-    ids = run_worlds(4, lambda world: list(experts_of_rank(12, world)))
+    ids = [list(experts_of_rank(12, world)) for world in EmulatedWorld(4).ranks]
     assert ids == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     assert list(experts_of_rank(5, SingleWorld())) == [0, 1, 2, 3, 4]
 
 
 def test_experts_that_cannot_be_shared_out_evenly_are_refused() -> None:
-    def refuse(world: ProcessWorld) -> None:
+    for world in EmulatedWorld(3).ranks:
         with pytest.raises(ValueError, match="num_experts=8 is not divisible by the 3 ranks"):
             experts_of_rank(8, world)
-
-    run_worlds(3, refuse)

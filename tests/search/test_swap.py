@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import ProcessWorld
+from dist_moe.parallel import EmulatedWorld, SingleWorld, World, experts_of_rank
 from dist_moe.search import SlotTable, Swap, SwapSearch, SwapSearchConfig, give_branches_slots
 from tests.helpers.clusters import Mixture, Tokens, make_tokens, trained_mixture
-from tests.helpers.worlds import run_worlds
+from tests.helpers.worlds import on_real_worlds
 
 
 def search(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor], **options: Any) -> SwapSearch:
@@ -298,13 +298,13 @@ def restore(name: str, num_experts: int, steps: int, num_ranks: int) -> tuple[fl
     models = [scrambled(name, num_experts, steps, seed=1) for _ in range(num_ranks)]
     share = -(-tokens.total // num_ranks)
 
-    def search_on_rank(world: ProcessWorld) -> tuple[float, list[int]]:
+    def search_on_rank(world: World) -> tuple[float, list[int]]:
         model = models[world.rank]
         mine = tokens.part(slice(world.rank * share, (world.rank + 1) * share))
         report = search(model, [mine], model.loss).run()
         return report.losses[-1], model.table.flatten().tolist()
 
-    results = run_worlds(num_ranks, search_on_rank, deadline_s=300)
+    results = EmulatedWorld(num_ranks).run(search_on_rank)
     return reference, results[0][0], [table for _, table in results]
 
 
@@ -327,29 +327,33 @@ def test_planted_permutation_of_many_experts_is_undone(name: str, num_experts: i
     assert of_ranks == tables * 4
 
 
-def test_ranks_with_experts_split_and_one_without_tokens() -> None:
-    tokens = make_tokens(8, 200, seed=12)
-    alone = scrambled("top_k", 8, steps=60)
-    expected = search(alone, [tokens], alone.loss).run()
-    whole = scrambled("top_k", 8, steps=60)
-    models = []
-    for rank in range(2):
-        model = scrambled("top_k", 8, steps=60)
-        ids = range(4 * rank, 4 * rank + 4)
-        share = DenseReLUBank(16, 32, 8, ids)
-        with torch.no_grad():
-            share.weight.copy_(whole.moe.experts.weight[list(ids)])
-            share.bias.copy_(whole.moe.experts.bias[list(ids)])
-        model.moe.experts = share
-        models.append(model.eval())
+def search_with_experts_split(world: World, shares: list[int]) -> tuple[list[float], list[Swap], list[int]]:
+    """Losses, swaps and table; this rank holds its part of the experts and of the tokens."""
+    tokens = make_tokens(8, sum(shares), seed=12)
+    model = scrambled("top_k", 8, steps=60)
+    ids = experts_of_rank(8, world)
+    share = DenseReLUBank(16, 32, 8, ids)
+    with torch.no_grad():
+        share.weight.copy_(model.moe.experts.weight[list(ids)])
+        share.bias.copy_(model.moe.experts.bias[list(ids)])
+    model.moe.experts, model.moe.world = share, world
+    start = sum(shares[: world.rank])
+    report = search(model.eval(), [tokens.part(slice(start, start + shares[world.rank]))], model.loss).run()
+    return report.losses, report.swaps, model.table.flatten().tolist()
 
-    def search_on_rank(world: ProcessWorld) -> tuple[list[float], list[int]]:
-        model = models[world.rank]
-        model.moe.world = world
-        mine = tokens if world.rank == 0 else tokens.part(slice(0, 0))
-        report = search(model, [mine], model.loss).run()
-        return report.losses, model.table.flatten().tolist()
 
-    for losses, table in run_worlds(2, search_on_rank):
-        assert losses == pytest.approx(expected.losses, rel=1e-5)
-        assert table == alone.table.flatten().tolist()
+@pytest.mark.parametrize("shares", [[200, 0], [70, 0, 81, 49], [0, 0, 20, 0, 0, 100, 80, 0]])
+def test_ranks_with_experts_split_and_some_without_tokens(shares: list[int]) -> None:
+    losses, swaps, table = search_with_experts_split(SingleWorld(), [200])
+    assert len(swaps) > 1
+    for of_rank in EmulatedWorld(len(shares)).run(lambda world: search_with_experts_split(world, shares)):
+        assert of_rank == (pytest.approx(losses, rel=1e-5), swaps, table)
+
+
+def test_emulated_ranks_search_like_real_ones() -> None:
+    shares = [70, 0, 81, 49]
+    real = on_real_worlds(4, search_with_experts_split, shares)
+    emulated = EmulatedWorld(4).run(lambda world: search_with_experts_split(world, shares))
+    for (losses, swaps, table), of_rank in zip(emulated, real, strict=True):
+        assert of_rank == (pytest.approx(losses, rel=1e-14), swaps, table)
+    assert {str(of_rank) for of_rank in emulated} == {str(emulated[0])}

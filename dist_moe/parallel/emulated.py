@@ -1,0 +1,149 @@
+"""Emulated worlds: many ranks in one process, on one device, with the code and the bits of real ranks.
+
+    emulated = EmulatedWorld(4)
+
+    def step(world):
+        moe = build_layer(world)                            # its share: experts_of_rank(num_experts, world)
+        moe(tokens[world.rank]).outputs[0].sum().backward()
+        return moe.experts.weight.grad
+
+    gradients = emulated.run(step)
+
+Every rank has an autograd graph of its own, node for node that of a real rank, and its backward pass meets
+those of the others in the exchange, as its forward pass did. (One graph through all ranks would serve a
+backward pass of the summed losses only, not ``loss.backward(); optimizer.step()`` on each rank, and would
+add up gradients in another order.) So what runs on real ranks runs here: whole training loops and searches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dist_moe.parallel.collectives import job, job_is
+from dist_moe.parallel.lockstep import Lockstep, ShareOut
+from dist_moe.parallel.world import ExchangingWorld
+
+Result = TypeVar("Result")
+DEADLINE_S = 300.0
+
+_lockstep_here: ContextVar[Lockstep[Any] | None] = ContextVar("lockstep_here", default=None)
+"""The run to which this thread belongs. A rank that was given up and comes back finds its own, not a later one."""
+
+
+class EmulatedWorld:
+    """``EmulatedWorld(size)``: ``ranks`` are its worlds, in rank order; layers may keep them between runs.
+
+    Ranks take turns (see ``lockstep.py``), hence everything is deterministic. They live in one process:
+    what they share, say a gate, has one ``grad``, into which all of them add; give each a copy (or build
+    the model inside ``run``) to see gradients per rank. Whatever they share must be leaves: a graph that
+    was built before :meth:`run` can be walked by the backward pass of one rank only.
+
+    ``deadline_s``: seconds that a rank may take between two collectives; None in a debugger.
+    Raises ValueError unless ``size`` >= 1.
+    """
+
+    def __init__(self, size: int, deadline_s: float | None = DEADLINE_S) -> None:
+        if size < 1:
+            raise ValueError(f"size={size}: an emulated world has at least one rank")
+        self.size = size
+        self.deadline_s = deadline_s
+        self.ranks = tuple(EmulatedRank(rank, size) for rank in range(size))
+
+    def run(self, function: Callable[[EmulatedRank], Result]) -> list[Result]:
+        """``function(world)`` once per rank; the results in rank order.
+
+        Within, :func:`~dist_moe.parallel.job` is the emulated world: gates, searches and all else that
+        asks for all ranks of the job gets these. All ranks start with the caller's random numbers, like
+        processes that are seeded alike, and each goes on with its own; the caller with those of rank 0.
+
+        Raises what the first rank to fail raised, after all have ended; RuntimeError if the ranks do not
+        issue the same collectives in the same order; TimeoutError if a rank keeps the others waiting for
+        more than ``deadline_s``. Each says which ranks, and where.
+        """
+        lockstep: Lockstep[Result] = Lockstep(self.size, self.deadline_s)
+
+        def on_rank(rank: int) -> Result:
+            _lockstep_here.set(lockstep)
+            with job_is(self.ranks[rank]):
+                return function(self.ranks[rank])
+
+        return lockstep.run(on_rank)
+
+    def backward(self, losses: Sequence[Tensor]) -> None:
+        """Backward passes of the losses that an earlier :meth:`run` returned, one per rank, in rank order.
+
+        Afterwards the parameters of every rank hold the gradient of the sum of the losses.
+        """
+        if len(losses) != self.size:
+            raise ValueError(f"{len(losses)} losses for {self.size} ranks: each rank must give one")
+        self.run(lambda world: losses[world.rank].backward())
+
+
+class EmulatedRank(ExchangingWorld):
+    """A rank of an :class:`EmulatedWorld`. A copy of a layer is on the layer's rank: a rank's copy is the rank."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmulatedRank:
+        return self
+
+    def exchange_counts(self, counts_RE: Tensor) -> Tensor:
+        def share_out(of_ranks: list[Tensor]) -> Sequence[Tensor]:
+            return torch.stack(of_ranks).transpose(0, 1).clone().unbind()
+
+        return self._meet(f"exchange_counts of {_kind(counts_RE)}", counts_RE, share_out)
+
+    def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        row = f"all_to_all of {x_ND.dtype} rows of shape {tuple(x_ND.shape[1:])}"
+        received_ND = self._meet(row, (x_ND.detach(), send_rows, receive_rows), _share_out_rows)
+        self.traffic.add(x_ND, send_rows, self.rank)
+        return received_ND
+
+    def sum(self, x: Tensor) -> Tensor:
+        """See ``World``. Added in rank order: a real backend may add, hence round, in another one."""
+
+        def share_out(of_ranks: list[Tensor]) -> list[Tensor]:
+            total = of_ranks[0].clone()
+            for of_rank in of_ranks[1:]:
+                total += of_rank
+            return [total.clone() for _ in of_ranks]
+
+        return self._meet(f"sum of {_kind(x)}", x.detach(), share_out)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        def share_out(of_ranks: list[Tensor]) -> list[Tensor]:
+            return [of_ranks[0].clone(memory_format=torch.contiguous_format) for _ in of_ranks]
+
+        return self._meet(f"broadcast of {_kind(x)}", x.detach(), share_out)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        def share_out(of_ranks: list[Tensor]) -> list[list[Tensor]]:
+            return [[x.clone() for x in of_ranks] for _ in of_ranks]
+
+        return self._meet(f"gather of {_kind(x)}", x.detach(), share_out)
+
+    @torch.no_grad()
+    def _meet(self, what: str, brought: Any, share_out: ShareOut) -> Any:
+        lockstep = _lockstep_here.get()
+        if lockstep is None or job() is not self:
+            raise RuntimeError(
+                f"{what} on emulated rank {self.rank} outside its own function: call layers within "
+                "EmulatedWorld.run, each on its own rank, and losses' backward() there or by EmulatedWorld.backward"
+            )
+        return lockstep.meet(self.rank, what, brought, share_out)
+
+
+def _share_out_rows(of_ranks: list[tuple[Tensor, list[int], list[int]]]) -> list[Tensor]:
+    """Every rank's rows, cut by receiver, put together again by source."""
+    parts = [x_ND.split(send_rows) for x_ND, send_rows, _ in of_ranks]
+    for rank, (_, _, expected) in enumerate(of_ranks):
+        if (arriving := [len(of_source[rank]) for of_source in parts]) != expected:
+            raise RuntimeError(f"rank {rank} expects {expected} rows of the ranks, but they send {arriving}")
+    return [torch.cat([of_source[rank] for of_source in parts]) for rank in range(len(of_ranks))]
+
+
+def _kind(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"
