@@ -250,7 +250,7 @@ def test_an_interruption_of_the_caller_ends_all_ranks() -> None:
 def test_a_deadline_counts_a_turn_and_not_the_run() -> None:
     def slow(world: World) -> float:
         for _ in range(4):
-            time.sleep(0.15)
+            time.sleep(0.3)
             total = world.sum(torch.ones(1)).item()
         return total
 
