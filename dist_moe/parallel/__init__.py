@@ -2,18 +2,29 @@
 
 from dist_moe.parallel.collectives import several_ranks, sum_over_ranks
 from dist_moe.parallel.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
-from dist_moe.parallel.world import ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
+from dist_moe.parallel.exchange import Exchange, FlatExchange, Mixed
+from dist_moe.parallel.nodes import open_levels, ranks_per_node
+from dist_moe.parallel.two_level import TwoLevelExchange, exchange_over
+from dist_moe.parallel.world import Levels, ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
 
 __all__ = [
     "DispatchPlan",
+    "Exchange",
+    "FlatExchange",
+    "Levels",
+    "Mixed",
     "ProcessWorld",
     "SingleWorld",
     "Traffic",
+    "TwoLevelExchange",
     "World",
     "combine",
     "dispatch",
+    "exchange_over",
     "experts_of_rank",
+    "open_levels",
     "plan_dispatch",
+    "ranks_per_node",
     "several_ranks",
     "sum_over_ranks",
 ]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-from dist_moe.parallel import ProcessWorld
+from dist_moe.parallel import ProcessWorld, open_levels
 
 Result = TypeVar("Result")
 DEADLINE_S = 10.0
@@ -52,6 +52,13 @@ def run_worlds(
     if errors:
         raise errors[min(errors)]
     return [results[rank] for rank in range(num_ranks)]
+
+
+def in_nodes(world: ProcessWorld, ranks_per_node: int) -> ProcessWorld:
+    """``world``, whose ranks are all ranks of the job, divided into nodes. Collective."""
+    world.node_of_rank = [rank // ranks_per_node for rank in range(world.size)]
+    world.levels = open_levels(world, [range(world.size)], ranks_per_node)
+    return world
 
 
 def _join(threads: list[threading.Thread], deadline_s: float) -> list[int]:

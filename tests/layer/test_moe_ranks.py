@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -39,7 +40,16 @@ class RankResult:
     traffic: Traffic
 
 
-def run_case(case: Case, tokens_per_rank: list[int], layer: Layer | None = None) -> list[RankResult]:
+def as_it_is(world: ProcessWorld) -> ProcessWorld:
+    return world
+
+
+def run_case(
+    case: Case,
+    tokens_per_rank: list[int],
+    layer: Layer | None = None,
+    prepare: Callable[[ProcessWorld], ProcessWorld] = as_it_is,
+) -> list[RankResult]:
     """Forward and backward on every rank, each with its own slice of the tokens and its share of the loss."""
     case = replace(case, tokens=sum(tokens_per_rank))
     layer = layer or build_layer(case)
@@ -52,7 +62,7 @@ def run_case(case: Case, tokens_per_rank: list[int], layer: Layer | None = None)
 
     def run_rank(world: ProcessWorld) -> RankResult:
         rank, x_TD = world.rank, tokens[world.rank]
-        output = layers[rank].moe(world)(x_TD)
+        output = layers[rank].moe(prepare(world))(x_TD)
         forward_traffic = replace(world.traffic)
         share = len(x_TD) / max(case.tokens, 1)
         shares = {"entropy": share, "permutation": 1 / num_ranks}
@@ -64,14 +74,16 @@ def run_case(case: Case, tokens_per_rank: list[int], layer: Layer | None = None)
     return run_worlds(num_ranks, run_rank)
 
 
-def assert_equals_one_process(case: Case, tokens_per_rank: list[int]) -> None:
+def assert_equals_one_process(
+    case: Case, tokens_per_rank: list[int], prepare: Callable[[ProcessWorld], ProcessWorld] = as_it_is
+) -> None:
     case = replace(case, tokens=sum(tokens_per_rank))
     layer, x_TD = build_layer(case), build_tokens(case)
     outputs, aux = naive_layer(layer, x_TD)
     leaves = layer.leaves() | {"x": x_TD}
     expected = naive_gradients(loss_of(outputs, aux, build_cotangents(case)), leaves)
 
-    results = run_case(case, tokens_per_rank)
+    results = run_case(case, tokens_per_rank, prepare=prepare)
     for g, output in enumerate(outputs):
         assert_same(torch.cat([result.output.outputs[g] for result in results]), output)
     split_up = {name for name in expected if name == "x" or name.startswith("experts.")}
