@@ -54,7 +54,7 @@ def _move(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: P
     """What a rank gets is, of every tensor in turn, the bytes of its block."""
     widths = [x.shape[1:].numel() * x.element_size() for x in tensors]
     blocks = [
-        x.reshape(-1).view(torch.uint8).view(len(x), width).split(send)
+        _flat(x).view(torch.uint8).view(len(x), width).split(send)
         for x, width, send in zip(tensors, widths, sends, strict=True)
     ]
     packed = torch.cat([block.flatten() for of_rank in zip(*blocks, strict=True) for block in of_rank])
@@ -64,6 +64,11 @@ def _move(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: P
         torch.cat(parts[p :: len(tensors)]).view(x.dtype).view(sum(receives[p]), *x.shape[1:])
         for p, x in enumerate(tensors)
     )
+
+
+def _flat(x: Tensor) -> Tensor:
+    """All numbers in one row, with the stride 1 that axes of size 1 need not have and a view as bytes needs."""
+    return x.contiguous().as_strided((x.numel(),), (1,))
 
 
 def _byte_splits(splits: Splits, widths: list[int]) -> list[list[int]]:

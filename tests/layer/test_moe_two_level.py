@@ -17,7 +17,8 @@ from torch import Tensor
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
 from dist_moe.parallel import FlatExchange, ProcessWorld, Traffic, TwoLevelExchange
-from tests.helpers.oracle import assert_all_same, assert_same
+from tests.helpers.oracle import assert_all_same, assert_same, gradients
+from tests.helpers.pool import on_ranks
 from tests.helpers.worlds import in_nodes, run_worlds
 from tests.layer.cases import Case, Layer, build_layer, build_tokens, naive_mixtures
 from tests.layer.test_moe_ranks import RankResult, assert_equals_one_process, run_case
@@ -264,3 +265,29 @@ def test_partial_sums_travel_in_the_precision_of_the_mixture() -> None:
 
     for output_TF in run_worlds(4, output):
         assert torch.equal(output_TF, torch.ones(3, 2, dtype=torch.bfloat16))
+
+
+def flat_and_two_level(case: Case, tokens_per_rank: list[int]) -> list[dict[str, Tensor]]:
+    """Outputs and gradients of this process, by both exchanges."""
+    dist.init_process_group("gloo")
+    assert dist.group.WORLD is not None
+    rank, layer = dist.get_rank(), build_layer(case)
+    x_TD = build_tokens(case).detach().split(tokens_per_rank)[rank].requires_grad_()
+    results = []
+    try:
+        for divide in (False, True):
+            world = ProcessWorld(dist.group.WORLD)
+            mine = layer.of_rank(rank, world.size)
+            outputs = mine.moe(in_nodes(world, 2) if divide else world)(x_TD).outputs
+            loss = sum(((g + 1) * y_TF.square()).sum() for g, y_TF in enumerate(outputs))
+            results.append(gradients(loss, mine.leaves() | {"x": x_TD}) | {"out": torch.stack(outputs).detach()})
+    finally:
+        dist.destroy_process_group()
+    return results
+
+
+@pytest.mark.parametrize("tokens_per_rank", [[3, 0, 5, 2], [0, 0, 0, 10]])
+def test_real_processes_equal_the_flat_exchange(tokens_per_rank: list[int]) -> None:
+    case = Case(num_gates=2, hardness=0.6, tokens=10)
+    for flat, two_level in on_ranks(4, flat_and_two_level, case, tokens_per_rank):
+        assert_all_same(two_level, flat, 1e-12)
