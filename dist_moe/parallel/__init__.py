@@ -4,7 +4,7 @@ from dist_moe.parallel.collectives import several_ranks, sum_over_ranks
 from dist_moe.parallel.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
 from dist_moe.parallel.exchange import Exchange, FlatExchange, Mixed
 from dist_moe.parallel.nodes import open_levels, ranks_per_node
-from dist_moe.parallel.two_level import TwoLevelExchange, exchange_over
+from dist_moe.parallel.two_level import OncePerPart, exchange_over, two_level_exchange
 from dist_moe.parallel.world import Levels, ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
 
 __all__ = [
@@ -13,10 +13,10 @@ __all__ = [
     "FlatExchange",
     "Levels",
     "Mixed",
+    "OncePerPart",
     "ProcessWorld",
     "SingleWorld",
     "Traffic",
-    "TwoLevelExchange",
     "World",
     "combine",
     "dispatch",
@@ -27,4 +27,5 @@ __all__ = [
     "ranks_per_node",
     "several_ranks",
     "sum_over_ranks",
+    "two_level_exchange",
 ]

@@ -1,7 +1,7 @@
 """Exchange: how token rows reach their experts, and weighted sums of results come back.
 
 ``FlatExchange`` sends every (token, expert) pair to the rank of its expert and weighs the results where
-the token lives. ``TwoLevelExchange`` (two_level.py) sends a token to a node once, and weighs there.
+the token lives. ``two_level_exchange`` (two_level.py) sends a token to a node once, and weighs there.
 """
 
 from __future__ import annotations

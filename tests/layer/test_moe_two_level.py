@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import FlatExchange, ProcessWorld, Traffic, TwoLevelExchange
+from dist_moe.parallel import FlatExchange, OncePerPart, ProcessWorld, Traffic
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
 from tests.helpers.pool import on_ranks
 from tests.helpers.worlds import in_nodes, run_worlds
@@ -123,7 +123,7 @@ def test_the_world_decides_which_exchange(num_ranks: int, ranks_per_node: int, t
     def exchange(world: ProcessWorld) -> type:
         return type(build_layer(Case()).of_rank(world.rank, num_ranks).moe(in_nodes(world, ranks_per_node)).exchange)
 
-    assert run_worlds(num_ranks, exchange) == [TwoLevelExchange if two_levels else FlatExchange] * num_ranks
+    assert run_worlds(num_ranks, exchange) == [OncePerPart if two_levels else FlatExchange] * num_ranks
     assert isinstance(build_layer(Case()).moe().exchange, FlatExchange)
 
 
@@ -162,15 +162,12 @@ def test_all_ranks_issue_the_same_collectives_in_the_same_order(
     logs = logs_of(record_collectives(monkeypatch), [0, 7, 1, 0], 2, x_learns)
     kinds = [[(dtype, shape) for dtype, shape, _ in log] for log in logs]
     assert kinds == [kinds[0]] * 4
-    bytes_, wide, narrow = (torch.uint8, ()), (torch.float64, (4,)), (torch.float64, (3,))
-    forward = [(torch.int64, (3,)), bytes_, (torch.int64, (2,)), narrow, wide, wide]
-    backward = [wide, wide, narrow, bytes_] if x_learns else [wide, wide, bytes_]
-    assert kinds[0] == forward + backward
+    counts, packed, sums = (torch.int64, (3,)), (torch.uint8, ()), (torch.float64, (4,))
+    assert kinds[0] == [counts, packed] * 2 + [sums] * 2 + [sums] * 2 + [packed] * 2
     for rank, log in enumerate(logs):
         peers, neighbours = [rank % 2, rank % 2 + 2], [rank // 2 * 2, rank // 2 * 2 + 1]
         there = [peers, peers, neighbours, neighbours, neighbours, peers]
-        back = [peers, neighbours, neighbours, peers] if x_learns else [peers, neighbours, peers]
-        assert [ranks for _, _, ranks in log] == there + back
+        assert [ranks for _, _, ranks in log] == [*there, peers, neighbours, neighbours, peers]
 
 
 def test_one_node_issues_no_collective_across_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
