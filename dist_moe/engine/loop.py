@@ -162,12 +162,9 @@ class TrainingLoop:
             engine.backward(result.loss)
             engine.step()
             sums.append(result.sums)
-        counts = {
-            "wire_rows": torch.tensor(traffic.rows, device=engine.device),
-            "wire_bytes": torch.tensor(traffic.bytes, device=engine.device),
-            "stop": torch.tensor(stop.signal_number, device=engine.device),
-        }
-        self._window.add(add_sums(sums) | counts)
+        counts = traffic.counts() | {"stop": stop.signal_number}
+        tensors = {name: torch.tensor(count, device=engine.device) for name, count in counts.items()}
+        self._window.add(add_sums(sums) | tensors)
         self._host_records.append(
             {
                 "step": step + 1,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,9 @@ from pydantic import Field
 
 from dist_moe.engine.deepspeed_setup import import_deepspeed
 from dist_moe.engine.launch_environment import LaunchEnvironment
+from dist_moe.engine.node_layout import launched_ranks_per_node, node_of_every_rank
 from dist_moe.errors import UserError
-from dist_moe.parallel import ProcessWorld, SingleWorld, World
+from dist_moe.parallel import ProcessWorld, SingleWorld, World, open_levels, ranks_per_node
 from dist_moe.settings import Settings
 
 
@@ -27,6 +30,18 @@ class ParallelConfig(Settings):
         1,
         ge=1,
         description="ranks over which the experts of a layer are split; divides the world and experts",
+    )
+    exchange: Literal["auto", "flat", "two_level"] = Field(
+        "auto",
+        description="how tokens reach their experts: flat sends a row per (token, expert) from rank to rank, two_level "
+        "a row per (token, node), spread inside the node; auto is two_level where experts are split over several "
+        "nodes with several ranks each, else flat",
+    )
+    ranks_per_node: int | None = Field(
+        None,
+        ge=1,
+        description="take every that many consecutive ranks for a node, whatever machines they run on; divides the "
+        "world (null: the nodes that the launcher started)",
     )
     timeout_s: int = Field(600, ge=1, description="seconds after which a collective that waits is an error")
 
@@ -40,6 +55,52 @@ class ParallelConfig(Settings):
         if num_experts % size:
             allowed = _divisors(world_size, num_experts)
             raise UserError(f"{field} does not divide model.num_experts={num_experts}; allowed: {allowed}")
+        self._check_nodes(world_size)
+
+    def _check_nodes(self, world_size: int) -> None:
+        per_node, size = self.ranks_per_node, self.expert_parallel_size
+        if per_node is not None and world_size % per_node:
+            allowed = _divisors(world_size, world_size)
+            raise UserError(
+                f"parallel.ranks_per_node={per_node} does not divide the {world_size} rank(s) of this job; "
+                f"allowed: {allowed}"
+            )
+        per_node = per_node or launched_ranks_per_node()
+        if self.exchange == "two_level" and per_node and size % per_node and per_node % size:
+            raise UserError(_uneven_nodes(size, f"{per_node} rank(s) per node"))
+
+    def ranks_per_level(self, nodes: Sequence[Sequence[int]]) -> int | None:
+        """Ranks per node in a two-level exchange; None for a flat one.
+
+        ``nodes``: for every expert-parallel group the nodes of its ranks. Raises UserError if two levels are
+        asked for and the groups are not all of whole nodes of the same size, or all within a node.
+        """
+        divisions = {ranks_per_node(of_group) for of_group in nodes}
+        per_node = divisions.pop() if len(divisions) == 1 else None
+        if self.exchange == "two_level" and per_node is None:
+            raise UserError(_uneven_nodes(self.expert_parallel_size, f"the nodes of its ranks, {list(nodes)}"))
+        if self.exchange == "flat" or per_node is None or per_node == self.expert_parallel_size:
+            return None
+        return per_node if per_node > 1 or self.exchange == "two_level" else None
+
+    def fitting(self, world_size: int) -> ParallelConfig:
+        """What is nearest to it on another number of ranks, for a run that is to be looked at there."""
+        even = self.ranks_per_node is not None and world_size % self.ranks_per_node == 0
+        return self.model_copy(
+            update={
+                "expert_parallel_size": math.gcd(world_size, self.expert_parallel_size),
+                "exchange": "auto" if self.exchange == "two_level" else self.exchange,
+                "ranks_per_node": self.ranks_per_node if even else None,
+            }
+        )
+
+
+def _uneven_nodes(expert_parallel_size: int, nodes: str) -> str:
+    return (
+        f"parallel.exchange=two_level needs groups of whole nodes, or groups within a node: "
+        f"parallel.expert_parallel_size={expert_parallel_size} does not fit {nodes}; "
+        f"choose a multiple or a divisor, or parallel.exchange=auto"
+    )
 
 
 def _divisors(world_size: int, num_experts: int) -> str:
@@ -69,10 +130,13 @@ class ProcessGroups:
 
 @contextmanager
 def process_groups(environment: LaunchEnvironment, config: ParallelConfig) -> Iterator[ProcessGroups]:
-    """Open all groups, through DeepSpeed so that its engine knows them; close them at the end."""
+    """Open all groups, through DeepSpeed so that its engine knows them; close them at the end.
+
+    Raises UserError, on all ranks, if a two-level exchange is asked for on nodes that it does not fit.
+    """
     _init_torch(environment, config)
     try:
-        yield _expert_groups(environment, config.expert_parallel_size)
+        yield _expert_groups(environment, config)
     finally:
         import_deepspeed().comm.destroy_process_group()
         gc.collect()  # engines are cycles, and hold the groups' threads and sockets until they are collected
@@ -89,8 +153,9 @@ def _init_torch(environment: LaunchEnvironment, config: ParallelConfig) -> None:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def _expert_groups(environment: LaunchEnvironment, expert_parallel_size: int) -> ProcessGroups:
+def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> ProcessGroups:
     deepspeed = import_deepspeed()
+    expert_parallel_size = config.expert_parallel_size
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     groups = deepspeed.utils.groups
@@ -98,5 +163,17 @@ def _expert_groups(environment: LaunchEnvironment, expert_parallel_size: int) ->
     groups._create_expert_and_data_parallel(expert_parallel_size)
     ep_group = groups._get_expert_parallel_group(name)
     edp_rank = dist.get_rank(groups._get_expert_data_parallel_group(name))
-    world = ProcessWorld(ep_group) if expert_parallel_size > 1 else SingleWorld()
+    world = _expert_world(config, ep_group) if expert_parallel_size > 1 else SingleWorld()
     return ProcessGroups(environment, expert_parallel_size, world, edp_rank == 0)
+
+
+def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup) -> ProcessWorld:
+    """The ranks of this rank's experts, divided into nodes where the exchange is to have two levels."""
+    size, node_of_rank = config.expert_parallel_size, node_of_every_rank(config.ranks_per_node)
+    groups = [range(start, start + size) for start in range(0, len(node_of_rank), size)]
+    nodes = [[node_of_rank[rank] for rank in group] for group in groups]
+    world = ProcessWorld(ep_group, nodes[dist.get_rank() // size])
+    per_node = config.ranks_per_level(nodes)
+    if per_node is not None:
+        world.levels = open_levels(world, groups, per_node, timedelta(seconds=config.timeout_s))
+    return world

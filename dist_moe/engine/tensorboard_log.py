@@ -25,6 +25,8 @@ _TAGS = {
     "rows_computed": "experts/rows_computed",
     "wire_bytes": "traffic/all_to_all_bytes",
     "wire_rows": "traffic/all_to_all_rows",
+    "wire_bytes_across_nodes": "traffic/bytes_across_nodes",
+    "wire_rows_across_nodes": "traffic/rows_across_nodes",
     "examples_per_second": "speed/examples_per_second",
     "lr": "optimizer/lr",
     "grad_norm": "optimizer/grad_norm",

@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from dist_moe.experts import ExpertBank
 from dist_moe.gates import Gate
-from dist_moe.kernels import weighted_scatter
-from dist_moe.parallel import SingleWorld, World, combine, dispatch, experts_of_rank, plan_dispatch
+from dist_moe.parallel import (
+    Exchange,
+    SingleWorld,
+    World,
+    combine,
+    dispatch,
+    exchange_over,
+    experts_of_rank,
+    plan_dispatch,
+)
 from dist_moe.routing import Pairs, Permutation, Route, union_of_routes
 
 
@@ -52,7 +60,8 @@ class MoE(nn.Module):
     computed once, however many gates want it. ``experts``: this rank's bank. ``replay``, set by a search
     for a while, answers instead of the layer. ``permutation``:
     slot -> expert, one for each gate; None is the identity. ``world``: the ranks over which the
-    experts are split; None is one rank.
+    experts are split; None is one rank. ``exchange``: how rows reach the experts and sums come back; None
+    is what the world asks for.
 
     Raises ValueError when gates, bank and world do not fit each other.
     """
@@ -63,12 +72,14 @@ class MoE(nn.Module):
         experts: ExpertBank,
         permutation: PermutationSource | None = None,
         world: World | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         super().__init__()
         self.gates = nn.ModuleList([gates] if isinstance(gates, Gate) else gates)
         self.experts = experts
         self.permutation = permutation
         self.world = world or SingleWorld()
+        self.exchange = exchange or exchange_over(self.world)
         self.replay: Replay | None = None
         self._check_sizes()
 
@@ -78,12 +89,9 @@ class MoE(nn.Module):
             return self.replay(self, x_TD, ids_T)
         routes, aux = self._route(x_TD, ids_T)
         pairs = union_of_routes(routes)
-        plan = plan_dispatch(pairs.rows_per_expert_E, self.world)
-        rows = dispatch(x_TD[pairs.token_N], plan, self.world)
-        results_NF = combine(self.experts(rows, plan.rows_per_local_expert), plan, self.world)
-        outputs_GTF = weighted_scatter(results_NF, pairs.weight_GN, pairs.token_N, pairs.num_tokens)
-        outputs = outputs_GTF.to(results_NF.dtype).unbind()
-        return MoEOutput(outputs, aux, tuple(routes), pairs, sum(plan.rows_per_local_expert))
+        mixed = self.exchange(x_TD, pairs, self.experts)
+        outputs = mixed.sums_GTF.to(mixed.dtype).unbind()
+        return MoEOutput(outputs, aux, tuple(routes), pairs, mixed.rows_computed)
 
     def all_results(self, x_TD: Tensor) -> Tensor:
         """(T, E, F): what every expert, wherever it lives, makes of each of this rank's tokens."""

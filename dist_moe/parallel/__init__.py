@@ -3,20 +3,32 @@
 from dist_moe.parallel.collectives import job, several_ranks, sum_over_ranks
 from dist_moe.parallel.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
 from dist_moe.parallel.emulated import EmulatedWorld
-from dist_moe.parallel.world import ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
+from dist_moe.parallel.exchange import Exchange, FlatExchange, Mixed
+from dist_moe.parallel.nodes import open_levels, ranks_per_node
+from dist_moe.parallel.two_level import OncePerPart, exchange_over, two_level_exchange
+from dist_moe.parallel.world import Levels, ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
 
 __all__ = [
     "DispatchPlan",
     "EmulatedWorld",
+    "Exchange",
+    "FlatExchange",
+    "Levels",
+    "Mixed",
+    "OncePerPart",
     "ProcessWorld",
     "SingleWorld",
     "Traffic",
     "World",
     "combine",
     "dispatch",
+    "exchange_over",
     "experts_of_rank",
     "job",
+    "open_levels",
     "plan_dispatch",
+    "ranks_per_node",
     "several_ranks",
     "sum_over_ranks",
+    "two_level_exchange",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,27 +14,72 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """What this rank has sent to other ranks, forward and backward; rows it keeps are not counted."""
+    """What this rank has sent to other ranks, forward and backward; rows it keeps are not counted.
+
+    ``rows``, ``bytes``: to any other rank. ``rows_across_nodes``, ``bytes_across_nodes``: the part of them
+    that went to another node; the rest stayed in the node.
+    """
 
     rows: int = 0
     bytes: int = 0
+    rows_across_nodes: int = 0
+    bytes_across_nodes: int = 0
 
-    def add(self, x: Tensor, send_rows: list[int], rank: int) -> None:
-        away = sum(send_rows) - send_rows[rank]
+    def add(self, x: Tensor, send_rows: list[int], rank: int, node_of_rank: Sequence[int] | None = None) -> None:
+        """``send_rows[r]`` rows of ``x`` went from ``rank`` to rank r; without ``node_of_rank``, in one node."""
+        self.add_bytes(x, send_rows, rank, node_of_rank)
+        away, across = _leaving(send_rows, rank, node_of_rank)
         self.rows += away
-        self.bytes += away * x[0:1].numel() * x.element_size()
+        self.rows_across_nodes += across
+
+    def add_bytes(self, x: Tensor, send_rows: list[int], rank: int, node_of_rank: Sequence[int] | None = None) -> None:
+        """The same for what is no token row, such as a list of indices and weights: bytes only."""
+        away, across = _leaving(send_rows, rank, node_of_rank)
+        row_bytes = x[0:1].numel() * x.element_size()
+        self.bytes += away * row_bytes
+        self.bytes_across_nodes += across * row_bytes
+
+    def counts(self) -> dict[str, int]:
+        """The four numbers under the names by which a run records them."""
+        return {
+            "wire_rows": self.rows,
+            "wire_bytes": self.bytes,
+            "wire_rows_across_nodes": self.rows_across_nodes,
+            "wire_bytes_across_nodes": self.bytes_across_nodes,
+        }
 
     def reset(self) -> None:
-        self.rows = self.bytes = 0
+        self.rows = self.bytes = self.rows_across_nodes = self.bytes_across_nodes = 0
+
+
+def _leaving(send_rows: list[int], rank: int, node_of_rank: Sequence[int] | None) -> tuple[int, int]:
+    """Rows that leave the rank, and those of them that leave its node."""
+    away = sum(send_rows) - send_rows[rank]
+    if node_of_rank is None:
+        return away, 0
+    here = node_of_rank[rank]
+    return away, sum(rows for rows, node in zip(send_rows, node_of_rank, strict=True) if node != here)
 
 
 class World(ABC):
-    """``size`` ranks that share the experts; this process is ``rank``. Counts its ``traffic``."""
+    """``size`` ranks that share the experts; this process is ``rank``. Counts its ``traffic``.
 
-    def __init__(self, rank: int, size: int) -> None:
+    ``node_of_rank``: the node on which each rank lives; None is one node for all. ``levels``: the same
+    ranks by node, where token rows are to cross from node to node once; None exchanges them rank to rank.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        node_of_rank: Sequence[int] | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
         self.rank = rank
         self.size = size
-        self.traffic = Traffic()
+        self.node_of_rank = node_of_rank
+        self.traffic = traffic or Traffic()
+        self.levels: Levels | None = None
 
     @abstractmethod
     def exchange_counts(self, counts_RE: Tensor) -> Tensor:
@@ -56,11 +102,20 @@ class World(ABC):
         """Every rank's ``x``, of the same shape everywhere, in rank order, on every rank; not differentiable."""
 
 
+@dataclass(frozen=True)
+class Levels:
+    """``across``: this rank and its peers of the same local rank, one of each node, in node order.
+    ``within``: the ranks of this node. Both count into the traffic of the world that they divide."""
+
+    across: World
+    within: World
+
+
 class SingleWorld(World):
     """A world of one rank: nothing is exchanged and no collective is issued."""
 
-    def __init__(self) -> None:
-        super().__init__(rank=0, size=1)
+    def __init__(self, traffic: Traffic | None = None) -> None:
+        super().__init__(rank=0, size=1, traffic=traffic)
 
     def exchange_counts(self, counts_RE: Tensor) -> Tensor:
         return counts_RE
@@ -92,8 +147,13 @@ class ExchangingWorld(World):
 class ProcessWorld(ExchangingWorld):
     """The ranks of a ``torch.distributed`` process group, on any backend."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(rank=dist.get_rank(group), size=dist.get_world_size(group))
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        node_of_rank: Sequence[int] | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), node_of_rank, traffic)
         self.group = group
 
     def exchange_counts(self, counts_RE: Tensor) -> Tensor:
@@ -118,9 +178,14 @@ class ProcessWorld(ExchangingWorld):
         return everyones
 
     def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        received_ND = self.move(x_ND, send_rows, receive_rows)
+        self.traffic.add(x_ND, send_rows, self.rank, self.node_of_rank)
+        return received_ND
+
+    def move(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        """The exchange alone: neither differentiable nor counted."""
         received_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:])
         dist.all_to_all_single(received_ND, x_ND.contiguous(), receive_rows, send_rows, group=self.group)
-        self.traffic.add(x_ND, send_rows, self.rank)
         return received_ND
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -119,9 +118,7 @@ def trained_run(run_dir: Path) -> Iterator[TrainedRun]:
     config = load_config(run.config)
     checkpoint = tested_checkpoint(run_dir)
     problem = open_problem(config, progress=environment.is_first)
-    size = math.gcd(environment.world_size, config.parallel.expert_parallel_size)
-    parallel = config.parallel.model_copy(update={"expert_parallel_size": size})
-    with process_groups(environment, parallel) as groups:
+    with process_groups(environment, config.parallel.fitting(environment.world_size)) as groups:
         model = build_model(config, problem, groups.world).to(groups.device)
         load_model(model, checkpoint)
         yield TrainedRun(config, problem, model, checkpoint, groups)

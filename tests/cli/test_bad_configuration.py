@@ -48,6 +48,8 @@ from .conftest import Refused
         ("data.name=movielens-20m", ["data.name='movielens-20m'", "'movielens-1m'", "'multi-mnist'"]),
         ("deepspeed=5", ["deepspeed=5", "dictionary"]),
         ("parallel.expert_parallel_size=0", ["parallel.expert_parallel_size=0", "greater than or equal to 1"]),
+        ("parallel.exchange=three_level", ["parallel.exchange='three_level'", "'auto', 'flat' or 'two_level'"]),
+        ("parallel.ranks_per_node=0", ["parallel.ranks_per_node=0", "greater than or equal to 1"]),
         ("train.bach_size=3", ["train.bach_size=3", "did you mean train.batch_size?"]),
         ("model.gate.gama=3", ["model.gate.gama=3", "did you mean model.gate.gamma?"]),
         ("modle.dropout=0", ["modle", "did you mean model?"]),
@@ -153,6 +155,17 @@ def test_neither_configuration_nor_run(refused: Refused, tmp_path: Path) -> None
             ["parallel.expert_parallel_size=3", "model.num_experts=16", "allowed: 1"],
         ),
         (1, ["parallel.expert_parallel_size=2"], ["parallel.expert_parallel_size=2", "1 rank(s)", "allowed: 1"]),
+        (4, ["parallel.ranks_per_node=3"], ["parallel.ranks_per_node=3", "4 rank(s)", "allowed: 1, 2, 4"]),
+        (
+            6,
+            [
+                "model.num_experts=6",
+                "parallel.expert_parallel_size=3",
+                "parallel.ranks_per_node=2",
+                "parallel.exchange=two_level",
+            ],
+            ["parallel.exchange=two_level", "parallel.expert_parallel_size=3", "2 rank(s) per node", "exchange=auto"],
+        ),
         (3, [], ["train.batch_size=64", "3 rank(s)", "multiple of 3"]),
         (
             2,

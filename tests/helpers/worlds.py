@@ -19,7 +19,7 @@ from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.process_groups import ParallelConfig, process_groups
-from dist_moe.parallel import EmulatedWorld, ProcessWorld, World, job
+from dist_moe.parallel import EmulatedWorld, ProcessWorld, World, job, open_levels
 from tests.helpers.pool import on_ranks
 
 Result = TypeVar("Result")
@@ -82,6 +82,13 @@ def emulate(num_ranks: int, function: Callable[[World], Result]) -> list[Result]
 
 both_kinds = pytest.mark.parametrize("run", [run_worlds, emulate], ids=["torch_distributed", "emulated"])
 """``run(num_ranks, function)``: what every world promises."""
+
+
+def in_nodes(world: ProcessWorld, ranks_per_node: int) -> ProcessWorld:
+    """``world``, whose ranks are all ranks of the job, divided into nodes. Collective."""
+    world.node_of_rank = [rank // ranks_per_node for rank in range(world.size)]
+    world.levels = open_levels(world, [range(world.size)], ranks_per_node)
+    return world
 
 
 def _join(threads: list[threading.Thread], deadline_s: float) -> list[int]:

@@ -155,6 +155,8 @@ def test_first_step_by_hand(config: Path, run: Path, records: list[dict[str, Any
         ("experts/rows_computed", "rows_computed"),
         ("traffic/all_to_all_bytes", "wire_bytes"),
         ("traffic/all_to_all_rows", "wire_rows"),
+        ("traffic/bytes_across_nodes", "wire_bytes_across_nodes"),
+        ("traffic/rows_across_nodes", "wire_rows_across_nodes"),
         ("speed/examples_per_second", "examples_per_second"),
         ("optimizer/lr", "lr"),
         ("optimizer/grad_norm", "grad_norm"),

@@ -1,0 +1,56 @@
+"""Exchange: how token rows reach their experts, and weighted sums of results come back.
+
+``FlatExchange`` sends every (token, expert) pair to the rank of its expert and weighs the results where
+the token lives. ``two_level_exchange`` (two_level.py) sends a token to a node once, and weighs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dist_moe.kernels import weighted_scatter
+from dist_moe.parallel.dispatch import combine, dispatch, plan_dispatch
+from dist_moe.parallel.world import World
+from dist_moe.routing import Pairs
+
+LocalExperts = Callable[[Tensor, list[int]], Tensor]
+"""(N, D) rows sorted by local expert, and their counts -> (N, F), as a bank of experts does it."""
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """``sums_GTF``: per gate the weighted sums of the experts' results, in the precision of the weights.
+    ``dtype``: that of the results. ``rows_computed``: rows that this rank's experts computed."""
+
+    sums_GTF: Tensor
+    dtype: torch.dtype
+    rows_computed: int
+
+
+class Exchange(Protocol):
+    """Gives (T, D) tokens to the experts of their pairs and mixes the results. Collective over a world.
+
+    The experts of ``pairs`` are positions: those of a rank are contiguous, the same number on each rank.
+    Differentiable by tokens, weights and the experts' parameters.
+    """
+
+    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed: ...
+
+
+class FlatExchange:
+    """One all-to-all there and one back over all ranks of ``world``; a row per (token, expert) pair."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed:
+        plan = plan_dispatch(pairs.rows_per_expert_E, self._world)
+        rows = dispatch(x_TD[pairs.token_N], plan, self._world)
+        results_NF = combine(experts(rows, plan.rows_per_local_expert), plan, self._world)
+        sums_GTF = weighted_scatter(results_NF, pairs.weight_GN, pairs.token_N, pairs.num_tokens)
+        return Mixed(sums_GTF, results_NF.dtype, sum(plan.rows_per_local_expert))
