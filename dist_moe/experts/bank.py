@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class ExpertBank(nn.Module, ABC):
     """The experts ``expert_ids`` out of ``num_experts``; axis 0 of every parameter is the expert.
 
-    ``expert_ids``: distinct global ids of the experts that this bank holds, in the order of axis 0. ``dim``, ``out_dim``:
-    width of the rows it takes and of those it gives.
+    ``expert_ids``: distinct global ids of the experts that this bank holds, in the order of axis 0.
+    ``dim``, ``out_dim``: width of the rows it takes and of those it gives.
     """
 
     def __init__(self, dim: int, out_dim: int, num_experts: int, expert_ids: Sequence[int]) -> None:
