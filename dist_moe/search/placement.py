@@ -5,7 +5,8 @@ token, every rank getting the same number of experts:
 
 1. Two starts: the present placement, and LPT (the heaviest expert first, each to the lightest rank that
    has room; Graham, SIAM J. Appl. Math. 17, 1969). Both are levelled: an expert of the heaviest rank, or
-   two, change places with as many of another rank as long as the heavier of the two gets lighter.
+   two, change places with as many of another rank as long as the heavier of the two gets lighter. With
+   ``slack``, the present placement is also levelled just so far.
 2. Within ``slack`` of the lightest maximum found, experts change places while that brings more pairs of
    co-activated experts onto one node, then onto one rank.
 3. Ranks are renamed, and within a rank experts keep their places, so that as few as can be move.
@@ -77,7 +78,7 @@ def choose_placement(
     ``load_E``: (E,) rows per expert, not negative. ``together_EE``: (E, E) symmetric counts of tokens that
     want both experts; its diagonal does not matter; None: none. ``ranks_per_node``: divides the number of
     ranks; None: all ranks are on one node. ``slack``: how much heavier than need be the heaviest rank may
-    be for the sake of co-activated experts, in units of the mean load of a rank.
+    be for the sake of co-activated experts and of fewer moves, in units of the mean load of a rank.
 
     Raises ValueError for shapes that do not fit, negative or non-finite numbers.
     """
@@ -181,7 +182,8 @@ def _search(problem: _Problem, current: Placement) -> Placement:
     levelled = [_levelled(problem, rank_E) for rank_E in starts]
     lightest = min(problem.loads(rank_E).max() for rank_E in levelled)
     limit = lightest * (1 + _ROUNDING) + problem.slack * problem.load.sum() / problem.num_ranks
-    fitting = [rank_E for rank_E in (starts[0], *levelled) if problem.loads(rank_E).max() <= limit]
+    enough = _levelled(problem, starts[0], limit)
+    fitting = [rank_E for rank_E in (starts[0], enough, *levelled) if problem.loads(rank_E).max() <= limit]
     gathered = [_gathered(problem, rank_E, limit) for rank_E in fitting]
     placements = [_aligned(rank_E, current, problem.ranks_per_node) for rank_E in gathered]
 
@@ -204,11 +206,12 @@ def _longest_first(load: Floats, num_ranks: int) -> Ints:
     return rank_E
 
 
-def _levelled(problem: _Problem, rank_E: Ints) -> Ints:
-    """Swaps of one against one, where none helps of two against two, until the heaviest rank stays so."""
+def _levelled(problem: _Problem, rank_E: Ints, enough: float = 0.0) -> Ints:
+    """Swaps of one against one, where none helps of two against two, until the heaviest rank stays so or is
+    light enough."""
     rank_E, per_rank = rank_E.copy(), len(rank_E) // problem.num_ranks
     sizes = [1, 2] if per_rank >= 2 and per_rank * (per_rank - 1) // 2 <= _MOST_PAIRS else [1]
-    while any(_relieve(problem, rank_E, size) for size in sizes):
+    while problem.loads(rank_E).max() > enough and any(_relieve(problem, rank_E, size) for size in sizes):
         pass
     return rank_E
 
