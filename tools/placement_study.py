@@ -105,7 +105,8 @@ long as with equal ranks. s_max: the share of the hottest expert. "bound": what 
 of experts on every rank can beat (`dist_moe/search/placement.py` says why); where "after / bound" is 1, the
 placement is proven the best. "slack {SLACK}": the heaviest rank may be {SLACK:.0%} of the mean heavier than need be,
 for fewer moves (`placement.slack`, whose default this is). Moved: experts that change their rank, and the bytes of
-their fp32 masters and Adam's two moments in the paper's recommender ({WIDTH} x {HIDDEN} weights and a bias each), {STATE_BYTES / 1e6:.2f} MB an expert.
+their fp32 masters and Adam's two moments in the paper's recommender
+({WIDTH} x {HIDDEN} weights and a bias each), {STATE_BYTES / 1e6:.2f} MB an expert.
 """
 
 
