@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ LAYOUTS = [(2, 2), (4, 4), (4, 2)]
 STAGES = [0, 1, 2]
 ORDER = (6, 1, 4, 0, 3, 5, 7, 2)
 PARAMETERS = 16 * 16 + 16
+HOT = 3
 
 
 @dataclass(frozen=True)
@@ -186,3 +188,44 @@ def test_checksums_tell_any_bit_and_any_place() -> None:
     assert sums[0] == sums[-1]
     assert len(set(sums)) == 4
     assert migration._checksums(row[:0]).shape == (0, 1)
+
+
+def extreme_steps(config: Path, unused: Path) -> list[tuple[list[int], float]]:
+    """Steps of experts that have moved: a rank without data, no data at all, all tokens to one expert; the
+    experts that got rows, by id, and the loss."""
+    overrides = ["parallel.expert_parallel_size=2", "model.gate={name: top_k, k: 1}"]
+    plan = plan_new_run(config, overrides, unused)
+    results = []
+    with process_groups(plan.environment, plan.config.parallel) as groups:
+        engine = engine_of(plan, groups)
+        loss = WeightedObjective(plan.problem, (0.5, 0.5), plan.environment.world_size)
+        train_steps(engine, plan, range(1))
+        migrate(engine, engine.module.moe, Placement(ORDER, 2))
+        examples = np.arange(6)
+        for here in ([6, 0], [0, 0], [3, 3]):
+            index_B = examples[: here[0]] if groups.environment.rank == 0 else examples[len(examples) - here[1] :]
+            if here == [3, 3]:
+                make_hot(engine, HOT)
+            result = loss(engine, plan.problem.train.batch(index_B, examples))
+            engine.backward(result.loss)
+            engine.step()
+            load_E = groups.world.sum(result.sums["load"])
+            results.append((load_E.nonzero().flatten().tolist(), float(groups.world.sum(result.sums["loss"]))))
+        engine.destroy()
+    return results
+
+
+def make_hot(engine: ExpertParallelEngine, expert: int) -> None:
+    for gate in engine.module.moe.gates:
+        with torch.no_grad():
+            gate.bias[expert] += 1000.0
+
+
+def test_empty_ranks_and_one_hot_expert_after_a_move(config: Path, tmp_path: Path) -> None:
+    first, second = on_ranks(2, extreme_steps, config, tmp_path / "unused")
+    assert first == second
+    (some, loss), (none, nothing), (hot, last) = first
+    assert some
+    assert (none, nothing) == ([], 0.0)
+    assert hot == [HOT]
+    assert np.isfinite([loss, last]).all()
