@@ -74,7 +74,7 @@ def moving(runs: Path, world: int, ep: int, stage: int) -> Path:
     """The run, trained when it is asked for first."""
     run = runs / f"world{world}-ep{ep}-zero{stage}"
     if not run.exists():
-        on_ranks(world, train_all, runs / "config.yaml", {str(run): [*layout(ep, stage), MOVING]})
+        succeed(world, "train", "--run-dir", run, runs / "config.yaml", *layout(ep, stage), MOVING)
     return run
 
 
