@@ -4,10 +4,11 @@
         manifest.json             format, step, digests
         dense.safetensors         "NAME|master", "NAME|exp_avg", ... and "NAME|buffer"
         experts-00001.safetensors "NAME|master|EXPERT", ...: the experts of expert-parallel rank 1
-        trainer.json              step, optimizer's step counter, learning-rate schedule
+        trainer.json              step, optimizer's step counter, learning-rate schedule, placements
 
 Experts are stored one by one under their global id, masters and moments whole and in fp32, so that
-a checkpoint loads at any number of ranks, expert-parallel size and ZeRO stage. Every random number
+a checkpoint loads at any number of ranks, expert-parallel size and ZeRO stage: with its placements
+where the expert-parallel size is the same, else with experts in order. Every random number
 of a step is drawn from (seed, step, rank), and the order of the data from (seed, epoch), hence
 neither has a state to save.
 """
@@ -44,6 +45,7 @@ from dist_moe.engine.parameter_state import (
     read_parameter_state,
     write_parameter_state,
 )
+from dist_moe.engine.placement_state import SavedPlacements, placements_of, restore_placements
 
 DENSE_FILE = "dense.safetensors"
 TRAINER_FILE = "trainer.json"
@@ -53,13 +55,14 @@ TRAINER_FILE = "trainer.json"
 class TrainerState:
     """What a checkpoint holds besides tensors. ``scalars``: the optimizer's, see ParameterState.
     ``learning_rates``: of its parameter groups, which a schedule sets only at its next step.
-    ``validation_losses``: of the run so far, by step."""
+    ``validation_losses``: of the run so far, by step. ``placements``: where experts do not lie in order."""
 
     step: int
     scalars: dict[str, float]
     learning_rates: list[float]
     lr_scheduler: dict[str, Any] | None
     validation_losses: dict[str, float] = field(default_factory=dict)
+    placements: SavedPlacements = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -101,6 +104,7 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
     """
     trainer = TrainerState(**json.loads((directory / TRAINER_FILE).read_text()))
     reader = CheckpointReader(directory)
+    restore_placements(engine.module, trainer.placements)
     tensors = {
         name: reader.parameter(name, parameter, expert_ids)
         for name, parameter, expert_ids in expert_ids_by_parameter(engine.module)
@@ -179,7 +183,7 @@ def _trainer_state(
     schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
     learning_rates = [float(group["lr"]) for group in engine.optimizer.param_groups]
     losses = {str(at): loss for at, loss in validation_losses.items()}
-    return TrainerState(step, state.scalars, learning_rates, schedule, losses)
+    return TrainerState(step, state.scalars, learning_rates, schedule, losses, placements_of(engine.module))
 
 
 def _write_trainer(trainer: TrainerState, directory: Path) -> dict[str, str]:

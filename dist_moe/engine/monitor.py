@@ -81,5 +81,11 @@ class Monitor:
             f"{found.screened} screened, {found.verified} verified"
         )
 
+    def placement(self, figures: dict[str, float], sentence: str, step: int) -> None:
+        """Show a look at the placement of the experts after ``step`` steps; a sentence only if they moved."""
+        self._board.evaluation("placement", figures, step)
+        if figures["moved_experts"]:
+            self._progress.say(sentence)
+
     def say(self, text: str) -> None:
         self._progress.say(text)

@@ -103,3 +103,29 @@ def _write_partitioned(engine: ExpertParallelEngine, parameter: nn.Parameter, te
     parameter.copy_(tensors[MASTER])
     for key, tensor in tensors.items():
         parameter.set_full_hp_param(tensor, None if key == MASTER else key)  # type: ignore[attr-defined]
+
+
+def state_keys(engine: ExpertParallelEngine) -> list[str]:
+    """MASTER and the optimizer's states with a shape, as they are now; before the first step there are none."""
+    states = _optimizer_states(engine)
+    if states:
+        _link_states(engine)
+    return [MASTER, *(key for key, value in (states[0] if states else {}).items() if _has_shape(value))]
+
+
+def read_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) -> Tensor:
+    """One of :func:`state_keys` of one parameter, whole; collective over the ranks that share it."""
+    if not engine.zero_optimization():
+        return parameter.detach().float() if key == MASTER else engine.optimizer.state[parameter][key]
+    return parameter.get_full_hp_param(None if key == MASTER else key)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    """The inverse, on every rank that shares it; the parameter follows its master."""
+    if not engine.zero_optimization():
+        _write_whole(engine, parameter, {key: value})
+    elif key == MASTER:
+        _write_partitioned(engine, parameter, {key: value})
+    else:
+        parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ class DenseReplay:
             for name, loss in mixture.aux.items():
                 aux[name] = aux[name] + loss if name in aux else loss
         self.weight_GTE = torch.stack(weights)
-        results_ETF = layer.experts.all_experts(x_TD)
+        results_ETF = layer.by_expert(layer.experts.all_experts(x_TD))
         outputs_GTF = torch.einsum("gte,etf->gtf", self.weight_GTE.to(results_ETF.dtype), results_ETF)
         pairs = Pairs.none(len(layer.gates), layer.experts.num_experts, x_TD.device)
         return MoEOutput(tuple(outputs_GTF.unbind()), aux, (), pairs, rows_computed=0)

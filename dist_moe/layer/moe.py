@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,13 +13,15 @@ from dist_moe.experts import ExpertBank
 from dist_moe.gates import Gate
 from dist_moe.parallel import (
     Exchange,
+    Placement,
     SingleWorld,
     World,
     combine,
     dispatch,
     exchange_over,
-    experts_of_rank,
+    expert_table,
     plan_dispatch,
+    position_table,
 )
 from dist_moe.routing import Pairs, Permutation, Route, union_of_routes
 
@@ -42,7 +44,8 @@ class Replay(Protocol):
 class MoEOutput:
     """``outputs``: one (T, F) tensor per gate. ``aux``: the auxiliary losses, summed over gates.
 
-    ``routes``: one per gate, after the permutation. ``pairs``: their union, what was dispatched.
+    ``routes``: one per gate, after the permutation. ``pairs``: their union, what was dispatched, in the order
+    of the experts' positions.
     ``rows_computed``: expert rows that this rank computed, for itself and for others.
     """
 
@@ -54,14 +57,14 @@ class MoEOutput:
 
 
 class MoE(nn.Module):
-    """``MoE(gates, experts, permutation=None, world=None)``.
+    """``MoE(gates, experts, permutation=None, world=None, exchange=None, placement=None)``.
 
     ``gates``: one per task (a single gate may stand alone); a (token, expert) pair travels and is
     computed once, however many gates want it. ``experts``: this rank's bank. ``replay``, set by a search
     for a while, answers instead of the layer. ``permutation``:
     slot -> expert, one for each gate; None is the identity. ``world``: the ranks over which the
     experts are split; None is one rank. ``exchange``: how rows reach the experts and sums come back; None
-    is what the world asks for.
+    is what the world asks for. ``placement``: which expert lives where; None: ranks have contiguous ids.
 
     Raises ValueError when gates, bank and world do not fit each other.
     """
@@ -73,6 +76,7 @@ class MoE(nn.Module):
         permutation: PermutationSource | None = None,
         world: World | None = None,
         exchange: Exchange | None = None,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         self.gates = nn.ModuleList([gates] if isinstance(gates, Gate) else gates)
@@ -80,6 +84,7 @@ class MoE(nn.Module):
         self.permutation = permutation
         self.world = world or SingleWorld()
         self.exchange = exchange or exchange_over(self.world)
+        self.placement = placement or Placement.identity(experts.num_experts, self.world.size)
         self.replay: Replay | None = None
         self._check_sizes()
 
@@ -88,10 +93,24 @@ class MoE(nn.Module):
         if self.replay is not None:
             return self.replay(self, x_TD, ids_T)
         routes, aux = self._route(x_TD, ids_T)
-        pairs = union_of_routes(routes)
+        pairs = union_of_routes([self._by_position(route) for route in routes])
         mixed = self.exchange(x_TD, pairs, self.experts)
         outputs = mixed.sums_GTF.to(mixed.dtype).unbind()
-        return MoEOutput(outputs, aux, tuple(routes), pairs, mixed.rows_computed)
+        return MoEOutput(outputs, aux, tuple(routes), self._by_id(pairs), mixed.rows_computed)
+
+    def place(self, placement: Placement) -> None:
+        """The experts live as ``placement`` says from now on. On every rank.
+
+        Whoever calls has brought the weights there: row i of the bank's parameters must be those of the
+        expert ``placement.experts_of(rank)[i]``. Raises ValueError if it does not fit the layer.
+        """
+        self._check_fit(placement)
+        self.placement = placement
+        self.experts.expert_ids = placement.experts_of(self.world.rank)
+
+    def by_expert(self, x_E: Tensor) -> Tensor:
+        """(E, ...) in the order of the positions -> in the order of the experts' ids."""
+        return x_E if self.placement.is_identity else x_E[position_table(self.placement, x_E.device)]
 
     def all_results(self, x_TD: Tensor) -> Tensor:
         """(T, E, F): what every expert, wherever it lives, makes of each of this rank's tokens."""
@@ -100,7 +119,7 @@ class MoE(nn.Module):
         plan = plan_dispatch(rows_per_expert_E, self.world)
         rows = dispatch(x_TD.repeat(experts, 1), plan, self.world)
         results_NF = combine(self.experts(rows, plan.rows_per_local_expert), plan, self.world)
-        return results_NF.view(experts, tokens, self.experts.out_dim).transpose(0, 1)
+        return self.by_expert(results_NF.view(experts, tokens, self.experts.out_dim)).transpose(0, 1)
 
     def begin_step(self, step: int) -> None:
         """Tell the gates that training step ``step`` (from 0) begins. On every rank."""
@@ -124,8 +143,25 @@ class MoE(nn.Module):
             aux |= permutation_aux
         return routes, aux
 
+    def _by_position(self, route: Route) -> Route:
+        if self.placement.is_identity:
+            return route
+        return replace(route, slot_N=position_table(self.placement, route.slot_N.device)[route.slot_N])
+
+    def _by_id(self, pairs: Pairs) -> Pairs:
+        if self.placement.is_identity:
+            return pairs
+        return pairs.renamed(expert_table(self.placement, pairs.expert_N.device))
+
     def _gates(self) -> list[Gate]:
         return [gate for gate in self.gates if isinstance(gate, Gate)]
+
+    def _check_fit(self, placement: Placement) -> None:
+        if (placement.num_experts, placement.num_ranks) != (self.experts.num_experts, self.world.size):
+            raise ValueError(
+                f"a placement of {placement.num_experts} experts on {placement.num_ranks} rank(s) does not fit "
+                f"{self.experts.num_experts} experts on {self.world.size}"
+            )
 
     def _check_sizes(self) -> None:
         bank = self.experts
@@ -140,7 +176,8 @@ class MoE(nn.Module):
         table = self.permutation
         if table is not None and table.num_gates != len(self.gates):
             raise ValueError(f"permutations for {table.num_gates} gate(s) do not fit {len(self.gates)} gate(s)")
-        expected = tuple(experts_of_rank(bank.num_experts, self.world))
+        self._check_fit(self.placement)
+        expected = self.placement.experts_of(self.world.rank)
         if bank.expert_ids != expected:
             raise ValueError(
                 f"rank {self.world.rank} of {self.world.size} must hold the experts {expected}, "

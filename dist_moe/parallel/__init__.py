@@ -5,6 +5,7 @@ from dist_moe.parallel.dispatch import DispatchPlan, combine, dispatch, plan_dis
 from dist_moe.parallel.emulated import EmulatedWorld
 from dist_moe.parallel.exchange import Exchange, FlatExchange, Mixed
 from dist_moe.parallel.nodes import open_levels, ranks_per_node
+from dist_moe.parallel.placement import Placement, expert_table, position_table
 from dist_moe.parallel.two_level import OncePerPart, exchange_over, two_level_exchange
 from dist_moe.parallel.world import Levels, ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
 
@@ -16,6 +17,7 @@ __all__ = [
     "Levels",
     "Mixed",
     "OncePerPart",
+    "Placement",
     "ProcessWorld",
     "SingleWorld",
     "Traffic",
@@ -23,10 +25,12 @@ __all__ = [
     "combine",
     "dispatch",
     "exchange_over",
+    "expert_table",
     "experts_of_rank",
     "job",
     "open_levels",
     "plan_dispatch",
+    "position_table",
     "ranks_per_node",
     "several_ranks",
     "sum_over_ranks",

@@ -21,6 +21,7 @@ from dist_moe.gates import gate_settings
 from dist_moe.models import MoEModelConfig, RecommenderConfig, TwoImageClassifierConfig
 from dist_moe.recipes.fields import fields_of
 from dist_moe.recipes.overrides import Content, assign, parse_override, read_yaml
+from dist_moe.recipes.placement import PlacementScheduleConfig
 from dist_moe.recipes.swap import SwapScheduleConfig
 from dist_moe.settings import Settings
 
@@ -57,6 +58,11 @@ class RunConfig(Settings):
         description="explicit local search by swaps, at chosen steps of the training (null: none); not while a "
         "permutation is being learnt, which would overwrite what it finds",
     )
+    placement: PlacementScheduleConfig | None = Field(
+        None,
+        description="moving experts between the ranks of a group while training, so that the heaviest rank gets "
+        "lighter (null: experts stay where they are); the model computes the same either way",
+    )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig(), description="length and rhythm")
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="the layout")
     deepspeed: dict[str, Any] = Field(
@@ -82,6 +88,8 @@ class RunConfig(Settings):
         for fault in self.model.gate.faults(self.model.num_experts):
             raise UserError(f"model.gate.{fault}")
         self.parallel.check(world_size, self.model.num_experts)
+        if self.placement is not None:
+            self.placement.check(self.parallel.expert_parallel_size)
         check_deepspeed_section(self.deepspeed, self.train.batch_size, world_size)
 
     def plain(self) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def _check_same_run(recorded: RunConfig, config: RunConfig) -> None:
         if before[field] != after[field]:
             raise UserError(
                 f"{field}={after[field]!r}: the run was trained with {before[field]!r}, and --resume goes on with the "
-                f"same run. It may change train (but for batch_size), parallel, deepspeed, swap_search, data.root and "
-                f"data.cache; for anything else start a new run"
+                f"same run. It may change train (but for batch_size), parallel, placement, deepspeed, swap_search, "
+                f"data.root and data.cache; for anything else start a new run"
             )
 
 

@@ -11,6 +11,7 @@ from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.loop import StepRecord
 from dist_moe.engine.monitor import Monitor
 from dist_moe.models import MoEModel
+from dist_moe.recipes.placement import PlacementLook
 from dist_moe.recipes.plan import TrainingPlan
 from dist_moe.search import SwapReport
 
@@ -52,6 +53,10 @@ class Reporter:
     def swaps(self, found: SwapReport, step: int) -> None:
         if self._monitor is not None:
             self._monitor.swap_search(found, step)
+
+    def placement(self, look: PlacementLook, step: int) -> None:
+        if self._monitor is not None:
+            self._monitor.placement(look.figures(), look.sentence(step), step)
 
     def evaluation(self, part: str, figures: dict[str, Any], step: int) -> None:
         if self._monitor is not None:

@@ -24,6 +24,7 @@ from dist_moe.recipes.config import RunConfig, load_config
 from dist_moe.recipes.evaluation import evaluate
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.objective import WeightedObjective
+from dist_moe.recipes.placement_run import ExpertMover
 from dist_moe.recipes.plan import TrainingPlan
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.problems import open_problem
@@ -147,6 +148,7 @@ def _loop(
 ) -> TrainingLoop:
     config, groups, problem = plan.config, engine.process_groups, plan.problem
     model: MoEModel = engine.module
+    mover = ExpertMover(plan, engine, reporter, resumed.step if resumed else 0)
 
     def validate(step: int) -> float:
         figures = evaluate(problem, model, problem.val, config.task_weights, groups)
@@ -158,19 +160,21 @@ def _loop(
     def before_step(step: int) -> None:
         model.moe.begin_step(step)
         model.table.begin_step()
+        mover.before_step(step)
 
     def after_step(step: int) -> None:
         model.moe.end_step()
         search = config.swap_search
         if search is not None and not model.table.learning and search.due(step, plan.feed.steps_per_epoch):
             reporter.swaps(search_swaps(problem, model, search, config.task_weights, groups.environment), step)
+        mover.after_step(step)
 
     shares = plan.environment.world_size * plan.accumulation
     hooks = LoopHooks(
         loss=WeightedObjective(problem, config.task_weights, shares),
         before_step=before_step,
         after_step=after_step,
-        report=reporter.steps,
+        report=mover.report,
         validate=validate,
     )
     return TrainingLoop(

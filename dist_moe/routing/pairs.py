@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ class Pairs:
 
     ``token_N``, ``expert_N``: int64. ``weight_GN``: each gate's weight for each pair,
     differentiable, exactly 0 where the gate does not want it. ``rows_per_expert_E``: (E,) int64.
+    Where experts do not live in the order of their ids, "expert" is the position at which an expert
+    lives until :meth:`renamed` gives the pairs, in the order which they have, their experts' ids.
     """
 
     token_N: Tensor
@@ -30,6 +32,11 @@ class Pairs:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         weight_GN = torch.zeros(num_gates, 0, device=device)
         return cls(nothing, nothing, weight_GN, nothing.new_zeros(num_experts), 0)
+
+    def renamed(self, name_E: Tensor) -> Pairs:
+        """The same pairs in the same order, with expert e called ``name_E[e]`` ((E,), a permutation)."""
+        rows_per_expert_E = torch.empty_like(self.rows_per_expert_E).index_copy(0, name_E, self.rows_per_expert_E)
+        return replace(self, expert_N=name_E[self.expert_N], rows_per_expert_E=rows_per_expert_E)
 
     @property
     def num_pairs(self) -> int:

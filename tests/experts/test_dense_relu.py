@@ -8,7 +8,7 @@ import torch
 from dist_moe.experts import DenseReLUBank
 from tests.helpers.oracle import assert_same
 
-LAYOUTS = [range(8), range(4), range(4, 8), [0, 1], [6, 7], [5], [1, 3, 4]]
+LAYOUTS = [range(8), range(4), range(4, 8), [0, 1], [6, 7], [5], [1, 3, 4], [6, 0, 3]]
 
 
 def seeded_bank(expert_ids: list[int] | range) -> DenseReLUBank:
@@ -69,7 +69,7 @@ def test_dropout_acts_in_training_only() -> None:
     torch.testing.assert_close(kept[kept != 0], 2 * plain[kept != 0])
 
 
-@pytest.mark.parametrize("expert_ids", [[], [1, 0], [0, 0], [-1, 0], [7, 8]])
+@pytest.mark.parametrize("expert_ids", [[], [0, 0], [1, 0, 1], [0, -1], [8, 7]])
 def test_impossible_expert_ids_are_refused(expert_ids: list[int]) -> None:
     with pytest.raises(ValueError, match="expert_ids must"):
         DenseReLUBank(6, 5, 8, expert_ids)

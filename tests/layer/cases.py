@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, Gate, TopK
 from dist_moe.layer import MoE, MoEOutput
-from dist_moe.parallel import World
+from dist_moe.parallel import Placement, World
 from dist_moe.search import PermutationSearch, give_branches_slots
 from tests.helpers.branches import naive_branch_mix, naive_branch_relabel, naive_branch_sum
 from tests.helpers.oracle import naive_experts, naive_gate, naive_permutation_entropy, naive_sinkhorn
@@ -79,13 +79,12 @@ class Layer:
         experts = {f"experts.{name}": p for name, p in self.experts.named_parameters()}
         return gates | experts | ({"relaxed": self.search.relaxed} if self.search else {})
 
-    def moe(self, world: World | None = None) -> MoE:
-        return MoE(self.gates, self.experts, self.search, world)
+    def moe(self, world: World | None = None, placement: Placement | None = None) -> MoE:
+        return MoE(self.gates, self.experts, self.search, world, placement)
 
-    def of_rank(self, rank: int, num_ranks: int) -> Layer:
+    def of_rank(self, rank: int, num_ranks: int, placement: Placement | None = None) -> Layer:
         """A copy with all gates and this rank's share of the experts."""
-        per_rank = self.experts.num_experts // num_ranks
-        ids = range(rank * per_rank, (rank + 1) * per_rank)
+        ids = (placement or Placement.identity(self.experts.num_experts, num_ranks)).experts_of(rank)
         share = DenseReLUBank(self.experts.dim, self.experts.out_dim, self.experts.num_experts, ids).double()
         with torch.no_grad():
             share.weight.copy_(self.experts.weight[list(ids)])

@@ -1,0 +1,86 @@
+"""Placement: expert -> (rank, local index). Chosen for speed; changing it never changes the function."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where E experts live on ``num_ranks`` ranks, the same number on each.
+
+    ``expert_of_position``: (E,) global ids in the order of the positions; position p is the place
+    p % (E / num_ranks) of rank p // (E / num_ranks). Contiguous ids are the identity.
+
+    Raises ValueError unless it is a permutation of 0..E-1 that the ranks can share equally.
+    """
+
+    expert_of_position: tuple[int, ...]
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "expert_of_position", tuple(map(int, self.expert_of_position)))
+        if self.num_ranks < 1 or not self.num_experts or self.num_experts % self.num_ranks:
+            raise ValueError(
+                f"num_experts={self.num_experts} is not divisible by the {self.num_ranks} ranks of its world"
+            )
+        if sorted(self.expert_of_position) != list(range(self.num_experts)):
+            raise ValueError(
+                f"a placement must name each expert 0..{self.num_experts - 1} once, got {list(self.expert_of_position)}"
+            )
+
+    @classmethod
+    def identity(cls, num_experts: int, num_ranks: int) -> Placement:
+        """Contiguous ids: rank r has the experts r * E / R .. (r + 1) * E / R - 1."""
+        return cls(tuple(range(num_experts)), num_ranks)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.expert_of_position)
+
+    @property
+    def experts_per_rank(self) -> int:
+        return self.num_experts // self.num_ranks
+
+    @cached_property
+    def is_identity(self) -> bool:
+        return self.expert_of_position == tuple(range(self.num_experts))
+
+    @cached_property
+    def position_of_expert(self) -> tuple[int, ...]:
+        """(E,): the inverse of ``expert_of_position``."""
+        return tuple(sorted(range(self.num_experts), key=self.expert_of_position.__getitem__))
+
+    def rank_of(self, expert: int) -> int:
+        return self.position_of_expert[expert] // self.experts_per_rank
+
+    def experts_of(self, rank: int) -> tuple[int, ...]:
+        """Global ids of the experts on ``rank``, in the order of their local indices."""
+        return self.expert_of_position[rank * self.experts_per_rank : (rank + 1) * self.experts_per_rank]
+
+    def moved_to(self, other: Placement) -> tuple[int, ...]:
+        """The experts whose rank differs in ``other``, ascending."""
+        return tuple(e for e in range(self.num_experts) if self.rank_of(e) != other.rank_of(e))
+
+    @property
+    def digest(self) -> str:
+        """Equal exactly for equal placements; for ranks to compare."""
+        content = f"{self.num_ranks}:{','.join(map(str, self.expert_of_position))}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def position_table(placement: Placement, device: torch.device) -> Tensor:
+    """(E,) int64 ``position_of_expert`` on ``device``, copied there once."""
+    return torch.tensor(placement.position_of_expert, device=device)
+
+
+@lru_cache(maxsize=64)
+def expert_table(placement: Placement, device: torch.device) -> Tensor:
+    """(E,) int64 ``expert_of_position`` on ``device``, copied there once."""
+    return torch.tensor(placement.expert_of_position, device=device)
