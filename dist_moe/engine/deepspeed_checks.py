@@ -51,8 +51,7 @@ REFUSALS = (
     Refusal("train_micro_batch_size_per_gpu", _is_set, f"{_OWN_BATCH}; set train.batch_size"),
     Refusal("managed_gradient_accumulation", _is_false, "the training loop relies on it; leave it out"),
     Refusal("gradient_allreduce_op", lambda v: v != "mean", "experts are always averaged; use mean"),
-    Refusal("zero_optimization.stage", lambda v: v == 3, "ZeRO stage 3 is not supported yet; use 0, 1 or 2"),
-    Refusal("zero_optimization.stage", lambda v: v not in (0, 1, 2, 3), "allowed are 0, 1 and 2"),
+    Refusal("zero_optimization.stage", lambda v: v not in (0, 1, 2, 3), "allowed are 0, 1, 2 and 3"),
     Refusal(
         "zero_optimization.contiguous_gradients",
         _is_false,

@@ -1,20 +1,23 @@
 """Masters and optimizer state by parameter, whole and in fp32, whatever the ZeRO stage.
 
-This is what makes a checkpoint portable: at stages 1 and 2 DeepSpeed keeps masters and moments as
-slices of flat buffers spread over ranks; here they are read and written parameter by parameter.
+This is what makes a checkpoint portable: from stage 1 on DeepSpeed keeps masters and moments, and at
+stage 3 the parameters too, as slices of flat buffers spread over ranks; here they are read and written
+parameter by parameter.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+from dist_moe.engine.sharded_parameters import gather_kept, own_slice
 
 MASTER = "master"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ParameterState:
 
 def read_parameter_state(engine: ExpertParallelEngine) -> ParameterState:
     """Collective over all ranks. Every rank gets all dense parameters and its own experts."""
-    read = _read_partitioned if engine.zero_optimization() else _read_whole
+    read = _choose(engine, _read_whole, _read_partitioned, _read_sharded)
     states = _optimizer_states(engine)
     if states:
         _link_states(engine)
@@ -45,9 +48,18 @@ def write_parameter_state(engine: ExpertParallelEngine, state: ParameterState) -
     keys = sorted({key for tensors in state.tensors.values() for key in tensors if key != MASTER})
     if keys or state.scalars:
         _create_optimizer_states(engine, keys, state.scalars)
-    write = _write_partitioned if engine.zero_optimization() else _write_whole
+    write = _choose(engine, _write_whole, _write_partitioned, _write_sharded)
     for name, parameter in engine.module.named_parameters():
         write(engine, parameter, state.tensors[name])
+    if engine.shards_parameters:
+        gather_kept(engine)
+
+
+def _choose(engine: ExpertParallelEngine, whole: T, partitioned: T, sharded: T) -> T:
+    """By stage: 0, 1 and 2, 3."""
+    if engine.shards_parameters:
+        return sharded
+    return partitioned if engine.zero_optimization() else whole
 
 
 def _has_shape(value: Any) -> bool:
@@ -65,12 +77,18 @@ def _optimizer_states(engine: ExpertParallelEngine) -> list[dict[str, Any]]:
 def _create_optimizer_states(engine: ExpertParallelEngine, keys: list[str], scalars: dict[str, float]) -> None:
     """Give each tensor that the optimizer owns a state of its own (none shares its step with another)."""
     optimizer = _torch_optimizer(engine)
-    for group in optimizer.param_groups:
-        for owned in group["params"]:
-            optimizer.state[owned] = {key: torch.zeros_like(owned) for key in keys} | {
-                key: torch.tensor(value) for key, value in scalars.items()
-            }
+    for owned in _owned_tensors(engine):
+        optimizer.state[owned] = {key: torch.zeros_like(owned) for key in keys} | {
+            key: torch.tensor(value) for key, value in scalars.items()
+        }
     _link_states(engine)
+
+
+def _owned_tensors(engine: ExpertParallelEngine) -> list[Tensor]:
+    """What the optimizer steps; at stage 3 DeepSpeed lends it these one by one, within a step only."""
+    if engine.shards_parameters:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [owned for group in _torch_optimizer(engine).param_groups for owned in group["params"]]
 
 
 def _link_states(engine: ExpertParallelEngine) -> None:
@@ -78,7 +96,7 @@ def _link_states(engine: ExpertParallelEngine) -> None:
 
     DeepSpeed does this once, in its first step, when only the first group has any state.
     """
-    if engine.zero_optimization():
+    if engine.zero_optimization() and not engine.shards_parameters:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -103,3 +121,16 @@ def _write_partitioned(engine: ExpertParallelEngine, parameter: nn.Parameter, te
     parameter.copy_(tensors[MASTER])
     for key, tensor in tensors.items():
         parameter.set_full_hp_param(tensor, None if key == MASTER else key)  # type: ignore[attr-defined]
+
+
+def _read_sharded(engine: ExpertParallelEngine, parameter: nn.Parameter, keys: list[str]) -> dict[str, Tensor]:
+    read = engine.optimizer.get_full_hp_param
+    return {MASTER: read(parameter)} | {key: read(parameter, key) for key in keys}
+
+
+def _write_sharded(engine: ExpertParallelEngine, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        part = own_slice(parameter, tensor)
+        engine.optimizer.set_local_hp_param(part, parameter, None if key == MASTER else key)
+        if key == MASTER:
+            parameter.ds_tensor.copy_(part)  # type: ignore[attr-defined]

@@ -84,7 +84,7 @@ def _opening_line(plan: TrainingPlan, engine: ExpertParallelEngine, first_step: 
     config, schedule = plan.config, plan.schedule
     plus = "+" if config.model.permutation or config.swap_search else ""
     size = config.parallel.expert_parallel_size
-    parameters = sum(p.numel() for p in engine.module.parameters())
+    parameters = engine.num_parameters
     start = f"from step {first_step} " if first_step else ""
     return (
         f"{config.model.gate.name}{plus}, {config.model.num_experts} experts over {size} of "

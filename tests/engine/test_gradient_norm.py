@@ -18,7 +18,7 @@ from tests.helpers.toys import Toy, toy_engine
 
 SLOPES = [2.0, 4.0, 6.0, 8.0]
 NORM_OF_EXPERTS = math.sqrt(120)
-STAGES = [0, 1, 2]
+STAGES = [0, 1, 2, 3]
 
 
 def norms_of_gradients_by_hand() -> tuple[float, float]:

@@ -8,9 +8,18 @@ import pytest
 import torch
 
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import largest_difference, losses_of, records_of, tensors_of, train_all, write_config
+from tests.helpers.runs import (
+    largest_difference,
+    losses_of,
+    records_of,
+    stage_overrides,
+    tensors_of,
+    train_all,
+    write_config,
+)
 
 LAYOUTS = [(1, 1), (2, 2), (2, 1), (4, 2)]
+STAGES = [0, 1, 2, 3]
 CLIPPING = [0.0, 0.3]
 PERMUTATION = {"epochs": 0.3}
 SEED = 1  # with which no ReLU sits at its kink, where rounding alone would decide whether its unit learns
@@ -28,10 +37,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
         cells = {
             str(root / run_name(world, ep, stage, clipping)): [
                 f"parallel.expert_parallel_size={ep}",
-                f"deepspeed.zero_optimization.stage={stage}",
+                *stage_overrides(stage),
                 f"deepspeed.gradient_clipping={clipping}",
             ]
-            for stage in (0, 1, 2)
+            for stage in STAGES
             for clipping in CLIPPING
         }
         on_ranks(world, train_all, config, cells)
@@ -39,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
 
 
 @pytest.mark.parametrize("clipping", CLIPPING)
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("world", "ep"), LAYOUTS)
 def test_same_run(runs: Path, world: int, ep: int, stage: int, clipping: float) -> None:
     reference = runs / run_name(1, 1, 0, clipping)
@@ -50,7 +59,7 @@ def test_same_run(runs: Path, world: int, ep: int, stage: int, clipping: float) 
     assert largest_difference(*masters) < 1e-5
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("world", "ep"), LAYOUTS[1:])
 def test_same_global_gradient_norm(runs: Path, world: int, ep: int, stage: int) -> None:
     norms = [
