@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dist_moe.experts import ExpertBank
 from dist_moe.gates import Gate
 from dist_moe.kernels import weighted_scatter
-from dist_moe.parallel import SingleWorld, World, combine, dispatch, experts_of_rank, plan_dispatch
+from dist_moe.layer.recompute import recomputed
+from dist_moe.parallel import DispatchPlan, SingleWorld, World, combine, dispatch, experts_of_rank, plan_dispatch
 from dist_moe.routing import Pairs, Permutation, Route, union_of_routes
 
 
@@ -52,7 +53,8 @@ class MoE(nn.Module):
     computed once, however many gates want it. ``experts``: this rank's bank. ``replay``, set by a search
     for a while, answers instead of the layer. ``permutation``:
     slot -> expert, one for each gate; None is the identity. ``world``: the ranks over which the
-    experts are split; None is one rank.
+    experts are split; None is one rank. ``recompute_experts``: keep none of the dispatched rows and of the
+    experts' activations for the backward pass; dispatch and compute again there.
 
     Raises ValueError when gates, bank and world do not fit each other.
     """
@@ -63,12 +65,15 @@ class MoE(nn.Module):
         experts: ExpertBank,
         permutation: PermutationSource | None = None,
         world: World | None = None,
+        *,
+        recompute_experts: bool = False,
     ) -> None:
         super().__init__()
         self.gates = nn.ModuleList([gates] if isinstance(gates, Gate) else gates)
         self.experts = experts
         self.permutation = permutation
         self.world = world or SingleWorld()
+        self.recompute_experts = recompute_experts
         self.replay: Replay | None = None
         self._check_sizes()
 
@@ -79,11 +84,15 @@ class MoE(nn.Module):
         routes, aux = self._route(x_TD, ids_T)
         pairs = union_of_routes(routes)
         plan = plan_dispatch(pairs.rows_per_expert_E, self.world)
-        rows = dispatch(x_TD[pairs.token_N], plan, self.world)
-        results_NF = combine(self.experts(rows, plan.rows_per_local_expert), plan, self.world)
+        compute = recomputed if self.recompute_experts and torch.is_grad_enabled() else _plainly
+        results_NF = combine(compute(self._expert_rows, x_TD, pairs.token_N, plan), plan, self.world)
         outputs_GTF = weighted_scatter(results_NF, pairs.weight_GN, pairs.token_N, pairs.num_tokens)
         outputs = outputs_GTF.to(results_NF.dtype).unbind()
         return MoEOutput(outputs, aux, tuple(routes), pairs, sum(plan.rows_per_local_expert))
+
+    def _expert_rows(self, x_TD: Tensor, token_N: Tensor, plan: DispatchPlan) -> Tensor:
+        """What this rank's experts make of the rows that all ranks send them, sorted by local expert."""
+        return self.experts(dispatch(x_TD[token_N], plan, self.world), plan.rows_per_local_expert)
 
     def all_results(self, x_TD: Tensor) -> Tensor:
         """(T, E, F): what every expert, wherever it lives, makes of each of this rank's tokens."""
@@ -138,3 +147,7 @@ class MoE(nn.Module):
                 f"rank {self.world.rank} of {self.world.size} must hold the experts {expected}, "
                 f"its bank holds {bank.expert_ids}"
             )
+
+
+def _plainly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)

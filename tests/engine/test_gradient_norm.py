@@ -61,6 +61,13 @@ def one_step(ep: int, stage: int, clipping: float, slope: float) -> Step:
         return engine.grad_norm, 10.0 - model.dense.detach(), before - model.experts.weight.detach().squeeze(1)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_engine_reports_it(stage: int) -> None:
+    """Experts of slopes {2, 4} on rank 0 and {6, 8} on rank 1, and no dense gradient: sqrt(4 + 16 + 36 + 64)."""
+    for norm, _, _ in on_ranks(2, one_step, 2, stage, 0.0, 0.0):
+        assert norm == pytest.approx(10.954451, abs=1e-6)
+
+
 @pytest.mark.parametrize("clipping", [0.0, 1.0, 5.0, 100.0])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2), (2, 1)])
