@@ -19,7 +19,7 @@ from dist_moe.engine.process_groups import ProcessGroups
 from dist_moe.engine.sharded_parameters import (
     check_groups,
     forget_module,
-    gather_before_backward,
+    gather_for_backward,
     keep_tables_whole,
     whole_shape,
 )
@@ -58,7 +58,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         )
         if self.shards_parameters:
             check_groups(model.parameters(), self._group_of)
-            gather_before_backward(model)
+            gather_for_backward(model)
             keep_tables_whole(self)
 
     @property

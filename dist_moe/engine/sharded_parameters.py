@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from dist_moe.engine.deepspeed_setup import import_deepspeed
 from dist_moe.search import SlotTable
 
+_REPEATED = -1
+"""Stands among the modules that use a parameter, which DeepSpeed numbers from 0, while a forward pass is repeated."""
+
 
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether ``parameter`` is one of ZeRO stage 3, whose own data are empty most of the time."""
@@ -38,10 +41,32 @@ def own_slice(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return padded.narrow(0, size * dist.get_rank(group), size)
 
 
-def gather_before_backward(model: nn.Module) -> None:
-    """Let DeepSpeed see the tensors inside the dataclasses that modules give."""
+def gather_for_backward(model: nn.Module) -> None:
+    """Let DeepSpeed see the tensors inside the dataclasses that modules give; and keep the parameters of a
+    module whose forward pass is repeated within the backward pass (activation checkpointing): DeepSpeed
+    would drop them after the repetition, when their gradients are still to come."""
     for module in model.modules():
+        module.register_forward_pre_hook(_hold)
+        module.register_forward_hook(_let_go)
         module.register_forward_hook(_announce_backward)
+
+
+def _in_backward_pass() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _hold(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if _in_backward_pass():
+        for parameter in module.parameters(recurse=False):
+            parameter.ds_active_sub_modules.add(_REPEATED)  # type: ignore[attr-defined]
+
+
+def _let_go(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """In use by the backward pass of ``module`` again, as before the repetition."""
+    if _in_backward_pass():
+        for parameter in module.parameters(recurse=False):
+            parameter.ds_active_sub_modules.add(module.ds_id)  # type: ignore[attr-defined]
+            parameter.ds_active_sub_modules.discard(_REPEATED)  # type: ignore[attr-defined]
 
 
 def _announce_backward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:

@@ -36,6 +36,24 @@ FAST = [
     Cell(4, 4, stage=3, accumulation=3),
 ]
 
+CPU = {"device": "cpu"}
+OPTIONS = [
+    *(Cell(2, 2, stage, False, 3, True, zero=(("offload_optimizer", CPU),)) for stage in (1, 2, 3)),
+    *(Cell(2, 2, stage, False, 3, True, zero=(("overlap_comm", True),)) for stage in (1, 2, 3)),
+    *(Cell(2, 1, stage, False, 3, True, zero=(("round_robin_gradients", True),)) for stage in (1, 2)),
+    Cell(2, 1, 3, clipping=True, zero=(("offload_param", CPU),)),
+    Cell(2, 2, 3, False, 3, True, zero=(("offload_param", CPU), ("offload_optimizer", CPU))),
+    Cell(2, 2, 3, True, 3, True, zero=(("offload_param", CPU), ("offload_optimizer", CPU), ("overlap_comm", True))),
+    Cell(2, 1, 3, clipping=True, zero=(("stage3_use_all_reduce_for_fetch_params", True),)),
+    Cell(2, 2, 3, clipping=True, zero=(("stage3_allgather_sequential", True),)),
+    *(
+        Cell(2, ep, stage, accumulation=3, clipping=True, model=(("activation_checkpointing", True),))
+        for ep, stage in [(2, 0), (1, 2), (2, 2), (1, 3), (2, 3)]
+    ),
+    Cell(2, 2, 3, True, 3, True, model=(("activation_checkpointing", True),)),
+]
+"""Offload, other ways to communicate, activation checkpointing: they change where and when, never what."""
+
 
 def all_cells(ranks: int, ep: int) -> list[Cell]:
     return [
@@ -75,6 +93,11 @@ def _faults_of(cell: Cell, course: Course) -> Iterator[str]:
 @pytest.mark.parametrize("layout", sorted({(cell.ranks, cell.ep) for cell in FAST}), ids=str)
 def test_some_cells(layout: tuple[int, int]) -> None:
     assert list(faults([cell for cell in FAST if (cell.ranks, cell.ep) == layout])) == []
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_options_change_nothing(ep: int) -> None:
+    assert list(faults([cell for cell in OPTIONS if cell.ep == ep])) == []
 
 
 @pytest.mark.slow
