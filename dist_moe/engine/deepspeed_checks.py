@@ -18,6 +18,7 @@ from dist_moe.engine.deepspeed_config import (
     complete_deepspeed_section,
     is_adam,
     lookup,
+    offloads_optimizer,
     uses_torch_adam,
     zero_stage,
 )
@@ -86,6 +87,11 @@ REFUSALS = (
         "zero_optimization.stage3_module_granularity_threshold",
         lambda v: v != 0,
         "it would gather gates and experts together; leave it out (0)",
+    ),
+    Refusal(
+        "zero_optimization.round_robin_gradients",
+        _is_on,
+        "DeepSpeed then takes one parameter's master for another's, and checkpoints would be wrong; leave it out",
     ),
     Refusal("zero_optimization.compute_grad_norm", _is_false, "every step records the norm; leave it out (true)"),
     Refusal("bf16.bf16_master_weights_and_grads", _is_on, "masters are fp32, in checkpoints too; leave it out"),
@@ -202,6 +208,11 @@ def _check_offload(section: DeepSpeedSection) -> None:
         if device == "cpu" and zero_stage(section) < least:
             stages = "1, 2 or 3" if least == 1 else "3"
             raise UserError(f"{field} with ZeRO stage {zero_stage(section)} is refused: it needs stage {stages}")
+    if offloads_optimizer(section) and zero_stage(section) == 3 and section.get("gradient_accumulation_steps", 1) != 1:
+        raise UserError(
+            "deepspeed.gradient_accumulation_steps with deepspeed.zero_optimization.offload_optimizer at ZeRO stage 3 is "
+            "refused: DeepSpeed loses gradients of all micro-batches but the last; use stage 1 or 2, or a single micro-batch"
+        )
     if _is_false(lookup(section, "optimizer.params.torch_adam")) and uses_torch_adam(section):
         raise UserError(
             "deepspeed.optimizer.params.torch_adam=false is refused: DeepSpeed's own Adam for CPUs is compiled on first "

@@ -54,6 +54,7 @@ REFUSED = [
     ("zero_optimization.zero_quantized_nontrainable_weights", True, "leave it out"),
     ("zero_optimization.zero_quantized_gradients", True, "leave it out"),
     ("zero_optimization.stage3_module_granularity_threshold", 1000, "leave it out"),
+    ("zero_optimization.round_robin_gradients", True, "leave it out"),
     ("zero_optimization.compute_grad_norm", False, "leave it out"),
     ("bf16.bf16_master_weights_and_grads", True, "leave it out"),
     ("bf16.bf16_optimizer_states", True, "leave it out"),
@@ -98,6 +99,14 @@ def test_every_refusal_has_a_case() -> None:
         (
             {"zero_optimization.offload_optimizer": {"device": "cpu"}, "zero_optimization.stage": 0},
             ["offload_optimizer", "stage 0", "needs stage 1, 2 or 3"],
+        ),
+        (
+            {
+                "zero_optimization.offload_optimizer": {"device": "cpu"},
+                "zero_optimization.stage": 3,
+                "gradient_accumulation_steps": 2,
+            },
+            ["gradient_accumulation_steps", "offload_optimizer", "stage 3", "use stage 1 or 2"],
         ),
         ({"zero_optimization.offload_param": {"device": "cpu"}}, ["offload_param", "stage 1", "needs stage 3"]),
         ({"zero_optimization.offload_optimizer": {"device": "tape"}}, ["offload_optimizer.device=tape", "cpu"]),
@@ -184,7 +193,7 @@ def test_a_misspelt_key_is_not_ignored(key: str) -> None:
         ("fp16", {"enabled": False}),
         ("zero_optimization.overlap_comm", True),
         ("zero_optimization.contiguous_gradients", True),
-        ("zero_optimization.round_robin_gradients", True),
+        ("zero_optimization.round_robin_gradients", False),
         ("zero_optimization.offload_optimizer", {"device": "none"}),
         ("zero_optimization.offload_optimizer", {"device": "cpu"}),
         ("zero_optimization.stage", 3),

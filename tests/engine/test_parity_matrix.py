@@ -38,19 +38,19 @@ FAST = [
 
 CPU = {"device": "cpu"}
 OPTIONS = [
-    *(Cell(2, 2, stage, False, 3, True, zero=(("offload_optimizer", CPU),)) for stage in (1, 2, 3)),
-    *(Cell(2, 2, stage, False, 3, True, zero=(("overlap_comm", True),)) for stage in (1, 2, 3)),
-    *(Cell(2, 1, stage, False, 3, True, zero=(("round_robin_gradients", True),)) for stage in (1, 2)),
-    Cell(2, 1, 3, clipping=True, zero=(("offload_param", CPU),)),
-    Cell(2, 2, 3, False, 3, True, zero=(("offload_param", CPU), ("offload_optimizer", CPU))),
-    Cell(2, 2, 3, True, 3, True, zero=(("offload_param", CPU), ("offload_optimizer", CPU), ("overlap_comm", True))),
-    Cell(2, 1, 3, clipping=True, zero=(("stage3_use_all_reduce_for_fetch_params", True),)),
-    Cell(2, 2, 3, clipping=True, zero=(("stage3_allgather_sequential", True),)),
+    *(Cell(2, 2, stage, accumulation=3, clipping=True, zero=(("offload_optimizer", CPU),)) for stage in (1, 2)),
+    *(Cell(2, 2, stage, accumulation=3, clipping=True, zero=(("overlap_comm", True),)) for stage in (1, 2, 3)),
+    Cell(2, 2, stage=3, clipping=True, zero=(("offload_optimizer", CPU),)),
+    Cell(2, 1, stage=3, clipping=True, zero=(("offload_param", CPU),)),
+    Cell(2, 2, stage=3, accumulation=3, zero=(("offload_param", CPU),)),
+    Cell(2, 2, stage=3, bf16=True, zero=(("offload_param", CPU), ("offload_optimizer", CPU), ("overlap_comm", True))),
+    Cell(2, 1, stage=3, clipping=True, zero=(("stage3_use_all_reduce_for_fetch_params", True),)),
+    Cell(2, 2, stage=3, clipping=True, zero=(("stage3_allgather_sequential", True),)),
     *(
         Cell(2, ep, stage, accumulation=3, clipping=True, model=(("activation_checkpointing", True),))
         for ep, stage in [(2, 0), (1, 2), (2, 2), (1, 3), (2, 3)]
     ),
-    Cell(2, 2, 3, True, 3, True, model=(("activation_checkpointing", True),)),
+    Cell(2, 2, stage=3, bf16=True, accumulation=3, model=(("activation_checkpointing", True),)),
 ]
 """Offload, other ways to communicate, activation checkpointing: they change where and when, never what."""
 
