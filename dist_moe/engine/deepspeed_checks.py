@@ -210,13 +210,13 @@ def _check_offload(section: DeepSpeedSection) -> None:
             raise UserError(f"{field} with ZeRO stage {zero_stage(section)} is refused: it needs stage {stages}")
     if offloads_optimizer(section) and zero_stage(section) == 3 and section.get("gradient_accumulation_steps", 1) != 1:
         raise UserError(
-            "deepspeed.gradient_accumulation_steps with deepspeed.zero_optimization.offload_optimizer at ZeRO stage 3 is "
-            "refused: DeepSpeed loses gradients of all micro-batches but the last; use stage 1 or 2, or a single micro-batch"
+            "deepspeed.gradient_accumulation_steps with deepspeed.zero_optimization.offload_optimizer at ZeRO stage 3 "
+            "is refused: DeepSpeed accumulates wrong gradients there; use stage 1 or 2, or a single micro-batch"
         )
     if _is_false(lookup(section, "optimizer.params.torch_adam")) and uses_torch_adam(section):
         raise UserError(
-            "deepspeed.optimizer.params.torch_adam=false is refused: DeepSpeed's own Adam for CPUs is compiled on first "
-            "use, and a build that is killed leaves a lock for which later runs wait for ever; leave it out (true)"
+            "deepspeed.optimizer.params.torch_adam=false is refused: DeepSpeed's own Adam for CPUs is compiled on "
+            "first use, and a killed build leaves a lock for which later runs wait for ever; leave it out (true)"
         )
 
 

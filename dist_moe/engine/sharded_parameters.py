@@ -90,7 +90,10 @@ def _inside_dataclasses(function: Callable[[Tensor], Tensor], value: Any, inside
 def keep_tables_whole(engine: Any) -> None:
     """Never drop the parameters of slot -> expert tables: their searches read them between two steps."""
     kept = [
-        parameter for module in engine.module.modules() if isinstance(module, SlotTable) for parameter in module.parameters()
+        parameter
+        for module in engine.module.modules()
+        if isinstance(module, SlotTable)
+        for parameter in module.parameters()
     ]
     for parameter in kept:
         if not parameter.ds_persist:

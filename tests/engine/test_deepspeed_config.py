@@ -91,7 +91,10 @@ def test_every_refusal_has_a_case() -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"bf16.enabled": True, "zero_optimization.stage": 0}, ["bf16", "zero_optimization.stage=0", "stage 1, 2 or 3"]),
+        (
+            {"bf16.enabled": True, "zero_optimization.stage": 0},
+            ["bf16", "zero_optimization.stage=0", "stage 1, 2 or 3"],
+        ),
         (
             {"data_types.grad_accum_dtype": "bf16", "zero_optimization.stage": 0},
             ["grad_accum_dtype", "stage 0", "stage 1, 2 or 3"],

@@ -44,7 +44,6 @@ def summary_of(run: Path) -> dict[str, Any]:
     return content
 
 
-
 def test_a_sharded_run_is_the_same_run(runs: Path) -> None:
     whole, sharded = (summary_of(runs / name) for name in ("whole", "sharded"))
     assert losses_of(runs / "sharded").tolist() == pytest.approx(losses_of(runs / "whole").tolist(), abs=1e-5)
