@@ -119,6 +119,20 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
     return trainer
 
 
+def load_weights(engine: ExpertParallelEngine, directory: Path) -> None:
+    """Bring the masters and buffers alone of a verified checkpoint into ``engine``: to evaluate them there.
+
+    Its optimizer state stays as it is. Collective over all ranks.
+    """
+    reader = CheckpointReader(directory)
+    masters = {
+        name: {MASTER: reader.parameter(name, parameter, expert_ids)[MASTER]}
+        for name, parameter, expert_ids in expert_ids_by_parameter(engine.module)
+    }
+    write_parameter_state(engine, ParameterState(masters, {}))
+    reader.fill_buffers(engine.module)
+
+
 @torch.no_grad()
 def load_model(model: nn.Module, directory: Path) -> None:
     """Bring the masters and buffers of a verified checkpoint into a bare model, at any layout."""

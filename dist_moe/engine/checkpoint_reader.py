@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dist_moe.engine.sharded_parameters import whole_shape
 from dist_moe.errors import UserError
 from dist_moe.experts import ExpertBank
 
@@ -53,9 +54,10 @@ class CheckpointReader:
             buffer.copy_(self._get(f"{name}|{BUFFER}", buffer.shape))
 
     def _assemble(self, name: str, state: str, like: nn.Parameter, expert_ids: Sequence[int] | None) -> Tensor:
+        shape = whole_shape(like)
         if expert_ids is None:
-            return self._get(f"{name}|{state}", like.shape).to(like.device)
-        experts = [self._get(f"{name}|{state}|{expert}", like.shape[1:]) for expert in expert_ids]
+            return self._get(f"{name}|{state}", shape).to(like.device)
+        experts = [self._get(f"{name}|{state}|{expert}", shape[1:]) for expert in expert_ids]
         return torch.stack(experts).to(like.device)
 
     def _get(self, key: str, shape: torch.Size) -> Tensor:

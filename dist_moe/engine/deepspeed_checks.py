@@ -18,6 +18,8 @@ from dist_moe.engine.deepspeed_config import (
     complete_deepspeed_section,
     is_adam,
     lookup,
+    offloads_optimizer,
+    uses_torch_adam,
     zero_stage,
 )
 from dist_moe.engine.deepspeed_setup import import_deepspeed
@@ -46,13 +48,15 @@ def _is_on(value: Any) -> bool:
 
 
 _OWN_BATCH = "it follows from train.batch_size, the number of ranks and deepspeed.gradient_accumulation_steps"
+_NO_DISK = "it needs a library of the system and is compiled on first use; use cpu, or leave it out"
+_NO_EXPERTS = "DeepSpeed has it for dense models only"
+OFFLOADS = ("offload_optimizer", "offload_param")
 REFUSALS = (
     Refusal("train_batch_size", _is_set, f"{_OWN_BATCH}; set train.batch_size"),
     Refusal("train_micro_batch_size_per_gpu", _is_set, f"{_OWN_BATCH}; set train.batch_size"),
     Refusal("managed_gradient_accumulation", _is_false, "the training loop relies on it; leave it out"),
     Refusal("gradient_allreduce_op", lambda v: v != "mean", "experts are always averaged; use mean"),
-    Refusal("zero_optimization.stage", lambda v: v == 3, "ZeRO stage 3 is not supported yet; use 0, 1 or 2"),
-    Refusal("zero_optimization.stage", lambda v: v not in (0, 1, 2, 3), "allowed are 0, 1 and 2"),
+    Refusal("zero_optimization.stage", lambda v: v not in (0, 1, 2, 3), "allowed are 0, 1, 2 and 3"),
     Refusal(
         "zero_optimization.contiguous_gradients",
         _is_false,
@@ -64,13 +68,42 @@ REFUSALS = (
         _is_on,
         "DeepSpeed cannot restore it; our checkpoints load at any number of ranks without it",
     ),
+    *(Refusal(f"zero_optimization.{part}.device", lambda v: v == "nvme", _NO_DISK) for part in OFFLOADS),
     Refusal(
-        "zero_optimization.offload_optimizer",
-        lambda v: isinstance(v, dict) and v.get("device", "none") != "none",
-        "offload is not supported yet; leave it out",
+        "zero_optimization.offload_optimizer.ratio",
+        lambda v: v != 1,
+        "the part left on the GPU needs an optimizer that DeepSpeed compiles; leave it out (1: all is offloaded)",
     ),
+    Refusal(
+        "zero_optimization.offload_optimizer.super_offload", _is_on, "it runs on few GPUs only; leave it out (false)"
+    ),
+    Refusal("zero_optimization.cpu_offload", _is_set, "it is a former name; use offload_optimizer: {device: cpu}"),
+    Refusal("zero_optimization.cpu_offload_param", _is_set, "it is a former name; use offload_param: {device: cpu}"),
+    Refusal("zero_optimization.zero_hpz_partition_size", lambda v: v != 1, f"{_NO_EXPERTS}; leave it out (1)"),
+    Refusal("zero_optimization.zero_quantized_weights", _is_on, f"{_NO_EXPERTS}; leave it out"),
+    Refusal("zero_optimization.zero_quantized_nontrainable_weights", _is_on, f"{_NO_EXPERTS}; leave it out"),
+    Refusal("zero_optimization.zero_quantized_gradients", _is_on, f"{_NO_EXPERTS}; leave it out"),
+    Refusal(
+        "zero_optimization.stage3_module_granularity_threshold",
+        lambda v: v != 0,
+        "it would gather gates and experts together; leave it out (0)",
+    ),
+    Refusal(
+        "zero_optimization.round_robin_gradients",
+        _is_on,
+        "DeepSpeed then takes one parameter's master for another's, and checkpoints would be wrong; leave it out",
+    ),
+    Refusal("zero_optimization.compute_grad_norm", _is_false, "every step records the norm; leave it out (true)"),
+    Refusal("bf16.bf16_master_weights_and_grads", _is_on, "masters are fp32, in checkpoints too; leave it out"),
+    Refusal("bf16.bf16_optimizer_states", _is_on, "moments are fp32, in checkpoints too; leave it out"),
+    Refusal(
+        "activation_checkpointing",
+        _is_set,
+        "it is for models that call DeepSpeed's own checkpointing; set model.activation_checkpointing=true",
+    ),
+    Refusal("compile.deepcompile", _is_on, "it compiles passes of its own on first use; leave it out"),
     Refusal("zero_optimization.legacy_stage1", _is_on, "DeepSpeed has dropped it; leave it out"),
-    Refusal("zero_optimization.zenflow", _is_set, "ZenFlow needs offload, which is not supported yet; leave it out"),
+    Refusal("zero_optimization.zenflow", _is_set, "it updates some gradients late and experts wrongly; leave it out"),
     Refusal("prescale_gradients", _is_on, "experts are averaged without it; leave it out"),
     Refusal("gradient_predivide_factor", lambda v: v != 1, "experts are averaged without it; leave it out"),
     Refusal("wall_clock_breakdown", _is_on, "its timers do not see the model's outputs; leave it out"),
@@ -138,6 +171,7 @@ def check_deepspeed_section(section: DeepSpeedSection, batch_size: int, world_si
         if given and refusal.when(value):
             raise UserError(f"deepspeed.{refusal.field}={_shown(value)} is refused: {refusal.because}")
     _check_precision(section)
+    _check_offload(section)
     _check_mappings(section)
     _check_batch(section, batch_size, world_size)
     _check_by_deepspeed(section)
@@ -154,14 +188,35 @@ def _check_spelling(section: DeepSpeedSection) -> None:
 
 def _check_precision(section: DeepSpeedSection) -> None:
     if lookup(section, "data_types.grad_accum_dtype") not in (None, "fp32") and zero_stage(section) == 0:
-        raise UserError("deepspeed.data_types.grad_accum_dtype at ZeRO stage 0 must be fp32; use stage 1 or 2")
+        raise UserError("deepspeed.data_types.grad_accum_dtype at ZeRO stage 0 must be fp32; use stage 1, 2 or 3")
     bf16, fp16 = (_is_on(section.get(name, False)) for name in ("bf16", "fp16"))
     if fp16 and not torch.cuda.is_available():
         raise UserError("deepspeed.fp16 is refused: there is no GPU and CPUs train in fp32 or bf16 only")
     if bf16 and zero_stage(section) == 0:
         raise UserError(
             "deepspeed.bf16 with deepspeed.zero_optimization.stage=0 is refused: DeepSpeed takes one "
-            "optimizer step without gradients there; use stage 1 or 2"
+            "optimizer step without gradients there; use stage 1, 2 or 3"
+        )
+
+
+def _check_offload(section: DeepSpeedSection) -> None:
+    for part, least in zip(OFFLOADS, (1, 3), strict=True):
+        field = f"deepspeed.zero_optimization.{part}"
+        device = lookup(section, f"zero_optimization.{part}.device")
+        if device not in (None, "none", "cpu"):
+            raise UserError(f"{field}.device={device} is refused: allowed are cpu and none")
+        if device == "cpu" and zero_stage(section) < least:
+            stages = "1, 2 or 3" if least == 1 else "3"
+            raise UserError(f"{field} with ZeRO stage {zero_stage(section)} is refused: it needs stage {stages}")
+    if offloads_optimizer(section) and zero_stage(section) == 3 and section.get("gradient_accumulation_steps", 1) != 1:
+        raise UserError(
+            "deepspeed.gradient_accumulation_steps with deepspeed.zero_optimization.offload_optimizer at ZeRO stage 3 "
+            "is refused: DeepSpeed accumulates wrong gradients there; use stage 1 or 2, or a single micro-batch"
+        )
+    if _is_false(lookup(section, "optimizer.params.torch_adam")) and uses_torch_adam(section):
+        raise UserError(
+            "deepspeed.optimizer.params.torch_adam=false is refused: DeepSpeed's own Adam for CPUs is compiled on "
+            "first use, and a killed build leaves a lock for which later runs wait for ever; leave it out (true)"
         )
 
 

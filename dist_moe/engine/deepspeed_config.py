@@ -23,10 +23,20 @@ def complete_deepspeed_section(section: DeepSpeedSection, batch_size: int, world
     if is_adam(optimizer["type"]):
         params = optimizer.setdefault("params", {})
         params.setdefault("weight_decay", 0.0)  # torch's AdamW would decay by 0.01 unasked, DeepSpeed's not
-        if not torch.cuda.is_available():
-            # DeepSpeed's own CPU Adam is compiled on first use, which takes a minute and a C++ compiler.
+        if uses_torch_adam(section):
             params.setdefault("torch_adam", True)
+    if offloads_optimizer(section):
+        completed["zero_force_ds_cpu_optimizer"] = False  # else torch's optimizers are refused
     return completed
+
+
+def uses_torch_adam(section: DeepSpeedSection) -> bool:
+    """Whether Adam steps on a CPU, where DeepSpeed's own would first be compiled: a minute and a C++ compiler."""
+    return not torch.cuda.is_available() or offloads_optimizer(section)
+
+
+def offloads_optimizer(section: DeepSpeedSection) -> bool:
+    return lookup(section, "zero_optimization.offload_optimizer.device") == "cpu"
 
 
 def zero_stage(section: DeepSpeedSection) -> int:

@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from dist_moe.engine.deepspeed_config import DeepSpeedSection
 from dist_moe.engine.deepspeed_setup import import_deepspeed
 from dist_moe.engine.process_groups import ProcessGroups
+from dist_moe.engine.sharded_parameters import (
+    check_groups,
+    forget_module,
+    gather_for_backward,
+    keep_tables_whole,
+    whole_shape,
+)
 from dist_moe.experts import ExpertBank
 
 _deepspeed = import_deepspeed()
@@ -25,7 +32,8 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     """``DeepSpeedEngine`` for modules that contain :class:`ExpertBank` parameters.
 
     Corrects what DeepSpeed gets wrong at ZeRO stage 0: the norm by which it clips there is the mean
-    of the ranks' norms, not the norm of all gradients.
+    of the ranks' norms, not the norm of all gradients. At stage 3, which DeepSpeed offers for experts of
+    its own only, see :mod:`dist_moe.engine.sharded_parameters`.
     """
 
     def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups) -> None:
@@ -48,6 +56,20 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
             mesh_device=None,
             dont_change_device=False,
         )
+        if self.shards_parameters:
+            check_groups(model.parameters(), self._group_of)
+            gather_for_backward(model)
+            keep_tables_whole(self)
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether parameters themselves are spread over ranks (ZeRO stage 3)."""
+        return bool(self.zero_optimization_partition_weights())
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in this rank's model, whether it holds all of them or slices."""
+        return sum(whole_shape(parameter).numel() for parameter in self.module.parameters())
 
     @property
     def grad_norm(self) -> float:
@@ -57,6 +79,19 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     def _configure_distributed_model(self, model: nn.Module) -> None:
         self.has_moe_layers = True
         super()._configure_distributed_model(model)
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        """DeepSpeed's own check knows its own layers only; ours is :func:`check_groups`, afterwards."""
+
+    def _group_of(self, parameter: nn.Parameter) -> Any:
+        if is_expert_parameter(parameter):
+            return self.expert_data_parallel_group[self.process_groups.expert_group_name]
+        return self.seq_data_parallel_group
+
+    def destroy(self) -> None:
+        super().destroy()
+        if self.shards_parameters:
+            forget_module(self.module)
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if not self.zero_optimization():

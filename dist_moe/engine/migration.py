@@ -18,6 +18,7 @@ from torch import Tensor
 from dist_moe.engine.collectives import gather_objects
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.parameter_state import read_state, state_keys, write_state
+from dist_moe.engine.sharded_parameters import gather_kept, whole_shape
 from dist_moe.layer import MoE
 from dist_moe.parallel import Placement, World
 
@@ -34,7 +35,7 @@ class Migration:
 
 def state_bytes_per_expert(engine: ExpertParallelEngine, layer: MoE) -> int:
     """Bytes that travel with one expert: masters and optimizer states of all of its parameters, in fp32."""
-    numbers = sum(parameter[0].numel() for parameter in layer.experts.parameters())
+    numbers = sum(whole_shape(parameter)[1:].numel() for parameter in layer.experts.parameters())
     return numbers * len(state_keys(engine)) * torch.finfo(torch.float32).bits // 8
 
 
@@ -58,6 +59,8 @@ def migrate(engine: ExpertParallelEngine, layer: MoE, placement: Placement) -> M
             sent += len(moves.leaving) * state[0].numel() * state.element_size()
             if not arrived_well:
                 faults.append(f"{name}|{key}")
+    if engine.shards_parameters:
+        gather_kept(engine)
     experts = layer.placement.moved_to(placement)
     layer.place(placement)
     results = gather_objects((faults, sent))

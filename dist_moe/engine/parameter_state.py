@@ -1,7 +1,8 @@
 """Masters and optimizer state by parameter, whole and in fp32, whatever the ZeRO stage.
 
-This is what makes a checkpoint portable: at stages 1 and 2 DeepSpeed keeps masters and moments as
-slices of flat buffers spread over ranks; here they are read and written parameter by parameter.
+This is what makes a checkpoint portable: from stage 1 on DeepSpeed keeps masters and moments, and at
+stage 3 the parameters too, as slices of flat buffers spread over ranks; here they are read and written
+parameter by parameter.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+from dist_moe.engine.sharded_parameters import gather_kept, own_slice
 
 MASTER = "master"
 
@@ -29,13 +31,12 @@ class ParameterState:
 
 def read_parameter_state(engine: ExpertParallelEngine) -> ParameterState:
     """Collective over all ranks. Every rank gets all dense parameters and its own experts."""
-    read = _read_partitioned if engine.zero_optimization() else _read_whole
-    states = _optimizer_states(engine)
-    if states:
-        _link_states(engine)
-    keys = [key for key, value in states[0].items() if _has_shape(value)] if states else []
+    keys, states = state_keys(engine), _optimizer_states(engine)
     scalars = {k: float(v) for k, v in states[0].items() if not _has_shape(v)} if states else {}
-    tensors = {name: read(engine, parameter, keys) for name, parameter in engine.module.named_parameters()}
+    tensors = {
+        name: {key: read_state(engine, parameter, key) for key in keys}
+        for name, parameter in engine.module.named_parameters()
+    }
     return ParameterState(tensors, scalars)
 
 
@@ -45,9 +46,44 @@ def write_parameter_state(engine: ExpertParallelEngine, state: ParameterState) -
     keys = sorted({key for tensors in state.tensors.values() for key in tensors if key != MASTER})
     if keys or state.scalars:
         _create_optimizer_states(engine, keys, state.scalars)
-    write = _write_partitioned if engine.zero_optimization() else _write_whole
     for name, parameter in engine.module.named_parameters():
-        write(engine, parameter, state.tensors[name])
+        for key, value in state.tensors[name].items():
+            write_state(engine, parameter, key, value)
+    if engine.shards_parameters:
+        gather_kept(engine)
+
+
+def state_keys(engine: ExpertParallelEngine) -> list[str]:
+    """MASTER and the optimizer's states with a shape, as they are now; before the first step there are none."""
+    states = _optimizer_states(engine)
+    if states:
+        _link_states(engine)
+    return [MASTER, *(key for key, value in (states[0] if states else {}).items() if _has_shape(value))]
+
+
+def read_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) -> Tensor:
+    """One of :func:`state_keys` of one parameter, whole; collective over the ranks that share it."""
+    deepspeeds_key = None if key == MASTER else key
+    if engine.shards_parameters:
+        return engine.optimizer.get_full_hp_param(parameter, deepspeeds_key)
+    if engine.zero_optimization():
+        return parameter.get_full_hp_param(deepspeeds_key)  # type: ignore[attr-defined]
+    return parameter.detach().float() if key == MASTER else engine.optimizer.state[parameter][key]
+
+
+@torch.no_grad()
+def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    """The inverse, on every rank that shares it; the parameter follows its master."""
+    deepspeeds_key = None if key == MASTER else key
+    if engine.shards_parameters:
+        value = own_slice(parameter, value)
+        engine.optimizer.set_local_hp_param(value, parameter, deepspeeds_key)
+    elif engine.zero_optimization():
+        parameter.set_full_hp_param(value, deepspeeds_key)  # type: ignore[attr-defined]
+    elif key != MASTER:
+        engine.optimizer.state[parameter][key].copy_(value)
+    if key == MASTER:
+        (parameter.ds_tensor if engine.shards_parameters else parameter).copy_(value)  # type: ignore[attr-defined]
 
 
 def _has_shape(value: Any) -> bool:
@@ -65,12 +101,18 @@ def _optimizer_states(engine: ExpertParallelEngine) -> list[dict[str, Any]]:
 def _create_optimizer_states(engine: ExpertParallelEngine, keys: list[str], scalars: dict[str, float]) -> None:
     """Give each tensor that the optimizer owns a state of its own (none shares its step with another)."""
     optimizer = _torch_optimizer(engine)
-    for group in optimizer.param_groups:
-        for owned in group["params"]:
-            optimizer.state[owned] = {key: torch.zeros_like(owned) for key in keys} | {
-                key: torch.tensor(value) for key, value in scalars.items()
-            }
+    for owned in _owned_tensors(engine):
+        optimizer.state[owned] = {key: torch.zeros_like(owned) for key in keys} | {
+            key: torch.tensor(value) for key, value in scalars.items()
+        }
     _link_states(engine)
+
+
+def _owned_tensors(engine: ExpertParallelEngine) -> list[Tensor]:
+    """What the optimizer steps; at stage 3 DeepSpeed lends it these one by one, within a step only."""
+    if engine.shards_parameters:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [owned for group in _torch_optimizer(engine).param_groups for owned in group["params"]]
 
 
 def _link_states(engine: ExpertParallelEngine) -> None:
@@ -78,54 +120,6 @@ def _link_states(engine: ExpertParallelEngine) -> None:
 
     DeepSpeed does this once, in its first step, when only the first group has any state.
     """
-    if engine.zero_optimization():
+    if engine.zero_optimization() and not engine.shards_parameters:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _read_whole(engine: ExpertParallelEngine, parameter: nn.Parameter, keys: list[str]) -> dict[str, Tensor]:
-    state = engine.optimizer.state[parameter]
-    return {MASTER: parameter.detach().float()} | {key: state[key] for key in keys}
-
-
-def _write_whole(engine: ExpertParallelEngine, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        target = parameter if key == MASTER else engine.optimizer.state[parameter][key]
-        target.copy_(tensor)
-
-
-def _read_partitioned(engine: ExpertParallelEngine, parameter: nn.Parameter, keys: list[str]) -> dict[str, Tensor]:
-    whole = {MASTER: parameter.get_full_hp_param()}  # type: ignore[attr-defined]
-    return whole | {key: parameter.get_full_hp_param(key) for key in keys}  # type: ignore[attr-defined]
-
-
-def _write_partitioned(engine: ExpertParallelEngine, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-    parameter.copy_(tensors[MASTER])
-    for key, tensor in tensors.items():
-        parameter.set_full_hp_param(tensor, None if key == MASTER else key)  # type: ignore[attr-defined]
-
-
-def state_keys(engine: ExpertParallelEngine) -> list[str]:
-    """MASTER and the optimizer's states with a shape, as they are now; before the first step there are none."""
-    states = _optimizer_states(engine)
-    if states:
-        _link_states(engine)
-    return [MASTER, *(key for key, value in (states[0] if states else {}).items() if _has_shape(value))]
-
-
-def read_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) -> Tensor:
-    """One of :func:`state_keys` of one parameter, whole; collective over the ranks that share it."""
-    if not engine.zero_optimization():
-        return parameter.detach().float() if key == MASTER else engine.optimizer.state[parameter][key]
-    return parameter.get_full_hp_param(None if key == MASTER else key)  # type: ignore[attr-defined]
-
-
-@torch.no_grad()
-def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    """The inverse, on every rank that shares it; the parameter follows its master."""
-    if not engine.zero_optimization():
-        _write_whole(engine, parameter, {key: value})
-    elif key == MASTER:
-        _write_partitioned(engine, parameter, {key: value})
-    else:
-        parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]

@@ -65,6 +65,8 @@ class MoE(nn.Module):
     slot -> expert, one for each gate; None is the identity. ``world``: the ranks over which the
     experts are split; None is one rank. ``exchange``: how rows reach the experts and sums come back; None
     is what the world asks for. ``placement``: which expert lives where; None: ranks have contiguous ids.
+    ``recompute_experts``: keep none of the dispatched rows and of the experts' activations for the backward
+    pass; dispatch and compute again there (an ``exchange`` that is given decides that itself).
 
     Raises ValueError when gates, bank and world do not fit each other.
     """
@@ -75,15 +77,17 @@ class MoE(nn.Module):
         experts: ExpertBank,
         permutation: PermutationSource | None = None,
         world: World | None = None,
+        *,
         exchange: Exchange | None = None,
         placement: Placement | None = None,
+        recompute_experts: bool = False,
     ) -> None:
         super().__init__()
         self.gates = nn.ModuleList([gates] if isinstance(gates, Gate) else gates)
         self.experts = experts
         self.permutation = permutation
         self.world = world or SingleWorld()
-        self.exchange = exchange or exchange_over(self.world)
+        self.exchange = exchange or exchange_over(self.world, recompute_experts)
         self.placement = placement or Placement.identity(experts.num_experts, self.world.size)
         self.replay: Replay | None = None
         self._check_sizes()

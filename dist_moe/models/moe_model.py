@@ -43,6 +43,11 @@ class MoEModelConfig(Settings):
     permutation: PermutationSearchConfig | None = Field(
         None, description="permutation local search while training: the '+' of COMET+ (null: none)"
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep none of the dispatched rows and of the experts' activations for the backward pass: "
+        "they are sent and computed again there",
+    )
 
     def build_layer(self, experts: ExpertBank, num_gates: int, run: RunShape) -> MoE:
         """One gate per task over shared ``experts``, with a slot -> expert table or the search for one."""
@@ -53,7 +58,7 @@ class MoEModelConfig(Settings):
             table: SlotTable = self.permutation.build(gates, run.steps_per_epoch)
         else:
             table = SlotTable(self.num_experts, num_gates)
-        return MoE(gates, experts, table, run.world)
+        return MoE(gates, experts, table, run.world, recompute_experts=self.activation_checkpointing)
 
 
 class MoEModel(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dist_moe.kernels import weighted_scatter
 from dist_moe.parallel.dispatch import combine, dispatch, plan_dispatch
+from dist_moe.parallel.recompute import recomputed
 from dist_moe.parallel.world import World
 from dist_moe.routing import Pairs
 
@@ -43,14 +44,27 @@ class Exchange(Protocol):
 
 
 class FlatExchange:
-    """One all-to-all there and one back over all ranks of ``world``; a row per (token, expert) pair."""
+    """One all-to-all there and one back over all ranks of ``world``; a row per (token, expert) pair.
 
-    def __init__(self, world: World) -> None:
+    ``recompute``: the rows dispatched and what the experts keep of them are forgotten, and made again in the
+    backward pass.
+    """
+
+    def __init__(self, world: World, recompute: bool = False) -> None:
         self._world = world
+        self._recompute = recompute
 
     def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed:
         plan = plan_dispatch(pairs.rows_per_expert_E, self._world)
-        rows = dispatch(x_TD[pairs.token_N], plan, self._world)
-        results_NF = combine(experts(rows, plan.rows_per_local_expert), plan, self._world)
+
+        def expert_rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
+            return experts(dispatch(x_TD[token_N], plan, self._world), plan.rows_per_local_expert)
+
+        computed_NF = (recomputed if self._recompute else _plainly)(expert_rows, x_TD, pairs.token_N)
+        results_NF = combine(computed_NF, plan, self._world)
         sums_GTF = weighted_scatter(results_NF, pairs.weight_GN, pairs.token_N, pairs.num_tokens)
         return Mixed(sums_GTF, results_NF.dtype, sum(plan.rows_per_local_expert))
+
+
+def _plainly(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    return function(*arguments)

@@ -29,16 +29,19 @@ from dist_moe.parallel.world import Levels, ProcessWorld, SingleWorld, World
 from dist_moe.routing import Pairs
 
 
-def exchange_over(world: World) -> Exchange:
-    """What ``world`` asks for: two levels where its ranks are divided into several nodes, else flat."""
+def exchange_over(world: World, recompute_experts: bool = False) -> Exchange:
+    """What ``world`` asks for: two levels where its ranks are divided into several nodes, else flat.
+
+    ``recompute_experts``: see ``FlatExchange``; with two levels, what arrives at a rank is kept.
+    """
     if world.levels is None or world.levels.across.size == 1:
-        return FlatExchange(world)
-    return two_level_exchange(world.levels)
+        return FlatExchange(world, recompute_experts)
+    return two_level_exchange(world.levels, recompute_experts)
 
 
-def two_level_exchange(levels: Levels) -> OncePerPart:
+def two_level_exchange(levels: Levels, recompute_experts: bool = False) -> OncePerPart:
     """Over a world divided into nodes of equally many ranks, its experts in the order of its ranks."""
-    here = FlatExchange(SingleWorld())
+    here = FlatExchange(SingleWorld(), recompute_experts)
     within = levels.within
     return OncePerPart(levels.across, OncePerPart(within, here) if isinstance(within, ProcessWorld) else here)
 

@@ -75,14 +75,14 @@ def _check_same_run(recorded: RunConfig, config: RunConfig) -> None:
             raise UserError(
                 f"{field}={after[field]!r}: the run was trained with {before[field]!r}, and --resume goes on with the "
                 f"same run. It may change train (but for batch_size), parallel, placement, deepspeed, swap_search, "
-                f"data.root and data.cache; for anything else start a new run"
+                f"data.root, data.cache and model.activation_checkpointing; for anything else start a new run"
             )
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     content = config.plain()
     data = {f"data.{name}": value for name, value in content["data"].items() if name not in ("root", "cache")}
-    model = {f"model.{name}": value for name, value in content["model"].items()}
+    model = {f"model.{name}": value for name, value in content["model"].items() if name != "activation_checkpointing"}
     whole = {name: content[name] for name in ("seed", "task_weights")}
     return whole | data | model | {"train.batch_size": content["train"]["batch_size"]}
 

@@ -90,7 +90,7 @@ def _cell(value: float | int | None) -> str:
 def _opening_line(plan: TrainingPlan, engine: ExpertParallelEngine, first_step: int) -> str:
     config, schedule = plan.config, plan.schedule
     size = config.parallel.expert_parallel_size
-    parameters = sum(p.numel() for p in engine.module.parameters())
+    parameters = engine.num_parameters
     start = f"from step {first_step} " if first_step else ""
     return (
         f"{config.gate_label}, {config.model.num_experts} experts over {size} of "

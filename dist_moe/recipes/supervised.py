@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.engine.checkpoint import TrainerState, load_checkpoint, load_model
+from dist_moe.engine.checkpoint import TrainerState, load_checkpoint, load_model, load_weights
 from dist_moe.engine.checkpoint_files import checkpoints_of, tested_checkpoint, write_json
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.host_memory import keep_freed_memory
@@ -86,7 +86,7 @@ def _train(
         if outcome.interrupted:
             reporter.say(f"stopped after step {outcome.steps}; go on with: dist-moe train --resume {plan.run.root}")
             return 128 + (stop.signal_number or signal.SIGTERM)
-        tested_step = _take_best(model, outcome, reporter)
+        tested_step = _take_best(engine, outcome, reporter)
         reporter.say("evaluating on the validation and test examples ...")
         val = evaluate(plan.problem, model, plan.problem.val, weights, groups)
         test = evaluate(plan.problem, model, plan.problem.test, weights, groups)
@@ -189,11 +189,11 @@ def _loop(
     )
 
 
-def _take_best(model: MoEModel, outcome: Outcome, reporter: Reporter) -> int:
+def _take_best(engine: ExpertParallelEngine, outcome: Outcome, reporter: Reporter) -> int:
     """Bring back the weights of the best validation loss, if they were kept; their step."""
     if outcome.best is None:
         return outcome.steps
-    load_model(model, outcome.best)
+    load_weights(engine, outcome.best)
     step = int(outcome.best.name.rpartition("-")[2])
     reporter.say(f"taking the weights of step {step}, the best by validation loss")
     return step

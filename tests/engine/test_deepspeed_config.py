@@ -35,16 +35,31 @@ REFUSED = [
     ("train_micro_batch_size_per_gpu", 32, "set train.batch_size"),
     ("managed_gradient_accumulation", False, "leave it out"),
     ("gradient_allreduce_op", "sum", "use mean"),
-    ("zero_optimization.stage", 3, "use 0, 1 or 2"),
-    ("zero_optimization.stage", 4, "allowed are 0, 1 and 2"),
-    ("zero_optimization.stage", -1, "allowed are 0, 1 and 2"),
+    ("zero_optimization.stage", 4, "allowed are 0, 1, 2 and 3"),
+    ("zero_optimization.stage", -1, "allowed are 0, 1, 2 and 3"),
     ("zero_optimization.contiguous_gradients", False, "leave it out"),
     ("zero_optimization.contiguous_gradients", 0, "leave it out"),
     ("zero_optimization.contiguous_gradients", "false", "leave it out"),
     ("zero_optimization.reduce_scatter", False, "leave it out"),
     ("zero_optimization.reduce_scatter", 0, "leave it out"),
     ("zero_optimization.elastic_checkpoint", True, "without it"),
-    ("zero_optimization.offload_optimizer", {"device": "cpu"}, "leave it out"),
+    ("zero_optimization.offload_optimizer.device", "nvme", "use cpu"),
+    ("zero_optimization.offload_param.device", "nvme", "use cpu"),
+    ("zero_optimization.offload_optimizer.ratio", 0.5, "leave it out"),
+    ("zero_optimization.offload_optimizer.super_offload", True, "leave it out"),
+    ("zero_optimization.cpu_offload", True, "offload_optimizer: {device: cpu}"),
+    ("zero_optimization.cpu_offload_param", True, "offload_param: {device: cpu}"),
+    ("zero_optimization.zero_hpz_partition_size", 2, "leave it out"),
+    ("zero_optimization.zero_quantized_weights", True, "leave it out"),
+    ("zero_optimization.zero_quantized_nontrainable_weights", True, "leave it out"),
+    ("zero_optimization.zero_quantized_gradients", True, "leave it out"),
+    ("zero_optimization.stage3_module_granularity_threshold", 1000, "leave it out"),
+    ("zero_optimization.round_robin_gradients", True, "leave it out"),
+    ("zero_optimization.compute_grad_norm", False, "leave it out"),
+    ("bf16.bf16_master_weights_and_grads", True, "leave it out"),
+    ("bf16.bf16_optimizer_states", True, "leave it out"),
+    ("activation_checkpointing", {"partition_activations": True}, "model.activation_checkpointing=true"),
+    ("compile.deepcompile", True, "leave it out"),
     ("zero_optimization.legacy_stage1", True, "leave it out"),
     ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "leave it out"),
     ("prescale_gradients", True, "leave it out"),
@@ -76,10 +91,31 @@ def test_every_refusal_has_a_case() -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"bf16.enabled": True, "zero_optimization.stage": 0}, ["bf16", "zero_optimization.stage=0", "stage 1 or 2"]),
+        (
+            {"bf16.enabled": True, "zero_optimization.stage": 0},
+            ["bf16", "zero_optimization.stage=0", "stage 1, 2 or 3"],
+        ),
         (
             {"data_types.grad_accum_dtype": "bf16", "zero_optimization.stage": 0},
-            ["grad_accum_dtype", "stage 0", "stage 1 or 2"],
+            ["grad_accum_dtype", "stage 0", "stage 1, 2 or 3"],
+        ),
+        (
+            {"zero_optimization.offload_optimizer": {"device": "cpu"}, "zero_optimization.stage": 0},
+            ["offload_optimizer", "stage 0", "needs stage 1, 2 or 3"],
+        ),
+        (
+            {
+                "zero_optimization.offload_optimizer": {"device": "cpu"},
+                "zero_optimization.stage": 3,
+                "gradient_accumulation_steps": 2,
+            },
+            ["gradient_accumulation_steps", "offload_optimizer", "stage 3", "use stage 1 or 2"],
+        ),
+        ({"zero_optimization.offload_param": {"device": "cpu"}}, ["offload_param", "stage 1", "needs stage 3"]),
+        ({"zero_optimization.offload_optimizer": {"device": "tape"}}, ["offload_optimizer.device=tape", "cpu"]),
+        (
+            {"zero_optimization.offload_optimizer": {"device": "cpu"}, "optimizer.params.torch_adam": False},
+            ["torch_adam=false", "compiled", "lock", "leave it out"],
         ),
         ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps=0", ">= 1"]),
         ({"gradient_accumulation_steps": "two"}, ["gradient_accumulation_steps='two'", ">= 1"]),
@@ -160,8 +196,10 @@ def test_a_misspelt_key_is_not_ignored(key: str) -> None:
         ("fp16", {"enabled": False}),
         ("zero_optimization.overlap_comm", True),
         ("zero_optimization.contiguous_gradients", True),
-        ("zero_optimization.round_robin_gradients", True),
+        ("zero_optimization.round_robin_gradients", False),
         ("zero_optimization.offload_optimizer", {"device": "none"}),
+        ("zero_optimization.offload_optimizer", {"device": "cpu"}),
+        ("zero_optimization.stage", 3),
         ("gradient_allreduce_op", "mean"),
         ("communication_data_type", "bf16"),
         ("expert_parallel", {"enabled": False}),
@@ -200,6 +238,23 @@ def test_nothing_is_clipped_unless_asked_for() -> None:
 def test_adam_is_not_compiled_on_a_cpu(name: str) -> None:
     completed = complete_deepspeed_section(with_key("optimizer.type", name), batch_size=64, world_size=1)
     assert completed["optimizer"]["params"]["torch_adam"] is True
+
+
+@NO_GPU
+def test_adam_cannot_be_compiled_on_a_cpu() -> None:
+    """A build that was killed leaves a lock, and later runs wait for it without a word."""
+    with pytest.raises(UserError, match="torch_adam=false is refused"):
+        check_deepspeed_section(with_key("optimizer.params.torch_adam", False), batch_size=64, world_size=1)
+
+
+def test_an_offloaded_adam_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU too it steps on the CPU then."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    section = with_key("zero_optimization.offload_optimizer", {"device": "cpu"})
+    completed = complete_deepspeed_section(section, batch_size=64, world_size=1)
+    assert completed["optimizer"]["params"]["torch_adam"] is True
+    assert completed["zero_force_ds_cpu_optimizer"] is False
+    assert "torch_adam" not in complete_deepspeed_section(SECTION, 64, 1)["optimizer"]["params"]
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -18,7 +18,7 @@ from tests.helpers.toys import Toy, toy_engine
 
 SLOPES = [2.0, 4.0, 6.0, 8.0]
 NORM_OF_EXPERTS = math.sqrt(120)
-STAGES = [0, 1, 2]
+STAGES = [0, 1, 2, 3]
 
 
 def norms_of_gradients_by_hand() -> tuple[float, float]:
@@ -59,6 +59,13 @@ def one_step(ep: int, stage: int, clipping: float, slope: float) -> Step:
         model: Toy = engine.module
         before = 100.0 + torch.tensor(model.experts.expert_ids)
         return engine.grad_norm, 10.0 - model.dense.detach(), before - model.experts.weight.detach().squeeze(1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_engine_reports_it(stage: int) -> None:
+    """Experts of slopes {2, 4} on rank 0 and {6, 8} on rank 1, and no dense gradient: sqrt(4 + 16 + 36 + 64)."""
+    for norm, _, _ in on_ranks(2, one_step, 2, stage, 0.0, 0.0):
+        assert norm == pytest.approx(10.954451, abs=1e-6)
 
 
 @pytest.mark.parametrize("clipping", [0.0, 1.0, 5.0, 100.0])

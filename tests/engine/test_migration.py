@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_moe.engine import migration
 from dist_moe.engine.checkpoint_reader import expert_ids_by_parameter
+from dist_moe.engine.deepspeed_setup import import_deepspeed
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.migration import migrate, state_bytes_per_expert
 from dist_moe.engine.parameter_state import read_parameter_state
@@ -26,7 +27,7 @@ from tests.helpers.runs import write_config
 
 EXPERTS = 8
 LAYOUTS = [(2, 2), (4, 4), (4, 2)]
-STAGES = [0, 1, 2]
+STAGES = [0, 1, 2, 3]
 ORDER = (6, 1, 4, 0, 3, 5, 7, 2)
 PARAMETERS = 16 * 16 + 16
 HOT = 3
@@ -107,13 +108,18 @@ def move(engine: ExpertParallelEngine, placement: Placement) -> Moved:
     return Moved(
         wrong=[name for name, tensor in after.items() if not torch.equal(bits(tensor), bits(before[name]))],
         states=sorted({name.split("|")[1] for name in after}),
-        follows=torch.equal(layer.experts.weight.detach(), torch.stack(masters)),
+        follows=torch.equal(whole(engine, layer.experts.weight), torch.stack(masters)),
         ids=layer.experts.expert_ids,
         experts=done.experts,
         bytes=done.bytes,
         bytes_per_expert=per_expert,
         expected_bytes_sent=len(mine - set(layer.experts.expert_ids)) * per_expert,
     )
+
+
+def whole(engine: ExpertParallelEngine, parameter: torch.nn.Parameter) -> Tensor:
+    with import_deepspeed().zero.GatheredParameters([parameter], enabled=engine.shards_parameters):
+        return parameter.detach().clone()
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -46,6 +46,12 @@ def write_config(directory: Path, tiny_data: dict[str, str], **sections: Any) ->
     return path
 
 
+def stage_overrides(stage: int) -> list[str]:
+    """A ZeRO stage; at stage 3 all parameters are sharded, also those that are small enough to be kept whole."""
+    sharding = ["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []
+    return [f"deepspeed.zero_optimization.stage={stage}", *sharding]
+
+
 def train_all(config: Path, run_dirs: dict[str, list[str]]) -> None:
     """Train one run per entry (directory -> overrides), all in the same process groups."""
     plans = [plan_new_run(config, overrides, Path(run_dir)) for run_dir, overrides in run_dirs.items()]

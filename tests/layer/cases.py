@@ -28,7 +28,7 @@ class Case:
     """``hardness``: the spread of the split values in units of gamma; large ones saturate all splits.
 
     ``permutation``: "through" learns straight through hard tables. ``per_gate``, ``per_branch``: whether
-    every gate, every tree, has one of its own.
+    every gate, every tree, has one of its own. ``recompute``: whether the experts' activations are forgotten.
     """
 
     gate: Literal["comet", "top_k"] = "comet"
@@ -42,6 +42,7 @@ class Case:
     permutation: Literal["none", "hard", "soft", "through"] = "none"
     per_gate: bool = False
     per_branch: bool = False
+    recompute: bool = False
     tokens: int = 6
     seed: int = 0
 
@@ -61,6 +62,7 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         "permutation": draw(st.sampled_from(["none", "hard", "soft", "through"])),
         "per_gate": draw(st.booleans()),
         "per_branch": draw(st.booleans()),
+        "recompute": draw(st.booleans()),
         "tokens": draw(st.integers(0, 5)),
         "seed": draw(st.integers(0, 2**20)),
     }
@@ -72,6 +74,7 @@ class Layer:
     gates: list[Gate]
     experts: DenseReLUBank
     search: PermutationSearch | None
+    recompute: bool = False
 
     def leaves(self) -> dict[str, Tensor]:
         """Every parameter, under a name that does not depend on the rank."""
@@ -80,7 +83,7 @@ class Layer:
         return gates | experts | ({"relaxed": self.search.relaxed} if self.search else {})
 
     def moe(self, world: World | None = None, placement: Placement | None = None) -> MoE:
-        return MoE(self.gates, self.experts, self.search, world, placement)
+        return MoE(self.gates, self.experts, self.search, world, placement=placement, recompute_experts=self.recompute)
 
     def of_rank(self, rank: int, num_ranks: int, placement: Placement | None = None) -> Layer:
         """A copy with all gates and this rank's share of the experts."""
@@ -89,7 +92,7 @@ class Layer:
         with torch.no_grad():
             share.weight.copy_(self.experts.weight[list(ids)])
             share.bias.copy_(self.experts.bias[list(ids)])
-        return Layer(deepcopy(self.gates), share, deepcopy(self.search))
+        return Layer(deepcopy(self.gates), share, deepcopy(self.search), self.recompute)
 
 
 def build_layer(case: Case) -> Layer:
@@ -100,7 +103,7 @@ def build_layer(case: Case) -> Layer:
     search = build_search(case, gates)
     if search is not None:
         give_branches_slots(gates, search)
-    return Layer(gates, experts, search)
+    return Layer(gates, experts, search, case.recompute)
 
 
 def build_gate(case: Case) -> Gate:

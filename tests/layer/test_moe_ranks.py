@@ -115,6 +115,7 @@ CASES = {
     "comet-tables-per-gate-and-tree": Case(num_gates=2, permutation="hard", per_gate=True, per_branch=True),
     "comet-straight-through": Case(num_gates=2, permutation="through", per_branch=True),
     "top-k": Case(gate="top_k", num_gates=2, permutation="hard"),
+    "recomputed": Case(num_gates=2, hardness=1000.0, recompute=True),
 }
 
 

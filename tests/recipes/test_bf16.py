@@ -1,4 +1,4 @@
-"""bf16 at ZeRO stages 1 and 2: close to fp32, in checkpoints and after them too."""
+"""bf16 at ZeRO stages 1, 2 and 3: close to fp32, in checkpoints and after them too."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import losses_of, records_of, tensors_of, train_all, write_config
+from tests.helpers.runs import losses_of, records_of, stage_overrides, tensors_of, train_all, write_config
 
 STEPS = 20
 BF16 = "deepspeed.bf16.enabled=true"
-CASES = [(1, 1, 1), (1, 1, 2), (2, 2, 1), (2, 2, 2), (2, 1, 1)]
+CASES = [(1, 1, 1), (1, 1, 2), (1, 1, 3), (2, 2, 1), (2, 2, 2), (2, 2, 3), (2, 1, 1)]
 
 
 def layout(ep: int, stage: int) -> list[str]:
-    return [f"parallel.expert_parallel_size={ep}", f"deepspeed.zero_optimization.stage={stage}"]
+    return [f"parallel.expert_parallel_size={ep}", *stage_overrides(stage)]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_checkpoints_hold_fp32(runs: Path, world: int, ep: int, stage: int) -> N
             assert not torch.equal(tensor, tensor.bfloat16().float()), name
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2)])
 def test_resume_is_exact(config: Path, runs: Path, tmp_path: Path, world: int, ep: int, stage: int) -> None:
     run = tmp_path / "run"

@@ -10,7 +10,7 @@ import torch
 
 from dist_moe.gates import gate_settings
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import losses_of, records_of, train_all, write_config
+from tests.helpers.runs import losses_of, records_of, stage_overrides, train_all, write_config
 
 STEPS = 6
 GATES: dict[str, dict[str, Any]] = {
@@ -58,6 +58,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
         for case in CASES:
             layout = [f"parallel.expert_parallel_size={world}"]
             on_ranks(world, train_all, config, {str(root / f"{case}-{world}"): overrides(case) + layout})
+    sharded = ["parallel.expert_parallel_size=2", *stage_overrides(3)]
+    on_ranks(2, train_all, config, {str(root / f"{case}-sharded"): overrides(case) + sharded for case in CASES})
     return root
 
 
@@ -66,9 +68,10 @@ def test_every_registered_gate_is_tried() -> None:
     assert {gate["name"] for gate in GATES.values()} == ours
 
 
+@pytest.mark.parametrize("ranks", ["2", "sharded"])
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_train_as_one(runs: Path, case: str) -> None:
-    one, two = runs / f"{case}-1", runs / f"{case}-2"
+def test_two_ranks_train_as_one(runs: Path, case: str, ranks: str) -> None:
+    one, two = runs / f"{case}-1", runs / f"{case}-{ranks}"
     assert len(losses_of(one)) == STEPS
     assert losses_of(one)[-1] < losses_of(one)[0]
     torch.testing.assert_close(losses_of(two), losses_of(one), rtol=0, atol=1e-5)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import succeed
-from tests.helpers.runs import losses_of, write_config
+from tests.helpers.runs import losses_of, stage_overrides, write_config
 
 OPTIMIZERS = {
     "Adam": "{lr: 0.01}",
@@ -18,11 +18,11 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_trains_saves_and_resumes(tmp_path: Path, tiny_data: dict[str, str], name: str, stage: int) -> None:
     config = write_config(tmp_path, tiny_data, train={"max_steps": 6}, deepspeed={"optimizer": {"type": name}})
-    chosen = [f"deepspeed.optimizer.params={OPTIMIZERS[name]}", f"deepspeed.zero_optimization.stage={stage}"]
+    chosen = [f"deepspeed.optimizer.params={OPTIMIZERS[name]}", *stage_overrides(stage)]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(1, "train", "--run-dir", whole, config, *chosen)
     assert losses_of(whole)[-1] < losses_of(whole)[0]
