@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,12 +75,11 @@ def _train(
     first_step = resumed.step if resumed else 0
     weights = plan.config.task_weights
     with Reporter(plan, engine, first_step) as reporter:
-        started = time.monotonic()
         outcome = _loop(plan, engine, reporter, resumed, on_validation).run(first_step, stop)
         course = {
             "steps": outcome.steps,
             "first_step": first_step,
-            "training_seconds": time.monotonic() - started,
+            "training_seconds": outcome.seconds,
         }
         if outcome.interrupted:
             reporter.say(f"stopped after step {outcome.steps}; go on with: dist-moe train --resume {plan.run.root}")
@@ -175,6 +173,7 @@ def _loop(
         after_step=after_step,
         report=reporter.steps,
         validate=validate,
+        say=reporter.say,
     )
     return TrainingLoop(
         engine,
@@ -184,7 +183,7 @@ def _loop(
         steps_per_epoch=plan.feed.steps_per_epoch,
         checkpoints=checkpoints_of(plan.run.root),
         seed=config.seed,
-        validation_losses={int(step): loss for step, loss in (resumed.validation_losses if resumed else {}).items()},
+        course=resumed.course if resumed else None,
     )
 
 
