@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -28,9 +29,11 @@ from dist_moe.engine.checkpoint_files import Manifest, partial_directory, publis
 from dist_moe.engine.checkpoint_reader import BUFFER, CheckpointReader, expert_ids_by_parameter
 from dist_moe.engine.checkpoint_saver import CheckpointSaver
 from dist_moe.engine.checkpoint_snapshot import DENSE_FILE, TRAINER_FILE, Course, TrainerState
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.parameter_state import MASTER, ParameterState, write_parameter_state
 from dist_moe.engine.tensor_file import write_tensors
+
+if TYPE_CHECKING:
+    from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 
 
 def save_checkpoint(

@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_moe.engine.checkpoint_files import (
     Manifest,
@@ -21,8 +22,10 @@ from dist_moe.engine.checkpoint_files import (
 )
 from dist_moe.engine.checkpoint_snapshot import Course, Snapshot, take_snapshot
 from dist_moe.engine.collectives import gather_objects
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 
 CLOSE_PATIENCE_S = 60.0
 

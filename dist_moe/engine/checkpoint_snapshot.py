@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from dist_moe.engine.checkpoint_files import digest_of, write_json
 from dist_moe.engine.checkpoint_reader import BUFFER, expert_ids_by_parameter
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.parameter_state import ParameterState, read_parameter_state
 from dist_moe.engine.tensor_file import write_tensors
+
+if TYPE_CHECKING:
+    from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 
 DENSE_FILE = "dense.safetensors"
 TRAINER_FILE = "trainer.json"

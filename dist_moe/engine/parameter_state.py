@@ -7,12 +7,14 @@ slices of flat buffers spread over ranks; here they are read and written paramet
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+if TYPE_CHECKING:
+    from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+
 
 MASTER = "master"
 
