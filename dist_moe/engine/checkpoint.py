@@ -60,7 +60,7 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
     """
     trainer = read_trainer_state(directory)
     reader = CheckpointReader(directory)
-    reader.check_states(with_moments=trainer.imported_from is None)
+    reader.check_states(moments=bool(trainer.scalars))  # it cannot count steps and have no moments
     tensors = {
         name: reader.parameter(name, parameter, expert_ids)
         for name, parameter, expert_ids in expert_ids_by_parameter(engine.module)

@@ -73,6 +73,7 @@ def import_weights(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -
     content = read_exported(source).configuration
     override(content, dict(parse_override(text) for text in overrides))
     config = validate_config(content)
+    config.check(config.parallel.expert_parallel_size)  # the least number of ranks
     run.create()
     imported = import_checkpoint(source, checkpoints_of(run_dir))
     run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
