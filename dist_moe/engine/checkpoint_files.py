@@ -99,8 +99,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(f"checkpoint {directory} has no readable {MANIFEST}: {error}") from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"checkpoint {directory} has format_version={version}; this version of dist_moe reads and writes "
-            f"{FORMAT_VERSION} only: go on with the version that wrote it, or train anew"
+            f"checkpoint {directory} has format_version={version} in its {MANIFEST}; this version of dist_moe reads "
+            f"and writes {FORMAT_VERSION} only: go on with the version that wrote it, or train anew"
         )
     if manifest.text != text:
         raise UserError(f"checkpoint file {path} is torn or altered: its sha256 is not the one that it names")
