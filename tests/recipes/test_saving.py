@@ -26,8 +26,11 @@ SPLIT = "parallel.expert_parallel_size=2"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
+    """At ZeRO stage 0, where the masters are the parameters themselves and the next step changes them in place."""
     train = {"max_steps": STEPS, "checkpoint_every": EVERY, "keep_checkpoints": 9, "log_every": 1}
-    return write_config(tmp_path_factory.mktemp("saving"), tiny_data, model={"dropout": 0.3}, train=train)
+    stage = {"zero_optimization": {"stage": 0}}
+    directory = tmp_path_factory.mktemp("saving")
+    return write_config(directory, tiny_data, model={"dropout": 0.3}, train=train, deepspeed=stage)
 
 
 @pytest.fixture(scope="module")
