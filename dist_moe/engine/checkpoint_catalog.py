@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_moe.engine.checkpoint_reader import BUFFER
 from dist_moe.engine.parameter_state import MASTER
-from dist_moe.engine.tensor_file import TensorSpec
+from dist_moe.engine.tensor_file import DTYPE_NAMES, TensorSpec
 from dist_moe.errors import UserError
 
 
@@ -103,15 +103,4 @@ class Catalog:
         return Entry(name, states, len(ids) or None, first.shape, first.dtype, num_bytes)
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

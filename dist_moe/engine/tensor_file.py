@@ -26,7 +26,7 @@ SEAL = "sha256"
 
 _UNSEALED = "0" * 64
 _BLOCK = 1 << 20
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -139,7 +139,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
     start = 0
     for name, spec in specs.items():
         end = start + spec.num_bytes
-        content[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        content[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(content).encode()
     return text + b" " * (-len(text) % 8)
