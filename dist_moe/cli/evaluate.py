@@ -12,7 +12,9 @@ from dist_moe.cli.commands import Commands
 def add_to(commands: Commands) -> None:
     """Add the command and its options to the command line."""
     evaluate = commands.add_parser("evaluate", help="test figures of a run, from its best or newest checkpoint")
-    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    evaluate.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="a run, one of its checkpoints, or a file of 'dist-moe export'"
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     evaluate.set_defaults(run=_run)
 

@@ -1,10 +1,10 @@
 """Checkpoints: complete or invisible, portable between layouts, every file with a digest.
 
     checkpoints/step-00000500/
-        manifest.json             format, step, digests
+        manifest.json             format, step, layout that wrote it, digests, and a digest of itself
         dense.safetensors         "NAME|master", "NAME|exp_avg", ... and "NAME|buffer"
         experts-00001.safetensors "NAME|master|EXPERT", ...: the experts of expert-parallel rank 1
-        trainer.json              step, optimizer's step counter, learning-rate schedule, placements
+        trainer.json              step, optimizer's step counter, learning-rate schedule, validations, placements
 
 Experts are stored one by one under their global id, masters and moments whole and in fp32, so that
 a checkpoint loads at any number of ranks, expert-parallel size and ZeRO stage: with its placements
@@ -18,93 +18,52 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_moe.engine.checkpoint_files import (
-    MANIFEST,
-    Manifest,
-    digest_of,
-    drop_old,
-    partial_directory,
-    publish,
-    step_directory,
-    write_json,
-)
+from dist_moe.engine.checkpoint_files import Manifest, partial_directory, publish, read_manifest
 from dist_moe.engine.checkpoint_reader import BUFFER, CheckpointReader, expert_ids_by_parameter
-from dist_moe.engine.collectives import gather_objects, wait_for_all
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.parameter_state import (
-    MASTER,
-    ParameterState,
-    read_parameter_state,
-    write_parameter_state,
-)
-from dist_moe.engine.placement_state import SavedPlacements, placements_of, restore_placements
+from dist_moe.engine.checkpoint_saver import CheckpointSaver
+from dist_moe.engine.checkpoint_snapshot import DENSE_FILE, TRAINER_FILE, Course, TrainerState
+from dist_moe.engine.parameter_state import MASTER, ParameterState, write_parameter_state
+from dist_moe.engine.placement_state import restore_placements
+from dist_moe.engine.tensor_file import write_tensors
 
-DENSE_FILE = "dense.safetensors"
-TRAINER_FILE = "trainer.json"
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """What a checkpoint holds besides tensors. ``scalars``: the optimizer's, see ParameterState.
-    ``learning_rates``: of its parameter groups, which a schedule sets only at its next step.
-    ``validation_losses``: of the run so far, by step. ``placements``: where experts do not lie in order."""
-
-    step: int
-    scalars: dict[str, float]
-    learning_rates: list[float]
-    lr_scheduler: dict[str, Any] | None
-    validation_losses: dict[str, float] = field(default_factory=dict)
-    placements: SavedPlacements = field(default_factory=dict)
+if TYPE_CHECKING:
+    from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 
 
 def save_checkpoint(
-    engine: ExpertParallelEngine,
-    root: Path,
-    step: int,
-    keep: int,
-    validation_losses: Mapping[int, float] | None = None,
-) -> Path:
-    """Write ``root/step-...`` and drop all but the newest ``keep``. Collective over all ranks.
+    engine: ExpertParallelEngine, root: Path, step: int, keep: int, course: Course | None = None
+) -> None:
+    """Write ``root/step-...``, here and now, and drop all but the newest ``keep``. Collective over all ranks.
 
-    A process that dies meanwhile leaves nothing that counts as a checkpoint. Needs a file system
-    that all ranks share.
+    Raises UserError if it cannot be written.
     """
-    final = step_directory(root, step)
-    partial = partial_directory(final)
-    is_first = engine.process_groups.environment.is_first
-    if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    state = read_parameter_state(engine)
-    wait_for_all()
-    written = _write_experts(engine, state, partial)
-    if is_first:
-        trainer = _trainer_state(engine, state, step, validation_losses or {})
-        written |= _write_dense(engine, state, partial) | _write_trainer(trainer, partial)
-    files = {name: digest for one in gather_objects(written) for name, digest in one.items()}
-    if is_first:
-        publish(partial, final, Manifest(step, files))
-        drop_old(root, keep)
-    wait_for_all()
-    return final
+    saver = CheckpointSaver(engine, in_background=False, failures_allowed=0, say=print)
+    saver.save(root, step, keep, course or Course())
+
+
+def read_trainer_state(directory: Path) -> TrainerState:
+    """Of a verified checkpoint."""
+    return TrainerState(**json.loads((directory / TRAINER_FILE).read_text()))
 
 
 def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerState:
     """Bring masters, optimizer state, buffers and schedule of a verified checkpoint into ``engine``.
 
+    An imported checkpoint has no optimizer state; the optimizer then begins as at the first step of a run.
     Raises UserError if the checkpoint is of another model.
     """
-    trainer = TrainerState(**json.loads((directory / TRAINER_FILE).read_text()))
+    trainer = read_trainer_state(directory)
     reader = CheckpointReader(directory)
     restore_placements(engine.module, trainer.placements)
+    reader.check_states(moments=bool(trainer.scalars))  # it cannot count steps and have no moments
     tensors = {
         name: reader.parameter(name, parameter, expert_ids)
         for name, parameter, expert_ids in expert_ids_by_parameter(engine.module)
@@ -151,56 +110,11 @@ def copy_with_buffers(source: Path, root: Path, buffers: Mapping[str, Tensor]) -
     partial = partial_directory(final)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
-    manifest = Manifest(**json.loads((partial / MANIFEST).read_text()))
+    manifest: Manifest = read_manifest(partial)
     tensors = load_file(partial / DENSE_FILE)
     for name, value in buffers.items():
         key = f"{name}|{BUFFER}"
         tensors[key] = value.to("cpu", tensors[key].dtype).view_as(tensors[key])
-    files = manifest.files | _write_tensors(partial / DENSE_FILE, tensors)
-    publish(partial, final, Manifest(manifest.step, files))
+    files = manifest.files | {DENSE_FILE: write_tensors(partial / DENSE_FILE, tensors)}
+    publish(partial, final, replace(manifest, files=files))
     return final
-
-
-def _write_dense(engine: ExpertParallelEngine, state: ParameterState, directory: Path) -> dict[str, str]:
-    tensors = {
-        f"{name}|{key}": tensor
-        for name, _, expert_ids in expert_ids_by_parameter(engine.module)
-        if expert_ids is None
-        for key, tensor in state.tensors[name].items()
-    }
-    tensors |= {f"{name}|{BUFFER}": buffer for name, buffer in engine.module.named_buffers()}
-    return _write_tensors(directory / DENSE_FILE, tensors)
-
-
-def _write_experts(engine: ExpertParallelEngine, state: ParameterState, directory: Path) -> dict[str, str]:
-    """The experts of this rank, unless another rank speaks for them or the model has none."""
-    groups = engine.process_groups
-    tensors = {
-        f"{name}|{key}|{expert}": tensor[index]
-        for name, _, expert_ids in expert_ids_by_parameter(engine.module)
-        for index, expert in enumerate(expert_ids or ())
-        for key, tensor in state.tensors[name].items()
-    }
-    if not tensors or not groups.is_expert_writer:
-        return {}
-    return _write_tensors(directory / f"experts-{groups.world.rank:05d}.safetensors", tensors)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
-    return {path.name: digest_of(path)}
-
-
-def _trainer_state(
-    engine: ExpertParallelEngine, state: ParameterState, step: int, validation_losses: Mapping[int, float]
-) -> TrainerState:
-    schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
-    learning_rates = [float(group["lr"]) for group in engine.optimizer.param_groups]
-    losses = {str(at): loss for at, loss in validation_losses.items()}
-    return TrainerState(step, state.scalars, learning_rates, schedule, losses, placements_of(engine.module))
-
-
-def _write_trainer(trainer: TrainerState, directory: Path) -> dict[str, str]:
-    path = directory / TRAINER_FILE
-    write_json(path, asdict(trainer))
-    return {path.name: digest_of(path)}

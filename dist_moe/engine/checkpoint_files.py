@@ -9,24 +9,33 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dist_moe.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PREFIX = "step-"
+_OWN_DIGEST = "sha256"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """``files``: sha256 by file name, of every other file of the checkpoint."""
+    """``files``: sha256 by file name, of every other file of the checkpoint. ``layout``: sizes and ZeRO
+    stage of the job that wrote it, which no reader needs."""
 
     step: int
     files: dict[str, str]
+    layout: dict[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def text(self) -> str:
+        """As it stands in the file, with a digest of all the rest."""
+        content = asdict(self)
+        return _json(content | {_OWN_DIGEST: hashlib.sha256(_json(content).encode()).hexdigest()})
 
 
 def checkpoints_of(run_dir: Path) -> Path:
@@ -54,7 +63,7 @@ def complete_directories(root: Path) -> list[Path]:
 
 def publish(partial: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest, flush everything to disk and make the checkpoint visible in one rename."""
-    write_json(partial / MANIFEST, asdict(manifest))
+    (partial / MANIFEST).write_text(manifest.text)
     for path in [*partial.iterdir(), partial]:
         _flush(path)
     shutil.rmtree(final, ignore_errors=True)
@@ -68,24 +77,41 @@ def drop_old(root: Path, keep: int) -> None:
 
 
 def drop_after(root: Path, step: int) -> None:
-    """Drop the checkpoints of steps that a resumed run does again."""
+    """Drop the checkpoints of steps that a resumed run does again, and what a process that died left half written."""
     for directory in complete_directories(root):
         if directory > step_directory(root, step):
             shutil.rmtree(directory)
+    for partial in root.glob(partial_directory(root / f"{_PREFIX}*").name):
+        shutil.rmtree(partial)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """UserError if it cannot be read, is of another format or is not, to the byte, as it was written."""
+    path = directory / MANIFEST
+    try:
+        text = path.read_bytes().decode()
+        content = json.loads(text)
+        version = content["format_version"]
+        if version == FORMAT_VERSION:
+            del content[_OWN_DIGEST]
+            manifest = Manifest(**content)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"checkpoint {directory} has no readable {MANIFEST}: {error}") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint {directory} has format_version={version} in its {MANIFEST}; this version of dist_moe reads "
+            f"and writes {FORMAT_VERSION} only: go on with the version that wrote it, or train anew"
+        )
+    if manifest.text != text:
+        raise UserError(f"checkpoint file {path} is torn or altered: its sha256 is not the one that it names")
+    return manifest
 
 
 def verify_checkpoint(directory: Path) -> Manifest:
     """Compare every file with its digest; UserError names the file that is missing or altered."""
-    path = directory / MANIFEST
-    try:
-        manifest = Manifest(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"checkpoint {directory} has no readable {MANIFEST}: {error}") from error
-    if manifest.format_version != FORMAT_VERSION:
-        raise UserError(
-            f"checkpoint {directory} has format_version={manifest.format_version}; "
-            f"this version of dist_moe reads {FORMAT_VERSION}"
-        )
+    manifest = read_manifest(directory)
+    if directory.name.startswith(_PREFIX) and directory.name != step_directory(directory.parent, manifest.step).name:
+        raise UserError(f"checkpoint {directory} was moved or replaced: its {MANIFEST} is of step {manifest.step}")
     for name, expected in manifest.files.items():
         file = directory / name
         if not file.is_file():
@@ -145,7 +171,11 @@ def digest_of(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(_json(content))
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _flush(path: Path) -> None:

@@ -43,6 +43,14 @@ class CheckpointReader:
             if state not in self._states.setdefault(name, []):
                 self._states[name].append(state)
 
+    def check_states(self, *, moments: bool) -> None:
+        """Raise UserError unless all parameters have the same states, and where ``moments``, more than masters."""
+        states = {name: sorted(of) for name, of in self._states.items() if BUFFER not in of}
+        expected = max(states.values(), key=len, default=[])
+        for name, of in states.items():
+            if of != expected or (moments and len(of) < 2):
+                raise self._misfit(f"{name} has no optimizer state but {of}")
+
     def parameter(self, name: str, like: nn.Parameter, expert_ids: Sequence[int] | None) -> dict[str, Tensor]:
         """Master and optimizer states of a parameter, on its device, with its shape."""
         if name not in self._states:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.engine.checkpoint import save_checkpoint
 from dist_moe.engine.checkpoint_files import best_of, complete_directories, drop_after
+from dist_moe.engine.checkpoint_saver import CheckpointSaver
+from dist_moe.engine.checkpoint_snapshot import Course
 from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.step_window import StepWindow, Sums, add_sums
@@ -36,6 +37,16 @@ class TrainConfig(Settings):
     )
     checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    async_checkpoints: bool = Field(
+        True,
+        description="write checkpoints beside the training, from a copy in host memory (false: the training waits)",
+    )
+    checkpoint_failures_allowed: int = Field(
+        2,
+        ge=0,
+        description="checkpoints in a row that may fail to be written (disk full, read-only) before the run ends; "
+        "a run whose last checkpoint fails always ends with that message",
+    )
     validate_every: int | None = Field(
         None, ge=1, description="steps between two validations (null: at the end of each epoch)"
     )
@@ -72,23 +83,26 @@ class StepLoss:
 class LoopHooks:
     """What the loop calls, on every rank. ``before_step``: with the number of steps done, before each
     training step; ``after_step``: the same after it. ``report``: with the finished steps' records.
-    ``validate``: after that many steps; the loss that counts for patience, the same on every rank."""
+    ``validate``: after that many steps; the loss that counts for patience, the same on every rank.
+    ``say``: with a sentence for the user, on the first rank only."""
 
     loss: Callable[[nn.Module, Any], StepLoss]
     before_step: Callable[[int], None]
     after_step: Callable[[int], None]
     report: Callable[[list[StepRecord]], None]
     validate: Callable[[int], float]
+    say: Callable[[str], None] = print
 
 
 @dataclass(frozen=True)
 class Outcome:
     """``steps``: done in all. ``interrupted``: whether a signal ended the loop. ``best``: the checkpoint
-    of the best validation loss, where patience asks for one."""
+    of the best validation loss, where patience asks for one. ``seconds``: spent training, in all."""
 
     steps: int
     interrupted: bool
     best: Path | None
+    seconds: float = 0.0
 
 
 class TrainingLoop:
@@ -104,7 +118,7 @@ class TrainingLoop:
         steps_per_epoch: int,
         checkpoints: Path,
         seed: int,
-        validation_losses: Mapping[int, float] | None = None,
+        course: Course | None = None,
     ) -> None:
         self._engine = engine
         self._feed = feed
@@ -114,20 +128,43 @@ class TrainingLoop:
         self._validate_every = config.validate_every or steps_per_epoch
         self._checkpoints = checkpoints
         self._seed = seed
-        self._progress = EarlyStopping(config.patience, validation_losses)
+        course = course or Course()
+        self._progress = EarlyStopping(config.patience, course.validation_losses)
+        self._seconds_before = course.seconds
+        self._started = time.monotonic()
+        self._saver = CheckpointSaver(
+            engine,
+            in_background=config.async_checkpoints,
+            failures_allowed=config.checkpoint_failures_allowed,
+            say=hooks.say,
+        )
         self._window = StepWindow()
         self._host_records: list[StepRecord] = []
 
     def run(self, first_step: int, stop: StopRequest) -> Outcome:
         """Train until the last step, until patience ends, or until a rank was asked to stop.
 
-        A checkpoint is written every ``checkpoint_every`` steps and at the end, however it comes.
+        A checkpoint is written every ``checkpoint_every`` steps and at the end, however it comes. Raises
+        UserError where too many of them cannot be written.
         """
         if self._engine.process_groups.environment.is_first:
             # What a resumed run does again, or could not be read; and what another patience once kept.
             drop_after(self._checkpoints, first_step)
             drop_after(best_of(self._checkpoints), first_step if self._config.patience is not None else -1)
-        step, ending, stopping = first_step, self._progress.exhausted, False
+        self._started = time.monotonic()
+        try:
+            step, stopping = self._steps(first_step, stop)
+            self._saver.finish()
+        finally:
+            self._saver.close()
+        best = complete_directories(best_of(self._checkpoints))
+        return Outcome(step, stopping, best[-1] if best else None, self._course.seconds)
+
+    def _steps(self, step: int, stop: StopRequest) -> tuple[int, bool]:
+        """The number of steps done, and whether a rank was asked to stop."""
+        if 0 < step < self._total_steps and step % self._validate_every == 0 and step not in self._progress.losses:
+            self._validate(step)  # the run once ended here, where a longer one validates
+        ending, stopping = self._progress.exhausted, False
         while step < self._total_steps and not (ending or stopping):
             self._train_step(step, stop)
             step += 1
@@ -139,14 +176,17 @@ class TrainingLoop:
             saving = ending or step % self._config.checkpoint_every == 0
             stopping = (saving or step % self._config.log_every == 0) and self._collect() and not ending
             if saving or stopping:
-                keep = self._config.keep_checkpoints
-                save_checkpoint(self._engine, self._checkpoints, step, keep, self._progress.losses)
-        best = complete_directories(best_of(self._checkpoints))
-        return Outcome(step, stopping, best[-1] if best else None)
+                self._saver.save(self._checkpoints, step, self._config.keep_checkpoints, self._course)
+        return step, stopping
+
+    @property
+    def _course(self) -> Course:
+        seconds = self._seconds_before + time.monotonic() - self._started
+        return Course(dict(self._progress.losses), seconds)
 
     def _validate(self, step: int) -> None:
         if self._progress.add(step, self._hooks.validate(step)):
-            save_checkpoint(self._engine, best_of(self._checkpoints), step, keep=1)
+            self._saver.save(best_of(self._checkpoints), step, 1, Course())
 
     def _train_step(self, step: int, stop: StopRequest) -> None:
         started = time.perf_counter()
@@ -162,7 +202,7 @@ class TrainingLoop:
             engine.backward(result.loss)
             engine.step()
             sums.append(result.sums)
-        counts = traffic.counts() | {"stop": stop.signal_number}
+        counts = traffic.counts() | {"stop": stop.signal_number, "writing": int(self._saver.writing)}
         tensors = {name: torch.tensor(count, device=engine.device) for name, count in counts.items()}
         self._window.add(add_sums(sums) | tensors)
         self._host_records.append(
@@ -179,10 +219,13 @@ class TrainingLoop:
         """Report the steps since the last collection; whether any rank was asked to stop."""
         reduced = self._window.reduce()
         stops = [numbers.pop("stop") for numbers in reduced]
+        writers = [numbers.pop("writing") for numbers in reduced]
         records = [host | numbers for host, numbers in zip(self._host_records, reduced, strict=True)]
         self._host_records = []
         if records:
             self._hooks.report(records)
+        if writers and not writers[-1]:
+            self._saver.settle()  # at the same step on all ranks, and nobody waits
         return any(stops)
 
 

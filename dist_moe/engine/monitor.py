@@ -33,6 +33,8 @@ class Monitor:
     def __init__(self, run: RunDirectory, schedule: Schedule, first_step: int) -> None:
         run.forget_metrics_after(first_step)
         self._schedule = schedule
+        self._reported = first_step
+        self._validations: list[dict[str, Any]] = []
         self._metrics = run.metrics.open("a")
         self._board = TensorBoardLog(run.tensorboard, first_step)
         self._progress = ProgressLine(schedule.total_steps, first_step)
@@ -52,13 +54,21 @@ class Monitor:
         for record in records:
             record["epoch"] = record["step"] / self._schedule.steps_per_epoch
             record["examples_per_second"] = self._schedule.batch_size / record.pop("seconds")
-            self._metrics.write(json.dumps(record) + "\n")
+            self._write(record)
             self._board.step(record)
+            self._reported = record["step"]
+            self._write_validations()
         self._metrics.flush()
         self._progress.update(records)
 
     def evaluation(self, part: str, figures: dict[str, Any], step: int) -> None:
-        """Show the figures of an evaluation on ``part`` (validation, test) after ``step`` steps."""
+        """Show the figures of an evaluation on ``part`` (validation, test) after ``step`` steps.
+
+        A validation's follow the record of their step in metrics.jsonl, as {"step": .., "validation": {..}}.
+        """
+        if part == "validation":
+            self._validations.append({"step": step, "validation": figures})
+            self._write_validations()
         self._board.evaluation(part, figures, step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float))
         self._progress.say(f"{part} after step {step}: {shown}")
@@ -89,3 +99,11 @@ class Monitor:
 
     def say(self, text: str) -> None:
         self._progress.say(text)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(record) + "\n")
+
+    def _write_validations(self) -> None:
+        """Those of steps that are reported: a validation comes before the records of its window of steps do."""
+        while self._validations and self._validations[0]["step"] <= self._reported:
+            self._write(self._validations.pop(0))

@@ -8,13 +8,15 @@ parameter by parameter.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.sharded_parameters import gather_kept, own_slice
+
+if TYPE_CHECKING:
+    from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 
 MASTER = "master"
 

@@ -2,7 +2,7 @@
 
 config.yaml         the resolved configuration
 environment.json    versions, machine, command line
-metrics.jsonl       one object per step
+metrics.jsonl       one object per step, and {"step": .., "validation": {..}} after a step that was validated
 tensorboard/        the same and more, to look at
 checkpoints/        see checkpoint.py
 summary.json        test figures, beside those of simple predictors

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.data.batches import ShuffledFeed
+from dist_moe.engine.checkpoint import read_trainer_state
 from dist_moe.engine.checkpoint_files import newest_good_checkpoint
 from dist_moe.engine.deepspeed_config import complete_deepspeed_section
 from dist_moe.engine.launch_environment import LaunchEnvironment
@@ -64,6 +65,9 @@ def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> TrainingPlan:
     _check_same_run(load_config(run.config), config)
     checkpoint, faults = newest_good_checkpoint(run_dir)
     warnings = tuple(f"warning: {fault}; going on from {checkpoint.name} instead" for fault in faults)
+    imported_from = read_trainer_state(checkpoint).imported_from
+    if imported_from is not None:
+        warnings += (f"{checkpoint.name} is imported from {imported_from}: the optimizer begins without moments",)
     return _plan(config, run, environment, checkpoint, warnings)
 
 

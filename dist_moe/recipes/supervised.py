@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.engine.checkpoint import TrainerState, load_checkpoint, load_model, load_weights
-from dist_moe.engine.checkpoint_files import checkpoints_of, tested_checkpoint, write_json
+from dist_moe.engine.checkpoint import TrainerState, load_checkpoint, load_weights
+from dist_moe.engine.checkpoint_files import checkpoints_of, write_json
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.host_memory import keep_freed_memory
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.loop import LoopHooks, Outcome, TrainingLoop
 from dist_moe.engine.process_groups import ProcessGroups, process_groups
-from dist_moe.engine.run_directory import RunDirectory
 from dist_moe.engine.stop_request import StopRequest, stop_requests
 from dist_moe.models import MoEModel
-from dist_moe.recipes.config import RunConfig, load_config
+from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.evaluation import evaluate
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.objective import WeightedObjective
@@ -30,6 +28,7 @@ from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.problems import open_problem
 from dist_moe.recipes.report import Reporter, figures_table, predictor_rows
 from dist_moe.recipes.swap import search_swaps
+from dist_moe.recipes.weights import find_weights
 
 OnValidation = Callable[[int, float], bool]
 """Called after each validation with (steps done, validation loss); True gives the run up."""
@@ -76,12 +75,11 @@ def _train(
     first_step = resumed.step if resumed else 0
     weights = plan.config.task_weights
     with Reporter(plan, engine, first_step) as reporter:
-        started = time.monotonic()
         outcome = _loop(plan, engine, reporter, resumed, on_validation).run(first_step, stop)
         course = {
             "steps": outcome.steps,
             "first_step": first_step,
-            "training_seconds": time.monotonic() - started,
+            "training_seconds": outcome.seconds,
         }
         if outcome.interrupted:
             reporter.say(f"stopped after step {outcome.steps}; go on with: dist-moe train --resume {plan.run.root}")
@@ -109,26 +107,24 @@ class TrainedRun:
 
 @contextmanager
 def trained_run(run_dir: Path) -> Iterator[TrainedRun]:
-    """Open a run at any number of ranks: its best checkpoint where patience kept one, else its newest.
+    """Open a run, a checkpoint or an exported file at any number of ranks; see :func:`find_weights`.
 
-    Collective. Raises UserError if the run or that checkpoint is not intact.
+    Collective. Raises UserError if it is not intact.
     """
     environment = LaunchEnvironment.read()
-    run = RunDirectory(run_dir)
-    run.check_exists()
-    config = load_config(run.config)
-    checkpoint = tested_checkpoint(run_dir)
+    weights = find_weights(run_dir)
+    config = weights.config
     problem = open_problem(config, progress=environment.is_first)
     with process_groups(environment, config.parallel.fitting(environment.world_size)) as groups:
         model = build_model(config, problem, groups.world).to(groups.device)
-        load_model(model, checkpoint)
-        yield TrainedRun(config, problem, model, checkpoint, groups)
+        weights.load(model)
+        yield TrainedRun(config, problem, model, weights.path, groups)
 
 
 def evaluate_run(run_dir: Path) -> dict[str, Any]:
-    """Test figures of a run from its checkpoint, at any number of ranks. Collective.
+    """Test figures of a run, a checkpoint or an exported file, at any number of ranks. Collective.
 
-    Raises UserError if the run or its checkpoint is not intact.
+    Raises UserError if it is not intact.
     """
     with trained_run(run_dir) as run:
         weights = run.config.task_weights
@@ -176,6 +172,7 @@ def _loop(
         after_step=after_step,
         report=mover.report,
         validate=validate,
+        say=reporter.say,
     )
     return TrainingLoop(
         engine,
@@ -185,7 +182,7 @@ def _loop(
         steps_per_epoch=plan.feed.steps_per_epoch,
         checkpoints=checkpoints_of(plan.run.root),
         seed=config.seed,
-        validation_losses={int(step): loss for step, loss in (resumed.validation_losses if resumed else {}).items()},
+        course=resumed.course if resumed else None,
     )
 
 

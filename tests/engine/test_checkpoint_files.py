@@ -151,7 +151,7 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
             find(tmp_path)
 
 
-@pytest.mark.parametrize("last_call", ["write_json", "_flush", "os.rename"])
+@pytest.mark.parametrize("last_call", ["_json", "_flush", "os.rename"])
 def test_a_process_that_dies_leaves_the_older_one(tmp_path: Path, last_call: str) -> None:
     """It is killed at the first such call while it publishes step 2."""
     root = checkpoints_of(tmp_path)

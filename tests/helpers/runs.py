@@ -62,6 +62,16 @@ def train_all(config: Path, run_dirs: dict[str, list[str]]) -> None:
 
 
 def records_of(run_dir: Path) -> list[dict[str, Any]]:
+    """One per step."""
+    return [record for record in _lines_of(run_dir) if "validation" not in record]
+
+
+def validations_of(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """The figures of each validation, by step, in the order of the file."""
+    return {record["step"]: record["validation"] for record in _lines_of(run_dir) if "validation" in record}
+
+
+def _lines_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
