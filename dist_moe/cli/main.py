@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"dist-moe: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -71,6 +71,12 @@ REFUSALS = (
     ),
     Refusal("zero_optimization.legacy_stage1", _is_on, "DeepSpeed has dropped it; leave it out"),
     Refusal("zero_optimization.zenflow", _is_set, "ZenFlow needs offload, which is not supported yet; leave it out"),
+    Refusal("zero_optimization.compute_grad_norm", _is_false, "the training loop relies on it; leave it out (true)"),
+    Refusal(
+        "bf16.check_grad_overflow",
+        _is_false,
+        "a step whose gradient is not finite would then be taken; leave it out (true)",
+    ),
     Refusal("prescale_gradients", _is_on, "experts are averaged without it; leave it out"),
     Refusal("gradient_predivide_factor", lambda v: v != 1, "experts are averaged without it; leave it out"),
     Refusal("wall_clock_breakdown", _is_on, "its timers do not see the model's outputs; leave it out"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +17,10 @@ from dist_moe.engine.checkpoint import save_checkpoint
 from dist_moe.engine.checkpoint_files import best_of, complete_directories, drop_after
 from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+from dist_moe.engine.nonfinite import SkippedSteps, diverged
 from dist_moe.engine.step_window import StepWindow, Sums, add_sums
 from dist_moe.engine.stop_request import StopRequest
+from dist_moe.errors import DivergedError
 from dist_moe.settings import Settings
 
 StepRecord = dict[str, Any]
@@ -45,6 +48,13 @@ class TrainConfig(Settings):
         ge=1,
         description="stop after this many validations without a better loss, and test the best weights "
         "(null: train to the end and test the last weights); a resumed run counts the validations before it too",
+    )
+
+    max_skipped_steps: int = Field(
+        10,
+        ge=1,
+        description="training ends with an error after this many steps in a row whose loss or gradient is not finite; "
+        "each of them is skipped on all ranks and recorded as skipped=1",
     )
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -115,6 +125,7 @@ class TrainingLoop:
         self._checkpoints = checkpoints
         self._seed = seed
         self._progress = EarlyStopping(config.patience, validation_losses)
+        self._skipped = SkippedSteps(config.max_skipped_steps)
         self._window = StepWindow()
         self._host_records: list[StepRecord] = []
 
@@ -173,10 +184,25 @@ class TrainingLoop:
                 "step": step + 1,
                 "lr": lr,
                 "grad_norm": engine.grad_norm,
+                "skipped": float(engine.step_was_skipped),
                 "seconds": time.perf_counter() - started,
             }
         )
         self._hooks.after_step(step + 1)
+        if self._skipped.add(engine.step_was_skipped):
+            self._collect()
+            raise self._diverged(step)
+
+    def _diverged(self, step: int) -> DivergedError:
+        engine, rank = self._engine, self._engine.process_groups.environment.rank
+
+        def compute(batch: Any) -> tuple[Tensor, Sums]:
+            result = self._hooks.loss(engine, batch)
+            return result.loss, result.sums
+
+        seed_step(self._seed, step, rank)
+        micro_batches = [partial(compute, batch) for batch in self._feed.micro_batches(step)]
+        return diverged(engine.module, micro_batches, rank, step + 1, self._config.max_skipped_steps)
 
     def _collect(self) -> bool:
         """Report the steps since the last collection; whether any rank was asked to stop."""

@@ -28,6 +28,7 @@ _TAGS = {
     "examples_per_second": "speed/examples_per_second",
     "lr": "optimizer/lr",
     "grad_norm": "optimizer/grad_norm",
+    "skipped": "optimizer/skipped",
 }
 
 

@@ -163,7 +163,10 @@ def _loop(
         model.table.begin_step()
 
     def after_step(step: int) -> None:
-        model.moe.end_step()
+        if engine.step_was_skipped:
+            model.moe.drop_step()
+        else:
+            model.moe.end_step()
         search = config.swap_search
         if search is not None and not model.table.learning and search.due(step, plan.feed.steps_per_epoch):
             reporter.swaps(search_swaps(problem, model, search, config.task_weights, groups.environment), step)
