@@ -47,6 +47,8 @@ def train(
         command += ["--run-dir", run_dir]
     if config:
         command.append(config)
+        if max_retries:
+            command.append("--auto-resume")
     return ddp(
         *command,
         *overrides,

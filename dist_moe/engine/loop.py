@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dist_moe.engine.activity import ACTIVITY
 from dist_moe.engine.checkpoint import save_checkpoint
 from dist_moe.engine.checkpoint_files import best_of, complete_directories, drop_after
 from dist_moe.engine.early_stopping import EarlyStopping
@@ -150,17 +151,21 @@ class TrainingLoop:
             saving = ending or step % self._config.checkpoint_every == 0
             stopping = (saving or step % self._config.log_every == 0) and self._collect() and not ending
             if saving or stopping:
+                ACTIVITY.enter("checkpoint")
                 keep = self._config.keep_checkpoints
                 save_checkpoint(self._engine, self._checkpoints, step, keep, self._progress.losses)
         best = complete_directories(best_of(self._checkpoints))
         return Outcome(step, stopping, best[-1] if best else None)
 
     def _validate(self, step: int) -> None:
+        ACTIVITY.enter("evaluation")
         if self._progress.add(step, self._hooks.validate(step)):
+            ACTIVITY.enter("checkpoint")
             save_checkpoint(self._engine, best_of(self._checkpoints), step, keep=1)
 
     def _train_step(self, step: int, stop: StopRequest) -> None:
         started = time.perf_counter()
+        ACTIVITY.enter("data", step + 1)
         engine = self._engine
         engine.train()
         seed_step(self._seed, step, engine.process_groups.environment.rank)
@@ -169,8 +174,11 @@ class TrainingLoop:
         traffic.reset()
         sums, lr = [], engine.get_lr()[0]
         for batch in self._feed.micro_batches(step):
+            ACTIVITY.enter("forward")
             result = self._hooks.loss(engine, batch)
+            ACTIVITY.enter("backward")
             engine.backward(result.loss)
+            ACTIVITY.enter("optimizer")
             engine.step()
             sums.append(result.sums)
         counts = {
@@ -206,6 +214,7 @@ class TrainingLoop:
 
     def _collect(self) -> bool:
         """Report the steps since the last collection; whether any rank was asked to stop."""
+        ACTIVITY.enter("collection of metrics")
         reduced = self._window.reduce()
         stops = [numbers.pop("stop") for numbers in reduced]
         records = [host | numbers for host, numbers in zip(self._host_records, reduced, strict=True)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_moe.engine.activity import ACTIVITY
 from dist_moe.engine.checkpoint import TrainerState, load_checkpoint, load_model
 from dist_moe.engine.checkpoint_files import checkpoints_of, tested_checkpoint, write_json
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
@@ -20,12 +21,13 @@ from dist_moe.engine.loop import LoopHooks, Outcome, TrainingLoop
 from dist_moe.engine.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.run_directory import RunDirectory
 from dist_moe.engine.stop_request import StopRequest, stop_requests
+from dist_moe.engine.watchdog import watchdog
 from dist_moe.models import MoEModel
 from dist_moe.recipes.config import RunConfig, load_config
 from dist_moe.recipes.evaluation import evaluate
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.objective import WeightedObjective
-from dist_moe.recipes.plan import TrainingPlan
+from dist_moe.recipes.plan import TrainingPlan, agree_on_start
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.problems import open_problem
 from dist_moe.recipes.report import Reporter, figures_table, predictor_rows
@@ -49,8 +51,9 @@ def train(plan: TrainingPlan, on_validation: OnValidation | None = None) -> int:
         plan.run.create()
         if plan.checkpoint is None:
             plan.run.describe(plan.config.plain(), plan.environment)
-    with stop_requests() as stop, process_groups(plan.environment, plan.config.parallel) as groups:
-        return train_in_groups(plan, groups, stop, on_validation)
+    # A signal while the groups open ends the process at once: there is nothing to save, and perhaps a dead peer.
+    with process_groups(plan.environment, plan.config.parallel) as groups, stop_requests() as stop:
+        return train_in_groups(agree_on_start(plan), groups, stop, on_validation)
 
 
 def train_in_groups(
@@ -60,7 +63,8 @@ def train_in_groups(
     model = build_model(plan.config, plan.problem, groups.world)
     engine = ExpertParallelEngine(model, plan.deepspeed, groups)
     try:
-        return _train(plan, engine, stop, on_validation)
+        with watchdog(plan.run.root, plan.environment, plan.config.parallel):
+            return _train(plan, engine, stop, on_validation)
     finally:
         engine.destroy()  # else its hooks keep it, the model and the groups' threads alive
 
@@ -87,6 +91,7 @@ def _train(
             reporter.say(f"stopped after step {outcome.steps}; go on with: dist-moe train --resume {plan.run.root}")
             return 128 + (stop.signal_number or signal.SIGTERM)
         tested_step = _take_best(model, outcome, reporter)
+        ACTIVITY.enter("evaluation")
         reporter.say("evaluating on the validation and test examples ...")
         val = evaluate(plan.problem, model, plan.problem.val, weights, groups)
         test = evaluate(plan.problem, model, plan.problem.test, weights, groups)
@@ -169,6 +174,7 @@ def _loop(
             model.moe.end_step()
         search = config.swap_search
         if search is not None and not model.table.learning and search.due(step, plan.feed.steps_per_epoch):
+            ACTIVITY.enter("swap search")
             reporter.swaps(search_swaps(problem, model, search, config.task_weights, groups.environment), step)
 
     shares = plan.environment.world_size * plan.accumulation

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_moe.data.batches import shard_batches
+from dist_moe.engine.activity import ACTIVITY
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.models import MoEModel
 from dist_moe.recipes.problem import Problem
@@ -48,6 +49,7 @@ def search_swaps(
     ]
 
     def loss(batch: Any) -> Tensor:
+        ACTIVITY.beat()
         return problem.weighted(problem.task_losses(model(*batch.inputs), batch), weights)
 
     model.table.begin_evaluation()
