@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dist_moe.cli import config, data, evaluate, search, sweep, train
+from dist_moe.cli import config, data, evaluate, plan, search, sweep, train
 from dist_moe.errors import UserError
 
-COMMANDS = (train, evaluate, search, config, data, sweep)
+COMMANDS = (train, evaluate, search, plan, config, data, sweep)
 
 
 def console_script() -> None:

@@ -147,7 +147,7 @@ def check_deepspeed_section(section: DeepSpeedSection, batch_size: int, world_si
     _check_mappings(section)
     _check_batch(section, batch_size, world_size)
     _check_by_deepspeed(section)
-    _check_schedule(section, _check_optimizer(section))
+    _check_schedule(section, optimizer_on_one_number(section))
 
 
 def _check_spelling(section: DeepSpeedSection) -> None:
@@ -198,8 +198,8 @@ def _check_batch(section: DeepSpeedSection, batch_size: int, world_size: int) ->
         )
 
 
-def _check_optimizer(section: DeepSpeedSection) -> torch.optim.Optimizer:
-    """Build the optimizer on one number: what is wrong with its parameters shows here."""
+def optimizer_on_one_number(section: DeepSpeedSection) -> torch.optim.Optimizer:
+    """The optimizer, over a single parameter: UserError for what is wrong with its own parameters."""
     name, params = section["optimizer"]["type"], section["optimizer"].get("params", {})
     canonical = {"adam": "AdamW", "adamw": "AdamW"}.get(name.lower(), name)
     kind = getattr(torch.optim, canonical, None)
