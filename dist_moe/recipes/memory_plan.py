@@ -208,24 +208,24 @@ def _load(
 
 
 def _bytes_per_token(model: MoEModel, config: RunConfig, sent: int, received: int, size: int) -> tuple[int, int]:
-    """Of the exchange, there and back and for both passes; and of everything else."""
+    """Of the exchange, there and back; and of everything else, the gradients of the experts' rows included."""
     bank, width = model.moe.experts, _bytes_per_parameter(config)
     rows_in = bank.dim * (sent + (2 * received if size > 1 else 0))
-    rows_out = bank.out_dim * (sent + (received if size > 1 else 0))
-    dispatch = width * 2 * (rows_in + rows_out)
+    rows_out = bank.out_dim * (sent + received) if size > 1 else 0
+    dispatch = width * (rows_in + rows_out)
     gates = [gate for gate in model.moe.gates if isinstance(gate, Gate)]
     gating = _FP32 * _GATE_TENSORS * sum(gate.num_branches * gate.num_experts for gate in gates)
     pairs = sent * (4 * _INT64 + _FP32 * len(gates))
     experts = width * received * _elements_per_row(bank)
     heads = sum(m.out_features for m in model.modules() if isinstance(m, nn.Linear))
-    around = width * (2 * bank.dim + 2 * len(gates) * bank.out_dim + 2 * heads)
+    around = width * (bank.dim + len(gates) * bank.out_dim + heads)
     return dispatch, gating + pairs + experts + around
 
 
 def _elements_per_row(bank: ExpertBank) -> int:
-    """What a bank keeps of one row for its backward pass."""
+    """What a bank keeps of one row for its backward pass, and the two gradients that exist beside it there."""
     if isinstance(bank, DenseReLUBank):
-        return bank.out_dim * (3 if bank.dropout else 2)
+        return bank.out_dim * (5 if bank.dropout else 3)
     if isinstance(bank, ConvBank):
         first, second = (int(bias.shape[1]) for bias in (bank.conv1_bias, bank.conv2_bias))
         side = bank.side - 4

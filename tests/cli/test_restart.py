@@ -144,3 +144,25 @@ def test_a_rank_whose_launcher_is_killed_ends(config: Path, tmp_path: Path) -> N
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.communicate()
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost(config: Path, tmp_path: Path) -> None:
+    """Two launchers of one rank each, one of which is killed: the other goes on alone, with all experts."""
+    run, port = tmp_path / "run", free_port()
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
+    meeting += ["--rdzv-conf", "last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=3"]
+    launch = ["torchrun", "--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 5, *meeting]
+    launch += ["--local-addr", "127.0.0.1", "--monitor-interval", 0.1, "-m", "dist_moe"]
+    train = command(config, run, 2, "parallel.elastic=true", "train.max_steps=200", "train.checkpoint_every=20")
+    first = start(*launch, *train)
+    time.sleep(2)  # so that the first one hosts the meeting point
+    second = start(*launch, *train)
+    wait_for_steps(run, 30, first)
+    second.kill()
+    second.communicate()
+    outcome = finish(first)
+    assert outcome.code == 0, outcome.err
+    assert "4 experts over 2 of 2 rank(s)" in outcome.err
+    assert "4 experts over 1 of 1 rank(s)" in outcome.err
+    assert [record["step"] for record in records_of(run)] == list(range(1, 201))

@@ -16,8 +16,10 @@ from dist_moe.cli.main import main
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.activity import Activity
 from dist_moe.engine.heartbeats import Heartbeat, Observer, Process, read_heartbeat, write_heartbeat
+from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.engine.stall_verdict import Sighting, Verdict, judge
 from dist_moe.engine.watchdog import EXIT_STALLED
+from dist_moe.errors import UserError
 from dist_moe.recipes import evaluation
 from dist_moe.recipes.recommender import RecommenderProblem
 from tests.helpers.commands import run_here
@@ -213,3 +215,10 @@ def test_another_process_of_the_same_pid_is_not_taken_for_it() -> None:
     assert here.state().startswith("R")
     assert not Process(here.pid, here.machine, here.started + 1).is_here()
     assert not Process(here.pid, "elsewhere", here.started).is_here()
+
+
+def test_the_limit_lies_below_the_timeout_of_collectives() -> None:
+    assert ParallelConfig(timeout_s=100).stall_limit_s == 50
+    assert ParallelConfig(stall_s=0).stall_limit_s == 0
+    with pytest.raises(UserError, match=r"parallel.stall_s=100 must be below parallel.timeout_s=100"):
+        ParallelConfig(timeout_s=100, stall_s=100).check(1, 4)

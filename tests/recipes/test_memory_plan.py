@@ -100,7 +100,7 @@ def test_parameters_masters_and_optimizer_are_exact(config: Path, tmp_path: Path
             planned = Held(state.dense_parameters + state.expert_parameters, state.masters, state.optimizer)
             assert planned == measured, (rank, case)
             padded += state.padding
-    assert padded > 0
+    assert (padded > 0) == (ranks > 1)  # the numbers of elements are even
 
 
 def plan_of(config: Path, ranks: int, *settings: str, memory: int | None = None) -> MemoryPlan:
@@ -131,7 +131,7 @@ def test_activations_are_near_the_measured_peak(config: Path, tmp_path: Path, ga
     settings = [f"model.gate={gate}", "train.batch_size=2048", "model.embedding_dim=32", "model.expert_units=64"]
     ((peak, experts_per_token),) = on_ranks(1, peak_of_a_step, config, str(tmp_path / "run"), settings)
     plan = plan_of(config, 1, *settings)
-    (load,) = [load for load in plan.loads[::2] if load.experts_per_token == experts_per_token] or plan.loads[2:]
+    load = next((load for load in plan.loads if load.experts_per_token == experts_per_token), plan.loads[2])
     planned = load.activations + plan.states[0].gradients
     assert 1 / FACTOR < planned / peak < FACTOR
 
@@ -158,7 +158,7 @@ def test_the_largest_batch_fits_and_no_larger_one(config: Path) -> None:
 
 
 def test_higher_stages_hold_less(config: Path) -> None:
-    states = plan_of(config, 2, "deepspeed.zero_optimization={stage: 1, reduce_bucket_size: 0}").states
+    states = plan_of(config, 2, "deepspeed.zero_optimization={stage: 1, reduce_bucket_size: 1}").states
     assert states[0].optimizer > states[1].optimizer == states[2].optimizer
     assert states[1].gradients > states[2].gradients
     assert states[2].dense_parameters > states[3].dense_parameters
