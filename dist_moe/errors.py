@@ -1,9 +1,17 @@
-"""The one exception that means: the person who started this can mend it."""
+"""The exceptions that mean: the person who started this can mend it."""
 
 
 class UserError(Exception):
     """A mistake in what the user gave: configuration, data, checkpoint or command line.
 
     The message names the field, the value and the remedy. The command line prints it
-    without a traceback and exits with code 2.
+    without a traceback and exits with ``exit_code``.
     """
+
+    exit_code = 2
+
+
+class DivergedError(UserError):
+    """Training gave no finite loss or gradient any more, for too many steps in a row."""
+
+    exit_code = 3

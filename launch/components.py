@@ -38,7 +38,7 @@ def train(
         cpus: CPU cores of each machine
         memory_mb: memory of each machine in MB
         image: container image, for the schedulers that need one
-        max_retries: times a failed job is started again
+        max_retries: times a failed job is started again; above 0 the run goes on by itself (--auto-resume)
     """
     command = ["train"]
     if resume:
@@ -47,6 +47,8 @@ def train(
         command += ["--run-dir", run_dir]
     if config:
         command.append(config)
+        if max_retries:
+            command.append("--auto-resume")
     return ddp(
         *command,
         *overrides,

@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dist_moe.cli import config, data, evaluate, export, import_, inspect, reshard, search, sweep, train
+from dist_moe.cli import config, data, evaluate, export, import_, inspect, plan, reshard, search, sweep, train
 from dist_moe.errors import UserError
 
-COMMANDS = (train, evaluate, search, config, data, sweep, inspect, export, import_, reshard)
+COMMANDS = (train, evaluate, search, sweep, plan, config, data, inspect, export, import_, reshard)
 
 
 def console_script() -> None:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"dist-moe: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -26,7 +26,9 @@ TorchX:            torchx run -s local_cwd --wait --log launch/components.py:tra
 
 The same configuration and seed give the same result in all four ways. On SIGTERM or Ctrl-C the run
 writes a checkpoint and ends with code 128 + signal; 'dist-moe train --resume RUN_DIR' goes on as if
-nothing had happened. Exit code 2: something in what you gave is wrong, and the message says what.
+nothing had happened. Exit code 2: something in what you gave is wrong, and the message says what;
+3: no finite loss any more; 4: a rank stalled. With --auto-resume the same command goes on with its
+run whenever it is started again (torchrun --max-restarts, Slurm's --requeue): docs/faults.md.
 """
 
 
@@ -43,12 +45,17 @@ def add_to(commands: Commands) -> None:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="fields to set differently")
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="where to write (default: runs/CONFIG)")
     train.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with this run instead")
+    train.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="go on with the run in --run-dir if it holds one: for launchers that start the same command again",
+    )
     train.add_argument("--data-root", type=Path, metavar="DIR", help="the data's original files (data.root)")
     train.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.recipes.plan import plan_new_run, plan_resumed_run
+    from dist_moe.recipes.plan import plan_new_run, plan_restartable_run, plan_resumed_run
     from dist_moe.recipes.supervised import train
 
     overrides = list(options.overrides)
@@ -59,8 +66,11 @@ def _run(options: argparse.Namespace) -> int:
             raise UserError("--resume names the run directory already; leave --run-dir out")
         if options.config is not None:
             overrides.insert(0, str(options.config))
+        if options.auto_resume:
+            raise UserError("--resume goes on with a run already; leave --auto-resume out")
         return train(plan_resumed_run(options.resume, overrides))
     if options.config is None:
         raise UserError("name a configuration (see configs/), or a run with --resume")
     run_dir = options.run_dir or Path("runs") / options.config.stem
-    return train(plan_new_run(options.config, overrides, run_dir))
+    plan = plan_restartable_run if options.auto_resume else plan_new_run
+    return train(plan(options.config, overrides, run_dir))

@@ -171,7 +171,14 @@ def digest_of(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(_json(content))
+    replace_text(path, _json(content))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file at once: who is killed meanwhile leaves the old one, or none."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _json(content: Any) -> str:

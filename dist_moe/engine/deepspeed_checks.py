@@ -103,7 +103,12 @@ REFUSALS = (
     ),
     Refusal("compile.deepcompile", _is_on, "it compiles passes of its own on first use; leave it out"),
     Refusal("zero_optimization.legacy_stage1", _is_on, "DeepSpeed has dropped it; leave it out"),
-    Refusal("zero_optimization.zenflow", _is_set, "it updates some gradients late and experts wrongly; leave it out"),
+    Refusal("zero_optimization.zenflow", _is_set, "it applies some gradients late; leave it out"),
+    Refusal(
+        "bf16.check_grad_overflow",
+        _is_false,
+        "a step whose gradient is not finite would then be taken; leave it out (true)",
+    ),
     Refusal("prescale_gradients", _is_on, "experts are averaged without it; leave it out"),
     Refusal("gradient_predivide_factor", lambda v: v != 1, "experts are averaged without it; leave it out"),
     Refusal("wall_clock_breakdown", _is_on, "its timers do not see the model's outputs; leave it out"),
@@ -175,7 +180,7 @@ def check_deepspeed_section(section: DeepSpeedSection, batch_size: int, world_si
     _check_mappings(section)
     _check_batch(section, batch_size, world_size)
     _check_by_deepspeed(section)
-    _check_schedule(section, _check_optimizer(section))
+    _check_schedule(section, optimizer_on_one_number(section))
 
 
 def _check_spelling(section: DeepSpeedSection) -> None:
@@ -247,8 +252,8 @@ def _check_batch(section: DeepSpeedSection, batch_size: int, world_size: int) ->
         )
 
 
-def _check_optimizer(section: DeepSpeedSection) -> torch.optim.Optimizer:
-    """Build the optimizer on one number: what is wrong with its parameters shows here."""
+def optimizer_on_one_number(section: DeepSpeedSection) -> torch.optim.Optimizer:
+    """The optimizer, over a single parameter: UserError for what is wrong with its own parameters."""
     name, params = section["optimizer"]["type"], section["optimizer"].get("params", {})
     canonical = {"adam": "AdamW", "adamw": "AdamW"}.get(name.lower(), name)
     kind = getattr(torch.optim, canonical, None)

@@ -8,6 +8,7 @@ gradient of the mean over ranks of the ranks' losses.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         """Norm of all gradients of the last step, dense and expert, before clipping."""
         return float(self.get_global_grad_norm())
 
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was left out because a gradient was not finite, which all ranks know alike."""
+        return not math.isfinite(self.grad_norm)
+
     def _configure_distributed_model(self, model: nn.Module) -> None:
         self.has_moe_layers = True
         super()._configure_distributed_model(model)
@@ -96,7 +102,18 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if not self.zero_optimization():
             self._global_grad_norm = global_grad_norm(self.module, self.process_groups)
+            if self.step_was_skipped and self.torch_autocast_z0_gradscaler is None:
+                self._leave_out_step()
+                return
         super()._take_model_step(lr_kwargs)
+
+    def _leave_out_step(self) -> None:
+        """What DeepSpeed does at ZeRO stages 1 and 2 when the norm is not finite, here for stage 0."""
+        self.zero_grad()
+        self.losses = None
+        self.skipped_steps += 1
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
 
     def clip_fp32_gradients(self) -> None:
         scale = (self.gradient_clipping() / (self._global_grad_norm + 1e-6)).clamp(max=1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +13,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dist_moe.engine.activity import ACTIVITY
 from dist_moe.engine.checkpoint_files import best_of, complete_directories, drop_after
 from dist_moe.engine.checkpoint_saver import CheckpointSaver
 from dist_moe.engine.checkpoint_snapshot import Course
 from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+from dist_moe.engine.nonfinite import SkippedSteps, diverged
 from dist_moe.engine.step_window import StepWindow, Sums, add_sums
 from dist_moe.engine.stop_request import StopRequest
+from dist_moe.errors import DivergedError
 from dist_moe.settings import Settings
 
 StepRecord = dict[str, Any]
@@ -56,6 +60,13 @@ class TrainConfig(Settings):
         ge=1,
         description="stop after this many validations without a better loss, and test the best weights "
         "(null: train to the end and test the last weights); a resumed run counts the validations before it too",
+    )
+
+    max_skipped_steps: int = Field(
+        10,
+        ge=1,
+        description="training ends with an error after this many steps in a row whose loss or gradient is not finite; "
+        "each of them is skipped on all ranks and recorded as skipped=1",
     )
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -130,6 +141,7 @@ class TrainingLoop:
         self._seed = seed
         course = course or Course()
         self._progress = EarlyStopping(config.patience, course.validation_losses)
+        self._skipped = SkippedSteps(config.max_skipped_steps)
         self._seconds_before = course.seconds
         self._started = time.monotonic()
         self._saver = CheckpointSaver(
@@ -176,6 +188,7 @@ class TrainingLoop:
             saving = ending or step % self._config.checkpoint_every == 0
             stopping = (saving or step % self._config.log_every == 0) and self._collect() and not ending
             if saving or stopping:
+                ACTIVITY.enter("checkpoint")
                 self._saver.save(self._checkpoints, step, self._config.keep_checkpoints, self._course)
         return step, stopping
 
@@ -185,11 +198,14 @@ class TrainingLoop:
         return Course(dict(self._progress.losses), seconds)
 
     def _validate(self, step: int) -> None:
+        ACTIVITY.enter("evaluation")
         if self._progress.add(step, self._hooks.validate(step)):
+            ACTIVITY.enter("checkpoint")
             self._saver.save(best_of(self._checkpoints), step, 1, Course())
 
     def _train_step(self, step: int, stop: StopRequest) -> None:
         started = time.perf_counter()
+        ACTIVITY.enter("data", step + 1)
         engine = self._engine
         engine.train()
         seed_step(self._seed, step, engine.process_groups.environment.rank)
@@ -198,8 +214,11 @@ class TrainingLoop:
         traffic.reset()
         sums, lr = [], engine.get_lr()[0]
         for batch in self._feed.micro_batches(step):
+            ACTIVITY.enter("forward")
             result = self._hooks.loss(engine, batch)
+            ACTIVITY.enter("backward")
             engine.backward(result.loss)
+            ACTIVITY.enter("optimizer")
             engine.step()
             sums.append(result.sums)
         counts = traffic.counts() | {"stop": stop.signal_number, "writing": int(self._saver.writing)}
@@ -210,13 +229,29 @@ class TrainingLoop:
                 "step": step + 1,
                 "lr": lr,
                 "grad_norm": engine.grad_norm,
+                "skipped": float(engine.step_was_skipped),
                 "seconds": time.perf_counter() - started,
             }
         )
         self._hooks.after_step(step + 1)
+        if self._skipped.add(engine.step_was_skipped):
+            self._collect()
+            raise self._diverged(step)
+
+    def _diverged(self, step: int) -> DivergedError:
+        engine, rank = self._engine, self._engine.process_groups.environment.rank
+
+        def compute(batch: Any) -> tuple[Tensor, Sums]:
+            result = self._hooks.loss(engine, batch)
+            return result.loss, result.sums
+
+        seed_step(self._seed, step, rank)
+        micro_batches = [partial(compute, batch) for batch in self._feed.micro_batches(step)]
+        return diverged(engine.module, micro_batches, rank, step + 1, self._config.max_skipped_steps)
 
     def _collect(self) -> bool:
         """Report the steps since the last collection; whether any rank was asked to stop."""
+        ACTIVITY.enter("collection of metrics")
         reduced = self._window.reduce()
         stops = [numbers.pop("stop") for numbers in reduced]
         writers = [numbers.pop("writing") for numbers in reduced]

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from pydantic import Field
+from torch.distributed.rendezvous import rendezvous
 
 from dist_moe.engine.deepspeed_setup import import_deepspeed
 from dist_moe.engine.launch_environment import LaunchEnvironment
@@ -43,7 +44,29 @@ class ParallelConfig(Settings):
         description="take every that many consecutive ranks for a node, whatever machines they run on; divides the "
         "world (null: the nodes that the launcher started)",
     )
+    elastic: bool = Field(
+        False,
+        description="where expert_parallel_size does not divide the number of ranks, as after the loss of a machine, "
+        "split the experts over the most ranks that do (false: refuse)",
+    )
     timeout_s: int = Field(600, ge=1, description="seconds after which a collective that waits is an error")
+    stall_s: float | None = Field(
+        None,
+        ge=0,
+        description="seconds without any progress of a rank after which the job ends and the message names the rank "
+        "(null: half of timeout_s; 0: never). Must exceed what a single evaluation batch or checkpoint file takes",
+    )
+
+    @property
+    def stall_limit_s(self) -> float:
+        """Seconds; 0 for no watchdog."""
+        return self.timeout_s / 2 if self.stall_s is None else self.stall_s
+
+    def fitted(self, world_size: int) -> ParallelConfig:
+        """The same for ``world_size`` ranks; where it does not fit and is ``elastic``, what is nearest to it."""
+        divisors = (self.expert_parallel_size, self.ranks_per_node or 1)
+        fits = all(world_size % divisor == 0 for divisor in divisors)
+        return self if fits or not self.elastic else self.fitting(world_size)
 
     def check(self, world_size: int, num_experts: int) -> None:
         """Raise UserError unless the sizes divide each other; needs no process group."""
@@ -51,11 +74,19 @@ class ParallelConfig(Settings):
         field = f"parallel.expert_parallel_size={size}"
         if world_size % size:
             allowed = _divisors(world_size, num_experts)
-            raise UserError(f"{field} does not divide the {world_size} rank(s) of this job; allowed: {allowed}")
+            raise UserError(
+                f"{field} does not divide the {world_size} rank(s) of this job; allowed: {allowed}, or "
+                f"parallel.elastic=true, which takes the largest of them by itself"
+            )
         if num_experts % size:
             allowed = _divisors(world_size, num_experts)
             raise UserError(f"{field} does not divide model.num_experts={num_experts}; allowed: {allowed}")
         self._check_nodes(world_size)
+        if self.stall_limit_s >= self.timeout_s:
+            raise UserError(
+                f"parallel.stall_s={self.stall_limit_s:g} must be below parallel.timeout_s={self.timeout_s}, or the "
+                f"timeout of a collective comes first, which cannot tell who stalled"
+            )
 
     def _check_nodes(self, world_size: int) -> None:
         per_node, size = self.ranks_per_node, self.expert_parallel_size
@@ -148,9 +179,25 @@ def _init_torch(environment: LaunchEnvironment, config: ParallelConfig) -> None:
     backend = "nccl" if environment.device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.timeout_s)
     if environment.launched:
-        dist.init_process_group(backend, timeout=timeout)
+        store = _store_of_this_attempt(environment, timeout)
+        rank, size = (environment.rank, environment.world_size) if store else (-1, -1)  # -1: from the environment
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _store_of_this_attempt(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store | None:
+    """A part of the launcher's store into which no earlier attempt has written; None for the store as it is.
+
+    torchrun with a static rendezvous keeps its store when it restarts the ranks of a machine, and they would
+    look for one another at the addresses of those that were killed. Where several machines meet, it makes
+    a new store, and their counts of restarts may differ.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
+    return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
 def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> ProcessGroups:

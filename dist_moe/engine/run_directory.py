@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from dist_moe.engine.checkpoint_files import write_json
+from dist_moe.engine.checkpoint_files import replace_text, write_json
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.errors import UserError
 
@@ -77,7 +77,7 @@ class RunDirectory:
 
     def describe(self, config: dict[str, Any], environment: LaunchEnvironment) -> None:
         """Write the resolved configuration and, if it is not there yet, what the run was begun with."""
-        self.config.write_text(yaml.safe_dump(config, sort_keys=False))
+        replace_text(self.config, yaml.safe_dump(config, sort_keys=False))
         if self.environment.exists():
             return
         write_json(
@@ -105,4 +105,4 @@ class RunDirectory:
                 break
             if record["step"] <= step:
                 kept.append(line + "\n")
-        self.metrics.write_text("".join(kept))
+        replace_text(self.metrics, "".join(kept))

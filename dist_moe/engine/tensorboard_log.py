@@ -30,14 +30,15 @@ _TAGS = {
     "examples_per_second": "speed/examples_per_second",
     "lr": "optimizer/lr",
     "grad_norm": "optimizer/grad_norm",
+    "skipped": "optimizer/skipped",
 }
 
 
 class TensorBoardLog:
-    """Writes event files into ``directory``; steps after ``first_step`` of an earlier run are purged."""
+    """Writes event files into ``directory``; steps after ``first_step`` that an earlier attempt wrote are purged."""
 
     def __init__(self, directory: Path, first_step: int) -> None:
-        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
+        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
         self._load_columns: list[NDArray[np.float64]] = []
 
     def close(self) -> None:

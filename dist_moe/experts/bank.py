@@ -49,5 +49,5 @@ class ExpertBank(nn.Module, ABC):
 
         Takes a single draw from torch's global generator, whatever the number of local experts.
         """
-        base = int(torch.randint(2**62, ()).item())
+        base = int(torch.randint(2**62, (), device="cpu").item())
         return [torch.Generator().manual_seed((base + 0x9E3779B97F4A7C15 * e) % 2**63) for e in self.expert_ids]

@@ -90,6 +90,7 @@ class MoE(nn.Module):
         self.exchange = exchange or exchange_over(self.world, recompute_experts)
         self.placement = placement or Placement.identity(experts.num_experts, self.world.size)
         self.replay: Replay | None = None
+        self._before_step: list[tuple[Tensor, Tensor]] = []
         self._check_sizes()
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> MoEOutput:
@@ -129,11 +130,18 @@ class MoE(nn.Module):
         """Tell the gates that training step ``step`` (from 0) begins. On every rank."""
         for gate in self._gates():
             gate.begin_step(step)
+        self._before_step = [(buffer, buffer.clone()) for gate in self._gates() for buffer in gate.buffers()]
 
     def end_step(self) -> None:
         """Tell the gates that a training step has ended. On every rank."""
         for gate in self._gates():
             gate.end_step()
+
+    @torch.no_grad()
+    def drop_step(self) -> None:
+        """In place of :meth:`end_step` where a step was skipped: the gates forget what they saw in it."""
+        for buffer, before in self._before_step:
+            buffer.copy_(before)
 
     def _route(self, x_TD: Tensor, ids_T: Tensor | None) -> tuple[list[Route], dict[str, Tensor]]:
         routes: list[Route] = [gate(x_TD, ids_T) for gate in self.gates]

@@ -92,6 +92,10 @@ class RunConfig(Settings):
             self.placement.check(self.parallel.expert_parallel_size)
         check_deepspeed_section(self.deepspeed, self.train.batch_size, world_size)
 
+    def fitted(self, world_size: int) -> RunConfig:
+        """For ``world_size`` ranks: smaller, where parallel.elastic allows it."""
+        return self.model_copy(update={"parallel": self.parallel.fitted(world_size)})
+
     def plain(self) -> dict[str, Any]:
         """As YAML and JSON can hold it."""
         return self.model_dump(mode="json")

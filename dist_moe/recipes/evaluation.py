@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.data.batches import shard_batches
+from dist_moe.engine.activity import ACTIVITY
 from dist_moe.engine.collectives import gather_columns
 from dist_moe.engine.process_groups import ProcessGroups
 from dist_moe.models import MoEModel
@@ -43,6 +44,7 @@ def _observe(problem: Problem, model: MoEModel, part: Any, groups: ProcessGroups
     for index_B in shard_batches(part, EVAL_BATCH, rank=rank, world_size=world_size):
         batch = part.batch(index_B, index_B).to(groups.device)
         output = model(*batch.inputs)
+        ACTIVITY.beat()
         columns.append(problem.observe(output, batch))
         load_GE += torch.stack([route.tokens_per_slot for route in output.moe.routes])
     width = -(-len(part) // world_size)

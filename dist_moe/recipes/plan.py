@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.checkpoint import read_trainer_state
-from dist_moe.engine.checkpoint_files import newest_good_checkpoint
+from dist_moe.engine.checkpoint_files import checkpoints_of, complete_directories, newest_good_checkpoint
+from dist_moe.engine.collectives import gather_objects
 from dist_moe.engine.deepspeed_config import complete_deepspeed_section
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.monitor import Schedule
@@ -47,7 +48,7 @@ class TrainingPlan:
 def plan_new_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> TrainingPlan:
     """Raises UserError for a wrong configuration or layout, a used run directory, missing data."""
     environment = LaunchEnvironment.read()
-    config = load_config(config_path, overrides)
+    config = load_config(config_path, overrides).fitted(environment.world_size)
     config.check(environment.world_size)
     run = RunDirectory(run_dir)
     if environment.is_first:
@@ -60,15 +61,46 @@ def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> TrainingPlan:
     environment = LaunchEnvironment.read()
     run = RunDirectory(run_dir)
     run.check_exists()
-    config = load_config(run.config, overrides)
+    config = load_config(run.config, overrides).fitted(environment.world_size)
     config.check(environment.world_size)
     _check_same_run(load_config(run.config), config)
-    checkpoint, faults = newest_good_checkpoint(run_dir)
+    return _plan(config, run, environment, *_start_of(run))
+
+
+def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> TrainingPlan:
+    """A new run, or the one in ``run_dir`` from its newest intact checkpoint: the same command serves for both.
+
+    A run that has no checkpoint yet begins again. Raises UserError as the two others do, and if
+    ``run_dir`` holds another run.
+    """
+    environment = LaunchEnvironment.read()
+    config = load_config(config_path, overrides).fitted(environment.world_size)
+    config.check(environment.world_size)
+    run = RunDirectory(run_dir)
+    if not complete_directories(checkpoints_of(run_dir)):
+        return _plan(config, run, environment)
+    run.check_exists()
+    _check_same_run(load_config(run.config), config)
+    return _plan(config, run, environment, *_start_of(run))
+
+
+def agree_on_start(plan: TrainingPlan) -> TrainingPlan:
+    """The first rank's choice of a checkpoint, for all: to another machine a shared directory may look older.
+
+    Collective over all ranks.
+    """
+    name = gather_objects(plan.checkpoint.name if plan.checkpoint else None)[0]
+    return replace(plan, checkpoint=checkpoints_of(plan.run.root) / name if name else None)
+
+
+def _start_of(run: RunDirectory) -> tuple[Path, tuple[str, ...]]:
+    """Checkpoint and warnings."""
+    checkpoint, faults = newest_good_checkpoint(run.root)
     warnings = tuple(f"warning: {fault}; going on from {checkpoint.name} instead" for fault in faults)
     imported_from = read_trainer_state(checkpoint).imported_from
     if imported_from is not None:
         warnings += (f"{checkpoint.name} is imported from {imported_from}: the optimizer begins without moments",)
-    return _plan(config, run, environment, checkpoint, warnings)
+    return checkpoint, warnings
 
 
 def _check_same_run(recorded: RunConfig, config: RunConfig) -> None:

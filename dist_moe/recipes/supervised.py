@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_moe.engine.activity import ACTIVITY
 from dist_moe.engine.checkpoint import TrainerState, load_checkpoint, load_weights
 from dist_moe.engine.checkpoint_files import checkpoints_of, write_json
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
@@ -17,13 +18,14 @@ from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.loop import LoopHooks, Outcome, TrainingLoop
 from dist_moe.engine.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.stop_request import StopRequest, stop_requests
+from dist_moe.engine.watchdog import watchdog
 from dist_moe.models import MoEModel
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.evaluation import evaluate
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.objective import WeightedObjective
 from dist_moe.recipes.placement_run import ExpertMover
-from dist_moe.recipes.plan import TrainingPlan
+from dist_moe.recipes.plan import TrainingPlan, agree_on_start
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.problems import open_problem
 from dist_moe.recipes.report import Reporter, figures_table, predictor_rows
@@ -48,8 +50,9 @@ def train(plan: TrainingPlan, on_validation: OnValidation | None = None) -> int:
         plan.run.create()
         if plan.checkpoint is None:
             plan.run.describe(plan.config.plain(), plan.environment)
-    with stop_requests() as stop, process_groups(plan.environment, plan.config.parallel) as groups:
-        return train_in_groups(plan, groups, stop, on_validation)
+    # A signal while the groups open ends the process at once: there is nothing to save, and perhaps a dead peer.
+    with process_groups(plan.environment, plan.config.parallel) as groups, stop_requests() as stop:
+        return train_in_groups(agree_on_start(plan), groups, stop, on_validation)
 
 
 def train_in_groups(
@@ -59,7 +62,8 @@ def train_in_groups(
     model = build_model(plan.config, plan.problem, groups.world)
     engine = ExpertParallelEngine(model, plan.deepspeed, groups)
     try:
-        return _train(plan, engine, stop, on_validation)
+        with watchdog(plan.run.root, plan.environment, plan.config.parallel):
+            return _train(plan, engine, stop, on_validation)
     finally:
         engine.destroy()  # else its hooks keep it, the model and the groups' threads alive
 
@@ -85,6 +89,7 @@ def _train(
             reporter.say(f"stopped after step {outcome.steps}; go on with: dist-moe train --resume {plan.run.root}")
             return 128 + (stop.signal_number or signal.SIGTERM)
         tested_step = _take_best(engine, outcome, reporter)
+        ACTIVITY.enter("evaluation")
         reporter.say("evaluating on the validation and test examples ...")
         val = evaluate(plan.problem, model, plan.problem.val, weights, groups)
         test = evaluate(plan.problem, model, plan.problem.test, weights, groups)
@@ -159,9 +164,13 @@ def _loop(
         mover.before_step(step)
 
     def after_step(step: int) -> None:
-        model.moe.end_step()
+        if engine.step_was_skipped:
+            model.moe.drop_step()
+        else:
+            model.moe.end_step()
         search = config.swap_search
         if search is not None and not model.table.learning and search.due(step, plan.feed.steps_per_epoch):
+            ACTIVITY.enter("swap search")
             reporter.swaps(search_swaps(problem, model, search, config.task_weights, groups.environment), step)
         mover.after_step(step)
 

@@ -12,7 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.data.batches import shard_batches
+from dist_moe.engine.activity import ACTIVITY
 from dist_moe.engine.launch_environment import LaunchEnvironment
+from dist_moe.engine.sharded_parameters import is_sharded
 from dist_moe.models import MoEModel
 from dist_moe.recipes.problem import Problem
 from dist_moe.search import SwapReport, SwapSearch, SwapSearchConfig
@@ -41,7 +43,8 @@ def search_swaps(
     """Swap experts between slots while that lowers the task loss on the first validation examples.
 
     Collective over all ranks; every rank scores its share of the examples, in fp64: how the examples are
-    shared out then makes no difference between tables, not even between nearly equal ones.
+    shared out then makes no difference between tables, not even between nearly equal ones. (At ZeRO stage 3,
+    where no rank holds the parameters, in their own precision.)
     """
     examples = np.arange(min(config.examples, len(problem.val)))
     batches = [
@@ -52,7 +55,9 @@ def search_swaps(
     ]
 
     def loss(batch: Any) -> Tensor:
-        inputs = (x.double() if x.is_floating_point() else x for x in batch.inputs)
+        ACTIVITY.beat()
+        precision = next(model.parameters()).dtype
+        inputs = (x.to(precision) if x.is_floating_point() else x for x in batch.inputs)
         return problem.weighted(problem.task_losses(model(*inputs), batch), weights)
 
     model.table.begin_evaluation()
@@ -62,8 +67,12 @@ def search_swaps(
 
 @contextmanager
 def in_double_precision(model: nn.Module) -> Iterator[None]:
-    """Within, the model's floating-point parameters and buffers are fp64 copies; after, what they were before."""
-    tensors = [x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point()]
+    """Within, the model's floating-point parameters and buffers are fp64 copies; after, what they were before.
+
+    A model with sharded parameters stays as it is.
+    """
+    sharded = any(map(is_sharded, model.parameters()))
+    tensors = [x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point() and not sharded]
     originals = [x.data for x in tensors]
     try:
         for x in tensors:

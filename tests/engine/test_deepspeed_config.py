@@ -62,6 +62,8 @@ REFUSED = [
     ("compile.deepcompile", True, "leave it out"),
     ("zero_optimization.legacy_stage1", True, "leave it out"),
     ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "leave it out"),
+    ("bf16.check_grad_overflow", False, "leave it out (true)"),
+    ("zero_optimization.compute_grad_norm", False, "leave it out (true)"),
     ("prescale_gradients", True, "leave it out"),
     ("gradient_predivide_factor", 2.0, "leave it out"),
     ("wall_clock_breakdown", True, "leave it out"),

@@ -1,0 +1,87 @@
+"""dist-moe plan: what a run will need in memory on each rank, before it is begun."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_moe.cli.commands import Commands
+from dist_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_moe.recipes.memory_plan import MemoryPlan
+
+_GIB = 2**30
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
+    plan = commands.add_parser(
+        "plan",
+        help="memory that a run will need on each rank",
+        description="Parameters, gradients, masters and optimizer states by ZeRO stage (exact, padding included), "
+        "activations and dispatch buffers (estimated) under an even and under the worst load, before anything is "
+        "allocated.",
+    )
+    plan.add_argument("config", type=Path, help="YAML file, see configs/")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="fields to set differently")
+    plan.add_argument("--ranks", type=int, default=1, metavar="N", help="processes in all (default: 1)")
+    plan.add_argument("--memory-gib", type=float, metavar="M", help="memory of a rank: how large a batch fits?")
+    plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    plan.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from dist_moe.recipes.config import load_config
+    from dist_moe.recipes.memory_plan import plan_memory
+    from dist_moe.recipes.problems import open_problem
+
+    if options.ranks < 1:
+        raise UserError(f"--ranks={options.ranks} must be at least 1")
+    if options.memory_gib is not None and not options.memory_gib > 0:
+        raise UserError(f"--memory-gib={options.memory_gib} must be above 0")
+    config = load_config(options.config, options.overrides)
+    config.fitted(options.ranks).check(options.ranks)
+    memory = None if options.memory_gib is None else int(options.memory_gib * _GIB)
+    plan = plan_memory(config, open_problem(config, progress=True), options.ranks, memory)
+    print(json.dumps(plan.plain(), indent=2) if options.json else _table(plan))
+    return 0
+
+
+def _table(plan: MemoryPlan) -> str:
+    names = ("dense", "experts", "gradients", "masters", "optimizer", "bucket", "total", "padding")
+    lines = [
+        f"{plan.ranks} rank(s), experts over {plan.expert_parallel_size}, {plan.tokens:,} tokens per rank and "
+        "micro-batch",
+        f"{'':24}" + "".join(f"{name:>14}" for name in names),
+    ]
+    for state in plan.states:
+        mark = " *" if state.stage == plan.stage else " (no such run)" if state.stage == 3 else ""
+        figures = (
+            state.dense_parameters,
+            state.expert_parameters,
+            state.gradients,
+            state.masters,
+            state.optimizer,
+            state.bucket,
+            state.total,
+            state.padding,
+        )
+        lines.append(f"{f'ZeRO stage {state.stage}{mark}':24}" + "".join(f"{_size(n):>14}" for n in figures))
+    lines += ["", f"{'':40}{'dispatch':>14}{'activations':>14}{'with states':>14}{'largest batch':>16}"]
+    for load in plan.loads:
+        whole = plan.state.total + plan.buffers + load.activations
+        batch = "-" if load.largest_batch is None else f"{load.largest_batch:,}" if load.largest_batch else "none fits"
+        lines.append(
+            f"{load.load:40}{_size(load.dispatch):>14}{_size(load.activations):>14}{_size(whole):>14}{batch:>16}"
+        )
+    return "\n".join([*lines, "* as configured; activations include the dispatch and are estimates"])
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GiB", _GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"

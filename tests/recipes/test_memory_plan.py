@@ -1,0 +1,180 @@
+"""What is planned before anything exists is what a run then holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+from dist_moe.engine.process_groups import process_groups
+from dist_moe.recipes.config import load_config
+from dist_moe.recipes.memory_plan import MemoryPlan, plan_memory
+from dist_moe.recipes.models import build_model
+from dist_moe.recipes.objective import WeightedObjective
+from dist_moe.recipes.plan import plan_new_run
+from dist_moe.recipes.problems import open_problem
+from tests.helpers.commands import run_here
+from tests.helpers.pool import on_ranks
+from tests.helpers.runs import write_config
+
+FACTOR = 2.0
+"""By which the estimate of activations may miss what torch's profiler measures, upwards or downwards."""
+
+LAYOUTS = [(1, 1), (2, 2), (2, 1)]
+OPTIMIZERS = {
+    "AdamW": "{lr: 0.01}",
+    "SGD": "{lr: 0.01, momentum: 0.9}",
+    "RMSprop": "{lr: 0.01}",
+}
+UNEVEN = ["model.num_experts=6", "model.embedding_dim=7", "model.expert_units=13", "model.tower_units=5"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"), tiny_data)
+
+
+def overrides(ep: int, stage: int, optimizer: str) -> list[str]:
+    return [
+        f"parallel.expert_parallel_size={ep}",
+        f"deepspeed.zero_optimization.stage={stage}",
+        f"deepspeed.optimizer={{type: {optimizer}, params: {OPTIMIZERS[optimizer]}}}",
+    ]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of tensors that an engine holds after a step."""
+
+    parameters: int
+    masters: int
+    optimizer: int
+
+
+def size_of(tensors: Any) -> int:
+    """Bytes, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
+    return sum(storages.values())
+
+
+def held_after_a_step(config: Path, run: str, cases: list[list[str]]) -> list[Held]:
+    found = []
+    plans = [plan_new_run(config, case, Path(run)) for case in cases]
+    with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
+        for plan in plans:
+            engine = ExpertParallelEngine(build_model(plan.config, plan.problem, groups.world), plan.deepspeed, groups)
+            loss = WeightedObjective(plan.problem, plan.config.task_weights, groups.environment.world_size)
+            for batch in plan.feed.micro_batches(0):
+                engine.backward(loss(engine, batch).loss)
+                engine.step()
+            zero = engine.optimizer if engine.zero_optimization() else None
+            states = (zero.optimizer if zero else engine.optimizer).state.values()
+            found.append(
+                Held(
+                    size_of(engine.module.parameters()),
+                    size_of(zero.single_partition_of_fp32_groups) if zero else 0,
+                    sum(size_of([value]) for state in states for value in state.values()),
+                )
+            )
+            engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "ep"), LAYOUTS)
+def test_parameters_masters_and_optimizer_are_exact(config: Path, tmp_path: Path, ranks: int, ep: int) -> None:
+    cases = [overrides(ep, stage, name) + UNEVEN for stage in (0, 1, 2) for name in OPTIMIZERS]
+    everyones = on_ranks(ranks, held_after_a_step, config, str(tmp_path / "run"), cases)
+    padded = 0
+    for rank, held in enumerate(everyones):
+        for case, measured in zip(cases, held, strict=True):
+            loaded = load_config(config, case)
+            plan = plan_memory(loaded, open_problem(loaded, progress=False), ranks)
+            state = plan.state
+            planned = Held(state.dense_parameters + state.expert_parameters, state.masters, state.optimizer)
+            assert planned == measured, (rank, case)
+            padded += state.padding
+    assert (padded > 0) == (ranks > 1)  # the numbers of elements are even
+
+
+def plan_of(config: Path, ranks: int, *settings: str, memory: int | None = None) -> MemoryPlan:
+    loaded = load_config(config, settings)
+    return plan_memory(loaded, open_problem(loaded, progress=False), ranks, memory)
+
+
+def peak_of_a_step(config: Path, run: str, settings: list[str]) -> tuple[int, int]:
+    """Peak of what forward and backward allocate, by torch's profiler; and different experts per token."""
+    plan = plan_new_run(config, settings, Path(run))
+    with process_groups(plan.environment, plan.config.parallel) as groups:
+        model = build_model(plan.config, plan.problem, groups.world)
+        objective = WeightedObjective(plan.problem, plan.config.task_weights, 1)
+        (batch,) = plan.feed.micro_batches(0)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step = objective(model, batch)
+            step.loss.backward()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak, int(step.sums["load"].sum()) // len(batch)
+
+
+@pytest.mark.parametrize("gate", ["{name: top_k, k: 2}", "{name: softmax}", "{name: comet, k: 2}"])
+def test_activations_are_near_the_measured_peak(config: Path, tmp_path: Path, gate: str) -> None:
+    settings = [f"model.gate={gate}", "train.batch_size=2048", "model.embedding_dim=32", "model.expert_units=64"]
+    ((peak, experts_per_token),) = on_ranks(1, peak_of_a_step, config, str(tmp_path / "run"), settings)
+    plan = plan_of(config, 1, *settings)
+    load = next((load for load in plan.loads if load.experts_per_token == experts_per_token), plan.loads[2])
+    planned = load.activations + plan.states[0].gradients
+    assert 1 / FACTOR < planned / peak < FACTOR
+
+
+def test_the_worst_load_grows_with_the_group(config: Path) -> None:
+    ranks = "parallel.expert_parallel_size=2"
+    even, worst, every = plan_of(config, 2, ranks, "model.num_experts=16", "model.gate={name: top_k, k: 2}").loads
+    assert (even.experts_per_token, worst.experts_per_token, every.experts_per_token) == (4, 4, 16)
+    assert even.received_rows == 32 * 4
+    assert worst.received_rows == 2 * 32 * 4
+    assert every.received_rows == 2 * 32 * 8
+    assert even.activations < worst.activations < every.activations
+
+
+def test_the_largest_batch_fits_and_no_larger_one(config: Path) -> None:
+    memory = 100 * 2**20
+    settings = ["deepspeed.zero_optimization={stage: 1, reduce_bucket_size: 1000}"]
+    largest = plan_of(config, 2, *settings, memory=memory).loads[2].largest_batch
+    assert largest is not None
+    assert largest % 2 == 0
+    for batch, fits in ((largest, True), (largest + 2, False)):
+        plan = plan_of(config, 2, *settings, f"train.batch_size={batch}")
+        assert (plan.state.total + plan.buffers + plan.loads[2].activations <= memory) == fits
+
+
+def test_higher_stages_hold_less(config: Path) -> None:
+    states = plan_of(config, 2, "deepspeed.zero_optimization={stage: 1, reduce_bucket_size: 1}").states
+    assert states[0].optimizer > states[1].optimizer == states[2].optimizer
+    assert states[1].gradients > states[2].gradients
+    assert states[2].dense_parameters > states[3].dense_parameters
+
+
+def test_the_command(config: Path) -> None:
+    table = run_here(["plan", str(config), "--ranks", "2", "--memory-gib", "4", "train.batch_size=128"])
+    assert table.code == 0, table.err
+    assert "2 rank(s), experts over 1, 64 tokens" in table.out
+    assert "ZeRO stage 1 *" in table.out
+    plain = json.loads(run_here(["plan", str(config), "--ranks", "2", "--json"]).out)
+    assert plain["ranks"] == 2
+    assert plain["states"][1]["masters"] > 0
+    refused = run_here(["plan", str(config), "--ranks", "3"])
+    assert refused.code == 2
+    assert "train.batch_size=64 is not divisible by 3" in refused.err
+    assert run_here(["plan", str(config), "--ranks", "0"]).code == 2
+    assert run_here(["plan", str(config), "--memory-gib", "-1"]).code == 2
+    assert torch.get_default_device().type == "cpu"
