@@ -217,3 +217,9 @@ def test_one_rank_speaks_for_a_machine(
         monkeypatch.setenv(name, value)
     assert main(["train", str(config), "seed=-1"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_layout_that_does_not_fit_the_emulated_ranks(refused: Refused, config: Path) -> None:
+    """Told by the process that would start them."""
+    arguments: list[object] = ["train", config, "--emulate", 2, "parallel.expert_parallel_size=4"]
+    refused(arguments, "does not divide the 2 rank(s) of this job")
