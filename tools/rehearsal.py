@@ -198,21 +198,26 @@ class Result:
         return max(abs(one - another) for one, another in zip(ours, theirs, strict=True))
 
 
-def prepare(directory: Path) -> Result:
-    """Write data and configuration of a tiny run into ``directory``; what one process makes of it."""
-    data = {
-        "root": str(write_tiny_movielens(directory / "raw", users=120, items=90)),
-        "cache": str(directory / "cache"),
-    }
-    write_config(directory, data, train={"max_steps": STEPS})
-    run = directory / "one-process"
-    _run_all([Start(["dist-moe", "train", str(directory / "config.yaml"), "--run-dir", str(run)])])
+def prepare(directory: Path) -> Path:
+    """Write the data and the configuration of a tiny run into ``directory``; the configuration."""
+    root = write_tiny_movielens(directory / "raw", users=120, items=90)
+    data = {"root": str(root), "cache": str(directory / "cache")}
+    return write_config(directory, data, train={"max_steps": STEPS})
+
+
+def train_alone(config: Path) -> Result:
+    """What one process makes of it."""
+    run = config.with_name("one-process")
+    _run_all([Start(["dist-moe", "train", str(config), "--run-dir", str(run)])])
     return Result.read(run)
 
 
-def rehearse(rehearsal: Rehearsal, name: str) -> Result:
-    """Train on all nodes, started in the way of that name. Raises RuntimeError with what was said if it fails."""
-    run = rehearsal.directory / name
+def rehearse(rehearsal: Rehearsal, name: str, into: str) -> Result:
+    """Train on all nodes, started in the way of that name, into that directory.
+
+    Raises RuntimeError with what was said if it fails.
+    """
+    run = rehearsal.directory / into
     _run_all(WAYS[name](rehearsal, run))
     return Result.read(run)
 
@@ -273,11 +278,11 @@ def main() -> None:
         sys.exit(f"no machines can be made here: {reason}")
     signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory() as directory, cluster(options.nodes, options.rate) as nodes:
-        one = prepare(Path(directory))
+        one = train_alone(prepare(Path(directory)))
         rehearsal = Rehearsal(nodes, options.ranks, Path(directory))
         results = {}
         for name in options.ways:
-            results[name] = rehearse(rehearsal, name)
+            results[name] = rehearse(rehearsal, name, name)
             print(f"{name}: differs from one process by {results[name].difference(one):.1e}", file=sys.stderr)
     report = describe(options, one, results)
     print(report)
