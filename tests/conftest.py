@@ -17,7 +17,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DIST_MOE_DATA_ROOT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "DIST_MOE_DATA_ROOT"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -37,6 +37,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     return options
 
 

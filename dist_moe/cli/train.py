@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_moe.cli.commands import Commands
 from dist_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_moe.recipes.plan import TrainingPlan
 
 _EPILOG = """\
 overrides: any field of the configuration, by its dotted name; values are YAML.
@@ -19,12 +24,13 @@ overrides: any field of the configuration, by its dotted name; values are YAML.
   DeepSpeed's own configuration.
 
 one process:       dist-moe train configs/movielens_comet_plus.yaml
+R ranks here:      dist-moe train --emulate 2 CONFIG parallel.expert_parallel_size=2
 torchrun:          torchrun --nproc-per-node 2 -m dist_moe train CONFIG parallel.expert_parallel_size=2
 deepspeed:         deepspeed --num_gpus 2 --module dist_moe train CONFIG parallel.expert_parallel_size=2
 TorchX:            torchx run -s local_cwd --wait --log launch/components.py:train \\
                        --config CONFIG --ranks 2 parallel.expert_parallel_size=2
 
-The same configuration and seed give the same result in all four ways. On SIGTERM or Ctrl-C the run
+The same configuration and seed give the same result in all these ways. On SIGTERM or Ctrl-C the run
 writes a checkpoint and ends with code 128 + signal; 'dist-moe train --resume RUN_DIR' goes on as if
 nothing had happened. Exit code 2: something in what you gave is wrong, and the message says what;
 3: no finite loss any more; 4: a rank stalled. With --auto-resume the same command goes on with its
@@ -51,12 +57,30 @@ def add_to(commands: Commands) -> None:
         help="go on with the run in --run-dir if it holds one: for launchers that start the same command again",
     )
     train.add_argument("--data-root", type=Path, metavar="DIR", help="the data's original files (data.root)")
+    train.add_argument("--emulate", type=int, metavar="R", help="start R ranks on this machine, which share its device")
     train.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.recipes.plan import plan_new_run, plan_restartable_run, plan_resumed_run
     from dist_moe.recipes.supervised import train
+
+    return _plan_and(train, options) if options.emulate is None else _emulate(options)
+
+
+def _emulate(options: argparse.Namespace) -> int:
+    """Plan the run as its first rank would, so that a mistake is told once, before there are any ranks."""
+    from dist_moe.engine.emulation import as_first_of, check_emulation, run_ranks
+
+    check_emulation(options.emulate)
+    with as_first_of(options.emulate):
+        _plan_and(lambda _: 0, options)
+    emulation = argparse.ArgumentParser(add_help=False)
+    emulation.add_argument("--emulate")
+    return run_ranks(options.emulate, emulation.parse_known_args(options.arguments)[1])
+
+
+def _plan_and(train: Callable[[TrainingPlan], int], options: argparse.Namespace) -> int:
+    from dist_moe.recipes.plan import plan_new_run, plan_restartable_run, plan_resumed_run
 
     overrides = list(options.overrides)
     if options.data_root is not None:

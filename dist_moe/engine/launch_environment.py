@@ -10,6 +10,7 @@ import torch
 from dist_moe.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_RANKS_OF_THIS_MACHINE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's name for it, the deepspeed launcher's
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,14 @@ class LaunchEnvironment:
     """``rank`` of ``world_size`` processes, ``local_rank`` on its machine.
 
     ``launched``: whether a launcher (torchrun, deepspeed, TorchX) started this process.
+    ``local_world_size``: ranks on its machine; 0 where the launcher does not say.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     launched: bool = False
+    local_world_size: int = 0
 
     @classmethod
     def read(cls) -> LaunchEnvironment:
@@ -32,7 +35,8 @@ class LaunchEnvironment:
         rank, world_size, local_rank = (_integer(name) for name in _VARIABLES)
         if not 0 <= rank < world_size:
             raise UserError(f"RANK={rank} is not in 0..{world_size - 1} (WORLD_SIZE={world_size})")
-        return cls(rank, world_size, local_rank, launched=True)
+        told = next((name for name in _RANKS_OF_THIS_MACHINE if name in os.environ), None)
+        return cls(rank, world_size, local_rank, launched=True, local_world_size=_integer(told) if told else 0)
 
     @property
     def device(self) -> torch.device:
@@ -40,6 +44,17 @@ class LaunchEnvironment:
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether this machine has GPUs, but fewer than ranks."""
+        return torch.cuda.is_available() and self.local_world_size > torch.cuda.device_count()
+
+    @property
+    def backend(self) -> str:
+        """What the ranks exchange over: NCCL refuses two ranks on one GPU; gloo takes a GPU's tensors too, by
+        way of the host."""
+        return "nccl" if self.device.type == "cuda" and not self.shares_gpu else "gloo"
 
     @property
     def is_first(self) -> bool:

@@ -176,7 +176,7 @@ def process_groups(environment: LaunchEnvironment, config: ParallelConfig) -> It
 def _init_torch(environment: LaunchEnvironment, config: ParallelConfig) -> None:
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
-    backend = "nccl" if environment.device.type == "cuda" else "gloo"
+    backend = environment.backend
     timeout = timedelta(seconds=config.timeout_s)
     if environment.launched:
         store = _store_of_this_attempt(environment, timeout)

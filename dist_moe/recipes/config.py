@@ -151,9 +151,21 @@ def _import_modules(names: Any) -> None:
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever the user's own module may do wrong
+        except (Exception, SystemExit) as error:  # whatever the user's own module may do wrong
             kind = type(error).__name__
-            raise UserError(f"imports: the module {name!r} cannot be imported: {kind}: {error}") from error
+            raise UserError(
+                f"imports: the module {name!r} cannot be imported: {kind}: {error}; {_import_remedy(name, error)}"
+            ) from error
+
+
+def _import_remedy(name: str, error: BaseException) -> str:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is not None and f"{name}.".startswith(f"{missing}."):
+        return (
+            f"it is searched for in the working directory {Path.cwd()} and on PYTHONPATH: start from the directory "
+            f"that holds {missing}, or put that directory on PYTHONPATH"
+        )
+    return f"install {missing}" if missing is not None else "mend the module, or take it out of imports"
 
 
 def _with_names(content: Content) -> Content:

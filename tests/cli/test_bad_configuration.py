@@ -81,13 +81,26 @@ def test_a_number_with_which_nothing_could_be_computed(
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("def gate(:\n", "SyntaxError"), ("raise ArithmeticError('no gate')\n", "ArithmeticError: no gate")],
+    [
+        ("def gate(:\n", "SyntaxError"),
+        ("raise ArithmeticError('no gate')\n", "ArithmeticError: no gate; mend the module"),
+        ("raise SystemExit(3)\n", "SystemExit: 3; mend the module"),
+        ("import a_library_that_is_not_here\n", "install a_library_that_is_not_here"),
+    ],
 )
 def test_a_module_of_the_user_s_that_is_broken(
     refused: Refused, config: Path, tmp_path: Path, content: str, reason: str
 ) -> None:
     (tmp_path / "a_broken_gate.py").write_text(content)
     refused(["train", config, "imports=[a_broken_gate]"], "imports: the module 'a_broken_gate'", reason)
+
+
+@pytest.mark.parametrize("module", ["a_gate_left_behind", "a_package_left_behind.gate"])
+def test_a_run_away_from_the_module_that_it_imports(refused: Refused, tmp_path: Path, module: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"imports: [{module}]\n")
+    where = f"start from the directory that holds {module.partition('.')[0]}, or put that directory on PYTHONPATH"
+    refused(["evaluate", tmp_path / "run"], f"the module '{module}'", str(tmp_path), where)
 
 
 def test_all_faults_are_named_at_once(refused: Refused, config: Path) -> None:
@@ -217,3 +230,9 @@ def test_one_rank_speaks_for_a_machine(
         monkeypatch.setenv(name, value)
     assert main(["train", str(config), "seed=-1"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_layout_that_does_not_fit_the_emulated_ranks(refused: Refused, config: Path) -> None:
+    """Told by the process that would start them."""
+    arguments: list[object] = ["train", config, "--emulate", 2, "parallel.expert_parallel_size=4"]
+    refused(arguments, "does not divide the 2 rank(s) of this job")

@@ -100,6 +100,20 @@ def test_two_processes_of_torchrun(config: Path, uninterrupted: dict[int, Path],
     assert_same_run(run, uninterrupted[2])
 
 
+def test_two_emulated_ranks(config: Path, uninterrupted: dict[int, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("dist-moe", "train", config, "--emulate", 2, "--run-dir", run, "parallel.expert_parallel_size=2")
+    wait_for_steps(run, 5, process)
+    process.send_signal(signal.SIGTERM)
+    stopped = finish(process)
+    assert stopped.code == 128 + signal.SIGTERM, stopped.err
+    assert "over 2 of 2 rank(s)" in stopped.err
+    assert stopped.err.count(f"--resume {run}") == 1
+    assert_stopped_in_the_stage(run)
+    succeed(2, "train", "--resume", run)
+    assert_same_run(run, uninterrupted[2])
+
+
 @pytest.mark.parametrize(
     ("world", "rank", "number", "at_step"),
     [(1, 0, signal.SIGINT, 1), (2, 1, signal.SIGTERM, 13), (2, 0, signal.SIGINT, 30)],

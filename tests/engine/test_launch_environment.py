@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dist_moe.engine.launch_environment import LaunchEnvironment
 
@@ -20,3 +21,17 @@ def test_with_one(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int, l
     environment = LaunchEnvironment.read()
     assert environment == LaunchEnvironment(rank, world_size, local_rank, launched=True)
     assert environment.is_first == (rank == 0)
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "backend"), [(1, 0, "gloo"), (2, 0, "gloo"), (1, 1, "nccl"), (2, 1, "gloo"), (2, 2, "nccl")]
+)
+def test_what_ranks_that_share_a_gpu_exchange_over(
+    monkeypatch: pytest.MonkeyPatch, name: str, ranks: int, gpus: int, backend: str
+) -> None:
+    for variable, value in {"RANK": ranks - 1, "WORLD_SIZE": ranks, "LOCAL_RANK": ranks - 1, name: ranks}.items():
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert LaunchEnvironment.read().backend == backend
