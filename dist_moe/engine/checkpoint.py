@@ -111,7 +111,7 @@ def copy_with_buffers(source: Path, root: Path, buffers: Mapping[str, Tensor]) -
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
     manifest: Manifest = read_manifest(partial)
-    tensors = load_file(partial / DENSE_FILE)
+    tensors = load_file(source / DENSE_FILE)  # mapped into memory: not from the file that is written
     for name, value in buffers.items():
         key = f"{name}|{BUFFER}"
         tensors[key] = value.to("cpu", tensors[key].dtype).view_as(tensors[key])
