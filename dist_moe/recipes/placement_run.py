@@ -53,7 +53,7 @@ class ExpertMover:
         self._loads = deque(maxlen=self._config.window)
         if self._is_first and first_step:
             with plan.run.metrics.open() as metrics:
-                self._remember([json.loads(line) for line in metrics])
+                self._remember([record for record in map(json.loads, metrics) if "validation" not in record])
 
     def report(self, records: list[StepRecord]) -> None:
         """Take the load from the records of finished steps, and report them."""

@@ -54,7 +54,7 @@ def test_length_may_change_and_is_recorded(run: Path) -> None:
     [
         ("model.gate.k=5", "model.gate.k=5 exceeds num_experts=4"),
         ("parallel.expert_parallel_size=3", "parallel.expert_parallel_size=3 does not divide"),
-        ("deepspeed.zero_optimization.stage=3", "deepspeed.zero_optimization.stage"),
+        ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization.stage"),
         ("model.name=two_image_classifier", "model"),
         ("task_weights=[0, 0]", "task_weights=[0.0, 0.0]: one of them must be above 0"),
         ("model.gate={name: top_k, gamma: 1}", "model.gate.gamma=1: there is no such field with this model.gate.name"),
