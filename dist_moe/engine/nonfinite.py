@@ -1,8 +1,8 @@
 """Steps whose gradient is not finite: skipped on all ranks alike, counted, and traced to a layer.
 
 The global norm of all gradients is the same on all ranks and not finite as soon as one gradient of one
-rank is not. So every rank leaves the step out by itself, without a message: DeepSpeed at ZeRO stages 1
-and 2, our engine at stage 0.
+rank is not. So every rank leaves the step out by itself, without a message: DeepSpeed from ZeRO stage 1
+on, our engine at stage 0.
 """
 
 from __future__ import annotations

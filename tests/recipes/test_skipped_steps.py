@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dist_moe.data.batches import ShuffledFeed
+from dist_moe.engine.checkpoint import read_trainer_state
 from dist_moe.engine.loop import TrainingLoop
 from tests.helpers.board import read_board
 from tests.helpers.commands import Outcome, run_here
@@ -22,12 +23,15 @@ CELLS = [
     (1, 1, 0, 2),
     (1, 1, 1, 1),
     (1, 1, 2, 2),
+    (1, 1, 3, 1),
     (2, 2, 0, 2),
     (2, 2, 1, 2),
     (2, 2, 2, 1),
+    (2, 2, 3, 2),
     (2, 1, 0, 1),
     (2, 1, 1, 1),
     (2, 1, 2, 2),
+    (2, 1, 3, 1),
 ]
 
 
@@ -105,8 +109,10 @@ def test_nothing_of_the_step_remains(runs: Path, world: int, ep: int, stage: int
     assert poisoned.keys() == without.keys()
     assert [name for name in poisoned if not poisoned[name].equal(without[name])] == []
     assert any(name.endswith("bias_steps|buffer") and tensor.any() for name, tensor in poisoned.items())
-    newest = f"checkpoints/step-{STEPS:08d}/trainer.json"
-    assert (runs / f"poisoned-{cell}" / newest).read_text() == (runs / f"without-{cell}" / newest).read_text()
+    trainers = [
+        read_trainer_state(runs / f"{kind}-{cell}/checkpoints/step-{STEPS:08d}") for kind in ("poisoned", "without")
+    ]
+    assert replace(trainers[0], training_seconds=0.0) == replace(trainers[1], training_seconds=0.0)
     records = records_of(runs / f"poisoned-{cell}")
     assert [record["skipped"] for record in records] == [float(step == BAD) for step in range(1, STEPS + 1)]
     assert not math.isfinite(records[BAD - 1]["grad_norm"])
