@@ -231,12 +231,13 @@ def test_a_rank_that_never_arrives_is_named_with_its_place(lost: int) -> None:
 
 def test_an_interruption_of_the_caller_ends_all_ranks() -> None:
     ended: list[int] = []
+    caller = threading.get_ident()
 
     def interrupt(world: World) -> None:
         try:
             for _ in range(1000):
                 if world.rank == 1:
-                    signal.raise_signal(signal.SIGINT)
+                    signal.pthread_kill(caller, signal.SIGINT)
                     time.sleep(0.5)  # the caller has long gone on, if it does not wait
                 world.sum(torch.ones(1))
         finally:
