@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,18 @@ _TAGS = {
 }
 
 
+def _wait_for_a_later_name(directory: Path) -> None:
+    """Event files are read in the order of their names, which begin with the second in which they were made."""
+    seconds = [int(path.name.split(".")[3]) for path in directory.glob("events.out.tfevents.*")]
+    if seconds and max(seconds) == int(time.time()):
+        time.sleep(1.0)
+
+
 class TensorBoardLog:
     """Writes event files into ``directory``; steps after ``first_step`` that an earlier attempt wrote are purged."""
 
     def __init__(self, directory: Path, first_step: int) -> None:
+        _wait_for_a_later_name(directory)
         self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
         self._load_columns: list[NDArray[np.float64]] = []
 

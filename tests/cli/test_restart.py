@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -109,13 +110,19 @@ def pid_of(rank: int, run: Path) -> int:
     return beat.process.pid
 
 
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
+    while not complete_directories(checkpoints_of(run)):
+        assert process.poll() is None, finish(process).err
+        time.sleep(0.01)
+
+
 def test_a_killed_rank_is_replaced(config: Path, undisturbed: dict[int, Path], tmp_path: Path) -> None:
     """kill -9 under torchrun --max-restarts: the job starts again by itself and ends as if nothing had been."""
     run = tmp_path / "run"
     launch = ["torchrun", "--nproc-per-node", 2, "--max-restarts", 3, "--monitor-interval", 0.1]
     launch += ["--master-port", free_port(), "-m", "dist_moe"]
     process = start(*launch, *command(config, run, 2))
-    wait_for_steps(run, EVERY + 1, process)
+    wait_for_checkpoint(run, process)
     os.kill(pid_of(1, run), signal.SIGKILL)
     outcome = finish(process)
     assert outcome.code == 0, outcome.err

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,5 +86,8 @@ def test_sbatch() -> None:
 
 def test_rehearsal() -> None:
     (command,) = commands("python")
-    done = subprocess.run(["bash", "-c", f"{command} --help"], cwd=REPOSITORY, capture_output=True, text=True)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --help"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
     assert "several machines" in done.stdout

@@ -17,6 +17,8 @@ from dist_moe.engine.checkpoint_files import (
     complete_directories,
     digest_of,
     newest_checkpoint,
+    publish,
+    read_manifest,
     step_directory,
 )
 from dist_moe.parallel import Placement
@@ -135,7 +137,7 @@ def test_a_resumed_run_goes_on_where_its_experts_were(runs: Path, interrupted: P
     whole = moving(runs, 2, 2, 1)
     succeed(2, "train", "--resume", interrupted)
     assert placement_of(interrupted) == placement_of(whole)
-    assert trainer_of(interrupted) == trainer_of(whole)
+    assert trainer_of(interrupted) | {"training_seconds": 0} == trainer_of(whole) | {"training_seconds": 0}
     ours, theirs = tensors_of(interrupted), tensors_of(whole)
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
@@ -153,9 +155,10 @@ def test_a_checkpoint_that_knows_of_no_placement_loads(staying: Path, interrupte
     trainer = trainer_of(interrupted, SAVED)
     del trainer["placements"]
     (directory / "trainer.json").write_text(json.dumps(trainer))
-    manifest = json.loads((directory / "manifest.json").read_text())
-    manifest["files"]["trainer.json"] = digest_of(directory / "trainer.json")
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(directory)
+    files = manifest.files | {"trainer.json": digest_of(directory / "trainer.json")}
+    shutil.move(directory, directory.with_name("altered"))
+    publish(directory.with_name("altered"), directory, replace(manifest, files=files))
     succeed(2, "train", "--resume", interrupted, "placement=null")
     assert trainer_of(interrupted)["placements"] == {}
     torch.testing.assert_close(losses_of(interrupted), losses_of(staying), rtol=0, atol=1e-5)
