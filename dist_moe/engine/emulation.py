@@ -62,6 +62,7 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here already, rank 0 need not open one
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
+    handlers = {number: signal.getsignal(number) for number in PASSED_ON}  # torch installs others for good
     logging.disable(logging.ERROR)  # what torch says about its children: the ranks explain themselves
     try:
         ranks = start_processes(
@@ -71,10 +72,12 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
             envs={rank: _variables(rank, num_ranks) | meeting for rank in range(num_ranks)},
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         )
-        with _signals_for(ranks) as received:
-            result = ranks.wait(period=SECONDS_BETWEEN_LOOKS)
+        received = _pass_signals_on(ranks)
+        result = ranks.wait(period=SECONDS_BETWEEN_LOOKS)
     finally:
         logging.disable(logging.NOTSET)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if result is None or not result.is_failed():
         return 0
     if received:
@@ -89,9 +92,8 @@ def _variables(rank: int, num_ranks: int) -> dict[str, str]:
     return {name: str(number) for name, number in numbers.items()}
 
 
-@contextmanager
-def _signals_for(ranks: PContext) -> Iterator[list[int]]:
-    """Pass signals on to the ranks, which have sessions of their own; the list of those received."""
+def _pass_signals_on(ranks: PContext) -> list[int]:
+    """To the ranks, which have sessions of their own. Returns the list in which those received will stand."""
     received: list[int] = []
 
     def send_on(number: int, _frame: FrameType | None) -> None:
@@ -100,9 +102,6 @@ def _signals_for(ranks: PContext) -> Iterator[list[int]]:
             with suppress(ProcessLookupError):  # it has ended
                 os.killpg(pid, number)
 
-    before = {number: signal.signal(number, send_on) for number in PASSED_ON}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in PASSED_ON:
+        signal.signal(number, send_on)
+    return received

@@ -55,9 +55,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
     root = tmp_path_factory.mktemp("gates")
     config = write_config(root, tiny_data, train={"max_steps": STEPS})
     for world in (1, 2):
-        for case in CASES:
-            layout = [f"parallel.expert_parallel_size={world}"]
-            on_ranks(world, train_all, config, {str(root / f"{case}-{world}"): overrides(case) + layout})
+        layout = [f"parallel.expert_parallel_size={world}"]
+        on_ranks(world, train_all, config, {str(root / f"{case}-{world}"): overrides(case) + layout for case in CASES})
     sharded = ["parallel.expert_parallel_size=2", *stage_overrides(3)]
     on_ranks(2, train_all, config, {str(root / f"{case}-sharded"): overrides(case) + sharded for case in CASES})
     return root

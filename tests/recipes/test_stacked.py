@@ -69,13 +69,22 @@ GATES = {
 }
 
 
-@pytest.mark.parametrize("search", ["none", "sinkhorn", "branches", "swap"])
-@pytest.mark.parametrize("name", GATES)
+SEARCHES = ["none", "sinkhorn", "branches", "swap"]
+FAST = [(name, search) for name in GATES for search in SEARCHES if search == "sinkhorn" or name == "comet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "search"),
+    [
+        pytest.param(name, search, marks=() if (name, search) in FAST else pytest.mark.slow)
+        for name in GATES
+        for search in SEARCHES
+        if search != "branches" or name in ("comet", "dselect_k")  # the others have one branch
+    ],
+)
 def test_a_stack_is_its_trials_one_by_one(
     configured: Callable[..., RunConfig], tmp_path: Path, name: str, search: str
 ) -> None:
-    if search == "branches" and name not in ("comet", "dselect_k"):
-        pytest.skip("a gate of one branch")
     of_search = {
         "none": [[], []],
         "sinkhorn": [["model.permutation.epochs=0.3"], ["model.permutation.epochs=0.9"]],
