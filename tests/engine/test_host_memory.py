@@ -15,7 +15,7 @@ from dist_moe.engine.host_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def step():
-    tensors = [torch.ones(4 * 2**20) for _ in range(4)]
+    tensors = [torch.ones(16 * 2**20) for _ in range(4)]  # 64 MiB each: above what glibc keeps by itself
 for _ in range(3):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
