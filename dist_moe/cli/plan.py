@@ -58,7 +58,7 @@ def _table(plan: MemoryPlan) -> str:
         f"{'':24}" + "".join(f"{name:>14}" for name in names),
     ]
     for state in plan.states:
-        mark = " *" if state.stage == plan.stage else " (no such run)" if state.stage == 3 else ""
+        mark = " *" if state.stage == plan.stage else " (estimate)" if state.stage == 3 else ""
         figures = (
             state.dense_parameters,
             state.expert_parameters,
