@@ -66,7 +66,7 @@ class ParallelConfig(Settings):
         """The same for ``world_size`` ranks; where it does not fit and is ``elastic``, what is nearest to it."""
         divisors = (self.expert_parallel_size, self.ranks_per_node or 1)
         fits = all(world_size % divisor == 0 for divisor in divisors)
-        return self if fits or not self.elastic else self.fitting(world_size)
+        return self if fits or not self.elastic else self.nearest_for(world_size)
 
     def check(self, world_size: int, num_experts: int) -> None:
         """Raise UserError unless the sizes divide each other; needs no process group."""
@@ -114,7 +114,7 @@ class ParallelConfig(Settings):
             return None
         return per_node if per_node > 1 or self.exchange == "two_level" else None
 
-    def fitting(self, world_size: int) -> ParallelConfig:
+    def nearest_for(self, world_size: int) -> ParallelConfig:
         """What is nearest to it on another number of ranks, for a run that is to be looked at there."""
         even = self.ranks_per_node is not None and world_size % self.ranks_per_node == 0
         return self.model_copy(

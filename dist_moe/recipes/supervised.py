@@ -120,7 +120,7 @@ def trained_run(run_dir: Path) -> Iterator[TrainedRun]:
     weights = find_weights(run_dir)
     config = weights.config
     problem = open_problem(config, progress=environment.is_first)
-    with process_groups(environment, config.parallel.fitting(environment.world_size)) as groups:
+    with process_groups(environment, config.parallel.nearest_for(environment.world_size)) as groups:
         model = build_model(config, problem, groups.world).to(groups.device)
         weights.load(model)
         yield TrainedRun(config, problem, model, weights.path, groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,10 +13,10 @@ import pytest
 
 from dist_moe.engine.checkpoint_files import checkpoints_of, complete_directories
 from dist_moe.engine.heartbeats import read_heartbeat
-from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import finish, start, succeed, wait_for_steps
 from tests.helpers.pool import free_port, on_ranks
 from tests.helpers.runs import largest_difference, records_of, tensors_of, write_config
+from tests.helpers.same_run import assert_same_end
 from tests.helpers.signals import signalled
 
 from .conftest import Refused
@@ -51,12 +50,7 @@ def command(config: Path, run: Path, ep: int, *overrides: str) -> list[str]:
 def assert_same_run(run: Path, reference: Path) -> None:
     assert [record["step"] for record in records_of(run)] == list(range(1, STEPS + 1))
     assert [record["loss"] for record in records_of(run)] == [record["loss"] for record in records_of(reference)]
-    assert steps_of(read_board(run), "loss/task") == list(range(1, STEPS + 1))
-    ours, theirs = tensors_of(run), tensors_of(reference)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
-    tests = [json.loads((path / "summary.json").read_text())["test"] for path in (run, reference)]
-    assert tests[0] == tests[1]
+    assert_same_end(run, reference, STEPS)
 
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])

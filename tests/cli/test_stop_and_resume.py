@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from dist_moe.engine.checkpoint_files import newest_checkpoint, verify_checkpoint
-from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import Outcome, finish, start, succeed, wait_for_steps
 from tests.helpers.pool import free_port, on_ranks
 from tests.helpers.runs import records_of, tensors_of, write_config
+from tests.helpers.same_run import assert_same_end
 from tests.helpers.signals import signalled
 
 STEPS, STAGE_STEPS, STEPS_PER_EPOCH = 45, 38, 90
@@ -53,12 +53,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert [record["step"] for record in records_of(run)] == list(range(1, STEPS + 1))
     for ours, theirs in zip(steps_and_what_they_gave(run), steps_and_what_they_gave(reference), strict=True):
         assert ours == theirs
-    assert steps_of(read_board(run), "loss/task") == list(range(1, STEPS + 1))
-    ours, theirs = tensors_of(run), tensors_of(reference)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
-    tests = [json.loads((path / "summary.json").read_text())["test"] for path in (run, reference)]
-    assert tests[0] == tests[1]
+    assert_same_end(run, reference, STEPS)
 
 
 def assert_stopped_in_the_stage(run: Path) -> int:

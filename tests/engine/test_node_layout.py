@@ -109,7 +109,7 @@ def test_nodes_of_the_launcher_that_do_not_fit_are_refused_beforehand(monkeypatc
 )
 def test_a_layout_for_looking_at_a_run_elsewhere(world_size: int, expected: tuple[int, str, int | None]) -> None:
     config = ParallelConfig(expert_parallel_size=4, exchange="two_level", ranks_per_node=2)
-    there = config.fitting(world_size)
+    there = config.nearest_for(world_size)
     assert (there.expert_parallel_size, there.exchange, there.ranks_per_node) == expected
     there.check(world_size, 8)
-    assert ParallelConfig(exchange="flat").fitting(world_size).exchange == "flat"
+    assert ParallelConfig(exchange="flat").nearest_for(world_size).exchange == "flat"
