@@ -3,5 +3,6 @@
 from dist_moe.experts.bank import ExpertBank
 from dist_moe.experts.conv import ConvBank
 from dist_moe.experts.dense_relu import DenseReLUBank
+from dist_moe.experts.feed_forward import FeedForwardBank
 
-__all__ = ["ConvBank", "DenseReLUBank", "ExpertBank"]
+__all__ = ["ConvBank", "DenseReLUBank", "ExpertBank", "FeedForwardBank"]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dist_moe.kernels.across_cores import Scratch, across_cores
+
 
 def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, rows_per_group: list[int]) -> Tensor:
     """Rows of group e times ``weight_EDF[e]`` plus ``bias_EF[e]``.
@@ -40,10 +42,13 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_ND, weight_EDF)
         ctx.rows_per_group = rows_per_group
         y_NF = x_ND.new_empty(len(x_ND), weight_EDF.shape[2])
-        blocks = zip(x_ND.split(rows_per_group), y_NF.split(rows_per_group), strict=True)
-        for e, (x, y) in enumerate(blocks):
-            if len(x):
-                torch.addmm(bias_EF[e], x, weight_EDF[e], out=y)
+        x, y = x_ND.split(rows_per_group), y_NF.split(rows_per_group)
+
+        def task(e: int, _: Tensor) -> None:
+            if len(x[e]):
+                torch.addmm(bias_EF[e], x[e], weight_EDF[e], out=y[e])
+
+        across_cores(task, rows_per_group, Scratch(x_ND), weight_EDF[0].numel())
         return y_NF
 
     @staticmethod
@@ -53,11 +58,13 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND)
         grad_weight = torch.empty_like(weight_EDF)
         grad_bias = weight_EDF.new_empty(weight_EDF.shape[0], weight_EDF.shape[2])
-        splits = (x_ND.split(ctx.rows_per_group), grad_NF.split(ctx.rows_per_group))
-        for e, (x, grad) in enumerate(zip(*splits, strict=True)):
-            torch.mm(x.t(), grad, out=grad_weight[e])
-            torch.sum(grad, dim=0, out=grad_bias[e])
-        for e, (grad, out) in enumerate(zip(splits[1], grad_x.split(ctx.rows_per_group), strict=True)):
-            if len(grad):
-                torch.mm(grad, weight_EDF[e].t(), out=out)
+        x, grad, out = (rows.split(ctx.rows_per_group) for rows in (x_ND, grad_NF, grad_x))
+
+        def task(e: int, _: Tensor) -> None:
+            torch.mm(x[e].t(), grad[e], out=grad_weight[e])
+            torch.sum(grad[e], dim=0, out=grad_bias[e])
+            if len(grad[e]):
+                torch.mm(grad[e], weight_EDF[e].t(), out=out[e])
+
+        across_cores(task, ctx.rows_per_group, Scratch(x_ND), 2 * weight_EDF[0].numel())
         return grad_x, grad_weight, grad_bias, None

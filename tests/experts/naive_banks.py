@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank
+from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank, FeedForwardBank
 
 
 def naive_expert(bank: ExpertBank, expert: int, x_D: Tensor) -> Tensor:
     """(F,) result of local expert ``expert`` on one row, without dropout."""
     if isinstance(bank, ConvBank):
         return naive_conv_expert(bank, expert, x_D)
+    if isinstance(bank, FeedForwardBank):
+        return naive_feed_forward_expert(bank, expert, x_D)
     assert isinstance(bank, DenseReLUBank)
     return _naive_dense(x_D, bank.weight[expert], bank.bias[expert])
 
@@ -35,6 +37,15 @@ def _naive_conv(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.stack(values, dim=1).view(len(weight), len(positions), len(positions))
 
 
+def naive_feed_forward_expert(bank: FeedForwardBank, expert: int, x_D: Tensor) -> Tensor:
+    hidden_F = _naive_affine(x_D, bank.up[expert], None if bank.up_bias is None else bank.up_bias[expert])
+    if bank.gate is None:
+        hidden_F = _NAIVE_ACTIVATIONS[bank.activation](hidden_F)
+    else:
+        hidden_F = _NAIVE_ACTIVATIONS[bank.activation](_naive_affine(x_D, bank.gate[expert], None)) * hidden_F
+    return _naive_affine(hidden_F, bank.down[expert], None if bank.down_bias is None else bank.down_bias[expert])
+
+
 def _naive_pool(maps: Tensor) -> Tensor:
     """Largest of every whole 2x2 window."""
     positions = range(maps.shape[1] // 2)
@@ -47,7 +58,19 @@ def _naive_pool(maps: Tensor) -> Tensor:
 
 
 def _naive_dense(x_D: Tensor, weight_DF: Tensor, bias_F: Tensor) -> Tensor:
-    return torch.stack([(x_D * w_D).sum() + b for w_D, b in zip(weight_DF.T, bias_F, strict=True)]).clamp(min=0)
+    return _naive_affine(x_D, weight_DF, bias_F).clamp(min=0)
+
+
+def _naive_affine(x_D: Tensor, weight_DF: Tensor, bias_F: Tensor | None) -> Tensor:
+    products_F = torch.stack([(x_D * w_D).sum() for w_D in weight_DF.T])
+    return products_F if bias_F is None else products_F + bias_F
+
+
+_NAIVE_ACTIVATIONS = {
+    "relu": lambda h: h * (h > 0),
+    "gelu": lambda h: h * (1 + torch.erf(h / 2**0.5)) / 2,
+    "silu": lambda h: h / (1 + torch.exp(-h)),
+}
 
 
 def randomise_biases(bank: ExpertBank) -> None:

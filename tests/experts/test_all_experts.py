@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.experts import DenseReLUBank, ExpertBank
+from dist_moe.experts import DenseReLUBank, ExpertBank, FeedForwardBank
 from tests.experts.naive_banks import leaves_of, naive_expert, randomise_biases, small_conv_bank
 from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gradients
 
@@ -20,6 +20,21 @@ def small_dense_bank(dropout: float = 0.0) -> DenseReLUBank:
     bank = DenseReLUBank(400, 5, 8, [2, 3, 7], dropout).double()
     randomise_biases(bank)
     return bank
+
+
+def small_plain_bank() -> FeedForwardBank:
+    torch.manual_seed(4)
+    bank = FeedForwardBank(7, 5, 8, [2, 3, 7], activation="gelu", bias=True, out_dim=4).double()
+    randomise_biases(bank)
+    return bank
+
+
+def small_gated_bank() -> FeedForwardBank:
+    torch.manual_seed(5)
+    return FeedForwardBank(7, 5, 8, [2, 3, 7], activation="silu", gated=True).double()
+
+
+BANKS = [small_conv_bank, small_dense_bank, small_plain_bank, small_gated_bank]
 
 
 def own(bank: ExpertBank, x_TD: Tensor) -> Tensor:
@@ -38,7 +53,7 @@ class Dense(nn.Module):
 
 
 @pytest.mark.parametrize("all_experts", [own, ExpertBank.all_experts], ids=["own", "default"])
-@pytest.mark.parametrize("build", [small_conv_bank, small_dense_bank])
+@pytest.mark.parametrize("build", BANKS)
 def test_values_and_gradients_equal_naive(build: Callable[[], ExpertBank], all_experts: AllExperts) -> None:
     bank = build()
     x_TD = torch.rand(2, bank.dim, dtype=torch.float64, requires_grad=True)
@@ -55,7 +70,7 @@ def test_values_and_gradients_equal_naive(build: Callable[[], ExpertBank], all_e
 
 
 @pytest.mark.parametrize("all_experts", [own, ExpertBank.all_experts], ids=["own", "default"])
-@pytest.mark.parametrize("build", [small_conv_bank, small_dense_bank])
+@pytest.mark.parametrize("build", BANKS)
 def test_no_rows_give_zero_gradients(build: Callable[[], ExpertBank], all_experts: AllExperts) -> None:
     bank = build()
     x_TD = torch.rand(0, bank.dim, dtype=torch.float64, requires_grad=True)
@@ -66,7 +81,7 @@ def test_no_rows_give_zero_gradients(build: Callable[[], ExpertBank], all_expert
 
 @pytest.mark.filterwarnings("error")  # vmap warns where it falls back to a loop
 @pytest.mark.parametrize("each_its_rows", [False, True])
-@pytest.mark.parametrize("build", [small_conv_bank, small_dense_bank])
+@pytest.mark.parametrize("build", BANKS)
 def test_vmap_over_stacked_banks_equals_one_bank_after_another(
     build: Callable[[], ExpertBank], each_its_rows: bool
 ) -> None:

@@ -1,0 +1,70 @@
+"""The transformer's expert: two dense layers around an activation, with or without a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dist_moe import kernels
+from dist_moe.experts.bank import ExpertBank
+
+
+class FeedForwardBank(ExpertBank):
+    """y = act(x U_e + b_e) V_e + c_e, or gated y = (act(x W_e) * (x U_e)) V_e (Shazeer, GLU variants, 2020).
+
+    Parameters: ``up`` (E_local, dim, hidden), ``down`` (E_local, hidden, out_dim); ``gate``
+    (E_local, dim, hidden) if ``gated``; ``up_bias``, ``down_bias`` (E_local, width) if ``bias``.
+    ``activation``: "relu", "gelu" or "silu" (gated with "silu": SwiGLU). ``out_dim``: None is ``dim``.
+    Weights are glorot-uniform, biases zero, drawn per expert from its global id.
+    Raises ValueError for an activation that is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        expert_ids: Sequence[int],
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = False,
+        out_dim: int | None = None,
+    ) -> None:
+        super().__init__(dim, out_dim or dim, num_experts, expert_ids)
+        if activation not in kernels.ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(kernels.ACTIVATIONS)}, got {activation!r}")
+        self.hidden = hidden
+        self.activation = activation
+        generators = self.generators()
+        self.up = _glorot(dim, hidden, generators)
+        self.gate = _glorot(dim, hidden, generators) if gated else None
+        self.down = _glorot(hidden, self.out_dim, generators)
+        self.up_bias, self.down_bias = (
+            nn.Parameter(torch.zeros(self.num_local_experts, width)) if bias else None
+            for width in (hidden, self.out_dim)
+        )
+
+    def forward(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
+        return kernels.feed_forward(x_ND, self._weights(), self.activation, rows_per_expert)
+
+    def all_experts(self, x_TD: Tensor) -> Tensor:
+        act = kernels.ACTIVATIONS[self.activation].function
+        x_ETD = x_TD.expand(self.num_local_experts, *x_TD.shape)
+        hidden_ETF = _affine(x_ETD, self.up, self.up_bias)
+        hidden_ETF = act(hidden_ETF) if self.gate is None else act(x_ETD @ self.gate) * hidden_ETF
+        return _affine(hidden_ETF, self.down, self.down_bias)
+
+    def _weights(self) -> kernels.FeedForwardWeights:
+        return kernels.FeedForwardWeights(self.up, self.down, self.gate, self.up_bias, self.down_bias)
+
+
+def _affine(x_ETD: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None) -> Tensor:
+    return x_ETD @ weight_EDF if bias_EF is None else torch.baddbmm(bias_EF.unsqueeze(1), x_ETD, weight_EDF)
+
+
+def _glorot(dim: int, out_dim: int, generators: list[torch.Generator]) -> nn.Parameter:
+    drawn = [nn.init.xavier_uniform_(torch.empty(dim, out_dim), generator=generator) for generator in generators]
+    return nn.Parameter(torch.stack(drawn))

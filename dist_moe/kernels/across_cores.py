@@ -1,0 +1,93 @@
+"""One task per group of rows, spread over the cores: each core does whole groups.
+
+Products of few rows gain little from several threads each, and lose time to waking these. Here every
+core takes a group for itself, runs all operations of it in one thread, its scratch memory staying in its
+cache, and takes the next. Only a group that is a large part of the work is done by all cores together.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+SMALLEST_WORTH_A_THREAD = 2**21
+"""Multiplications of a mean group below which handing groups to threads costs more than it saves (measured)."""
+
+GroupTask = Callable[[int, Tensor], None]
+"""(group, scratch memory that no other task uses meanwhile): writes its results into tensors made before."""
+
+
+def across_cores(task: GroupTask, rows_per_group: Sequence[int], scratch: Scratch, work_per_row: int) -> None:
+    """Run ``task`` for every group, the groups without rows too; outside of autograd.
+
+    ``work_per_row``: multiplications that a row costs. Which core does a group never changes its result.
+    On an accelerator, and with one thread, one group after the other.
+    """
+    cores = torch.get_num_threads()
+    groups = sorted(range(len(rows_per_group)), key=lambda group: -rows_per_group[group])
+    mean_work = sum(rows_per_group) * work_per_row / max(len(groups), 1)
+    if cores == 1 or len(groups) == 1 or scratch.on_accelerator or mean_work < SMALLEST_WORTH_A_THREAD:
+        shared = len(groups)
+    else:
+        shared = sum(rows * cores > sum(rows_per_group) for rows in rows_per_group)
+    with torch.no_grad():
+        for group in groups[:shared]:
+            task(group, scratch.of(0))
+    if shared < len(groups):
+        _spread(task, groups[shared:], scratch, cores)
+
+
+class Scratch:
+    """Memory of ``shape`` for each core, in the type and on the device of ``like``."""
+
+    def __init__(self, like: Tensor, *shape: int) -> None:
+        self.on_accelerator = like.device.type != "cpu"
+        cores = 1 if self.on_accelerator else torch.get_num_threads()
+        self._per_core = like.new_empty(cores, *shape)
+
+    def of(self, core: int) -> Tensor:
+        return self._per_core[core]
+
+
+def _spread(task: GroupTask, groups: list[int], scratch: Scratch, cores: int) -> None:
+    remaining, lock = iter(groups), threading.Lock()
+
+    @torch.no_grad()
+    def work(core: int) -> None:
+        while True:
+            with lock:
+                group = next(remaining, None)
+            if group is None:
+                return
+            task(group, scratch.of(core))
+
+    helpers = [_helpers(cores).submit(work, core) for core in range(1, cores)]
+    torch.set_num_threads(1)
+    try:
+        work(0)
+    finally:
+        torch.set_num_threads(cores)
+        failures = [helper.exception() for helper in helpers]
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+@cache
+def _helpers(cores: int) -> ThreadPoolExecutor:
+    """Threads each of which computes alone. ``set_num_threads`` holds for the thread that calls it."""
+    ready = threading.Barrier(cores)
+    pool = ThreadPoolExecutor(cores - 1, "dist_moe_core", initializer=lambda: torch.set_num_threads(1))
+    for _ in range(cores - 1):
+        pool.submit(ready.wait)
+    ready.wait()
+    return pool
+
+
+os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked process has none of these threads
