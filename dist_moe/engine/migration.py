@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_moe.engine.activity import ACTIVITY
 from dist_moe.engine.collectives import gather_objects
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.parameter_state import read_state, state_keys, write_state
@@ -50,6 +51,7 @@ def migrate(engine: ExpertParallelEngine, layer: MoE, placement: Placement) -> M
     _assert_same(f"{layer.placement.digest} {placement.digest}", "placement before or after the move")
     if placement == layer.placement:
         return Migration((), 0)
+    ACTIVITY.enter("migration")
     moves = _Moves.between(layer.placement, placement, layer.world.rank)
     keys, faults, sent = state_keys(engine), [], 0
     for name, parameter in layer.experts.named_parameters():

@@ -1,4 +1,4 @@
-"""A rank killed while it writes a checkpoint, and one during a swap search: the run ends as if nothing had been."""
+"""A rank killed while it saves, searches or moves experts: the run ends as if nothing had been."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.commands import finish, start
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["save", "search"])
+@pytest.mark.parametrize("kind", ["save", "search", "migration"])
 def test_a_kill_at_a_chosen_moment(tmp_path: Path, kind: str) -> None:
     command = ["tools/random_faults.py", "--runs", 1, "--kills", 1, "--steps", 40, "--kinds", kind]
     outcome = finish(start(sys.executable, *command, "--output", tmp_path / "result.md"))
