@@ -4,17 +4,26 @@ from dist_moe.kernels.activations import ACTIVATIONS
 from dist_moe.kernels.dropout import dropout, dropout_of_stacks
 from dist_moe.kernels.feed_forward import FeedForwardWeights, feed_forward, feed_forward_reference
 from dist_moe.kernels.grouped_linear import grouped_linear, grouped_linear_reference
-from dist_moe.kernels.weighted_scatter import weighted_scatter, weighted_scatter_reference
+from dist_moe.kernels.token_rows import (
+    TokenIndex,
+    rows_of_tokens,
+    stable_order,
+    weighted_scatter,
+    weighted_scatter_reference,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "FeedForwardWeights",
+    "TokenIndex",
     "dropout",
     "dropout_of_stacks",
     "feed_forward",
     "feed_forward_reference",
     "grouped_linear",
     "grouped_linear_reference",
+    "rows_of_tokens",
+    "stable_order",
     "weighted_scatter",
     "weighted_scatter_reference",
 ]

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_moe.kernels import weighted_scatter
+from dist_moe.kernels import TokenIndex, rows_of_tokens, weighted_scatter
 from dist_moe.parallel.dispatch import combine, dispatch, plan_dispatch
 from dist_moe.parallel.recompute import recomputed
 from dist_moe.parallel.world import World
@@ -57,12 +57,15 @@ class FlatExchange:
     def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed:
         plan = plan_dispatch(pairs.rows_per_expert_E, self._world)
 
-        def expert_rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
-            return experts(dispatch(x_TD[token_N], plan, self._world), plan.rows_per_local_expert)
+        index = TokenIndex.of(pairs.token_N, pairs.num_tokens)
 
-        computed_NF = (recomputed if self._recompute else _plainly)(expert_rows, x_TD, pairs.token_N)
+        def expert_rows(x_TD: Tensor) -> Tensor:
+            rows_ND = dispatch(rows_of_tokens(x_TD, index), plan, self._world)
+            return experts(rows_ND, plan.rows_per_local_expert)
+
+        computed_NF = (recomputed if self._recompute else _plainly)(expert_rows, x_TD)
         results_NF = combine(computed_NF, plan, self._world)
-        sums_GTF = weighted_scatter(results_NF, pairs.weight_GN, pairs.token_N, pairs.num_tokens)
+        sums_GTF = weighted_scatter(results_NF, pairs.weight_GN, index)
         return Mixed(sums_GTF, results_NF.dtype, sum(plan.rows_per_local_expert))
 
 

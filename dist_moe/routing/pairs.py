@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dist_moe.kernels import stable_order
 from dist_moe.routing.route import Route
 
 
@@ -52,6 +53,8 @@ def union_of_routes(routes: list[Route]) -> Pairs:
     if any((r.num_tokens, r.num_slots) != (num_tokens, num_experts) for r in routes):
         sizes = [(r.num_tokens, r.num_slots) for r in routes]
         raise ValueError(f"routes over the same experts must agree on (tokens, experts), got {sizes}")
+    if len(routes) == 1:
+        return _pairs_of(routes[0])
     keys = [route.slot_N * num_tokens + route.token_N for route in routes]
     key_N = torch.unique(torch.cat(keys), sorted=True)
     expert_N = torch.div(key_N, max(num_tokens, 1), rounding_mode="floor")
@@ -65,4 +68,16 @@ def union_of_routes(routes: list[Route]) -> Pairs:
         weight_GN=torch.stack(weights),
         rows_per_expert_E=torch.bincount(expert_N, minlength=num_experts),
         num_tokens=num_tokens,
+    )
+
+
+def _pairs_of(route: Route) -> Pairs:
+    """Of one route no pair occurs twice, and its tokens ascend: sorting by expert is enough."""
+    order_N = stable_order(route.slot_N, route.num_slots)
+    return Pairs(
+        token_N=route.token_N[order_N],
+        expert_N=route.slot_N[order_N],
+        weight_GN=route.weight_N[order_N].unsqueeze(0),
+        rows_per_expert_E=route.tokens_per_slot,
+        num_tokens=route.num_tokens,
     )

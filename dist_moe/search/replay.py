@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_moe.kernels import weighted_scatter
+from dist_moe.kernels import TokenIndex, weighted_scatter
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.routing import HardPermutation, Pairs, Route
 from dist_moe.search.slot_table import SlotTable
@@ -60,8 +60,9 @@ class Replayed:
 
     def _sparse(self, route: Route) -> Tensor:
         rows_NF = self._recording.results_TEF[route.token_N, route.slot_N]
+        index = TokenIndex.of(route.token_N, route.num_tokens)
         weight_1N = route.weight_N.unsqueeze(0)
-        return weighted_scatter(rows_NF, weight_1N, route.token_N, route.num_tokens)[0].to(rows_NF.dtype)
+        return weighted_scatter(rows_NF, weight_1N, index)[0].to(rows_NF.dtype)
 
     def _dense(self, route: Route, matrix_KEE: Tensor) -> Tensor:
         results_TEF = self._recording.results_TEF

@@ -1,0 +1,139 @@
+"""Rows of tokens: copy tokens into rows (permute), and add rows up into tokens (un-permute, combine).
+
+    rows of tokens      row[n] = token[token_N[n]]
+    weighted scatter    sum[g, t] = sum over n with token_N[n] = t of weight[g, n] * row[n]
+
+As tensor operations these are an index and an ``index_add``, each the other's backward pass; but an
+``index_add`` works on one core, and the weighted rows are written and read several times. Here a token's
+rows are found through an index that is sorted once, and added up in one pass by as many cores as there
+are, as a bag of embeddings; always in the order of the rows, so that results do not depend on the cores.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dist_moe.kernels.across_cores import Scratch, across_cores
+
+BLOCK_BYTES = 256 * 1024
+"""Of rows that a pass over several tensors takes at a time, so that they stay in the cache."""
+
+PASSES_OVER_MEMORY = 64
+"""A row's product with its token's gradient takes as long as this many multiplications a number in a large
+matrix product (measured)."""
+
+
+class TokenIndex(NamedTuple):
+    """Which rows a token has: ``token_N`` (N,), ``row_N`` (N,) the rows sorted by token, stably, and
+    ``start_T`` (T,) the place in ``row_N`` where each token's begin."""
+
+    token_N: Tensor
+    row_N: Tensor
+    start_T: Tensor
+
+    @classmethod
+    def of(cls, token_N: Tensor, num_tokens: int) -> TokenIndex:
+        """For rows of the tokens ``token_N``, each in 0..num_tokens-1, in any order."""
+        count_T = torch.bincount(token_N, minlength=num_tokens)
+        return cls(token_N, stable_order(token_N, num_tokens), count_T.cumsum(0) - count_T)
+
+
+def stable_order(key_N: Tensor, bound: int) -> Tensor:
+    """The order that sorts ``key_N``, integers in 0..bound-1, stably."""
+    if key_N.device.type == "cpu" and bound <= 2**16:
+        return torch.from_numpy(np.argsort(key_N.numpy().astype(np.uint16), kind="stable"))  # a radix sort
+    return key_N.argsort(stable=True)
+
+
+def rows_of_tokens(x_TD: Tensor, index: TokenIndex) -> Tensor:
+    """(T, D) tokens -> (N, D) rows."""
+    result: Tensor = _RowsOfTokens.apply(x_TD, *index)
+    return result
+
+
+def weighted_scatter(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> Tensor:
+    """(N, F) rows and (G, N) weights -> (G, T, F) in the precision of the weights, 0 for a token without rows."""
+    result: Tensor = _WeightedScatter.apply(rows_NF, weight_GN, *index)
+    return result
+
+
+def weighted_scatter_reference(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> Tensor:
+    """The same, as tensor operations that autograd differentiates by itself."""
+    zeros_TF = weight_GN.new_zeros(len(index.start_T), rows_NF.shape[1])
+    weighted = (rows_NF.to(weight_GN.dtype) * weight_N.unsqueeze(1) for weight_N in weight_GN)
+    return torch.stack([zeros_TF.index_add(0, index.token_N, rows) for rows in weighted])
+
+
+class _RowsOfTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_N: Tensor, start_T: Tensor) -> Tensor:
+        ctx.save_for_backward(row_N, start_T)
+        return x_TD.index_select(0, token_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sums(grad_ND, *ctx.saved_tensors), None, None, None
+
+
+class _WeightedScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_NF: Tensor, weight_GN: Tensor, token_N: Tensor, row_N: Tensor, start_T: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows_NF, weight_GN, token_N)
+        rows_NF = rows_NF.to(weight_GN.dtype)
+        return torch.stack([_sums(rows_NF, row_N, start_T, weight_N[row_N]) for weight_N in weight_GN])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_GTF: Tensor) -> tuple[Tensor | None, ...]:
+        rows_NF, weight_GN, token_N = ctx.saved_tensors
+        grad_rows = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            first_token_G1 = grad_GTF.shape[1] * torch.arange(len(grad_GTF), device=token_N.device).unsqueeze(1)
+            grad_rows = _mixtures(grad_GTF.flatten(0, 1), (token_N + first_token_G1).T, weight_GN.T)
+            grad_rows = grad_rows.to(rows_NF.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _products(grad_GTF, rows_NF, token_N)
+        return grad_rows, grad_weight, None, None, None
+
+
+def _sums(rows_NF: Tensor, row_N: Tensor, start_T: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    """(T, F): per token the sum of its rows, which ``row_N`` names from ``start_T`` on, each times its weight."""
+    if not rows_NF.numel():
+        return rows_NF.new_zeros(len(start_T), rows_NF.shape[1])
+    return F.embedding_bag(row_N, rows_NF.contiguous(), start_T, mode="sum", per_sample_weights=weight_N)
+
+
+def _mixtures(x_TF: Tensor, token_NG: Tensor, weight_NG: Tensor) -> Tensor:
+    """(N, F): sum over g of ``weight_NG[n, g]`` * ``x_TF[token_NG[n, g]]``."""
+    if not len(token_NG):
+        return x_TF.new_zeros(0, x_TF.shape[1])
+    return F.embedding_bag(
+        token_NG.contiguous(), x_TF.contiguous(), mode="sum", per_sample_weights=weight_NG.contiguous()
+    )
+
+
+def _products(grad_GTF: Tensor, rows_NF: Tensor, token_N: Tensor) -> Tensor:
+    """(G, N): the products of each row and its token's gradient."""
+    products_GN = grad_GTF.new_empty(len(grad_GTF), len(rows_NF))
+    width = max(rows_NF.shape[1], 1)
+    size = max(len(rows_NF), 1) if rows_NF.is_cuda else max(BLOCK_BYTES // (width * rows_NF.element_size()), 1)
+    blocks = list(zip(rows_NF.split(size), token_N.split(size), products_GN.split(size, dim=1), strict=True))
+
+    def task(block: int, _: Tensor) -> None:
+        rows, token, products = blocks[block]
+        rows = rows.to(grad_GTF.dtype)
+        for grad_TF, products_N in zip(grad_GTF, products, strict=True):
+            torch.sum(grad_TF.index_select(0, token).mul_(rows), dim=1, out=products_N)
+
+    rows_per_block = [len(rows) for rows, _, _ in blocks]
+    across_cores(task, rows_per_block, Scratch(rows_NF), PASSES_OVER_MEMORY * width * len(grad_GTF))
+    return products_GN
