@@ -25,6 +25,7 @@ def complete_deepspeed_section(section: DeepSpeedSection, batch_size: int, world
         params.setdefault("weight_decay", 0.0)  # torch's AdamW would decay by 0.01 unasked, DeepSpeed's not
         if uses_torch_adam(section):
             params.setdefault("torch_adam", True)
+            params.setdefault("fused", True)  # one pass over masters and moments, a third of the time
     if offloads_optimizer(section):
         completed["zero_force_ds_cpu_optimizer"] = False  # else torch's optimizers are refused
     return completed
