@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dist_moe.engine.deepspeed_checks import optimizer_on_one_number
 from dist_moe.engine.deepspeed_config import zero_stage
 from dist_moe.engine.expert_parallel_engine import is_expert_parameter, mark_experts
+from dist_moe.engine.precision import parameter_dtype
 from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank
 from dist_moe.gates import Gate
 from dist_moe.models import MoEModel
@@ -158,8 +159,7 @@ def _padded(count: int, multiple: int) -> int:
 
 
 def _bytes_per_parameter(config: RunConfig) -> int:
-    lower = any(config.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
-    return 2 if lower else _FP32
+    return parameter_dtype(config.deepspeed).itemsize
 
 
 def _optimizer_states(config: RunConfig) -> tuple[int, int]:

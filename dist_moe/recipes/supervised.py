@@ -16,6 +16,7 @@ from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.host_memory import keep_freed_memory
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.loop import LoopHooks, Outcome, TrainingLoop
+from dist_moe.engine.precision import cast_parameters
 from dist_moe.engine.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.stop_request import StopRequest, stop_requests
 from dist_moe.engine.watchdog import watchdog
@@ -101,7 +102,8 @@ def _train(
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished or stopped run, brought back: its model holds the weights of ``checkpoint``."""
+    """A finished or stopped run, brought back: its model holds the weights of ``checkpoint``, in the precision
+    in which the run computed."""
 
     config: RunConfig
     problem: Problem
@@ -122,6 +124,7 @@ def trained_run(run_dir: Path) -> Iterator[TrainedRun]:
     problem = open_problem(config, progress=environment.is_first)
     with process_groups(environment, config.parallel.nearest_for(environment.world_size)) as groups:
         model = build_model(config, problem, groups.world).to(groups.device)
+        cast_parameters(model, config.deepspeed, groups.device)  # before the masters come, which are rounded to it
         weights.load(model)
         yield TrainedRun(config, problem, model, weights.path, groups)
 
@@ -129,6 +132,7 @@ def trained_run(run_dir: Path) -> Iterator[TrainedRun]:
 def evaluate_run(run_dir: Path) -> dict[str, Any]:
     """Test figures of a run, a checkpoint or an exported file, at any number of ranks. Collective.
 
+    Those of the run's summary, to the bit at its layout and to the rounding of its precision at others.
     Raises UserError if it is not intact.
     """
     with trained_run(run_dir) as run:
