@@ -20,6 +20,7 @@ from dist_moe.engine.precision import cast_parameters
 from dist_moe.engine.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.stop_request import StopRequest, stop_requests
 from dist_moe.engine.watchdog import watchdog
+from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.evaluation import evaluate
@@ -96,7 +97,8 @@ def _train(
         test = evaluate(plan.problem, model, plan.problem.test, weights, groups)
         reporter.evaluation("test", test, tested_step)
     if plan.environment.is_first:
-        _summarise(plan, {"val": val, "test": test}, course | {"tested_step": tested_step})
+        ending = {"tested_step": tested_step, "lost_records": reporter.lost_records}
+        _summarise(plan, {"val": val, "test": test}, course | ending)
     return 0
 
 
@@ -213,6 +215,12 @@ def _summarise(plan: TrainingPlan, figures: dict[str, dict[str, Any]], course: d
     problem = plan.problem
     baselines = problem.baselines(problem.test, plan.config.task_weights)
     summary = figures | {"baselines": baselines, "data": problem.manifest} | course
-    write_json(plan.run.summary, summary)
     print(figures_table(figures["test"], predictor_rows(baselines)))
+    try:
+        write_json(plan.run.summary, summary)
+    except OSError as error:
+        raise UserError(
+            f"{plan.run.summary} could not be written: {error}; the checkpoints are complete: make room, then let "
+            f"'dist-moe train --resume {plan.run.root}' write it, or print the figures by 'dist-moe evaluate'"
+        ) from error
     print(f"everything about this run is in {plan.run.root}; look at it with: tensorboard --logdir {plan.run.root}")
