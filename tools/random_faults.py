@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -181,23 +182,26 @@ def write_config(work: Path, steps: int) -> Path:
 def differences(run: Path, reference: Path, steps: int) -> list[str]:
     """What is not as in the undisturbed run."""
     found = []
-    records = [
-        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, reference)
-    ]
-    for ours, theirs in zip(*records, strict=False):
-        pair = [{k: v for k, v in one.items() if k != "examples_per_second"} for one in (ours, theirs)]
-        if pair[0] != pair[1]:
-            found.append(f"the record of step {theirs['step']}")
-            break
-    if [record["step"] for record in records[0]] != list(range(1, steps + 1)):
+    ours, theirs = (_records(path) for path in (run, reference))
+    if different := [other["step"] for one, other in zip(ours, theirs, strict=False) if one != other]:
+        found.append(f"the record of step {different[0]}")
+    if [record["step"] for record in ours if "validation" not in record] != list(range(1, steps + 1)):
         found.append("the steps recorded")
-    ours, theirs = (
+    if len(ours) != len(theirs):
+        found.append("the validations recorded")
+    held, wanted = (
         {n: t for f in newest_checkpoint(p).glob("*.safetensors") for n, t in load_file(f).items()}
         for p in (run, reference)
     )
-    found += [f"tensor {name}" for name in theirs if name not in ours or not ours[name].equal(theirs[name])]
+    found += [f"tensor {name}" for name in wanted if name not in held or not held[name].equal(wanted[name])]
     tests = [json.loads((path / "summary.json").read_text())["test"] for path in (run, reference)]
     return found + (["the test figures"] if tests[0] != tests[1] else [])
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    """Those of steps and validations, in order, without the speed."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in record.items() if name != "examples_per_second"} for record in records]
 
 
 def main() -> int:
