@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from dist_moe.recipes.memory_plan import MemoryPlan
 
 _GIB = 2**30
+_LEGEND = """* as configured; activations include the dispatch and are estimates
+gathered: parameters that stage 3 brings together within a step, at most; less with a smaller
+zero_optimization.stage3_max_reuse_distance"""
 
 
 def add_to(commands: Commands) -> None:
@@ -51,14 +54,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _table(plan: MemoryPlan) -> str:
-    names = ("dense", "experts", "gradients", "masters", "optimizer", "bucket", "total", "padding")
+    names = ("dense", "experts", "gradients", "masters", "optimizer", "bucket", "gathered", "total", "padding")
     lines = [
         f"{plan.ranks} rank(s), experts over {plan.expert_parallel_size}, {plan.tokens:,} tokens per rank and "
         "micro-batch",
         f"{'':24}" + "".join(f"{name:>14}" for name in names),
     ]
     for state in plan.states:
-        mark = " *" if state.stage == plan.stage else " (estimate)" if state.stage == 3 else ""
+        mark = " *" if state.stage == plan.stage else ""
         figures = (
             state.dense_parameters,
             state.expert_parameters,
@@ -66,6 +69,7 @@ def _table(plan: MemoryPlan) -> str:
             state.masters,
             state.optimizer,
             state.bucket,
+            state.gathered,
             state.total,
             state.padding,
         )
@@ -77,7 +81,7 @@ def _table(plan: MemoryPlan) -> str:
         lines.append(
             f"{load.load:40}{_size(load.dispatch):>14}{_size(load.activations):>14}{_size(whole):>14}{batch:>16}"
         )
-    return "\n".join([*lines, "* as configured; activations include the dispatch and are estimates"])
+    return "\n".join([*lines, _LEGEND])
 
 
 def _size(count: int) -> str:

@@ -127,6 +127,7 @@ REFUSALS = (
         lambda v: v not in ("fp32", "bf16", "fp16"),
         "allowed are fp32, bf16 and fp16",
     ),
+    Refusal("data_types.buffer_dtype", _is_set, "tables and counts are kept in buffers, as they are; leave it out"),
     Refusal(
         "gradient_clipping",
         lambda v: isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v < math.inf,

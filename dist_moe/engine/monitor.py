@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dist_moe.engine.progress import ProgressLine
+from dist_moe.engine.record_file import RecordFile
 from dist_moe.engine.run_directory import RunDirectory
 from dist_moe.engine.tensorboard_log import TensorBoardLog
 
@@ -28,16 +29,19 @@ class Schedule:
 
 
 class Monitor:
-    """Takes the records of finished steps and shows them; use as a context manager."""
+    """Takes the records of finished steps and shows them; use as a context manager.
+
+    A disk that is full does not end it: see :class:`RecordFile`.
+    """
 
     def __init__(self, run: RunDirectory, schedule: Schedule, first_step: int) -> None:
         run.forget_metrics_after(first_step)
         self._schedule = schedule
         self._reported = first_step
         self._validations: list[dict[str, Any]] = []
-        self._metrics = run.metrics.open("a")
-        self._board = TensorBoardLog(run.tensorboard, first_step)
         self._progress = ProgressLine(schedule.total_steps, first_step)
+        self._metrics = RecordFile(run.metrics, self.say)
+        self._board = TensorBoardLog(run.tensorboard, first_step, self.say)
 
     def __enter__(self) -> Monitor:
         return self
@@ -49,6 +53,11 @@ class Monitor:
         self._board.close()
         self._progress.close()
 
+    @property
+    def lost_records(self) -> dict[str, int]:
+        """How many could not be written, by file; final after the end."""
+        return {"metrics.jsonl": self._metrics.lost, "tensorboard": self._board.lost}
+
     def report(self, records: list[StepRecord]) -> None:
         """Show finished steps. ``load`` in a record is the (E,) rows per expert, the rest are numbers."""
         for record in records:
@@ -59,6 +68,7 @@ class Monitor:
             self._reported = record["step"]
             self._write_validations()
         self._metrics.flush()
+        self._board.flush()
         self._progress.update(records)
 
     def evaluation(self, part: str, figures: dict[str, Any], step: int) -> None:
@@ -101,7 +111,7 @@ class Monitor:
         self._progress.say(text)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.add(f"{json.dumps(record)}\n".encode())
 
     def _write_validations(self) -> None:
         """Those of steps that are reported: a validation comes before the records of its window of steps do."""

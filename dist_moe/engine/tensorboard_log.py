@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary
+
+from dist_moe.engine.event_file import EventFile
 
 if TYPE_CHECKING:
     from dist_moe.engine.loop import StepRecord
@@ -35,49 +38,58 @@ _TAGS = {
 }
 
 
-def _wait_for_a_later_name(directory: Path) -> None:
-    """Event files are read in the order of their names, which begin with the second in which they were made."""
-    seconds = [int(path.name.split(".")[3]) for path in directory.glob("events.out.tfevents.*")]
-    if seconds and max(seconds) == int(time.time()):
-        time.sleep(1.0)
-
-
 class TensorBoardLog:
-    """Writes event files into ``directory``; steps after ``first_step`` that an earlier attempt wrote are purged."""
+    """Writes an event file into ``directory``; steps after ``first_step`` that an earlier attempt wrote are purged.
 
-    def __init__(self, directory: Path, first_step: int) -> None:
-        _wait_for_a_later_name(directory)
-        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
+    ``say``: where a disk that fails is reported.
+    """
+
+    def __init__(self, directory: Path, first_step: int, say: Callable[[str], None]) -> None:
+        self._events = EventFile(directory, first_step + 1, say)
         self._load_columns: list[NDArray[np.float64]] = []
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    @property
+    def lost(self) -> int:
+        """Events that could not be written."""
+        return self._events.lost
 
     def step(self, record: StepRecord) -> None:
-        step = record["step"]
-        for name, value in record.items():
-            if isinstance(value, float) and name != "epoch":
-                self._writer.add_scalar(_TAGS.get(name, f"loss/{name}"), value, step)
-        self._load(np.asarray(record["load"]), step)
+        step, rows_per_expert = record["step"], np.asarray(record["load"])
+        scalars = {
+            _TAGS.get(name, f"loss/{name}"): value
+            for name, value in record.items()
+            if isinstance(value, float) and name != "epoch"
+        }
+        self._scalars(scalars | {"experts/load_max_over_mean": _max_over_mean(rows_per_expert)}, step)
+        self._load(rows_per_expert, step)
 
     def evaluation(self, part: str, figures: dict[str, Any], step: int) -> None:
-        for name, value in figures.items():
-            if isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{part}/{name}", value, step)
+        self._scalars({f"{part}/{n}": value for n, value in figures.items() if isinstance(value, (int, float))}, step)
+        self.flush()
 
     def matrix(self, tag: str, matrix: Tensor, step: int) -> None:
         """An image of a matrix with entries in 0..1: 0 is white, 1 is black."""
         enlarged = torch.kron(1 - matrix.float().cpu(), torch.ones(PIXELS_PER_CELL, PIXELS_PER_CELL))
-        self._writer.add_image(tag, enlarged, step, dataformats="HW")
+        self._events.add(summary.image(tag, enlarged, dataformats="HW"), step)
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        """All of a step in one event: an event each would cost as much each."""
+        every = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._events.add(Summary(value=every), step)
 
     def _load(self, rows_per_expert: NDArray[np.float64], step: int) -> None:
         total = rows_per_expert.sum()
         self._load_columns.append(rows_per_expert / total if total else rows_per_expert)
-        self._writer.add_scalar("experts/load_max_over_mean", _max_over_mean(rows_per_expert), step)
         if step % IMAGE_EVERY == 0:
             experts = np.repeat(np.arange(len(rows_per_expert)), rows_per_expert.astype(int))
-            self._writer.add_histogram("experts/load", experts, step, bins=len(rows_per_expert))
-            self._writer.add_image("experts/load_over_time", self._load_image(), step, dataformats="HW")
+            self._events.add(summary.histogram("experts/load", experts, bins=len(rows_per_expert)), step)
+            self._events.add(summary.image("experts/load_over_time", self._load_image(), dataformats="HW"), step)
 
     def _load_image(self) -> NDArray[np.float64]:
         """Experts down, time to the right; white is no load, black the heaviest share so far."""

@@ -17,6 +17,7 @@ add up gradients in another order.) So what runs on real ranks runs here: whole 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from dist_moe.parallel.collectives import job, job_is
 from dist_moe.parallel.lockstep import Lockstep, ShareOut
-from dist_moe.parallel.world import ExchangingWorld
+from dist_moe.parallel.world import ExchangingWorld, Levels, SingleWorld, World
 
 Result = TypeVar("Result")
 DEADLINE_S = 300.0
@@ -38,21 +39,29 @@ _lockstep_here: ContextVar[Lockstep[Any] | None] = ContextVar("lockstep_here", d
 class EmulatedWorld:
     """``EmulatedWorld(size)``: ``ranks`` are its worlds, in rank order; layers may keep them between runs.
 
+    ``ranks_per_node``: they live in nodes of that many consecutive ranks, and layers exchange tokens in two
+    levels; None: all in one node.
+
     Ranks take turns (see ``lockstep.py``), hence everything is deterministic. They live in one process:
     what they share, say a gate, has one ``grad``, into which all of them add; give each a copy (or build
     the model inside ``run``) to see gradients per rank. Whatever they share must be leaves: a graph that
     was built before :meth:`run` can be walked by the backward pass of one rank only.
 
     ``deadline_s``: seconds that a rank may take between two collectives; None in a debugger.
-    Raises ValueError unless ``size`` >= 1.
+    Raises ValueError unless ``size`` >= 1, and ``ranks_per_node`` divides it.
     """
 
-    def __init__(self, size: int, deadline_s: float | None = DEADLINE_S) -> None:
+    def __init__(self, size: int, deadline_s: float | None = DEADLINE_S, *, ranks_per_node: int | None = None) -> None:
         if size < 1:
             raise ValueError(f"size={size}: an emulated world has at least one rank")
+        if ranks_per_node is not None and (ranks_per_node < 1 or size % ranks_per_node):
+            raise ValueError(f"ranks_per_node={ranks_per_node} does not divide the {size} ranks: nodes are alike")
         self.size = size
         self.deadline_s = deadline_s
         self.ranks = tuple(EmulatedRank(rank, size) for rank in range(size))
+        if ranks_per_node is not None:
+            for rank in self.ranks:
+                rank.divide(ranks_per_node)
 
     def run(self, function: Callable[[EmulatedRank], Result]) -> list[Result]:
         """``function(world)`` once per rank; the results in rank order.
@@ -84,10 +93,14 @@ class EmulatedWorld:
         self.run(lambda world: losses[world.rank].backward())
 
 
-class EmulatedRank(ExchangingWorld):
-    """A rank of an :class:`EmulatedWorld`. A copy of a layer is on the layer's rank: a rank's copy is the rank."""
+class _Emulated(ExchangingWorld):
+    """Ranks that meet in this process. A copy of a layer is on the layer's rank: a rank's copy is the rank."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EmulatedRank:
+    @abstractmethod
+    def _meet(self, what: str, brought: Any, share_out: ShareOut) -> Any:
+        """Bring something to all ranks of this world, and take away what ``share_out`` gives this one."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Emulated:
         return self
 
     def exchange_counts(self, counts_RE: Tensor) -> Tensor:
@@ -96,11 +109,9 @@ class EmulatedRank(ExchangingWorld):
 
         return self._meet(f"exchange_counts of {_kind(counts_RE)}", counts_RE, share_out)
 
-    def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+    def move(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         row = f"all_to_all of {x_ND.dtype} rows of shape {tuple(x_ND.shape[1:])}"
-        received_ND = self._meet(row, (x_ND.detach(), send_rows, receive_rows), _share_out_rows)
-        self.traffic.add(x_ND, send_rows, self.rank)
-        return received_ND
+        return self._meet(row, (x_ND.detach(), send_rows, receive_rows), _share_out_rows)
 
     def sum(self, x: Tensor) -> Tensor:
         """See ``World``. Added in rank order: a real backend may add, hence round, in another one."""
@@ -125,6 +136,19 @@ class EmulatedRank(ExchangingWorld):
 
         return self._meet(f"gather of {_kind(x)}", x.detach(), share_out)
 
+
+class EmulatedRank(_Emulated):
+    """A rank of an :class:`EmulatedWorld`."""
+
+    def divide(self, per_node: int) -> None:
+        """Into nodes of ``per_node`` consecutive ranks, as :func:`~dist_moe.parallel.open_levels` divides real ones."""
+        nodes = [range(first, first + per_node) for first in range(0, self.size, per_node)]
+        peers = [range(place, self.size, per_node) for place in range(per_node)]
+        self.node_of_rank = [rank // per_node for rank in range(self.size)]
+        across, within = _part(self, "across nodes", peers), _part(self, "within a node", nodes)
+        across.node_of_rank = range(len(nodes))
+        self.levels = Levels(across, within)
+
     @torch.no_grad()
     def _meet(self, what: str, brought: Any, share_out: ShareOut) -> Any:
         lockstep = _lockstep_here.get()
@@ -134,6 +158,36 @@ class EmulatedRank(ExchangingWorld):
                 "EmulatedWorld.run, each on its own rank, and losses' backward() there or by EmulatedWorld.backward"
             )
         return lockstep.meet(self.rank, what, brought, share_out)
+
+
+class _Part(_Emulated):
+    """The ranks of one of ``groups`` into which all ranks are divided. All groups meet at the same time."""
+
+    def __init__(self, whole: EmulatedRank, name: str, groups: Sequence[Sequence[int]]) -> None:
+        (mine,) = (group for group in groups if whole.rank in group)
+        super().__init__(mine.index(whole.rank), len(mine), traffic=whole.traffic)
+        self._whole = whole
+        self._name = name
+        self._groups = groups
+
+    def _meet(self, what: str, brought: Any, share_out: ShareOut) -> Any:
+        def share_out_in_groups(of_ranks: list[Any]) -> list[Any]:
+            shares: dict[int, Any] = {}
+            for group in self._groups:
+                try:
+                    of_group = share_out([of_ranks[rank] for rank in group])
+                except RuntimeError as error:
+                    error.add_note(f"{self._name}, among the ranks {list(group)}")
+                    raise
+                shares |= zip(group, of_group, strict=True)
+            return [shares[rank] for rank in range(len(of_ranks))]
+
+        return self._whole._meet(f"{what} {self._name}", brought, share_out_in_groups)
+
+
+def _part(whole: EmulatedRank, name: str, groups: Sequence[Sequence[int]]) -> World:
+    """Ranks that are alone in their groups exchange nothing."""
+    return _Part(whole, name, groups) if len(groups[0]) > 1 else SingleWorld(whole.traffic)
 
 
 def _share_out_rows(of_ranks: list[tuple[Tensor, list[int], list[int]]]) -> list[Tensor]:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_moe.parallel.world import ProcessWorld
+from dist_moe.parallel.world import ExchangingWorld
 
 Splits = list[list[int]]
 """splits[p][r]: rows of tensor p for, or from, rank r."""
 
 
 def exchange_packed(
-    tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: ProcessWorld
+    tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: ExchangingWorld
 ) -> tuple[Tensor, ...]:
     """Row blocks of every tensor to their ranks: ``sends[p][r]`` rows of ``tensors[p]`` go to rank r.
 
@@ -31,7 +31,9 @@ def exchange_packed(
 
 class _Packed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sends: Splits, receives: Splits, world: ProcessWorld, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, sends: Splits, receives: Splits, world: ExchangingWorld, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.sends, ctx.receives, ctx.world = sends, receives, world
         ctx.flows = ctx.needs_input_grad[3:]
         received = _move(tensors, sends, receives, world)
@@ -50,7 +52,7 @@ class _Packed(torch.autograd.Function):
         return None, None, None, *(back.get(p) for p in range(len(grads)))
 
 
-def _move(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: ProcessWorld) -> tuple[Tensor, ...]:
+def _move(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: ExchangingWorld) -> tuple[Tensor, ...]:
     """What a rank gets is, of every tensor in turn, the bytes of its block."""
     widths = [x.shape[1:].numel() * x.element_size() for x in tensors]
     blocks = [
@@ -76,7 +78,7 @@ def _byte_splits(splits: Splits, widths: list[int]) -> list[list[int]]:
     return [[n * width for n, width in zip(of_rank, widths, strict=True)] for of_rank in zip(*splits, strict=True)]
 
 
-def _count(tensors: tuple[Tensor, ...], sends: Splits, world: ProcessWorld, first: int) -> None:
+def _count(tensors: tuple[Tensor, ...], sends: Splits, world: ExchangingWorld, first: int) -> None:
     """``first``: the place of ``tensors[0]`` among all; the tensor at place 0 holds the token rows."""
     for place, (x, send) in enumerate(zip(tensors, sends, strict=True), start=first):
         count = world.traffic.add if place == 0 else world.traffic.add_bytes

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dist_moe.parallel.exchange import Exchange, FlatExchange, LocalExperts, Mixed
 from dist_moe.parallel.packed import exchange_packed
-from dist_moe.parallel.world import Levels, ProcessWorld, SingleWorld, World
+from dist_moe.parallel.world import ExchangingWorld, Levels, SingleWorld, World
 from dist_moe.routing import Pairs
 
 
@@ -43,7 +43,7 @@ def two_level_exchange(levels: Levels, recompute_experts: bool = False) -> OnceP
     """Over a world divided into nodes of equally many ranks, its experts in the order of its ranks."""
     here = FlatExchange(SingleWorld(), recompute_experts)
     within = levels.within
-    return OncePerPart(levels.across, OncePerPart(within, here) if isinstance(within, ProcessWorld) else here)
+    return OncePerPart(levels.across, OncePerPart(within, here) if isinstance(within, ExchangingWorld) else here)
 
 
 class OncePerPart:
@@ -56,7 +56,7 @@ class OncePerPart:
     """
 
     def __init__(self, across: World, inside: Exchange) -> None:
-        assert isinstance(across, ProcessWorld)
+        assert isinstance(across, ExchangingWorld)
         self._across = across
         self._inside = inside
 
@@ -142,7 +142,7 @@ def _exchange_counts(outgoing: _Outgoing, across: World) -> _Counts:
 
 
 def _to_parts(
-    x_TD: Tensor, pairs: Pairs, outgoing: _Outgoing, counts: _Counts, across: ProcessWorld
+    x_TD: Tensor, pairs: Pairs, outgoing: _Outgoing, counts: _Counts, across: ExchangingWorld
 ) -> tuple[Tensor, Pairs]:
     """The rows that arrive here from all ranks, and their pairs with the experts of this part."""
     per_part = len(pairs.rows_per_expert_E) // across.size

@@ -139,9 +139,15 @@ class ExchangingWorld(World):
     def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         return _AllToAll.apply(x_ND, send_rows, receive_rows, self)
 
-    @abstractmethod
     def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         """The exchange of :meth:`all_to_all`, of values only; counted in ``traffic``."""
+        received_ND = self.move(x_ND, send_rows, receive_rows)
+        self.traffic.add(x_ND, send_rows, self.rank, self.node_of_rank)
+        return received_ND
+
+    @abstractmethod
+    def move(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        """The exchange alone: neither differentiable nor counted."""
 
 
 class ProcessWorld(ExchangingWorld):
@@ -177,13 +183,7 @@ class ProcessWorld(ExchangingWorld):
         dist.all_gather(everyones, mine, group=self.group)
         return everyones
 
-    def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-        received_ND = self.move(x_ND, send_rows, receive_rows)
-        self.traffic.add(x_ND, send_rows, self.rank, self.node_of_rank)
-        return received_ND
-
     def move(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-        """The exchange alone: neither differentiable nor counted."""
         received_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:])
         dist.all_to_all_single(received_ND, x_ND.contiguous(), receive_rows, send_rows, group=self.group)
         return received_ND

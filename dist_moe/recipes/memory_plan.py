@@ -1,9 +1,9 @@
 """What a run will need on each rank, before anything of it exists: the model is built without storage.
 
 Exact: parameters, masters and optimizer states, from shapes, the padding of DeepSpeed's flat buffers
-included. Estimated: activations, from the widths of what a step keeps per token and per dispatched row;
-the largest expert-parallel rank counts, under an even load and in the worst case (every token of the group
-goes to the experts of one rank).
+included. At most: what stage 3 brings together while a step lasts. Estimated: activations, from the widths of
+what a step keeps per token and per dispatched row; the largest expert-parallel rank counts, under an even load
+and in the worst case (every token of the group goes to the experts of one rank).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dist_moe.engine.deepspeed_checks import optimizer_on_one_number
 from dist_moe.engine.deepspeed_config import zero_stage
 from dist_moe.engine.expert_parallel_engine import is_expert_parameter, mark_experts
+from dist_moe.engine.precision import parameter_dtype
 from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank
 from dist_moe.gates import Gate
 from dist_moe.models import MoEModel
@@ -24,6 +25,7 @@ from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.problem import Problem
+from dist_moe.recipes.sharded_memory import gathered_elements, slice_elements
 
 STAGES = (0, 1, 2, 3)
 ALIGNMENT = 2
@@ -36,9 +38,11 @@ _GATE_TENSORS = 8
 
 @dataclass(frozen=True)
 class StatePlan:
-    """Bytes per rank at one ZeRO stage. ``padding``: of these, what belongs to no parameter. ``gradients``:
-    at their largest, when the backward pass ends. ``bucket``: in which DeepSpeed reduces them at stages 1 and 2
-    (``zero_optimization.reduce_bucket_size``); a CPU pays only for as much of it as gradients fill."""
+    """Bytes per rank at one ZeRO stage. ``padding``: of the parameters, what belongs to none. ``gradients``:
+    at their largest, when the backward pass ends. ``bucket``: in which DeepSpeed reduces them
+    (``zero_optimization.reduce_bucket_size``); a CPU pays only for as much of it as gradients fill.
+    At stage 3 parameters are slices; ``kept``: those that are whole beside their slices all the time;
+    ``gathered``: these and those that are so within a step, at most."""
 
     stage: int
     dense_parameters: int
@@ -48,11 +52,13 @@ class StatePlan:
     optimizer: int
     bucket: int
     padding: int
+    kept: int = 0
+    gathered: int = 0
 
     @property
     def total(self) -> int:
         parameters = self.dense_parameters + self.expert_parameters
-        return parameters + self.gradients + self.masters + self.optimizer + self.bucket
+        return parameters + self.gradients + self.masters + self.optimizer + self.bucket + self.gathered
 
 
 @dataclass(frozen=True)
@@ -124,10 +130,20 @@ def _states(model: nn.Module, config: RunConfig, stage: int, ranks: int, size: i
     low = _bytes_per_parameter(config)
     kinds, scalar_bytes = _optimizer_states(config)
     counts = [sum(p.numel() for p in group) for group in groups]
+    kept = gathered = 0
+    bucket = _bucket_elements(config) if stage > 0 else 0
     if stage == 0:
         held, parts = counts, counts
         masters = 0 if low == _FP32 else _FP32 * sum(counts)
         owners = len(trained)
+    elif stage == 3:
+        parts = [slice_elements(group, share) for group, share in zip(groups, shares, strict=True)]
+        held = [part * share for part, share in zip(parts, shares, strict=True)]
+        masters = _FP32 * sum(parts)
+        owners = sum(1 for count in counts if count)
+        zero = config.deepspeed.get("zero_optimization", {})
+        kept, gathered = gathered_elements(model, lambda p: shares[is_expert_parameter(p)], zero)
+        bucket = min(bucket, sum(counts))  # whole gradients, not a buffer that waits for them
     else:
         held = [_padded(count, ALIGNMENT * share) for count, share in zip(counts, shares, strict=True)]
         parts = [padded // share for padded, share in zip(held, shares, strict=True)]
@@ -143,8 +159,10 @@ def _states(model: nn.Module, config: RunConfig, stage: int, ranks: int, size: i
         gradients + (low * sum(parts) if stage == 1 else 0),
         masters,
         states,
-        low * _bucket_elements(config) if stage in (1, 2) else 0,
-        low * (dense + experts) - low * sum(counts) if stage in (1, 2) else 0,
+        low * bucket,
+        low * (sum(held) - sum(counts)),
+        low * kept,
+        low * gathered,
     )
 
 
@@ -158,8 +176,7 @@ def _padded(count: int, multiple: int) -> int:
 
 
 def _bytes_per_parameter(config: RunConfig) -> int:
-    lower = any(config.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
-    return 2 if lower else _FP32
+    return parameter_dtype(config.deepspeed).itemsize
 
 
 def _optimizer_states(config: RunConfig) -> tuple[int, int]:

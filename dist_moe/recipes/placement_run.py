@@ -51,7 +51,7 @@ class ExpertMover:
         self._ranks_per_node = self._config.ranks_per_node or _ranks_per_machine(size)
         self._together = _CoActivations(self._layer) if self._ranks_per_node < size else None
         self._loads = deque(maxlen=self._config.window)
-        if self._is_first and first_step:
+        if self._is_first and first_step and plan.run.metrics.exists():  # a full disk may have kept it from being made
             with plan.run.metrics.open() as metrics:
                 self._remember([record for record in map(json.loads, metrics) if "validation" not in record])
 

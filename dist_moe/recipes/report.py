@@ -38,6 +38,11 @@ class Reporter:
         if self._monitor is not None:
             self._monitor.__exit__(kind, error, trace)
 
+    @property
+    def lost_records(self) -> dict[str, int]:
+        """How many could not be written, by file; final after the end. Nothing but on rank 0."""
+        return {} if self._monitor is None else self._monitor.lost_records
+
     def say(self, text: str) -> None:
         if self._monitor is not None:
             self._monitor.say(text)

@@ -16,9 +16,11 @@ from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.host_memory import keep_freed_memory
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.loop import LoopHooks, Outcome, TrainingLoop
+from dist_moe.engine.precision import cast_parameters
 from dist_moe.engine.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.stop_request import StopRequest, stop_requests
 from dist_moe.engine.watchdog import watchdog
+from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.evaluation import evaluate
@@ -95,13 +97,15 @@ def _train(
         test = evaluate(plan.problem, model, plan.problem.test, weights, groups)
         reporter.evaluation("test", test, tested_step)
     if plan.environment.is_first:
-        _summarise(plan, {"val": val, "test": test}, course | {"tested_step": tested_step})
+        ending = {"tested_step": tested_step, "lost_records": reporter.lost_records}
+        _summarise(plan, {"val": val, "test": test}, course | ending)
     return 0
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished or stopped run, brought back: its model holds the weights of ``checkpoint``."""
+    """A finished or stopped run, brought back: its model holds the weights of ``checkpoint``, in the precision
+    in which the run computed."""
 
     config: RunConfig
     problem: Problem
@@ -122,6 +126,7 @@ def trained_run(run_dir: Path) -> Iterator[TrainedRun]:
     problem = open_problem(config, progress=environment.is_first)
     with process_groups(environment, config.parallel.nearest_for(environment.world_size)) as groups:
         model = build_model(config, problem, groups.world).to(groups.device)
+        cast_parameters(model, config.deepspeed, groups.device)  # before the masters come, which are rounded to it
         weights.load(model)
         yield TrainedRun(config, problem, model, weights.path, groups)
 
@@ -129,6 +134,7 @@ def trained_run(run_dir: Path) -> Iterator[TrainedRun]:
 def evaluate_run(run_dir: Path) -> dict[str, Any]:
     """Test figures of a run, a checkpoint or an exported file, at any number of ranks. Collective.
 
+    Those of the run's summary, to the bit at its layout and to the rounding of its precision at others.
     Raises UserError if it is not intact.
     """
     with trained_run(run_dir) as run:
@@ -209,6 +215,12 @@ def _summarise(plan: TrainingPlan, figures: dict[str, dict[str, Any]], course: d
     problem = plan.problem
     baselines = problem.baselines(problem.test, plan.config.task_weights)
     summary = figures | {"baselines": baselines, "data": problem.manifest} | course
-    write_json(plan.run.summary, summary)
     print(figures_table(figures["test"], predictor_rows(baselines)))
+    try:
+        write_json(plan.run.summary, summary)
+    except OSError as error:
+        raise UserError(
+            f"{plan.run.summary} could not be written: {error}; the checkpoints are complete: make room, then let "
+            f"'dist-moe train --resume {plan.run.root}' write it, or print the figures by 'dist-moe evaluate'"
+        ) from error
     print(f"everything about this run is in {plan.run.root}; look at it with: tensorboard --logdir {plan.run.root}")

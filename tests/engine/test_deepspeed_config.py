@@ -74,6 +74,7 @@ REFUSED = [
     ("sequence_parallel_size", 2, "leave it out"),
     ("use_data_before_expert_parallelism", True, "leave it out"),
     ("data_types.grad_accum_dtype", "fp17", "fp32, bf16 and fp16"),
+    ("data_types.buffer_dtype", "bf16", "leave it out"),
     ("gradient_clipping", -1, ">= 0"),
 ]
 

@@ -23,8 +23,11 @@ STAGES = [0, 1, 2, 3]
 
 def norms_of_gradients_by_hand() -> tuple[float, float]:
     """Ours and DeepSpeed's, of expert gradients {2, 4} on rank 0 and {6, 8} on rank 1."""
-    with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=2)) as groups:
-        engine = toy_engine(groups, 4, optimizer={"type": "SGD", "params": {"lr": 1.0}})
+    sgd = {"type": "SGD", "params": {"lr": 1.0}}
+    with (
+        process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=2)) as groups,
+        toy_engine(groups, 4, optimizer=sgd) as engine,
+    ):
         model: Toy = engine.module
         model.dense.grad = torch.zeros(1)
         model.experts.weight.grad = torch.tensor([SLOPES[e] for e in model.experts.expert_ids]).unsqueeze(1)
@@ -45,14 +48,15 @@ Step = tuple[float, Tensor, Tensor]
 def one_step(ep: int, stage: int, clipping: float, slope: float) -> Step:
     """SGD at learning rate 1: what a step subtracts is the clipped gradient. Experts' slopes are the
     same on all ranks and sum over them, hence the division."""
-    with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=ep)) as groups:
-        engine = toy_engine(
-            groups,
-            4,
-            optimizer={"type": "SGD", "params": {"lr": 1.0}},
-            zero_optimization={"stage": stage},
-            gradient_clipping=clipping,
-        )
+    section = {
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": clipping,
+    }
+    with (
+        process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=ep)) as groups,
+        toy_engine(groups, 4, **section) as engine,
+    ):
         slope_E = [value * ep for value in SLOPES]
         engine.backward(engine(slope, slope_E))
         engine.step()
@@ -85,8 +89,10 @@ def test_a_step_is_clipped_by_the_true_norm(world_size: int, ep: int, stage: int
 
 def idle_expert(ep: int, section: dict[str, Any]) -> Tensor:
     """Two steps in which only expert 0 gets a gradient; what the experts are then."""
-    with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=ep)) as groups:
-        engine = toy_engine(groups, 4, **section)
+    with (
+        process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=ep)) as groups,
+        toy_engine(groups, 4, **section) as engine,
+    ):
         for _ in range(2):
             engine.backward(engine(0.0, [1.0, 0.0, 0.0, 0.0]))
             engine.step()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,15 @@ def small_disk(directory: Path, kib: int) -> Iterator[Path]:
 
 def remount(directory: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", directory], check=True)
+
+
+def fill(directory: Path) -> Path:
+    """Leave no room on the disk of ``directory``; the file that takes it all."""
+    filler = directory / "filler"
+    with filler.open("ab", buffering=0) as file:
+        for size in (2**16, 2**12, 1):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+    assert shutil.disk_usage(directory).free == 0
+    return filler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import traceback
@@ -104,6 +105,7 @@ def free_port() -> int:
 
 def _serve(rank: int, world_size: int, connection: Connection) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: the collections below need not look at it
     while True:
         try:
             port, function, arguments = connection.recv()
@@ -121,3 +123,5 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
             connection.send((None, function(*arguments)))
         except BaseException:
             connection.send((traceback.format_exc(), None))
+        del function, arguments
+        gc.collect()  # engines are cycles, which hold the threads and sockets of the groups that they used

@@ -58,6 +58,8 @@ def train_all(config: Path, run_dirs: dict[str, list[str]]) -> None:
     with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
         for plan in plans:
             plan.run.create()
+            if plan.environment.is_first:
+                plan.run.describe(plan.config.plain(), plan.environment)
             assert train_in_groups(plan, groups, StopRequest()) == 0
 
 

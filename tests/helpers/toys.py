@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,8 +39,13 @@ class Toy(nn.Module):
         return (slope * self.dense).sum() + (self.experts.weight * mine_E).sum()
 
 
-def toy_engine(groups: ProcessGroups, num_experts: int, **section: Any) -> ExpertParallelEngine:
+@contextmanager
+def toy_engine(groups: ProcessGroups, num_experts: int, **section: Any) -> Iterator[ExpertParallelEngine]:
+    """Destroyed at the end: DeepSpeed's hooks would keep it, and with it the threads of its groups."""
     world_size = groups.environment.world_size
-    return ExpertParallelEngine(
-        Toy(num_experts, groups), complete_deepspeed_section(section, world_size, world_size), groups
-    )
+    completed = complete_deepspeed_section(section, world_size, world_size)
+    engine = ExpertParallelEngine(Toy(num_experts, groups), completed, groups)
+    try:
+        yield engine
+    finally:
+        engine.destroy()

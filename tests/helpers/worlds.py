@@ -84,6 +84,22 @@ both_kinds = pytest.mark.parametrize("run", [run_worlds, emulate], ids=["torch_d
 """``run(num_ranks, function)``: what every world promises."""
 
 
+def processes_in_nodes(ranks_per_node: int) -> RunOnRanks:
+    """``run(num_ranks, function)`` on ranks of torch.distributed, divided into nodes."""
+    return lambda num_ranks, function: run_worlds(num_ranks, lambda world: function(in_nodes(world, ranks_per_node)))
+
+
+def emulated_in_nodes(ranks_per_node: int) -> RunOnRanks:
+    """The same on emulated ranks."""
+    return lambda num_ranks, function: EmulatedWorld(num_ranks, DEADLINE_S, ranks_per_node=ranks_per_node).run(function)
+
+
+both_kinds_in_nodes = pytest.mark.parametrize(
+    "in_nodes_of", [processes_in_nodes, emulated_in_nodes], ids=["torch_distributed", "emulated"]
+)
+"""``in_nodes_of(ranks_per_node)``: what all ranks promise that are divided into nodes."""
+
+
 def in_nodes(world: ProcessWorld, ranks_per_node: int) -> ProcessWorld:
     """``world``, whose ranks are all ranks of the job, divided into nodes. Collective."""
     world.node_of_rank = [rank // ranks_per_node for rank in range(world.size)]

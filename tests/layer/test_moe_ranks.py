@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_moe.layer import MoEOutput
-from dist_moe.parallel import EmulatedWorld, ProcessWorld, Traffic, World
+from dist_moe.parallel import EmulatedWorld, Traffic, World
 from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gradients
 from tests.helpers.worlds import run_worlds
 from tests.layer.cases import (
@@ -40,15 +40,19 @@ class RankResult:
     traffic: Traffic
 
 
-Prepare = Callable[[ProcessWorld], World]
-"""Divides the ranks, which then are those of torch.distributed, into nodes, for instance."""
+Run = Callable[[int, Callable[[World], RankResult]], list[RankResult]]
+"""``run(num_ranks, function)`` on ranks of some kind, divided into nodes, for instance."""
+
+
+def emulated(num_ranks: int, function: Callable[[World], RankResult]) -> list[RankResult]:
+    return EmulatedWorld(num_ranks).run(function)
 
 
 def run_case(
     case: Case,
     tokens_per_rank: list[int],
     layer: Layer | None = None,
-    prepare: Prepare | None = None,
+    run: Run = emulated,
 ) -> list[RankResult]:
     """Forward and backward on every rank, each with its own slice of the tokens and its share of the loss."""
     case = replace(case, tokens=sum(tokens_per_rank))
@@ -71,19 +75,17 @@ def run_case(
         grads = gradients(loss, layers[rank].leaves() | {"x": x_TD})
         return RankResult(output, grads, forward_traffic, world.traffic)
 
-    if prepare is not None:
-        return run_worlds(num_ranks, lambda world: run_rank(prepare(world)))
-    return EmulatedWorld(num_ranks).run(run_rank)
+    return run(num_ranks, run_rank)
 
 
-def assert_equals_one_process(case: Case, tokens_per_rank: list[int], prepare: Prepare | None = None) -> None:
+def assert_equals_one_process(case: Case, tokens_per_rank: list[int], run: Run = emulated) -> None:
     case = replace(case, tokens=sum(tokens_per_rank))
     layer, x_TD = build_layer(case), build_tokens(case)
     outputs, aux = naive_layer(layer, x_TD)
     leaves = layer.leaves() | {"x": x_TD}
     expected = naive_gradients(loss_of(outputs, aux, build_cotangents(case)), leaves)
 
-    results = run_case(case, tokens_per_rank, prepare=prepare)
+    results = run_case(case, tokens_per_rank, run=run)
     for g, output in enumerate(outputs):
         assert_same(torch.cat([result.output.outputs[g] for result in results]), output)
     split_up = {name for name in expected if name == "x" or name.startswith("experts.")}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -16,10 +16,17 @@ from torch import Tensor
 
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import FlatExchange, OncePerPart, ProcessWorld, Traffic
+from dist_moe.parallel import FlatExchange, OncePerPart, ProcessWorld, Traffic, World
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
 from tests.helpers.pool import on_ranks
-from tests.helpers.worlds import in_nodes, run_worlds
+from tests.helpers.worlds import (
+    RunOnRanks,
+    both_kinds_in_nodes,
+    emulated_in_nodes,
+    in_nodes,
+    processes_in_nodes,
+    run_worlds,
+)
 from tests.layer.cases import Case, Layer, build_layer, build_tokens, naive_mixtures
 from tests.layer.test_moe_ranks import RankResult, assert_equals_one_process, run_case
 
@@ -37,25 +44,24 @@ CASES = {
     "top-k": Case(gate="top_k", num_gates=2, permutation="hard"),
 }
 ITEMSIZE = 8
+InNodesOf = Callable[[int], RunOnRanks]
 
 
-def nodes_of(ranks_per_node: int) -> Any:
-    return partial(in_nodes, ranks_per_node=ranks_per_node)
-
-
+@both_kinds_in_nodes
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), LAYOUTS)
-def test_equals_one_process(name: str, num_ranks: int, ranks_per_node: int) -> None:
+def test_equals_one_process(in_nodes_of: InNodesOf, name: str, num_ranks: int, ranks_per_node: int) -> None:
     for tokens_per_rank in TOKENS[num_ranks]:
-        assert_equals_one_process(CASES[name], tokens_per_rank, nodes_of(ranks_per_node))
+        assert_equals_one_process(CASES[name], tokens_per_rank, in_nodes_of(ranks_per_node))
 
 
+@both_kinds_in_nodes
 @pytest.mark.parametrize("k", range(1, 9))
 @pytest.mark.parametrize("num_gates", [1, 2])
-def test_equals_the_flat_exchange_for_every_k(k: int, num_gates: int) -> None:
+def test_equals_the_flat_exchange_for_every_k(in_nodes_of: InNodesOf, k: int, num_gates: int) -> None:
     case = Case(gate="top_k", num_gates=num_gates, k=k)
     flat = run_case(case, [3, 0, 5, 2])
-    two_level = run_case(case, [3, 0, 5, 2], prepare=nodes_of(2))
+    two_level = run_case(case, [3, 0, 5, 2], run=in_nodes_of(2))
     for ours, theirs in zip(two_level, flat, strict=True):
         assert ours.output.rows_computed == theirs.output.rows_computed
         for actual, expected in zip(ours.output.outputs, theirs.output.outputs, strict=True):
@@ -79,23 +85,26 @@ def test_any_split_equals_one_process(data: st.DataObject) -> None:
         seed=data.draw(st.integers(0, 1000)),
     )
     tokens_per_rank = data.draw(st.lists(st.integers(0, 4), min_size=num_ranks, max_size=num_ranks))
-    assert_equals_one_process(case, tokens_per_rank, nodes_of(ranks_per_node))
+    kind = data.draw(st.sampled_from([processes_in_nodes, emulated_in_nodes]))
+    assert_equals_one_process(case, tokens_per_rank, kind(ranks_per_node))
 
 
+@both_kinds_in_nodes
 @pytest.mark.parametrize("expert", [0, 5])
-def test_all_tokens_of_all_ranks_to_one_expert(expert: int) -> None:
+def test_all_tokens_of_all_ranks_to_one_expert(in_nodes_of: InNodesOf, expert: int) -> None:
     case = Case(gate="top_k", k=1, tokens=9)
     layer = build_layer(case)
     with torch.no_grad():
         layer.gates[0].bias[expert] = 100.0
     flat = run_case(case, [4, 0, 3, 2], layer)
-    two_level = run_case(case, [4, 0, 3, 2], layer, nodes_of(2))
+    two_level = run_case(case, [4, 0, 3, 2], layer, in_nodes_of(2))
     assert [r.output.rows_computed for r in two_level] == [9 if expert // 2 == rank else 0 for rank in range(4)]
     for ours, theirs in zip(two_level, flat, strict=True):
         assert_all_same(ours.grads, theirs.grads, 1e-13)
 
 
-def test_tokens_without_any_expert_get_zero() -> None:
+@both_kinds_in_nodes
+def test_tokens_without_any_expert_get_zero(in_nodes_of: InNodesOf) -> None:
     """One gate wants two experts for every token, another nothing, as with null slots only."""
     case = Case(gate="top_k", num_gates=1, k=2)
     layer = build_layer(case)
@@ -109,21 +118,25 @@ def test_tokens_without_any_expert_get_zero() -> None:
     nothing = Nothing(case.dim, case.num_experts, 2).double()
     layers = [layer.of_rank(rank, 4) for rank in range(4)]
 
-    def outputs(world: ProcessWorld) -> tuple[Tensor, ...]:
-        moe = MoE([layers[world.rank].gates[0], nothing], layers[world.rank].experts, world=in_nodes(world, 2))
+    def outputs(world: World) -> tuple[Tensor, ...]:
+        moe = MoE([layers[world.rank].gates[0], nothing], layers[world.rank].experts, world=world)
         return moe(x_TD).outputs
 
-    for some_TF, none_TF in run_worlds(4, outputs):
+    for some_TF, none_TF in in_nodes_of(2)(4, outputs):
         assert_same(some_TF, layer.moe()(x_TD).outputs[0], 1e-13)
         assert torch.equal(none_TF, torch.zeros_like(none_TF))
 
 
+@both_kinds_in_nodes
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node", "two_levels"), [(4, 2, True), (4, 1, True), (4, 4, False)])
-def test_the_world_decides_which_exchange(num_ranks: int, ranks_per_node: int, two_levels: bool) -> None:
-    def exchange(world: ProcessWorld) -> type:
-        return type(build_layer(Case()).of_rank(world.rank, num_ranks).moe(in_nodes(world, ranks_per_node)).exchange)
+def test_the_world_decides_which_exchange(
+    in_nodes_of: InNodesOf, num_ranks: int, ranks_per_node: int, two_levels: bool
+) -> None:
+    def exchange(world: World) -> type:
+        return type(build_layer(Case()).of_rank(world.rank, num_ranks).moe(world).exchange)
 
-    assert run_worlds(num_ranks, exchange) == [OncePerPart if two_levels else FlatExchange] * num_ranks
+    expected = [OncePerPart if two_levels else FlatExchange] * num_ranks
+    assert in_nodes_of(ranks_per_node)(num_ranks, exchange) == expected
     assert isinstance(build_layer(Case()).moe().exchange, FlatExchange)
 
 
@@ -200,15 +213,16 @@ def naive_crossings(case: Case, layer: Layer, tokens_per_rank: list[int], per_no
     return counts
 
 
+@both_kinds_in_nodes
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 2), (4, 1), (8, 2)])
 @pytest.mark.parametrize("hardness", [0.1, 0.6, 1000.0])
 def test_what_crosses_nodes_is_exactly_a_row_per_token_and_node(
-    num_ranks: int, ranks_per_node: int, hardness: float
+    in_nodes_of: InNodesOf, num_ranks: int, ranks_per_node: int, hardness: float
 ) -> None:
     tokens_per_rank = [3, 0, 5, 2, 1, 0, 0, 4][:num_ranks]
     case = Case(num_gates=2, dim=3, hidden=5, hardness=hardness, tokens=sum(tokens_per_rank))
     layer = build_layer(case)
-    results = run_case(case, tokens_per_rank, layer, nodes_of(ranks_per_node))
+    results = run_case(case, tokens_per_rank, layer, in_nodes_of(ranks_per_node))
     naive = naive_crossings(case, layer, tokens_per_rank, ranks_per_node)
     assert sum(counts["rows_out"] for counts in naive) > 0
     row, pair, total = case.dim, case.num_gates, case.hidden
@@ -228,20 +242,25 @@ def across(results: list[RankResult]) -> tuple[int, int]:
     return sum(t.rows_across_nodes for t in traffics), sum(t.bytes_across_nodes for t in traffics)
 
 
-def test_fewer_rows_cross_than_with_the_flat_exchange() -> None:
-    def flat_in_nodes(world: ProcessWorld) -> ProcessWorld:
-        world.node_of_rank = [0, 0, 1, 1]
-        return world
+@both_kinds_in_nodes
+def test_fewer_rows_cross_than_with_the_flat_exchange(in_nodes_of: InNodesOf) -> None:
+    def flat_in_nodes(num_ranks: int, function: Any) -> list[Any]:
+        def without_levels(world: World) -> Any:
+            world.levels = None
+            return function(world)
+
+        return in_nodes_of(2)(num_ranks, without_levels)
 
     case, tokens_per_rank = Case(gate="top_k", k=8, dim=32, hidden=32, tokens=10), [3, 0, 5, 2]
-    flat, two_level = (run_case(case, tokens_per_rank, prepare=p) for p in (flat_in_nodes, nodes_of(2)))
+    flat, two_level = (run_case(case, tokens_per_rank, run=run) for run in (flat_in_nodes, in_nodes_of(2)))
     assert across(flat)[0] == 4 * across(two_level)[0] == 4 * 4 * 10
     assert across(two_level)[1] < across(flat)[1] / 3
     for result in (*flat, *two_level):
         assert result.traffic.rows > result.traffic.rows_across_nodes
 
 
-def test_sums_travel_in_the_precision_of_the_mixture() -> None:
+@both_kinds_in_nodes
+def test_sums_travel_in_the_precision_of_the_mixture(in_nodes_of: InNodesOf) -> None:
     """bf16 results, fp32 sums: as close to those of the flat exchange as fp32 is, not as bf16 is."""
     layer = build_layer(Case(gate="top_k", k=8))
     layers = [layer.of_rank(rank, 4) for rank in range(4)]
@@ -249,15 +268,15 @@ def test_sums_travel_in_the_precision_of_the_mixture() -> None:
         module.float()
     x_TD = torch.randn(5, 3)
 
-    def sums(world: ProcessWorld) -> list[Tensor]:
-        moe = layers[world.rank].moe(in_nodes(world, 2))
+    def sums(world: World) -> list[Tensor]:
+        moe = layers[world.rank].moe(world)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             pairs = moe(x_TD).pairs
             mixed = [exchange(x_TD, pairs, moe.experts) for exchange in (FlatExchange(world), moe.exchange)]
         assert [m.dtype for m in mixed] == [torch.bfloat16] * 2
         return [m.sums_GTF for m in mixed]
 
-    for flat_GTF, two_level_GTF in run_worlds(4, sums):
+    for flat_GTF, two_level_GTF in in_nodes_of(2)(4, sums):
         assert two_level_GTF.dtype == torch.float32
         torch.testing.assert_close(two_level_GTF, flat_GTF, rtol=1e-6, atol=1e-6)
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import EmulatedWorld, World, experts_of_rank, job, several_ranks, sum_over_ranks
-from tests.helpers.worlds import on_real_worlds
+from dist_moe.parallel import EmulatedWorld, ProcessWorld, World, experts_of_rank, job, several_ranks, sum_over_ranks
+from tests.helpers.worlds import in_nodes, on_real_worlds
 from tests.parallel.emulated_cases import TOKENS, train_on_rank
 
 
@@ -48,6 +49,50 @@ def test_training_has_every_bit_of_real_ranks(size: int, gate: str, skewed: bool
     assert np.abs(real[0]["2 grad experts.weight"]).max() > 0
     draws = {tuple(results["random"]) for results in real}
     assert len(draws) == len(set(TOKENS[:size])), "as many rows dropped, as many numbers drawn"
+
+
+def train_in_nodes(world: ProcessWorld, ranks_per_node: int, gate: str) -> dict[str, Any]:
+    return train_on_rank(in_nodes(world, ranks_per_node), gate, False)
+
+
+@pytest.mark.parametrize(("size", "ranks_per_node", "gate"), [(2, 1, "comet"), (4, 2, "comet"), (4, 2, "top_k")])
+def test_training_in_nodes_has_every_bit_of_real_ranks(size: int, ranks_per_node: int, gate: str) -> None:
+    """By the two-level exchange, and the traffic between nodes, too."""
+    real = on_real_worlds(size, train_in_nodes, ranks_per_node, gate)
+    emulated = EmulatedWorld(size, ranks_per_node=ranks_per_node)
+    for ours, theirs in zip(emulated.run(lambda world: train_on_rank(world, gate, False)), real, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, array in theirs.items():
+            np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    assert real[0]["traffic"]["bytes_across_nodes"] > 0
+    flat = EmulatedWorld(size).run(lambda world: train_on_rank(world, gate, False))
+    assert flat[0]["traffic"]["bytes"] != real[0]["traffic"]["bytes"]
+
+
+def test_an_error_in_a_part_names_its_ranks() -> None:
+    def disagree(world: World) -> None:
+        assert world.levels is not None
+        within = world.levels.within
+        within.all_to_all(torch.zeros(2, 1), [1, 1], [1, 2 if world.rank == 3 else 1])
+
+    with pytest.raises(RuntimeError, match=r"rank 1 expects \[1, 2\] rows") as error:
+        EmulatedWorld(4, ranks_per_node=2).run(disagree)
+    assert "within a node, among the ranks [2, 3]" in error.value.__notes__
+
+
+def test_other_levels_at_the_same_time_are_an_error() -> None:
+    def mix(world: World) -> None:
+        assert world.levels is not None
+        (world.levels.within if world.rank < 2 else world.levels.across).sum(torch.ones(1))
+
+    with pytest.raises(RuntimeError, match=r"\(1,\) within a node; ranks \[2, 3\] .* across nodes"):
+        EmulatedWorld(4, ranks_per_node=2).run(mix)
+
+
+def test_nodes_are_alike() -> None:
+    for ranks_per_node in (0, 3, 8):
+        with pytest.raises(ValueError, match=f"ranks_per_node={ranks_per_node} does not divide the 4 ranks"):
+            EmulatedWorld(4, ranks_per_node=ranks_per_node)
 
 
 def test_again_and_again_the_same() -> None:

@@ -1,8 +1,10 @@
-"""bf16 at ZeRO stages 1, 2 and 3: close to fp32, in checkpoints and after them too."""
+"""bf16 at ZeRO stages 1, 2 and 3: close to fp32, in checkpoints and after them too; evaluated as it was trained."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +77,36 @@ def test_resume_is_exact(config: Path, runs: Path, tmp_path: Path, world: int, e
     assert losses_of(run).tolist() == losses_of(reference).tolist()
     ours, theirs = tensors_of(run), tensors_of(reference)
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def figures_of(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "summary.json").read_text())["test"]
+    return content
+
+
+def evaluated(world: int, path: Path) -> dict[str, Any]:
+    first, *_ = succeed(world, "evaluate", path, "--json")
+    content: dict[str, Any] = json.loads(first.out)["test"]
+    return content
+
+
+@pytest.mark.parametrize(("world", "ep", "stage"), [(1, 1, 1), (2, 2, 2), (2, 2, 3)])
+def test_evaluated_as_it_was_trained(runs: Path, world: int, ep: int, stage: int) -> None:
+    run = runs / f"{world}-{ep}-{stage}"
+    assert evaluated(world, run) == figures_of(run)
+
+
+def test_an_exported_run_is_evaluated_as_it_was_trained(runs: Path, tmp_path: Path) -> None:
+    """Also from a file whose weights are rounded already: rounding them again changes nothing."""
+    for dtype in ("fp32", "bf16"):
+        file = tmp_path / f"{dtype}.safetensors"
+        succeed(1, "export", runs / "1-1-2", file, "--dtype", dtype)
+        assert evaluated(1, file) == figures_of(runs / "1-1-2")
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_at_another_number_of_ranks_to_the_rounding_of_bf16(runs: Path, world: int) -> None:
+    ours, theirs = evaluated(world, runs / "2-2-1"), figures_of(runs / "2-2-1")
+    assert ours.keys() == theirs.keys()
+    for name in ("auc", "bce", "mse", "loss", "active_experts"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-6), name

@@ -17,22 +17,19 @@ from dist_moe.recipes.models import build_model
 from dist_moe.recipes.plan import plan_resumed_run
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import losses_of, records_of, tensors_of, write_config
+from tests.helpers.runs import losses_of, records_of, stage_overrides, tensors_of, write_config
 
 Layout = tuple[int, int, int]
 """Ranks, expert-parallel size, ZeRO stage."""
-CYCLE: list[Layout] = [(4, 4, 2), (2, 1, 1), (1, 1, 0), (4, 2, 2)]
+CYCLE: list[Layout] = [(4, 4, 3), (2, 1, 1), (1, 1, 1), (4, 2, 2)]
+"""Ranks 4 -> 2 -> 1 -> 4, EP 4 -> 1 -> 2, ZeRO 3 -> 1 -> 2; after the last stop it loads at the first again."""
 EVERY = 5
 LAST = EVERY * len(CYCLE)
 
 
 def overrides(layout: Layout, steps: int) -> list[str]:
     _, ep, stage = layout
-    return [
-        f"parallel.expert_parallel_size={ep}",
-        f"deepspeed.zero_optimization.stage={stage}",
-        f"train.max_steps={steps}",
-    ]
+    return [f"parallel.expert_parallel_size={ep}", *stage_overrides(stage), f"train.max_steps={steps}"]
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,9 @@ def reload(source: Path, overrides: list[str], target: Path) -> list[str]:
         assert plan.checkpoint is not None
         step = load_checkpoint(engine, plan.checkpoint).step
         save_checkpoint(engine, checkpoints_of(target), step, keep=1)
-        return list(_wrong_parameters(engine, tensors_of(source)))
+        wrong = list(_wrong_parameters(engine, tensors_of(source)))
+        engine.destroy()
+        return wrong
 
 
 def _wrong_parameters(engine: ExpertParallelEngine, expected: dict[str, Tensor]) -> Iterator[str]:

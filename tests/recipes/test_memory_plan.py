@@ -56,6 +56,8 @@ class Held:
     parameters: int
     masters: int
     optimizer: int
+    gradients: int | None = None
+    kept: int = 0
 
 
 def size_of(tensors: Any) -> int:
@@ -74,6 +76,10 @@ def held_after_a_step(config: Path, run: str, cases: list[list[str]]) -> list[He
             for batch in plan.feed.micro_batches(0):
                 engine.backward(loss(engine, batch).loss)
                 engine.step()
+            if engine.shards_parameters:
+                found.append(held_in_slices(engine))
+                engine.destroy()
+                continue
             zero = engine.optimizer if engine.zero_optimization() else None
             states = (zero.optimizer if zero else engine.optimizer).state.values()
             found.append(
@@ -101,6 +107,82 @@ def test_parameters_masters_and_optimizer_are_exact(config: Path, tmp_path: Path
             assert planned == measured, (rank, case)
             padded += state.padding
     assert (padded > 0) == (ranks > 1)  # the numbers of elements are even
+
+
+def held_in_slices(engine: ExpertParallelEngine) -> Held:
+    """``kept``: storages of whole parameters that are not those of the slices."""
+    zero, parameters = engine.optimizer, list(engine.module.parameters())
+    slices = [p.ds_tensor for p in parameters]
+    states = zero.optimizer.state.values()
+    return Held(
+        size_of(slices),
+        size_of(zero.fp32_partitioned_groups_flat),
+        sum(size_of([value]) for state in states for value in state.values()),
+        size_of([zero.grad_partitions_flat_buffer]),
+        size_of([*slices, *(p.data for p in parameters)]) - size_of(slices),
+    )
+
+
+KEEP_NONE = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+KEEP_SOME = "deepspeed.zero_optimization.stage3_param_persistence_threshold=100"
+BF16 = "deepspeed.bf16.enabled=true"
+
+
+@pytest.mark.parametrize(("ranks", "ep"), LAYOUTS)
+def test_stage_3_is_exact(config: Path, tmp_path: Path, ranks: int, ep: int) -> None:
+    cases = [overrides(ep, 3, name) + UNEVEN for name in OPTIMIZERS]
+    cases += [[*cases[0], KEEP_NONE], [*cases[0], KEEP_NONE, BF16]]
+    if ranks > ep:  # else the experts' parameters are their own slices, and DeepSpeed copies some of them
+        cases.append([*cases[0], KEEP_SOME, BF16])
+    everyones = on_ranks(ranks, held_after_a_step, config, str(tmp_path / "run"), cases)
+    for rank, held in enumerate(everyones):
+        for case, measured in zip(cases, held, strict=True):
+            state = plan_of(config, ranks, *case).state
+            parameters = state.dense_parameters + state.expert_parameters
+            planned = Held(parameters, state.masters, state.optimizer, state.gradients, state.kept)
+            assert planned == measured, (rank, case)
+            assert (state.kept > 0) == (ranks > 1 and KEEP_NONE not in case)
+            assert (state.padding > 0) == (ranks > 1)
+
+
+def gathered_in_steps(config: Path, run: str, cases: list[list[str]]) -> list[int]:
+    """Most bytes of whole parameters that there are at once within three steps."""
+    found = []
+    plans = [plan_new_run(config, case, Path(run)) for case in cases]
+    with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
+        for plan in plans:
+            engine = ExpertParallelEngine(build_model(plan.config, plan.problem, groups.world), plan.deepspeed, groups)
+            loss = WeightedObjective(plan.problem, plan.config.task_weights, groups.environment.world_size)
+            parameters, seen = list(engine.module.parameters()), [0]
+
+            def look(*ignored: Any, of: Any = parameters, seen: list[int] = seen) -> None:
+                seen.append(size_of(parameter.data for parameter in of))
+
+            for module in engine.module.modules():
+                module.register_forward_pre_hook(look)
+            for parameter in parameters:
+                parameter.register_hook(look)
+            for step in range(3):
+                for batch in plan.feed.micro_batches(step):
+                    engine.backward(loss(engine, batch).loss)
+                    engine.step()
+            found.append(max(seen))
+            engine.destroy()
+    return found
+
+
+def test_stage_3_gathers_what_is_planned(config: Path, tmp_path: Path) -> None:
+    """Everything with DeepSpeed's own settings; little where parameters are not to be kept from use to use."""
+    zero = "deepspeed.zero_optimization"
+    frugal = [f"{zero}.stage3_max_reuse_distance=0", f"{zero}.stage3_prefetch_bucket_size=0"]
+    cases = [overrides(1, 3, "AdamW") + UNEVEN + [KEEP_NONE] + more for more in ([], frugal)]
+    for all_of_it, little in on_ranks(2, gathered_in_steps, config, str(tmp_path / "run"), cases):
+        states = [plan_of(config, 2, *case).state for case in cases]
+        whole = plan_of(config, 2, *cases[0]).states[0]
+        assert states[0].gathered >= all_of_it >= whole.dense_parameters + whole.expert_parameters
+        assert states[0].gathered < 1.05 * all_of_it
+        assert states[1].gathered >= little > states[1].gathered / 2
+        assert states[1].gathered < states[0].gathered
 
 
 def plan_of(config: Path, ranks: int, *settings: str, memory: int | None = None) -> MemoryPlan:
@@ -162,6 +244,7 @@ def test_higher_stages_hold_less(config: Path) -> None:
     assert states[0].optimizer > states[1].optimizer == states[2].optimizer
     assert states[1].gradients > states[2].gradients
     assert states[2].dense_parameters > states[3].dense_parameters
+    assert states[3].expert_parameters > 0
 
 
 def test_the_command(config: Path) -> None:
