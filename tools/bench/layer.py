@@ -16,8 +16,9 @@ from dist_moe.parallel import World
 from tools.bench import ours, peers
 from tools.bench.candidate import Candidate, Layer, local_experts, step
 from tools.bench.equal import differences, expected, unequal
+from tools.bench.jobs import Job
 from tools.bench.limit import Needed, Products, measure_roof
-from tools.bench.timing import interleaved
+from tools.bench.timing import Clock, interleaved
 from tools.bench.workloads import Material, Workload, material
 
 CANDIDATES: tuple[Candidate, ...] = ours.CANDIDATES + peers.CANDIDATES
@@ -33,6 +34,7 @@ class Effort:
 
     seconds: float = 20.0
     seed: int = 0
+    clock: Clock = "wall"
     only: tuple[str, ...] = ()
     excluded: dict[str, str] = field(default_factory=dict)
 
@@ -59,7 +61,7 @@ def measure(workload: Workload, effort: Effort, place: Place) -> dict[str, Any]:
     equals = [c for c in chosen if c.name not in left_out]
     products = Products(workload, given, rows_of_experts(workload, given, world), local_experts(workload, world))
     place.say("limit")
-    ways = in_turns(products.ways(), 2)
+    ways = in_turns(products.ways(), 2, effort.clock)
     fastest = min(ways, key=lambda way: min(ways[way]))
     products_only = products.ways()[fastest]
     seconds: list[dict[str, list[float]]] = []
@@ -69,12 +71,13 @@ def measure(workload: Workload, effort: Effort, place: Place) -> dict[str, Any]:
         round_seconds = sum(first_seconds[c.name] for c in batch) + min(ways[fastest])
         repetitions = int(max(FEWEST, min(MOST, effort.seconds / round_seconds)))
         calls: dict[str, Callable[[], object]] = {LIMIT: products_only}
-        seconds.append(in_turns(calls | {name: _step_of(layers[name], given) for name in layers}, repetitions))
+        calls |= {name: _step_of(layers[name], given) for name in layers}
+        seconds.append(in_turns(calls, repetitions, effort.clock))
         del layers, calls
         gc.collect()
     rows = sum(products.rows)
     needed = Needed.of(workload, rows, len(given.x_TD), len(products.rows))
-    roof = measure_roof(workload.torch_dtype)
+    roof = measure_roof(workload.torch_dtype, effort.clock)
     return {
         "workload": asdict(workload),
         "name": workload.name,
@@ -86,6 +89,11 @@ def measure(workload: Workload, effort: Effort, place: Place) -> dict[str, Any]:
         "limit": {"way": fastest, "ways": ways},
         "needed": asdict(needed) | {"roofline_s": roof.seconds(needed)} | asdict(roof),
     }
+
+
+def study(job: Job, place: Place) -> dict[str, Any]:
+    """The comparison, as a job."""
+    return measure(job.workload, Effort(job.seconds, job.seed, job.clock, job.candidates, dict(job.excluded)), place)
 
 
 def reasons(workload: Workload, effort: Effort) -> dict[str, str]:
@@ -132,9 +140,11 @@ def check(
     return errors, seconds
 
 
-def in_turns(candidates: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+def in_turns(
+    candidates: Mapping[str, Callable[[], object]], repetitions: int, clock: Clock = "wall"
+) -> dict[str, list[float]]:
     """As :func:`interleaved`; all ranks start together, and the slowest counts."""
-    mine = interleaved(candidates, repetitions, before_each=wait_for_all)
+    mine = interleaved(candidates, repetitions, before_each=wait_for_all, clock=clock)
     of_ranks = gather_objects(mine)
     return {name: [max(taken) for taken in zip(*(each[name] for each in of_ranks), strict=True)] for name in mine}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.kernels.across_cores import Scratch, across_cores
-from tools.bench.timing import interleaved
+from tools.bench.timing import Clock, interleaved
 from tools.bench.workloads import Material, Workload
 
 Way = Callable[[], None]
@@ -151,12 +151,12 @@ class Roof:
         return max(needed.flops / self.flops_per_s, needed.bytes / self.bytes_per_s)
 
 
-def measure_roof(dtype: torch.dtype, repetitions: int = 5, size: int = 2048) -> Roof:
+def measure_roof(dtype: torch.dtype, clock: Clock = "wall", repetitions: int = 5, size: int = 2048) -> Roof:
     """The best of ``repetitions``, with the threads that the process has."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     product, source = torch.empty_like(a), torch.randn(2**24)
     target = torch.empty_like(source)
     seconds = interleaved(
-        {"product": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}, repetitions
+        {"product": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}, repetitions, clock=clock
     )
     return Roof(2 * size**3 / min(seconds["product"]), 2 * source.numel() * 4 / min(seconds["copy"]))
