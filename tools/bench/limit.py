@@ -83,7 +83,7 @@ class Products:
         torch.mm(self.rows_ND[n], self.up[e], out=self.out_NF[n])
         self._down(e, n)
         torch.mm(self.grad_up_NF[n], self.up[e].T, out=self.out_ND[n])
-        self.out_ND[n].addmm_(self.grad_gate_NF[n], self.gate[e].T)
+        torch.addmm(self.out_ND[n], self.grad_gate_NF[n], self.gate[e].T, out=self.out_ND[n])
         torch.mm(self.rows_ND[n].T, self.grad_up_NF[n], out=self.grad_weight[e])
         torch.mm(self.rows_ND[n].T, self.grad_gate_NF[n], out=self.grad_weight[e])
 
@@ -111,7 +111,7 @@ class Products:
         torch.bmm(grad, self.down.mT, out=out_F)
         torch.bmm(active.mT, grad, out=self.grad_down)
         torch.bmm(grad_up, self.up.mT, out=out)
-        out.baddbmm_(grad_gate, self.gate.mT)
+        torch.baddbmm(out, grad_gate, self.gate.mT, out=out)
         torch.bmm(x.mT, grad_up, out=self.grad_weight)
         torch.bmm(x.mT, grad_gate, out=self.grad_weight)
 

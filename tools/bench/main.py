@@ -38,8 +38,15 @@ class Options:
 
 def run(options: Options) -> int:
     """0, or 1 if a job failed. What is in ``output`` already is not measured again, unless asked for."""
-    signal.signal(signal.SIGTERM, _leave)  # so that the processes started here are ended too
     chosen = _chosen(options)
+    before = signal.signal(signal.SIGTERM, _leave)  # so that the processes started here are ended too
+    try:
+        return _run(chosen, options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(chosen: list[jobs.Job], options: Options) -> int:
     known = report.read(options.output)
     results: report.Results = known["results"]
     known_seed = known["about"].get("seed", options.seed)

@@ -23,7 +23,8 @@ def interleaved(
     """Seconds of every repetition, by candidate: A B C, B C A, ...; each runs once before, uncounted.
 
     ``clock``: "cpu" counts the processor time of this process, which other processes do not lengthen; to be used with
-    one thread, and not where ranks wait for each other. ``before_each``: called, outside of the time taken, before every call: on several ranks, a barrier.
+    one thread, and not where ranks wait for each other. ``before_each``: called, outside of the time taken, before
+    every call: on several ranks, a barrier.
     """
     now = CLOCKS[clock]
     names = list(candidates)
