@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dist_moe.cli import config, data, evaluate, export, import_, inspect, plan, reshard, search, sweep, train
+from dist_moe.cli import bench, config, data, evaluate, export, import_, inspect, plan, reshard, search, sweep, train
 from dist_moe.errors import UserError
 
-COMMANDS = (train, evaluate, search, sweep, plan, config, data, inspect, export, import_, reshard)
+COMMANDS = (train, evaluate, search, sweep, plan, config, data, inspect, export, import_, reshard, bench)
 
 
 def console_script() -> None:
