@@ -14,7 +14,7 @@ everything that made it 0: its expert can be skipped forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -22,13 +22,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine, check_k
+from dist_moe.gates.lazy_tree import Visit, dense_rows, descend_lazily, roots_of
 from dist_moe.gates.smooth_step import smooth_step
 from dist_moe.gates.top_k import largest
-from dist_moe.gates.tree import Nodes, Visit, descend, descend_lazily
+from dist_moe.gates.tree import descend
+from dist_moe.kernels import DENSE_GAIN, Band, Pairs, dense_products, products_of_band, select, sparse_products
 from dist_moe.routing import Route
 
 ENTROPY_EPSILON = 1e-6
 LEAF_INIT_RANGE = 0.05
+# A batch that turns out to be dense has cost a fifth of its dense route by then: with fewer experts, more.
+LAZY_FROM = 128
 
 
 class CometConfig(GateSettings):
@@ -50,7 +54,11 @@ class CometConfig(GateSettings):
         0.0, ge=0, description="weight of the per-split balance penalty (the paper's experiments: 0)"
     )
     static: bool = Field(False, description="the same mixture for every token: splits and leaves see no input")
-    lazy: bool = Field(False, description="visit only the reachable nodes: the same route, cheaper for large trees")
+    lazy: bool | None = Field(
+        None,
+        description=f"visit only the reachable nodes: the same route, cheaper for large trees that have hardened "
+        f"(null: from {LAZY_FROM} experts on, for every batch of which few nodes are reachable)",
+    )
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> Comet:
         return Comet(dim, num_experts, **self.model_dump(exclude={"name"}))
@@ -83,7 +91,7 @@ class Comet(Gate):
         hard_evaluation: bool = False,
         balance_weight: float = 0.0,
         static: bool = False,
-        lazy: bool = False,
+        lazy: bool | None = None,
     ) -> None:
         super().__init__(dim, num_experts)
         check_k(k, num_experts)
@@ -120,22 +128,15 @@ class Comet(Gate):
         weight_TKE = _joint_softmax(self._affine(x_TD, "leaf"), mass_TKE)
         if self.max_active is not None:
             weight_TKE = self._cap(weight_TKE, self.max_active)
-        reached_2KQ = torch.stack([(split_mass_TKQ * left_TKQ).sum(0), split_mass_TKQ.sum(0)])
-        return Mixture(weight_TKE, self._aux(leaf_entropy(mass_TKE), reached_2KQ, len(x_TD)))
+
+        def reached() -> Tensor:
+            return torch.stack([(split_mass_TKQ * left_TKQ).sum(0), split_mass_TKQ.sum(0)])
+
+        return Mixture(weight_TKE, self._aux(leaf_entropy(mass_TKE), reached, len(x_TD)))
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
-        if not self.lazy:
-            return super().route(x_TD, ids_T)
-        visit = self._visit(x_TD)
-        leaves = visit.leaves
-        logit_N = (x_TD[leaves.token_N] * self.leaf_weight.to(x_TD.dtype)[leaves.tree_N, leaves.node_N]).sum(-1)
-        logit_N = logit_N + self.leaf_bias.to(x_TD.dtype)[leaves.tree_N, leaves.node_N] + leaves.mass_N.log()
-        weight_N = _segment_softmax(logit_N, leaves.token_N, len(x_TD))
-        slot_N = leaves.node_N + (leaves.tree_N * self.num_experts if self.splits_branches else 0)
-        aux = self._aux(leaf_entropy(leaves.mass_N), self._reached(visit), len(x_TD))
-        route = Route.merge(leaves.token_N, slot_N, weight_N, len(x_TD), self.num_slots, aux)
-        route = route.keep(route.weight_N > 0)  # exp() of a far smaller logit is 0, as in the dense mixture
-        return route if self.max_active is None else route.heaviest(self.max_active)
+        visit = self._visit(x_TD) if self._may_be_lazy() else None
+        return super().route(x_TD, ids_T) if visit is None else self._route_of(x_TD, visit)
 
     def leaf_mass(self, x_TD: Tensor) -> Tensor:
         """v, of shape (T, k, n): how much of each token reaches each leaf; sums to 1 over leaves."""
@@ -160,31 +161,56 @@ class Comet(Gate):
         weight_TKE = torch.where(kept_TKE, weight_TKE, 0)
         return weight_TKE / weight_TKE.sum(dim=(1, 2), keepdim=True)
 
-    def _visit(self, x_TD: Tensor) -> Visit:
-        weight_KQD, bias_KQ = self.split_weight.to(x_TD.dtype), self.split_bias.to(x_TD.dtype)
+    def _may_be_lazy(self) -> bool:
+        if self.lazy is None:
+            return not self.static and self.num_experts >= LAZY_FROM
+        return self.lazy
 
-        def split(nodes: Nodes) -> tuple[Tensor, Tensor]:
-            t_N = (x_TD[nodes.token_N] * weight_KQD[nodes.tree_N, nodes.node_N]).sum(-1)
-            return self._split(t_N + bias_KQ[nodes.tree_N, nodes.node_N])
+    def _visit(self, x_TD: Tensor) -> Visit | None:
+        """None: so much is reached that the dense route is cheaper, and it was left to us to choose."""
+        weight_KQD, bias_KQ = self.split_weight.detach().to(x_TD.dtype), self.split_bias.detach().to(x_TD.dtype)
+        num_first = dense_rows(self.num_experts - 1)
+        first_KTB = dense_products(x_TD.detach(), weight_KQD, bias_KQ, 0, num_first)
 
-        token_N = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(self.k)
-        tree_N = torch.arange(self.k, device=x_TD.device).repeat(len(x_TD))
-        roots = Nodes(token_N, tree_N, torch.zeros_like(token_N), x_TD.new_ones(len(token_N)))
-        return descend_lazily(roots, self.num_experts, split)
+        def products(pairs: Pairs, band: Band) -> Tensor:
+            if band.last <= num_first:
+                return select(first_KTB, pairs, 0)
+            return products_of_band(x_TD, weight_KQD, bias_KQ, pairs, band)
 
-    def _reached(self, visit: Visit) -> Tensor:
+        roots, gain = roots_of(len(x_TD), self.k, x_TD), DENSE_GAIN if self.lazy is None else 0
+        return descend_lazily(roots, self.num_experts, products, self._split, gain)
+
+    def _route_of(self, x_TD: Tensor, visit: Visit) -> Route:
+        leaves = visit.leaves
+        left_F, right_F = self._split(self._sparse_affine(x_TD, "split", *visit.fractional()))
+        split_mass_N, leaf_mass_N = visit.masses(left_F, right_F)
+        band = Band(len(leaves), 0, self.num_experts)
+        logit_N = self._sparse_affine(x_TD, "leaf", leaves.pairs, None, [band]) + leaf_mass_N.log()
+        weight_N = _segment_softmax(logit_N, leaves.token_N, len(x_TD))
+        slot_N = leaves.node_N + (leaves.tree_N * self.num_experts if self.splits_branches else 0)
+        aux = self._aux(leaf_entropy(leaf_mass_N), lambda: self._reached(visit, split_mass_N, left_F), len(x_TD))
+        route = Route.merge(leaves.token_N, slot_N, weight_N, len(x_TD), self.num_slots, aux)
+        route = route.keep(route.weight_N > 0)  # exp() of a far smaller logit is 0, as in the dense mixture
+        return route if self.max_active is None else route.heaviest(self.max_active)
+
+    def _sparse_affine(
+        self, x_TD: Tensor, part: str, pairs: Pairs, known_N: Tensor | None, bands: list[Band]
+    ) -> Tensor:
+        weight_KQD, bias_KQ = (getattr(self, f"{part}_{kind}").to(x_TD.dtype) for kind in ("weight", "bias"))
+        return sparse_products(x_TD, weight_KQD, bias_KQ, pairs, bands, known_N)
+
+    def _reached(self, visit: Visit, mass_N: Tensor, left_F: Tensor) -> Tensor:
         """(2, k, n-1): the mass that goes left at each split, and the mass that reaches it."""
-        place = (visit.splits.tree_N, visit.splits.node_N)
-        zeros_KQ = torch.zeros_like(self.split_bias, dtype=visit.left_N.dtype)
-        mass_N = visit.splits.mass_N
-        return torch.stack(
-            [zeros_KQ.index_put(place, value_N, accumulate=True) for value_N in (mass_N * visit.left_N, mass_N)]
-        )
+        left_N = visit.left_N.index_copy(0, visit.fractional_F, left_F)
+        place_N = visit.splits.tree_N * (self.num_experts - 1) + visit.splits.node_N
+        zeros_2Q = mass_N.new_zeros(2, self.split_bias.numel())
+        reached_2Q = zeros_2Q.index_add(1, place_N, torch.stack([mass_N * left_N, mass_N]))
+        return reached_2Q.view(2, *self.split_bias.shape)
 
-    def _aux(self, entropy: Tensor, reached_2KQ: Tensor, num_tokens: int) -> dict[str, Tensor]:
+    def _aux(self, entropy: Tensor, reached: Callable[[], Tensor], num_tokens: int) -> dict[str, Tensor]:
         aux = {"entropy": self.entropy_weight * (entropy / max(num_tokens, 1))}
         if self.balance_weight and self.training:
-            reached_2KQ, _ = self.total(reached_2KQ, num_tokens)
+            reached_2KQ, _ = self.total(reached(), num_tokens)
             aux["split_balance"] = self.balance_weight * split_balance(reached_2KQ)
         return aux
 

@@ -4,6 +4,16 @@ from dist_moe.kernels.activations import ACTIVATIONS
 from dist_moe.kernels.dropout import dropout, dropout_of_stacks
 from dist_moe.kernels.feed_forward import FeedForwardWeights, feed_forward, feed_forward_reference
 from dist_moe.kernels.grouped_linear import grouped_linear, grouped_linear_reference
+from dist_moe.kernels.sparse_products import (
+    DENSE_GAIN,
+    Band,
+    Pairs,
+    dense_products,
+    products_of_band,
+    select,
+    sparse_products,
+    sparse_products_reference,
+)
 from dist_moe.kernels.token_rows import (
     TokenIndex,
     rows_of_tokens,
@@ -14,15 +24,23 @@ from dist_moe.kernels.token_rows import (
 
 __all__ = [
     "ACTIVATIONS",
+    "DENSE_GAIN",
+    "Band",
     "FeedForwardWeights",
+    "Pairs",
     "TokenIndex",
+    "dense_products",
     "dropout",
     "dropout_of_stacks",
     "feed_forward",
     "feed_forward_reference",
     "grouped_linear",
     "grouped_linear_reference",
+    "products_of_band",
     "rows_of_tokens",
+    "select",
+    "sparse_products",
+    "sparse_products_reference",
     "stable_order",
     "weighted_scatter",
     "weighted_scatter_reference",

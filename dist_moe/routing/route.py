@@ -64,6 +64,8 @@ class Route:
 
     def keep(self, kept_N: Tensor) -> Route:
         """The assignments where ``kept_N`` (N,) is true, with their weights."""
+        if kept_N.all():
+            return self
         return replace(self, token_N=self.token_N[kept_N], slot_N=self.slot_N[kept_N], weight_N=self.weight_N[kept_N])
 
     def normalised(self) -> Route:
