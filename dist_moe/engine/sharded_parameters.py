@@ -121,6 +121,14 @@ def check_groups(parameters: Iterable[nn.Parameter], expected: Callable[[nn.Para
 
 
 def forget_module(model: nn.Module) -> None:
-    """Take ``model`` off a stack in DeepSpeed, on which it would live as long as the process."""
-    stack = import_deepspeed().runtime.zero.parameter_offload.FWD_MODULE_STACK
+    """Take ``model`` out of a stack and a cache in DeepSpeed, in which it would live as long as the process, and
+    with it its engine and the threads of the process groups."""
+    zero = import_deepspeed().runtime.zero
+    stack = zero.parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not model]
+    # A method behind functools.cache, from the second step on; engines that still live fill it again.
+    coordinator = zero.partitioned_param_coordinator.PartitionedParameterCoordinator
+    cached = getattr(coordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(cached, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
