@@ -20,7 +20,7 @@ from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.process_groups import ProcessGroups
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK
-from dist_moe.kernels import weighted_scatter
+from dist_moe.kernels import grouped_linear, weighted_scatter
 from dist_moe.layer import MoE
 from dist_moe.parallel import ProcessWorld
 
@@ -98,15 +98,15 @@ def _tokens(device: torch.device) -> Tensor:
 
 
 def _product_rate(rows: int, device: torch.device) -> float:
-    """Of the product and of those for both gradients, over several weights that take turns."""
-    weight_EDF = torch.randn(_EXPERTS, WIDTH, WIDTH, device=device)
-    x, grad = torch.randn(2, rows, WIDTH, device=device)
+    """Of a grouped linear layer, forward and backward, each group with rows and a weight of its own."""
+    weight_EDF = torch.randn(_EXPERTS, WIDTH, WIDTH, device=device, requires_grad=True)
+    bias_EF = torch.zeros(_EXPERTS, WIDTH, device=device, requires_grad=True)
+    x_ND = torch.randn(_EXPERTS * rows, WIDTH, device=device, requires_grad=True)
+    grad_NF = torch.randn(_EXPERTS * rows, WIDTH, device=device)
 
     def products() -> None:
-        for weight in weight_EDF:
-            torch.mm(x, weight)
-            torch.mm(x.t(), grad)
-            torch.mm(grad, weight.t())
+        y_NF = grouped_linear(x_ND, weight_EDF, bias_EF, [rows] * _EXPERTS)
+        torch.autograd.grad(y_NF, (x_ND, weight_EDF, bias_EF), grad_NF)
 
     return 6.0 * _EXPERTS * rows * WIDTH**2 / _median_seconds(products, device)
 
