@@ -91,8 +91,8 @@ def _gpu(name: str, memory: float, flop_per_s: float, hbm: float, nvlink: float,
         sort_keys_per_s=1e9,
         layer_fixed_s=1e-3,
         step_fixed_s=4e-3,
-        inside=Link(all_to_all_bytes_per_s=nvlink, all_reduce_bytes_per_s=nvlink, latency_s=5e-6),
-        between=Link(all_to_all_bytes_per_s=8 * network, all_reduce_bytes_per_s=8 * network, latency_s=1e-5),
+        inside=Link(all_to_all_bytes_per_s=nvlink, all_reduce_bytes_per_s=nvlink, latency_s=2e-6),
+        between=Link(all_to_all_bytes_per_s=8 * network, all_reduce_bytes_per_s=8 * network, latency_s=4e-6),
     )
 
 

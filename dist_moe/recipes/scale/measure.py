@@ -24,8 +24,9 @@ from dist_moe.engine.machine_probe import (
 )
 from dist_moe.engine.node_layout import node_of_every_rank
 from dist_moe.engine.process_groups import ProcessGroups
+from dist_moe.recipes.scale.layout import Layout
 from dist_moe.recipes.scale.machine import Link, Machine
-from dist_moe.recipes.scale.step_time import SMALL_COLLECTIVES
+from dist_moe.recipes.scale.step_time import small_collectives_seconds
 
 
 def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str = "") -> Machine:
@@ -84,6 +85,6 @@ def _link(members: list[list[int]], groups: ProcessGroups) -> Link:
 
 def _alone(seconds: float, nodes: list[list[int]], processors: float, link: Link | None) -> float:
     """Of a fixed step's ``seconds`` on all ranks, what one rank with a processor of its own would need."""
-    ranks = sum(map(len, nodes))
-    waiting = SMALL_COLLECTIVES * (ranks - 1) * link.latency_s if link is not None else 0.0
-    return max(0.0, seconds / max(1.0, len(nodes[0]) / processors) - waiting)
+    layout = Layout(len(nodes), len(nodes[0]), 1)
+    sharing = max(1.0, layout.per_node / processors)
+    return max(0.0, seconds - small_collectives_seconds(link, layout, sharing)) / sharing

@@ -6,6 +6,7 @@ rank counts wherever the load is not even.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -24,7 +25,7 @@ BACKWARD = 2
 _KEY_BYTES, _WEIGHT_BYTES = 8, 4
 _COLLECTIVES_PER_LEVEL = 5
 """The counts; rows there and back, forward and backward."""
-SMALL_COLLECTIVES = 4
+_SMALL_COLLECTIVES = 4
 """Of a training step, whatever its size: overflow, the norm of both kinds of gradients, one for the count."""
 _SORTS_PER_PAIR = 2
 _INDEX_BYTES_PER_PAIR = 100
@@ -249,10 +250,10 @@ def _wire_seconds(
     between = sent.between * layout.group_in_node * _groups_per_node(layout)
     across = between / machine.between.all_to_all_bytes_per_s if machine.between else 0.0
     if exchange == "flat" or spread.across is None:
-        latency = _latency(machine, layout, layout.group - 1, layout.nodes_of_group > 1, sharing)
+        latency = _latency(machine, layout.group - 1, layout.nodes_of_group > 1, sharing)
         return skew * max(inside, across) + _COLLECTIVES_PER_LEVEL * latency
-    latencies = _latency(machine, layout, layout.nodes_of_group - 1, True, sharing)
-    latencies += _latency(machine, layout, layout.group_in_node - 1, False, sharing)
+    latencies = _latency(machine, layout.nodes_of_group - 1, True, sharing)
+    latencies += _latency(machine, layout.group_in_node - 1, False, sharing)
     return skew * (inside + across) + _COLLECTIVES_PER_LEVEL * latencies
 
 
@@ -261,7 +262,7 @@ def _groups_per_node(layout: Layout) -> int:
     return layout.per_node // layout.group_in_node
 
 
-def _latency(machine: Machine, layout: Layout, peers: int, is_across: bool, sharing: float) -> float:
+def _latency(machine: Machine, peers: int, is_across: bool, sharing: float) -> float:
     link = machine.between if is_across else machine.inside
     return sharing * peers * link.latency_s if link is not None and peers else 0.0
 
@@ -293,7 +294,14 @@ def _gradient_seconds(machine: Machine, work: Work, layout: Layout, sharing: flo
             rings = layout.group_in_node if is_expert else 1
             slowest = max(slowest, rings / _reduce_rate(machine.between))
         seconds += volume * slowest
-    return seconds + SMALL_COLLECTIVES * _latency(machine, layout, layout.ranks - 1, layout.nodes > 1, sharing)
+    return seconds + small_collectives_seconds(machine.between if layout.nodes > 1 else machine.inside, layout, sharing)
+
+
+def small_collectives_seconds(link: Link | None, layout: Layout, sharing: float) -> float:
+    """Of a training step's reductions of a few numbers: up and down a tree of the ranks."""
+    if link is None:
+        return 0.0
+    return sharing * _SMALL_COLLECTIVES * 2 * math.log2(layout.ranks) * link.latency_s
 
 
 def _reduce_rate(link: Link | None) -> float:
