@@ -193,6 +193,7 @@ class Case:
     run: Callable[[], None]
     predict: Callable[[Machine], Prediction]
     traffic: Any
+    skew: float
 
     def compare(self, machine: Machine) -> dict[str, Any]:
         predicted = self.predict(machine)
@@ -213,6 +214,7 @@ class Case:
             "measured": statistics.median(seconds),
             "bytes_predicted": predicted.exchange_bytes.total,
             "bytes_counted": statistics.fmean(counted),
+            "skew": self.skew,
         }
 
 
@@ -242,7 +244,7 @@ def layer_case(exchange: ExchangeName, groups: ProcessGroups, layout: Layout, op
     def predicted(machine: Machine) -> Prediction:
         return predict(machine, work, layout, options.tokens, exchange, skew=skew, training=False)
 
-    return Case("layer", exchange, run, predicted, groups.world.traffic)
+    return Case("layer", exchange, run, predicted, groups.world.traffic, skew)
 
 
 def training_case(exchange: ExchangeName, groups: ProcessGroups, layout: Layout, options: argparse.Namespace) -> Case:
@@ -272,7 +274,7 @@ def training_case(exchange: ExchangeName, groups: ProcessGroups, layout: Layout,
     def predicted(machine: Machine) -> Prediction:
         return predict(machine, work, layout, options.tokens, exchange, skew=skew)
 
-    return Case("training step", exchange, run, predicted, groups.world.traffic)
+    return Case("training step", exchange, run, predicted, groups.world.traffic, skew)
 
 
 def loss_of(engine: nn.Module, user_B: Tensor, item_B: Tensor, label_B: Tensor) -> Tensor:
@@ -297,6 +299,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "bytes": statistics.median(
             one["bytes_predicted"] / one["bytes_counted"] if one["bytes_counted"] else 1.0 for one in rounds
         ),
+        "skew": rounds[0]["skew"],
         "parts": parts,
     }
 
@@ -311,7 +314,7 @@ def rows_of(label: str, rounds: list[dict[str, Any]]) -> str:
         within = "yes" if abs(of_kind["ratio"] - 1) <= AIM else "no"
         lines.append(
             f"| {label} | {step} | {exchange} | {of_kind['ratio']:.2f} | {of_kind['low']:.2f}-{of_kind['high']:.2f} "
-            f"| {within} | {of_kind['bytes']:.3f} | {shares} |"
+            f"| {within} | {of_kind['bytes']:.3f} | {of_kind['skew']:.2f} | {shares} |"
         )
     return "\n".join(lines)
 
@@ -327,10 +330,11 @@ def page(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
             f"{torch.__version__.split('+')[0]}. A round measures the machine's constants, then runs "
             f"{STEPS_PER_ROUND} steps of each kind; the ratio is predicted / measured seconds of a step, median (and "
             f"range) of the rounds, the aim is {1 - AIM:.2f} to {1 + AIM:.2f}. Nothing is fitted to the steps. "
-            "Bytes: predicted of uniform choices / counted by the layer.",
+            "Bytes: predicted of uniform choices / counted by the layer. Skew: expert rows of the heaviest rank over the "
+            "mean.",
             "",
-            "| nodes x ranks | step | exchange | predicted / measured | range | within 20 % | bytes | largest parts |",
-            "|" + " --- |" * 8,
+            "| nodes x ranks | step | exchange | predicted / measured | range | within 20 % | bytes | skew | largest parts |",
+            "|" + " --- |" * 9,
             *(rows_of(label, rounds) for label, rounds in results.items()),
             "",
         ]

@@ -13,7 +13,7 @@ from typing import Literal
 from dist_moe.errors import UserError
 from dist_moe.recipes.scale.layout import Layout
 from dist_moe.recipes.scale.machine import Link, Machine
-from dist_moe.recipes.scale.spread import Level, Spread, expected_spread
+from dist_moe.recipes.scale.spread import Level, Spread, expected_spread, missed
 from dist_moe.recipes.scale.work import Work
 
 ExchangeName = Literal["flat", "two_level"]
@@ -235,26 +235,36 @@ def _packing(machine: Machine, work: Work, level: Level, rows_before: float) -> 
 
 
 def _wire_seconds(
-    machine: Machine,
-    work: Work,
-    layout: Layout,
-    spread: Spread,
-    exchange: ExchangeName,
-    skew: float,
-    sharing: float,
+    machine: Machine, work: Work, layout: Layout, spread: Spread, exchange: ExchangeName, skew: float, sharing: float
 ) -> float:
     if layout.group == 1:
         return 0.0
-    sent = exchange_bytes(work, spread, exchange)
+    sent, of_node = exchange_bytes(work, spread, exchange), node_skew(layout, skew)
     inside = sharing * sent.inside / machine.inside.all_to_all_bytes_per_s if machine.inside else 0.0
     between = sent.between * layout.group_in_node * _groups_per_node(layout)
     across = between / machine.between.all_to_all_bytes_per_s if machine.between else 0.0
     if exchange == "flat" or spread.across is None:
         latency = _latency(machine, layout.group - 1, layout.nodes_of_group > 1, sharing)
-        return skew * max(inside, across) + _COLLECTIVES_PER_LEVEL * latency
+        return max(skew * inside, of_node * across) + _COLLECTIVES_PER_LEVEL * latency
     latencies = _latency(machine, layout.nodes_of_group - 1, True, sharing)
     latencies += _latency(machine, layout.group_in_node - 1, False, sharing)
-    return skew * (inside + across) + _COLLECTIVES_PER_LEVEL * latencies
+    inside *= row_skew(work, layout.group, skew)
+    across *= row_skew(work, layout.nodes_of_group, of_node)
+    return inside + across + _COLLECTIVES_PER_LEVEL * latencies
+
+
+def node_skew(layout: Layout, skew: float) -> float:
+    """Of the heaviest node over the mean, where ranks' loads differ independently: their excess averages out."""
+    return float(min(1 + (skew - 1) / math.sqrt(layout.group_in_node), layout.nodes_of_group))
+
+
+def row_skew(work: Work, parts: int, skew: float) -> float:
+    """Of token rows that go to one of ``parts``, where ``skew`` times the mean of pairs goes there: a token that
+    needs several of its experts is sent once."""
+    needed, mean = (
+        1 - missed(work.experts, parts, min(k, work.experts)) ** work.gates for k in (work.k * skew, work.k)
+    )
+    return needed / mean
 
 
 def _groups_per_node(layout: Layout) -> int:
