@@ -330,10 +330,11 @@ def page(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
             f"{torch.__version__.split('+')[0]}. A round measures the machine's constants, then runs "
             f"{STEPS_PER_ROUND} steps of each kind; the ratio is predicted / measured seconds of a step, median (and "
             f"range) of the rounds, the aim is {1 - AIM:.2f} to {1 + AIM:.2f}. Nothing is fitted to the steps. "
-            "Bytes: predicted of uniform choices / counted by the layer. Skew: expert rows of the heaviest rank over the "
-            "mean.",
+            "Bytes: predicted of uniform choices / counted by the layer. Skew: expert rows of the heaviest rank over "
+            "the mean.",
             "",
-            "| nodes x ranks | step | exchange | predicted / measured | range | within 20 % | bytes | skew | largest parts |",
+            "| nodes x ranks | step | exchange | predicted / measured | range | within 20 % | bytes | skew "
+            "| largest parts |",
             "|" + " --- |" * 9,
             *(rows_of(label, rounds) for label, rounds in results.items()),
             "",

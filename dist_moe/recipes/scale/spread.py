@@ -55,6 +55,13 @@ def missed(experts: int, parts: int, k: float) -> float:
     return prod(max(0.0, experts - k - i) / (experts - i) for i in range(size))
 
 
+def missed_by_draws(experts: int, parts: int, k: float, skew: float) -> float:
+    """The same for a part that is drawn ``skew`` times as often as the mean, one expert after the other."""
+    size, whole = experts / parts, int(k)
+    draws = [max(0.0, 1 - skew * size / (experts - draw)) for draw in range(min(whole + 1, experts))]
+    return prod(draws[:whole]) * (draws[whole] ** (k - whole) if k > whole else 1.0)
+
+
 def distinct_parts(experts: int, parts: int, k: float, gates: int = 1) -> float:
     """Parts that a token needs, on average, over all ``gates``."""
     return parts * (1 - missed(experts, parts, k) ** gates)

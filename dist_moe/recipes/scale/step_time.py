@@ -13,7 +13,7 @@ from typing import Literal
 from dist_moe.errors import UserError
 from dist_moe.recipes.scale.layout import Layout
 from dist_moe.recipes.scale.machine import Link, Machine
-from dist_moe.recipes.scale.spread import Level, Spread, expected_spread, missed
+from dist_moe.recipes.scale.spread import Level, Spread, expected_spread, missed_by_draws
 from dist_moe.recipes.scale.work import Work
 
 ExchangeName = Literal["flat", "two_level"]
@@ -261,9 +261,7 @@ def node_skew(layout: Layout, skew: float) -> float:
 def row_skew(work: Work, parts: int, skew: float) -> float:
     """Of token rows that go to one of ``parts``, where ``skew`` times the mean of pairs goes there: a token that
     needs several of its experts is sent once."""
-    needed, mean = (
-        1 - missed(work.experts, parts, min(k, work.experts)) ** work.gates for k in (work.k * skew, work.k)
-    )
+    needed, mean = (1 - missed_by_draws(work.experts, parts, work.k, s) ** work.gates for s in (skew, 1.0))
     return needed / mean
 
 

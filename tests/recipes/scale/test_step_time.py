@@ -9,7 +9,13 @@ import pytest
 from dist_moe.errors import UserError
 from dist_moe.recipes.scale.layout import Layout
 from dist_moe.recipes.scale.machine import BUILTIN
-from dist_moe.recipes.scale.spread import distinct_parts, expected_spread, experts_per_token
+from dist_moe.recipes.scale.spread import (
+    distinct_parts,
+    expected_spread,
+    experts_per_token,
+    missed,
+    missed_by_draws,
+)
 from dist_moe.recipes.scale.step_time import EXCHANGES, exchange_bytes, node_skew, predict, row_skew
 from dist_moe.recipes.scale.work import Work
 from tests.recipes.scale.machines import PLAIN, with_links
@@ -99,6 +105,7 @@ def test_rows_are_less_skewed_than_pairs_where_tokens_are_sent_once() -> None:
     many = replace(WORK, k=8)
     assert 1 < row_skew(many, 4, 1.5) < row_skew(replace(WORK, k=1, gates=1), 4, 1.5) == pytest.approx(1.5)
     assert row_skew(many, 4, 1.0) == 1
+    assert missed_by_draws(16, 4, 3, 1.0) == pytest.approx(missed(16, 4, 3))
     assert node_skew(Layout(2, 4, 8), 1.4) == pytest.approx(1.2)
     assert node_skew(Layout(2, 4, 8), 8.0) == 2  # all to one of two nodes
 
