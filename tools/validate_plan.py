@@ -47,7 +47,7 @@ from dist_moe.recipes.scale.work import work_of_layer, work_of_model
 from tools.namespaces import cluster, why_not
 
 PORT = 29587
-PATIENCE_S = 240
+PATIENCE_S = 600
 AIM = 0.2
 STEPS_PER_ROUND = 3
 USERS, ITEMS = 6040, 3706

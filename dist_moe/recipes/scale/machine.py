@@ -73,7 +73,7 @@ class Machine(Settings):
 
     def write(self, path: Path) -> None:
         """As YAML that :func:`read_machine` reads."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False))
 
 
 def _gpu(name: str, memory: float, flop_per_s: float, hbm: float, nvlink: float, network: float) -> Machine:
