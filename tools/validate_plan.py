@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -81,6 +83,7 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             options.measured.write_text(json.dumps(measured))
         return
+    signal.signal(signal.SIGTERM, _leave)  # else ranks and namespaces would be left
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as directory:
         for number in options.places:
@@ -91,6 +94,10 @@ def main() -> None:
             print(rows_of(place.label, results[place.label]), flush=True)
     options.report.parent.mkdir(exist_ok=True)
     options.report.write_text(page(results, options))
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def parse() -> argparse.Namespace:
