@@ -1,4 +1,4 @@
-"""dist-moe plan: what a run will need in memory on each rank, before it is begun."""
+"""dist-moe plan: what a run will need in memory on each rank, and in time, before it is begun."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_moe.cli import plan_scale
 from dist_moe.cli.commands import Commands
 from dist_moe.errors import UserError
 
@@ -23,32 +24,44 @@ def add_to(commands: Commands) -> None:
     """Add the command and its options to the command line."""
     plan = commands.add_parser(
         "plan",
-        help="memory that a run will need on each rank",
+        help="memory and time that a run will need on each rank",
         description="Parameters, gradients, masters and optimizer states by ZeRO stage (exact, padding included), "
         "activations and dispatch buffers (estimated) under an even and under the worst load, before anything is "
-        "allocated.",
+        "allocated. With --nodes, the time of a step too, by either exchange, from a machine's constants "
+        "(docs/plan.md).",
     )
-    plan.add_argument("config", type=Path, help="YAML file, see configs/")
+    plan.add_argument("config", type=Path, nargs="?", help="YAML file, see configs/")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="fields to set differently")
-    plan.add_argument("--ranks", type=int, default=1, metavar="N", help="processes in all (default: 1)")
+    plan.add_argument("--ranks", type=int, metavar="N", help="processes in all (default: 1)")
     plan.add_argument("--memory-gib", type=float, metavar="M", help="memory of a rank: how large a batch fits?")
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    plan_scale.add_options(plan)
     plan.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.measure is not None:
+        return plan_scale.measure(options)
+    if options.config is None:
+        raise UserError("CONFIG: required, but not given; for example: dist-moe plan configs/movielens_comet_plus.yaml")
+    plan_scale.check(options)
+    return plan_scale.plan(options) if options.nodes is not None else _plan_memory(options)
+
+
+def _plan_memory(options: argparse.Namespace) -> int:
     from dist_moe.recipes.config import load_config
     from dist_moe.recipes.memory_plan import plan_memory
     from dist_moe.recipes.problems import open_problem
 
-    if options.ranks < 1:
-        raise UserError(f"--ranks={options.ranks} must be at least 1")
+    ranks = 1 if options.ranks is None else options.ranks
+    if ranks < 1:
+        raise UserError(f"--ranks={ranks} must be at least 1")
     if options.memory_gib is not None and not options.memory_gib > 0:
         raise UserError(f"--memory-gib={options.memory_gib} must be above 0")
     config = load_config(options.config, options.overrides)
-    config.fitted(options.ranks).check(options.ranks)
+    config.fitted(ranks).check(ranks)
     memory = None if options.memory_gib is None else int(options.memory_gib * _GIB)
-    plan = plan_memory(config, open_problem(config, progress=True), options.ranks, memory)
+    plan = plan_memory(config, open_problem(config, progress=True), ranks, memory)
     print(json.dumps(plan.plain(), indent=2) if options.json else _table(plan))
     return 0
 

@@ -127,8 +127,8 @@ def _states(model: nn.Module, config: RunConfig, stage: int, ranks: int, size: i
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [[p for p in trained if is_expert_parameter(p) == expert] for expert in (False, True)]
     shares = (ranks, ranks // size)
-    low = _bytes_per_parameter(config)
-    kinds, scalar_bytes = _optimizer_states(config)
+    low = bytes_per_parameter(config)
+    kinds, scalar_bytes = optimizer_states(config)
     counts = [sum(p.numel() for p in group) for group in groups]
     kept = gathered = 0
     bucket = _bucket_elements(config) if stage > 0 else 0
@@ -175,11 +175,12 @@ def _padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _bytes_per_parameter(config: RunConfig) -> int:
+def bytes_per_parameter(config: RunConfig) -> int:
+    """Of parameters as the model computes with them, and of activations: 2 with bf16 or fp16, else 4."""
     return parameter_dtype(config.deepspeed).itemsize
 
 
-def _optimizer_states(config: RunConfig) -> tuple[int, int]:
+def optimizer_states(config: RunConfig) -> tuple[int, int]:
     """States of a parameter's shape; and bytes of those without a shape, per tensor that the optimizer owns."""
     optimizer = optimizer_on_one_number(config.deepspeed)
     (number,) = optimizer.param_groups[0]["params"]
@@ -221,7 +222,7 @@ def _load(
 
 def _bytes_per_token(model: MoEModel, config: RunConfig, sent: int, received: int, size: int) -> tuple[int, int]:
     """Of the exchange, there and back; and of everything else, the gradients of the experts' rows included."""
-    bank, width = model.moe.experts, _bytes_per_parameter(config)
+    bank, width = model.moe.experts, bytes_per_parameter(config)
     rows_in = bank.dim * (sent + (2 * received if size > 1 else 0))
     rows_out = bank.out_dim * (sent + received) if size > 1 else 0
     dispatch = width * (rows_in + rows_out)

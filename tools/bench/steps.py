@@ -172,7 +172,7 @@ def their_engine(model: nn.Module, tokens: int) -> nn.Module:
     deepspeed = import_deepspeed()
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    groups = split_params_into_different_moe_groups_for_optimizer({"params": model.parameters(), "name": "all"})
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
     config = _section() | {"train_batch_size": tokens, "steps_per_print": 2**31 - 1}
     config["optimizer"]["params"]["torch_adam"] = True
     engine: nn.Module = deepspeed.initialize(model=model, model_parameters=groups, config=config)[0]
@@ -222,8 +222,8 @@ def table(found: dict[str, Spread], threads: int, repetitions: int) -> str:
         "# Whole training steps beside DeepSpeed's MoE",
         "",
         f"`python -m tools.bench.steps`, seed 0, {os.cpu_count()} cores, {platform.machine()}, {threads} threads, torch "
-        f"{torch.__version__}, one rank, ZeRO 1, AdamW, fp32, Top-2; {repetitions} steps each, by turns. Same weights, same "
-        "losses.",
+        f"{torch.__version__}, one rank, ZeRO 1, AdamW, fp32, Top-2; {repetitions} steps each, by turns. Same weights, "
+        "same losses.",
         "",
         "| model | DeepSpeed MoE (dropless) over ours, median | quartiles |",
         "| --- | --- | --- |",
