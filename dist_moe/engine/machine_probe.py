@@ -20,7 +20,7 @@ from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.process_groups import ProcessGroups
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK
-from dist_moe.kernels import grouped_linear, weighted_scatter
+from dist_moe.kernels import TokenIndex, grouped_linear, rows_of_tokens, weighted_scatter
 from dist_moe.layer import MoE
 from dist_moe.parallel import ProcessWorld
 
@@ -60,20 +60,22 @@ def local_rates(device: torch.device) -> LocalRates:
     """No collective. Some seconds on a CPU core."""
     x, order, token_N = _rows(device), torch.randperm(_MOVED_ROWS, device=device), _tokens(device)
     size = x.numel() * x.element_size()
+    token_index = TokenIndex.of(token_N, _MOVED_ROWS // 2)
+    tokens_TD = x[: _MOVED_ROWS // 2].clone().requires_grad_()
+    gathered = rows_of_tokens(tokens_TD, token_index)
     keys = torch.randint(2**40, (_MOVED_ROWS,), device=device)
     weight_GN = torch.rand(2, _MOVED_ROWS, device=device)
 
     def index() -> None:
-        x[token_N]
+        x.index_select(0, token_N)
         torch.empty_like(x).index_copy(0, order, x)
 
     def scatter() -> None:
-        torch.zeros_like(x).index_put_((token_N,), x, accumulate=True)
-        torch.zeros_like(x).index_add_(0, token_N, x)
+        torch.autograd.grad(gathered, tokens_TD, x, retain_graph=True)
 
     def combine() -> None:
         rows = x.clone().requires_grad_()
-        weighted_scatter(rows, weight_GN, token_N, _MOVED_ROWS // 2).sum().backward()
+        weighted_scatter(rows, weight_GN, token_index).sum().backward()
 
     def elementwise() -> None:
         torch.relu(x) * x
@@ -82,7 +84,7 @@ def local_rates(device: torch.device) -> LocalRates:
         gemm_flop_per_s_by_rows={rows: _product_rate(rows, device) for rows in ROWS},
         elementwise_bytes_per_s=5 * size / _median_seconds(elementwise, device),
         index_bytes_per_s=4 * size / _median_seconds(index, device),
-        scatter_bytes_per_s=8 * size / _median_seconds(scatter, device),
+        scatter_bytes_per_s=3 * size / _median_seconds(scatter, device),
         combine_bytes_per_s=2 * size / _median_seconds(combine, device),
         sort_keys_per_s=_MOVED_ROWS / _median_seconds(lambda: torch.unique(keys, return_inverse=True), device),
         layer_fixed_s=_median_seconds(_layer_step(device), device),
