@@ -134,7 +134,7 @@ def study(job: Job, place: Place) -> dict[str, Any]:
     calls: dict[str, Callable[[], object]] = {
         key: lambda layer=layer: step(layer, given.x_TD, given.cotangent_TD) for key, layer in layers.items()
     }
-    for key, seconds in in_turns(calls, REPETITIONS).items():
+    for key, seconds in in_turns(calls, REPETITIONS, say=place.say).items():
         found[key]["seconds"] = seconds
     fixed = memory.needed(workload)
     return {
