@@ -157,6 +157,7 @@ def _tensors(layer: Layer, given: Material) -> dict[str, Tensor]:
 
 def _check_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     for name, tensor in one.items():
-        difference = float((tensor - other[name]).abs().max() / tensor.abs().max())
+        scale = tensor.abs().max().clamp(min=torch.finfo(tensor.dtype).tiny)
+        difference = float((tensor - other[name]).abs().max() / scale)
         if not difference < LARGEST_DIFFERENCE:
             raise ValueError(f"ragged and padded differ in {name} by {difference}")
