@@ -32,7 +32,7 @@ def study(job: Job, place: Place) -> dict[str, Any]:
     world.traffic.reset()
     ways[WHOLE]()
     sent = world.traffic.bytes
-    return {"workload": asdict(workload), "bytes_sent": sent, "seconds": in_turns(ways, repetitions)}
+    return {"workload": asdict(workload), "bytes_sent": sent, "seconds": in_turns(ways, repetitions, say=place.say)}
 
 
 def ways_of(workload: Workload, world: ProcessWorld, seed: int) -> dict[str, Callable[[], Tensor]]:

@@ -21,6 +21,8 @@ from tools.bench.workloads import Workload
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 300.0
 """Without any progress."""
+COUNTING = "call "
+"""How progress begins that is only watched, not told."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]], path: Path, say: Callable[[str],
     now, last_change = "starting", time.monotonic()
     while any(process.poll() is None for process in ranks):
         if (found := _read(path.with_suffix(".now"), now)) != now:
+            if not found.startswith(COUNTING):
+                say(found)
             now, last_change = found, time.monotonic()
-            say(now)
         failed = [rank for rank, process in enumerate(ranks) if process.poll()]
         if failed:
             break

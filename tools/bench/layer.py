@@ -16,7 +16,7 @@ from dist_moe.parallel import World
 from tools.bench import ours, peers
 from tools.bench.candidate import Candidate, Layer, local_experts, step
 from tools.bench.equal import differences, expected, unequal
-from tools.bench.jobs import Job
+from tools.bench.jobs import COUNTING, Job
 from tools.bench.limit import Needed, Products, measure_roof
 from tools.bench.timing import Clock, interleaved
 from tools.bench.workloads import Material, Workload, material
@@ -26,6 +26,13 @@ OURS = ours.CANDIDATES[0].name
 LIMIT = "the limit"
 FEWEST, MOST = 5, 25
 SHARE_OF_MEMORY = 0.7
+
+
+Say = Callable[[str], None]
+
+
+def _nobody(what: str) -> None:
+    """Whom to tell what is done now, where nobody listens."""
 
 
 @dataclass
@@ -48,7 +55,7 @@ class Place:
     """Where a layer is measured: the ranks that share the experts, and how to say what is done now."""
 
     world: World
-    say: Callable[[str], None] = lambda what: None
+    say: Say = _nobody
 
 
 def measure(workload: Workload, effort: Effort, place: Place) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def measure(workload: Workload, effort: Effort, place: Place) -> dict[str, Any]:
     equals = [c for c in chosen if c.name not in left_out]
     products = Products(workload, given, rows_of_experts(workload, given, world), local_experts(workload, world))
     place.say("limit")
-    ways = in_turns(products.ways(), 2, effort.clock)
+    ways = in_turns(products.ways(), 2, effort.clock, place.say)
     fastest = min(ways, key=lambda way: min(ways[way]))
     products_only = products.ways()[fastest]
     seconds: list[dict[str, list[float]]] = []
@@ -72,7 +79,7 @@ def measure(workload: Workload, effort: Effort, place: Place) -> dict[str, Any]:
         repetitions = int(max(FEWEST, min(MOST, effort.seconds / round_seconds)))
         calls: dict[str, Callable[[], object]] = {LIMIT: products_only}
         calls |= {name: _step_of(layers[name], given) for name in layers}
-        seconds.append(in_turns(calls, repetitions, effort.clock))
+        seconds.append(in_turns(calls, repetitions, effort.clock, place.say))
         del layers, calls
         gc.collect()
     rows = sum(products.rows)
@@ -141,10 +148,18 @@ def check(
 
 
 def in_turns(
-    candidates: Mapping[str, Callable[[], object]], repetitions: int, clock: Clock = "wall"
+    candidates: Mapping[str, Callable[[], object]], repetitions: int, clock: Clock = "wall", say: Say = _nobody
 ) -> dict[str, list[float]]:
     """As :func:`interleaved`; all ranks start together, and the slowest counts."""
-    mine = interleaved(candidates, repetitions, before_each=wait_for_all, clock=clock)
+    calls = 0
+
+    def together() -> None:
+        nonlocal calls
+        wait_for_all()
+        say(f"{COUNTING}{calls} of {(repetitions + 1) * len(candidates)}")
+        calls += 1
+
+    mine = interleaved(candidates, repetitions, before_each=together, clock=clock)
     of_ranks = gather_objects(mine)
     return {name: [max(taken) for taken in zip(*(each[name] for each in of_ranks), strict=True)] for name in mine}
 

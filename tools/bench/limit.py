@@ -151,7 +151,7 @@ class Roof:
         return max(needed.flops / self.flops_per_s, needed.bytes / self.bytes_per_s)
 
 
-def measure_roof(dtype: torch.dtype, clock: Clock = "wall", repetitions: int = 5, size: int = 2048) -> Roof:
+def measure_roof(dtype: torch.dtype, clock: Clock = "wall", repetitions: int = 4, size: int = 1024) -> Roof:
     """The best of ``repetitions``, with the threads that the process has."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     product, source = torch.empty_like(a), torch.randn(2**24)

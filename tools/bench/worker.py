@@ -41,7 +41,9 @@ def main(job_file: str) -> None:
 
     def say(what: str) -> None:
         if environment.is_first:
-            files.with_suffix(".now").write_text(what)
+            unfinished = files.with_suffix(".now.tmp")
+            unfinished.write_text(what)
+            unfinished.replace(files.with_suffix(".now"))
 
     config = ParallelConfig(expert_parallel_size=environment.world_size, timeout_s=PATIENCE_S)
     try:

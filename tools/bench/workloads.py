@@ -124,12 +124,14 @@ def loads(assignments: int, experts: int, max_violation: float, most: int, gener
 def _choices(w: Workload, tokens: int, generator: torch.Generator) -> Tensor:
     """(T, K) distinct experts per token, with the loads that were asked for.
 
-    An expert takes consecutive places of a list that runs through the tokens k times: never one token twice.
+    An expert takes consecutive places of a list that runs through the tokens k times: never one token twice. Then
+    tokens are shuffled, and the experts of each.
     """
     load_E = torch.tensor(loads(tokens * w.k, w.experts, w.max_violation, tokens, generator))
     expert_N = torch.repeat_interleave(torch.arange(w.experts), load_E)
     expert_TK = expert_N.view(w.k, tokens).T
-    return expert_TK[torch.randperm(tokens, generator=generator)].contiguous()
+    order_TK = torch.rand(tokens, w.k, generator=generator).argsort(dim=1)
+    return expert_TK[torch.randperm(tokens, generator=generator)].gather(1, order_TK)
 
 
 def _logits(expert_TK: Tensor, experts: int, generator: torch.Generator) -> Tensor:
