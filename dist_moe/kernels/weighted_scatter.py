@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dist_moe.kernels import gpu
+from dist_moe.kernels.device_path import on_device_path
+
 BLOCK_BYTES = 256 * 1024
 
 
@@ -21,6 +24,8 @@ def weighted_scatter(rows_NF: Tensor, weight_GN: Tensor, token_N: Tensor, num_to
 
     Returns (G, T, F) in the precision of the weights, zero for a token without rows.
     """
+    if on_device_path(rows_NF):
+        return gpu.weighted_scatter(rows_NF, weight_GN, token_N, num_tokens)
     return _WeightedScatter.apply(rows_NF, weight_GN, token_N, num_tokens)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dist_moe.routing.one_route import by_expert
 from dist_moe.routing.route import Route
 
 
@@ -52,6 +53,9 @@ def union_of_routes(routes: list[Route]) -> Pairs:
     if any((r.num_tokens, r.num_slots) != (num_tokens, num_experts) for r in routes):
         sizes = [(r.num_tokens, r.num_slots) for r in routes]
         raise ValueError(f"routes over the same experts must agree on (tokens, experts), got {sizes}")
+    if len(routes) == 1:
+        token_N, expert_N, weight_1N, rows_per_expert_E = by_expert(routes[0])
+        return Pairs(token_N, expert_N, weight_1N, rows_per_expert_E, num_tokens)
     keys = [route.slot_N * num_tokens + route.token_N for route in routes]
     key_N = torch.unique(torch.cat(keys), sorted=True)
     expert_N = torch.div(key_N, max(num_tokens, 1), rounding_mode="floor")
