@@ -24,15 +24,20 @@ def _(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
     return up_NF.new_empty(up_NF.shape)
 
 
-@torch.library.custom_op("dist_moe::gated_backward", mutates_args=("grad_NF", "grad_gate_NF"))
-def gated_backward(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, activation: str) -> None:
-    """In place of ``grad_NF``, the gradient of :func:`gated`, that of ``up_NF``; that of the gate into
-    ``grad_gate_NF``. All (N, F), contiguous."""
+@torch.library.custom_op("dist_moe::gated_backward", mutates_args=("grad_gate_NF", "grad_up_NF"))
+def gated_backward(
+    grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, grad_up_NF: Tensor, activation: str
+) -> None:
+    """From ``grad_NF``, the gradient of :func:`gated`, those of its arguments, which they may overwrite.
+
+    All (N, F), contiguous.
+    """
     if triton_runs(up_NF):
         from dist_moe.kernels.gpu import triton_glu
 
-        triton_glu.gated_backward(grad_NF, gate_NF, up_NF, grad_gate_NF, activation)
+        triton_glu.gated_backward(grad_NF, gate_NF, up_NF, grad_gate_NF, grad_up_NF, activation)
         return
     act = ACTIVATIONS[activation]
-    act.backward(grad_NF * up_NF, gate_NF, grad_gate_NF)
-    grad_NF.mul_(act.function(gate_NF))
+    active_NF, linear_NF = act.function(gate_NF), grad_NF * up_NF
+    act.backward(linear_NF, gate_NF, grad_gate_NF)
+    torch.mul(grad_NF, active_NF, out=grad_up_NF)

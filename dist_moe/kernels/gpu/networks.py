@@ -2,7 +2,8 @@
 
 The products of a group are those of the CPU's kernels; see feed_forward.py for the mathematics. Between the
 layers the active rows live in slices only: slices of equally many rows, whatever the groups, whose boundaries
-the device works out. So the forward pass needs little beside what it takes, gives and keeps.
+the device works out. The backward pass writes the gradients of the hidden rows over these. So either pass
+needs little beside what it takes, gives and keeps.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from dist_moe.kernels.gpu.grouped_gemm import group_sums, outer_sums, products
 if TYPE_CHECKING:
     from dist_moe.kernels.feed_forward import FeedForwardWeights
 
-SLICES = 16
-FEWEST_ROWS_TO_SLICE = 16 * 1024
+MOST_SLICES = 16
+FEWEST_ROWS = 8 * 1024
+"""Of a slice: with fewer, its products would not fill a GPU."""
 
 
 def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, rows_per_group: Tensor) -> Tensor:
@@ -71,12 +73,10 @@ class _FeedForward(torch.autograd.Function):
         gate_NF = None if gate is None else products(x_ND, gate, ends_E)
         ctx.save_for_backward(x_ND, ends_E, up_NF, gate_NF, up, down, gate)
         ctx.activation, ctx.has_biases = activation, (up_bias is not None, down_bias is not None)
-        if x_ND.shape[0] < FEWEST_ROWS_TO_SLICE:
-            return products(_active(gate_NF, up_NF, activation), down, ends_E, down_bias)
         y_ND = x_ND.new_empty(x_ND.shape[0], down.shape[2])
-        for start, end in _slices(x_ND.shape[0]):
-            active = _active(None if gate_NF is None else gate_NF[start:end], up_NF[start:end], activation)
-            y_ND[start:end] = products(active, down, (ends_E - start).clamp(0, end - start), down_bias)
+        for rows, ends in _slices(ends_E, x_ND):
+            active = _active(None if gate_NF is None else gate_NF[rows], up_NF[rows], activation)
+            y_ND[rows] = products(active, down, ends, down_bias)
         return y_ND
 
     @staticmethod
@@ -84,20 +84,14 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, ends_E, up_NF, gate_NF, up, down, gate = ctx.saved_tensors
         grad_ND = grad_ND.contiguous()
-        spare_NF = _active(gate_NF, up_NF, ctx.activation)
-        grad_down = outer_sums(spare_NF, grad_ND, ends_E)
-        grad_up_NF = products(grad_ND, down.transpose(1, 2), ends_E)
-        grad_gate = None
-        if gate_NF is None:
-            del spare_NF
-            ACTIVATIONS[ctx.activation].backward(grad_up_NF, up_NF, grad_up_NF)
-            grad_x_ND = products(grad_up_NF, up.transpose(1, 2), ends_E)
-        else:
-            gated_backward(grad_up_NF, gate_NF, up_NF, spare_NF, ctx.activation)
-            grad_gate = outer_sums(x_ND, spare_NF, ends_E)
-            grad_x_ND = products(grad_up_NF, up.transpose(1, 2), ends_E)
-            _add_products(grad_x_ND, spare_NF, gate.transpose(1, 2), ends_E)
-        grad_up = outer_sums(x_ND, grad_up_NF, ends_E)
+        grad_down = outer_sums(_active(gate_NF, up_NF, ctx.activation), grad_ND, ends_E)
+        grad_up_NF, grad_gate_NF = _hidden_gradients(grad_ND, up_NF, gate_NF, down, ends_E, ctx.activation)
+        grad_x_ND = products(grad_up_NF, up.transpose(1, 2), ends_E)
+        grad_up, grad_gate = outer_sums(x_ND, grad_up_NF, ends_E), None
+        if grad_gate_NF is not None:
+            grad_gate = outer_sums(x_ND, grad_gate_NF, ends_E)
+            for rows, ends in _slices(ends_E, grad_gate_NF):
+                grad_x_ND[rows] += products(grad_gate_NF[rows], gate.transpose(1, 2), ends)
         up_bias, down_bias = ctx.has_biases
         grad_up_bias = group_sums(grad_up_NF, ends_E) if up_bias else None
         grad_down_bias = group_sums(grad_ND, ends_E) if down_bias else None
@@ -108,12 +102,26 @@ def _active(gate_NF: Tensor | None, up_NF: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation].function(up_NF) if gate_NF is None else gated(gate_NF, up_NF, activation)
 
 
-def _add_products(total_ND: Tensor, rows_NF: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> None:
-    for start, end in _slices(rows_NF.shape[0]):
-        total_ND[start:end] += products(rows_NF[start:end], weight_EFD, (ends_E - start).clamp(0, end - start))
+def _hidden_gradients(
+    grad_ND: Tensor, up_NF: Tensor, gate_NF: Tensor | None, down: Tensor, ends_E: Tensor, activation: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``up_NF`` and ``gate_NF``: in their place, unless the graph is kept for another backward pass."""
+    in_place = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    grad_up_NF = up_NF if in_place else torch.empty_like(up_NF)
+    grad_gate_NF = gate_NF if in_place or gate_NF is None else torch.empty_like(gate_NF)
+    for rows, ends in _slices(ends_E, grad_ND):
+        grad = products(grad_ND[rows], down.transpose(1, 2), ends)
+        if gate_NF is None or grad_gate_NF is None:
+            ACTIVATIONS[activation].backward(grad, up_NF[rows], grad_up_NF[rows])
+        else:
+            gated_backward(grad, gate_NF[rows], up_NF[rows], grad_gate_NF[rows], grad_up_NF[rows], activation)
+    return grad_up_NF, grad_gate_NF
 
 
-def _slices(rows: int) -> Iterator[tuple[int, int]]:
-    """``SLICES`` of about equally many rows; one of few rows."""
-    slices = 1 if rows < FEWEST_ROWS_TO_SLICE else SLICES
-    return ((rows * i // slices, rows * (i + 1) // slices) for i in range(slices))
+def _slices(ends_E: Tensor, rows_ND: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Up to ``MOST_SLICES`` slices of rows, and the ends of the groups in each."""
+    num_rows = rows_ND.shape[0]
+    slices = min(MOST_SLICES, max(num_rows // FEWEST_ROWS, 1))
+    for i in range(slices):
+        start, end = num_rows * i // slices, num_rows * (i + 1) // slices
+        yield slice(start, end), (ends_E - start).clamp(0, end - start)

@@ -22,12 +22,22 @@ def gated(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
     return result_NF
 
 
-def gated_backward(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, activation: str) -> None:
-    """``grad_NF`` of the result becomes that of ``up_NF``; ``grad_gate_NF`` is written. All contiguous."""
+def gated_backward(
+    grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, grad_up_NF: Tensor, activation: str
+) -> None:
+    """Writes ``grad_gate_NF`` and ``grad_up_NF``, which may be ``gate_NF`` and ``up_NF``. All contiguous."""
     size = up_NF.numel()
     if size:
         _gated_backward[(triton.cdiv(size, BLOCK),)](
-            grad_NF, gate_NF, up_NF, grad_gate_NF, size, ACT=activation, SUM=accumulator(up_NF.dtype), BLOCK=BLOCK
+            grad_NF,
+            gate_NF,
+            up_NF,
+            grad_gate_NF,
+            grad_up_NF,
+            size,
+            ACT=activation,
+            SUM=accumulator(up_NF.dtype),
+            BLOCK=BLOCK,
         )
 
 
@@ -70,6 +80,7 @@ def _gated_backward(
     gate: tl.tensor,
     up: tl.tensor,
     grad_gate: tl.tensor,
+    grad_up: tl.tensor,
     size: tl.tensor,
     ACT: tl.constexpr,
     SUM: tl.constexpr,
@@ -80,4 +91,4 @@ def _gated_backward(
     given = tl.load(grad + i, mask=i < size, other=0).to(SUM)
     linear = tl.load(up + i, mask=i < size, other=0).to(SUM)
     tl.store(grad_gate + i, (given * linear * slope).to(grad_gate.dtype.element_ty), mask=i < size)
-    tl.store(grad + i, (given * value).to(grad.dtype.element_ty), mask=i < size)
+    tl.store(grad_up + i, (given * value).to(grad_up.dtype.element_ty), mask=i < size)
