@@ -15,6 +15,10 @@ def by_expert(route: Route) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs there are is known beforehand: the host asks the device for nothing.
     """
     expert_N, order_N = route.slot_N.sort(stable=True)
-    bounds_E1 = torch.searchsorted(expert_N, torch.arange(route.num_slots + 1, device=expert_N.device))
     weight_1N = route.weight_N.index_select(0, order_N).unsqueeze(0)
-    return route.token_N.index_select(0, order_N), expert_N, weight_1N, bounds_E1.diff()
+    return route.token_N.index_select(0, order_N), expert_N, weight_1N, counts_of_sorted(expert_N, route.num_slots)
+
+
+def counts_of_sorted(expert_N: Tensor, num_experts: int) -> Tensor:
+    """(E,) int64 counts of the values of ``expert_N``, which rise. For ``bincount`` a device would be waited for."""
+    return torch.searchsorted(expert_N, torch.arange(num_experts + 1, device=expert_N.device)).diff()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dist_moe.routing.one_route import by_expert
+from dist_moe.routing.one_route import by_expert, counts_of_sorted
 from dist_moe.routing.route import Route
 
 
@@ -67,6 +67,6 @@ def union_of_routes(routes: list[Route]) -> Pairs:
         token_N=key_N - expert_N * num_tokens,
         expert_N=expert_N,
         weight_GN=torch.stack(weights),
-        rows_per_expert_E=torch.bincount(expert_N, minlength=num_experts),
+        rows_per_expert_E=counts_of_sorted(expert_N, num_experts),
         num_tokens=num_tokens,
     )

@@ -90,13 +90,26 @@ def test_the_host_looks_at_nothing_where_every_token_has_k_experts(gate: str, pl
 
 @pytest.mark.usefixtures("_on_path")
 def test_the_host_looks_once_where_the_number_of_experts_varies() -> None:
+    moe = MoE(make_gate("comet"), make_bank("feed_forward")).double()
     with pytest.raises(HostLooked, match="nonzero"), NoLook():
-        step_of(MoE(make_gate("comet"), make_bank("feed_forward")).double())
+        step_of(moe)
+    with NoLook("nonzero"):
+        step_of(moe)
+
+
+@pytest.mark.usefixtures("_on_path")
+def test_the_host_looks_once_for_the_union_of_several_gates() -> None:
+    moe = MoE([make_gate(GATES[0]), make_gate(GATES[1])], make_bank("feed_forward")).double()
+    with pytest.raises(HostLooked, match="unique"), NoLook():
+        step_of(moe)
+    with NoLook("_unique2"):
+        step_of(moe)
 
 
 def test_the_path_of_cpus_looks() -> None:
+    moe = MoE(make_gate("top_k_sigmoid"), make_bank("feed_forward")).double()
     with pytest.raises(HostLooked), NoLook():
-        step_of(MoE(make_gate("top_k_sigmoid"), make_bank("feed_forward")).double())
+        step_of(moe)
 
 
 @pytest.mark.usefixtures("_on_path")
