@@ -229,14 +229,15 @@ def report(results: list[Result], device: str, rounds: int, seed: int) -> str:
     lines = [
         "# The layer on one GPU",
         "",
-        f"`python tools/bench/gpu.py --rounds {rounds} --seed {seed}` on one {device}, torch {torch.__version__}, bf16.",
+        f"`python tools/bench/gpu.py --rounds {rounds} --seed {seed}` on one {device}, bf16,",
+        f"torch {torch.__version__}.",
         "Share of the rate of dense products of the same FLOPs, forward and backward; medians of alternating rounds.",
         "",
         "| size | " + " | ".join(columns) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
-    for result in results:
-        lines.append(f"| {result.size.name} | " + " | ".join(_cell(result, name) for name in columns) + " |")
+    cells = ([result.size.name, *(_cell(result, name) for name in columns)] for result in results)
+    lines += (f"| {' | '.join(row)} |" for row in cells)
     return "\n".join([*lines, "", verdict(results), ""])
 
 
