@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dist_moe import kernels
+
 
 class ExpertBank(nn.Module, ABC):
     """The experts ``expert_ids`` out of ``num_experts``; axis 0 of every parameter is the expert.
@@ -32,8 +34,8 @@ class ExpertBank(nn.Module, ABC):
         return len(self.expert_ids)
 
     @abstractmethod
-    def forward(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
-        """(N, dim) rows sorted by local expert, and their counts -> (N, out_dim)."""
+    def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
+        """(N, dim) rows sorted by local expert, and their counts (on an accelerator a tensor) -> (N, out_dim)."""
 
     def all_experts(self, x_TD: Tensor) -> Tensor:
         """(T, dim) rows -> (E_local, T, out_dim): every local expert on every row, T may be 0.

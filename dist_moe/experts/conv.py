@@ -60,12 +60,12 @@ class ConvBank(ExpertBank):
             nn.Parameter(torch.zeros(self.num_local_experts, width)) for width in (*channels, *units)
         )
 
-    def forward(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
+    def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
         # unbind, not indexing: the backward of an index writes a whole stack of gradients per expert.
         # Experts without rows take part, so that every parameter stays in the graph.
         convolutions = (self.conv1_weight, self.conv1_bias, self.conv2_weight, self.conv2_bias)
         per_expert = zip(*(parameter.unbind(0) for parameter in convolutions), strict=True)
-        blocks = zip(self._images(x_ND).split(rows_per_expert), per_expert, strict=True)
+        blocks = zip(self._images(x_ND).split(kernels.counts_on_host(rows_per_expert)), per_expert, strict=True)
         features_ND = torch.cat([_features(images, *expert) for images, expert in blocks])
         hidden_NF = kernels.grouped_linear(features_ND, self.dense1_weight, self.dense1_bias, rows_per_expert)
         result_NF = kernels.grouped_linear(torch.relu(hidden_NF), self.dense2_weight, self.dense2_bias, rows_per_expert)

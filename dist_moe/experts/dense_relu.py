@@ -30,7 +30,7 @@ class DenseReLUBank(ExpertBank):
         empty = torch.empty(self.dim, self.out_dim)
         return nn.init.xavier_uniform_(empty, generator=generator)
 
-    def forward(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
+    def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
         hidden_NF = kernels.grouped_linear(x_ND, self.weight, self.bias, rows_per_expert)
         return kernels.dropout(torch.relu(hidden_NF), self.dropout, self.training)
 

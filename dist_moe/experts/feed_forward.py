@@ -47,7 +47,7 @@ class FeedForwardBank(ExpertBank):
             for width in (hidden, self.out_dim)
         )
 
-    def forward(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
+    def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
         return kernels.feed_forward(x_ND, self._weights(), self.activation, rows_per_expert)
 
     def all_experts(self, x_TD: Tensor) -> Tensor:

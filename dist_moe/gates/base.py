@@ -85,7 +85,7 @@ class Gate(nn.Module, ABC):
         to the local part is divided by that share. The ranks' gradients then add up to the true one.
         """
         with torch.no_grad():
-            totals = self.sum_over_ranks(torch.cat([sums.detach().flatten(), sums.new_tensor([num_tokens])]))
+            totals = self.sum_over_ranks(torch.cat([sums.detach().flatten(), sums.new_full((1,), num_tokens)]))
         total_tokens = totals[-1]
         own = (sums - sums.detach()) * (total_tokens / max(num_tokens, 1))
         return totals[:-1].view_as(sums) + own, total_tokens

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dist_moe import kernels
 from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture
 from dist_moe.routing import Route
 
@@ -73,7 +74,9 @@ class HashRouting(Gate):
         if ids_T.shape != (len(x_TD),) or ids_T.is_floating_point() or ids_T.dtype == torch.bool:
             raise ValueError(f"ids_T must be {len(x_TD)} integers, got {tuple(ids_T.shape)} of {ids_T.dtype}")
         ids_T = ids_T.long()
-        if ids_T.numel() and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < len(self.table):
+        if kernels.on_device_path(ids_T):  # an error without words, but the host does not wait to see it
+            torch._assert_async(((ids_T >= 0) & (ids_T < len(self.table))).all())
+        elif ids_T.numel() and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < len(self.table):
             span = f"{int(ids_T.min())}..{int(ids_T.max())}"
             raise ValueError(f"ids_T must lie in 0..{len(self.table) - 1}, the ids of the table, got {span}")
         return self.table[ids_T]

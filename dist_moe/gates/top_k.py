@@ -22,8 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dist_moe import kernels
 from dist_moe.gates.balance import load_balance
 from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine, check_k
+from dist_moe.routing import Route
 
 Scores = Literal["softmax_after", "softmax_before", "sigmoid"]
 
@@ -98,6 +100,14 @@ class TopK(Gate):
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
         return self.mixture_of_logits(self.logits(x_TD))
 
+    def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
+        """The same on an accelerator, from the k choices: to find non-zeros, the host would wait for them."""
+        if not kernels.on_device_path(x_TD):
+            return super().route(x_TD, ids_T)
+        logit_TE = self.logits(x_TD)
+        slot_TK, kept_TK = self._choose(logit_TE)
+        return Route.from_choices(slot_TK, kept_TK, self.num_slots, self._aux(logit_TE, slot_TK))
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, n), with noise while training if there is any."""
         logit_TE = affine(x_TD, self.weight, self.bias)
@@ -112,14 +122,9 @@ class TopK(Gate):
 
     def mixture_of_logits(self, logit_TE: Tensor) -> Mixture:
         """Selection, weights and auxiliary losses; one branch."""
-        slot_TK = largest(self._selection_scores(logit_TE.detach()), self.k)
-        if self.scores == "softmax_before":
-            kept_TK = logit_TE.softmax(dim=-1).gather(1, slot_TK)
-        else:
-            kept_TK = self._log_scores(logit_TE).gather(1, slot_TK).softmax(dim=-1)
+        slot_TK, kept_TK = self._choose(logit_TE)
         weight_TE = torch.zeros_like(logit_TE).scatter(1, slot_TK, kept_TK)
-        aux = self._train(logit_TE, slot_TK) if self.training else {}
-        return Mixture(weight_TE.unsqueeze(1), aux)
+        return Mixture(weight_TE.unsqueeze(1), self._aux(logit_TE, slot_TK))
 
     def end_step(self) -> None:
         """Move the selection bias against the loads of all ranks since the last call."""
@@ -127,6 +132,13 @@ class TopK(Gate):
             load_E = self.sum_over_ranks(self.selections)
             self.bias_steps += torch.sign(load_E.sum() - self.num_experts * load_E)
             self.selections.zero_()
+
+    def _choose(self, logit_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, k) slots and their weights."""
+        slot_TK = largest(self._selection_scores(logit_TE.detach()), self.k)
+        if self.scores == "softmax_before":
+            return slot_TK, logit_TE.softmax(dim=-1).gather(1, slot_TK)
+        return slot_TK, self._log_scores(logit_TE).gather(1, slot_TK).softmax(dim=-1)
 
     def _log_scores(self, logit_TE: Tensor) -> Tensor:
         """Whose softmax over any set of slots are their scores divided by the set's sum."""
@@ -138,8 +150,10 @@ class TopK(Gate):
         score_TE = logit_TE.sigmoid() if self.scores == "sigmoid" else logit_TE.softmax(dim=-1)
         return score_TE + self.selection_bias.to(score_TE.dtype)
 
-    def _train(self, logit_TE: Tensor, slot_TK: Tensor) -> dict[str, Tensor]:
-        """Count the selections and give the auxiliary losses."""
+    def _aux(self, logit_TE: Tensor, slot_TK: Tensor) -> dict[str, Tensor]:
+        """While training: count the selections and give the auxiliary losses."""
+        if not self.training:
+            return {}
         selected_TE = torch.zeros_like(logit_TE, dtype=torch.bool).scatter(1, slot_TK, True)
         aux = {}
         if self.bias_update_rate:

@@ -1,6 +1,7 @@
 """Fast paths, each with a plain reference beside it."""
 
 from dist_moe.kernels.activations import ACTIVATIONS
+from dist_moe.kernels.device_path import RowCounts, counts_on_host, on_device_path
 from dist_moe.kernels.dropout import dropout, dropout_of_stacks
 from dist_moe.kernels.feed_forward import FeedForwardWeights, feed_forward, feed_forward_reference
 from dist_moe.kernels.grouped_linear import grouped_linear, grouped_linear_reference
@@ -14,10 +15,10 @@ from dist_moe.kernels.sparse_products import (
     sparse_products,
     sparse_products_reference,
 )
+from dist_moe.kernels.token_index import TokenIndex, stable_order
 from dist_moe.kernels.token_rows import (
-    TokenIndex,
     rows_of_tokens,
-    stable_order,
+    rows_of_tokens_reference,
     weighted_scatter,
     weighted_scatter_reference,
 )
@@ -28,7 +29,9 @@ __all__ = [
     "Band",
     "FeedForwardWeights",
     "Pairs",
+    "RowCounts",
     "TokenIndex",
+    "counts_on_host",
     "dense_products",
     "dropout",
     "dropout_of_stacks",
@@ -36,8 +39,10 @@ __all__ = [
     "feed_forward_reference",
     "grouped_linear",
     "grouped_linear_reference",
+    "on_device_path",
     "products_of_band",
     "rows_of_tokens",
+    "rows_of_tokens_reference",
     "select",
     "sparse_products",
     "sparse_products_reference",

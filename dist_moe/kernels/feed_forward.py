@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dist_moe.kernels import gpu
 from dist_moe.kernels.across_cores import Scratch, across_cores
 from dist_moe.kernels.activations import ACTIVATIONS
+from dist_moe.kernels.device_path import RowCounts, check_counts
 
 
 class FeedForwardWeights(NamedTuple):
@@ -36,18 +38,19 @@ class FeedForwardWeights(NamedTuple):
         return FeedForwardWeights(function(self.up), function(self.down), *rest)
 
 
-def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, activation: str, rows_per_group: list[int]) -> Tensor:
+def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, activation: str, rows_per_group: RowCounts) -> Tensor:
     """Rows of group e through network e.
 
     ``x_ND``: (N, D), sorted by group; ``rows_per_group``: E counts, zeros allowed, summing to N;
     ``activation``: a key of ``ACTIVATIONS``. Returns (N, D'). A group without rows gets a zero gradient,
     never none. Raises ValueError when the counts do not fit.
     """
-    if len(rows_per_group) != len(weights.up) or sum(rows_per_group) != len(x_ND):
-        raise ValueError(f"{len(weights.up)} groups and {len(x_ND)} rows do not fit the counts {rows_per_group}")
+    check_counts(rows_per_group, len(weights.up), len(x_ND))
     if torch.is_autocast_enabled(x_ND.device.type) and x_ND.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, weights = x_ND.to(dtype), weights.each(lambda weight: weight.to(dtype))
+    if isinstance(rows_per_group, Tensor):
+        return gpu.feed_forward(x_ND, weights, activation, rows_per_group)
     result: Tensor = _FeedForward.apply(x_ND, rows_per_group, activation, *weights)
     return result
 

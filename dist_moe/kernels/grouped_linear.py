@@ -13,20 +13,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dist_moe.kernels import gpu
 from dist_moe.kernels.across_cores import Scratch, across_cores
+from dist_moe.kernels.device_path import RowCounts, check_counts
 
 
-def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, rows_per_group: list[int]) -> Tensor:
+def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, rows_per_group: RowCounts) -> Tensor:
     """Rows of group e times ``weight_EDF[e]`` plus ``bias_EF[e]``.
 
     ``x_ND``: (N, D), sorted by group; ``rows_per_group``: E counts, zeros allowed, summing to N.
     Returns (N, F). A group without rows gets a zero gradient, never none.
     """
-    if len(rows_per_group) != len(weight_EDF) or sum(rows_per_group) != len(x_ND):
-        raise ValueError(f"{len(weight_EDF)} groups and {len(x_ND)} rows do not fit the counts {rows_per_group}")
+    check_counts(rows_per_group, len(weight_EDF), len(x_ND))
     if torch.is_autocast_enabled(x_ND.device.type) and x_ND.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, weight_EDF, bias_EF = x_ND.to(dtype), weight_EDF.to(dtype), bias_EF.to(dtype)
+    if isinstance(rows_per_group, Tensor):
+        return gpu.grouped_linear(x_ND, weight_EDF, bias_EF, rows_per_group)
     return _GroupedLinear.apply(x_ND, weight_EDF, bias_EF, rows_per_group)
 
 

@@ -11,15 +11,17 @@ are, as a bag of embeddings; always in the order of the rows, so that results do
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dist_moe.kernels import gpu
 from dist_moe.kernels.across_cores import Scratch, across_cores
+from dist_moe.kernels.device_path import on_device_path
+from dist_moe.kernels.token_index import TokenIndex
 
 BLOCK_BYTES = 256 * 1024
 """Of rows that a pass over several tensors takes at a time, so that they stay in the cache."""
@@ -29,51 +31,38 @@ PASSES_OVER_MEMORY = 64
 matrix product (measured)."""
 
 
-class TokenIndex(NamedTuple):
-    """Which rows a token has: ``token_N`` (N,), ``row_N`` (N,) the rows sorted by token, stably, and
-    ``start_T`` (T,) the place in ``row_N`` where each token's begin."""
-
-    token_N: Tensor
-    row_N: Tensor
-    start_T: Tensor
-
-    @classmethod
-    def of(cls, token_N: Tensor, num_tokens: int) -> TokenIndex:
-        """For rows of the tokens ``token_N``, each in 0..num_tokens-1, in any order."""
-        count_T = torch.bincount(token_N, minlength=num_tokens)
-        return cls(token_N, stable_order(token_N, num_tokens), count_T.cumsum(0) - count_T)
-
-
-def stable_order(key_N: Tensor, bound: int) -> Tensor:
-    """The order that sorts ``key_N``, integers in 0..bound-1, stably."""
-    if key_N.device.type == "cpu" and bound <= 2**16:
-        return torch.from_numpy(np.argsort(key_N.numpy().astype(np.uint16), kind="stable"))  # a radix sort
-    return key_N.argsort(stable=True)
-
-
 def rows_of_tokens(x_TD: Tensor, index: TokenIndex) -> Tensor:
-    """(T, D) tokens -> (N, D) rows."""
+    """(T, D) tokens -> (N, D) rows. Differentiable, with the same bits every time."""
+    if on_device_path(x_TD):
+        return gpu.rows_of_tokens(x_TD, index)
     result: Tensor = _RowsOfTokens.apply(x_TD, *index)
     return result
 
 
+def rows_of_tokens_reference(x_TD: Tensor, index: TokenIndex) -> Tensor:
+    """The same, as an index that autograd differentiates by itself."""
+    return x_TD[index.token_N]
+
+
 def weighted_scatter(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> Tensor:
     """(N, F) rows and (G, N) weights -> (G, T, F) in the precision of the weights, 0 for a token without rows."""
+    if on_device_path(rows_NF):
+        return gpu.weighted_scatter(rows_NF, weight_GN, index)
     result: Tensor = _WeightedScatter.apply(rows_NF, weight_GN, *index)
     return result
 
 
 def weighted_scatter_reference(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> Tensor:
     """The same, as tensor operations that autograd differentiates by itself."""
-    zeros_TF = weight_GN.new_zeros(len(index.start_T), rows_NF.shape[1])
+    zeros_TF = weight_GN.new_zeros(index.num_tokens, rows_NF.shape[1])
     weighted = (rows_NF.to(weight_GN.dtype) * weight_N.unsqueeze(1) for weight_N in weight_GN)
     return torch.stack([zeros_TF.index_add(0, index.token_N, rows) for rows in weighted])
 
 
 class _RowsOfTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_N: Tensor, start_T: Tensor) -> Tensor:
-        ctx.save_for_backward(row_N, start_T)
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_N: Tensor, start_T1: Tensor) -> Tensor:
+        ctx.save_for_backward(row_N, start_T1)
         return x_TD.index_select(0, token_N)
 
     @staticmethod
@@ -85,11 +74,11 @@ class _RowsOfTokens(torch.autograd.Function):
 class _WeightedScatter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_NF: Tensor, weight_GN: Tensor, token_N: Tensor, row_N: Tensor, start_T: Tensor
+        ctx: Any, rows_NF: Tensor, weight_GN: Tensor, token_N: Tensor, row_N: Tensor, start_T1: Tensor
     ) -> Tensor:
         ctx.save_for_backward(rows_NF, weight_GN, token_N)
         rows_NF = rows_NF.to(weight_GN.dtype)
-        return torch.stack([_sums(rows_NF, row_N, start_T, weight_N[row_N]) for weight_N in weight_GN])
+        return torch.stack([_sums(rows_NF, row_N, start_T1, weight_N[row_N]) for weight_N in weight_GN])
 
     @staticmethod
     @once_differentiable
@@ -105,11 +94,13 @@ class _WeightedScatter(torch.autograd.Function):
         return grad_rows, grad_weight, None, None, None
 
 
-def _sums(rows_NF: Tensor, row_N: Tensor, start_T: Tensor, weight_N: Tensor | None = None) -> Tensor:
-    """(T, F): per token the sum of its rows, which ``row_N`` names from ``start_T`` on, each times its weight."""
+def _sums(rows_NF: Tensor, row_N: Tensor, start_T1: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    """(T, F): per token the sum of its rows, which ``row_N`` names from ``start_T1`` on, each times its weight."""
     if not rows_NF.numel():
-        return rows_NF.new_zeros(len(start_T), rows_NF.shape[1])
-    return F.embedding_bag(row_N, rows_NF.contiguous(), start_T, mode="sum", per_sample_weights=weight_N)
+        return rows_NF.new_zeros(len(start_T1) - 1, rows_NF.shape[1])
+    return F.embedding_bag(
+        row_N, rows_NF.contiguous(), start_T1, mode="sum", per_sample_weights=weight_N, include_last_offset=True
+    )
 
 
 def _mixtures(x_TF: Tensor, token_NG: Tensor, weight_NG: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class MoE(nn.Module):
         """(T, E, F): what every expert, wherever it lives, makes of each of this rank's tokens."""
         tokens, experts = len(x_TD), self.experts.num_experts
         rows_per_expert_E = torch.full((experts,), tokens, device=x_TD.device)
-        plan = plan_dispatch(rows_per_expert_E, self.world)
+        plan = plan_dispatch(rows_per_expert_E, self.world, tokens * experts)
         rows = dispatch(x_TD.repeat(experts, 1), plan, self.world)
         results_NF = combine(self.experts(rows, plan.rows_per_local_expert), plan, self.world)
         return self.by_expert(results_NF.view(experts, tokens, self.experts.out_dim)).transpose(0, 1)

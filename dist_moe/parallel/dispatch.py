@@ -16,29 +16,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_moe.kernels import RowCounts, on_device_path
 from dist_moe.parallel.world import World
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Who sends how many rows to whom; all counts are host integers.
+    """Who sends how many rows to whom.
 
-    ``send_rows``, ``receive_rows``: per rank. ``rows_per_local_expert``: after the regrouping.
+    ``send_rows``, ``receive_rows``: per rank, host integers. ``rows_per_local_expert``: after the regrouping;
+    on an accelerator (E_local,) int64 that stays there.
     ``regroup_N``: for each regrouped row its place among the received ones; None if they agree.
     """
 
     send_rows: list[int]
     receive_rows: list[int]
-    rows_per_local_expert: list[int]
+    rows_per_local_expert: RowCounts
     regroup_N: Tensor | None
 
 
-def plan_dispatch(rows_per_expert_E: Tensor, world: World) -> DispatchPlan:
+def plan_dispatch(rows_per_expert_E: Tensor, world: World, num_rows: int | None = None) -> DispatchPlan:
     """Exchange the counts (the only metadata on the wire) and derive the plan from them.
 
     ``rows_per_expert_E``: (E,) int64, this rank's rows for each global expert; E is divisible by
-    the world's size.
+    the world's size. ``num_rows``: their sum, if the caller knows it: on an accelerator the host then waits
+    once for the counts of several ranks, and never on one.
     """
+    if world.size == 1 and num_rows is not None and on_device_path(rows_per_expert_E):
+        return DispatchPlan([num_rows], [num_rows], rows_per_expert_E, None)
     send_RL = rows_per_expert_E.view(world.size, -1)
     receive_RL = world.exchange_counts(send_RL)
     send_rows, receive_rows, rows_per_local_expert = (
@@ -49,8 +54,8 @@ def plan_dispatch(rows_per_expert_E: Tensor, world: World) -> DispatchPlan:
     return DispatchPlan(
         send_rows.tolist(),
         receive_rows.tolist(),
-        rows_per_local_expert.tolist(),
-        _regrouping(receive_RL) if world.size > 1 else None,
+        receive_RL.sum(0) if on_device_path(receive_RL) else rows_per_local_expert.tolist(),
+        _regrouping(receive_RL, int(receive_rows.sum())) if world.size > 1 else None,
     )
 
 
@@ -67,8 +72,8 @@ def combine(y_ND: Tensor, plan: DispatchPlan, world: World) -> Tensor:
     return world.all_to_all(y_ND, plan.receive_rows, plan.send_rows)
 
 
-def _regrouping(receive_RL: Tensor) -> Tensor:
+def _regrouping(receive_RL: Tensor, num_rows: int) -> Tensor:
     """Order that turns blocks (source rank, local expert) into blocks (local expert, source rank)."""
     num_ranks, num_local = receive_RL.shape
     local_expert = torch.arange(num_local, device=receive_RL.device).repeat(num_ranks)
-    return torch.repeat_interleave(local_expert, receive_RL.flatten()).argsort(stable=True)
+    return torch.repeat_interleave(local_expert, receive_RL.flatten(), output_size=num_rows).argsort(stable=True)

@@ -13,13 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_moe.kernels import TokenIndex, rows_of_tokens, weighted_scatter
+from dist_moe.kernels import RowCounts, TokenIndex, rows_of_tokens, weighted_scatter
 from dist_moe.parallel.dispatch import combine, dispatch, plan_dispatch
 from dist_moe.parallel.recompute import recomputed
 from dist_moe.parallel.world import World
 from dist_moe.routing import Pairs
 
-LocalExperts = Callable[[Tensor, list[int]], Tensor]
+LocalExperts = Callable[[Tensor, RowCounts], Tensor]
 """(N, D) rows sorted by local expert, and their counts -> (N, F), as a bank of experts does it."""
 
 
@@ -55,7 +55,7 @@ class FlatExchange:
         self._recompute = recompute
 
     def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed:
-        plan = plan_dispatch(pairs.rows_per_expert_E, self._world)
+        plan = plan_dispatch(pairs.rows_per_expert_E, self._world, pairs.num_pairs)
 
         index = TokenIndex.of(pairs.token_N, pairs.num_tokens)
 
@@ -66,7 +66,7 @@ class FlatExchange:
         computed_NF = (recomputed if self._recompute else _plainly)(expert_rows, x_TD)
         results_NF = combine(computed_NF, plan, self._world)
         sums_GTF = weighted_scatter(results_NF, pairs.weight_GN, index)
-        return Mixed(sums_GTF, results_NF.dtype, sum(plan.rows_per_local_expert))
+        return Mixed(sums_GTF, results_NF.dtype, sum(plan.receive_rows))
 
 
 def _plainly(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Placement:
     def experts_per_rank(self) -> int:
         return self.num_experts // self.num_ranks
 
-    @cached_property
+    @property  # not cached: torch.compile does not trace the lock of a cached property
     def is_identity(self) -> bool:
         return self.expert_of_position == tuple(range(self.num_experts))
 

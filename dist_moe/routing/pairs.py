@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dist_moe.kernels import stable_order
+from dist_moe.routing.one_route import by_expert, counts_of_sorted
 from dist_moe.routing.route import Route
 
 
@@ -54,7 +54,8 @@ def union_of_routes(routes: list[Route]) -> Pairs:
         sizes = [(r.num_tokens, r.num_slots) for r in routes]
         raise ValueError(f"routes over the same experts must agree on (tokens, experts), got {sizes}")
     if len(routes) == 1:
-        return _pairs_of(routes[0])
+        token_N, expert_N, weight_1N, rows_per_expert_E = by_expert(routes[0])
+        return Pairs(token_N, expert_N, weight_1N, rows_per_expert_E, num_tokens)
     keys = [route.slot_N * num_tokens + route.token_N for route in routes]
     key_N = torch.unique(torch.cat(keys), sorted=True)
     expert_N = torch.div(key_N, max(num_tokens, 1), rounding_mode="floor")
@@ -66,18 +67,6 @@ def union_of_routes(routes: list[Route]) -> Pairs:
         token_N=key_N - expert_N * num_tokens,
         expert_N=expert_N,
         weight_GN=torch.stack(weights),
-        rows_per_expert_E=torch.bincount(expert_N, minlength=num_experts),
+        rows_per_expert_E=counts_of_sorted(expert_N, num_experts),
         num_tokens=num_tokens,
-    )
-
-
-def _pairs_of(route: Route) -> Pairs:
-    """Of one route no pair occurs twice, and its tokens ascend: sorting by expert is enough."""
-    order_N = stable_order(route.slot_N, route.num_slots)
-    return Pairs(
-        token_N=route.token_N[order_N],
-        expert_N=route.slot_N[order_N],
-        weight_GN=route.weight_N[order_N].unsqueeze(0),
-        rows_per_expert_E=route.tokens_per_slot,
-        num_tokens=route.num_tokens,
     )

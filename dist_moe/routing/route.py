@@ -37,6 +37,21 @@ class Route:
         return cls(token_N, slot_N, weight_TS[token_N, slot_N], num_tokens, num_slots, aux or {})
 
     @classmethod
+    def from_choices(
+        cls, slot_TK: Tensor, weight_TK: Tensor, num_slots: int, aux: dict[str, Tensor] | None = None
+    ) -> Route:
+        """The route of k different slots per token, ``slot_TK`` in any order, with their weights.
+
+        Its size is known without a look at the values, so the host does not wait for a device. A weight that
+        is 0 by underflow stays: it changes no sum and no gradient, but costs a row.
+        """
+        (num_tokens, k), device = slot_TK.shape, slot_TK.device
+        slot_TK, order_TK = slot_TK.sort(dim=1)
+        token_N = torch.arange(num_tokens, device=device).unsqueeze(1).expand(num_tokens, k).flatten()
+        weight_N = weight_TK.gather(1, order_TK).flatten()
+        return cls(token_N, slot_TK.flatten(), weight_N, num_tokens, num_slots, aux or {})
+
+    @classmethod
     def merge(
         cls,
         token_N: Tensor,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.kernels import TokenIndex, rows_of_tokens, weighted_scatter, weighted_scatter_reference
-from dist_moe.kernels.token_rows import stable_order
+from dist_moe.kernels import TokenIndex, rows_of_tokens, stable_order, weighted_scatter, weighted_scatter_reference
 
 SIZES = [(0, 0), (0, 3), (1, 1), (5, 9), (700, 90), (1500, 40)]
 
@@ -21,8 +22,8 @@ def make_index(rows: int, tokens: int) -> TokenIndex:
 def test_index_names_each_token_s_rows_in_their_order(rows: int, tokens: int) -> None:
     index = make_index(rows, tokens)
     expected = [[n for n in range(rows) if index.token_N[n] == t] for t in range(tokens)]
-    ends = [*index.start_T.tolist()[1:], rows]
-    assert [index.row_N.tolist()[a:b] for a, b in zip(index.start_T.tolist(), ends, strict=False)] == expected
+    assert [index.row_N.tolist()[a:b] for a, b in pairwise(index.start_T1.tolist())] == expected
+    assert index.num_tokens == tokens
 
 
 @pytest.mark.parametrize("bound", [2, 2**16, 2**16 + 1])

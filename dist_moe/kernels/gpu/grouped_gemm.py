@@ -1,0 +1,113 @@
+"""Products of ragged groups of rows on an accelerator: torch's ``grouped_mm`` where it is good, else Triton.
+
+``torch.nn.functional.grouped_mm`` has a kernel for bf16 on compute capability 9 and 10 only, for strides that
+are multiples of 16 bytes. For anything else it copies the offsets to the host and loops. Its gradient of the
+weights of a group without rows is not 0 on capability 10 (pytorch/pytorch, issue 172439), and it adds no bias.
+There Triton computes. On a CPU, where the path runs in tests only, so does a plain loop, the reference.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ALIGNMENT_BYTES = 16
+
+
+def products(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, bias_EF: Tensor | None = None) -> Tensor:
+    """Rows of group e times ``weight_EDF[e]`` plus ``bias_EF[e]``: (N, F), in the type of ``x_ND``.
+
+    ``x_ND``: (N, D), sorted by group. ``ends_E``: (E,) int32, the row after the last of each group, the last
+    being N. ``weight_EDF``: (E, D, F), of any strides, in the type of ``x_ND``. Sums are fp32, or fp64 for fp64.
+    """
+    if bias_EF is None and _takes(x_ND, weight_EDF) and _capability(x_ND.device) in (9, 10):
+        return F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
+    return _products(x_ND, weight_EDF, bias_EF, ends_E)
+
+
+def outer_sums(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
+    """(E, D, F): of each group the sum over its rows of x^T grad, exactly 0 without rows."""
+    if _takes(x_ND, grad_NF) and _capability(x_ND.device) == 9:
+        return F.grouped_mm(x_ND.t(), grad_NF, offs=ends_E)
+    return _outer_sums(x_ND, grad_NF, ends_E)
+
+
+def group_sums(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
+    """(E, F): the sum of each group's rows, exactly 0 without rows."""
+    return _group_sums(rows_NF, ends_E)
+
+
+def triton_runs(x: Tensor) -> bool:
+    """Whether Triton computes on tensors like ``x``: on a GPU, or as its interpreter on a CPU."""
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _takes(*factors: Tensor) -> bool:
+    """Whether ``grouped_mm`` computes these without waiting, on a GPU that it knows."""
+    return all(x.is_cuda and x.dtype == torch.bfloat16 and x.numel() > 0 and _aligned(x) for x in factors)
+
+
+def _aligned(x: Tensor) -> bool:
+    strides = sorted(x.stride())
+    return strides[0] == 1 and all(stride * x.element_size() % ALIGNMENT_BYTES == 0 for stride in strides[1:])
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@torch.library.custom_op("dist_moe::group_products", mutates_args=())
+def _products(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
+    if triton_runs(x_ND):
+        from dist_moe.kernels.gpu import triton_gemm
+
+        return triton_gemm.rows_times_weights(x_ND, weight_EDF, bias_EF, ends_E)
+    blocks = [x @ weight for x, weight in zip(_split(x_ND, ends_E), weight_EDF, strict=True)]
+    if bias_EF is not None:
+        blocks = [block + bias for block, bias in zip(blocks, bias_EF, strict=True)]
+    return torch.cat(blocks)
+
+
+@_products.register_fake
+def _(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
+    return x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
+
+
+@torch.library.custom_op("dist_moe::group_outer_sums", mutates_args=())
+def _outer_sums(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
+    if triton_runs(x_ND):
+        from dist_moe.kernels.gpu import triton_gemm
+
+        return triton_gemm.outer_sums(x_ND, grad_NF, ends_E)
+    pairs = zip(_split(x_ND, ends_E), _split(grad_NF, ends_E), strict=True)
+    return torch.stack([x.t() @ grad for x, grad in pairs])
+
+
+@_outer_sums.register_fake
+def _(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
+    return x_ND.new_empty(ends_E.shape[0], x_ND.shape[1], grad_NF.shape[1])
+
+
+@torch.library.custom_op("dist_moe::group_sums", mutates_args=())
+def _group_sums(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
+    if triton_runs(rows_NF):
+        from dist_moe.kernels.gpu import triton_gemm
+
+        return triton_gemm.group_sums(rows_NF, ends_E)
+    return torch.stack([rows.sum(0) for rows in _split(rows_NF, ends_E)])
+
+
+@_group_sums.register_fake
+def _(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
+    return rows_NF.new_empty(ends_E.shape[0], rows_NF.shape[1])
+
+
+def _split(rows_ND: Tensor, ends_E: Tensor) -> list[Tensor]:
+    ends = ends_E.tolist()
+    return [rows_ND[start:end] for start, end in zip([0, *ends], ends, strict=False)]
