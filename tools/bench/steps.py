@@ -222,8 +222,8 @@ def table(found: dict[str, Spread], threads: int, repetitions: int) -> str:
         "# Whole training steps beside DeepSpeed's MoE",
         "",
         f"`python -m tools.bench.steps`, seed 0, {os.cpu_count()} cores, {platform.machine()}, {threads} threads, "
-        f"torch {torch.__version__}, one rank, ZeRO 1, AdamW, fp32, Top-2; {repetitions} steps each, by turns. Same weights, "
-        "same losses.",
+        f"torch {torch.__version__}, one rank, ZeRO 1, AdamW, fp32, Top-2; {repetitions} steps each, by turns. "
+        "Same weights, same losses.",
         "",
         "| model | DeepSpeed MoE (dropless) over ours, median | quartiles |",
         "| --- | --- | --- |",
