@@ -20,7 +20,7 @@ from dist_moe.engine.deepspeed_setup import import_deepspeed
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.node_layout import launched_ranks_per_node, node_of_every_rank
 from dist_moe.errors import UserError
-from dist_moe.parallel import ProcessWorld, SingleWorld, World, open_levels, ranks_per_node
+from dist_moe.parallel import WIRES, ProcessWorld, SingleWorld, WireName, World, open_levels, ranks_per_node
 from dist_moe.settings import Settings
 
 
@@ -43,6 +43,11 @@ class ParallelConfig(Settings):
         ge=1,
         description="take every that many consecutive ranks for a node, whatever machines they run on; divides the "
         "world (null: the nodes that the launcher started)",
+    )
+    wire_dtype: WireName | None = Field(
+        None,
+        description="how the exchange rounds tokens, results and their gradients while they travel: bf16, or fp8_e4m3 "
+        "with a scale per row (gradients then in bf16); null sends them as they are",
     )
     elastic: bool = Field(
         False,
@@ -223,4 +228,5 @@ def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup) -> Proces
     per_node = config.ranks_per_level(nodes)
     if per_node is not None:
         world.levels = open_levels(world, groups, per_node, timedelta(seconds=config.timeout_s))
+    world.use_wire(WIRES[config.wire_dtype])
     return world

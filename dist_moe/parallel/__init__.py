@@ -7,9 +7,11 @@ from dist_moe.parallel.exchange import Exchange, FlatExchange, Mixed
 from dist_moe.parallel.nodes import open_levels, ranks_per_node
 from dist_moe.parallel.placement import Placement, expert_table, position_table
 from dist_moe.parallel.two_level import OncePerPart, exchange_over, two_level_exchange
+from dist_moe.parallel.wire import WIRES, Wire, WireName
 from dist_moe.parallel.world import Levels, ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
 
 __all__ = [
+    "WIRES",
     "DispatchPlan",
     "EmulatedWorld",
     "Exchange",
@@ -21,6 +23,8 @@ __all__ = [
     "ProcessWorld",
     "SingleWorld",
     "Traffic",
+    "Wire",
+    "WireName",
     "World",
     "combine",
     "dispatch",

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_moe.parallel.wire import RowFormat, Wire, decoded, encoded
+
 
 @dataclass
 class Traffic:
@@ -66,6 +68,7 @@ class World(ABC):
 
     ``node_of_rank``: the node on which each rank lives; None is one node for all. ``levels``: the same
     ranks by node, where token rows are to cross from node to node once; None exchanges them rank to rank.
+    ``wire``: how rows are rounded while they travel.
     """
 
     def __init__(
@@ -80,6 +83,13 @@ class World(ABC):
         self.node_of_rank = node_of_rank
         self.traffic = traffic or Traffic()
         self.levels: Levels | None = None
+        self.wire = Wire()
+
+    def use_wire(self, wire: Wire) -> None:
+        """From now on rows travel so, between the ``levels`` too. The same on every rank."""
+        self.wire = wire
+        for level in (self.levels.across, self.levels.within) if self.levels is not None else ():
+            level.use_wire(wire)
 
     @abstractmethod
     def exchange_counts(self, counts_RE: Tensor) -> Tensor:
@@ -139,6 +149,10 @@ class ExchangingWorld(World):
     def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         return _AllToAll.apply(x_ND, send_rows, receive_rows, self)
 
+    def carry(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int], form: RowFormat | None) -> Tensor:
+        """The exchange of values in a format of the wire."""
+        return decoded(self.exchange_rows(encoded(x_ND, form), send_rows, receive_rows), form, x_ND)
+
     @abstractmethod
     def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         """The exchange of :meth:`all_to_all`, of values only; counted in ``traffic``."""
@@ -197,11 +211,12 @@ class _AllToAll(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, send_rows: list[int], receive_rows: list[int], world: ExchangingWorld
     ) -> Tensor:
         ctx.send_rows, ctx.receive_rows, ctx.world = send_rows, receive_rows, world
-        return world.exchange_rows(x_ND, send_rows, receive_rows)
+        return world.carry(x_ND, send_rows, receive_rows, world.wire.rows)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.world.exchange_rows(grad_ND, ctx.receive_rows, ctx.send_rows), None, None, None
+        world = ctx.world
+        return world.carry(grad_ND, ctx.receive_rows, ctx.send_rows, world.wire.gradients), None, None, None
 
 
 def experts_of_rank(num_experts: int, world: World) -> range:
