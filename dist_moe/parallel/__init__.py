@@ -5,12 +5,14 @@ from dist_moe.parallel.dispatch import DispatchPlan, combine, dispatch, plan_dis
 from dist_moe.parallel.emulated import EmulatedWorld
 from dist_moe.parallel.exchange import Exchange, FlatExchange, Mixed
 from dist_moe.parallel.nodes import open_levels, ranks_per_node
+from dist_moe.parallel.phase_clock import PHASES, PhaseClock
 from dist_moe.parallel.placement import Placement, expert_table, position_table
 from dist_moe.parallel.two_level import OncePerPart, exchange_over, two_level_exchange
 from dist_moe.parallel.wire import WIRES, Wire, WireName
 from dist_moe.parallel.world import Levels, ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
 
 __all__ = [
+    "PHASES",
     "WIRES",
     "DispatchPlan",
     "EmulatedWorld",
@@ -19,6 +21,7 @@ __all__ = [
     "Levels",
     "Mixed",
     "OncePerPart",
+    "PhaseClock",
     "Placement",
     "ProcessWorld",
     "SingleWorld",

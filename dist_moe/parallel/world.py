@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_moe.parallel.phase_clock import PhaseClock
 from dist_moe.parallel.wire import RowFormat, Wire, decoded, encoded
 
 
@@ -68,7 +69,7 @@ class World(ABC):
 
     ``node_of_rank``: the node on which each rank lives; None is one node for all. ``levels``: the same
     ranks by node, where token rows are to cross from node to node once; None exchanges them rank to rank.
-    ``wire``: how rows are rounded while they travel.
+    ``wire``: how rows are rounded while they travel. ``clock``: times the layers of this world, if it is started.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class World(ABC):
         self.traffic = traffic or Traffic()
         self.levels: Levels | None = None
         self.wire = Wire()
+        self.clock = PhaseClock()
 
     def use_wire(self, wire: Wire) -> None:
         """From now on rows travel so, between the ``levels`` too. The same on every rank."""
