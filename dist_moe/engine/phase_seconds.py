@@ -9,6 +9,9 @@ from dist_moe.parallel import PHASES
 SUMS = "phase_seconds"
 """The name under which a step's times are summed over ranks; a list in the order of PHASES."""
 
+FIGURES_OF_THE_MACHINE = frozenset({"examples_per_second", *(f"{phase}_seconds" for phase in PHASES)})
+"""The figures of a record that are not the same when a run is done again."""
+
 
 def is_timed(step: int, every: int) -> bool:
     """Whether step ``step`` (from 1) is one of those that are timed; ``every`` 0: none is."""
