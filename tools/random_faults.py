@@ -39,7 +39,7 @@ from dist_moe.engine.checkpoint_files import (  # noqa: E402
     newest_good_checkpoint,
 )
 from dist_moe.engine.heartbeats import read_heartbeat  # noqa: E402
-from dist_moe.engine.phase_seconds import FIGURES_OF_THE_MACHINE
+from dist_moe.engine.phase_seconds import FIGURES_OF_THE_MACHINE  # noqa: E402
 from dist_moe.errors import UserError  # noqa: E402
 from tests.data.tiny_movielens import write_tiny_movielens  # noqa: E402
 from tests.helpers.pool import free_port  # noqa: E402

@@ -49,6 +49,12 @@ class ParallelConfig(Settings):
         description="how the exchange rounds tokens, results and their gradients while they travel: bf16, or fp8_e4m3 "
         "with a scale per row (gradients then in bf16); null sends them as they are",
     )
+    overlap_chunks: int = Field(
+        1,
+        ge=1,
+        description="parts, by expert, in which tokens travel, so that one is computed while another is on its way "
+        "(1: all at once); above 1 the exchange is flat",
+    )
     elastic: bool = Field(
         False,
         description="where expert_parallel_size does not divide the number of ranks, as after the loss of a machine, "
@@ -101,6 +107,11 @@ class ParallelConfig(Settings):
                 f"parallel.ranks_per_node={per_node} does not divide the {world_size} rank(s) of this job; "
                 f"allowed: {allowed}"
             )
+        if self.exchange == "two_level" and self.overlap_chunks > 1:
+            raise UserError(
+                f"parallel.overlap_chunks={self.overlap_chunks} does not go with parallel.exchange=two_level; choose "
+                "parallel.overlap_chunks=1, or parallel.exchange=flat"
+            )
         per_node = per_node or launched_ranks_per_node()
         if self.exchange == "two_level" and per_node and size % per_node and per_node % size:
             raise UserError(_uneven_nodes(size, f"{per_node} rank(s) per node"))
@@ -115,7 +126,12 @@ class ParallelConfig(Settings):
         per_node = divisions.pop() if len(divisions) == 1 else None
         if self.exchange == "two_level" and per_node is None:
             raise UserError(_uneven_nodes(self.expert_parallel_size, f"the nodes of its ranks, {list(nodes)}"))
-        if self.exchange == "flat" or per_node is None or per_node == self.expert_parallel_size:
+        if (
+            self.exchange == "flat"
+            or self.overlap_chunks > 1
+            or per_node is None
+            or per_node == self.expert_parallel_size
+        ):
             return None
         return per_node if per_node > 1 or self.exchange == "two_level" else None
 
@@ -228,5 +244,6 @@ def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup) -> Proces
     per_node = config.ranks_per_level(nodes)
     if per_node is not None:
         world.levels = open_levels(world, groups, per_node, timedelta(seconds=config.timeout_s))
+    world.overlap_chunks = config.overlap_chunks
     world.use_wire(WIRES[config.wire_dtype])
     return world

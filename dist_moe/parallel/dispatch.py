@@ -24,12 +24,14 @@ class DispatchPlan:
     """Who sends how many rows to whom; all counts are host integers.
 
     ``send_rows``, ``receive_rows``: per rank. ``rows_per_local_expert``: after the regrouping.
-    ``received_RL``: rows that come from each rank for each local expert.
+    ``sent_RL``: rows that go to each rank for each of its experts. ``received_RL``: rows that come from each
+    rank for each local expert.
     """
 
     send_rows: list[int]
     receive_rows: list[int]
     rows_per_local_expert: list[int]
+    sent_RL: list[list[int]]
     received_RL: list[list[int]]
 
 
@@ -46,6 +48,7 @@ def plan_dispatch(rows_per_expert_E: Tensor, world: World) -> DispatchPlan:
         send_rows=[sum(of_rank) for of_rank in sent_RL],
         receive_rows=[sum(of_rank) for of_rank in received_RL],
         rows_per_local_expert=[sum(of_expert) for of_expert in zip(*received_RL, strict=True)],
+        sent_RL=sent_RL,
         received_RL=received_RL,
     )
 

@@ -70,6 +70,7 @@ class World(ABC):
     ``node_of_rank``: the node on which each rank lives; None is one node for all. ``levels``: the same
     ranks by node, where token rows are to cross from node to node once; None exchanges them rank to rank.
     ``wire``: how rows are rounded while they travel. ``clock``: times the layers of this world, if it is started.
+    ``overlap_chunks``: parts in which rows travel, so that one is computed while another is on its way.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class World(ABC):
         self.levels: Levels | None = None
         self.wire = Wire()
         self.clock = PhaseClock()
+        self.overlap_chunks = 1
 
     def use_wire(self, wire: Wire) -> None:
         """From now on rows travel so, between the ``levels`` too. The same on every rank."""
@@ -155,9 +157,29 @@ class ExchangingWorld(World):
         """The exchange of values in a format of the wire."""
         return decoded(self.exchange_rows(encoded(x_ND, form), send_rows, receive_rows), form, x_ND)
 
+    def begin_exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Pending:
+        """:meth:`exchange_rows`, begun but perhaps not ended. All ranks begin theirs in the same order."""
+        return Pending(self.exchange_rows(x_ND, send_rows, receive_rows))
+
     @abstractmethod
     def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         """The exchange of :meth:`all_to_all`, of values only; counted in ``traffic``."""
+
+
+@dataclass
+class Pending:
+    """Rows that arrive in ``received_ND``; ``work``: the collective that brings ``sent_ND``, if it still runs."""
+
+    received_ND: Tensor
+    sent_ND: Tensor | None = None
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        """The rows. On a GPU the current stream waits, not the host."""
+        if self.work is not None:
+            self.work.wait()
+        self.sent_ND = None
+        return self.received_ND
 
 
 class ProcessWorld(ExchangingWorld):
@@ -197,6 +219,12 @@ class ProcessWorld(ExchangingWorld):
         received_ND = self.move(x_ND, send_rows, receive_rows)
         self.traffic.add(x_ND, send_rows, self.rank, self.node_of_rank)
         return received_ND
+
+    def begin_exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Pending:
+        received_ND, sent_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:]), x_ND.contiguous()
+        work = dist.all_to_all_single(received_ND, sent_ND, receive_rows, send_rows, group=self.group, async_op=True)
+        self.traffic.add(x_ND, send_rows, self.rank, self.node_of_rank)
+        return Pending(received_ND, sent_ND, work)
 
     def move(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         """The exchange alone: neither differentiable nor counted."""
