@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from dist_moe.kernels import weighted_scatter
 from dist_moe.parallel.dispatch import plan_dispatch, regrouped
 from dist_moe.parallel.exchange import LocalExperts, Mixed
+from dist_moe.parallel.expert_parts import parts_of
 from dist_moe.parallel.wire import decoded, encoded
 from dist_moe.parallel.world import ExchangingWorld, Pending
 from dist_moe.routing import Pairs
@@ -28,8 +29,8 @@ class OverlappedExchange:
     """As ``FlatExchange``, a row per (token, expert) pair, in ``chunks`` parts of about equally many experts.
 
     Results are those of the flat exchange to the bit where an expert computes each row by itself; gradients of
-    tokens and experts are added up chunk by chunk, so they are equal up to rounding. Costs two more all-to-alls
-    and one more sum of the experts' gradients per further chunk. At most one chunk per local expert is made.
+    tokens are added up chunk by chunk, so they are equal up to rounding. Costs two more all-to-alls
+    each way per further chunk. At most one chunk per local expert is made.
     Raises ValueError unless ``chunks`` >= 1.
     """
 
@@ -42,7 +43,9 @@ class OverlappedExchange:
     def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed:
         plan = plan_dispatch(pairs.rows_per_expert_E, self._world)
         local = len(plan.rows_per_local_expert)
-        chunks = [_Chunk(part, plan.sent_RL, plan.received_RL) for part in _parts(local, self._chunks)]
+        parts = _parts(local, self._chunks)
+        chunks = [_Chunk(part, plan.sent_RL, plan.received_RL) for part in parts]
+        experts_of = parts_of(experts, [len(part) for part in parts])
         tokens = pairs.token_N.split([n for of_rank in plan.sent_RL for n in of_rank])
         link = x_TD.new_zeros((), dtype=torch.float32)
         there = [_Trip(self._world, chunk.send, chunk.receive) for chunk in chunks]
@@ -57,7 +60,7 @@ class OverlappedExchange:
             if c + 1 < len(chunks):
                 link = send(link, c + 1)
             arrived_ND, link = _Arrive.apply(link, there[c])
-            computed_NF = experts(regrouped(arrived_ND, chunk.received), chunk.rows_per_local_expert)
+            computed_NF = experts_of[c](regrouped(arrived_ND, chunk.received), chunk.rows_per_expert)
             link = _Leave.apply(regrouped(computed_NF, chunk.received_by_expert), link, back[c])
         blocks: dict[int, Tensor] = {}
         for chunk, trip in zip(chunks, back, strict=True):
@@ -87,9 +90,7 @@ class _Chunk:
         self.received = [of_rank[part.start : part.stop] for of_rank in received_RL]
         self.received_by_expert = [list(of_expert) for of_expert in zip(*self.received, strict=True)]
         self.receive = [sum(of_rank) for of_rank in self.received]
-        self.rows_per_local_expert = [
-            sum(of_rank[e] for of_rank in received_RL) if e in part else 0 for e in range(local)
-        ]
+        self.rows_per_expert = [sum(of_expert) for of_expert in self.received_by_expert]
 
 
 class _Trip:

@@ -80,18 +80,26 @@ class PhaseClock:
         return marked
 
 
+class MarkedExperts:
+    """Experts, ``inner``, with the marks 2 and 3 before and after them."""
+
+    def __init__(self, mark: Callable[..., tuple[Tensor, ...]], inner: LocalExperts) -> None:
+        self.mark = mark
+        self.inner = inner
+
+    def __call__(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
+        (x_ND,) = self.mark("experts", "dispatch", x_ND)
+        return self.mark("combine", "experts", self.inner(x_ND, rows_per_expert))[0]
+
+
 class _Timed:
     def __init__(self, clock: PhaseClock, exchange: Exchange) -> None:
         self._mark: Callable[..., tuple[Tensor, ...]] = clock._mark
         self._exchange = exchange
 
     def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed:
-        def marked_experts(x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
-            (x_ND,) = self._mark("experts", "dispatch", x_ND)
-            return self._mark("combine", "experts", experts(x_ND, rows_per_expert))[0]
-
         x_TD, weight_GN = self._mark("dispatch", "gate", x_TD, pairs.weight_GN)
-        mixed = self._exchange(x_TD, replace(pairs, weight_GN=weight_GN), marked_experts)
+        mixed = self._exchange(x_TD, replace(pairs, weight_GN=weight_GN), MarkedExperts(self._mark, experts))
         return replace(mixed, sums_GTF=self._mark(None, "combine", mixed.sums_GTF)[0])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.errors import UserError
 from dist_moe.parallel import WIRES, EmulatedWorld, FlatExchange, OverlappedExchange, ProcessWorld, World
+from dist_moe.parallel.expert_parts import parts_of
 from dist_moe.parallel.overlapped import _parts
 from tests.helpers.oracle import assert_all_same, gradients
 from tests.helpers.worlds import both_kinds, on_real_worlds, run_worlds
@@ -36,7 +37,7 @@ def test_chunks_are_about_equal_and_never_empty() -> None:
             assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
-def parts_of(case: Case, num_ranks: int, tokens_per_rank: list[int], learning: bool) -> list[tuple[Layer, Tensor]]:
+def shares_of(case: Case, num_ranks: int, tokens_per_rank: list[int], learning: bool) -> list[tuple[Layer, Tensor]]:
     case = replace(case, tokens=sum(tokens_per_rank))
     layer = build_layer(case)
     tokens = [x.requires_grad_(learning) for x in build_tokens(case).detach().split(tokens_per_rank)]
@@ -60,7 +61,7 @@ def step(layer: Layer, x_TD: Tensor, world: World, chunks: int) -> tuple[dict[st
 @pytest.mark.parametrize(("num_ranks", "chunks"), [(2, 2), (2, 3), (4, 2), (4, 9)])
 def test_results_are_those_of_the_flat_exchange(run: Any, name: str, num_ranks: int, chunks: int) -> None:
     for tokens_per_rank in SPLITS[num_ranks]:
-        parts = parts_of(CASES[name], num_ranks, tokens_per_rank, learning=True)
+        parts = shares_of(CASES[name], num_ranks, tokens_per_rank, learning=True)
         flat, chunked = (run(num_ranks, lambda w, c=c, p=parts: step(*p[w.rank], w, c)) for c in (1, chunks))
         for (grads, outputs, size), (expected_grads, expected, expected_size) in zip(chunked, flat, strict=True):
             torch.testing.assert_close(outputs, expected, rtol=1e-13, atol=1e-13)
@@ -70,7 +71,7 @@ def test_results_are_those_of_the_flat_exchange(run: Any, name: str, num_ranks: 
 
 @both_kinds
 def test_tokens_without_gradients_send_none_back(run: Any) -> None:
-    parts = parts_of(CASES["top-k"], 2, [3, 2], learning=False)
+    parts = shares_of(CASES["top-k"], 2, [3, 2], learning=False)
     flat, chunked = (run(2, lambda w, c=c: step(*parts[w.rank], w, c)) for c in (1, 4))
     for (grads, outputs, size), (expected_grads, expected, expected_size) in zip(chunked, flat, strict=True):
         torch.testing.assert_close(outputs, expected, rtol=1e-13, atol=1e-13)
@@ -80,7 +81,7 @@ def test_tokens_without_gradients_send_none_back(run: Any) -> None:
 
 @pytest.mark.parametrize("wire", ["bf16", "fp8_e4m3"])
 def test_rows_are_rounded_as_in_the_flat_exchange(wire: str) -> None:
-    parts = parts_of(CASES["top-k"], 2, [3, 2], learning=True)
+    parts = shares_of(CASES["top-k"], 2, [3, 2], learning=True)
 
     def of_rank(world: World, chunks: int) -> tuple[dict[str, Tensor], Tensor, int]:
         world.use_wire(WIRES[wire])
@@ -98,7 +99,7 @@ def test_a_chunk_is_computed_while_its_neighbours_travel_and_the_order_is_fixed(
     monkeypatch: pytest.MonkeyPatch, learning: bool
 ) -> None:
     """Begun and awaited collectives and expert calls, forward and backward; the same on a rank without tokens."""
-    parts = parts_of(CASES["top-k"], 2, [5, 0], learning)
+    parts = shares_of(CASES["top-k"], 2, [5, 0], learning)
     local = threading.local()
     begin = ProcessWorld.begin_exchange
 
@@ -136,7 +137,7 @@ def test_a_chunk_is_computed_while_its_neighbours_travel_and_the_order_is_fixed(
 
 def on_process(world: World, chunks: int) -> tuple[dict[str, Tensor], Tensor, int]:
     assert dist.get_backend() == "gloo"
-    layer, x_TD = parts_of(CASES["comet"], world.size, [7, 3], learning=True)[world.rank]
+    layer, x_TD = shares_of(CASES["comet"], world.size, [7, 3], learning=True)[world.rank]
     return step(layer, x_TD, world, chunks)
 
 
@@ -155,3 +156,21 @@ def test_what_does_not_go_with_chunks_is_refused() -> None:
     assert ParallelConfig(expert_parallel_size=4, overlap_chunks=2).ranks_per_level([[0, 0, 1, 1]]) is None
     with pytest.raises(ValueError, match="chunks=0"):
         OverlappedExchange(EmulatedWorld(2).ranks[0], 0)
+
+
+@pytest.mark.parametrize("whole_bank", [False, True])
+def test_parts_of_experts_are_the_experts(whole_bank: bool) -> None:
+    """As pieces of the parameters, and as calls of the whole bank with no rows for the rest."""
+    bank = build_layer(Case()).experts
+    x_ND = torch.randn(9, 3, dtype=torch.float64)
+    rows, sizes = [2, 0, 1, 0, 3, 0, 0, 3], [3, 1, 4]
+    expected = bank(x_ND, rows)
+    experts = (lambda x, counts: bank(x, counts)) if whole_bank else bank
+    starts = [sum(sizes[:i]) for i in range(3)]
+    counts = [rows[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    blocks = x_ND.split([sum(of_part) for of_part in counts])
+    parts = parts_of(experts, sizes)
+    actual = torch.cat([part(x, n) for part, x, n in zip(parts, blocks, counts, strict=True)])
+    assert torch.equal(actual, expected)
+    leaves = dict(bank.named_parameters())
+    assert_all_same(gradients(actual.square().sum(), leaves), gradients(expected.square().sum(), leaves), 1e-13)
