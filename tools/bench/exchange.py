@@ -117,7 +117,7 @@ def _parts(world: ProcessWorld, options: argparse.Namespace) -> dict[str, Callab
     def exchange() -> None:
         learning_ND = x_ND.detach().requires_grad_()
         fresh: DispatchPlan = plan_dispatch(rows_per_expert_E, world)
-        combine(dispatch(learning_ND, fresh, world), fresh, world).backward(cotangent_ND)
+        torch.autograd.grad(combine(dispatch(learning_ND, fresh, world), fresh, world), learning_ND, cotangent_ND)
 
     def regrouping() -> None:
         for _ in range(4):
