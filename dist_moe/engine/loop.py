@@ -20,6 +20,7 @@ from dist_moe.engine.checkpoint_snapshot import Course
 from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.nonfinite import SkippedSteps, diverged
+from dist_moe.engine.phase_seconds import SUMS, is_timed, name_times
 from dist_moe.engine.step_window import StepWindow, Sums, add_sums
 from dist_moe.engine.stop_request import StopRequest
 from dist_moe.errors import DivergedError
@@ -38,6 +39,11 @@ class TrainConfig(Settings):
     batch_size: int = Field(512, ge=1, description="global batch: pairs per step over all ranks and accumulation steps")
     log_every: int = Field(
         10, ge=1, description="steps between two collections of the ranks' metrics; every step is recorded"
+    )
+    time_every: int = Field(
+        10,
+        ge=0,
+        description="steps between two whose gate, dispatch, experts and combine are timed (0: none is)",
     )
     checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
@@ -212,6 +218,9 @@ class TrainingLoop:
         self._hooks.before_step(step)
         traffic = engine.process_groups.world.traffic
         traffic.reset()
+        clock = engine.process_groups.world.clock
+        if is_timed(step + 1, self._config.time_every):
+            clock.start(engine.device)
         sums, lr = [], engine.get_lr()[0]
         for batch in self._feed.micro_batches(step):
             ACTIVITY.enter("forward")
@@ -222,6 +231,7 @@ class TrainingLoop:
             engine.step()
             sums.append(result.sums)
         counts = traffic.counts() | {"stop": stop.signal_number, "writing": int(self._saver.writing)}
+        counts |= {SUMS: clock.stop()}
         tensors = {name: torch.tensor(count, device=engine.device) for name, count in counts.items()}
         self._window.add(add_sums(sums) | tensors)
         self._host_records.append(
@@ -256,6 +266,7 @@ class TrainingLoop:
         stops = [numbers.pop("stop") for numbers in reduced]
         writers = [numbers.pop("writing") for numbers in reduced]
         records = [host | numbers for host, numbers in zip(self._host_records, reduced, strict=True)]
+        name_times(records, self._engine.process_groups.environment.world_size, self._config.time_every)
         self._host_records = []
         if records:
             self._hooks.report(records)

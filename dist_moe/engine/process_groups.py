@@ -20,7 +20,7 @@ from dist_moe.engine.deepspeed_setup import import_deepspeed
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.node_layout import launched_ranks_per_node, node_of_every_rank
 from dist_moe.errors import UserError
-from dist_moe.parallel import ProcessWorld, SingleWorld, World, open_levels, ranks_per_node
+from dist_moe.parallel import WIRES, ProcessWorld, SingleWorld, WireName, World, open_levels, ranks_per_node
 from dist_moe.settings import Settings
 
 
@@ -43,6 +43,17 @@ class ParallelConfig(Settings):
         ge=1,
         description="take every that many consecutive ranks for a node, whatever machines they run on; divides the "
         "world (null: the nodes that the launcher started)",
+    )
+    wire_dtype: WireName | None = Field(
+        None,
+        description="how the exchange rounds tokens, results and their gradients while they travel: bf16, or fp8_e4m3 "
+        "with a scale per row (gradients then in bf16); null sends them as they are",
+    )
+    overlap_chunks: int = Field(
+        1,
+        ge=1,
+        description="parts, by expert, in which tokens travel, so that one is computed while another is on its way "
+        "(1: all at once); above 1 the exchange is flat",
     )
     elastic: bool = Field(
         False,
@@ -96,6 +107,11 @@ class ParallelConfig(Settings):
                 f"parallel.ranks_per_node={per_node} does not divide the {world_size} rank(s) of this job; "
                 f"allowed: {allowed}"
             )
+        if self.exchange == "two_level" and self.overlap_chunks > 1:
+            raise UserError(
+                f"parallel.overlap_chunks={self.overlap_chunks} does not go with parallel.exchange=two_level; choose "
+                "parallel.overlap_chunks=1, or parallel.exchange=flat"
+            )
         per_node = per_node or launched_ranks_per_node()
         if self.exchange == "two_level" and per_node and size % per_node and per_node % size:
             raise UserError(_uneven_nodes(size, f"{per_node} rank(s) per node"))
@@ -110,7 +126,12 @@ class ParallelConfig(Settings):
         per_node = divisions.pop() if len(divisions) == 1 else None
         if self.exchange == "two_level" and per_node is None:
             raise UserError(_uneven_nodes(self.expert_parallel_size, f"the nodes of its ranks, {list(nodes)}"))
-        if self.exchange == "flat" or per_node is None or per_node == self.expert_parallel_size:
+        if (
+            self.exchange == "flat"
+            or self.overlap_chunks > 1
+            or per_node is None
+            or per_node == self.expert_parallel_size
+        ):
             return None
         return per_node if per_node > 1 or self.exchange == "two_level" else None
 
@@ -223,4 +244,6 @@ def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup) -> Proces
     per_node = config.ranks_per_level(nodes)
     if per_node is not None:
         world.levels = open_levels(world, groups, per_node, timedelta(seconds=config.timeout_s))
+    world.overlap_chunks = config.overlap_chunks
+    world.use_wire(WIRES[config.wire_dtype])
     return world

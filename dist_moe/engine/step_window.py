@@ -17,27 +17,27 @@ class StepWindow:
     """
 
     def __init__(self) -> None:
-        self._rows: list[Tensor] = []
-        self._shapes: dict[str, torch.Size] = {}
+        self._rows: list[Sums] = []
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def add(self, sums: Sums) -> None:
-        self._shapes = {name: value.shape for name, value in sums.items()}
-        self._rows.append(torch.cat([value.detach().double().flatten() for value in sums.values()]))
+        self._rows.append({name: value.detach() for name, value in sums.items()})
 
     def reduce(self) -> list[dict[str, float | list[float]]]:
         """One dict per collected step; empties the window. Collective if there are several ranks."""
         if not self._rows:
             return []
-        rows = sum_over_ranks(torch.stack(self._rows))
+        shapes = {name: value.shape for name, value in self._rows[-1].items()}
+        columns = [torch.stack([row[name] for row in self._rows]).double() for name in shapes]
+        rows = sum_over_ranks(torch.cat([column.view(len(column), -1) for column in columns], dim=1))
         self._rows = []
-        sizes = [shape.numel() for shape in self._shapes.values()]
+        sizes = [shape.numel() for shape in shapes.values()]
         return [
             {
                 name: values.item() if not shape else values.tolist()
-                for (name, shape), values in zip(self._shapes.items(), row.split(sizes), strict=True)
+                for (name, shape), values in zip(shapes.items(), row.split(sizes), strict=True)
             }
             for row in rows.cpu()
         ]
@@ -45,4 +45,6 @@ class StepWindow:
 
 def add_sums(sums: list[Sums]) -> Sums:
     """Element-wise sum of the numbers of several micro-batches."""
+    if len(sums) == 1:
+        return sums[0]
     return {name: torch.stack([one[name] for one in sums]).sum(dim=0) for name in sums[0]}

@@ -97,9 +97,11 @@ class MoE(nn.Module):
         """(T, D) tokens (T may be 0) -> one weighted sum of experts per gate, of shape (T, F)."""
         if self.replay is not None:
             return self.replay(self, x_TD, ids_T)
+        clock = self.world.clock
+        x_TD = clock.at_gates(x_TD)
         routes, aux = self._route(x_TD, ids_T)
         pairs = union_of_routes([self._by_position(route) for route in routes])
-        mixed = self.exchange(x_TD, pairs, self.experts)
+        mixed = clock.around(self.exchange)(x_TD, pairs, self.experts)
         outputs = mixed.sums_GTF.to(mixed.dtype).unbind()
         return MoEOutput(outputs, aux, tuple(routes), self._by_id(pairs), mixed.rows_computed)
 

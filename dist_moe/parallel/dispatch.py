@@ -26,13 +26,15 @@ class DispatchPlan:
 
     ``send_rows``, ``receive_rows``: per rank, host integers. ``rows_per_local_expert``: after the regrouping;
     on an accelerator (E_local,) int64 that stays there.
-    ``regroup_N``: for each regrouped row its place among the received ones; None if they agree.
+    ``sent_RL``: rows that go to each rank for each of its experts. ``received_RL``: rows that come from each
+    rank for each local expert.
     """
 
     send_rows: list[int]
     receive_rows: list[int]
     rows_per_local_expert: RowCounts
-    regroup_N: Tensor | None
+    sent_RL: list[list[int]]
+    received_RL: list[list[int]]
 
 
 def plan_dispatch(rows_per_expert_E: Tensor, world: World, num_rows: int | None = None) -> DispatchPlan:
@@ -43,37 +45,39 @@ def plan_dispatch(rows_per_expert_E: Tensor, world: World, num_rows: int | None 
     once for the counts of several ranks, and never on one.
     """
     if world.size == 1 and num_rows is not None and on_device_path(rows_per_expert_E):
-        return DispatchPlan([num_rows], [num_rows], rows_per_expert_E, None)
+        return DispatchPlan([num_rows], [num_rows], rows_per_expert_E, [[num_rows]], [[num_rows]])
     send_RL = rows_per_expert_E.view(world.size, -1)
-    receive_RL = world.exchange_counts(send_RL)
-    send_rows, receive_rows, rows_per_local_expert = (
-        torch.cat([send_RL.sum(1), receive_RL.sum(1), receive_RL.sum(0)])
-        .cpu()
-        .split([world.size, world.size, receive_RL.shape[1]])
-    )
+    both = torch.stack([send_RL, world.exchange_counts(send_RL)])
+    sent_RL, received_RL = both.tolist()
     return DispatchPlan(
-        send_rows.tolist(),
-        receive_rows.tolist(),
-        receive_RL.sum(0) if on_device_path(receive_RL) else rows_per_local_expert.tolist(),
-        _regrouping(receive_RL, int(receive_rows.sum())) if world.size > 1 else None,
+        send_rows=[sum(of_rank) for of_rank in sent_RL],
+        receive_rows=[sum(of_rank) for of_rank in received_RL],
+        rows_per_local_expert=(
+            both[1].sum(0) if on_device_path(both) else [sum(of_expert) for of_expert in zip(*received_RL, strict=True)]
+        ),
+        sent_RL=sent_RL,
+        received_RL=received_RL,
     )
 
 
 def dispatch(x_ND: Tensor, plan: DispatchPlan, world: World) -> Tensor:
     """(N, D) rows sorted by global expert -> this rank's rows (N', D), sorted by local expert."""
-    received = world.all_to_all(x_ND, plan.send_rows, plan.receive_rows)
-    return received if plan.regroup_N is None else received[plan.regroup_N]
+    return regrouped(world.all_to_all(x_ND, plan.send_rows, plan.receive_rows), plan.received_RL)
 
 
 def combine(y_ND: Tensor, plan: DispatchPlan, world: World) -> Tensor:
     """The way back: (N', D) rows sorted by local expert -> (N, D), sorted by global expert."""
-    if plan.regroup_N is not None:
-        y_ND = torch.empty_like(y_ND).index_copy(0, plan.regroup_N, y_ND)
-    return world.all_to_all(y_ND, plan.receive_rows, plan.send_rows)
+    received_LR = [list(of_expert) for of_expert in zip(*plan.received_RL, strict=True)]
+    return world.all_to_all(regrouped(y_ND, received_LR), plan.receive_rows, plan.send_rows)
 
 
-def _regrouping(receive_RL: Tensor, num_rows: int) -> Tensor:
-    """Order that turns blocks (source rank, local expert) into blocks (local expert, source rank)."""
-    num_ranks, num_local = receive_RL.shape
-    local_expert = torch.arange(num_local, device=receive_RL.device).repeat(num_ranks)
-    return torch.repeat_interleave(local_expert, receive_RL.flatten(), output_size=num_rows).argsort(stable=True)
+def regrouped(x_ND: Tensor, rows: list[list[int]]) -> Tensor:
+    """Blocks of ``rows[i][j]`` rows, sorted by i, then by j -> sorted by j, then by i.
+
+    Whole blocks are copied, not rows, once forward and once backward; one row or column of blocks is as it is.
+    """
+    columns = len(rows[0])
+    if min(len(rows), columns) == 1:
+        return x_ND
+    blocks = x_ND.split([n for row in rows for n in row])
+    return torch.cat([block for j in range(columns) for block in blocks[j::columns]])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dist_moe.parallel.wire import decoded, encoded
 from dist_moe.parallel.world import ExchangingWorld
 
 Splits = list[list[int]]
@@ -24,7 +25,8 @@ def exchange_packed(
     """Row blocks of every tensor to their ranks: ``sends[p][r]`` rows of ``tensors[p]`` go to rank r.
 
     Differentiable by the floating-point tensors; gradients travel back in one all-to-all, too. In the
-    traffic only rows of ``tensors[0]`` count as rows; the bytes of all count.
+    traffic only rows of ``tensors[0]`` count as rows; the bytes of all count. These rows, and no other tensor,
+    travel in the format of the world's wire.
     """
     return _Packed.apply(sends, receives, world, *tensors)
 
@@ -36,8 +38,11 @@ class _Packed(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.sends, ctx.receives, ctx.world = sends, receives, world
         ctx.flows = ctx.needs_input_grad[3:]
-        received = _move(tensors, sends, receives, world)
-        _count(tensors, sends, world, first=0)
+        form = world.wire.rows
+        sent = (encoded(tensors[0], form), *tensors[1:])
+        rows, *lists = _move(sent, sends, receives, world)
+        received = (decoded(rows, form, tensors[0]), *lists)
+        _count(sent, sends, world, first=0)
         ctx.mark_non_differentiable(*(x for x, flow in zip(received, ctx.flows, strict=True) if not flow))
         return received
 
@@ -45,9 +50,12 @@ class _Packed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         places = [p for p, flow in enumerate(ctx.flows) if flow]
-        flowing = tuple(grads[p] for p in places)
+        form = ctx.world.wire.gradients
+        flowing = tuple(encoded(grads[p], form) if p == 0 else grads[p] for p in places)
         sends, receives = [ctx.receives[p] for p in places], [ctx.sends[p] for p in places]
         back = dict(zip(places, _move(flowing, sends, receives, ctx.world), strict=True))
+        if 0 in back:
+            back[0] = decoded(back[0], form, grads[0])
         _count(flowing, sends, ctx.world, first=places[0])
         return None, None, None, *(back.get(p) for p in range(len(grads)))
 

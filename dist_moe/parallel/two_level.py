@@ -24,16 +24,22 @@ import torch
 from torch import Tensor
 
 from dist_moe.parallel.exchange import Exchange, FlatExchange, LocalExperts, Mixed
+from dist_moe.parallel.overlapped import OverlappedExchange
 from dist_moe.parallel.packed import exchange_packed
 from dist_moe.parallel.world import ExchangingWorld, Levels, SingleWorld, World
 from dist_moe.routing import Pairs
 
 
 def exchange_over(world: World, recompute_experts: bool = False) -> Exchange:
-    """What ``world`` asks for: two levels where its ranks are divided into several nodes, else flat.
+    """What ``world`` asks for: two levels where its ranks are divided into several nodes, else flat, overlapped
+    with the experts if in several chunks.
 
     ``recompute_experts``: see ``FlatExchange``; with two levels, what arrives at a rank is kept.
     """
+    if world.overlap_chunks > 1 and isinstance(world, ExchangingWorld):
+        if recompute_experts or world.levels is not None:
+            raise ValueError("an overlapped exchange has neither two levels nor experts that are computed again")
+        return OverlappedExchange(world, world.overlap_chunks)
     if world.levels is None or world.levels.across.size == 1:
         return FlatExchange(world, recompute_experts)
     return two_level_exchange(world.levels, recompute_experts)

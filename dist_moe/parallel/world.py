@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_moe.parallel.phase_clock import PhaseClock
+from dist_moe.parallel.wire import RowFormat, Wire, decoded, encoded
+
 
 @dataclass
 class Traffic:
@@ -66,6 +69,8 @@ class World(ABC):
 
     ``node_of_rank``: the node on which each rank lives; None is one node for all. ``levels``: the same
     ranks by node, where token rows are to cross from node to node once; None exchanges them rank to rank.
+    ``wire``: how rows are rounded while they travel. ``clock``: times the layers of this world, if it is started.
+    ``overlap_chunks``: parts in which rows travel, so that one is computed while another is on its way.
     """
 
     def __init__(
@@ -80,6 +85,15 @@ class World(ABC):
         self.node_of_rank = node_of_rank
         self.traffic = traffic or Traffic()
         self.levels: Levels | None = None
+        self.wire = Wire()
+        self.clock = PhaseClock()
+        self.overlap_chunks = 1
+
+    def use_wire(self, wire: Wire) -> None:
+        """From now on rows travel so, between the ``levels`` too. The same on every rank."""
+        self.wire = wire
+        for level in (self.levels.across, self.levels.within) if self.levels is not None else ():
+            level.use_wire(wire)
 
     @abstractmethod
     def exchange_counts(self, counts_RE: Tensor) -> Tensor:
@@ -139,6 +153,14 @@ class ExchangingWorld(World):
     def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         return _AllToAll.apply(x_ND, send_rows, receive_rows, self)
 
+    def carry(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int], form: RowFormat | None) -> Tensor:
+        """The exchange of values in a format of the wire."""
+        return decoded(self.exchange_rows(encoded(x_ND, form), send_rows, receive_rows), form, x_ND)
+
+    def begin_exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Pending:
+        """:meth:`exchange_rows`, begun but perhaps not ended. All ranks begin theirs in the same order."""
+        return Pending(self.exchange_rows(x_ND, send_rows, receive_rows))
+
     def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         """The exchange of :meth:`all_to_all`, of values only; counted in ``traffic``."""
         received_ND = self.move(x_ND, send_rows, receive_rows)
@@ -148,6 +170,22 @@ class ExchangingWorld(World):
     @abstractmethod
     def move(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         """The exchange alone: neither differentiable nor counted."""
+
+
+@dataclass
+class Pending:
+    """Rows that arrive in ``received_ND``; ``work``: the collective that brings ``sent_ND``, if it still runs."""
+
+    received_ND: Tensor
+    sent_ND: Tensor | None = None
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        """The rows. On a GPU the current stream waits, not the host."""
+        if self.work is not None:
+            self.work.wait()
+        self.sent_ND = None
+        return self.received_ND
 
 
 class ProcessWorld(ExchangingWorld):
@@ -183,6 +221,12 @@ class ProcessWorld(ExchangingWorld):
         dist.all_gather(everyones, mine, group=self.group)
         return everyones
 
+    def begin_exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Pending:
+        received_ND, sent_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:]), x_ND.contiguous()
+        work = dist.all_to_all_single(received_ND, sent_ND, receive_rows, send_rows, group=self.group, async_op=True)
+        self.traffic.add(x_ND, send_rows, self.rank, self.node_of_rank)
+        return Pending(received_ND, sent_ND, work)
+
     def move(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         received_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:])
         dist.all_to_all_single(received_ND, x_ND.contiguous(), receive_rows, send_rows, group=self.group)
@@ -197,11 +241,12 @@ class _AllToAll(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, send_rows: list[int], receive_rows: list[int], world: ExchangingWorld
     ) -> Tensor:
         ctx.send_rows, ctx.receive_rows, ctx.world = send_rows, receive_rows, world
-        return world.exchange_rows(x_ND, send_rows, receive_rows)
+        return world.carry(x_ND, send_rows, receive_rows, world.wire.rows)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.world.exchange_rows(grad_ND, ctx.receive_rows, ctx.send_rows), None, None, None
+        world = ctx.world
+        return world.carry(grad_ND, ctx.receive_rows, ctx.send_rows, world.wire.gradients), None, None, None
 
 
 def experts_of_rank(num_experts: int, world: World) -> range:

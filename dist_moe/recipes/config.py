@@ -88,6 +88,11 @@ class RunConfig(Settings):
         for fault in self.model.gate.faults(self.model.num_experts):
             raise UserError(f"model.gate.{fault}")
         self.parallel.check(world_size, self.model.num_experts)
+        if self.parallel.overlap_chunks > 1 and self.model.activation_checkpointing:
+            raise UserError(
+                f"parallel.overlap_chunks={self.parallel.overlap_chunks} does not go with "
+                "model.activation_checkpointing=true; choose one of them"
+            )
         if self.placement is not None:
             self.placement.check(self.parallel.expert_parallel_size)
         check_deepspeed_section(self.deepspeed, self.train.batch_size, world_size)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dist_moe.engine.checkpoint_files import newest_checkpoint, verify_checkpoint
+from dist_moe.engine.phase_seconds import FIGURES_OF_THE_MACHINE
 from tests.helpers.commands import Outcome, finish, start, succeed, wait_for_steps
 from tests.helpers.pool import free_port, on_ranks
 from tests.helpers.runs import records_of, tensors_of, write_config
@@ -18,7 +19,6 @@ from tests.helpers.same_run import assert_same_end
 from tests.helpers.signals import signalled
 
 STEPS, STAGE_STEPS, STEPS_PER_EPOCH = 45, 38, 90
-HOST = {"examples_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,9 @@ def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def steps_and_what_they_gave(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key not in HOST} for record in records_of(run)]
+    return [
+        {key: value for key, value in record.items() if key not in FIGURES_OF_THE_MACHINE} for record in records_of(run)
+    ]
 
 
 def assert_same_run(run: Path, reference: Path) -> None:

@@ -171,6 +171,20 @@ def test_tensorboard_shows_every_step(
         assert values[record["step"]] == pytest.approx(record[key], rel=1e-6)
 
 
+def test_every_tenth_step_shows_where_its_layer_spent_its_time(
+    board: EventAccumulator, records: list[dict[str, Any]]
+) -> None:
+    timed = range(10, STEPS + 1, 10)
+    for phase in ("gate", "dispatch", "experts", "combine"):
+        assert [record["step"] for record in records if f"{phase}_seconds" in record] == list(timed)
+        shown = scalars(board, f"time/{phase}")
+        assert shown == {step: pytest.approx(records[step - 1][f"{phase}_seconds"], rel=1e-6) for step in timed}
+    for step in timed:
+        record = records[step - 1]
+        inside = sum(record[f"{phase}_seconds"] for phase in ("gate", "dispatch", "experts", "combine"))
+        assert 0 < inside < 2 * BATCH / record["examples_per_second"]
+
+
 def test_tensorboard_shows_evaluations(board: EventAccumulator, run: Path) -> None:
     for figure in ("auc", "bce", "mse", "loss", "active_experts", "dead_experts"):
         assert list(scalars(board, f"validation/{figure}")) == [40, 80]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from dist_moe.engine.checkpoint_files import best_of, checkpoints_of, newest_checkpoint
+from dist_moe.engine.phase_seconds import FIGURES_OF_THE_MACHINE
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import records_of, tensors_of, validations_of, write_config
 from tests.helpers.signals import signalled
 
 STEPS, VALIDATE, STOP_AT = 30, 4, 16
-HOST = {"examples_per_second"}
 SEARCH = "swap_search={every_epochs: 0.06, examples: 200, least_gain: 0.0}"
 CASES: dict[str, list[str]] = {
     "comet, Sinkhorn phase": ["model.permutation.epochs=0.3"],
@@ -50,7 +50,10 @@ def what_happened(run: Path) -> dict[str, Any]:
     trainer = json.loads((newest_checkpoint(run) / "trainer.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
     return {
-        "steps": [{key: value for key, value in record.items() if key not in HOST} for record in records_of(run)],
+        "steps": [
+            {key: value for key, value in record.items() if key not in FIGURES_OF_THE_MACHINE}
+            for record in records_of(run)
+        ],
         "validations": validations_of(run),
         "trainer": {key: value for key, value in trainer.items() if key != "training_seconds"},
         "figures": {key: summary[key] for key in ("val", "test", "steps", "tested_step")},
