@@ -76,6 +76,16 @@ def test_equals_the_path_of_cpus(gate: str, bank: str, tokens: int) -> None:
 
 
 @pytest.mark.usefixtures("_on_path")
+def test_experts_that_are_computed_again_give_the_same() -> None:
+    kept, again = (
+        step_of(MoE(make_gate("comet"), make_bank("feed_forward"), recompute_experts=recompute).double())
+        for recompute in (False, True)
+    )
+    assert_same(again[0]["y"], kept[0]["y"], 0)
+    assert_all_same(again[1], kept[1], 1e-14)
+
+
+@pytest.mark.usefixtures("_on_path")
 @pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "comet"])
 @pytest.mark.parametrize("placed", [False, True])
 def test_the_host_looks_at_nothing_where_every_token_has_k_experts(gate: str, placed: bool) -> None:

@@ -15,7 +15,8 @@ def gated(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
     if triton_runs(up_NF):
         from dist_moe.kernels.gpu import triton_glu
 
-        return triton_glu.gated(gate_NF, up_NF, activation)
+        with torch.cuda.device_of(gate_NF):
+            return triton_glu.gated(gate_NF, up_NF, activation)
     return ACTIVATIONS[activation].function(gate_NF) * up_NF
 
 
@@ -35,7 +36,8 @@ def gated_backward(
     if triton_runs(up_NF):
         from dist_moe.kernels.gpu import triton_glu
 
-        triton_glu.gated_backward(grad_NF, gate_NF, up_NF, grad_gate_NF, grad_up_NF, activation)
+        with torch.cuda.device_of(grad_NF):
+            triton_glu.gated_backward(grad_NF, gate_NF, up_NF, grad_gate_NF, grad_up_NF, activation)
         return
     act = ACTIVATIONS[activation]
     active_NF, linear_NF = act.function(gate_NF), grad_NF * up_NF

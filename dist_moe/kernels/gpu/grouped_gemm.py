@@ -67,7 +67,8 @@ def _products(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None, ends_E: 
     if triton_runs(x_ND):
         from dist_moe.kernels.gpu import triton_gemm
 
-        return triton_gemm.rows_times_weights(x_ND, weight_EDF, bias_EF, ends_E)
+        with torch.cuda.device_of(x_ND):
+            return triton_gemm.rows_times_weights(x_ND, weight_EDF, bias_EF, ends_E)
     blocks = [x @ weight for x, weight in zip(_split(x_ND, ends_E), weight_EDF, strict=True)]
     if bias_EF is not None:
         blocks = [block + bias for block, bias in zip(blocks, bias_EF, strict=True)]
@@ -84,7 +85,8 @@ def _outer_sums(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
     if triton_runs(x_ND):
         from dist_moe.kernels.gpu import triton_gemm
 
-        return triton_gemm.outer_sums(x_ND, grad_NF, ends_E)
+        with torch.cuda.device_of(x_ND):
+            return triton_gemm.outer_sums(x_ND, grad_NF, ends_E)
     pairs = zip(_split(x_ND, ends_E), _split(grad_NF, ends_E), strict=True)
     return torch.stack([x.t() @ grad for x, grad in pairs])
 
@@ -99,7 +101,8 @@ def _group_sums(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
     if triton_runs(rows_NF):
         from dist_moe.kernels.gpu import triton_gemm
 
-        return triton_gemm.group_sums(rows_NF, ends_E)
+        with torch.cuda.device_of(rows_NF):
+            return triton_gemm.group_sums(rows_NF, ends_E)
     return torch.stack([rows.sum(0) for rows in _split(rows_NF, ends_E)])
 
 
@@ -108,6 +111,5 @@ def _(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
     return rows_NF.new_empty(ends_E.shape[0], rows_NF.shape[1])
 
 
-def _split(rows_ND: Tensor, ends_E: Tensor) -> list[Tensor]:
-    ends = ends_E.tolist()
-    return [rows_ND[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+def _split(rows_ND: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
+    return rows_ND.split(ends_E.diff(prepend=ends_E.new_zeros(1)).tolist())

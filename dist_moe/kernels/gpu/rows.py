@@ -67,7 +67,8 @@ def _gather(x_TD: Tensor, token_N: Tensor, dtype: torch.dtype) -> Tensor:
     if triton_runs(x_TD):
         from dist_moe.kernels.gpu import triton_rows
 
-        return triton_rows.gather(x_TD, token_N, dtype)
+        with torch.cuda.device_of(x_TD):
+            return triton_rows.gather(x_TD, token_N, dtype)
     return x_TD.index_select(0, token_N).to(dtype)
 
 
@@ -81,7 +82,8 @@ def _token_sums(rows_NF: Tensor, weight_GN: Tensor, by_token_N: Tensor, start_T1
     if triton_runs(rows_NF):
         from dist_moe.kernels.gpu import triton_rows
 
-        return triton_rows.token_sums(rows_NF, weight_GN, by_token_N, start_T1, dtype)
+        with torch.cuda.device_of(rows_NF):
+            return triton_rows.token_sums(rows_NF, weight_GN, by_token_N, start_T1, dtype)
     tokens = start_T1.shape[0] - 1
     token_N = torch.arange(tokens).repeat_interleave(start_T1.diff())
     total = torch.float64 if dtype == torch.float64 else torch.float32
@@ -102,7 +104,8 @@ def _token_sums_backward(
     if triton_runs(rows_NF):
         from dist_moe.kernels.gpu import triton_rows
 
-        return triton_rows.token_sums_backward(grad_GTF, rows_NF, weight_GN, token_N)
+        with torch.cuda.device_of(grad_GTF):
+            return triton_rows.token_sums_backward(grad_GTF, rows_NF, weight_GN, token_N)
     grad_GNF = grad_GTF[:, token_N]
     grad_weight_GN = (grad_GNF * rows_NF.to(grad_GNF.dtype)).sum(dim=2)
     grad_rows_NF = (grad_GNF * weight_GN.unsqueeze(2)).sum(dim=0)
