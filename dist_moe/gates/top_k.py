@@ -16,6 +16,7 @@ logits: the mean of logsumexp(l)^2 (Zoph et al.: ST-MoE, 2022, eq. 5).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,6 +29,24 @@ from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine
 from dist_moe.routing import Route
 
 Scores = Literal["softmax_after", "softmax_before", "sigmoid"]
+
+
+def largest(score_TE: Tensor, k: int) -> Tensor:
+    """(T, k) slots of the largest scores, falling; of equal ones the lower slot, which topk does not promise."""
+    return score_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def largest_of_many(score_TE: Tensor, k: int) -> Tensor:
+    """The same without sorting all scores: tokens with ties among their k + 1 largest are looked at again.
+
+    Under ``torch.vmap``, where nothing may depend on values, use :func:`largest`.
+    """
+    if k == score_TE.shape[1] or kernels.on_device_path(score_TE):
+        return largest(score_TE, k)
+    found = score_TE.topk(k + 1, dim=1)
+    tied_T = (found.values[:, 1:] == found.values[:, :-1]).any(dim=1)
+    slot_TK = found.indices[:, :k]
+    return slot_TK.index_put((tied_T,), largest(score_TE[tied_T], k)) if tied_T.any() else slot_TK
 
 
 class TopKConfig(GateSettings):
@@ -101,12 +120,11 @@ class TopK(Gate):
         return self.mixture_of_logits(self.logits(x_TD))
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
-        """The same on an accelerator, from the k choices: to find non-zeros, the host would wait for them."""
-        if not kernels.on_device_path(x_TD):
-            return super().route(x_TD, ids_T)
+        """From the k choices: no (T, n) mixture is made, and on an accelerator the host waits for nothing."""
         logit_TE = self.logits(x_TD)
-        slot_TK, kept_TK = self._choose(logit_TE)
-        return Route.from_choices(slot_TK, kept_TK, self.num_slots, self._aux(logit_TE, slot_TK))
+        slot_TK, kept_TK = self._choose(logit_TE, largest_of_many)
+        route = Route.from_choices(slot_TK, kept_TK, self.num_slots, self._aux(logit_TE, slot_TK))
+        return route if kernels.on_device_path(x_TD) else route.keep(route.weight_N > 0)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, n), with noise while training if there is any."""
@@ -133,9 +151,9 @@ class TopK(Gate):
             self.bias_steps += torch.sign(load_E.sum() - self.num_experts * load_E)
             self.selections.zero_()
 
-    def _choose(self, logit_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, logit_TE: Tensor, select: Callable[[Tensor, int], Tensor] = largest) -> tuple[Tensor, Tensor]:
         """(T, k) slots and their weights."""
-        slot_TK = largest(self._selection_scores(logit_TE.detach()), self.k)
+        slot_TK = select(self._selection_scores(logit_TE.detach()), self.k)
         if self.scores == "softmax_before":
             return slot_TK, logit_TE.softmax(dim=-1).gather(1, slot_TK)
         return slot_TK, self._log_scores(logit_TE).gather(1, slot_TK).softmax(dim=-1)
@@ -164,8 +182,3 @@ class TopK(Gate):
             z_T = logit_TE.logsumexp(dim=-1).square()
             aux["z_loss"] = self.z_loss_weight * (z_T.sum() / max(len(z_T), 1))
         return aux
-
-
-def largest(score_TE: Tensor, k: int) -> Tensor:
-    """(T, k) slots of the largest scores, falling; of equal ones the lower slot, which topk does not promise."""
-    return score_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]

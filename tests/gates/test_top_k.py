@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_moe.gates import GateContext, TopK, TopKConfig
+from dist_moe.gates.top_k import largest, largest_of_many
 from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gradients, naive_top_k
 
 
@@ -200,3 +201,20 @@ def test_config_builds_the_gate_it_describes() -> None:
     assert (gate.dim, gate.num_experts, gate.k) == (4, 6, 3)
     assert gate.noise_weight is not None
     assert {name: getattr(gate, name) for name in options} == options
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 6])
+def test_the_largest_of_many_are_those_of_a_stable_sort(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    few_values_TE = torch.randint(4, (200, 6), generator=generator).float()  # ties, at the edge of k and elsewhere
+    distinct_TE = torch.rand(200, 6, generator=generator)
+    for score_TE in (few_values_TE, distinct_TE, distinct_TE[:0], torch.zeros(3, 6)):
+        assert torch.equal(largest_of_many(score_TE, k), largest(score_TE, k))
+
+
+def test_a_weight_that_underflows_is_no_assignment() -> None:
+    gate = TopK(1, 3, k=2)
+    with torch.no_grad():
+        gate.weight.copy_(torch.tensor([[0.0], [500.0], [1.0]]))
+    route = gate(torch.tensor([[1.0], [0.0]]))
+    assert route.slot_N.tolist() == [1, 0, 1]
