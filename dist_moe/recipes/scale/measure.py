@@ -32,8 +32,9 @@ from dist_moe.recipes.scale.step_time import small_collectives_seconds
 def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str = "") -> Machine:
     """Of the nodes that the launcher started. Collective over all ranks; the same result on all.
 
-    Links are measured between ranks that have a processor each: within the first node, and between the first
-    two. A single rank, or a single node, leaves the links out that it has not.
+    Links are measured within the first node between ranks that have a processor each; between the first two by
+    all of their ranks at once, because a single stream does not fill a link. A single rank, or a single node,
+    leaves the links out that it has not.
     """
     rank, device = groups.environment.rank, groups.device
     nodes = _ranks_of_nodes()
@@ -42,7 +43,7 @@ def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str
     mine = local_rates(device) if any(rank in ranks for ranks in busy) else None
     rates = mean_rates([one for one in gather_objects(mine) if one is not None])
     inside = _link([nodes[0][: max(2, len(busy[0]))]], groups) if len(nodes[0]) > 1 else None
-    between = _link([list(peers) for peers in zip(busy[0], busy[1], strict=True)], groups) if len(nodes) > 1 else None
+    between = _link([list(pair) for pair in zip(*nodes[:2], strict=True)], groups) if len(nodes) > 1 else None
     step_s = fmean(gather_objects(step_fixed_seconds(groups)))
     return Machine(
         name=name or platform.node() or "measured",
