@@ -66,7 +66,9 @@ class MoE(nn.Module):
     experts are split; None is one rank. ``exchange``: how rows reach the experts and sums come back; None
     is what the world asks for. ``placement``: which expert lives where; None: ranks have contiguous ids.
     ``recompute_experts``: keep none of the dispatched rows and of the experts' activations for the backward
-    pass; dispatch and compute again there (an ``exchange`` that is given decides that itself).
+    pass; dispatch and compute again there (an ``exchange`` that is given decides that itself). ``shared``: a
+    network (T, D) -> (T, F) that every token goes through whatever the gates say (Dai et al., DeepSeekMoE, 2024);
+    its result is added to that of each gate. Every rank has all of it, and computes it while rows travel.
 
     Raises ValueError when gates, bank and world do not fit each other.
     """
@@ -81,13 +83,15 @@ class MoE(nn.Module):
         exchange: Exchange | None = None,
         placement: Placement | None = None,
         recompute_experts: bool = False,
+        shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.gates = nn.ModuleList([gates] if isinstance(gates, Gate) else gates)
         self.experts = experts
         self.permutation = permutation
         self.world = world or SingleWorld()
-        self.exchange = exchange or exchange_over(self.world, recompute_experts)
+        self.shared = shared
+        self.exchange = exchange or exchange_over(self.world, recompute_experts, meanwhile=shared is not None)
         self.placement = placement or Placement.identity(experts.num_experts, self.world.size)
         self.replay: Replay | None = None
         self._before_step: list[tuple[Tensor, Tensor]] = []
@@ -96,14 +100,18 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> MoEOutput:
         """(T, D) tokens (T may be 0) -> one weighted sum of experts per gate, of shape (T, F)."""
         if self.replay is not None:
-            return self.replay(self, x_TD, ids_T)
+            return _plus(self.replay(self, x_TD, ids_T), self._share(x_TD))
         clock = self.world.clock
+        shared: list[Tensor | None] = []
         x_TD = clock.at_gates(x_TD)
         routes, aux = self._route(x_TD, ids_T)
         pairs = union_of_routes([self._by_position(route) for route in routes])
-        mixed = clock.around(self.exchange)(x_TD, pairs, self.experts)
+        mixed = clock.around(self.exchange)(
+            x_TD, pairs, self.experts, meanwhile=lambda: shared.append(self._share(x_TD))
+        )
         outputs = mixed.sums_GTF.to(mixed.dtype).unbind()
-        return MoEOutput(outputs, aux, tuple(routes), self._by_id(pairs), mixed.rows_computed)
+        result = MoEOutput(outputs, aux, tuple(routes), self._by_id(pairs), mixed.rows_computed)
+        return _plus(result, shared[0])
 
     def place(self, placement: Placement) -> None:
         """The experts live as ``placement`` says from now on. On every rank.
@@ -144,6 +152,9 @@ class MoE(nn.Module):
         """In place of :meth:`end_step` where a step was skipped: the gates forget what they saw in it."""
         for buffer, before in self._before_step:
             buffer.copy_(before)
+
+    def _share(self, x_TD: Tensor) -> Tensor | None:
+        return None if self.shared is None else self.shared(x_TD)
 
     def _route(self, x_TD: Tensor, ids_T: Tensor | None) -> tuple[list[Route], dict[str, Tensor]]:
         routes: list[Route] = [gate(x_TD, ids_T) for gate in self.gates]
@@ -197,3 +208,9 @@ class MoE(nn.Module):
                 f"rank {self.world.rank} of {self.world.size} must hold the experts {expected}, "
                 f"its bank holds {bank.expert_ids}"
             )
+
+
+def _plus(result: MoEOutput, shared_TF: Tensor | None) -> MoEOutput:
+    if shared_TF is None:
+        return result
+    return replace(result, outputs=tuple(output_TF + shared_TF for output_TF in result.outputs))

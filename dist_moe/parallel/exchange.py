@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dist_moe.kernels import RowCounts, TokenIndex, rows_of_tokens, weighted_scatter
 from dist_moe.parallel.dispatch import combine, dispatch, plan_dispatch
+from dist_moe.parallel.meanwhile import Meanwhile, nothing
 from dist_moe.parallel.recompute import recomputed
 from dist_moe.parallel.world import World
 from dist_moe.routing import Pairs
@@ -37,10 +38,11 @@ class Exchange(Protocol):
     """Gives (T, D) tokens to the experts of their pairs and mixes the results. Collective over a world.
 
     The experts of ``pairs`` are positions: those of a rank are contiguous, the same number on each rank.
-    Differentiable by tokens, weights and the experts' parameters.
+    Differentiable by tokens, weights and the experts' parameters. ``meanwhile`` is called once: while the first
+    rows are under way if the exchange can wait for them later, else before they leave.
     """
 
-    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed: ...
+    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed: ...
 
 
 class FlatExchange:
@@ -54,7 +56,8 @@ class FlatExchange:
         self._world = world
         self._recompute = recompute
 
-    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed:
+    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed:
+        meanwhile()
         plan = plan_dispatch(pairs.rows_per_expert_E, self._world, pairs.num_pairs)
 
         index = TokenIndex.of(pairs.token_N, pairs.num_tokens)

@@ -20,6 +20,7 @@ from dist_moe.kernels import TokenIndex, weighted_scatter
 from dist_moe.parallel.dispatch import plan_dispatch, regrouped
 from dist_moe.parallel.exchange import LocalExperts, Mixed
 from dist_moe.parallel.expert_parts import parts_of
+from dist_moe.parallel.meanwhile import Meanwhile, nothing
 from dist_moe.parallel.wire import decoded, encoded
 from dist_moe.parallel.world import ExchangingWorld, Pending
 from dist_moe.routing import Pairs
@@ -40,7 +41,7 @@ class OverlappedExchange:
         self._world = world
         self._chunks = chunks
 
-    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed:
+    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed:
         plan = plan_dispatch(pairs.rows_per_expert_E, self._world)
         local = len(plan.rows_per_local_expert)
         parts = _parts(local, self._chunks)
@@ -56,6 +57,7 @@ class OverlappedExchange:
             return _Leave.apply(x_TD.index_select(0, token_N), link, there[c])
 
         link = send(link, 0)
+        meanwhile()  # autograd works backwards: its gradients are computed while those of chunk 0 travel back
         for c, chunk in enumerate(chunks):
             if c + 1 < len(chunks):
                 link = send(link, c + 1)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from dist_moe.parallel.meanwhile import Meanwhile, nothing
+
 if TYPE_CHECKING:
     from dist_moe.kernels import RowCounts
     from dist_moe.parallel.exchange import Exchange, LocalExperts, Mixed
@@ -30,8 +32,8 @@ PHASES = ("gate", "dispatch", "experts", "combine")
 class PhaseClock:
     """Off until :meth:`start`; off, it costs a look at a flag. On a GPU it records events and waits for nothing.
 
-    Dispatch and combine hold the waiting for other ranks. Backward, the gates' time ends with the gradient of
-    the layer's tokens; where tokens have none, with the backward pass.
+    Dispatch holds the shared expert; dispatch and combine hold the waiting for other ranks. Backward, the gates'
+    time ends with the gradient of the layer's tokens; where tokens have none, with the backward pass.
     """
 
     def __init__(self) -> None:
@@ -98,9 +100,9 @@ class _Timed:
         self._mark: Callable[..., tuple[Tensor, ...]] = clock._mark
         self._exchange = exchange
 
-    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed:
+    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed:
         x_TD, weight_GN = self._mark("dispatch", "gate", x_TD, pairs.weight_GN)
-        mixed = self._exchange(x_TD, replace(pairs, weight_GN=weight_GN), MarkedExperts(self._mark, experts))
+        mixed = self._exchange(x_TD, replace(pairs, weight_GN=weight_GN), MarkedExperts(self._mark, experts), meanwhile)
         return replace(mixed, sums_GTF=self._mark(None, "combine", mixed.sums_GTF)[0])
 
 

@@ -24,23 +24,28 @@ import torch
 from torch import Tensor
 
 from dist_moe.parallel.exchange import Exchange, FlatExchange, LocalExperts, Mixed
+from dist_moe.parallel.meanwhile import Meanwhile, nothing
 from dist_moe.parallel.overlapped import OverlappedExchange
 from dist_moe.parallel.packed import exchange_packed
 from dist_moe.parallel.world import ExchangingWorld, Levels, SingleWorld, World
 from dist_moe.routing import Pairs
 
 
-def exchange_over(world: World, recompute_experts: bool = False) -> Exchange:
+def exchange_over(world: World, recompute_experts: bool = False, meanwhile: bool = False) -> Exchange:
     """What ``world`` asks for: two levels where its ranks are divided into several nodes, else flat, overlapped
     with the experts if in several chunks.
 
-    ``recompute_experts``: see ``FlatExchange``; with two levels, what arrives at a rank is kept.
+    ``recompute_experts``: see ``FlatExchange``; with two levels, what arrives at a rank is kept. ``meanwhile``:
+    there will be something to compute while rows travel; the flat exchange, if no experts are computed again, is
+    then one that travels beside it.
     """
     if world.overlap_chunks > 1 and isinstance(world, ExchangingWorld):
         if recompute_experts or world.levels is not None:
             raise ValueError("an overlapped exchange has neither two levels nor experts that are computed again")
         return OverlappedExchange(world, world.overlap_chunks)
     if world.levels is None or world.levels.across.size == 1:
+        if meanwhile and not recompute_experts and isinstance(world, ExchangingWorld):
+            return OverlappedExchange(world, chunks=1)
         return FlatExchange(world, recompute_experts)
     return two_level_exchange(world.levels, recompute_experts)
 
@@ -66,7 +71,8 @@ class OncePerPart:
         self._across = across
         self._inside = inside
 
-    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts) -> Mixed:
+    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed:
+        meanwhile()
         outgoing = _group_by_part(pairs, self._across.size)
         counts = _exchange_counts(outgoing, self._across)
         rows_UD, arrived = _to_parts(x_TD, pairs, outgoing, counts, self._across)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from dist_moe.engine.host_memory import keep_freed_memory
 from dist_moe.gates import Comet, Gate, TopK
+from tools.bench.timing import interleaved
 
 EXPERTS = (1024, 16384, 65536)
 TARGETS = {1024: 1.0, 16384: 5.0, 65536: 20.0}
@@ -75,7 +75,10 @@ def measure(n: int, tokens: int, width: int, options: argparse.Namespace) -> lis
         top_k = TopK(width, n, options.k).to(options.device)
         candidates["top_k"] = lambda: step_of_gate(top_k, x_TD)
     leaves = comet(x_TD).num_assignments / tokens
-    seconds = {name: statistics.median(each) for name, each in interleaved(candidates, options.repetitions).items()}
+    seconds = {
+        name: statistics.median(each)
+        for name, each in interleaved(candidates, options.repetitions, before_each=gc.collect).items()
+    }
     ratios = [ratio(seconds, *names) for names in (("linear", "comet"), ("linear", "comet, read"), ("top_k", "comet"))]
     target = f">= {TARGETS[n]:g}" if n in TARGETS else "-"
     return [str(n), str(tokens), str(width), f"{leaves:.2f}", *ratios, target]
@@ -123,19 +126,6 @@ def wait(x: Tensor) -> None:
     """For a device that works on its own."""
     if x.is_cuda:
         torch.cuda.synchronize()
-
-
-def interleaved(candidates: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of every repetition of each candidate; they take turns, after one turn that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for repetition in range(repetitions + 1):
-        for name, step in candidates.items():
-            gc.collect()
-            start = time.perf_counter()
-            step()
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def ratio(seconds: dict[str, float], above: str, below: str) -> str:
