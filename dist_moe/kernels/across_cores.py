@@ -36,23 +36,32 @@ def across_cores(task: GroupTask, rows_per_group: Sequence[int], scratch: Scratc
         shared = len(groups)
     else:
         shared = sum(rows * cores > sum(rows_per_group) for rows in rows_per_group)
+    spread_rows = rows_per_group[groups[shared]] if shared < len(groups) else 0
+    scratch.reserve(max(rows_per_group, default=0), spread_rows, cores if spread_rows else 1)
     with torch.no_grad():
-        for group in groups[:shared]:
+        for group in groups[:shared] if spread_rows else groups:
             task(group, scratch.of(0))
-    if shared < len(groups):
+    if spread_rows:
         _spread(task, groups[shared:], scratch, cores)
 
 
 class Scratch:
-    """Memory of ``shape`` for each core, in the type and on the device of ``like``."""
+    """``parts`` blocks of memory for each core, of ``width`` numbers a row and as many rows as its largest group
+    has, in the type and on the device of ``like``."""
 
-    def __init__(self, like: Tensor, *shape: int) -> None:
+    def __init__(self, like: Tensor, parts: int = 0, width: int = 0) -> None:
         self.on_accelerator = like.device.type != "cpu"
-        cores = 1 if self.on_accelerator else torch.get_num_threads()
-        self._per_core = like.new_empty(cores, *shape)
+        self._like, self._parts, self._width = like, parts, width
+        self._of_core: list[Tensor] = []
+
+    def reserve(self, first: int, others: int, cores: int) -> None:
+        """Memory for ``first`` rows on the first core, which takes the large groups, and ``others`` on each other."""
+        rows_of_core = [first] + [others] * (cores - 1)
+        self._of_core = [self._like.new_empty(self._parts, rows, self._width) for rows in rows_of_core]
 
     def of(self, core: int) -> Tensor:
-        return self._per_core[core]
+        """(parts, rows, width)."""
+        return self._of_core[core]
 
 
 def _spread(task: GroupTask, groups: list[int], scratch: Scratch, cores: int) -> None:

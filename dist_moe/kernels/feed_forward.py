@@ -86,7 +86,7 @@ class _FeedForward(torch.autograd.Function):
         def task(e: int, scratch: Tensor) -> None:
             if not len(x[e]):
                 return
-            active = scratch[: len(x[e])]
+            active = scratch[0, : len(x[e])]
             _affine_into(x[e], w.up[e], w.up_bias, e, up[e])
             if gate is None or w.gate is None:
                 act.into(up[e], active)
@@ -95,7 +95,7 @@ class _FeedForward(torch.autograd.Function):
                 act.into(gate[e], active).mul_(up[e])
             _affine_into(active, w.down[e], w.down_bias, e, y[e])
 
-        across_cores(task, rows_per_group, Scratch(x_ND, max(rows_per_group), hidden), _work_per_row(w))
+        across_cores(task, rows_per_group, Scratch(x_ND, 1, hidden), _work_per_row(w))
         ctx.save_for_backward(x_ND, up_NF, gate_NF, *weights)
         ctx.rows_per_group, ctx.activation = rows_per_group, activation
         return y_ND
@@ -112,7 +112,7 @@ class _FeedForward(torch.autograd.Function):
         gate = None if gate_NF is None else gate_NF.split(ctx.rows_per_group)
 
         def task(e: int, scratch: Tensor) -> None:
-            active, grad_up, grad_gate = scratch[:, : len(x[e])]
+            active, grad_up = scratch[:2, : len(x[e])]
             torch.mm(grad_y[e], w.down[e].t(), out=grad_up)
             if gate is None or w.gate is None:
                 act.into(up[e], active)
@@ -121,6 +121,7 @@ class _FeedForward(torch.autograd.Function):
                 torch.mm(grad_up, w.up[e].t(), out=grad_x[e])
             else:
                 assert grads.gate is not None
+                grad_gate = scratch[2, : len(x[e])]
                 act.into(gate[e], active)
                 torch.mul(grad_up, up[e], out=grad_gate)
                 act.backward(grad_gate, gate[e], grad_gate)
@@ -133,7 +134,7 @@ class _FeedForward(torch.autograd.Function):
             _sum_into(grad_up, grads.up_bias, e)
             _sum_into(grad_y[e], grads.down_bias, e)
 
-        scratch = Scratch(x_ND, 3, max(ctx.rows_per_group), up_NF.shape[1])
+        scratch = Scratch(x_ND, 3 if gate else 2, up_NF.shape[1])
         across_cores(task, ctx.rows_per_group, scratch, 2 * _work_per_row(w))
         return grad_x_ND, None, None, *grads
 

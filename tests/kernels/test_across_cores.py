@@ -67,7 +67,7 @@ def test_every_core_has_its_own_scratch() -> None:
         assert (scratch == group).all()
 
     across_cores(task, [3, 3], Scratch(torch.empty(0), 2, 4), LARGE)
-    assert held[0].shape == (2, 4)
+    assert held[0].shape == (2, 3, 4)
 
 
 @pytest.mark.parametrize("fails_in", ["MainThread", "dist_moe_core_0"])
@@ -96,3 +96,18 @@ def _in_child() -> None:
     done: list[int] = []
     across_cores(lambda group, _: done.append(group), [3, 3, 3], Scratch(torch.empty(0)), LARGE)
     assert sorted(done) == [0, 1, 2]
+
+
+def test_scratch_is_for_the_largest_group_that_a_core_can_get() -> None:
+    shapes: dict[int, tuple[int, ...]] = {}
+
+    def task(group: int, scratch: Tensor) -> None:
+        shapes[group] = tuple(scratch.shape)
+
+    across_cores(task, [1, 20, 2], Scratch(torch.empty(0), 3, 4), LARGE)
+    assert shapes[1] == (3, 20, 4)
+    assert {shapes[0], shapes[2]} <= {(3, 20, 4), (3, 2, 4)}
+    across_cores(task, [1, 20, 2], scratch := Scratch(torch.empty(0), 3, 4), 1)
+    assert set(shapes.values()) == {(3, 20, 4)}
+    with pytest.raises(IndexError):
+        scratch.of(1)
