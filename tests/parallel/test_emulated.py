@@ -288,8 +288,12 @@ def test_an_interruption_of_the_caller_ends_all_ranks() -> None:
         finally:
             ended.append(world.rank)
 
-    with pytest.raises(KeyboardInterrupt):
-        EmulatedWorld(3).run(interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            EmulatedWorld(3).run(interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert sorted(ended) == [0, 1, 2]
 
 
