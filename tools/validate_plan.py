@@ -272,7 +272,7 @@ def training_case(exchange: ExchangeName, groups: ProcessGroups, layout: Layout,
     user_B = torch.randint(USERS, (options.tokens,), generator=generator)
     item_B = torch.randint(ITEMS, (options.tokens,), generator=generator)
     label_B = torch.rand(options.tokens, generator=generator).round()
-    skew = skew_of(model(user_B, item_B).moe.rows_computed)
+    skew = skew_of(model(user_B, item_B).layers[0].rows_computed)
 
     def run() -> None:
         engine.backward(loss_of(engine, user_B, item_B, label_B))

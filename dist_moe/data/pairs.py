@@ -33,6 +33,11 @@ class PairBatch:
         return self.pairs_in_step
 
     @property
+    def tokens_in_step(self) -> int:
+        """Every example is one token."""
+        return self.pairs_in_step
+
+    @property
     def inputs(self) -> tuple[Tensor, Tensor]:
         """What the model takes."""
         return self.user_B, self.item_B

@@ -96,6 +96,11 @@ class ImageBatch:
         return len(self.image_BD)
 
     @property
+    def tokens_in_step(self) -> int:
+        """Every example is one token."""
+        return self.examples_in_step
+
+    @property
     def inputs(self) -> tuple[Tensor]:
         """What the model takes."""
         return (self.image_BD,)

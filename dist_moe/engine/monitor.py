@@ -59,7 +59,7 @@ class Monitor:
         return {"metrics.jsonl": self._metrics.lost, "tensorboard": self._board.lost}
 
     def report(self, records: list[StepRecord]) -> None:
-        """Show finished steps. ``load`` in a record is the (E,) rows per expert, the rest are numbers."""
+        """Show finished steps. ``load`` in a record: (L, E) rows per layer and expert; the rest are numbers."""
         for record in records:
             record["epoch"] = record["step"] / self._schedule.steps_per_epoch
             record["examples_per_second"] = self._schedule.batch_size / record.pop("seconds")
@@ -83,13 +83,17 @@ class Monitor:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float))
         self._progress.say(f"{part} after step {step}: {shown}")
 
-    def permutation(self, matrix_PKEE: Tensor, step: int) -> None:
-        """Show the permutations, soft or hard, as images: one for each of P gates and K branches."""
+    def permutation(self, matrix_PKEE: Tensor, step: int, layer: str | None = None) -> None:
+        """Show the permutations, soft or hard, as images: one for each of P gates and K branches.
+
+        ``layer``: its name, where there are several.
+        """
+        tag = "permutation/slot_to_expert" + (f"/{layer}" if layer else "")
         several = matrix_PKEE.shape[:2].numel() > 1
         for gate, of_gate in enumerate(matrix_PKEE):
             for branch, matrix in enumerate(of_gate):
                 suffix = f"/gate_{gate}_branch_{branch}" if several else ""
-                self._board.matrix(f"permutation/slot_to_expert{suffix}", matrix, step)
+                self._board.matrix(f"{tag}{suffix}", matrix, step)
 
     def swap_search(self, found: SwapReport, step: int) -> None:
         """Show what a swap search after ``step`` steps found."""
@@ -101,11 +105,14 @@ class Monitor:
             f"{found.screened} screened, {found.verified} verified"
         )
 
-    def placement(self, figures: dict[str, float], sentence: str, step: int) -> None:
-        """Show a look at the placement of the experts after ``step`` steps; a sentence only if they moved."""
-        self._board.evaluation("placement", figures, step)
+    def placement(self, figures: dict[str, float], sentence: str, step: int, layer: str | None = None) -> None:
+        """Show a look at the placement of the experts after ``step`` steps; a sentence only if they moved.
+
+        ``layer``: its name, where there are several.
+        """
+        self._board.evaluation(f"placement/{layer}" if layer else "placement", figures, step)
         if figures["moved_experts"]:
-            self._progress.say(sentence)
+            self._progress.say(f"{layer}: {sentence}" if layer else sentence)
 
     def say(self, text: str) -> None:
         self._progress.say(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,11 @@ class StepWindow:
     def add(self, sums: Sums) -> None:
         self._rows.append({name: value.detach() for name, value in sums.items()})
 
-    def reduce(self) -> list[dict[str, float | list[float]]]:
-        """One dict per collected step; empties the window. Collective if there are several ranks."""
+    def reduce(self) -> list[dict[str, Any]]:
+        """One dict per collected step, of numbers and nested lists; empties the window.
+
+        Collective if there are several ranks.
+        """
         if not self._rows:
             return []
         shapes = {name: value.shape for name, value in self._rows[-1].items()}
@@ -36,7 +41,7 @@ class StepWindow:
         sizes = [shape.numel() for shape in shapes.values()]
         return [
             {
-                name: values.item() if not shape else values.tolist()
+                name: values.view(shape).tolist()
                 for (name, shape), values in zip(shapes.items(), row.split(sizes), strict=True)
             }
             for row in rows.cpu()

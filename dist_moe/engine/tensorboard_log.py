@@ -50,7 +50,7 @@ class TensorBoardLog:
 
     def __init__(self, directory: Path, first_step: int, say: Callable[[str], None]) -> None:
         self._events = EventFile(directory, first_step + 1, say)
-        self._load_columns: list[NDArray[np.float64]] = []
+        self._load_columns: list[list[NDArray[np.float64]]] = []
 
     def close(self) -> None:
         self._events.close()
@@ -64,14 +64,19 @@ class TensorBoardLog:
         return self._events.lost
 
     def step(self, record: StepRecord) -> None:
-        step, rows_per_expert = record["step"], np.asarray(record["load"])
+        """``record["load"]``: (L, E) rows per layer and expert."""
+        step, load_LE = record["step"], np.asarray(record["load"])
         scalars = {
             _TAGS.get(name, f"loss/{name}"): value
             for name, value in record.items()
             if isinstance(value, float) and name != "epoch"
         }
-        self._scalars(scalars | {"experts/load_max_over_mean": _max_over_mean(rows_per_expert)}, step)
-        self._load(rows_per_expert, step)
+        worst = max(map(_max_over_mean, load_LE))
+        self._scalars(scalars | {"experts/load_max_over_mean": worst}, step)
+        if not self._load_columns:
+            self._load_columns = [[] for _ in load_LE]
+        for layer, (load_E, columns) in enumerate(zip(load_LE, self._load_columns, strict=True)):
+            self._load(load_E, columns, f"/layer_{layer}" if len(load_LE) > 1 else "", step)
 
     def evaluation(self, part: str, figures: dict[str, Any], step: int) -> None:
         self._scalars({f"{part}/{n}": value for n, value in figures.items() if isinstance(value, (int, float))}, step)
@@ -87,21 +92,22 @@ class TensorBoardLog:
         every = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._events.add(Summary(value=every), step)
 
-    def _load(self, rows_per_expert: NDArray[np.float64], step: int) -> None:
-        total = rows_per_expert.sum()
-        self._load_columns.append(rows_per_expert / total if total else rows_per_expert)
+    def _load(self, load_E: NDArray[np.float64], columns: list[NDArray[np.float64]], suffix: str, step: int) -> None:
+        total = load_E.sum()
+        columns.append(load_E / total if total else load_E)
         if step % IMAGE_EVERY == 0:
-            experts = np.repeat(np.arange(len(rows_per_expert)), rows_per_expert.astype(int))
-            self._events.add(summary.histogram("experts/load", experts, bins=len(rows_per_expert)), step)
-            self._events.add(summary.image("experts/load_over_time", self._load_image(), dataformats="HW"), step)
+            experts = np.repeat(np.arange(len(load_E)), load_E.astype(int))
+            self._events.add(summary.histogram(f"experts/load{suffix}", experts, bins=len(load_E)), step)
+            image = _load_image(columns)
+            self._events.add(summary.image(f"experts/load_over_time{suffix}", image, dataformats="HW"), step)
 
-    def _load_image(self) -> NDArray[np.float64]:
-        """Experts down, time to the right; white is no load, black the heaviest share so far."""
-        columns = np.stack(self._load_columns)
-        pieces = np.array_split(columns, min(len(columns), MAX_COLUMNS))
-        image = np.stack([piece.mean(axis=0) for piece in pieces], axis=1)
-        image = 1 - image / max(image.max(), np.finfo(float).tiny)
-        return np.kron(image, np.ones((PIXELS_PER_CELL, 2)))
+
+def _load_image(columns: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Experts down, time to the right; white is no load, black the heaviest share so far."""
+    pieces = np.array_split(np.stack(columns), min(len(columns), MAX_COLUMNS))
+    image = np.stack([piece.mean(axis=0) for piece in pieces], axis=1)
+    image = 1 - image / max(image.max(), np.finfo(float).tiny)
+    return np.kron(image, np.ones((PIXELS_PER_CELL, 2)))
 
 
 def _max_over_mean(rows_per_expert: NDArray[np.float64]) -> float:

@@ -1,8 +1,9 @@
-"""What every model with one MoE layer has in common: its configuration, its layer, its output."""
+"""What every model with MoE layers has in common: its configuration, its layers, its output."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,10 +18,19 @@ from dist_moe.settings import Settings
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """``predictions``: one tensor per task, its axis 0 the batch. ``moe``: what the layer did."""
+    """``predictions``: one tensor per task, its axis 0 the batch. ``layers``: what each MoE layer did, in order."""
 
     predictions: tuple[Tensor, ...]
-    moe: MoEOutput
+    layers: tuple[MoEOutput, ...]
+
+    @property
+    def aux(self) -> dict[str, Tensor]:
+        """The auxiliary losses by name, summed over layers."""
+        total: dict[str, Tensor] = {}
+        for layer in self.layers:
+            for name, loss in layer.aux.items():
+                total[name] = total[name] + loss if name in total else loss
+        return total
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,11 @@ class RunShape:
 
 
 class MoEModelConfig(Settings):
-    """The fields that every model has."""
+    """The fields that every model has. ``num_tasks``: how many losses it is trained by."""
 
-    num_experts: int = Field(16, ge=2, description="experts in all, over all ranks")
+    num_tasks: ClassVar[int] = 2
+
+    num_experts: int = Field(16, ge=2, description="experts of a layer, over all ranks")
     gate: GateConfig = Field(
         default_factory=lambda: CometConfig(), description="the gate; each task has one of its own"
     )
@@ -48,6 +60,11 @@ class MoEModelConfig(Settings):
         description="keep none of the dispatched rows and of the experts' activations for the backward pass: "
         "they are sent and computed again there",
     )
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers of the model."""
+        return 1
 
     def build_layer(self, experts: ExpertBank, num_gates: int, run: RunShape) -> MoE:
         """One gate per task over shared ``experts``, with a slot -> expert table or the search for one."""
@@ -62,14 +79,48 @@ class MoEModelConfig(Settings):
 
 
 class MoEModel(nn.Module):
-    """A model whose experts are in ``moe``."""
-
-    def __init__(self, moe: MoE) -> None:
-        super().__init__()
-        self.moe = moe
+    """A model with one or several MoE layers, which run in the order in which they were registered."""
 
     @property
-    def table(self) -> SlotTable:
-        """The slot -> expert table of the layer."""
-        assert isinstance(self.moe.permutation, SlotTable)
-        return self.moe.permutation
+    def moe_layers(self) -> dict[str, MoE]:
+        """The layers by their names in the model, in order."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, MoE)}
+
+    @property
+    def tables(self) -> dict[str, SlotTable]:
+        """The slot -> expert tables by their layers' names."""
+        return {
+            name: layer.permutation
+            for name, layer in self.moe_layers.items()
+            if isinstance(layer.permutation, SlotTable)
+        }
+
+    @property
+    def learning(self) -> bool:
+        """Whether training still learns a table."""
+        return any(table.learning for table in self.tables.values())
+
+    def end_learning(self) -> None:
+        """Keep the tables as they are from now on."""
+        for table in self.tables.values():
+            table.end_learning()
+
+    def begin_step(self, step: int) -> None:
+        """Tell gates and tables that training step ``step`` (from 0) begins. On every rank."""
+        for layer in self.moe_layers.values():
+            layer.begin_step(step)
+        for table in self.tables.values():
+            table.begin_step()
+
+    def end_step(self, *, skipped: bool) -> None:
+        """Tell the gates that a training step has ended, or was skipped. On every rank."""
+        for layer in self.moe_layers.values():
+            if skipped:
+                layer.drop_step()
+            else:
+                layer.end_step()
+
+    def begin_evaluation(self) -> None:
+        """Tell the tables that an evaluation begins. On every rank."""
+        for table in self.tables.values():
+            table.begin_evaluation()

@@ -49,7 +49,8 @@ class Recommender(MoEModel):
     (B,) stars. Gates that route by identity see the user."""
 
     def __init__(self, num_users: int, num_items: int, embedding_dim: int, moe: MoE, tower_units: int) -> None:
-        super().__init__(moe)
+        super().__init__()
+        self.moe = moe
         self.user_embedding = _embedding(num_users, embedding_dim)
         self.item_embedding = _embedding(num_items, embedding_dim)
         self.towers = nn.ModuleList(_tower(moe.experts.out_dim, tower_units) for _ in TASKS)
@@ -58,7 +59,7 @@ class Recommender(MoEModel):
         x_BD = torch.cat([self.user_embedding(user_B), self.item_embedding(item_B)], dim=1)
         mixed = self.moe(x_BD, user_B)
         predictions = (tower(y_BF).squeeze(1) for tower, y_BF in zip(self.towers, mixed.outputs, strict=True))
-        return ModelOutput(tuple(predictions), mixed)
+        return ModelOutput(tuple(predictions), (mixed,))
 
 
 def _embedding(count: int, dim: int) -> nn.Embedding:

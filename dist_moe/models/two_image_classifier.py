@@ -56,13 +56,14 @@ class TwoImageClassifier(MoEModel):
     """
 
     def __init__(self, moe: MoE, head_units: tuple[int, ...], num_classes: int) -> None:
-        super().__init__(moe)
+        super().__init__()
+        self.moe = moe
         self.heads = nn.ModuleList(_head([moe.experts.out_dim, *head_units, num_classes]) for _ in TASKS)
 
     def forward(self, image_BD: Tensor) -> ModelOutput:
         mixed = self.moe(image_BD, pixel_ids(image_BD))
         logits = tuple(head(output) for head, output in zip(self.heads, mixed.outputs, strict=True))
-        return ModelOutput(logits, mixed)
+        return ModelOutput(logits, (mixed,))
 
 
 def pixel_ids(image_BD: Tensor) -> Tensor:

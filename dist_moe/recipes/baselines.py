@@ -11,7 +11,7 @@ from dist_moe.recipes.metrics import Floats, two_task_figures
 SMOOTHING = 1.0
 
 
-def baseline_figures(data: MovieLens, part: PairTable, weights: tuple[float, float]) -> dict[str, dict[str, float]]:
+def baseline_figures(data: MovieLens, part: PairTable, weights: tuple[float, ...]) -> dict[str, dict[str, float]]:
     """``constant``: the training means for every pair. ``popularity``: the item's training means."""
     predictions = {"constant": _constant(data, part), "popularity": _popularity(data, part)}
     return {

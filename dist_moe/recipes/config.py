@@ -38,7 +38,7 @@ _MODEL_FOR: dict[type[Settings], type[MoEModelConfig]] = {
 
 
 class RunConfig(Settings):
-    """Supervised training of a two-task model on a data set."""
+    """Supervised training of a model on a data set."""
 
     imports: tuple[str, ...] = Field(
         (), description="Python modules to import first, for example one that registers a gate of your own"
@@ -48,10 +48,10 @@ class RunConfig(Settings):
     model: ModelConfig = Field(
         default_factory=lambda: RecommenderConfig(), description="the model; by default the one that fits the data"
     )
-    task_weights: tuple[TaskWeight, TaskWeight] = Field(
+    task_weights: tuple[TaskWeight, ...] = Field(
         (0.5, 0.5),
-        description="weights of the two tasks' losses: cross-entropy of 'watched' and squared error of the rating, "
-        "or cross-entropy of the top left and of the bottom right image",
+        description="one weight per task, all alike if not given. recommender: cross-entropy of 'watched', squared "
+        "error of the rating; two images: cross-entropy of the top left, of the bottom right one",
     )
     swap_search: SwapScheduleConfig | None = Field(
         None,
@@ -83,6 +83,9 @@ class RunConfig(Settings):
         fitting = _MODEL_FOR[type(self.data)].model_fields["name"].default
         if self.model.name != fitting:
             raise UserError(f"model.name={self.model.name} does not fit data.name={self.data.name}; use {fitting}")
+        tasks = self.model.num_tasks
+        if len(self.task_weights) != tasks:
+            raise UserError(f"task_weights={list(self.task_weights)}: model.name={self.model.name} has {tasks} task(s)")
         if not any(self.task_weights):
             raise UserError(f"task_weights={list(self.task_weights)}: one of them must be above 0")
         for fault in self.model.gate.faults(self.model.num_experts):
@@ -174,7 +177,7 @@ def _import_remedy(name: str, error: BaseException) -> str:
 
 
 def _with_names(content: Content) -> Content:
-    """``content`` with data.name and model.name filled in where they are left out."""
+    """``content`` with data.name, model.name and task_weights filled in where they are left out."""
     data, model = ({} if content.get(key) is None else content[key] for key in ("data", "model"))
     name = None
     if isinstance(data, dict):
@@ -183,6 +186,7 @@ def _with_names(content: Content) -> Content:
     fitting = next((model for config, model in _MODEL_FOR.items() if name in _names(config)), RecommenderConfig)
     if isinstance(model, dict):
         model = {"name": fitting.model_fields["name"].default} | model
+    content = {"task_weights": [1 / fitting.num_tasks] * fitting.num_tasks} | content
     return content | {"data": data, "model": model}
 
 

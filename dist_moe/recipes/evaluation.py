@@ -15,48 +15,50 @@ from dist_moe.models import MoEModel
 from dist_moe.parallel import sum_over_ranks
 from dist_moe.recipes.problem import Problem
 
-EVAL_BATCH = 4096
-
 
 @torch.no_grad()
 def evaluate(
-    problem: Problem, model: MoEModel, part: Any, weights: tuple[float, float], groups: ProcessGroups
+    problem: Problem, model: MoEModel, part: Any, weights: tuple[float, ...], groups: ProcessGroups
 ) -> dict[str, Any]:
     """Figures over all of ``part``, the same on every rank. Collective over all ranks.
 
-    Besides the problem's own: ``active_experts``, assignments per token averaged over the gates, and per
-    gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate.
+    Besides the problem's own: ``active_experts``, assignments per token averaged over gates and layers, and for
+    each gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate.
     """
     was_training = model.training
     model.eval()
-    model.table.begin_evaluation()
-    columns, load_GE = _observe(problem, model, part, groups)
+    model.begin_evaluation()
+    columns, load_LGE, tokens = _observe(problem, model, part, groups)
     model.train(was_training)
     figures: dict[str, Any] = dict(problem.figures(columns.cpu().numpy(), part, weights))
-    return figures | expert_figures(load_GE, len(part))
+    return figures | expert_figures(load_LGE, tokens)
 
 
-def _observe(problem: Problem, model: MoEModel, part: Any, groups: ProcessGroups) -> tuple[Tensor, Tensor]:
-    """(C, N) observed columns; (G, E) tokens per gate and expert; over all ranks."""
+def _observe(problem: Problem, model: MoEModel, part: Any, groups: ProcessGroups) -> tuple[Tensor, Tensor, int]:
+    """(C, N) observed columns; (L, G, E) tokens per layer, gate and expert; tokens of a gate; over all ranks."""
     rank, world_size = groups.environment.rank, groups.environment.world_size
-    load_GE = torch.zeros(len(model.moe.gates), model.moe.experts.num_experts, device=groups.device)
+    layers = list(model.moe_layers.values())
+    load_LGE = torch.zeros(len(layers), len(layers[0].gates), layers[0].experts.num_experts, device=groups.device)
+    tokens = torch.zeros((), dtype=torch.int64, device=groups.device)
     columns = []
-    for index_B in shard_batches(part, EVAL_BATCH, rank=rank, world_size=world_size):
+    for index_B in shard_batches(part, problem.eval_batch, rank=rank, world_size=world_size):
         batch = part.batch(index_B, index_B).to(groups.device)
         output = model(*batch.inputs)
         ACTIVITY.beat()
         columns.append(problem.observe(output, batch))
-        load_GE += torch.stack([route.tokens_per_slot for route in output.moe.routes])
+        tokens += output.layers[0].routes[0].num_tokens
+        for load_GE, layer in zip(load_LGE, output.layers, strict=True):
+            load_GE += torch.stack([route.tokens_per_slot for route in layer.routes])
     width = -(-len(part) // world_size)
     gathered = gather_columns(torch.cat(columns, dim=1), width)
-    return gathered[:, : len(part)], sum_over_ranks(load_GE)
+    return gathered[:, : len(part)], sum_over_ranks(load_LGE), int(sum_over_ranks(tokens))
 
 
-def expert_figures(load_GE: Tensor, tokens: int) -> dict[str, Any]:
-    """From (G, E) tokens per gate and expert, of ``tokens`` tokens; see :func:`evaluate`."""
-    by_gate = (load_GE.sum(dim=1) / tokens).tolist()
+def expert_figures(load_LGE: Tensor, tokens: int) -> dict[str, Any]:
+    """From (L, G, E) tokens per layer, gate and expert, of ``tokens`` tokens; see :func:`evaluate`."""
+    by_gate = (load_LGE.flatten(0, 1).sum(dim=1) / tokens).tolist()
     return {
         "active_experts": sum(by_gate) / len(by_gate),
         "active_experts_by_gate": by_gate,
-        "dead_experts": int((load_GE.sum(dim=0) == 0).sum()),
+        "dead_experts": int((load_LGE.sum(dim=1) == 0).sum()),
     }

@@ -18,8 +18,10 @@ from dist_moe.engine.deepspeed_checks import optimizer_on_one_number
 from dist_moe.engine.deepspeed_config import zero_stage
 from dist_moe.engine.expert_parallel_engine import is_expert_parameter, mark_experts
 from dist_moe.engine.precision import parameter_dtype
+from dist_moe.errors import UserError
 from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank
 from dist_moe.gates import Gate
+from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import RunConfig
@@ -123,6 +125,14 @@ def plan_memory(config: RunConfig, problem: Problem, ranks: int, memory: int | N
     return MemoryPlan(ranks, size, tokens, stage, buffers, states, loads)
 
 
+def only_layer(model: MoEModel) -> MoE:
+    """The MoE layer of a model that has one. Raises UserError if it has several: no plan is made for these yet."""
+    layers = list(model.moe_layers.values())
+    if len(layers) > 1:
+        raise UserError(f"the model has {len(layers)} MoE layers; 'dist-moe plan' knows models with one")
+    return layers[0]
+
+
 def _states(model: nn.Module, config: RunConfig, stage: int, ranks: int, size: int) -> StatePlan:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [[p for p in trained if is_expert_parameter(p) == expert] for expert in (False, True)]
@@ -194,7 +204,7 @@ def _cases(model: MoEModel, config: RunConfig) -> list[tuple[str, int, bool]]:
     """Name, experts per token, whether all go to one rank."""
     experts = config.model.num_experts
     per_gate = int(getattr(config.model.gate, "k", experts))
-    hard = min(experts, per_gate * len(model.moe.gates))
+    hard = min(experts, per_gate * len(only_layer(model).gates))
     return [
         ("k experts per token, even load", hard, False),
         ("k experts per token, all to one rank", hard, True),
@@ -213,7 +223,7 @@ def _load(
     left: int | None,
     shares: int,
 ) -> LoadPlan:
-    bank = model.moe.experts
+    bank = only_layer(model).experts
     received = min(per_token, bank.num_local_experts) * size if worst else per_token
     dispatch, activations = _bytes_per_token(model, config, per_token, received, size)
     largest = None if left is None else max(0, left // (dispatch + activations)) * shares
@@ -222,11 +232,11 @@ def _load(
 
 def _bytes_per_token(model: MoEModel, config: RunConfig, sent: int, received: int, size: int) -> tuple[int, int]:
     """Of the exchange, there and back; and of everything else, the gradients of the experts' rows included."""
-    bank, width = model.moe.experts, bytes_per_parameter(config)
+    bank, width = only_layer(model).experts, bytes_per_parameter(config)
     rows_in = bank.dim * (sent + (2 * received if size > 1 else 0))
     rows_out = bank.out_dim * (sent + received) if size > 1 else 0
     dispatch = width * (rows_in + rows_out)
-    gates = [gate for gate in model.moe.gates if isinstance(gate, Gate)]
+    gates = [gate for gate in only_layer(model).gates if isinstance(gate, Gate)]
     gating = _FP32 * _GATE_TENSORS * sum(gate.num_branches * gate.num_experts for gate in gates)
     pairs = sent * (4 * _INT64 + _FP32 * len(gates))
     experts = width * received * _elements_per_row(bank)

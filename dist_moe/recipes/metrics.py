@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 
 
 def two_task_figures(
-    probability_N: Floats, rating_N: Floats, target_N: NDArray[Any], weights: tuple[float, float]
+    probability_N: Floats, rating_N: Floats, target_N: NDArray[Any], weights: tuple[float, ...]
 ) -> dict[str, float]:
     """``probability_N``: of "watched"; ``rating_N``: predicted stars; ``target_N``: stars, 0 = not rated.
 
@@ -51,9 +51,7 @@ def _cross_entropy(probability_N: Floats, watched_N: NDArray[np.bool_]) -> Float
     return -np.log(np.maximum(likelihood, np.finfo(np.float64).tiny))
 
 
-def _loss_by_batches(
-    bce_N: Floats, error_N: Floats, watched_N: NDArray[np.bool_], weights: tuple[float, float]
-) -> float:
+def _loss_by_batches(bce_N: Floats, error_N: Floats, watched_N: NDArray[np.bool_], weights: tuple[float, ...]) -> float:
     total = 0.0
     for start in range(0, len(bce_N), PAPER_EVAL_BATCH):
         batch = slice(start, start + PAPER_EVAL_BATCH)

@@ -19,7 +19,7 @@ class WeightedObjective:
     step, and multiplied by ``shares`` because the engine averages over exactly these.
     """
 
-    def __init__(self, problem: Problem, weights: tuple[float, float], shares: int) -> None:
+    def __init__(self, problem: Problem, weights: tuple[float, ...], shares: int) -> None:
         self._problem = problem
         self._weights = weights
         self._shares = shares
@@ -28,20 +28,25 @@ class WeightedObjective:
         output: ModelOutput = model(*batch.inputs)
         by_task = self._problem.task_losses(output, batch)
         task = self._problem.weighted(by_task, self._weights)
-        share = len(batch) / batch.examples_in_step
-        aux = {name: loss * share for name, loss in output.moe.aux.items()}
+        tokens_in_step = batch.tokens_in_step
+        aux = {name: loss * (_tokens(output) / tokens_in_step) for name, loss in output.aux.items()}
         total = torch.stack([task, *aux.values()]).sum()
         losses: dict[str, Tensor] = {"loss": task, "total_loss": total} | by_task | aux
-        return StepLoss(total * self._shares, losses | _expert_counts(output, batch.examples_in_step))
+        return StepLoss(total * self._shares, losses | _expert_counts(output, tokens_in_step))
 
 
-def _expert_counts(output: ModelOutput, examples_in_step: int) -> dict[str, Any]:
-    """``active_experts``: assignments per token and gate. ``load``: (E,) rows per expert."""
-    moe = output.moe
-    assignments = sum(route.num_assignments for route in moe.routes)
-    load_E = moe.pairs.rows_per_expert_E
+def _tokens(output: ModelOutput) -> int:
+    return output.layers[0].routes[0].num_tokens
+
+
+def _expert_counts(output: ModelOutput, tokens_in_step: int) -> dict[str, Any]:
+    """``active_experts``: assignments per token, averaged over gates and layers. ``load``: (L, E) rows."""
+    layers = output.layers
+    routes = [route for layer in layers for route in layer.routes]
+    assignments = sum(route.num_assignments for route in routes)
+    load_LE = torch.stack([layer.pairs.rows_per_expert_E for layer in layers])
     return {
-        "active_experts": load_E.new_tensor(assignments / (len(moe.routes) * examples_in_step), dtype=torch.double),
-        "rows_computed": load_E.new_tensor(moe.rows_computed),
-        "load": load_E,
+        "active_experts": load_LE.new_tensor(assignments / (len(routes) * tokens_in_step), dtype=torch.double),
+        "rows_computed": load_LE.new_tensor(sum(layer.rows_computed for layer in layers)),
+        "load": load_LE,
     }

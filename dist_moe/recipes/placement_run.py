@@ -30,7 +30,7 @@ _PASSES = 2
 
 
 class ExpertMover:
-    """Does what the section ``placement`` asks for; nothing where there is none, or one rank per group.
+    """Does what the section ``placement`` asks for, layer by layer; nothing where there is none, or one rank per group.
 
     The load is that of the recorded steps; a resumed run finds those before it in metrics.jsonl and so
     decides as the run would have that was not interrupted. Co-activations are counted in the step before
@@ -40,16 +40,18 @@ class ExpertMover:
     def __init__(self, plan: TrainingPlan, engine: ExpertParallelEngine, reporter: Reporter, first_step: int) -> None:
         self._engine = engine
         self._reporter = reporter
-        self._layer: MoE = engine.module.moe
+        self._layers: dict[str, MoE] = engine.module.moe_layers
         self._total_steps = plan.schedule.total_steps
-        size = self._layer.world.size
+        size = plan.config.parallel.expert_parallel_size
         self._config = plan.config.placement if size > 1 else None
+        self._together: dict[str, _CoActivations] = {}
         self._is_first = plan.environment.is_first
-        self._loads: deque[list[float]] = deque()
+        self._loads: deque[list[list[float]]] = deque()
         if self._config is None:
             return
         self._ranks_per_node = self._config.ranks_per_node or _ranks_per_machine(size)
-        self._together = _CoActivations(self._layer) if self._ranks_per_node < size else None
+        if self._ranks_per_node < size:
+            self._together = {name: _CoActivations(layer) for name, layer in self._layers.items()}
         self._loads = deque(maxlen=self._config.window)
         if self._is_first and first_step and plan.run.metrics.exists():  # a full disk may have kept it from being made
             with plan.run.metrics.open() as metrics:
@@ -62,43 +64,53 @@ class ExpertMover:
 
     def before_step(self, step: int) -> None:
         """Before a training step, with the number of steps done."""
-        if self._config is not None and self._together is not None and self._config.due(step + 1):
-            self._together.begin()
+        if self._config is not None and self._config.due(step + 1):
+            for counter in self._together.values():
+                counter.begin()
 
     def after_step(self, step: int) -> None:
         """After a training step, with the number of steps done: look at the load and move if that is due and pays."""
         if self._config is None or not self._config.due(step) or step == self._total_steps:
             return
-        together_EE = self._together.end() if self._together is not None else None
-        wanted, look = self._look(step, together_EE) if self._is_first else (self._layer.placement, None)
-        moved = migrate(self._engine, self._layer, agree_on_placement(wanted))
+        for number, name in enumerate(self._layers):
+            self._place(number, name, step)
+
+    def _place(self, number: int, name: str, step: int) -> None:
+        """Look at the load of one layer, and move its experts if that pays."""
+        layer = self._layers[name]
+        together_EE = self._together[name].end() if name in self._together else None
+        wanted, look = self._look(number, layer, step, together_EE) if self._is_first else (layer.placement, None)
+        moved = migrate(self._engine, layer, agree_on_placement(wanted))
         if look is not None:
-            self._reporter.placement(replace(look, moved=len(moved.experts), bytes=moved.bytes), step)
+            look = replace(look, moved=len(moved.experts), bytes=moved.bytes)
+            self._reporter.placement(look, step, name if len(self._layers) > 1 else None)
 
     def _remember(self, records: list[dict[str, Any]]) -> None:
         if self._config is not None:
             self._loads.extend(record["load"] for record in records)
 
-    def _look(self, step: int, together_EE: Tensor | None) -> tuple[Placement, PlacementLook | None]:
+    def _look(
+        self, number: int, layer: MoE, step: int, together_EE: Tensor | None
+    ) -> tuple[Placement, PlacementLook | None]:
         if not self._loads:
-            return self._layer.placement, None
+            return layer.placement, None
         assert self._config is not None
         return propose(
             self._config,
-            list(self._loads),
-            self._layer.placement,
+            [load_LE[number] for load_LE in self._loads],
+            layer.placement,
             None if together_EE is None else together_EE.cpu().numpy(),
             self._ranks_per_node,
-            self._costs(step),
+            self._costs(layer, step),
         )
 
-    def _costs(self, step: int) -> MoveCosts:
-        bank = self._layer.experts
+    def _costs(self, layer: MoE, step: int) -> MoveCosts:
+        bank = layer.experts
         width = _PASSES * (bank.dim + bank.out_dim)
         return MoveCosts(
             row_bytes=width * next(bank.parameters()).element_size(),
-            expert_bytes=state_bytes_per_expert(self._engine, self._layer),
-            groups=self._engine.process_groups.environment.world_size // self._layer.world.size,
+            expert_bytes=state_bytes_per_expert(self._engine, layer),
+            groups=self._engine.process_groups.environment.world_size // layer.world.size,
             steps_left=self._total_steps - step,
         )
 

@@ -23,10 +23,13 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 class Problem(ABC):
-    """A data set of two tasks, its model, its losses and its figures.
+    """A data set of one or several tasks, its model, its losses and its figures.
 
-    ``train``, ``val``, ``test``: tables of examples. ``manifest``: where the data came from.
+    ``train``, ``val``, ``test``: tables of examples. ``manifest``: where the data came from. ``eval_batch``:
+    examples that a rank evaluates at once.
     """
+
+    eval_batch = 4096
 
     train: Examples[Any]
     val: Examples[Any]
@@ -51,13 +54,17 @@ class Problem(ABC):
         """(C, B) fp64 columns from which :meth:`figures` can be computed exactly over a data set."""
 
     @abstractmethod
-    def figures(self, columns: Columns, part: Any, weights: tuple[float, float]) -> Figures:
+    def figures(self, columns: Columns, part: Any, weights: tuple[float, ...]) -> Figures:
         """Figures of (C, N) observed columns of all rows of ``part``; "loss" is the weighted task loss."""
 
-    def baselines(self, part: Any, weights: tuple[float, float]) -> dict[str, Figures]:
+    def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Figures]:
         """Figures of predictors that a model must beat, by name."""
         return {}
 
-    def weighted(self, losses: dict[str, Tensor], weights: tuple[float, float]) -> Tensor:
+    def closing_words(self, model: Any) -> str:
+        """What to print when training has ended, beside the table of figures. Collective over all ranks."""
+        return ""
+
+    def weighted(self, losses: dict[str, Tensor], weights: tuple[float, ...]) -> Tensor:
         """The weighted sum of the tasks' losses."""
         return torch.stack([w * loss for w, loss in zip(weights, losses.values(), strict=True)]).sum()

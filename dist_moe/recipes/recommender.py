@@ -47,9 +47,9 @@ class RecommenderProblem(Problem):
         logit_B, stars_B = output.predictions
         return torch.stack([logit_B.double().sigmoid(), stars_B.double()])
 
-    def figures(self, columns: Columns, part: PairTable, weights: tuple[float, float]) -> Figures:
+    def figures(self, columns: Columns, part: PairTable, weights: tuple[float, ...]) -> Figures:
         probability_N, stars_N = columns
         return two_task_figures(probability_N, stars_N, np.asarray(part.rating_N), weights)
 
-    def baselines(self, part: PairTable, weights: tuple[float, float]) -> dict[str, Figures]:
+    def baselines(self, part: PairTable, weights: tuple[float, ...]) -> dict[str, Figures]:
         return baseline_figures(self._data, part, weights)

@@ -53,15 +53,17 @@ class Reporter:
         self._monitor.report(records)
         before, after = records[0]["step"] - 1, records[-1]["step"]
         if after // PERMUTATION_IMAGE_EVERY > before // PERMUTATION_IMAGE_EVERY:
-            self._monitor.permutation(self._model.table.current_matrix(), after)
+            tables = self._model.tables
+            for layer, table in tables.items():
+                self._monitor.permutation(table.current_matrix(), after, layer if len(tables) > 1 else None)
 
     def swaps(self, found: SwapReport, step: int) -> None:
         if self._monitor is not None:
             self._monitor.swap_search(found, step)
 
-    def placement(self, look: PlacementLook, step: int) -> None:
+    def placement(self, look: PlacementLook, step: int, layer: str | None) -> None:
         if self._monitor is not None:
-            self._monitor.placement(look.figures(), look.sentence(step), step)
+            self._monitor.placement(look.figures(), look.sentence(step), step, layer)
 
     def evaluation(self, part: str, figures: dict[str, Any], step: int) -> None:
         if self._monitor is not None:

@@ -34,7 +34,7 @@ def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[st
     with trained_run(run_dir) as run:
         if environment.is_first:
             found.create()
-        run.model.table.end_learning()
+        run.model.end_learning()
         before = _figures(run)
         swaps = search_swaps(run.problem, run.model, config, run.config.task_weights, environment)
         after = _figures(run)
@@ -60,7 +60,11 @@ def _figures(run: TrainedRun) -> dict[str, Any]:
 
 
 def _write(run: TrainedRun, run_dir: Path, found: RunDirectory, report: dict[str, Any]) -> None:
-    tables = {f"moe.permutation.{name}": buffer for name, buffer in run.model.table.named_buffers()}
+    tables = {
+        f"{layer}.permutation.{name}": buffer
+        for layer, table in run.model.tables.items()
+        for name, buffer in table.named_buffers()
+    }
     copy_with_buffers(run.checkpoint, checkpoints_of(found.root), tables)
     shutil.copy(RunDirectory(run_dir).environment, found.environment)
     write_json(found.root / REPORT, report)

@@ -96,9 +96,10 @@ def _train(
         val = evaluate(plan.problem, model, plan.problem.val, weights, groups)
         test = evaluate(plan.problem, model, plan.problem.test, weights, groups)
         reporter.evaluation("test", test, tested_step)
+        closing_words = plan.problem.closing_words(model)
     if plan.environment.is_first:
         ending = {"tested_step": tested_step, "lost_records": reporter.lost_records}
-        _summarise(plan, {"val": val, "test": test}, course | ending)
+        _summarise(plan, {"val": val, "test": test}, course | ending, closing_words)
     return 0
 
 
@@ -165,17 +166,13 @@ def _loop(
         return float(figures["loss"])
 
     def before_step(step: int) -> None:
-        model.moe.begin_step(step)
-        model.table.begin_step()
+        model.begin_step(step)
         mover.before_step(step)
 
     def after_step(step: int) -> None:
-        if engine.step_was_skipped:
-            model.moe.drop_step()
-        else:
-            model.moe.end_step()
+        model.end_step(skipped=engine.step_was_skipped)
         search = config.swap_search
-        if search is not None and not model.table.learning and search.due(step, plan.feed.steps_per_epoch):
+        if search is not None and not model.learning and search.due(step, plan.feed.steps_per_epoch):
             ACTIVITY.enter("swap search")
             reporter.swaps(search_swaps(problem, model, search, config.task_weights, groups.environment), step)
         mover.after_step(step)
@@ -211,11 +208,15 @@ def _take_best(engine: ExpertParallelEngine, outcome: Outcome, reporter: Reporte
     return step
 
 
-def _summarise(plan: TrainingPlan, figures: dict[str, dict[str, Any]], course: dict[str, Any]) -> None:
+def _summarise(
+    plan: TrainingPlan, figures: dict[str, dict[str, Any]], course: dict[str, Any], closing_words: str
+) -> None:
     problem = plan.problem
     baselines = problem.baselines(problem.test, plan.config.task_weights)
     summary = figures | {"baselines": baselines, "data": problem.manifest} | course
     print(figures_table(figures["test"], predictor_rows(baselines)))
+    if closing_words:
+        print(closing_words)
     try:
         write_json(plan.run.summary, summary)
     except OSError as error:

@@ -37,7 +37,7 @@ def search_swaps(
     problem: Problem,
     model: MoEModel,
     config: SwapSearchConfig,
-    weights: tuple[float, float],
+    weights: tuple[float, ...],
     environment: LaunchEnvironment,
 ) -> SwapReport:
     """Swap experts between slots while that lowers the task loss on the first validation examples.
@@ -60,7 +60,7 @@ def search_swaps(
         inputs = (x.to(precision) if x.is_floating_point() else x for x in batch.inputs)
         return problem.weighted(problem.task_losses(model(*inputs), batch), weights)
 
-    model.table.begin_evaluation()
+    model.begin_evaluation()
     with in_double_precision(model):
         return SwapSearch(model, batches, loss, config).run()
 

@@ -54,7 +54,7 @@ class TwoImagesProblem(Problem):
         right = [(logit_BC.argmax(1) == label_B).double() for logit_BC, label_B in pairs]
         return torch.stack(surprise + right)
 
-    def figures(self, columns: Columns, part: ImagePairs, weights: tuple[float, float]) -> Figures:
+    def figures(self, columns: Columns, part: ImagePairs, weights: tuple[float, ...]) -> Figures:
         means = columns.mean(axis=1)
         ce, accuracy = means[: len(TASKS)], means[len(TASKS) :]
         return (
@@ -63,7 +63,7 @@ class TwoImagesProblem(Problem):
             | {"accuracy": float(accuracy.mean()), "loss": float(np.dot(weights, ce))}
         )
 
-    def baselines(self, part: ImagePairs, weights: tuple[float, float]) -> dict[str, Figures]:
+    def baselines(self, part: ImagePairs, weights: tuple[float, ...]) -> dict[str, Figures]:
         """``constant``: the share of each class among the training labels."""
         columns = []
         for train_N, label_N in zip(self._train_labels_NG.T, part.labels_NG.T, strict=True):

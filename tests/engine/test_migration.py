@@ -215,7 +215,7 @@ def extreme_steps(config: Path, unused: Path) -> list[tuple[list[int], float]]:
             result = loss(engine, plan.problem.train.batch(index_B, examples))
             engine.backward(result.loss)
             engine.step()
-            load_E = groups.world.sum(result.sums["load"])
+            load_E = groups.world.sum(result.sums["load"][0])
             results.append((load_E.nonzero().flatten().tolist(), float(groups.world.sum(result.sums["loss"]))))
         engine.destroy()
     return results

@@ -20,7 +20,6 @@ from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.engine.stall_verdict import Sighting, Verdict, judge
 from dist_moe.engine.watchdog import EXIT_STALLED
 from dist_moe.errors import UserError
-from dist_moe.recipes import evaluation
 from dist_moe.recipes.recommender import RecommenderProblem
 from tests.helpers.commands import run_here
 from tests.helpers.pool import RankPool, on_ranks
@@ -149,11 +148,11 @@ def slow_but_alive(arguments: list[str]) -> int:
         return observe(self, output, batch)
 
     ShuffledFeed.micro_batches, RecommenderProblem.observe = slow_first_step, slow_batch
-    evaluation.EVAL_BATCH, before = 128, evaluation.EVAL_BATCH
+    RecommenderProblem.eval_batch, before = 128, RecommenderProblem.eval_batch
     try:
         return run_here(arguments).code
     finally:
-        evaluation.EVAL_BATCH = before
+        RecommenderProblem.eval_batch = before
         ShuffledFeed.micro_batches, RecommenderProblem.observe = micro_batches, observe
 
 

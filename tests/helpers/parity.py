@@ -158,7 +158,7 @@ def plain_loss(model: Recommender, batch: PairBatch) -> Tensor:
     rated_B = batch.rating_B > 0
     bce = F.binary_cross_entropy_with_logits(logit_B, rated_B.float())
     mse = F.mse_loss(stars_B[rated_B], batch.rating_B[rated_B])
-    return 0.5 * bce + 0.5 * mse + output.moe.aux["entropy"]
+    return 0.5 * bce + 0.5 * mse + output.aux["entropy"]
 
 
 def run_cells(cells: list[Cell]) -> list[Course]:

@@ -61,8 +61,8 @@ def test_output_shapes_and_gradients_for_any_batch(
     model.table.begin_step()
     output = model(torch.randint(20, (batch,)), torch.randint(30, (batch,)))
     assert [prediction.shape for prediction in output.predictions] == [(batch,), (batch,)]
-    assert len(output.moe.outputs) == 2
-    losses = [*(prediction.sum() for prediction in output.predictions), *output.moe.aux.values()]
+    assert len(output.layers[0].outputs) == 2
+    losses = [*(prediction.sum() for prediction in output.predictions), *output.aux.values()]
     torch.stack(losses).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -76,7 +76,7 @@ def test_every_parameter_learns_something() -> None:
     user_B, item_B = (torch.randint(high, (200,), generator=generator) for high in (20, 30))
     output = model(user_B, item_B)
     weight_GB = torch.randn(2, 200, generator=generator)
-    aux = sum(output.moe.aux.values())
+    aux = sum(output.aux.values())
     ((torch.stack(output.predictions) * weight_GB).sum() + aux).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

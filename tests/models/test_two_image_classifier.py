@@ -89,11 +89,11 @@ def test_output_shapes_and_gradients_for_any_batch(
     batch: int, gate: CometConfig | TopKConfig, permutation: PermutationSearchConfig | None
 ) -> None:
     model = build(gate=gate, permutation=permutation)
-    model.table.begin_step()
+    model.tables["moe"].begin_step()
     output = model(torch.rand(batch, SIDE**2))
     assert isinstance(output, ModelOutput)
     assert [tuple(logits.shape) for logits in output.predictions] == [(batch, NUM_CLASSES)] * 2
-    losses = [*(logits.sum() for logits in output.predictions), *output.moe.aux.values()]
+    losses = [*(logits.sum() for logits in output.predictions), *output.aux.values()]
     torch.stack(losses).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -103,9 +103,9 @@ def test_output_shapes_and_gradients_for_any_batch(
 def test_every_parameter_learns_something() -> None:
     config = TwoImageClassifierConfig(num_experts=3, permutation=PermutationSearchConfig(epochs=1))
     model = build_config(config, 20, 10)
-    model.table.begin_step()
+    model.tables["moe"].begin_step()
     output = model(2 * torch.rand(64, 400))
-    (loss_of(output, torch.randn(2, 64, 10)) + sum(output.moe.aux.values())).backward()
+    (loss_of(output, torch.randn(2, 64, 10)) + sum(output.aux.values())).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         rows = parameter.grad if name.startswith("moe.experts") else [parameter.grad]
@@ -143,7 +143,7 @@ def test_values_and_gradients_equal_the_naive_model() -> None:
     image_BD = torch.rand(4, SIDE**2, dtype=torch.float64)
     output = model(image_BD)
     expected = naive_model(model, image_BD)
-    assert 0 < output.moe.rows_computed < 4 * 6  # some pairs are skipped
+    assert 0 < output.layers[0].rows_computed < 4 * 6  # some pairs are skipped
     for actual, logits in zip(output.predictions, expected, strict=True):
         assert_same(actual, logits)
     weight_GBC = torch.randn(2, 4, NUM_CLASSES, dtype=torch.float64)

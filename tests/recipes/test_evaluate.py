@@ -84,7 +84,7 @@ def figures_by_hand(run: Path) -> dict[str, float | list[float]]:
     with process_groups(plan.environment, plan.config.parallel) as groups:
         model = build_model(plan.config, plan.problem, groups.world).eval()
         load_model(model, newest_checkpoint(run))
-        model.table.begin_evaluation()
+        model.begin_evaluation()
         test = plan.problem.test
         probabilities, squares, entropies = [], [], []
         experts = torch.zeros(model.moe.experts.num_experts)
@@ -100,7 +100,7 @@ def figures_by_hand(run: Path) -> dict[str, float | list[float]]:
             entropies.append(-np.log(probability if watched else 1 - probability))
             if watched:
                 squares.append(float(stars_B - pair.rating_B) ** 2)
-            for gate, route in enumerate(output.moe.routes):
+            for gate, route in enumerate(output.layers[0].routes):
                 active[gate] += route.num_assignments
                 experts[route.slot_N] += 1
     watched_N = np.asarray(test.rating_N) > 0

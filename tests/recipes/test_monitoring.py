@@ -76,7 +76,7 @@ def test_one_record_per_step(records: list[dict[str, Any]]) -> None:
     for record in records:
         numbers = [value for name, value in record.items() if name != "load"]
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
-        assert len(record["load"]) == EXPERTS
+        assert np.shape(record["load"]) == (1, EXPERTS)
         weighted = WEIGHTS[0] * record["bce"] + WEIGHTS[1] * record["mse"]
         assert record["loss"] == pytest.approx(weighted, rel=1e-6)
         auxiliary = record["entropy"] + record["permutation"]
@@ -87,7 +87,7 @@ def test_one_record_per_step(records: list[dict[str, Any]]) -> None:
 def test_rows_and_bytes_are_consistent(records: list[dict[str, Any]]) -> None:
     for record in records:
         rows = record["rows_computed"]
-        assert sum(record["load"]) == rows
+        assert sum(record["load"][0]) == rows
         assignments = record["active_experts"] * 2 * BATCH
         assert assignments / 2 <= rows + 1e-6 <= min(assignments, BATCH * EXPERTS) + 2e-6
         there_and_back, forward_and_backward = 2, 2
@@ -112,7 +112,7 @@ def first_batch(config: Path, run: Path) -> dict[str, Any]:
     with process_groups(plan.environment, plan.config.parallel) as groups:
         model = build_model(plan.config, plan.problem, groups.world)
         (batch,) = plan.feed.micro_batches(0)
-        model.table.begin_step()
+        model.tables["moe"].begin_step()
         with torch.no_grad():
             output = model(batch.user_B, batch.item_B)
             assert isinstance(model, Recommender)
@@ -123,14 +123,14 @@ def first_batch(config: Path, run: Path) -> dict[str, Any]:
             bce.append(-math.log(probability if target > 0 else 1 - probability))
             if target > 0:
                 squares.append((float(stars) - float(target)) ** 2)
-        return {"bce": np.mean(bce), "mse": np.mean(squares), "load": pairs.sum(0).tolist()}
+        return {"bce": np.mean(bce), "mse": np.mean(squares), "load": [pairs.sum(0).tolist()]}
 
 
 def naive_pairs(model: Recommender, batch: PairBatch) -> Tensor:
     """(B, E): whether a gate, mixed by the permutation of the first step, has weight for the expert."""
     x_BD = torch.cat([model.user_embedding(batch.user_B), model.item_embedding(batch.item_B)], dim=1)
-    assert isinstance(model.table, PermutationSearch)
-    soft = model.table.soft_matrix()[0, 0]
+    assert isinstance(model.tables["moe"], PermutationSearch)
+    soft = model.tables["moe"].soft_matrix()[0, 0]
     weights = [gate(x_BD).dense() @ soft for gate in model.moe.gates]
     return (weights[0] > 0) | (weights[1] > 0)
 
@@ -196,12 +196,12 @@ def test_tensorboard_shows_evaluations(board: EventAccumulator, run: Path) -> No
 def test_tensorboard_shows_the_load(board: EventAccumulator, records: list[dict[str, Any]]) -> None:
     (histogram,) = board.Histograms("experts/load")
     assert histogram.step == STEPS
-    assert histogram.histogram_value.num == sum(records[-1]["load"])
+    assert histogram.histogram_value.num == sum(records[-1]["load"][0])
     image = last_image(board, "experts/load_over_time")
     assert image.shape[0] % EXPERTS == 0
     assert 0 <= image.min() < image.max() <= 255
     darkness_E = 255.0 - image[:: image.shape[0] // EXPERTS, -1]
-    load_E = np.asarray(records[-1]["load"])
+    load_E = np.asarray(records[-1]["load"][0])
     assert darkness_E.argmax() == load_E.argmax()
     np.testing.assert_array_equal(darkness_E == 0, load_E == 0)
 

@@ -111,7 +111,7 @@ def test_what_a_look_shows(runs: Path, world: int, ep: int) -> None:
     assert steps_of(board, "placement/bytes") == [EVERY, 2 * EVERY]
     placements = [Placement.identity(EXPERTS, ep), placement_of(run, SAVED), placement_of(run, STEPS)]
     for look, recorded in enumerate((COLLECTED, 2 * COLLECTED)):
-        load_E = np.sum([record["load"] for record in records[:recorded]], axis=0)
+        load_E = np.sum([record["load"][0] for record in records[:recorded]], axis=0)
         before, after = (rank_imbalance(load_E, placement) for placement in placements[look : look + 2])
         assert shown["imbalance_before"][look] == pytest.approx(before)
         assert shown["imbalance_after"][look] == pytest.approx(after)

@@ -134,7 +134,7 @@ def test_no_swaps_are_searched_while_a_permutation_is_learnt(
     searched: list[SlotTable] = []
 
     def spy(problem: Problem, model: MoEModel, *arguments: Any) -> SwapReport:
-        searched.append(model.table)
+        searched.append(model.tables["moe"])
         return search_swaps(problem, model, *arguments)
 
     monkeypatch.setattr(training, "search_swaps", spy)

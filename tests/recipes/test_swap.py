@@ -29,7 +29,7 @@ def problem(config: RunConfig) -> Problem:
 
 def scrambled(config: RunConfig, problem: Problem) -> MoEModel:
     model = build_model(config, problem, SingleWorld())
-    model.table.table.copy_(torch.randperm(8, generator=torch.Generator().manual_seed(0)))
+    model.tables["moe"].table.copy_(torch.randperm(8, generator=torch.Generator().manual_seed(0)))
     return model
 
 

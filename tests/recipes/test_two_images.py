@@ -103,7 +103,7 @@ def by_hand(run: Path) -> tuple[Figures, Figures]:
         model = build_model(plan.config, plan.problem, groups.world).eval()
         assert isinstance(model, TwoImageClassifier)
         load_model(model, newest_checkpoint(run))
-        model.table.begin_evaluation()
+        model.begin_evaluation()
         rows = [model_row(model, plan.problem.test, i) for i in range(len(plan.problem.test))]
         constant = [constant_row(plan.problem.train, plan.problem.test, i) for i in range(len(plan.problem.test))]
     return figures_of(rows), figures_of(constant)
@@ -158,8 +158,8 @@ def test_hash_routing_knows_images_by_their_pixels(config: Path, tmp_path: Path)
     one, two = (records_of(tmp_path / str(world)) for world in (1, 2))
     torch.testing.assert_close(losses_of(tmp_path / "1"), losses_of(tmp_path / "2"), rtol=0, atol=1e-5)
     assert [record["load"] for record in one] == [record["load"] for record in two]
-    assert all(record["active_experts"] == 1 and sum(record["load"]) == BATCH for record in one)
-    assert sum(load > 0 for load in one[0]["load"]) > 1
+    assert all(record["active_experts"] == 1 and sum(record["load"][0]) == BATCH for record in one)
+    assert sum(load > 0 for load in one[0]["load"][0]) > 1
 
 
 def test_the_ids_of_images_are_counted(config: Path) -> None:

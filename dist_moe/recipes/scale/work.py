@@ -11,6 +11,7 @@ from dist_moe.experts import ConvBank, ExpertBank
 from dist_moe.gates import Gate
 from dist_moe.models import MoEModel
 from dist_moe.recipes.config import RunConfig
+from dist_moe.recipes.memory_plan import only_layer
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ def work_of_layer(bank: ExpertBank, gates: list[Gate], k: float) -> Work:
 
 def work_of_model(model: MoEModel, config: RunConfig, states: int, value_bytes: int) -> Work:
     """Of a whole training step of ``config``; ``model`` may be without storage. ``states``: of the optimizer."""
-    gates = [gate for gate in model.moe.gates if isinstance(gate, Gate)]
+    gates = [gate for gate in only_layer(model).gates if isinstance(gate, Gate)]
     k = float(getattr(config.model.gate, "k", config.model.num_experts))
-    layer = work_of_layer(model.moe.experts, gates, k)
-    experts = {id(parameter) for parameter in model.moe.experts.parameters()}
+    layer = work_of_layer(only_layer(model).experts, gates, k)
+    experts = {id(parameter) for parameter in only_layer(model).experts.parameters()}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     outputs = sum(linear.out_features for linear in linears)
     return replace(

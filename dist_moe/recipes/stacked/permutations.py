@@ -12,7 +12,10 @@ from dist_moe.search import PermutationSearch, SlotTable
 from dist_moe.search.agreement import round_to_tables
 from dist_moe.search.sinkhorn import permutation_entropy, sinkhorn_each
 
-_PREFIX = "moe.permutation."
+LAYER = "moe"
+"""The name of the layer in models that have one."""
+
+_PREFIX = f"{LAYER}.permutation."
 
 
 class StackedPermutations:

@@ -32,7 +32,7 @@ from dist_moe.recipes.evaluation import expert_figures
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.stacked.parameters import AdamSettings, StackedParameters
-from dist_moe.recipes.stacked.permutations import StackedPermutations
+from dist_moe.recipes.stacked.permutations import LAYER, StackedPermutations
 from dist_moe.recipes.swap import search_swaps
 
 VARYING = (
@@ -68,6 +68,8 @@ def stack_key(config: RunConfig) -> str:
 def stack_fault(config: RunConfig) -> str | None:
     """Why this configuration cannot be trained in a stack; None if it can."""
     section, gate = config.deepspeed, config.model.gate
+    if config.model.num_moe_layers > 1:
+        return f"model.name={config.model.name}: only models with one MoE layer can be stacked"
     if gate.name not in _STACKABLE_GATES:
         return f"model.gate.name={gate.name}: only {', '.join(_STACKABLE_GATES)} can be stacked"
     if getattr(gate, "bias_update_rate", 0):
@@ -104,8 +106,9 @@ class _StackedTraining:
         self._feed = ShuffledFeed(problem.train, self._train.batch_size, configs[0].seed, device=environment.device)
         models = [build_model(config, problem, SingleWorld()) for config in configs]
         self._model = models[0].to(environment.device)
+        self._layer = self._model.moe_layers[LAYER]
         self._stack = StackedParameters(models, environment.device)
-        self._permutations = StackedPermutations([model.table for model in models], self._stack)
+        self._permutations = StackedPermutations([model.tables[LAYER] for model in models], self._stack)
         self._trials = list(range(len(configs)))
         self._progress = [EarlyStopping(self._train.patience) for _ in configs]
         self._kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
@@ -139,7 +142,7 @@ class _StackedTraining:
 
         def loss(output: ModelOutput, _: Tensor) -> Tensor:
             task = self._problem.weighted(self._problem.task_losses(output, batch), self._weights)
-            return torch.stack([task, *output.moe.aux.values()]).sum()
+            return torch.stack([task, *output.aux.values()]).sum()
 
         losses = self._over_trials(loss, matrices, batch).sum()
         (losses if penalties is None else losses + penalties.sum()).backward()
@@ -148,7 +151,7 @@ class _StackedTraining:
 
     def _over_trials(self, function: Callable[[ModelOutput, Tensor], Any], matrices: list[Tensor], batch: Any) -> Any:
         """``function(output, weight_GTE)`` of every trial's model on ``batch``, vectorised over trials."""
-        moe = self._model.moe
+        moe = self._layer
         numbers = {name: self._gate_numbers(name) for name in _GATE_NUMBERS if hasattr(moe.gates[0], name)}
 
         def one_trial(
@@ -209,7 +212,7 @@ class _StackedTraining:
         found = []
         for trial_columns, load_GE in zip(of_trials, load, strict=True):
             figures = self._problem.figures(trial_columns, part, self._weights)
-            experts = expert_figures(load_GE, len(part))
+            experts = expert_figures(load_GE.unsqueeze(0), len(part))
             found.append(figures | {name: float(x) for name, x in experts.items() if not isinstance(x, list)})
         return found
 
@@ -230,9 +233,9 @@ class _StackedTraining:
                 continue
             self._stack.write(self._model, place)
             gate = self._configs[trial].model.gate
-            _set_on_gates(self._model.moe.gates, {n: getattr(gate, n) for n in _GATE_NUMBERS if hasattr(gate, n)})
+            _set_on_gates(self._layer.gates, {n: getattr(gate, n) for n in _GATE_NUMBERS if hasattr(gate, n)})
             search_swaps(self._problem, self._model, search, self._weights, self._environment)
-            self._stack.buffers["moe.permutation.table"][place] = self._model.table.table
+            self._stack.buffers[f"{LAYER}.permutation.table"][place] = self._model.tables[LAYER].table
 
     def _say(self, step: int, losses: list[float], staying: int) -> None:
         epoch = step / self._feed.steps_per_epoch
