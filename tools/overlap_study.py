@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +32,8 @@ from dist_moe.gates import TopK
 from dist_moe.layer import MoE
 from dist_moe.parallel import FlatExchange, OverlappedExchange, World, experts_of_rank
 from dist_moe.parallel.world import ExchangingWorld
-from tools.namespaces import INTERFACE, Node, cluster
+from tools.namespaces import cluster
+from tools.ranks import run_ranks
 
 RANKS, EXPERTS, K = 2, 16, 2
 CHUNKS = (1, 2, 4, 8)
@@ -101,45 +101,17 @@ def _row(rate: str, measured: dict[str, list[float]]) -> str:
 
 
 def measured_over(rate: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """What :func:`measure` gives on ranks behind such cables."""
+    """What :func:`measure` gives on ranks behind such cables; without a cable, on one machine."""
     with tempfile.TemporaryDirectory() as directory:
         measured = Path(directory) / "measured.json"
+        words = [sys.executable, *sys.argv, "--measured", str(measured)]
         if rate == "none":
-            _run_ranks([None] * RANKS, measured)
+            run_ranks(words, [None], RANKS, port=PORT, patience_s=PATIENCE_S)
         else:
             with cluster(RANKS, rate) as nodes:
-                _run_ranks(list(nodes), measured)
+                run_ranks(words, nodes, 1, port=PORT, patience_s=PATIENCE_S)
         seconds: dict[str, list[float]] = json.loads(measured.read_text())
     return seconds
-
-
-def _run_ranks(nodes: list[Node | None], measured: Path) -> None:
-    ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank, node in enumerate(nodes):
-            environment = {
-                "RANK": rank,
-                "LOCAL_RANK": 0 if node else rank,
-                "WORLD_SIZE": RANKS,
-                "LOCAL_WORLD_SIZE": 1 if node else RANKS,
-                "MASTER_ADDR": nodes[0].address if nodes[0] else "127.0.0.1",
-                "MASTER_PORT": PORT,
-                "OMP_NUM_THREADS": 1,
-            } | ({"GLOO_SOCKET_IFNAME": INTERFACE} if node else {})
-            words = [sys.executable, *sys.argv, "--measured", str(measured)]
-            here = os.environ | {name: str(value) for name, value in environment.items()}
-            ranks.append(subprocess.Popen(node.command(*words) if node else words, env=here))
-        deadline = time.monotonic() + PATIENCE_S
-        while any(process.poll() is None for process in ranks):
-            if any(process.poll() for process in ranks) or time.monotonic() > deadline:
-                raise SystemExit("a rank failed or did not end")
-            time.sleep(0.1)
-        if any(process.returncode for process in ranks):
-            raise SystemExit("a rank failed")
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:

@@ -2,7 +2,7 @@
 
     python tools/two_level_study.py --report results/two_level.md        # as root, on Linux with iproute2
 
-Two network namespaces play two nodes of two ranks each, joined by a veth pair that tbf limits to 1 Gbit/s.
+Two network namespaces play two nodes of two ranks each, whose cables to a switch tbf limits to 1 Gbit/s.
 For k = 2, 4 and 8 experts per token each exchange runs forward and backward of one MoE layer, alternately, on
 the same tokens; results and gradients must agree. Namespaces are removed at the end, however it comes.
 """
@@ -13,12 +13,9 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from dist_moe.engine.collectives import gather_objects, wait_for_all
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.process_groups import ParallelConfig, process_groups
@@ -34,12 +33,13 @@ from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
 from dist_moe.parallel import FlatExchange, World, experts_of_rank, two_level_exchange
+from tools.namespaces import cluster
+from tools.ranks import run_ranks
 
 NODES, RANKS_PER_NODE, EXPERTS = 2, 2, 16
 TOP_K = (2, 4, 8)
 EXCHANGES = ("flat", "two_level")
 RATE = "1gbit"
-ADDRESS = "10.77.0.{}"
 PORT = 29577
 LARGEST_DIFFERENCE = 1e-5
 PATIENCE_S = 1800
@@ -60,9 +60,11 @@ def main() -> None:
             options.measured.write_text(json.dumps(measured))
         return
     signal.signal(signal.SIGTERM, _leave)
-    with tempfile.TemporaryDirectory() as directory, namespaces() as names:
-        measured_by_all(names, Path(directory) / "measured.json")
-        measured = json.loads((Path(directory) / "measured.json").read_text())
+    with tempfile.TemporaryDirectory() as directory, cluster(NODES, RATE) as nodes:
+        path = Path(directory) / "measured.json"
+        words = [sys.executable, *sys.argv, "--measured", str(path)]
+        run_ranks(words, nodes, RANKS_PER_NODE, port=PORT, patience_s=PATIENCE_S)
+        measured = json.loads(path.read_text())
     options.report.parent.mkdir(exist_ok=True)
     options.report.write_text(page(measured, options))
     print(options.report.read_text())
@@ -70,66 +72,6 @@ def main() -> None:
 
 def _leave(number: int, _: FrameType | None) -> None:
     sys.exit(128 + number)
-
-
-@contextmanager
-def namespaces() -> Iterator[list[str]]:
-    """Two namespaces whose ``eth0`` are the ends of one link of limited rate."""
-    names = [f"two-level-{os.getpid()}-{node}" for node in range(NODES)]
-    with ExitStack() as stack:
-        for name in names:
-            ip("netns", "add", name)
-            stack.callback(ip, "netns", "del", name)
-        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        for node, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"{ADDRESS.format(node + 1)}/24", "dev", "eth0")
-            for device in ("lo", "eth0"):
-                ip("-n", name, "link", "set", device, "up")
-            limit = ["root", "tbf", "rate", RATE, "burst", "256kb", "latency", "200ms"]
-            subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", "eth0", *limit], check=True)
-        yield names
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-def measured_by_all(names: list[str], measured: Path) -> None:
-    """Run this script on every rank until all have ended well; whoever is left is ended."""
-    ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(NODES * RANKS_PER_NODE):
-            node, local_rank = divmod(rank, RANKS_PER_NODE)
-            environment = {
-                "RANK": rank,
-                "LOCAL_RANK": local_rank,
-                "GROUP_RANK": node,
-                "WORLD_SIZE": NODES * RANKS_PER_NODE,
-                "LOCAL_WORLD_SIZE": RANKS_PER_NODE,
-                "MASTER_ADDR": ADDRESS.format(1),
-                "MASTER_PORT": PORT,
-                "GLOO_SOCKET_IFNAME": "eth0",
-                "OMP_NUM_THREADS": 1,
-            }
-            command = ["ip", "netns", "exec", names[node], sys.executable, *sys.argv, "--measured", str(measured)]
-            here = os.environ | {name: str(value) for name, value in environment.items()}
-            ranks.append(subprocess.Popen(command, env=here, stdout=subprocess.DEVNULL))
-        wait(ranks)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-
-
-def wait(ranks: list[subprocess.Popen[bytes]]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while any(process.poll() is None for process in ranks):
-        failed = [rank for rank, process in enumerate(ranks) if process.poll()]
-        if failed or time.monotonic() > end:
-            raise SystemExit(f"ranks {failed} failed" if failed else f"no end after {PATIENCE_S} s")
-        time.sleep(0.2)
-    if any(process.returncode for process in ranks):
-        raise SystemExit("a rank failed")
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:

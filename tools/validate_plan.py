@@ -16,11 +16,11 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -47,6 +47,7 @@ from dist_moe.recipes.scale.measure import measure_machine, processors_here
 from dist_moe.recipes.scale.step_time import ExchangeName, Prediction, predict
 from dist_moe.recipes.scale.work import work_of_layer, work_of_model
 from tools.namespaces import cluster, why_not
+from tools.ranks import run_ranks
 
 PORT = 29587
 PATIENCE_S = 600
@@ -116,62 +117,12 @@ def parse() -> argparse.Namespace:
 def run_place(number: int, measured: Path) -> list[dict[str, Any]]:
     """This script on every rank of a layout, until all have ended well."""
     place = PLACES[number]
-    if place.rate is None:
-        start_ranks(number, measured, ["127.0.0.1"], [[] for _ in range(place.nodes)])
-    else:
-        with cluster(place.nodes, place.rate) as nodes:
-            start_ranks(number, measured, [n.address for n in nodes], [n.command() for n in nodes], "eth0")
+    arguments = [*sys.argv[1:], "--place", str(number), "--measured", str(measured)]
+    words = [sys.executable, "-m", "tools.validate_plan", *arguments]
+    with nullcontext([None] * place.nodes) if place.rate is None else cluster(place.nodes, place.rate) as nodes:
+        run_ranks(words, nodes, place.per_node, port=PORT + number, patience_s=PATIENCE_S)
     content: list[dict[str, Any]] = json.loads(measured.read_text())
     return content
-
-
-def start_ranks(
-    number: int, measured: Path, addresses: list[str], prefixes: list[list[str]], interface: str | None = None
-) -> None:
-    place = PLACES[number]
-    ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(place.nodes * place.per_node):
-            node, local_rank = divmod(rank, place.per_node)
-            environment = {
-                "RANK": rank,
-                "LOCAL_RANK": local_rank,
-                "GROUP_RANK": node,
-                "WORLD_SIZE": place.nodes * place.per_node,
-                "LOCAL_WORLD_SIZE": place.per_node,
-                "MASTER_ADDR": addresses[0],
-                "MASTER_PORT": PORT + number,
-                "OMP_NUM_THREADS": 1,
-            } | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
-            here = os.environ | {name: str(value) for name, value in environment.items()}
-            command = [
-                *prefixes[node],
-                sys.executable,
-                "-m",
-                "tools.validate_plan",
-                *sys.argv[1:],
-                "--place",
-                str(number),
-                "--measured",
-                str(measured),
-            ]
-            ranks.append(subprocess.Popen(command, env=here, stdout=subprocess.DEVNULL))
-        wait(ranks)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-
-
-def wait(ranks: list[subprocess.Popen[bytes]]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while any(process.poll() is None for process in ranks):
-        failed = [rank for rank, process in enumerate(ranks) if process.poll()]
-        if failed or time.monotonic() > end:
-            raise SystemExit(f"ranks {failed} failed" if failed else f"no end after {PATIENCE_S} s")
-        time.sleep(0.1)
-    if any(process.returncode for process in ranks):
-        raise SystemExit("a rank failed")
 
 
 def on_rank(place: Place, options: argparse.Namespace) -> list[dict[str, Any]]:
