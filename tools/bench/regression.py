@@ -17,10 +17,10 @@ from tools.bench.layer import LIMIT, OURS
 from tools.bench.workloads import Workload
 
 COMMITTED = jobs.REPOSITORY / "results" / "bench_ratios.json"
-BESIDE = ("ours, padded (T, K)", "DeepSpeed MoE, dropless", "DeepSpeed AutoEP, loop")
+BESIDE = ("ours, padded (T, K)", "DeepSpeed MoE, dropless")
 """Peers that every installation has."""
 _PLAIN = Workload(1024, 512, 16, 2)
-WORKLOADS = (_PLAIN, Workload(1024, 512, 64, 2, max_violation=1.0), Workload(1024, 512, 16, 2, "bfloat16"))
+WORKLOADS = (_PLAIN, Workload(1024, 512, 64, 2, max_violation=1.0), Workload(256, 256, 8, 2, "bfloat16"))
 EXCHANGE = Workload(1024, 512, 16, 2, ranks=2)
 
 
