@@ -230,10 +230,9 @@ class TrainingLoop:
             ACTIVITY.enter("optimizer")
             engine.step()
             sums.append(result.sums)
-        counts = traffic.counts() | {"stop": stop.signal_number, "writing": int(self._saver.writing)}
+        counts: Sums = traffic.counts() | {"stop": stop.signal_number, "writing": int(self._saver.writing)}
         counts |= {SUMS: clock.stop()}
-        tensors = {name: torch.tensor(count, device=engine.device) for name, count in counts.items()}
-        self._window.add(add_sums(sums) | tensors)
+        self._window.add(add_sums(sums) | counts)
         self._host_records.append(
             {
                 "step": step + 1,

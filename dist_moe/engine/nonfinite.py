@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.collectives import gather_objects
+from dist_moe.engine.step_window import Sums
 from dist_moe.errors import DivergedError
 
-Losses = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
+Losses = Callable[[], tuple[Tensor, Sums]]
 """One micro-batch's forward pass: its loss, and the numbers that are recorded, by name."""
 
 _BEFORE_ALL = -1  # wrong already when the step begins
@@ -80,7 +81,7 @@ def first_fault(model: nn.Module, micro_batches: Sequence[Losses], rank: int) ->
             loss, numbers = compute()
         outputs = [(order, name) for order, (name, finite) in enumerate(ran) if not finite]
         faults += [Fault(order, rank, f"the output of {name}") for order, name in outputs[:1]]
-        losses = [name for name, number in numbers.items() if not _is_finite(number)]
+        losses = [name for name, number in numbers.items() if isinstance(number, Tensor) and not _is_finite(number)]
         if losses and not outputs:
             faults.append(Fault(len(ran), rank, f"the loss {losses[-1]}, though the outputs of all layers are finite"))
         faults += _gradient_fault(model, loss, [name for name, _ in ran], rank)

@@ -9,35 +9,42 @@ from torch import Tensor
 
 from dist_moe.parallel import sum_over_ranks
 
-Sums = dict[str, Tensor]
+Sums = dict[str, Tensor | float | list[float]]
+"""Numbers by name: tensors of any shape, or what the host knows already, of which no tensor is made step by step."""
 
 
 class StepWindow:
     """Collects named numbers step by step; :meth:`reduce` adds them up over ranks.
 
-    Every step must bring the same names and shapes, on every rank.
+    Every step must bring the same names, kinds and shapes, on every rank.
     """
 
     def __init__(self) -> None:
-        self._rows: list[Sums] = []
+        self._tensors: list[dict[str, Tensor]] = []
+        self._on_host: list[dict[str, float | list[float]]] = []
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._tensors)
 
     def add(self, sums: Sums) -> None:
-        self._rows.append({name: value.detach() for name, value in sums.items()})
+        self._tensors.append({name: value.detach() for name, value in sums.items() if isinstance(value, Tensor)})
+        self._on_host.append({name: value for name, value in sums.items() if not isinstance(value, Tensor)})
 
     def reduce(self) -> list[dict[str, Any]]:
         """One dict per collected step, of numbers and nested lists; empties the window.
 
         Collective if there are several ranks.
         """
-        if not self._rows:
+        if not self._tensors:
             return []
-        shapes = {name: value.shape for name, value in self._rows[-1].items()}
-        columns = [torch.stack([row[name] for row in self._rows]).double() for name in shapes]
-        rows = sum_over_ranks(torch.cat([column.view(len(column), -1) for column in columns], dim=1))
-        self._rows = []
+        columns = {name: torch.stack([row[name] for row in self._tensors]) for name in self._tensors[0]}
+        device = next(iter(columns.values())).device if columns else None
+        for name in self._on_host[0]:
+            columns[name] = torch.tensor([row[name] for row in self._on_host], dtype=torch.double, device=device)
+        shapes = {name: column.shape[1:] for name, column in columns.items()}
+        steps = len(self._tensors)
+        rows = sum_over_ranks(torch.cat([column.double().view(steps, -1) for column in columns.values()], dim=1))
+        self._tensors, self._on_host = [], []
         sizes = [shape.numel() for shape in shapes.values()]
         return [
             {
@@ -52,4 +59,10 @@ def add_sums(sums: list[Sums]) -> Sums:
     """Element-wise sum of the numbers of several micro-batches."""
     if len(sums) == 1:
         return sums[0]
-    return {name: torch.stack([one[name] for one in sums]).sum(dim=0) for name in sums[0]}
+    return {name: _total([one[name] for one in sums]) for name in sums[0]}
+
+
+def _total(parts: list[Any]) -> Tensor | float | list[float]:
+    if isinstance(parts[0], Tensor):
+        return torch.stack(parts).sum(dim=0)
+    return [sum(column) for column in zip(*parts, strict=True)] if isinstance(parts[0], list) else sum(parts)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dist_moe.engine.loop import StepLoss
+from dist_moe.engine.step_window import Sums
 from dist_moe.models import ModelOutput
 from dist_moe.recipes.problem import Problem
 
@@ -31,7 +32,7 @@ class WeightedObjective:
         tokens_in_step = batch.tokens_in_step
         aux = {name: loss * (_tokens(output) / tokens_in_step) for name, loss in output.aux.items()}
         total = torch.stack([task, *aux.values()]).sum()
-        losses: dict[str, Tensor] = {"loss": task, "total_loss": total} | by_task | aux
+        losses: Sums = {"loss": task, "total_loss": total} | by_task | aux
         return StepLoss(total * self._shares, losses | _expert_counts(output, tokens_in_step))
 
 
@@ -39,14 +40,13 @@ def _tokens(output: ModelOutput) -> int:
     return output.layers[0].routes[0].num_tokens
 
 
-def _expert_counts(output: ModelOutput, tokens_in_step: int) -> dict[str, Any]:
+def _expert_counts(output: ModelOutput, tokens_in_step: int) -> Sums:
     """``active_experts``: assignments per token, averaged over gates and layers. ``load``: (L, E) rows."""
     layers = output.layers
     routes = [route for layer in layers for route in layer.routes]
     assignments = sum(route.num_assignments for route in routes)
-    load_LE = torch.stack([layer.pairs.rows_per_expert_E for layer in layers])
     return {
-        "active_experts": load_LE.new_tensor(assignments / (len(routes) * tokens_in_step), dtype=torch.double),
-        "rows_computed": load_LE.new_tensor(sum(layer.rows_computed for layer in layers)),
-        "load": load_LE,
+        "active_experts": assignments / (len(routes) * tokens_in_step),
+        "rows_computed": float(sum(layer.rows_computed for layer in layers)),
+        "load": torch.stack([layer.pairs.rows_per_expert_E for layer in layers]),
     }

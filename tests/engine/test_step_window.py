@@ -9,7 +9,7 @@ import torch.distributed as dist
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.loop import seed_step
 from dist_moe.engine.process_groups import ParallelConfig, process_groups
-from dist_moe.engine.step_window import StepWindow, add_sums
+from dist_moe.engine.step_window import StepWindow, Sums, add_sums
 from tests.helpers.pool import on_ranks
 
 
@@ -19,7 +19,8 @@ def windows() -> list[list[dict[str, float | list[float]]]]:
         window = StepWindow()
         reduced = [window.reduce()]
         for step in range(2):
-            window.add({"a": torch.tensor(float(step + rank)), "load": torch.tensor([1, rank])})
+            load = torch.tensor([[1, rank]])
+            window.add({"a": torch.tensor(float(step + rank)), "load": load, "b": step - rank, "c": [1.0, 2.0 * rank]})
         reduced += [window.reduce(), window.reduce()]
         assert dist.get_world_size() > rank
         return reduced
@@ -28,16 +29,21 @@ def windows() -> list[list[dict[str, float | list[float]]]]:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_sums_over_ranks_step_by_step(world_size: int) -> None:
     ranks = sum(range(world_size))
-    steps = [{"a": float(step * world_size + ranks), "load": [float(world_size), float(ranks)]} for step in (0, 1)]
+    size = float(world_size)
+    steps = [
+        {"a": step * size + ranks, "load": [[size, ranks]], "b": step * size - ranks, "c": [size, 2.0 * ranks]}
+        for step in (0, 1)
+    ]
     for reduced in on_ranks(world_size, windows):
         assert reduced == [[], steps, []]
 
 
 def test_add_sums() -> None:
-    one = {"a": torch.tensor(1.0), "load": torch.tensor([1, 2])}
+    one: Sums = {"a": torch.tensor(1.0), "load": torch.tensor([1, 2]), "b": 2.5, "c": [1.0, 2.0]}
     added = add_sums([one, one, one])
     assert added["a"] == 3
-    assert added["load"].tolist() == [3, 6]
+    assert torch.equal(added["load"], torch.tensor([3, 6]))
+    assert (added["b"], added["c"]) == (7.5, [3.0, 6.0])
 
 
 def draws(seed: int, step: int, rank: int) -> tuple[float, ...]:
