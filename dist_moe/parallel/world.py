@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,17 +31,23 @@ class Traffic:
 
     def add(self, x: Tensor, send_rows: list[int], rank: int, node_of_rank: Sequence[int] | None = None) -> None:
         """``send_rows[r]`` rows of ``x`` went from ``rank`` to rank r; without ``node_of_rank``, in one node."""
-        self.add_bytes(x, send_rows, rank, node_of_rank)
-        away, across = _leaving(send_rows, rank, node_of_rank)
+        away, across = self._add_bytes(x, send_rows, rank, node_of_rank)
         self.rows += away
         self.rows_across_nodes += across
 
     def add_bytes(self, x: Tensor, send_rows: list[int], rank: int, node_of_rank: Sequence[int] | None = None) -> None:
         """The same for what is no token row, such as a list of indices and weights: bytes only."""
+        self._add_bytes(x, send_rows, rank, node_of_rank)
+
+    def _add_bytes(
+        self, x: Tensor, send_rows: list[int], rank: int, node_of_rank: Sequence[int] | None
+    ) -> tuple[int, int]:
+        """Rows that left the rank, and those that left its node."""
         away, across = _leaving(send_rows, rank, node_of_rank)
-        row_bytes = x[0:1].numel() * x.element_size()
+        row_bytes = math.prod(x.shape[1:]) * x.element_size()
         self.bytes += away * row_bytes
         self.bytes_across_nodes += across * row_bytes
+        return away, across
 
     def counts(self) -> dict[str, int]:
         """The four numbers under the names by which a run records them."""

@@ -334,8 +334,18 @@ def test_a_job_that_fails_says_why() -> None:
 
 def test_ratios_above_their_spread_are_named() -> None:
     committed = {"a": Ratio(1.0, 0.9, 1.1), "b": Ratio(2.0, 1.5, 2.5)}
-    assert regression.slower({"a": Ratio(1.09, 1, 2), "b": Ratio(0.5, 0.4, 0.6)}, committed) == []
+    assert regression.slower({"a": Ratio(1.09, 1, 2), "b": Ratio(0.5, 0.4, 0.6)}, committed) == {}
     assert len(regression.slower({"a": Ratio(1.2, 1, 2), "b": Ratio(2.0, 1, 2), "c": Ratio(1, 1, 1)}, committed)) == 2
+
+
+@pytest.mark.parametrize(("second", "code"), [(1.0, 0), (1.2, 1)])
+def test_a_check_fails_only_where_a_ratio_is_outside_twice(
+    second: float, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter([{"a": Ratio(1.2, 1, 2), "b": Ratio(1, 1, 1)}, {"a": Ratio(second, 1, 2), "b": Ratio(3, 3, 3)}])
+    monkeypatch.setattr(regression, "read", lambda: dict.fromkeys("ab", Ratio(1.0, 0.9, 1.1)))
+    monkeypatch.setattr(regression, "measure", lambda *_: next(measured))
+    assert bench.check(bench.Options()) == code
 
 
 def test_committed_ratios_read_back(tmp_path: Path) -> None:

@@ -55,15 +55,15 @@ def _between(ours: list[float], base: list[float]) -> Ratio:
     return Ratio.of([mine / other for mine, other in zip(ours, base, strict=True)])
 
 
-def slower(found: dict[str, Ratio], committed: dict[str, Ratio]) -> list[str]:
-    """Sentences on the medians that lie above the committed spread; a figure that is not committed is one too."""
-    sentences = []
+def slower(found: dict[str, Ratio], committed: dict[str, Ratio]) -> dict[str, str]:
+    """By name, a sentence on each median above its committed spread; a figure that is not committed is one too."""
+    sentences = {}
     for name, now in found.items():
         if name not in committed:
-            sentences.append(f"{name}: {now.median:.2f}, of which nothing is committed")
+            sentences[name] = f"{name}: {now.median:.2f}, of which nothing is committed"
         elif now.median > committed[name].high:
             before = committed[name]
-            sentences.append(f"{name}: {now.median:.2f}, committed {before.median:.2f} (up to {before.high:.2f})")
+            sentences[name] = f"{name}: {now.median:.2f}, committed {before.median:.2f} (up to {before.high:.2f})"
     return sentences
 
 
