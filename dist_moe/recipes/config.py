@@ -85,7 +85,9 @@ class RunConfig(Settings):
             raise UserError(f"model.name={self.model.name} does not fit data.name={self.data.name}; use {fitting}")
         tasks = self.model.num_tasks
         if len(self.task_weights) != tasks:
-            raise UserError(f"task_weights={list(self.task_weights)}: model.name={self.model.name} has {tasks} task(s)")
+            raise UserError(
+                f"task_weights={list(self.task_weights)}: model.name={self.model.name} has {tasks} task(s); give {tasks} weights"
+            )
         if not any(self.task_weights):
             raise UserError(f"task_weights={list(self.task_weights)}: one of them must be above 0")
         for fault in self.model.gate.faults(self.model.num_experts):

@@ -37,7 +37,7 @@ from .conftest import Refused
         ("model={name: two_image_classifier}", ["model.name=two_image_classifier", "movielens-1m", "use recommender"]),
         ("task_weights=[-1, 1]", ["task_weights.0=-1", "greater than or equal to 0"]),
         ("task_weights=[1, .nan]", ["task_weights.1=nan"]),
-        ("task_weights=[1]", ["task_weights.1"]),
+        ("task_weights=[1]", ["task_weights=[1.0]", "give 2 weights"]),
         ("watched_weight=0.5", ["watched_weight=0.5", "did you mean task_weights?"]),
         ("swap_search.max_swaps=-1", ["swap_search.max_swaps=-1"]),
         ("train.patience=0", ["train.patience=0", "greater than or equal to 1"]),

@@ -58,7 +58,7 @@ def test_output_shapes_and_gradients_for_any_batch(
     batch: int, gate: CometConfig | TopKConfig, permutation: PermutationSearchConfig | None
 ) -> None:
     model = build(gate=gate, permutation=permutation)
-    model.table.begin_step()
+    model.tables["moe"].begin_step()
     output = model(torch.randint(20, (batch,)), torch.randint(30, (batch,)))
     assert [prediction.shape for prediction in output.predictions] == [(batch,), (batch,)]
     assert len(output.layers[0].outputs) == 2
@@ -71,7 +71,7 @@ def test_output_shapes_and_gradients_for_any_batch(
 
 def test_every_parameter_learns_something() -> None:
     model = build(permutation=PermutationSearchConfig(epochs=1))
-    model.table.begin_step()
+    model.tables["moe"].begin_step()
     generator = torch.Generator().manual_seed(0)
     user_B, item_B = (torch.randint(high, (200,), generator=generator) for high in (20, 30))
     output = model(user_B, item_B)

@@ -30,7 +30,7 @@ def test_the_fields_of_every_kind_of_section_are_there() -> None:
         ("model.gate.max_active", "model.gate.max_active: int >= 1 | null, default null  [comet]"),
         ("model.gate.gamma", "model.gate.gamma: float > 0, default 1.0  [comet]"),
         ("data.negatives", "data.negatives: uniform | per_user, default uniform  [movielens-1m]"),
-        ("task_weights", "task_weights: [float, float], default [0.5, 0.5]"),
+        ("task_weights", "task_weights: [float, ...], default [0.5, 0.5]"),
         ("train.patience", "train.patience: int >= 1 | null, default null"),
     ],
 )

@@ -46,7 +46,7 @@ def test_the_size_of_a_batch_changes_the_last_bits_of_fp64_only(config: RunConfi
     assert len(expected.swaps) > 0
     assert found.swaps == expected.swaps
     assert found.losses == pytest.approx(expected.losses, rel=1e-13)
-    assert torch.equal(often.table.table, once.table.table)
+    assert torch.equal(often.tables["moe"].table, once.tables["moe"].table)
 
 
 def test_weights_are_what_and_where_they_were(config: RunConfig, problem: Problem) -> None:

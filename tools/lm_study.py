@@ -1,0 +1,198 @@
+"""Language models with different gates on equal tokens: bits per byte against the FLOPs that a token really takes.
+
+    python tools/lm_study.py --config configs/lm_small.yaml --report results/lm_small
+
+trains the configuration's model with every gate below and its dense twin of equal active size, each with several seeds, in
+runs of their own, and writes DIR/table.md and DIR/figure.png: mean and standard deviation over seeds of the test figures.
+FLOPs of a forward pass are those of matrix products, by the experts per token that were measured on the test part; of
+training, by those recorded at every step. Runs that are complete are not trained again; the command can be stopped
+and given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dist_moe.engine.run_directory import RunDirectory
+from dist_moe.models.transformer import Transformer
+from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.config import load_config
+from dist_moe.recipes.models import build_model
+from dist_moe.recipes.problems import open_problem
+
+_NO_SEARCH = "model.permutation=null"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "dense twin": ("model.moe_every=0", _NO_SEARCH),
+    "Top-k": ("model.gate={name: top_k, k: 2}", _NO_SEARCH),
+    "Top-k + balance loss": ("model.gate={name: top_k, k: 2, balance_weight: 0.01}", _NO_SEARCH),
+    "Hash": ("model.gate={name: hash, assignment: balanced}", _NO_SEARCH),
+    "COMET": (_NO_SEARCH,),
+    "COMET+": (),
+    "AdaMoE": ("model.gate={name: ada_moe, k: 4, null_slots: 8, balance_weight: 0.01}", _NO_SEARCH),
+    "SMoE-Dropout": ("model.gate={name: smoe_dropout, k_min: 2}", _NO_SEARCH),
+}
+SELF_SLIMMABLE, EVALUATED_AT = "SMoE-Dropout", (1, 2, 4, 8)
+BITS = "bits_per_byte"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run, evaluated once. ``mega_flops``: of a token's forward pass; ``trained``: FLOPs of all training."""
+
+    name: str
+    bits: float
+    experts_per_token: float
+    mega_flops: float
+    trained: float
+    parameters: int
+
+
+def main() -> None:
+    options = parse()
+    runs = [(name, seed) for seed in range(options.seeds) for name in options.variants]
+    with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(lambda run: train(*run, options), runs))
+    rows = [row for run in runs for row in rows_of(*run, options)]
+    options.report.mkdir(parents=True, exist_ok=True)
+    (options.report / "table.md").write_text(page(rows, options))
+    draw(rows, options.report / "figure.png")
+    print((options.report / "table.md").read_text())
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/lm_small.yaml"))
+    parser.add_argument("--report", type=Path, default=Path("results/lm_small"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/lm_study"), help="where the runs are kept")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side, a thread each")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all runs alike")
+    return parser.parse_args()
+
+
+def run_directory(name: str, seed: int, options: argparse.Namespace) -> Path:
+    return options.runs / f"{name.lower().replace(' ', '_')}-seed{seed}"
+
+
+def train(name: str, seed: int, options: argparse.Namespace) -> None:
+    """Train one variant to its end, unless that has been done. Raises SystemExit if it fails."""
+    directory = run_directory(name, seed, options)
+    if RunDirectory(directory).summary.exists():
+        print(f"{directory}: trained already", flush=True)
+        return
+    overrides = [*options.overrides, *VARIANTS[name], f"seed={seed}"]
+    command("train", options.config, *overrides, "--run-dir", directory, "--auto-resume")
+    print(f"{directory}: trained", flush=True)
+
+
+def command(*arguments: object) -> str:
+    """What a dist-moe command prints; one thread. Raises SystemExit with its last words if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "dist_moe", *map(str, arguments)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
+    """The run at the end of its training, and what else its weights are good for."""
+    directory = run_directory(name, seed, options)
+    model, sequence_length = built(directory)
+    records = [json.loads(line) for line in RunDirectory(directory).metrics.read_text().splitlines()]
+    steps = [record for record in records if "validation" not in record]
+    tokens = load_config(RunDirectory(directory).config).train.batch_size * sequence_length
+    trained = sum(tokens * model.size.training_flops_per_token(sequence_length, active(step)) for step in steps)
+
+    def row(label: str, test: dict[str, Any]) -> Row:
+        per_token = active(test)
+        flops = model.size.flops_per_token(sequence_length, per_token)
+        return Row(label, test[BITS], per_token, flops / 1e6, trained, model.size.num_params())
+
+    yield row(name, json.loads(RunDirectory(directory).summary.read_text())["test"])
+    for k in EVALUATED_AT if name == SELF_SLIMMABLE else ():
+        told = json.loads(command("evaluate", directory, f"model.gate.evaluation_k={k}", "--json"))
+        yield row(f"{name}, evaluated at k = {k}", told["test"])
+
+
+def active(figures: dict[str, Any]) -> float:
+    """Experts per token, on average over MoE layers; 0 for a model without any."""
+    return float(figures.get("active_experts") or 0.0)
+
+
+def built(directory: Path) -> tuple[Transformer, int]:
+    """The run's model, without storage, and the length of its sequences."""
+    config = load_config(RunDirectory(directory).config, ["parallel.expert_parallel_size=1"])
+    problem = open_problem(config, progress=False)
+    with torch.device("meta"):
+        model = build_model(config, problem, SingleWorld())
+    assert isinstance(model, Transformer)
+    return model, int(config.data.sequence_length)
+
+
+def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    words = " ".join(["python tools/lm_study.py", "--config", str(options.config), *options.overrides])
+    lines = [
+        "# Language models with different gates on equal tokens",
+        "",
+        f"`{words}`: {options.seeds} seeds each, test part; mean ± standard deviation over seeds. MFLOPs: matrix products of a "
+        "token's forward pass, with the experts per token as measured; of training, relative to the dense twin's. "
+        f"{os.cpu_count()} cores, torch {torch.__version__.split('+')[0]}.",
+        "",
+        "| model | bits per byte | experts per token | MFLOPs per token | FLOPs of training | parameters |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    base = statistics.mean(r.trained for r in rows if r.name == rows[0].name)
+    for name in dict.fromkeys(row.name for row in rows):
+        of_name = [row for row in rows if row.name == name]
+        cells = [
+            spread([r.bits for r in of_name], 4),
+            spread([r.experts_per_token for r in of_name], 2),
+            f"{statistics.mean(r.mega_flops for r in of_name):.2f}",
+            f"{statistics.mean(r.trained for r in of_name) / base:.2f}",
+            f"{of_name[0].parameters:,}",
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "![bits per byte against FLOPs](figure.png)", ""])
+
+
+def spread(numbers: Sequence[float], digits: int) -> str:
+    deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{deviation}"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A mark per model, bars of a standard deviation; the self-slimmable one is a line over its k."""
+    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="MFLOPs of a token's forward pass, as measured", ylabel="bits per byte (test)")
+    for name in dict.fromkeys(row.name for row in rows):
+        of_name = [row for row in rows if row.name == name]
+        bits = [row.bits for row in of_name]
+        deviation = statistics.stdev(bits) if len(bits) > 1 else 0.0
+        flops = statistics.mean(row.mega_flops for row in of_name)
+        axes.errorbar(flops, statistics.mean(bits), yerr=deviation, marker="o", linestyle="none", capsize=3, label=name)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    canvas.print_figure(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
