@@ -2,11 +2,11 @@
 
     python tools/lm_study.py --config configs/lm_small.yaml --report results/lm_small
 
-trains the configuration's model with every gate below and its dense twin of equal active size, each with several seeds, in
-runs of their own, and writes DIR/table.md and DIR/figure.png: mean and standard deviation over seeds of the test figures.
-FLOPs of a forward pass are those of matrix products, by the experts per token that were measured on the test part; of
-training, by those recorded at every step. Runs that are complete are not trained again; the command can be stopped
-and given again.
+trains the configuration's model with every gate below and its dense twin of equal active size, each with several
+seeds, in runs of their own, and writes DIR/table.md and DIR/figure.png: mean and standard deviation over seeds of the
+test figures. FLOPs of a forward pass are those of matrix products, by the experts per token that were measured on the
+test part; of training, by those recorded at every step. Runs that are complete are not trained again; the command can
+be stopped and given again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from dist_moe.models.transformer import Transformer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dist_moe.engine.run_directory import RunDirectory
-from dist_moe.models.transformer import Transformer
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import load_config
 from dist_moe.recipes.models import build_model
@@ -152,8 +152,8 @@ def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
     lines = [
         "# Language models with different gates on equal tokens",
         "",
-        f"`{words}`: {options.seeds} seeds each, test part; mean ± standard deviation over seeds. MFLOPs: matrix products of a "
-        "token's forward pass, with the experts per token as measured; of training, relative to the dense twin's. "
+        f"`{words}`: {options.seeds} seeds each, test part; mean ± standard deviation over seeds. MFLOPs: matrix products "
+        "of a token's forward pass, with the experts per token as measured; of training, relative to the dense twin's. "
         f"{os.cpu_count()} cores, torch {torch.__version__.split('+')[0]}.",
         "",
         "| model | bits per byte | experts per token | MFLOPs per token | FLOPs of training | parameters |",

@@ -86,7 +86,8 @@ class RunConfig(Settings):
         tasks = self.model.num_tasks
         if len(self.task_weights) != tasks:
             raise UserError(
-                f"task_weights={list(self.task_weights)}: model.name={self.model.name} has {tasks} task(s); give {tasks} weights"
+                f"task_weights={list(self.task_weights)}: model.name={self.model.name} has {tasks} task(s); "
+                f"give {tasks} weights"
             )
         if not any(self.task_weights):
             raise UserError(f"task_weights={list(self.task_weights)}: one of them must be above 0")
