@@ -32,7 +32,7 @@ def place_weights(model: nn.Module, weights: Mapping[str, Tensor], fresh: Sequen
         parameter, value = parameters[name], weights[name]
         ids = ids_of.get(id(parameter))
         if ids is not None and len(value) > max(ids):
-            value = value[list(ids)]
+            value = torch.stack([value[expert] for expert in ids])
         if value.shape != parameter.shape:
             faults.append(f"{name} has shape {tuple(weights[name].shape)}, the model's is {tuple(parameter.shape)}")
         values[name] = value

@@ -102,6 +102,11 @@ def name_map(layers: int) -> dict[str, str]:
     }
 
 
+def read_shape(directory: Path) -> BertShape:
+    """The sizes alone, from ``config.json``. Raises UserError for a directory that is no BERT encoder's."""
+    return BertShape.from_hugging_face(_read_config(directory / CONFIG))
+
+
 def read_hugging_face(directory: Path) -> BertCheckpoint:
     """A BERT checkpoint directory, with or without a classifier.
 

@@ -58,20 +58,16 @@ def convert_bert(
 
     ``shape``: of the dense model. ``importance_LH``: see :func:`neuron_importance`; needed by a partition that is not
     random. Layers that stay dense and are to be narrower (``config.hidden``) keep the neurons that a partition
-    prefers. Raises UserError for what does not fit together.
+    prefers. A plan's ``torch.device("meta")`` does not reach in here. Raises UserError for what does not fit together.
     """
     _check(shape, config, conversion)
     weights = {name: tensor.detach() for name, tensor in dense.items() if ".feed_forward." not in name}
     for layer in range(shape.layers):
         prefix = f"encoder.layers.{layer}.feed_forward."
         block = {name.removeprefix(prefix): tensor.detach() for name, tensor in dense.items() if prefix in name}
-        network = _network(block)
-        importance_H = None if importance_LH is None else importance_LH[layer].to(network.up.device)
-        if config.has_experts(layer):
-            made = _experts(network, shape, config, conversion, importance_H, layer)
-            converted = _with_norms(made, block, config)
-        else:
-            converted = _narrower(network, block, config.fitted(shape).hidden, conversion, importance_H, layer)
+        importance_H = None if importance_LH is None else importance_LH[layer]
+        with torch.device("cpu"):
+            converted = _convert_block(block, layer, shape, config, conversion, importance_H)
         weights |= {prefix + name: tensor for name, tensor in converted.items()}
     return weights
 
@@ -83,6 +79,22 @@ def place_converted(model: BertClassifier, weights: Mapping[str, Tensor]) -> Non
     """
     has_classifier = any(name.startswith(CLASSIFIER) for name in weights)
     place_weights(model, weights, ROUTERS if has_classifier else (*ROUTERS, CLASSIFIER))
+
+
+def _convert_block(
+    block: dict[str, Tensor],
+    layer: int,
+    shape: BertShape,
+    config: BertClassifierConfig,
+    conversion: BertConversionConfig,
+    importance_H: Tensor | None,
+) -> dict[str, Tensor]:
+    network = _network(block)
+    if importance_H is not None:
+        importance_H = importance_H.to(network.up.device)
+    if not config.has_experts(layer):
+        return _narrower(network, block, config.fitted(shape).hidden, conversion, importance_H, layer)
+    return _with_norms(_experts(network, shape, config, conversion, importance_H, layer), block, config)
 
 
 def _experts(

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_moe import kernels
 from dist_moe.data.encoder_sources import open_encoder
+from dist_moe.gates import HashRoutingConfig
 from dist_moe.models import BertClassifier, BertClassifierConfig, RunShape
 from dist_moe.models.bert import read_hugging_face
+from dist_moe.models.bert.encoder import DenseFeedForward, ExpertFeedForward
 from dist_moe.models.bert.hugging_face import name_map
 from dist_moe.parallel import SingleWorld
-from tests.helpers.berts import LENGTHS, SHAPE, dense, mask_of, texts, twin_of
+from tests.helpers.berts import LENGTHS, SHAPE, build, dense, mask_of, texts, twin_of
 from tests.helpers.oracle import assert_same
 
 
@@ -82,24 +85,36 @@ def test_no_text_at_all_gives_zero_gradients() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_dropout_acts_in_training_only_and_at_every_place() -> None:
-    model = dense(dropout=0.3).eval()
-    token_BS, length_B = texts()
-    plain = model(token_BS, length_B, hidden_states=True)
-    assert_same(plain.predictions[0], dense()(token_BS, length_B).predictions[0])
-    model.train()
-    torch.manual_seed(3)
-    dropped = model(token_BS, length_B, hidden_states=True)
-    share = (dropped.hidden_states[0][dropped.real_BS] == 0).double().mean()
-    assert 0.2 < share < 0.4
-    for part in (model.encoder.embeddings, *(layer.attention for layer in model.encoder.layers)):
-        part.dropout = 0.0
-    for layer in model.encoder.layers:
-        layer.get_submodule("feed_forward").dropout = 0.0
-    torch.manual_seed(3)
-    pooled_only = model(token_BS, length_B)
-    assert_same(pooled_only.pooled_BD, plain.pooled_BD)
-    assert (pooled_only.predictions[0] - plain.predictions[0]).abs().max() > 1e-3
+def places_of_dropout(model: BertClassifier) -> dict[str, Any]:
+    layer = model.encoder.layers[1]
+    assert isinstance(layer.feed_forward, DenseFeedForward | ExpertFeedForward)
+    places = {"embeddings": model.encoder.embeddings, "attention": layer.attention, "pooled": model}
+    block = layer.feed_forward
+    inside = isinstance(block, ExpertFeedForward) and block.norm is None
+    return places | {"feed_forward": block.moe.experts if inside else block}
+
+
+@pytest.mark.parametrize("options", [{"moe_every": 0}, {"expert_form": "block"}, {"expert_form": "network"}], ids=str)
+def test_dropout_acts_at_every_place_and_in_training_only(options: dict[str, Any]) -> None:
+    plain = build(gate=HashRoutingConfig(), **options)(*texts()).predictions[0]
+    assert_same(build(gate=HashRoutingConfig(), dropout=0.3, **options).eval()(*texts()).predictions[0], plain)
+    dropping = places_of_dropout(build(gate=HashRoutingConfig(), dropout=0.3, **options))
+    assert {place.dropout for place in dropping.values()} == {0.3}
+    for name in dropping:
+        model = build(gate=HashRoutingConfig(), **options)
+        places_of_dropout(model)[name].dropout = 0.3
+        assert (model(*texts()).predictions[0] - plain).abs().max() > 1e-3, name
+
+
+def test_dropout_of_attention_is_on_what_tokens_attend_to_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dense(dropout=0.3)
+    monkeypatch.setattr(kernels, "dropout", lambda x, probability, training: x)
+    assert (model(*texts()).predictions[0] - dense()(*texts()).predictions[0]).abs().max() > 1e-3
+
+
+def test_dropout_of_embeddings_drops_the_share_it_shall() -> None:
+    output = dense(dropout=0.3)(*texts((10,) * 40), hidden_states=True)
+    assert 0.28 < (output.hidden_states[0] == 0).double().mean() < 0.32
 
 
 @pytest.mark.parametrize(("lengths", "named"), [([0, 2], r"\[0\]"), ([3, 9], r"\[9\]"), ([-1, 11], r"\[-1, 11\]")])

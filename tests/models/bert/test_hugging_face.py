@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_moe.data.encoder_sources import open_encoder
 from dist_moe.errors import UserError
 from dist_moe.models import BertClassifier, BertClassifierConfig, BertShape, RunShape
-from dist_moe.models.bert import read_hugging_face, write_hugging_face
+from dist_moe.models.bert import read_hugging_face, read_shape, write_hugging_face
 from dist_moe.models.bert.hugging_face import name_map
 from dist_moe.parallel import SingleWorld
 from tests.helpers.berts import NUM_LABELS, SHAPE, build, dense
@@ -71,7 +71,7 @@ def test_there_and_back_is_equal_to_the_bit(
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (original / name).read_bytes()
     assert all(torch.equal(value, model.get_parameter(name)) for name, value in checkpoint.weights.items())
-    assert checkpoint.shape == SHAPE
+    assert checkpoint.shape == read_shape(original) == SHAPE
     assert checkpoint.left_out == ()
 
 

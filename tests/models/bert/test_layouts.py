@@ -1,4 +1,4 @@
-"""BERT with experts under DeepSpeed: three optimizer steps in any layout lead where plain torch on one process leads."""
+"""BERT with experts under DeepSpeed: three steps in any layout lead where plain torch on one process leads."""
 
 from __future__ import annotations
 

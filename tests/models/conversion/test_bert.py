@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dist_moe.errors import UserError
 from dist_moe.gates import CometConfig, HashRoutingConfig, SMoEDropoutConfig, SoftmaxConfig, TopKConfig
-from dist_moe.models import BertClassifier, BertClassifierConfig
+from dist_moe.models import BertClassifier, BertClassifierConfig, RunShape
 from dist_moe.models.conversion import BertConversionConfig, convert_bert, partition, place_converted, ranked
-from dist_moe.parallel import EmulatedWorld, World
+from dist_moe.parallel import EmulatedWorld, SingleWorld, World
 from tests.helpers.berts import SHAPE, build, dense, texts
 from tests.helpers.oracle import assert_same
 
@@ -92,6 +92,17 @@ def test_all_gates_start_alike_and_keep_their_own_weights() -> None:
         drawn = dict(build(gate=gate).named_parameters())
         assert bool(rest) == (gate.name != "hash")
         assert all(".gates." in name and torch.equal(value, drawn[name]) for name, value in rest.items())
+
+
+def test_a_plan_converts_too_and_holds_nothing() -> None:
+    weights, config, scores = dict(dense().named_parameters()), BertClassifierConfig(), importance()
+    expected = convert_bert(weights, SHAPE, config, BertConversionConfig(), scores)
+    with torch.device("meta"):
+        made = convert_bert(weights, SHAPE, config, BertConversionConfig(), scores)
+        planned = config.build(SHAPE, 3, RunShape(SingleWorld(), 10))
+        place_converted(planned, made)
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
+    assert all(parameter.is_meta for parameter in planned.parameters())
 
 
 def test_every_rank_gets_its_experts() -> None:
