@@ -36,6 +36,7 @@ from tests.helpers.students import (
 
 DHKD = DHKDConfig(weight=3.0, align_gradients=True)
 AGREEING, CONTRADICTING = 4.0, -4.0
+CONTRADICTING_MLP = 8.0
 SGD = {"type": "SGD", "params": {"lr": 1.0}}
 Numbers = dict[str, Tensor]
 
@@ -53,7 +54,7 @@ class Case:
 CASES = [
     *(Case(confidence, stage) for confidence in (AGREEING, CONTRADICTING) for stage in (0, 1, 2)),
     *(Case(CONTRADICTING, stage, accumulation=3) for stage in (0, 2)),
-    Case(CONTRADICTING, 1, auxiliary="mlp"),
+    Case(CONTRADICTING_MLP, 1, auxiliary="mlp"),
 ]
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2)]
 
