@@ -14,12 +14,43 @@ micro-batches add up to the step's, whatever the layout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from dist_moe.recipes.problem import at_least_fp32
+from dist_moe.settings import Settings
+
+
+class HasHiddenStates(Protocol):
+    """What student and teacher give: ``predictions``, (B, C) logits each, C = 1 for a regression; ``hidden_states``,
+    (B, S, D) each; ``real_BS``: bool, where there are tokens."""
+
+    @property
+    def predictions(self) -> tuple[Tensor, ...]: ...
+    @property
+    def hidden_states(self) -> Sequence[Tensor]: ...
+    @property
+    def real_BS(self) -> Tensor: ...
+
+
+class MoEBERTConfig(Settings):
+    """Layer-wise distillation from a model of the same depth and width."""
+
+    weight: float = Field(1.0, ge=0, description="lambda: weight of both terms (COMET-BERT: 1, 2, 3 or 5)")
+
+    def terms(self, student: HasHiddenStates, teacher: HasHiddenStates, batch: Any) -> dict[str, Tensor]:
+        """``hidden`` and ``prediction``, weighted, as :class:`DistillationObjective` wants them.
+
+        Of several predictions, such as the start and the end of a span, the mean counts.
+        """
+        hidden = hidden_mse(student.hidden_states, teacher.hidden_states, batch.tokens_in_step, student.real_BS)
+        pairs = list(zip(student.predictions, teacher.predictions, strict=True))
+        of_each = [_prediction_loss(*pair, batch.examples_in_step) for pair in pairs]
+        return {"hidden": self.weight * hidden, "prediction": self.weight * torch.stack(of_each).mean()}
 
 
 def hidden_mse(
@@ -55,8 +86,13 @@ def symmetric_kl(student: Tensor, teacher: Tensor, examples_in_step: int, real: 
 
 
 def prediction_mse(student: Tensor, teacher: Tensor, examples_in_step: int) -> Tensor:
-    """The squared difference per example, of (B,) predictions of a regression; 0-dim, at least fp32."""
+    """The squared difference per example, of (B,) or (B, 1) predictions of a regression; 0-dim, at least fp32."""
     return F.mse_loss(at_least_fp32(student), at_least_fp32(teacher), reduction="sum") / examples_in_step
+
+
+def _prediction_loss(student_BC: Tensor, teacher_BC: Tensor, examples_in_step: int) -> Tensor:
+    loss = prediction_mse if student_BC.shape[1] == 1 else symmetric_kl
+    return loss(student_BC, teacher_BC, examples_in_step)
 
 
 def _counted(x: Tensor, real: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,19 +23,26 @@ class DistillationObjective:
 
     Takes the place of a :class:`~dist_moe.recipes.objective.WeightedObjective`. ``alignment``: what of the terms'
     gradient contradicts that of all other losses is taken out; the cosine of the two is recorded as ``teacher_cosine``.
+    ``ask``: keyword arguments for both models beside the batch's inputs, such as ``{"hidden_states": True}``.
     """
 
     def __init__(
-        self, objective: WeightedObjective, teacher: Teacher, terms: Terms, alignment: GradientAlignment | None = None
+        self,
+        objective: WeightedObjective,
+        teacher: Teacher,
+        terms: Terms,
+        alignment: GradientAlignment | None = None,
+        ask: Mapping[str, Any] | None = None,
     ) -> None:
         self._objective = objective
         self._teacher = teacher
         self._terms = terms
         self._alignment = alignment
+        self._ask = dict(ask or {})
 
     def __call__(self, model: nn.Module, batch: Any) -> StepLoss:
-        taught = self._teacher(*batch.inputs)  # before the student's pass, whose activations are kept
-        output = model(*batch.inputs)
+        taught = self._teacher(*batch.inputs, **self._ask)  # before the student's pass, whose activations are kept
+        output = model(*batch.inputs, **self._ask)
         plain = self._objective.of_output(output, batch)
         terms = self._terms(output, taught, batch)
         added = torch.stack(list(terms.values())).sum()

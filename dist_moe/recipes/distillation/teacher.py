@@ -12,7 +12,7 @@ from dist_moe.models import MoEModel
 
 
 class Teacher:
-    """``teacher(*inputs)``: what ``model`` makes of them in evaluation mode, without gradients.
+    """``teacher(*inputs, **options)``: what ``model`` makes of them in evaluation mode, without gradients.
 
     Not a module, so that a student which holds one does not take it into its parameters, checkpoints, gradient
     buckets or ``train()``, whatever the engine. ``model`` stays where it is; its parameters are frozen. It draws no
@@ -29,6 +29,6 @@ class Teacher:
             model.begin_evaluation()  # a permutation that was still being learnt counts rounded
 
     @torch.no_grad()
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
         self.model.eval()  # at every call: whoever else holds the model may have called train() on it or on a part
-        return self.model(*inputs)
+        return self.model(*inputs, **options)

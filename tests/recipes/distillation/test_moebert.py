@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.recipes.distillation import hidden_mse, prediction_mse, symmetric_kl
+from dist_moe.recipes.distillation import MoEBERTConfig, hidden_mse, prediction_mse, symmetric_kl
 
 LAYERS, BATCH, LENGTH, WIDTH, CLASSES = 3, 4, 5, 6, 7
 
@@ -117,6 +118,31 @@ def test_check_h4_all_terms_are_zero_where_the_student_is_the_teacher() -> None:
     assert hidden_mse(states, states, int(real_BL.sum()), real_BL).item() == 0
     assert symmetric_kl(states[0], states[0], BATCH).item() == 0
     assert prediction_mse(states[0][:, 0, 0], states[0][:, 0, 0], BATCH).item() == 0
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model gives, or a batch says."""
+
+    predictions: tuple[Tensor, ...]
+    hidden_states: list[Tensor]
+    real_BS: Tensor
+    tokens_in_step: int = 20
+    examples_in_step: int = 8
+
+
+def test_terms_are_weighted_and_divided_by_the_tokens_and_the_examples_of_the_step() -> None:
+    student, teacher = (
+        Output((states[0][:, 0], states[1][:, 0], states[2][:, 0, :1]), states, real_positions())
+        for states in (hidden_states(0), hidden_states(1))
+    )
+    terms = MoEBERTConfig(weight=3.0).terms(student, teacher, student)
+    hidden = hidden_mse(student.hidden_states, teacher.hidden_states, 20, real_positions())
+    assert terms["hidden"].item() == pytest.approx(3 * hidden.item())
+    start, end, score = zip(student.predictions, teacher.predictions, strict=True)
+    of_each = [symmetric_kl(*start, 8), symmetric_kl(*end, 8), prediction_mse(*score, 8)]
+    assert terms["prediction"].item() == pytest.approx(sum(x.item() for x in of_each))
+    assert min(x.item() for x in of_each) > 0
 
 
 def test_losses_of_bf16_are_computed_in_fp32() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,31 @@ def test_the_loss_of_a_step_is_the_sum_and_every_part_is_recorded() -> None:
     torch.testing.assert_close(sums["dhkd"], dhkd)
     torch.testing.assert_close(sums["total_loss"], 2 * sums["ce"] + sums["load_balance"] + dhkd)
     torch.testing.assert_close(result.loss, shares * sums["total_loss"])
+
+
+class Talkative(nn.Module):
+    """Remembers what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Student(SingleWorld())
+        self.asked: list[int] = []
+
+    def forward(self, x_BD: Tensor, times: int) -> Any:
+        self.asked.append(times)
+        return self.inner(x_BD)
+
+
+def test_both_models_are_asked_alike() -> None:
+    student, teacher, batch = Talkative(), Talkative(), step_of_examples(0)
+    plain = WeightedObjective(Labels(), (1.0,), 1)
+
+    def terms(ours: Any, theirs: Any, _: Any) -> dict[str, Tensor]:
+        return {"gap": (ours.predictions[0] - theirs.predictions[0]).square().sum()}
+
+    result = DistillationObjective(plain, Teacher(teacher), terms, ask={"times": 7})(student, batch)
+    assert student.asked == teacher.asked == [7]
+    assert result.sums["gap"].item() == 0
 
 
 def course(
