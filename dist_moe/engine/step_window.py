@@ -42,10 +42,10 @@ class StepWindow:
         for name in self._on_host[0]:
             columns[name] = torch.tensor([row[name] for row in self._on_host], dtype=torch.double, device=device)
         shapes = {name: column.shape[1:] for name, column in columns.items()}
-        steps = len(self._tensors)
-        rows = sum_over_ranks(torch.cat([column.double().view(steps, -1) for column in columns.values()], dim=1))
-        self._tensors, self._on_host = [], []
         sizes = [shape.numel() for shape in shapes.values()]
+        flat = [column.double().view(-1, size) for column, size in zip(columns.values(), sizes, strict=True) if size]
+        rows = sum_over_ranks(torch.cat(flat, dim=1))
+        self._tensors, self._on_host = [], []
         return [
             {
                 name: values.view(shape).tolist()

@@ -17,7 +17,8 @@ class FeedForwardBank(ExpertBank):
     Parameters: ``up`` (E_local, dim, hidden), ``down`` (E_local, hidden, out_dim); ``gate``
     (E_local, dim, hidden) if ``gated``; ``up_bias``, ``down_bias`` (E_local, width) if ``bias``.
     ``activation``: "relu", "gelu" or "silu" (gated with "silu": SwiGLU). ``out_dim``: None is ``dim``.
-    Weights are glorot-uniform, biases zero, drawn per expert from its global id.
+    ``init_stds``: weights are normal with these deviations, of ``up`` and ``gate`` and of ``down``; None: they are
+    glorot-uniform. Biases are zero. All are drawn per expert from its global id.
     Raises ValueError for an activation that is unknown.
     """
 
@@ -32,6 +33,7 @@ class FeedForwardBank(ExpertBank):
         gated: bool = False,
         bias: bool = False,
         out_dim: int | None = None,
+        init_stds: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(dim, out_dim or dim, num_experts, expert_ids)
         if activation not in kernels.ACTIVATIONS:
@@ -39,9 +41,10 @@ class FeedForwardBank(ExpertBank):
         self.hidden = hidden
         self.activation = activation
         generators = self.generators()
-        self.up = _glorot(dim, hidden, generators)
-        self.gate = _glorot(dim, hidden, generators) if gated else None
-        self.down = _glorot(hidden, self.out_dim, generators)
+        in_std, out_std = init_stds or (None, None)
+        self.up = _drawn(dim, hidden, generators, in_std)
+        self.gate = _drawn(dim, hidden, generators, in_std) if gated else None
+        self.down = _drawn(hidden, self.out_dim, generators, out_std)
         self.up_bias, self.down_bias = (
             nn.Parameter(torch.zeros(self.num_local_experts, width)) if bias else None
             for width in (hidden, self.out_dim)
@@ -65,6 +68,12 @@ def _affine(x_ETD: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None) -> Tensor
     return x_ETD @ weight_EDF if bias_EF is None else torch.baddbmm(bias_EF.unsqueeze(1), x_ETD, weight_EDF)
 
 
-def _glorot(dim: int, out_dim: int, generators: list[torch.Generator]) -> nn.Parameter:
-    drawn = [nn.init.xavier_uniform_(torch.empty(dim, out_dim), generator=generator) for generator in generators]
-    return nn.Parameter(torch.stack(drawn))
+def _drawn(dim: int, out_dim: int, generators: list[torch.Generator], std: float | None) -> nn.Parameter:
+    """(E_local, dim, out_dim) from N(0, std), or glorot-uniform where there is no ``std``."""
+    weights = [torch.empty(dim, out_dim) for _ in generators]
+    for weight, generator in zip(weights, generators, strict=True):
+        if std is None:
+            nn.init.xavier_uniform_(weight, generator=generator)
+        else:
+            nn.init.normal_(weight, std=std, generator=generator)
+    return nn.Parameter(torch.stack(weights))

@@ -3,6 +3,7 @@
 from dist_moe.models.bert import BertClassifier, BertClassifierConfig, BertOutput, BertShape
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
 from dist_moe.models.recommender import Recommender, RecommenderConfig
+from dist_moe.models.transformer import Transformer, TransformerConfig
 from dist_moe.models.two_image_classifier import TwoImageClassifier, TwoImageClassifierConfig
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Recommender",
     "RecommenderConfig",
     "RunShape",
+    "Transformer",
+    "TransformerConfig",
     "TwoImageClassifier",
     "TwoImageClassifierConfig",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -66,8 +67,15 @@ class MoEModelConfig(Settings):
         """MoE layers of the model."""
         return 1
 
-    def build_layer(self, experts: ExpertBank, num_gates: int, run: RunShape) -> MoE:
-        """One gate per task over shared ``experts``, with a slot -> expert table or the search for one."""
+    def faults(self) -> Iterator[str]:
+        """What does not fit together, as "field=value: reason"."""
+        return iter(())
+
+    def build_layer(self, experts: ExpertBank, num_gates: int, run: RunShape, shared: nn.Module | None = None) -> MoE:
+        """One gate per task over the same ``experts``, with a slot -> expert table or the search for one.
+
+        ``shared``: what every token goes through beside them.
+        """
         gates = [self.gate.build(experts.dim, self.num_experts, run.gates) for _ in range(num_gates)]
         for gate in gates:
             gate.sum_over_ranks = sum_over_ranks
@@ -75,11 +83,11 @@ class MoEModelConfig(Settings):
             table: SlotTable = self.permutation.build(gates, run.steps_per_epoch)
         else:
             table = SlotTable(self.num_experts, num_gates)
-        return MoE(gates, experts, table, run.world, recompute_experts=self.activation_checkpointing)
+        return MoE(gates, experts, table, run.world, recompute_experts=self.activation_checkpointing, shared=shared)
 
 
 class MoEModel(nn.Module):
-    """A model with one or several MoE layers, which run in the order in which they were registered."""
+    """A model with MoE layers, which run in the order in which they were registered; a dense one has none."""
 
     @property
     def moe_layers(self) -> dict[str, MoE]:

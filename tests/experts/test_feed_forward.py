@@ -38,3 +38,13 @@ def test_a_bank_has_the_parameters_of_its_form_only() -> None:
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"activation must be one of \['gelu', 'relu', 'silu'\], got 'tanh'"):
         FeedForwardBank(6, 5, 8, [0], activation="tanh")
+
+
+def test_normal_weights_have_the_deviations_asked_for() -> None:
+    torch.manual_seed(0)
+    bank = FeedForwardBank(50, 60, 4, range(4), gated=True, activation="silu", init_stds=(0.02, 0.004))
+    deviations = {name: parameter.std().item() for name, parameter in bank.named_parameters()}
+    assert deviations == pytest.approx({"up": 0.02, "gate": 0.02, "down": 0.004}, rel=0.05)
+    torch.manual_seed(0)
+    share = FeedForwardBank(50, 60, 4, [2], gated=True, activation="silu", init_stds=(0.02, 0.004))
+    assert torch.equal(share.down[0], bank.down[2])

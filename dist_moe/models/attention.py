@@ -1,0 +1,45 @@
+"""Causal self-attention in which several query heads share a key and a value head.
+
+Ainslie et al.: GQA: Training Generalized Multi-Query Transformer Models (EMNLP 2023). As many key-value heads as
+heads: multi-head attention; one: multi-query attention.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dist_moe.models.dense import INIT_STD, linear
+from dist_moe.models.rotary import rotate
+
+
+class CausalAttention(nn.Module):
+    """``heads`` heads of width dim / heads; head h uses key-value head h // (heads / kv_heads). No biases.
+
+    Raises ValueError unless ``heads`` divides ``dim`` into an even width and ``kv_heads`` divides ``heads``.
+    """
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, out_std: float = INIT_STD) -> None:
+        super().__init__()
+        if dim % heads or (dim // heads) % 2 or heads % kv_heads:
+            raise ValueError(f"dim={dim}, heads={heads}, kv_heads={kv_heads} do not fit one another")
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = dim // heads
+        self.query = linear(dim, dim)
+        self.key = linear(dim, kv_heads * self.head_dim)
+        self.value = linear(dim, kv_heads * self.head_dim)
+        self.out = linear(dim, dim, out_std)
+
+    def forward(self, x_BSD: Tensor, table_2SP: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D); ``table_2SP``: :func:`~dist_moe.models.rotary.rotary_table` of the S positions."""
+        query = rotate(self._by_head(self.query(x_BSD), self.heads), table_2SP)
+        key = rotate(self._by_head(self.key(x_BSD), self.kv_heads), table_2SP)
+        value = self._by_head(self.value(x_BSD), self.kv_heads)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.kv_heads < self.heads)
+        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result
+
+    def _by_head(self, x_BSQ: Tensor, heads: int) -> Tensor:
+        """(B, S, heads * width) -> (B, heads, S, width)."""
+        return x_BSQ.unflatten(2, (heads, self.head_dim)).transpose(1, 2)
