@@ -15,6 +15,13 @@ def add_to(commands: Commands) -> None:
     evaluate.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="a run, one of its checkpoints, or a file of 'dist-moe export'"
     )
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="model.gate.FIELD=VALUE",
+        help="evaluate with other options of the gate, for example at another number of experts per token: "
+        "model.gate.k=1 (top_k, ada_moe), model.gate.evaluation_k=4 (smoe_dropout)",
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     evaluate.set_defaults(run=_run)
 
@@ -24,7 +31,7 @@ def _run(options: argparse.Namespace) -> int:
     from dist_moe.recipes.report import figures_table, predictor_rows
     from dist_moe.recipes.supervised import evaluate_run
 
-    result = evaluate_run(options.run_dir)
+    result = evaluate_run(options.run_dir, options.overrides)
     if LaunchEnvironment.read().is_first:
         table = figures_table(result["test"], predictor_rows(result["baselines"]))
         print(json.dumps(result, indent=2) if options.json else f"{result['checkpoint']}\n{table}")

@@ -58,7 +58,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
             dont_change_device=False,
         )
         if self.shards_parameters:
-            check_groups(model.parameters(), self._group_of)
+            check_groups(model.parameters(), self.group_of)
             gather_for_backward(model)
             keep_tables_whole(self)
 
@@ -89,7 +89,8 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     def _validate_zero3_moe_compatibility(self) -> None:
         """DeepSpeed's own check knows its own layers only; ours is :func:`check_groups`, afterwards."""
 
-    def _group_of(self, parameter: nn.Parameter) -> Any:
+    def group_of(self, parameter: nn.Parameter) -> Any:
+        """The ranks that hold copies of ``parameter``, over which its gradients are summed."""
         if is_expert_parameter(parameter):
             return self.expert_data_parallel_group[self.process_groups.expert_group_name]
         return self.seq_data_parallel_group

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,13 @@ class Gate(nn.Module, ABC):
 
 
 class GateSettings(Settings, ABC):
-    """A gate's section of the configuration: a literal ``name``, its options, and how to build it."""
+    """A gate's section of the configuration: a literal ``name``, its options, and how to build it.
+
+    ``evaluation_fields``: options that a trained gate may be evaluated with other values of, as no tensor of it
+    depends on them.
+    """
+
+    evaluation_fields: ClassVar[tuple[str, ...]] = ()
 
     name: str
 

@@ -15,7 +15,7 @@ everything that made it 0: its expert can be skipped forward and backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +37,8 @@ LAZY_FROM = 128
 
 class CometConfig(GateSettings):
     """The COMET gate: k trees whose splits harden while training, so that k experts remain."""
+
+    evaluation_fields: ClassVar[tuple[str, ...]] = ("max_active", "hard_evaluation", "lazy")
 
     name: Literal["comet"] = "comet"
     k: int = Field(2, ge=1, description="number of trees: the experts per token once the trees are hard")

@@ -13,7 +13,7 @@ k n / (n + m) experts per token on average.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,8 @@ from dist_moe.gates.top_k import TopK
 
 class AdaMoEConfig(GateSettings):
     """The AdaMoE gate: Top-k over experts and null slots; the more nulls, the fewer experts per token."""
+
+    evaluation_fields: ClassVar[tuple[str, ...]] = ("k",)
 
     name: Literal["ada_moe"] = "ada_moe"
     k: int = Field(4, ge=1, description="slots per token, experts and nulls together")

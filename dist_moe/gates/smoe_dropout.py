@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -31,6 +31,8 @@ Schedule = Literal["linear", "cosine", "exponential", "multi_step"]
 
 class SMoEDropoutConfig(GateSettings):
     """The SMoE-Dropout gate: a frozen random router whose k follows a schedule."""
+
+    evaluation_fields: ClassVar[tuple[str, ...]] = ("evaluation_k",)
 
     name: Literal["smoe_dropout"] = "smoe_dropout"
     k_min: int = Field(1, ge=1, description="experts per token at one end of the schedule")

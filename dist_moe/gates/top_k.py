@@ -17,7 +17,7 @@ logits: the mean of logsumexp(l)^2 (Zoph et al.: ST-MoE, 2022, eq. 5).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -51,6 +51,8 @@ def largest_of_many(score_TE: Tensor, k: int) -> Tensor:
 
 class TopKConfig(GateSettings):
     """The Top-k gate: the k experts with the largest router logits, for every token alike."""
+
+    evaluation_fields: ClassVar[tuple[str, ...]] = ("k",)
 
     name: Literal["top_k"] = "top_k"
     k: int = Field(2, ge=1, description="experts per token")

@@ -1,6 +1,6 @@
 """Ranks: the world they live in, and the ragged exchange of token rows between them."""
 
-from dist_moe.parallel.collectives import job, several_ranks, sum_over_ranks
+from dist_moe.parallel.collectives import added_over_ranks, job, several_ranks, sum_over_ranks
 from dist_moe.parallel.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
 from dist_moe.parallel.emulated import EmulatedWorld
 from dist_moe.parallel.exchange import Exchange, FlatExchange, Mixed
@@ -31,6 +31,7 @@ __all__ = [
     "Wire",
     "WireName",
     "World",
+    "added_over_ranks",
     "combine",
     "dispatch",
     "exchange_over",

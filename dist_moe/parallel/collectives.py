@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -46,3 +48,23 @@ def several_ranks() -> bool:
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of ``x`` over all ranks of the job, on every rank; with one rank, no collective is issued."""
     return job().sum(x)
+
+
+def added_over_ranks(x: Tensor) -> Tensor:
+    """:func:`sum_over_ranks`, differentiable: a rank's ``x`` gets the gradients that the sum has on all ranks.
+
+    Whoever adds the ranks' losses gets the true gradient. Backward is a collective too.
+    """
+    world = job()
+    return x if world.size == 1 else _Added.apply(x, world)
+
+
+class _Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        return world.sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.world.sum(grad.contiguous()), None

@@ -22,17 +22,20 @@ class WeightedObjective:
     def __init__(self, problem: Problem, weights: tuple[float, ...], shares: int) -> None:
         self._problem = problem
         self._weights = weights
-        self._shares = shares
+        self.shares = shares
 
     def __call__(self, model: nn.Module, batch: Any) -> StepLoss:
-        output: ModelOutput = model(*batch.inputs)
+        return self.of_output(model(*batch.inputs), batch)
+
+    def of_output(self, output: ModelOutput, batch: Any) -> StepLoss:
+        """The same from what the model gave."""
         by_task = self._problem.task_losses(output, batch)
         task = self._problem.weighted(by_task, self._weights)
         tokens_in_step = batch.tokens_in_step
         aux = {name: loss * (_tokens(output) / tokens_in_step) for name, loss in output.aux.items()}
         total = torch.stack([task, *aux.values()]).sum()
         losses: dict[str, Tensor] = {"loss": task, "total_loss": total} | by_task | aux
-        return StepLoss(total * self._shares, losses | _expert_counts(output, tokens_in_step))
+        return StepLoss(total * self.shares, losses | _expert_counts(output, tokens_in_step))
 
 
 def _tokens(output: ModelOutput) -> int:

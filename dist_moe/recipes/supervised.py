@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.evaluation import evaluate
+from dist_moe.recipes.evaluation_options import for_evaluation
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.objective import WeightedObjective
 from dist_moe.recipes.placement_run import ExpertMover
@@ -116,14 +117,15 @@ class TrainedRun:
 
 
 @contextmanager
-def trained_run(run_dir: Path) -> Iterator[TrainedRun]:
+def trained_run(run_dir: Path, overrides: Sequence[str] = ()) -> Iterator[TrainedRun]:
     """Open a run, a checkpoint or an exported file at any number of ranks; see :func:`find_weights`.
 
-    Collective. Raises UserError if it is not intact.
+    ``overrides``: of options of its gate, see :func:`for_evaluation`. Collective. Raises UserError if it is not
+    intact, or for an override that is not among those.
     """
     environment = LaunchEnvironment.read()
     weights = find_weights(run_dir)
-    config = weights.config
+    config = for_evaluation(weights.config, overrides)
     problem = open_problem(config, progress=environment.is_first)
     with process_groups(environment, config.parallel.nearest_for(environment.world_size)) as groups:
         model = build_model(config, problem, groups.world).to(groups.device)
@@ -132,13 +134,13 @@ def trained_run(run_dir: Path) -> Iterator[TrainedRun]:
         yield TrainedRun(config, problem, model, weights.path, groups)
 
 
-def evaluate_run(run_dir: Path) -> dict[str, Any]:
+def evaluate_run(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Test figures of a run, a checkpoint or an exported file, at any number of ranks. Collective.
 
-    Those of the run's summary, to the bit at its layout and to the rounding of its precision at others.
-    Raises UserError if it is not intact.
+    Those of the run's summary, to the bit at its layout and to the rounding of its precision at others; with
+    ``overrides``, those that its gate gives with other options. Raises UserError as :func:`trained_run` does.
     """
-    with trained_run(run_dir) as run:
+    with trained_run(run_dir, overrides) as run:
         weights = run.config.task_weights
         return {
             "checkpoint": run.checkpoint.name,

@@ -85,6 +85,31 @@ def test_check_f3_which_null_slots_are_taken_does_not_change_the_loss() -> None:
     assert abs(plain[0] - plain[1]) > 1e-3  # the loss without a bucket does tell them apart
 
 
+def released_loss(slot_TK: Tensor, probability_TS: Tensor, n: int) -> Tensor:
+    """The loss as released for Mixtral: the mean over the nulls is written into an axis that has no such rows."""
+    share_KS = torch.nn.functional.one_hot(slot_TK, probability_TS.shape[1]).double().mean(dim=0)
+    share_KS[n:] = share_KS[n:].mean()
+    return probability_TS.shape[1] * (share_KS * probability_TS.mean(dim=0)).sum()
+
+
+def test_check_f3_the_released_form_tells_null_slots_apart() -> None:
+    """It is k times the loss without a bucket; ours has the bucket."""
+    torch.manual_seed(0)
+    n, m, k = 4, 6, 3
+    probability_TS = torch.randn(30, n + m).double().softmax(dim=1)
+    slot_TK = probability_TS.topk(k).indices
+    renamed_TK = torch.where(slot_TK < n, slot_TK, n + (slot_TK - n + 1) % m)  # every null is another one
+    released, moved = (released_loss(chosen_TK, probability_TS, n) for chosen_TK in (slot_TK, renamed_TK))
+    assert abs(released - moved) > 1e-2
+    gate, none_TS = ada_moe(n, m, k), torch.zeros(30, n + m, dtype=torch.bool)
+    selected = [none_TS.scatter(1, chosen_TK, True) for chosen_TK in (slot_TK, renamed_TK)]
+    plain = load_balance(gate, selected[0], probability_TS)
+    assert released.item() == pytest.approx(k * plain.item(), rel=1e-12)
+    ours, ours_moved = (load_balance(gate, selected_TS, probability_TS, m) for selected_TS in selected)
+    assert ours_moved.item() == pytest.approx(ours.item(), rel=1e-12)
+    assert abs(ours - plain) > 1e-2
+
+
 @pytest.mark.parametrize(("n", "m", "k"), [(8, 16, 4), (4, 2, 3), (3, 0, 1)])
 def test_check_f4_loss_is_one_for_uniform_routing_whatever_k(n: int, m: int, k: int) -> None:
     gate = ada_moe(n, m, k, dim=n + m)
