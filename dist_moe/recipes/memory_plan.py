@@ -22,7 +22,7 @@ from dist_moe.errors import UserError
 from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank
 from dist_moe.gates import Gate
 from dist_moe.layer import MoE
-from dist_moe.models import MoEModel
+from dist_moe.models import BertClassifierConfig, MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.models import build_model
@@ -108,6 +108,8 @@ def plan_memory(config: RunConfig, problem: Problem, ranks: int, memory: int | N
     """For ``ranks`` processes, of ``memory`` bytes each. Raises UserError if the layout does not fit them."""
     config = config.fitted(ranks)
     config.check(ranks)
+    if isinstance(config.model, BertClassifierConfig):
+        raise UserError(f"model.name={config.model.name}: no plan can be made for it; 'dist-moe plan' knows the others")
     size = config.parallel.expert_parallel_size
     with torch.device("meta"):
         model = build_model(config, problem, _PlannedWorld(size))

@@ -25,7 +25,7 @@ from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.loop import seed_step
 from dist_moe.layer import DenseReplay
-from dist_moe.models import ModelOutput
+from dist_moe.models import BertClassifierConfig, ModelOutput
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.evaluation import expert_figures
@@ -72,6 +72,8 @@ def stack_fault(config: RunConfig) -> str | None:
         return f"model.name={config.model.name}: only models with one MoE layer can be stacked"
     if gate.name not in _STACKABLE_GATES:
         return f"model.gate.name={gate.name}: only {', '.join(_STACKABLE_GATES)} can be stacked"
+    if isinstance(config.model, BertClassifierConfig):
+        return f"model.name={config.model.name} cannot be stacked"
     if getattr(gate, "bias_update_rate", 0):
         return "model.gate.bias_update_rate: a gate with a feedback loop cannot be stacked"
     if not is_adam(str(lookup(section, "optimizer.type"))):
