@@ -8,7 +8,13 @@ from pathlib import Path
 
 from dist_moe.cli.commands import Commands
 
-DATA_SETS = ("movielens-1m", "movielens-latest-small", "multi-fashion-mnist", "multi-mnist")
+TABLES_AND_IMAGES = ("movielens-1m", "movielens-latest-small", "multi-fashion-mnist", "multi-mnist")
+TEXTS = (
+    *("sentiment-movies", "sentiment-products", "sentiment-editorials", "sentiment-tweets"),
+    *("trec", "sms-spam", "20-newsgroups"),
+    *("cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "mnli-mm", "qnli", "rte"),
+)
+DATA_SETS = TABLES_AND_IMAGES + TEXTS
 
 
 def add_to(commands: Commands) -> None:
@@ -18,10 +24,15 @@ def add_to(commands: Commands) -> None:
     fetch = verbs.add_parser("fetch", help="fetch and prepare a data set, once")
     fetch.add_argument("name", choices=DATA_SETS, metavar="NAME", help=" | ".join(DATA_SETS))
     fetch.add_argument("--data-root", type=Path, metavar="DIR", help="directory of the original files")
+    fetch.add_argument(
+        "--encoder", type=Path, metavar="DIR", help="of labelled texts: the BERT checkpoint whose tokenizer cuts them"
+    )
     fetch.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.name in TEXTS:
+        return _fetch_texts(options)
     from dist_moe.data.movielens import MovieLensConfig, prepare
     from dist_moe.data.two_images import TwoImagesConfig, prepare_two_images
 
@@ -36,4 +47,17 @@ def _run(options: argparse.Namespace) -> int:
         parts = (pictures.train, pictures.val, pictures.test)
     train, val, test = map(len, parts)
     print(f"{options.name}: {sizes}pairs to train on {train:,}, to validate {val:,}, to test {test:,}")
+    return 0
+
+
+def _fetch_texts(options: argparse.Namespace) -> int:
+    from dist_moe.data.encoder_sources import open_encoder
+    from dist_moe.data.labelled_text import LabelledTextConfig, prepare_labelled_text
+
+    tokenizer = open_encoder(options.encoder).directory / "tokenizer.json"
+    texts = prepare_labelled_text(LabelledTextConfig(name=options.name, root=options.data_root), tokenizer)
+    train, val, test = map(len, (texts.train, texts.val, texts.test))
+    kinds = f"{len(texts.task.classes)} classes" if texts.task.classes else "a number to predict"
+    tokens = sum(texts.manifest["tokens"].values())
+    print(f"{options.name}: {kinds}, {tokens:,} tokens, to train on {train:,}, to validate {val:,}, to test {test:,}")
     return 0

@@ -45,9 +45,11 @@ class RunShape:
 
 
 class MoEModelConfig(Settings):
-    """The fields that every model has. ``num_tasks``: how many losses it is trained by."""
+    """The fields that every model has. ``num_tasks``: how many losses it is trained by. ``one_layer``: whether every
+    example is one token, which meets one MoE layer; what plans and stacked training know."""
 
     num_tasks: ClassVar[int] = 2
+    one_layer: ClassVar[bool] = True
 
     num_experts: int = Field(16, ge=2, description="experts of a layer, over all ranks")
     gate: GateConfig = Field(

@@ -27,6 +27,7 @@ class TransformerConfig(MoEModelConfig):
     """Decoder language model."""
 
     num_tasks: ClassVar[int] = 1
+    one_layer: ClassVar[bool] = False
 
     name: Literal["transformer"] = Field("transformer", description="which model this is")
     num_experts: int = Field(8, ge=2, description="experts of a layer, over all ranks")

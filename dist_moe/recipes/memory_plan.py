@@ -22,7 +22,7 @@ from dist_moe.errors import UserError
 from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank
 from dist_moe.gates import Gate
 from dist_moe.layer import MoE
-from dist_moe.models import MoEModel, Transformer
+from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.models import build_model
@@ -108,6 +108,7 @@ def plan_memory(config: RunConfig, problem: Problem, ranks: int, memory: int | N
     """For ``ranks`` processes, of ``memory`` bytes each. Raises UserError if the layout does not fit them."""
     config = config.fitted(ranks)
     config.check(ranks)
+    check_plannable(config)
     size = config.parallel.expert_parallel_size
     with torch.device("meta"):
         model = build_model(config, problem, _PlannedWorld(size))
@@ -125,10 +126,14 @@ def plan_memory(config: RunConfig, problem: Problem, ranks: int, memory: int | N
     return MemoryPlan(ranks, size, tokens, stage, buffers, states, loads)
 
 
+def check_plannable(config: RunConfig) -> None:
+    """Raise UserError unless every example is one token, which meets one MoE layer."""
+    if not config.model.one_layer:
+        raise UserError(f"model.name={config.model.name}: no plan can be made for it; 'dist-moe plan' knows the others")
+
+
 def only_layer(model: MoEModel) -> MoE:
-    """The MoE layer of a model that has one token per example. Raises UserError if it is a transformer."""
-    if isinstance(model, Transformer):
-        raise UserError("model.name=transformer: no plan can be made for it; 'dist-moe plan' knows the other models")
+    """The MoE layer of a model that has one."""
     (layer,) = model.moe_layers.values()
     return layer
 

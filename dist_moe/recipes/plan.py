@@ -131,6 +131,8 @@ def _plan(
     warnings: tuple[str, ...] = (),
 ) -> TrainingPlan:
     problem = open_problem(config, progress=environment.is_first)
+    if checkpoint is None:
+        problem.check_new_run(config)
     feed = ShuffledFeed(
         problem.train,
         config.train.batch_size,

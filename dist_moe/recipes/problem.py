@@ -42,6 +42,12 @@ class Problem(ABC):
         """This rank's part of the model that the section ``model`` describes; all ranks must have seeded
         torch alike."""
 
+    def check_new_run(self, config: Any) -> None:  # noqa: B027 (most begin anywhere)
+        """Raise UserError for what a new run of the configuration could not begin with."""
+
+    def first_weights(self, model: Any, settings: Any) -> None:  # noqa: B027 (most begin with random ones)
+        """Give the model of a new run, built from the section ``settings``, what it starts from. Collective."""
+
     @abstractmethod
     def id_counts(self) -> Tensor:
         """(ids,) how often each id that a gate can route by occurs in the training examples."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dist_moe.data.labelled_text import LabelledTextConfig, prepare_labelled_text
 from dist_moe.data.movielens import MovieLensConfig, prepare
 from dist_moe.data.text import TextConfig, prepare_text
 from dist_moe.data.two_images import prepare_two_images
@@ -9,6 +10,9 @@ from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.language_model import LanguageModelProblem
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.recommender import RecommenderProblem
+from dist_moe.recipes.text_classification import TextClassificationProblem
+from dist_moe.recipes.text_start import find_encoder
+from dist_moe.recipes.text_start_config import TextStartConfig
 from dist_moe.recipes.two_images import TwoImagesProblem
 
 
@@ -18,4 +22,13 @@ def open_problem(config: RunConfig, *, progress: bool) -> Problem:
         return RecommenderProblem(prepare(config.data, progress=progress))
     if isinstance(config.data, TextConfig):
         return LanguageModelProblem(prepare_text(config.data, progress=progress))
+    if isinstance(config.data, LabelledTextConfig):
+        return _open_texts(config, config.data, progress)
     return TwoImagesProblem(prepare_two_images(config.data, progress=progress))
+
+
+def _open_texts(config: RunConfig, data: LabelledTextConfig, progress: bool) -> TextClassificationProblem:
+    start = config.start or TextStartConfig()
+    encoder = find_encoder(start, data.cache, progress=progress)
+    texts = prepare_labelled_text(data, encoder.tokenizer, progress=progress)
+    return TextClassificationProblem(texts, encoder, start)

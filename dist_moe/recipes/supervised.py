@@ -26,13 +26,13 @@ from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.evaluation import evaluate
 from dist_moe.recipes.evaluation_options import for_evaluation
 from dist_moe.recipes.models import build_model
-from dist_moe.recipes.objective import WeightedObjective
 from dist_moe.recipes.placement_run import ExpertMover
 from dist_moe.recipes.plan import TrainingPlan, agree_on_start
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.problems import open_problem
 from dist_moe.recipes.report import Reporter, figures_table, predictor_rows
 from dist_moe.recipes.swap import search_swaps
+from dist_moe.recipes.text_distillation import build_objective
 from dist_moe.recipes.weights import find_weights
 
 OnValidation = Callable[[int, float], bool]
@@ -63,6 +63,8 @@ def train_in_groups(
 ) -> int:
     """The same in process groups that are open already and in a run directory that exists."""
     model = build_model(plan.config, plan.problem, groups.world)
+    if plan.checkpoint is None:
+        plan.problem.first_weights(model, plan.config.model)
     engine = ExpertParallelEngine(model, plan.deepspeed, groups)
     try:
         with watchdog(plan.run.root, plan.environment, plan.config.parallel):
@@ -181,7 +183,7 @@ def _loop(
 
     shares = plan.environment.world_size * plan.accumulation
     hooks = LoopHooks(
-        loss=WeightedObjective(problem, config.task_weights, shares),
+        loss=build_objective(config, problem, groups, shares),
         before_step=before_step,
         after_step=after_step,
         report=mover.report,

@@ -38,6 +38,7 @@ class BertClassifierConfig(MoEModelConfig):
     """Classifier of texts, or of pairs of texts; with one label, a regression."""
 
     num_tasks: ClassVar[int] = 1
+    one_layer: ClassVar[bool] = False
 
     name: Literal["bert_classifier"] = Field("bert_classifier", description="which model this is")
     num_experts: int = Field(4, ge=2, description="experts of a layer, over all ranks")

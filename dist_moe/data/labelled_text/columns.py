@@ -1,0 +1,147 @@
+"""Tables in text files: comma- or tab-separated, with a header or without; faults name file, line and column."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_moe.errors import UserError
+
+SHOWN_CHARACTERS = 40
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """The bytes of a file, and where they come from, for messages. Those of ``*.gz`` are compressed."""
+
+    path: Path
+    content: bytes
+
+    def text(self, encoding: str = "utf-8-sig") -> str:
+        """Decoded and, where the name ends in ``.gz``, decompressed before. Raises `UserError`."""
+        try:
+            content = gzip.decompress(self.content) if self.path.suffix == ".gz" else self.content
+            return content.decode(encoding)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{self.path} is not an intact gzip file: {error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.path} is not text in {error.encoding}: {error.reason} at byte {error.start}"
+            ) from error
+
+    def lines(self, encoding: str = "utf-8-sig") -> list[str]:
+        """Without line ends. Only newlines end a line: sentences hold other separators that Unicode knows."""
+        lines = [line.removesuffix("\r") for line in self.text(encoding).split("\n")]
+        return lines[:-1] if lines[-1] == "" else lines
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of equally many cells; ``line_N``: where each begins in its file, from 1; ``broken``: lines left out."""
+
+    path: Path
+    header: tuple[str, ...]
+    rows: list[list[str]]
+    line_N: list[int]
+    broken: int = 0
+
+    def texts(self, name: str) -> list[str]:
+        """The cells of a column. Raises `UserError` if there is no such column."""
+        place = self._place(name)
+        return [row[place] for row in self.rows]
+
+    def classes(self, name: str, numbers: Mapping[str, int]) -> list[float]:
+        """A column of labels as class numbers. Raises `UserError` for a label that ``numbers`` does not have."""
+        values = []
+        for line, cell in zip(self.line_N, self.texts(name), strict=True):
+            if cell not in numbers:
+                raise self._fault(line, name, cell, f"allowed: {', '.join(numbers)}")
+            values.append(float(numbers[cell]))
+        return values
+
+    def numbers(self, name: str, low: float, high: float) -> list[float]:
+        """A column of numbers from ``low`` to ``high``. Raises `UserError` for anything else."""
+        values = []
+        for line, cell in zip(self.line_N, self.texts(name), strict=True):
+            try:
+                value = float(cell)
+            except ValueError:
+                value = math.nan
+            if not low <= value <= high:
+                raise self._fault(line, name, cell, f"expected a number from {low:g} to {high:g}")
+            values.append(value)
+        return values
+
+    def _place(self, name: str) -> int:
+        if name not in self.header:
+            raise UserError(f"{self.path} has no column {name!r}; its columns: {', '.join(map(repr, self.header))}")
+        return self.header.index(name)
+
+    def _fault(self, line: int, name: str, cell: str, remedy: str) -> UserError:
+        return UserError(f"{self.path}, line {line}: {name}={shown(cell)}; {remedy}")
+
+
+def shown(cell: str) -> str:
+    """The cell in quotes, cut where it is long."""
+    return repr(cell if len(cell) <= SHOWN_CHARACTERS else f"{cell[:SHOWN_CHARACTERS]}...")
+
+
+def tab_separated(file: TextFile, header: tuple[str, ...] | None = None, *, skip_broken: bool = False) -> Table:
+    """A table whose cells are separated by tabs; quotes have no meaning, as in GLUE's files. Empty lines
+    say nothing.
+
+    Args:
+        file: what to read.
+        header: the names of the columns where the file has no line for them.
+        skip_broken: leave out lines with another number of cells than the header has, instead of refusing them.
+
+    Raises:
+        UserError: a line has another number of cells, or there is none.
+    """
+    lines = ((number, line.split("\t")) for number, line in enumerate(file.lines(), 1) if line)
+    return _table(file.path, lines, header, skip_broken)
+
+
+def comma_separated(file: TextFile) -> Table:
+    """A table as spreadsheets write it: a header, cells in double quotes where needed. Raises `UserError`."""
+    reader = csv.reader(io.StringIO(file.text(), newline=""), strict=True)
+
+    def lines() -> Iterator[tuple[int, list[str]]]:
+        begin = 1
+        try:
+            for cells in reader:
+                if cells:
+                    yield begin, cells
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{file.path}, line {reader.line_num}: {error}") from error
+
+    return _table(file.path, lines(), None, skip_broken=False)
+
+
+def _table(
+    path: Path, lines: Iterable[tuple[int, list[str]]], header: tuple[str, ...] | None, skip_broken: bool
+) -> Table:
+    rows: list[list[str]] = []
+    numbers: list[int] = []
+    broken = 0
+    for number, cells in lines:
+        if header is None:
+            header = tuple(cells)
+        elif len(cells) == len(header):
+            rows.append(cells)
+            numbers.append(number)
+        elif skip_broken:
+            broken += 1
+        else:
+            names = ", ".join(header)
+            raise UserError(f"{path}, line {number}: {len(cells)} columns; expected {len(header)}: {names}")
+    if header is None or not rows:
+        raise UserError(f"{path} holds no rows")
+    return Table(path, header, rows, numbers, broken)

