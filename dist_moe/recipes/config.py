@@ -34,9 +34,7 @@ from dist_moe.recipes.swap import SwapScheduleConfig
 from dist_moe.recipes.text_start_config import DistillationConfig, TextStartConfig
 from dist_moe.settings import Settings
 
-DataConfig = Annotated[
-    MovieLensConfig | TwoImagesConfig | TextConfig | LabelledTextConfig, Field(discriminator="name")
-]
+DataConfig = Annotated[MovieLensConfig | TwoImagesConfig | TextConfig | LabelledTextConfig, Field(discriminator="name")]
 ModelConfig = Annotated[
     RecommenderConfig | TwoImageClassifierConfig | TransformerConfig | BertClassifierConfig,
     Field(discriminator="name"),

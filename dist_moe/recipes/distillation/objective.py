@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_moe.engine.gradient_alignment import GradientAlignment
 from dist_moe.engine.loop import StepLoss
+from dist_moe.engine.step_window import Sums
 from dist_moe.recipes.distillation.teacher import Teacher
 from dist_moe.recipes.objective import WeightedObjective
 
@@ -46,7 +47,9 @@ class DistillationObjective:
         plain = self._objective.of_output(output, batch)
         terms = self._terms(output, taught, batch)
         added = torch.stack(list(terms.values())).sum()
-        sums = plain.sums | terms | {"total_loss": plain.sums["total_loss"] + added}
+        total = plain.sums["total_loss"]
+        assert isinstance(total, Tensor)
+        sums: Sums = plain.sums | terms | {"total_loss": total + added}
         following = added * self._objective.shares
         if self._alignment is None:
             return StepLoss(plain.loss + following, sums)
