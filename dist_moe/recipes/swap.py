@@ -50,9 +50,7 @@ def search_swaps(
     batch_size = min(config.batch_size, problem.eval_batch)
     batches = [
         problem.val.batch(index_B, examples).to(environment.device)
-        for index_B in shard_batches(
-            examples, batch_size, rank=environment.rank, world_size=environment.world_size
-        )
+        for index_B in shard_batches(examples, batch_size, rank=environment.rank, world_size=environment.world_size)
     ]
 
     def loss(batch: Any) -> Tensor:
