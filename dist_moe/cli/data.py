@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_moe.cli.commands import Commands
 
-DATA_SETS = ("movielens-1m", "movielens-latest-small", "multi-fashion-mnist", "multi-mnist")
+DATA_SETS = ("movielens-1m", "movielens-latest-small", "multi-fashion-mnist", "multi-mnist", "text", "brown")
 
 
 def add_to(commands: Commands) -> None:
@@ -22,6 +22,10 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.name in ("text", "brown"):
+        from dist_moe.cli.data_text import fetch_text
+
+        return fetch_text(options)
     from dist_moe.data.movielens import MovieLensConfig, prepare
     from dist_moe.data.two_images import TwoImagesConfig, prepare_two_images
 
