@@ -9,12 +9,13 @@ from pathlib import Path
 from dist_moe.cli.commands import Commands
 
 TABLES_AND_IMAGES = ("movielens-1m", "movielens-latest-small", "multi-fashion-mnist", "multi-mnist")
-TEXTS = (
+CORPORA = ("text", "brown")
+LABELLED_TEXTS = (
     *("sentiment-movies", "sentiment-products", "sentiment-editorials", "sentiment-tweets"),
     *("trec", "sms-spam", "20-newsgroups"),
     *("cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "mnli-mm", "qnli", "rte"),
 )
-DATA_SETS = TABLES_AND_IMAGES + TEXTS
+DATA_SETS = TABLES_AND_IMAGES + CORPORA + LABELLED_TEXTS
 
 
 def add_to(commands: Commands) -> None:
@@ -31,8 +32,12 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.name in TEXTS:
-        return _fetch_texts(options)
+    if options.name in LABELLED_TEXTS:
+        return _fetch_labelled_texts(options)
+    if options.name in CORPORA:
+        from dist_moe.cli.data_text import fetch_text
+
+        return fetch_text(options)
     from dist_moe.data.movielens import MovieLensConfig, prepare
     from dist_moe.data.two_images import TwoImagesConfig, prepare_two_images
 
@@ -50,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fetch_texts(options: argparse.Namespace) -> int:
+def _fetch_labelled_texts(options: argparse.Namespace) -> int:
     from dist_moe.data.encoder_sources import open_encoder
     from dist_moe.data.labelled_text import LabelledTextConfig, prepare_labelled_text
 

@@ -18,7 +18,7 @@ def read_members(package: Path, names: list[str]) -> list[bytes]:
         KeyError: the package has no such file.
         ValueError: it is not a Debian package.
     """
-    data = _data_archive(package.read_bytes())
+    data = data_archive(package.read_bytes())
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         return [_content(archive, f"./{name}") for name in names]
 
@@ -30,7 +30,8 @@ def _content(archive: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
-def _data_archive(package: bytes) -> bytes:
+def data_archive(package: bytes) -> bytes:
+    """The tar archive of the files that a package installs. Raises ValueError if it is no Debian package."""
     for name, content in _ar_members(package):
         if name.startswith("data.tar"):
             return content

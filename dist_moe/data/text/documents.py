@@ -1,0 +1,124 @@
+"""What becomes of the documents of a corpus: cleaned, without doubles, in random order, in three parts.
+
+Cleaning is slight: line ends become ``\\n``, a byte order mark and white space around a document go. Bytes
+that are no text in the expected encoding become U+FFFD and are counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dist_moe.errors import UserError
+
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text as it was read. ``name``: where it was. ``replaced``: characters that stand for unreadable bytes."""
+
+    name: str
+    text: str
+    replaced: int = 0
+
+
+def decoded(name: str, content: bytes) -> Document:
+    """The document that ``content`` is in UTF-8; what is no UTF-8 becomes U+FFFD and is counted."""
+    try:
+        return Document(name, content.decode())
+    except UnicodeDecodeError:
+        text = content.decode(errors="replace")
+        return Document(name, text, text.count("\ufffd") - content.count("\ufffd".encode()))
+
+
+@dataclass
+class Domain:
+    """The documents of one domain by part, and what was left out.
+
+    ``documents``: by part, in random order. ``dropped``: documents left out because they were "empty", a
+    "duplicate" of one that was read before (in any domain), or "beyond_limit".
+    """
+
+    documents: Mapping[str, list[str]]
+    dropped: Mapping[str, int]
+    replaced_characters: int
+
+    @property
+    def characters(self) -> dict[str, int]:
+        """Characters by part."""
+        return {part: sum(map(len, texts)) for part, texts in self.documents.items()}
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes of UTF-8 by part."""
+        return {part: sum(len(text.encode()) for text in texts) for part, texts in self.documents.items()}
+
+
+@dataclass
+class Splitter:
+    """Splits the documents of one domain after the other; the same documents give the same parts.
+
+    ``held_out``: share of a domain's documents to validate on, and as many to test on, at least one each.
+    ``limit``: characters of a domain. A domain's split does not depend on which others there are, but for
+    documents that are in both.
+    """
+
+    seed: int
+    held_out: float
+    limit: int | None
+    _seen: set[bytes] = field(default_factory=set)
+
+    def split(self, name: str, documents: Iterable[Document]) -> Domain:
+        """Raises `UserError` if there are fewer than three documents to deal out."""
+        found = list(documents)
+        cleaned = [text for text in (clean(document.text) for document in found) if text]
+        unique = [text for text in cleaned if self._is_new(text)]
+        chosen = self._chosen(name, unique)
+        if len(chosen) < len(PARTS):
+            raise UserError(_too_few(name, len(chosen), len(found), self.limit))
+        held_out = max(1, round(self.held_out * len(chosen)))
+        # Where half is nearly held out of few documents, training still has one.
+        held_out = min(held_out, (len(chosen) - 1) // 2)
+        dropped = {
+            "empty": len(found) - len(cleaned),
+            "duplicate": len(cleaned) - len(unique),
+            "beyond_limit": len(unique) - len(chosen),
+        }
+        ends = (chosen[2 * held_out :], chosen[:held_out], chosen[held_out : 2 * held_out])
+        return Domain(dict(zip(PARTS, ends, strict=True)), dropped, sum(document.replaced for document in found))
+
+    def _is_new(self, text: str) -> bool:
+        digest = hashlib.sha256(text.encode()).digest()
+        new = digest not in self._seen
+        self._seen.add(digest)
+        return new
+
+    def _chosen(self, name: str, texts: list[str]) -> list[str]:
+        """The documents in random order, up to the limit of characters."""
+        stream = np.random.SeedSequence((self.seed, *name.encode()))
+        # Only uniform doubles are drawn, so the order does not hang on how a NumPy version shuffles.
+        order = np.argsort(np.random.Generator(np.random.PCG64(stream)).random(len(texts)), kind="stable")
+        shuffled = [texts[i] for i in order]
+        if self.limit is None:
+            return shuffled
+        total_N = np.cumsum([len(text) for text in shuffled])
+        return shuffled[: int(np.searchsorted(total_N, self.limit, side="right"))]
+
+
+def clean(text: str) -> str:
+    """``text`` with line ends as ``\\n``, without a byte order mark and white space around it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff").strip()
+
+
+def _too_few(name: str, count: int, found: int, limit: int | None) -> str:
+    message = f"the domain {name} has {count} documents that differ and are not empty (of {found})"
+    if limit is not None:
+        message += f" within data.characters_per_domain={limit}"
+    return (
+        f"{message}; at least 3 are needed, one each to train, validate and test on.\n"
+        f"Remedy: give it more documents or a higher limit, or leave it out (data.domains)."
+    )

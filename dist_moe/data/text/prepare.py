@@ -1,0 +1,178 @@
+"""Text as a language model takes it: documents split, a vocabulary learned, tokens memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from dist_moe.data.cache import Prepared, prepared
+from dist_moe.data.locations import cache_directory, usable
+from dist_moe.data.progress import Progress
+from dist_moe.data.text.config import TextConfig
+from dist_moe.data.text.documents import PARTS, Domain, Splitter
+from dist_moe.data.text.sources import Corpus, choose
+from dist_moe.data.text.tokenizer import (
+    SEPARATOR_ID,
+    encode,
+    token_bytes,
+    tokenizer_bytes,
+    tokenizer_from_bytes,
+    train_tokenizer,
+)
+from dist_moe.data.text.tokens import TokenTable, cut
+from dist_moe.errors import UserError
+
+FORMAT_VERSION = 1
+"""Part of the cache key: raise it with any change of the prepared arrays, of a reader or of the manifest."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The prepared text.
+
+    ``tokenizer``: byte-level BPE, learned from the training documents. ``end_of_text``: id of the separator.
+    ``token_counts_V``: int64, how often each token occurs in the training part. ``token_bytes_V``: int64, bytes
+    of UTF-8 that each token stands for, 0 for the separator. ``domains``: their names, in the order of
+    ``domain_N``. ``manifest``: sources with SHA-256 sums, and of every domain its licence, documents,
+    characters, bytes and tokens by part, and what was left out.
+    """
+
+    train: TokenTable
+    val: TokenTable
+    test: TokenTable
+    vocab_size: int
+    tokenizer: Tokenizer
+    end_of_text: int
+    token_counts_V: NDArray[np.int64]
+    token_bytes_V: NDArray[np.int64]
+    domains: tuple[str, ...]
+    manifest: dict[str, Any]
+
+
+def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
+    """The text, prepared once for its sources and settings, and from then on read from the cache.
+
+    Safe to call from all ranks at once: one process prepares, the others wait for it. Sequences of another
+    length are cut from the same prepared tokens.
+
+    Args:
+        config: what to prepare; see its fields.
+        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+
+    Raises:
+        UserError: anything the user can mend: a wrong data root, an unknown domain, no source within reach, a
+            download with the wrong SHA-256, a cache that cannot be written, too few documents, a part of a
+            domain that is shorter than one sequence.
+    """
+    report = Progress(progress)
+    cache = cache_directory(config.cache)
+    corpus = choose(config)
+    target = cache / config.name / _key(config, corpus)
+    with usable(cache):
+        content = prepared(target, partial(_build, config, corpus, cache / "downloads", report), report)
+    return _as_text(content, config.sequence_length)
+
+
+def _key(config: TextConfig, corpus: Corpus) -> str:
+    """Name of the prepared directory: all that its content depends on."""
+    limit = "" if config.characters_per_domain is None else f"-limit{config.characters_per_domain}"
+    rest = f"{config.held_out!r} {','.join(corpus.domains)} {corpus.digest}"
+    digest = hashlib.sha256(rest.encode()).hexdigest()[:16]
+    return f"v{FORMAT_VERSION}-vocab{config.vocab_size}-seed{config.seed}{limit}-{digest}"
+
+
+def _build(config: TextConfig, corpus: Corpus, downloads: Path, report: Progress) -> Prepared:
+    splitter = Splitter(config.seed, config.held_out, config.characters_per_domain)
+    domains, sources = {}, {}
+    for name in corpus.domains:
+        documents, sources[name] = corpus.read(name, downloads, report)
+        domains[name] = splitter.split(name, documents)
+        _tell(name, domains[name], report)
+    report.say(f"learning a vocabulary of {config.vocab_size:,} tokens")
+    tokenizer = train_tokenizer((text for d in domains.values() for text in d.documents["train"]), config.vocab_size)
+    streams = {part: _streams(tokenizer, domains, part, report) for part in PARTS}
+    arrays: dict[str, NDArray[Any]] = {f"{part}_tokens": np.concatenate(streams[part]) for part in PARTS}
+    vocab_size = tokenizer.get_vocab_size()
+    arrays["token_counts"] = np.bincount(arrays["train_tokens"], minlength=vocab_size).astype(np.int64)
+    arrays["token_bytes"] = token_bytes(tokenizer)
+    arrays["tokenizer"] = tokenizer_bytes(tokenizer)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "name": config.name,
+        "seed": config.seed,
+        "held_out": config.held_out,
+        "characters_per_domain": config.characters_per_domain,
+        "vocab_size": vocab_size,
+        "domains": {
+            name: _entry(domain, {part: len(streams[part][i]) for part in PARTS}) | sources[name]
+            for i, (name, domain) in enumerate(domains.items())
+        },
+    }
+    return Prepared(arrays, manifest)
+
+
+def _streams(
+    tokenizer: Tokenizer, domains: Mapping[str, Domain], part: str, report: Progress
+) -> list[NDArray[np.uint16]]:
+    named = report.track(domains.values(), f"tokens of {part}", total=len(domains), unit="domains")
+    return [encode(tokenizer, domain.documents[part]) for domain in named]
+
+
+def _entry(domain: Domain, tokens: dict[str, int]) -> dict[str, Any]:
+    return {
+        "documents": {part: len(texts) for part, texts in domain.documents.items()},
+        "characters": domain.characters,
+        "bytes": domain.bytes,
+        "tokens": tokens,
+        "dropped": dict(domain.dropped),
+        "replaced_characters": domain.replaced_characters,
+    }
+
+
+def _tell(name: str, domain: Domain, report: Progress) -> None:
+    """What a person might not expect: unreadable bytes, empty documents and doubles."""
+    remarks = [f"{domain.dropped[kind]:,} {kind}" for kind in ("empty", "duplicate") if domain.dropped[kind]]
+    if remarks:
+        report.say(f"note: {name}: documents left out: {', '.join(remarks)}")
+    if domain.replaced_characters:
+        report.say(f"note: {name}: {domain.replaced_characters:,} places are no UTF-8 and became U+FFFD")
+
+
+def _as_text(content: Prepared, sequence_length: int) -> Text:
+    entries = content.manifest["domains"]
+    token_bytes_V = content.arrays["token_bytes"]
+    tables = {}
+    for part in PARTS:
+        stream_D = np.array([entry["tokens"][part] for entry in entries.values()], dtype=np.int64)
+        _check_lengths(part, dict(zip(entries, stream_D, strict=True)), sequence_length)
+        tables[part] = cut(content.arrays[f"{part}_tokens"], stream_D, token_bytes_V, sequence_length)
+    return Text(
+        **tables,
+        vocab_size=content.manifest["vocab_size"],
+        tokenizer=tokenizer_from_bytes(content.arrays["tokenizer"]),
+        end_of_text=SEPARATOR_ID,
+        token_counts_V=content.arrays["token_counts"],
+        token_bytes_V=token_bytes_V,
+        domains=tuple(entries),
+        manifest=content.manifest,
+    )
+
+
+def _check_lengths(part: str, stream: Mapping[str, int], sequence_length: int) -> None:
+    """Raises `UserError` if a domain has no sequence in a part: nothing could then be said of it."""
+    shortest = min(stream, key=lambda name: stream[name])
+    if stream[shortest] <= sequence_length:
+        raise UserError(
+            f"data.sequence_length={sequence_length}: the {part} part of the domain {shortest} has only "
+            f"{stream[shortest] - 1:,} tokens to predict.\n"
+            f"Remedy: shorter sequences, a larger share held out (data.held_out), more text, or fewer domains "
+            f"(data.domains)."
+        )

@@ -1,0 +1,95 @@
+"""Sequences of tokens, and batches of them.
+
+Documents are laid end to end, one stream per domain and part, a separator before each document and one at the
+end. A stream is cut into sequences of S + 1 tokens that share one token with their neighbour, so every token
+but the first is predicted exactly once. The last tokens of a stream, fewer than S, are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One rank's share of a step: B sequences.
+
+    ``token_BS``, ``target_BS``: int64, a token and the one that follows it. ``bytes_B``: int64, bytes of UTF-8
+    text that the targets of a sequence stand for. ``domain_B``: int64. ``examples_in_step``: sequences of the
+    whole step over all ranks and micro-batches, by which sums are divided.
+    """
+
+    token_BS: Tensor
+    target_BS: Tensor
+    bytes_B: Tensor
+    domain_B: Tensor
+    examples_in_step: int
+
+    def __len__(self) -> int:
+        return len(self.token_BS)
+
+    @property
+    def tokens_in_step(self) -> int:
+        """Tokens of the whole step: S for each of its sequences."""
+        return self.examples_in_step * self.token_BS.shape[1]
+
+    @property
+    def inputs(self) -> tuple[Tensor]:
+        """What the model takes."""
+        return (self.token_BS,)
+
+    def to(self, device: torch.device) -> TokenBatch:
+        tensors = (self.token_BS, self.target_BS, self.bytes_B, self.domain_B)
+        return TokenBatch(*(x.to(device, non_blocking=True) for x in tensors), examples_in_step=self.examples_in_step)
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """N sequences of one part, domain after domain; the tokens are a read-only memory map.
+
+    ``token_M``: uint16, all streams of the part. ``start_N``: int64, where in it a sequence begins.
+    ``domain_N``: int64, its domain. ``token_bytes_V``: int64, see `dist_moe.data.text.Text`.
+    """
+
+    token_M: NDArray[np.uint16]
+    start_N: NDArray[np.int64]
+    domain_N: NDArray[np.int64]
+    token_bytes_V: NDArray[np.int64]
+    sequence_length: int
+
+    def __len__(self) -> int:
+        return len(self.start_N)
+
+    def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> TokenBatch:
+        """The sequences ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
+        offset_S = np.arange(self.sequence_length + 1)
+        window_BS = self.token_M[self.start_N[index_B][:, None] + offset_S].astype(np.int64)
+        token_BS, target_BS = np.ascontiguousarray(window_BS[:, :-1]), np.ascontiguousarray(window_BS[:, 1:])
+        columns = (token_BS, target_BS, self.token_bytes_V[target_BS].sum(axis=1), self.domain_N[index_B])
+        return TokenBatch(*map(torch.from_numpy, columns), examples_in_step=len(step_index))
+
+
+def cut(
+    token_M: NDArray[np.uint16],
+    stream_D: NDArray[np.int64],
+    token_bytes_V: NDArray[np.int64],
+    sequence_length: int,
+) -> TokenTable:
+    """Cut the streams of a part, one per domain, into sequences.
+
+    Args:
+        token_M: the streams, one after the other.
+        stream_D: their lengths, in the order of the domains.
+    """
+    end_D = np.cumsum(stream_D)
+    starts = [
+        np.arange(end - length, end - sequence_length, sequence_length, dtype=np.int64)
+        for length, end in zip(stream_D, end_D, strict=True)
+    ]
+    domain_N = np.repeat(np.arange(len(starts), dtype=np.int64), [len(start_N) for start_N in starts])
+    return TokenTable(token_M, np.concatenate(starts), domain_N, token_bytes_V, sequence_length)
