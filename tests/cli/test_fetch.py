@@ -10,15 +10,19 @@ import pytest
 
 from dist_moe.cli.data import DATA_SETS
 from dist_moe.cli.main import main
+from dist_moe.data.labelled_text import LabelledTextConfig
 from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.two_images import TwoImagesConfig
+from tests.data.labelled_text.tiny_texts import write_messages
 from tests.data.tiny_images import write_tiny_images
 from tests.data.tiny_latest_small import write_tiny_latest_small
 from tests.data.tiny_movielens import write_tiny_movielens
+from tests.helpers.text_runs import write_encoder
 
 
 def test_all_data_sets_can_be_fetched() -> None:
-    named = [get_args(config.model_fields["name"].annotation) for config in (MovieLensConfig, TwoImagesConfig)]
+    sections = (MovieLensConfig, TwoImagesConfig, LabelledTextConfig)
+    named = [get_args(config.model_fields["name"].annotation) for config in sections]
     assert tuple(name for names in named for name in names) == DATA_SETS
 
 
@@ -44,6 +48,18 @@ def test_one_line_says_what_there_is(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{name}: {said}")
     assert list((tmp_path / "cache" / name).glob("*/manifest.json"))
+
+
+def test_texts_are_cut_by_the_tokenizer_of_an_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+    encoder, root = write_encoder(tmp_path / "encoder"), write_messages(tmp_path / "root")
+    assert main(["data", "fetch", "sms-spam", "--data-root", str(root), "--encoder", str(encoder)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("sms-spam: 2 classes, ")
+    assert line.endswith(" tokens, to train on 64, to validate 8, to test 8")
+    assert list((tmp_path / "cache" / "sms-spam").glob("*/manifest.json"))
 
 
 def test_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
