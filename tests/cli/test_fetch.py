@@ -10,15 +10,18 @@ import pytest
 
 from dist_moe.cli.data import DATA_SETS
 from dist_moe.cli.main import main
+from dist_moe.data.labelled_text import LabelledTextConfig
 from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.text import TextConfig
 from dist_moe.data.two_images import TwoImagesConfig
+from tests.data.labelled_text.tiny_texts import write_messages
 from tests.data.text.tiny_text import write_tiny_text
 from tests.data.tiny_images import write_tiny_images
 from tests.data.tiny_latest_small import write_tiny_latest_small
 from tests.data.tiny_movielens import write_tiny_movielens
+from tests.helpers.text_runs import write_encoder
 
-CONFIGS = (MovieLensConfig, TwoImagesConfig, TextConfig)
+CONFIGS = (MovieLensConfig, TwoImagesConfig, TextConfig, LabelledTextConfig)
 
 
 def test_all_data_sets_can_be_fetched() -> None:
@@ -60,6 +63,18 @@ def test_a_table_of_the_domains(
     assert title.split() == ["domain", "documents", "MB", "tokens:", "train", "val", "test"]
     assert [line.split()[:2] for line in domains] == [["letters", "60"], ["numbers", "60"], ["sea", "60"]]
     assert last.startswith("brown: 3 domains, ")
+
+
+def test_texts_are_cut_by_the_tokenizer_of_an_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+    encoder, root = write_encoder(tmp_path / "encoder"), write_messages(tmp_path / "root")
+    assert main(["data", "fetch", "sms-spam", "--data-root", str(root), "--encoder", str(encoder)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("sms-spam: 2 classes, ")
+    assert line.endswith(" tokens, to train on 64, to validate 8, to test 8")
+    assert list((tmp_path / "cache" / "sms-spam").glob("*/manifest.json"))
 
 
 def test_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,56 @@
+"""A tiny BERT encoder as Hugging Face keeps one, and runs of text classifiers on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from dist_moe.models import BertClassifierConfig, BertShape, RunShape
+from dist_moe.models.bert import write_hugging_face
+from dist_moe.parallel import SingleWorld
+from tests.data.labelled_text.tiny_texts import tiny_tokenizer
+
+POSITIONS = 64
+
+
+def write_encoder(directory: Path, **sizes: Any) -> Path:
+    """Random weights without a classifier, and the tokenizer that knows every letter."""
+    tokenizer = tiny_tokenizer()
+    shape = {"vocab": tokenizer.get_vocab_size(), "width": 12, "layers": 2, "heads": 3, "hidden": 16}
+    torch.manual_seed(3)
+    whole = BertShape(**(shape | {"positions": POSITIONS} | sizes))
+    model = BertClassifierConfig(moe_every=0).build(whole, 2, RunShape(SingleWorld(), 1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(5)  # 0.02 is so small that a tiny model would be linear
+    write_hugging_face(model, directory)
+    path = directory / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("classifier.")}
+    save_file(tensors, path, metadata={"format": "pt"})
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def write_text_config(directory: Path, encoder: Path, data: dict[str, Any], **sections: Any) -> Path:
+    """A YAML file of a dense classifier that is trained for a few steps; sections merged one level deep."""
+    content: dict[str, Any] = {
+        "data": {"cache": str(directory / "cache"), "max_length": 48} | data,
+        "model": {"name": "bert_classifier", "moe_every": 0, "dropout": 0.0},
+        "start": {"encoder": str(encoder)},
+        "train": {"max_steps": 6, "epochs": 9, "batch_size": 16, "validate_every": 3},
+        "deepspeed": {
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.003, "eps": 1e-7}},
+            "zero_optimization": {"stage": 1},
+        },
+    }
+    for name, section in sections.items():
+        content[name] = content.get(name, {}) | section if isinstance(section, dict) else section
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

@@ -1,0 +1,286 @@
+"""Text classifiers through the command line: equal on one and two ranks, fine-tuned, converted, taught."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_moe.errors import UserError
+from dist_moe.models import BertClassifierConfig
+from dist_moe.models.bert import read_hugging_face
+from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.classification_metrics import f1, matthews, pearson
+from dist_moe.recipes.config import load_config, validate_config
+from dist_moe.recipes.models import build_model
+from dist_moe.recipes.plan import plan_new_run
+from dist_moe.recipes.problems import open_problem
+from dist_moe.recipes.text_classification import TextClassificationProblem
+from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
+from tests.helpers.commands import succeed
+from tests.helpers.runs import losses_of, records_of
+from tests.helpers.text_runs import POSITIONS, write_encoder, write_text_config
+
+STUDENT = [
+    "model={name: bert_classifier, num_experts: 2, dropout: 0.0, gate: {name: comet, k: 1, gamma: 1.0}}",
+    "start.conversion.shared=4",
+    "start.importance_examples=40",
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
+    root = tmp_path_factory.mktemp("texts")
+    return write_text_config(root, encoder, {"name": "sms-spam", "root": str(write_messages(root / "raw", count=200))})
+
+
+@pytest.fixture(scope="module")
+def teachers(config: Path) -> dict[int, Path]:
+    """Dense runs by number of ranks."""
+    runs = {world: config.parent / f"dense-{world}" for world in (1, 2)}
+    for world, run in runs.items():
+        succeed(world, "train", "--run-dir", run, config)
+    return runs
+
+
+def taught(teacher: Path) -> list[str]:
+    return [f"start.run={teacher}", f"distillation.teacher={teacher}", "distillation.weight=0.5"]
+
+
+@pytest.fixture(scope="module")
+def students(config: Path, teachers: dict[int, Path]) -> dict[int, Path]:
+    """Runs with experts by number of ranks, as many as expert-parallel ones."""
+    runs = {world: config.parent / f"student-{world}" for world in (1, 2)}
+    for world, run in runs.items():
+        overrides = [*STUDENT, *taught(teachers[1]), f"parallel.expert_parallel_size={world}"]
+        succeed(world, "train", "--run-dir", run, config, *overrides)
+    return runs
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return content
+
+
+def problem_of(config: Path, *overrides: str) -> TextClassificationProblem:
+    problem = open_problem(load_config(config, overrides), progress=False)
+    assert isinstance(problem, TextClassificationProblem)
+    return problem
+
+
+def test_a_run_begins_with_the_encoder(config: Path, encoder: Path) -> None:
+    run_config, problem = load_config(config), problem_of(config)
+    model = build_model(run_config, problem, SingleWorld())
+    drawn = model.get_parameter("classifier.weight").clone()
+    problem.first_weights(model, run_config.model)
+    weights = read_hugging_face(encoder).weights
+    assert len(weights) == len(list(model.parameters())) - 2
+    for name, value in weights.items():
+        assert torch.equal(model.get_parameter(name), value), name
+    assert torch.equal(model.get_parameter("classifier.weight"), drawn)
+
+
+def test_two_ranks_fine_tune_as_one(teachers: dict[int, Path]) -> None:
+    losses = losses_of(teachers[1])
+    assert losses[-1] < losses[0]
+    torch.testing.assert_close(losses_of(teachers[2]), losses, rtol=0, atol=1e-5)
+    one, two = (summary_of(run)["test"] for run in teachers.values())
+    for name in ("f1", "accuracy", "matthews", "ce", "loss"):
+        assert one[name] == pytest.approx(two[name], abs=1e-5), name
+
+
+def test_figures_by_hand(config: Path, teachers: dict[int, Path]) -> None:
+    """One text at a time, without padding."""
+    problem = problem_of(config)
+    model = problem.trained(teachers[1], SingleWorld()).eval()
+    surprise, answers = [], []
+    for i in range(len(problem.test)):
+        batch = problem.test.batch(np.array([i]), np.array([i]))
+        with torch.no_grad():
+            row = model(*batch.inputs).predictions[0][0].double().tolist()
+        surprise.append(math.log(sum(map(math.exp, row))) - row[int(batch.label_B)])
+        answers.append(row.index(max(row)))
+    true_N, summary = np.asarray(problem.test.target_N), summary_of(teachers[1])
+    expected = {
+        "ce": float(np.mean(surprise)),
+        "loss": float(np.mean(surprise)),
+        "accuracy": float(np.mean(np.array(answers) == true_N)),
+        "f1": f1(np.array(answers), true_N),
+        "matthews": matthews(np.array(answers), true_N),
+    }
+    for name, value in expected.items():
+        assert summary["test"][name] == pytest.approx(value, abs=1e-5), name
+    spam = (float(np.sum(problem.train.target_N)) + 1) / (len(problem.train) + 2)
+    constant = summary["baselines"]["constant"]
+    assert constant["ce"] == pytest.approx(float(np.mean([-math.log(spam if y else 1 - spam) for y in true_N])))
+    assert (constant["accuracy"], constant["f1"]) == (pytest.approx(float(np.mean(true_N == 0))), 0)
+    assert summary["data"]["encoder"]["name"] == "directory"
+
+
+def test_two_ranks_teach_as_one(students: dict[int, Path]) -> None:
+    one, two = (records_of(run) for run in students.values())
+    assert len(one) == 6
+    for ours, theirs in zip(one, two, strict=True):
+        for name in ("loss", "teacher_hidden", "teacher_prediction", "total_loss"):
+            assert ours[name] == pytest.approx(theirs[name], abs=2e-5), name
+        assert ours["load"] == theirs["load"]
+        parts = ours["loss"] + ours["teacher_hidden"] + ours["teacher_prediction"]
+        assert ours["total_loss"] == pytest.approx(parts + ours.get("entropy", 0.0), rel=1e-5)
+    assert one[0]["teacher_hidden"] > 0
+
+
+def test_what_the_teacher_adds_by_a_loop(
+    config: Path, teachers: dict[int, Path], students: dict[int, Path], tmp_path: Path
+) -> None:
+    """The first step, one text at a time, without padding."""
+    plan = plan_new_run(config, [*STUDENT, *taught(teachers[1])], tmp_path / "run")
+    problem = plan.problem
+    assert isinstance(problem, TextClassificationProblem)
+    student, teacher = build_model(plan.config, problem, SingleWorld()), problem.trained(teachers[1], SingleWorld())
+    problem.first_weights(student, plan.config.model)
+    student.train().begin_step(0)
+    teacher.eval()
+    batch = plan.feed.micro_batches(0)[0]
+    hidden, divergence = 0.0, 0.0
+    for token_S, length in zip(batch.token_BS, batch.length_B, strict=True):
+        with torch.no_grad():
+            ours, theirs = (m(token_S[None, :length], length[None], None, True) for m in (student, teacher))
+        for x_1SD, y_1SD in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+            hidden += float((x_1SD - y_1SD).double().square().mean(dim=2).sum())
+        p, q = (output.predictions[0][0].double().softmax(0) for output in (ours, theirs))
+        divergence += float((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 2
+    first = records_of(students[1])[0]
+    assert first["teacher_hidden"] == pytest.approx(0.5 * hidden / int(batch.length_B.sum()), rel=1e-4)
+    assert first["teacher_prediction"] == pytest.approx(0.5 * divergence / 16, rel=1e-3)
+
+
+def test_tokens_are_routed_and_padding_is_not(config: Path, students: dict[int, Path]) -> None:
+    """Every token of every text of a step goes to an expert of both layers."""
+    tokens = problem_of(config).train.length_N
+    for record in records_of(students[1]):
+        for load_E in record["load"]:
+            assert 16 * int(tokens.min()) <= sum(load_E) <= 2 * 16 * int(tokens.max())
+        assert 1 <= record["active_experts"] <= 2
+
+
+def test_a_teacher_is_no_part_of_what_is_kept(students: dict[int, Path]) -> None:
+    weights = next((students[1] / "checkpoints").glob("*/*.safetensors"))
+    assert not any("teacher" in name for name in load_file(weights))
+    again = json.loads(succeed(1, "evaluate", students[2], "--json")[0].out)
+    assert again["test"]["ce"] == pytest.approx(summary_of(students[2])["test"]["ce"], abs=1e-6)
+
+
+def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(
+    config: Path, teachers: dict[int, Path], tmp_path: Path
+) -> None:
+    overrides = [
+        *taught(teachers[1]),
+        "model={name: bert_classifier, num_experts: 2, dropout: 0.0, expert_form: network, expert_hidden: 16, "
+        "gate: {name: comet, k: 1, gamma: 1.0}}",
+        "start.conversion.method=copies",
+        "train.max_steps=2",
+    ]
+    succeed(1, "train", "--run-dir", tmp_path / "run", config, *overrides)
+    first, second = records_of(tmp_path / "run")
+    assert first["teacher_hidden"] + first["teacher_prediction"] < 1e-9
+    assert second["teacher_hidden"] > 1e-9
+
+
+def test_importance_does_not_depend_on_padding(config: Path, teachers: dict[int, Path]) -> None:
+    """One text at a time: the same conversion, neuron for neuron."""
+    found = []
+    for size in (64, 1):
+        problem = problem_of(config, f"start.run={teachers[1]}", *STUDENT)
+        problem.eval_batch = size
+        model = build_model(load_config(config, STUDENT), problem, SingleWorld())
+        problem.first_weights(model, load_config(config, STUDENT).model)
+        found.append({name: value.detach().clone() for name, value in model.named_parameters()})
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+def test_a_number_is_predicted_by_its_squared_error(encoder: Path, tmp_path: Path) -> None:
+    root = write_ratings(tmp_path / "raw", "tweets", count=120)
+    data = {"name": "sentiment-tweets", "root": str(root), "graded": True}
+    path = write_text_config(tmp_path, encoder, data)
+    succeed(1, "train", "--run-dir", tmp_path / "run", path)
+    summary, problem = summary_of(tmp_path / "run"), problem_of(path)
+    model = problem.trained(tmp_path / "run", SingleWorld()).eval()
+    every = np.arange(len(problem.test))
+    with torch.no_grad():
+        answers = model(*problem.test.batch(every, every).inputs).predictions[0][:, 0].double().numpy()
+    true_N = np.asarray(problem.test.target_N, dtype=np.float64)
+    assert summary["test"]["mse"] == pytest.approx(float(np.mean((answers - true_N) ** 2)), rel=1e-5)
+    assert summary["test"]["pearson"] == pytest.approx(pearson(answers, true_N), abs=1e-5)
+    constant = summary["baselines"]["constant"]
+    mean = float(np.mean(problem.train.target_N, dtype=np.float64))
+    assert constant["mse"] == pytest.approx(float(np.mean((true_N - mean) ** 2)))
+    assert (constant["pearson"], constant["spearman"]) == (0, 0)
+
+
+def test_the_ids_of_tokens_are_counted(config: Path) -> None:
+    problem = problem_of(config)
+    counts = problem.id_counts()
+    rows = [problem.train.batch(np.array([i]), np.array([i])).token_BS.flatten() for i in range(len(problem.train))]
+    assert torch.equal(counts, torch.bincount(torch.cat(rows), minlength=len(counts)))
+    assert len(counts) == read_hugging_face(load_config(config).start.encoder).shape.vocab  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (STUDENT, r"start\.run is not given, and start\.conversion\.order=importance needs it"),
+        (["start.run={student}"], r"start\.run=.*its model has experts; name a run with model\.moe_every=0"),
+        (["start.run={absent}"], r"absent"),
+        (["distillation.teacher={absent}"], r"absent"),
+        (["distillation.teacher={dense}", "data.name=trec"], r"was trained with data\.name=sms-spam, not trec"),
+        ([f"data.max_length={POSITIONS + 1}"], rf"data\.max_length={POSITIONS + 1}: the encoder has {POSITIONS} pos"),
+        (["start.encoder={absent}"], r"absent has no config\.json"),
+        (["data.tokenizer={larger}"], r"data\.tokenizer knows \d+ tokens, the encoder \d+; leave it out"),
+    ],
+)
+def test_what_a_run_cannot_begin_with(
+    config: Path,
+    teachers: dict[int, Path],
+    students: dict[int, Path],
+    tmp_path: Path,
+    overrides: list[str],
+    message: str,
+) -> None:
+    from tests.data.labelled_text.tiny_texts import tiny_tokenizer, write_questions
+
+    larger = tiny_tokenizer()
+    larger.add_tokens(["amber"])
+    larger.save(str(tmp_path / "larger.json"))
+    places = {"student": students[1], "dense": teachers[1], "absent": tmp_path / "absent"}
+    places["larger"] = tmp_path / "larger.json"
+    given = [text.format(**places) if "={" in text and "model={" not in text else text for text in overrides]
+    if "data.name=trec" in given:
+        given.append(f"data.root={write_questions(tmp_path / 'trec')}")
+    with pytest.raises(UserError, match=message):
+        plan_new_run(config, given, tmp_path / "run")
+
+
+def test_only_text_classifiers_start_from_something() -> None:
+    for section in ({"start": {}}, {"distillation": {"teacher": "somewhere"}}):
+        with pytest.raises(
+            UserError, match=rf"{next(iter(section))}: for model\.name=bert_classifier, not recommender"
+        ):
+            validate_config(section).check(1)
+
+
+def test_a_model_of_text_is_found_by_its_data() -> None:
+    config = validate_config({"data": {"name": "rte", "root": "somewhere"}})
+    assert isinstance(config.model, BertClassifierConfig)
+    assert config.task_weights == (1.0,)
