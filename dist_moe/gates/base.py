@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,10 @@ class GateSettings(Settings, ABC):
     @abstractmethod
     def build(self, dim: int, num_experts: int, context: GateContext) -> Gate:
         """The gate over ``num_experts`` experts for tokens of width ``dim``."""
+
+    def of_layer(self, layer: int) -> Self:
+        """The settings of the gate of MoE layer ``layer`` (from 0) of a model that has several."""
+        return self
 
     def faults(self, num_experts: int) -> Iterator[str]:
         """What does not fit ``num_experts``, as "field=value: reason"."""

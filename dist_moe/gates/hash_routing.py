@@ -7,7 +7,7 @@ comparison ("Hash-r") the id is the user's and the expert of each id is drawn un
 from __future__ import annotations
 
 import heapq
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -18,6 +18,8 @@ from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture
 from dist_moe.routing import Route
 
 Assignment = Literal["random", "balanced"]
+SEEDS_APART = 1_000_003
+"""Between the seeds of two layers: runs with small seeds share no table."""
 
 
 class HashRoutingConfig(GateSettings):
@@ -30,6 +32,10 @@ class HashRoutingConfig(GateSettings):
         "with the smallest load so far",
     )
     seed: int = Field(0, ge=0, description="seed of the random assignment, the same for every task's gate")
+
+    def of_layer(self, layer: int) -> Self:
+        """With a seed of its own: every layer draws another table. The balanced one has no chance in it."""
+        return self.model_copy(update={"seed": self.seed + SEEDS_APART * layer})
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> HashRouting:
         if context.id_counts is None:

@@ -4,6 +4,7 @@ from dist_moe.kernels.activations import ACTIVATIONS
 from dist_moe.kernels.device_path import RowCounts, counts_on_host, on_device_path
 from dist_moe.kernels.dropout import dropout, dropout_of_stacks
 from dist_moe.kernels.feed_forward import FeedForwardWeights, feed_forward, feed_forward_reference
+from dist_moe.kernels.grouped_layer_norm import grouped_layer_norm, grouped_layer_norm_reference
 from dist_moe.kernels.grouped_linear import grouped_linear, grouped_linear_reference
 from dist_moe.kernels.sparse_products import (
     DENSE_GAIN,
@@ -37,6 +38,8 @@ __all__ = [
     "dropout_of_stacks",
     "feed_forward",
     "feed_forward_reference",
+    "grouped_layer_norm",
+    "grouped_layer_norm_reference",
     "grouped_linear",
     "grouped_linear_reference",
     "on_device_path",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank, FeedForwardBank
+from dist_moe.experts import BertFeedForwardBank, ConvBank, DenseReLUBank, ExpertBank, FeedForwardBank
 
 
 def naive_expert(bank: ExpertBank, expert: int, x_D: Tensor) -> Tensor:
     """(F,) result of local expert ``expert`` on one row, without dropout."""
     if isinstance(bank, ConvBank):
         return naive_conv_expert(bank, expert, x_D)
+    if isinstance(bank, BertFeedForwardBank):
+        return naive_bert_expert(bank, expert, x_D)
     if isinstance(bank, FeedForwardBank):
         return naive_feed_forward_expert(bank, expert, x_D)
     assert isinstance(bank, DenseReLUBank)
@@ -44,6 +46,13 @@ def naive_feed_forward_expert(bank: FeedForwardBank, expert: int, x_D: Tensor) -
     else:
         hidden_F = _NAIVE_ACTIVATIONS[bank.activation](_naive_affine(x_D, bank.gate[expert], None)) * hidden_F
     return _naive_affine(hidden_F, bank.down[expert], None if bank.down_bias is None else bank.down_bias[expert])
+
+
+def naive_bert_expert(bank: BertFeedForwardBank, expert: int, x_D: Tensor) -> Tensor:
+    sum_D = x_D + naive_feed_forward_expert(bank, expert, x_D)
+    mean = sum(sum_D) / len(sum_D)
+    variance = sum((value - mean) ** 2 for value in sum_D) / len(sum_D)
+    return (sum_D - mean) / (variance + bank.norm_eps) ** 0.5 * bank.norm_weight[expert] + bank.norm_bias[expert]
 
 
 def _naive_pool(maps: Tensor) -> Tensor:
@@ -85,6 +94,15 @@ def small_conv_bank(side: int = 20, expert_ids: tuple[int, ...] = (0, 1, 2)) -> 
     torch.manual_seed(5)
     bank = ConvBank(side, 8, expert_ids, channels=(2, 3), units=(5, 4)).double()
     randomise_biases(bank)
+    return bank
+
+
+def small_bert_bank() -> BertFeedForwardBank:
+    """fp64, without dropout, every scale and bias drawn."""
+    torch.manual_seed(6)
+    bank = BertFeedForwardBank(7, 5, 8, [2, 3, 7], dropout=0.0, norm_eps=1e-3).double()
+    randomise_biases(bank)
+    torch.nn.init.uniform_(bank.norm_weight, 0.5, 1.5)
     return bank
 
 

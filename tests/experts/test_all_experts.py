@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.experts import DenseReLUBank, ExpertBank, FeedForwardBank
-from tests.experts.naive_banks import leaves_of, naive_expert, randomise_biases, small_conv_bank
+from tests.experts.naive_banks import leaves_of, naive_expert, randomise_biases, small_bert_bank, small_conv_bank
 from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gradients
 
 AllExperts = Callable[[ExpertBank, Tensor], Tensor]
@@ -34,7 +34,7 @@ def small_gated_bank() -> FeedForwardBank:
     return FeedForwardBank(7, 5, 8, [2, 3, 7], activation="silu", gated=True).double()
 
 
-BANKS = [small_conv_bank, small_dense_bank, small_plain_bank, small_gated_bank]
+BANKS = [small_conv_bank, small_dense_bank, small_plain_bank, small_gated_bank, small_bert_bank]
 
 
 def own(bank: ExpertBank, x_TD: Tensor) -> Tensor:

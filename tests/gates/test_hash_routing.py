@@ -104,6 +104,13 @@ def test_config_builds_the_gate_it_describes_from_the_ids_of_the_data() -> None:
     assert torch.equal(seeded.table, HashRouting(3, 2, counts, seed=4).table)
 
 
+def test_every_layer_has_a_table_of_its_own_which_no_other_seed_has() -> None:
+    settings = [HashRoutingConfig(seed=seed).of_layer(layer) for seed in range(4) for layer in range(12)]
+    tables = {tuple(each.build(3, 4, GateContext(id_counts=UNIFORM)).table.tolist()) for each in settings}
+    assert len(tables) == 4 * 12
+    assert HashRoutingConfig(seed=3).of_layer(0) == HashRoutingConfig(seed=3)
+
+
 def test_data_without_ids_is_refused() -> None:
     with pytest.raises(ValueError, match="the data has no ids to route by"):
         HashRoutingConfig().build(3, 4, GateContext())

@@ -1,0 +1,173 @@
+"""A dense BERT classifier's weights as those of one with experts, the same for every gate.
+
+    weights = convert_bert(dense, shape, config, BertConversionConfig(), importance_LH)
+    place_converted(config.build(shape, num_labels, run), weights)       # gates keep their first values
+
+``dense``: weights of a dense :class:`~dist_moe.models.bert.BertClassifier` by name, for example
+``BertCheckpoint.weights`` or ``dict(teacher.named_parameters())``. The result depends on nothing but the arguments:
+students that differ in the gate alone start alike, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dist_moe.errors import UserError
+from dist_moe.kernels import FeedForwardWeights
+from dist_moe.models.bert import BertClassifier, BertClassifierConfig, BertShape
+from dist_moe.models.bert.hugging_face import CLASSIFIER
+from dist_moe.models.conversion.copies import copies
+from dist_moe.models.conversion.exact_split import split_exactly
+from dist_moe.models.conversion.neurons import take_neurons
+from dist_moe.models.conversion.partition import Order, partition, ranked
+from dist_moe.models.placed_weights import ROUTERS, place_weights
+from dist_moe.settings import Settings
+
+
+class BertConversionConfig(Settings):
+    """How a dense feed-forward network becomes experts."""
+
+    method: Literal["partition", "split", "copies"] = Field(
+        "partition",
+        description="partition: MoEBERT's, the most important neurons in every expert, others dealt out, the rest "
+        "left; split: every neuron in one expert, together exactly the dense network; copies: each expert all of it",
+    )
+    shared: int | None = Field(
+        None, ge=0, description="neurons that all experts of a partition share (null: two thirds of their width)"
+    )
+    order: Order = Field("importance", description="which neurons a partition prefers; random and inverse to compare")
+    noise: float = Field(
+        0.0, ge=0, description="what is added to copies, in standard deviations of the matrix that is copied"
+    )
+    seed: int = Field(0, ge=0, description="seed of a random order and of the noise; every layer draws its own")
+
+
+def convert_bert(
+    dense: Mapping[str, Tensor],
+    shape: BertShape,
+    config: BertClassifierConfig,
+    conversion: BertConversionConfig,
+    importance_LH: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Weights by name, experts stacked by global id, of every parameter of ``config``'s model but its gates'.
+
+    ``shape``: of the dense model. ``importance_LH``: see :func:`neuron_importance`; needed by a partition that is not
+    random. Layers that stay dense and are to be narrower (``config.hidden``) keep the neurons that a partition
+    prefers. Raises UserError for what does not fit together.
+    """
+    _check(shape, config, conversion)
+    weights = {name: tensor.detach() for name, tensor in dense.items() if ".feed_forward." not in name}
+    for layer in range(shape.layers):
+        prefix = f"encoder.layers.{layer}.feed_forward."
+        block = {name.removeprefix(prefix): tensor.detach() for name, tensor in dense.items() if prefix in name}
+        network = _network(block)
+        importance_H = None if importance_LH is None else importance_LH[layer].to(network.up.device)
+        if config.has_experts(layer):
+            made = _experts(network, shape, config, conversion, importance_H, layer)
+            converted = _with_norms(made, block, config)
+        else:
+            converted = _narrower(network, block, config.fitted(shape).hidden, conversion, importance_H, layer)
+        weights |= {prefix + name: tensor for name, tensor in converted.items()}
+    return weights
+
+
+def place_converted(model: BertClassifier, weights: Mapping[str, Tensor]) -> None:
+    """Fill a model with converted weights; gates, and a classifier that there is not, keep their first values.
+
+    Raises UserError naming what does not fit.
+    """
+    has_classifier = any(name.startswith(CLASSIFIER) for name in weights)
+    place_weights(model, weights, ROUTERS if has_classifier else (*ROUTERS, CLASSIFIER))
+
+
+def _experts(
+    network: FeedForwardWeights,
+    shape: BertShape,
+    config: BertClassifierConfig,
+    conversion: BertConversionConfig,
+    importance_H: Tensor | None,
+    layer: int,
+) -> FeedForwardWeights:
+    if conversion.method == "split":
+        return split_exactly(network, config.num_experts)
+    if conversion.method == "copies":
+        return copies(network, config.num_experts, conversion.noise, _seed(conversion, layer))
+    width = config.width_of_experts(shape)
+    shared = 2 * width // 3 if conversion.shared is None else conversion.shared
+    order_H = _order(network, conversion, importance_H, layer)
+    return take_neurons(network, partition(order_H, config.num_experts, width, shared))
+
+
+def _with_norms(
+    experts: FeedForwardWeights, block: dict[str, Tensor], config: BertClassifierConfig
+) -> dict[str, Tensor]:
+    named = {f"moe.experts.{name}": tensor for name, tensor in experts._asdict().items() if tensor is not None}
+    norms = {kind: block[f"norm.{kind}"] for kind in ("weight", "bias")}
+    if config.expert_form == "network":
+        return named | {f"norm.{kind}": tensor for kind, tensor in norms.items()}
+    return named | {f"moe.experts.norm_{kind}": tensor.repeat(config.num_experts, 1) for kind, tensor in norms.items()}
+
+
+def _narrower(
+    network: FeedForwardWeights,
+    block: dict[str, Tensor],
+    width: int,
+    conversion: BertConversionConfig,
+    importance_H: Tensor | None,
+    layer: int,
+) -> dict[str, Tensor]:
+    if width == network.up.shape[2]:
+        return block
+    order_H = _order(network, conversion, importance_H, layer)
+    kept = take_neurons(network, partition(order_H, 1, width, width))
+    assert kept.up_bias is not None
+    taken = {"up.weight": kept.up[0].T, "up.bias": kept.up_bias[0], "down.weight": kept.down[0].T}
+    return block | {name: tensor.contiguous() for name, tensor in taken.items()}
+
+
+def _network(block: dict[str, Tensor]) -> FeedForwardWeights:
+    """Of two linear layers, whose weights are (out, in)."""
+    up, down, up_bias, down_bias = (
+        block[name].unsqueeze(0) for name in ("up.weight", "down.weight", "up.bias", "down.bias")
+    )
+    return FeedForwardWeights(up.transpose(1, 2), down.transpose(1, 2), None, up_bias, down_bias)
+
+
+def _order(
+    network: FeedForwardWeights, conversion: BertConversionConfig, importance_H: Tensor | None, layer: int
+) -> Tensor:
+    if importance_H is None:
+        if conversion.order != "random":
+            raise UserError(
+                f"conversion.order={conversion.order} needs the neurons' importances, and none were given; compute "
+                "them from training data, or use random"
+            )
+        importance_H = torch.zeros(network.up.shape[2])
+    return ranked(importance_H, conversion.order, _seed(conversion, layer))
+
+
+def _seed(conversion: BertConversionConfig, layer: int) -> int:
+    return conversion.seed * 1_000_003 + layer
+
+
+def _check(shape: BertShape, config: BertClassifierConfig, conversion: BertConversionConfig) -> None:
+    if config.fitted(shape).hidden > shape.hidden:
+        raise UserError(f"model.hidden={config.hidden} exceeds the dense model's {shape.hidden}")
+    if not config.moe_every or conversion.method == "partition":
+        return
+    if conversion.method == "split" and config.expert_form == "block":
+        raise UserError(
+            "conversion.method=split: experts with a LayerNorm each do not add up to the dense block; use "
+            "model.expert_form=network"
+        )
+    whole = shape.hidden // (config.num_experts if conversion.method == "split" else 1)
+    if config.width_of_experts(shape) != whole:
+        raise UserError(
+            f"conversion.method={conversion.method} makes experts of width {whole}, "
+            f"model.expert_hidden={config.expert_hidden} says otherwise; use model.expert_hidden={whole}"
+        )

@@ -1,0 +1,183 @@
+"""Hugging Face directories there and back: bit-equal, and every tensor accounted for by count and by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dist_moe.data.encoder_sources import open_encoder
+from dist_moe.errors import UserError
+from dist_moe.models import BertClassifier, BertClassifierConfig, BertShape, RunShape
+from dist_moe.models.bert import read_hugging_face, write_hugging_face
+from dist_moe.models.bert.hugging_face import name_map
+from dist_moe.parallel import SingleWorld
+from tests.helpers.berts import NUM_LABELS, SHAPE, build, dense
+
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    write_hugging_face(dense(), tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def rewrite(directory: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    path = directory / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+    return directory
+
+
+def reconfigure(directory: Path, **fields: Any) -> Path:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return directory
+
+
+def without_prefix(tensors: Tensors) -> Tensors:
+    """As BertModel writes: no prefix, no classifier; the constant that older versions kept."""
+    kept = {name.removeprefix("bert."): t for name, t in tensors.items() if not name.startswith("classifier")}
+    return kept | {"embeddings.position_ids": torch.arange(SHAPE.positions).unsqueeze(0)}
+
+
+def fresh(shape: BertShape = SHAPE, num_labels: int = NUM_LABELS) -> BertClassifier:
+    torch.manual_seed(99)
+    return BertClassifierConfig(moe_every=0).build(shape, num_labels, RunShape(SingleWorld(), 1)).double()
+
+
+def test_every_parameter_has_one_name_on_either_side() -> None:
+    names = name_map(SHAPE.layers)
+    assert names.keys() == {name for name, _ in dense().named_parameters()}
+    assert len(set(names.values())) == len(names) == 5 + 16 * SHAPE.layers + 4
+
+
+@pytest.mark.parametrize("change", [dict, without_prefix], ids=["classifier", "encoder"])
+def test_there_and_back_is_equal_to_the_bit(
+    directory: Path, tmp_path: Path, change: Callable[[Tensors], Tensors]
+) -> None:
+    original = rewrite(directory, change)
+    checkpoint = read_hugging_face(original)
+    model = fresh()
+    checkpoint.into(model)
+    write_hugging_face(model, tmp_path / "again", like=checkpoint)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (original / name).read_bytes()
+    assert all(torch.equal(value, model.get_parameter(name)) for name, value in checkpoint.weights.items())
+    assert checkpoint.shape == SHAPE
+    assert checkpoint.left_out == ()
+
+
+def test_the_oldest_names_and_heads_of_pre_training_are_understood(directory: Path) -> None:
+    def age(tensors: Tensors) -> Tensors:
+        old = {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+            for name, tensor in tensors.items()
+            if not name.startswith("classifier")
+        }
+        return old | {"cls.predictions.bias": torch.zeros(3), "cls.seq_relationship.weight": torch.zeros(2, 12)}
+
+    expected = read_hugging_face(directory).weights
+    checkpoint = read_hugging_face(rewrite(directory, age))
+    assert checkpoint.left_out == ("cls.predictions.bias", "cls.seq_relationship.weight")
+    assert not checkpoint.has_classifier
+    model = fresh()
+    before = model.classifier.weight.clone()
+    checkpoint.into(model)
+    assert torch.equal(model.classifier.weight, before)
+    assert torch.equal(
+        model.encoder.layers[1].attention.norm.weight, expected["encoder.layers.1.attention.norm.weight"]
+    )
+
+
+def test_missing_and_unknown_tensors_are_named(directory: Path) -> None:
+    def damage(tensors: Tensors) -> Tensors:
+        query = tensors.pop("bert.encoder.layer.1.attention.self.query.weight")
+        return tensors | {"bert.encoder.layer.1.attention.self.qury.weight": query}
+
+    with pytest.raises(UserError) as error:
+        read_hugging_face(rewrite(directory, damage))
+    message = str(error.value)
+    assert "missing: encoder.layer.1.attention.self.query.weight" in message
+    assert "unknown: encoder.layer.1.attention.self.qury.weight" in message
+    assert "has 57 tensors, a BERT encoder with its pooler has 57" in message
+
+
+def test_half_a_classifier_is_refused(directory: Path) -> None:
+    with pytest.raises(UserError, match=r"missing: classifier\.bias"):
+        read_hugging_face(
+            rewrite(directory, lambda tensors: {n: t for n, t in tensors.items() if n != "classifier.bias"})
+        )
+
+
+def test_positions_that_are_not_counted_up_are_refused(directory: Path) -> None:
+    flipped = {"bert.embeddings.position_ids": torch.arange(SHAPE.positions).flip(0).unsqueeze(0)}
+    with pytest.raises(UserError, match=r"position_ids is not 0\.\.9"):
+        read_hugging_face(rewrite(directory, lambda tensors: tensors | flipped))
+
+
+def test_another_number_of_labels_is_named_and_nothing_is_changed(directory: Path) -> None:
+    model = fresh(num_labels=5)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(UserError, match=r"classifier\.weight has shape \(3, 12\), the model's is \(5, 12\)"):
+        read_hugging_face(directory).into(model)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "roberta"}, "model_type='roberta': only BERT encoders"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+        ({"is_decoder": True}, "is_decoder=True"),
+        ({"hidden_act": "gelu_new"}, r"hidden_act='gelu_new' is not known; allowed: \['gelu', 'relu', 'silu'"),
+        ({"num_attention_heads": 5}, "hidden_size=12 is no multiple of num_attention_heads=5"),
+    ],
+)
+def test_other_models_are_refused(directory: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_hugging_face(reconfigure(directory, **fields))
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        read_hugging_face(tmp_path)
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"is not there \(other weights: pytorch_model\.bin\)\. Remedy: load"):
+        read_hugging_face(directory)
+    (directory / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_hugging_face(directory)
+
+
+def test_weights_are_not_overwritten_and_experts_not_written(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already; name another directory"):
+        write_hugging_face(dense(), directory)
+    with pytest.raises(UserError, match="a model with experts is no BertModel"):
+        write_hugging_face(build(moe_every=2), tmp_path / "experts")
+
+
+@pytest.mark.network
+def test_minilm_comes_back_as_the_same_file(tmp_path: Path) -> None:
+    source = open_encoder(progress=False).directory
+    checkpoint = read_hugging_face(source)
+    assert checkpoint.shape == BertShape(vocab=30_522, width=384, layers=6, heads=12, hidden=1536)
+    model = fresh(checkpoint.shape, 2).float()
+    checkpoint.into(model)
+    write_hugging_face(model, tmp_path / "minilm", like=checkpoint)
+    read, written = (load_file(path / "model.safetensors") for path in (source, tmp_path / "minilm"))
+    assert read.keys() == written.keys()
+    assert len(read) == 5 + 16 * 6 + 2 + checkpoint.has_position_ids
+    assert all(read[name].dtype == written[name].dtype and torch.equal(read[name], written[name]) for name in read)
+    digests = [
+        hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest() for path in (source, tmp_path / "minilm")
+    ]
+    assert digests[0] == digests[1]
+    assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "minilm/config.json").read_text())
