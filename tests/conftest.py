@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.data.tiny_movielens import write_tiny_movielens
+from tests.helpers.texts import write_tiny_text
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,3 +30,10 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "root": str(write_tiny_movielens(directory / "raw", users=120, items=90)),
         "cache": str(directory / "cache"),
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """``root`` of a tiny corpus of two domains, and a ``cache`` for what is prepared from it."""
+    directory: Path = tmp_path_factory.mktemp("text")
+    return {"root": str(write_tiny_text(directory / "raw")), "cache": str(directory / "cache")}

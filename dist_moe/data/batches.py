@@ -65,7 +65,7 @@ class ShuffledFeed(Generic[B]):
     ) -> None:
         count = len(examples)
         if count < batch_size:
-            raise UserError(f"train.batch_size={batch_size} is larger than the {count} training pairs")
+            raise UserError(f"train.batch_size={batch_size} is larger than the {count} training examples")
         self._examples = examples
         self._batch_size = batch_size
         self._rank = rank

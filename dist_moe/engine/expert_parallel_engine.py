@@ -83,7 +83,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         return not math.isfinite(self.grad_norm)
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
-        self.has_moe_layers = True
+        self.has_moe_layers = any(map(is_expert_parameter, model.parameters()))  # else DeepSpeed misses their groups
         super()._configure_distributed_model(model)
 
     def _validate_zero3_moe_compatibility(self) -> None:

@@ -32,11 +32,13 @@ StepRecord = dict[str, Any]
 class TrainConfig(Settings):
     """How long, how much at once, and how often to write."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the training pairs")
+    epochs: float = Field(1.0, gt=0, description="passes over the training examples")
     max_steps: int | None = Field(
         None, ge=1, description="stop after this many steps, whatever epochs says (null: epochs decides)"
     )
-    batch_size: int = Field(512, ge=1, description="global batch: pairs per step over all ranks and accumulation steps")
+    batch_size: int = Field(
+        512, ge=1, description="global batch: examples per step over all ranks and accumulation steps"
+    )
     log_every: int = Field(
         10, ge=1, description="steps between two collections of the ranks' metrics; every step is recorded"
     )

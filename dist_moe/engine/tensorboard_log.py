@@ -64,15 +64,16 @@ class TensorBoardLog:
         return self._events.lost
 
     def step(self, record: StepRecord) -> None:
-        """``record["load"]``: (L, E) rows per layer and expert."""
+        """``record["load"]``: (L, E) rows per layer and expert; of a dense model there are no layers."""
         step, load_LE = record["step"], np.asarray(record["load"])
         scalars = {
             _TAGS.get(name, f"loss/{name}"): value
             for name, value in record.items()
             if isinstance(value, float) and name != "epoch"
         }
-        worst = max(map(_max_over_mean, load_LE))
-        self._scalars(scalars | {"experts/load_max_over_mean": worst}, step)
+        if len(load_LE):
+            scalars["experts/load_max_over_mean"] = max(map(_max_over_mean, load_LE))
+        self._scalars(scalars, step)
         if not self._load_columns:
             self._load_columns = [[] for _ in load_LE]
         for layer, (load_E, columns) in enumerate(zip(load_LE, self._load_columns, strict=True)):

@@ -5,28 +5,29 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
 from dist_moe.data.movielens import MovieLensConfig
+from dist_moe.data.text import TextConfig
 from dist_moe.data.two_images import TwoImagesConfig
 from dist_moe.engine.deepspeed_checks import check_deepspeed_section
 from dist_moe.engine.loop import TrainConfig
 from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.errors import UserError
 from dist_moe.gates import gate_settings
-from dist_moe.models import MoEModelConfig, RecommenderConfig, TwoImageClassifierConfig
+from dist_moe.models import MoEModelConfig, RecommenderConfig, TransformerConfig, TwoImageClassifierConfig
 from dist_moe.recipes.fields import fields_of
 from dist_moe.recipes.overrides import Content, assign, parse_override, read_yaml
 from dist_moe.recipes.placement import PlacementScheduleConfig
 from dist_moe.recipes.swap import SwapScheduleConfig
 from dist_moe.settings import Settings
 
-DataConfig = Annotated[MovieLensConfig | TwoImagesConfig, Field(discriminator="name")]
-ModelConfig = Annotated[RecommenderConfig | TwoImageClassifierConfig, Field(discriminator="name")]
+DataConfig = Annotated[MovieLensConfig | TwoImagesConfig | TextConfig, Field(discriminator="name")]
+ModelConfig = Annotated[RecommenderConfig | TwoImageClassifierConfig | TransformerConfig, Field(discriminator="name")]
 TaskWeight = Annotated[float, Field(ge=0)]
 
 S = TypeVar("S", bound=Settings)
@@ -34,6 +35,7 @@ S = TypeVar("S", bound=Settings)
 _MODEL_FOR: dict[type[Settings], type[MoEModelConfig]] = {
     MovieLensConfig: RecommenderConfig,
     TwoImagesConfig: TwoImageClassifierConfig,
+    TextConfig: TransformerConfig,
 }
 
 
@@ -51,7 +53,8 @@ class RunConfig(Settings):
     task_weights: tuple[TaskWeight, ...] = Field(
         (0.5, 0.5),
         description="one weight per task, all alike if not given. recommender: cross-entropy of 'watched', squared "
-        "error of the rating; two images: cross-entropy of the top left, of the bottom right one",
+        "error of the rating; two images: cross-entropy of the top left, of the bottom right one; transformer: "
+        "cross-entropy of the next token",
     )
     swap_search: SwapScheduleConfig | None = Field(
         None,
@@ -88,8 +91,12 @@ class RunConfig(Settings):
             raise UserError(f"task_weights={list(self.task_weights)}: model.name={self.model.name} has {tasks} task(s)")
         if not any(self.task_weights):
             raise UserError(f"task_weights={list(self.task_weights)}: one of them must be above 0")
+        for fault in self.model.faults():
+            raise UserError(f"model.{fault}")
         for fault in self.model.gate.faults(self.model.num_experts):
             raise UserError(f"model.gate.{fault}")
+        for field, remedy in [] if self.model.num_moe_layers else self._what_needs_experts():
+            raise UserError(f"{field} needs experts, and model.moe_every=0 leaves none; set it to {remedy}")
         self.parallel.check(world_size, self.model.num_experts)
         if self.parallel.overlap_chunks > 1 and self.model.activation_checkpointing:
             raise UserError(
@@ -99,6 +106,15 @@ class RunConfig(Settings):
         if self.placement is not None:
             self.placement.check(self.parallel.expert_parallel_size)
         check_deepspeed_section(self.deepspeed, self.train.batch_size, world_size)
+
+    def _what_needs_experts(self) -> Iterator[tuple[str, str]]:
+        """What of this configuration is for models with MoE layers, and its value for others."""
+        sections = {"model.permutation": self.model.permutation, "swap_search": self.swap_search}
+        for field, section in (sections | {"placement": self.placement}).items():
+            if section is not None:
+                yield field, "null"
+        if self.parallel.expert_parallel_size > 1:
+            yield f"parallel.expert_parallel_size={self.parallel.expert_parallel_size}", "1"
 
     def fitted(self, world_size: int) -> RunConfig:
         """For ``world_size`` ranks: smaller, where parallel.elastic allows it."""

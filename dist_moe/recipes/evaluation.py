@@ -38,7 +38,8 @@ def _observe(problem: Problem, model: MoEModel, part: Any, groups: ProcessGroups
     """(C, N) observed columns; (L, G, E) tokens per layer, gate and expert; tokens of a gate; over all ranks."""
     rank, world_size = groups.environment.rank, groups.environment.world_size
     layers = list(model.moe_layers.values())
-    load_LGE = torch.zeros(len(layers), len(layers[0].gates), layers[0].experts.num_experts, device=groups.device)
+    gates, experts = (len(layers[0].gates), layers[0].experts.num_experts) if layers else (0, 0)
+    load_LGE = torch.zeros(len(layers), gates, experts, device=groups.device)
     tokens = torch.zeros((), dtype=torch.int64, device=groups.device)
     columns = []
     for index_B in shard_batches(part, problem.eval_batch, rank=rank, world_size=world_size):
@@ -46,19 +47,23 @@ def _observe(problem: Problem, model: MoEModel, part: Any, groups: ProcessGroups
         output = model(*batch.inputs)
         ACTIVITY.beat()
         columns.append(problem.observe(output, batch))
-        tokens += output.layers[0].routes[0].num_tokens
         for load_GE, layer in zip(load_LGE, output.layers, strict=True):
             load_GE += torch.stack([route.tokens_per_slot for route in layer.routes])
+        if output.layers:
+            tokens += output.layers[0].routes[0].num_tokens
     width = -(-len(part) // world_size)
     gathered = gather_columns(torch.cat(columns, dim=1), width)
     return gathered[:, : len(part)], sum_over_ranks(load_LGE), int(sum_over_ranks(tokens))
 
 
 def expert_figures(load_LGE: Tensor, tokens: int) -> dict[str, Any]:
-    """From (L, G, E) tokens per layer, gate and expert, of ``tokens`` tokens; see :func:`evaluate`."""
-    by_gate = (load_LGE.flatten(0, 1).sum(dim=1) / tokens).tolist()
+    """From (L, G, E) tokens per layer, gate and expert, of ``tokens`` tokens; see :func:`evaluate`.
+
+    Of a dense model, without layers, all are 0.
+    """
+    by_gate = (load_LGE.flatten(0, 1).sum(dim=1) / max(tokens, 1)).tolist()
     return {
-        "active_experts": sum(by_gate) / len(by_gate),
+        "active_experts": sum(by_gate) / max(len(by_gate), 1),
         "active_experts_by_gate": by_gate,
         "dead_experts": int((load_LGE.sum(dim=1) == 0).sum()),
     }

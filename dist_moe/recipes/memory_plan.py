@@ -22,7 +22,7 @@ from dist_moe.errors import UserError
 from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank
 from dist_moe.gates import Gate
 from dist_moe.layer import MoE
-from dist_moe.models import MoEModel
+from dist_moe.models import MoEModel, Transformer
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.models import build_model
@@ -126,11 +126,11 @@ def plan_memory(config: RunConfig, problem: Problem, ranks: int, memory: int | N
 
 
 def only_layer(model: MoEModel) -> MoE:
-    """The MoE layer of a model that has one. Raises UserError if it has several: no plan is made for these yet."""
-    layers = list(model.moe_layers.values())
-    if len(layers) > 1:
-        raise UserError(f"the model has {len(layers)} MoE layers; 'dist-moe plan' knows models with one")
-    return layers[0]
+    """The MoE layer of a model that has one token per example. Raises UserError if it is a transformer."""
+    if isinstance(model, Transformer):
+        raise UserError("model.name=transformer: no plan can be made for it; 'dist-moe plan' knows the other models")
+    (layer,) = model.moe_layers.values()
+    return layer
 
 
 def _states(model: nn.Module, config: RunConfig, stage: int, ranks: int, size: int) -> StatePlan:

@@ -40,8 +40,14 @@ def _tokens(output: ModelOutput) -> int:
 
 
 def _expert_counts(output: ModelOutput, tokens_in_step: int) -> dict[str, Any]:
-    """``active_experts``: assignments per token, averaged over gates and layers. ``load``: (L, E) rows."""
+    """``active_experts``: assignments per token, averaged over gates and layers. ``load``: (L, E) rows.
+
+    Of a dense model: 0, and (0, 0).
+    """
     layers = output.layers
+    if not layers:
+        load_LE = torch.zeros(0, 0, dtype=torch.int64, device=output.predictions[0].device)
+        return {"active_experts": load_LE.sum().double(), "rows_computed": load_LE.sum(), "load": load_LE}
     routes = [route for layer in layers for route in layer.routes]
     assignments = sum(route.num_assignments for route in routes)
     load_LE = torch.stack([layer.pairs.rows_per_expert_E for layer in layers])

@@ -26,10 +26,11 @@ class Problem(ABC):
     """A data set of one or several tasks, its model, its losses and its figures.
 
     ``train``, ``val``, ``test``: tables of examples. ``manifest``: where the data came from. ``eval_batch``:
-    examples that a rank evaluates at once.
+    examples that a rank evaluates at once. ``tokens_per_example``: rows that are routed for each.
     """
 
     eval_batch = 4096
+    tokens_per_example = 1
 
     train: Examples[Any]
     val: Examples[Any]

@@ -17,6 +17,7 @@ from dist_moe.search import SwapReport
 
 PERMUTATION_IMAGE_EVERY = 50
 _HIDDEN = ("loss_by_batches",)
+_MOST_COLUMNS = 10
 
 
 class Reporter:
@@ -71,11 +72,13 @@ class Reporter:
 
 
 def figures_table(test: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
-    """Test figures of the model beside others by name, as aligned text."""
+    """Test figures of the model beside others by name, as aligned text; a line for each figure where they are many."""
     columns = [name for name, value in test.items() if isinstance(value, (int, float)) and name not in _HIDDEN]
     rows = {"this model": test} | others
     cells = [["", *(column.replace("_", " ") for column in columns)]]
     cells += [[name, *(_cell(figures.get(column)) for column in columns)] for name, figures in rows.items()]
+    if len(columns) > _MOST_COLUMNS:
+        cells = [list(row) for row in zip(*cells, strict=True)]
     names, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
     return "\n".join(
         f"{name:{names}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(figures, widths, strict=True))
@@ -96,12 +99,16 @@ def _cell(value: float | int | None) -> str:
 
 def _opening_line(plan: TrainingPlan, engine: ExpertParallelEngine, first_step: int) -> str:
     config, schedule = plan.config, plan.schedule
-    size = config.parallel.expert_parallel_size
+    layers, world_size = config.model.num_moe_layers, plan.environment.world_size
     parameters = engine.num_parameters
     start = f"from step {first_step} " if first_step else ""
+    several = f" in each of {layers} layers" if layers > 1 else ""
+    experts = f"{config.gate_label}, {config.model.num_experts} experts{several}"
+    spread = f"{experts} over {config.parallel.expert_parallel_size} of {world_size} rank(s)"
+    tokens = plan.problem.tokens_per_example
     return (
-        f"{config.gate_label}, {config.model.num_experts} experts over {size} of "
-        f"{plan.environment.world_size} rank(s), ZeRO stage {engine.zero_optimization_stage()}, "
+        f"{spread if layers else f'dense, {world_size} rank(s)'}, ZeRO stage {engine.zero_optimization_stage()}, "
         f"{parameters:,} parameters on this rank, {torch.get_num_threads()} thread(s) each, "
-        f"{schedule.total_steps} step(s) {start}of {schedule.batch_size} examples -> {plan.run.root}"
+        f"{schedule.total_steps} step(s) {start}of {schedule.batch_size} examples"
+        f"{f' of {tokens} tokens' if tokens > 1 else ''} -> {plan.run.root}"
     )

@@ -47,10 +47,11 @@ def search_swaps(
     where no rank holds the parameters, in their own precision.)
     """
     examples = np.arange(min(config.examples, len(problem.val)))
+    batch_size = min(config.batch_size, problem.eval_batch)
     batches = [
         problem.val.batch(index_B, examples).to(environment.device)
         for index_B in shard_batches(
-            examples, config.batch_size, rank=environment.rank, world_size=environment.world_size
+            examples, batch_size, rank=environment.rank, world_size=environment.world_size
         )
     ]
 

@@ -219,7 +219,7 @@ def test_an_environment_that_no_launcher_makes(
 
 
 def test_more_than_the_data_holds(refused: Refused, config: Path) -> None:
-    message = refused(["train", config, "train.batch_size=1000000"], "train.batch_size=1000000", "training pairs")
+    message = refused(["train", config, "train.batch_size=1000000"], "train.batch_size=1000000", "training examples")
     assert re.search(r"\b5,?\d{3}\b", message)
 
 

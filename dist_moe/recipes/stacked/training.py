@@ -25,7 +25,7 @@ from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.loop import seed_step
 from dist_moe.layer import DenseReplay
-from dist_moe.models import ModelOutput
+from dist_moe.models import ModelOutput, TransformerConfig
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.evaluation import expert_figures
@@ -68,8 +68,8 @@ def stack_key(config: RunConfig) -> str:
 def stack_fault(config: RunConfig) -> str | None:
     """Why this configuration cannot be trained in a stack; None if it can."""
     section, gate = config.deepspeed, config.model.gate
-    if config.model.num_moe_layers > 1:
-        return f"model.name={config.model.name}: only models with one MoE layer can be stacked"
+    if isinstance(config.model, TransformerConfig):
+        return f"model.name={config.model.name} cannot be stacked"
     if gate.name not in _STACKABLE_GATES:
         return f"model.gate.name={gate.name}: only {', '.join(_STACKABLE_GATES)} can be stacked"
     if getattr(gate, "bias_update_rate", 0):

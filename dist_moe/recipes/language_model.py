@@ -1,0 +1,88 @@
+"""Text as a problem: which token comes next?
+
+The loss is the cross-entropy of every token in nats. Models with other tokens are compared by bits per byte:
+all nats of a text, over ln 2, over the bytes of UTF-8 that its tokens stand for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_moe.data.batches import shard_batches
+from dist_moe.data.text import Text, TokenBatch, TokenTable
+from dist_moe.models import ModelOutput, RunShape, Transformer, TransformerConfig
+from dist_moe.recipes.problem import Columns, Figures, Problem, at_least_fp32
+from dist_moe.recipes.text_samples import sample_text
+
+EVAL_TOKENS = 4096
+"""Evaluated at once on a rank: their logits are V numbers each."""
+
+_BASELINE_BATCH = 1024
+
+
+class LanguageModelProblem(Problem):
+    """One task on sequences of tokens; gates that route by identity see the token."""
+
+    def __init__(self, data: Text) -> None:
+        self.train, self.val, self.test = data.train, data.val, data.test
+        self.manifest: dict[str, Any] = data.manifest
+        self.tokens_per_example = data.train.sequence_length
+        self.eval_batch = max(1, EVAL_TOKENS // self.tokens_per_example)
+        self._data = data
+
+    def build_model(self, model: TransformerConfig, run: RunShape) -> Transformer:
+        return model.build(self._data.vocab_size, run)
+
+    def id_counts(self) -> Tensor:
+        return torch.tensor(self._data.token_counts_V, dtype=torch.int64)
+
+    def task_losses(self, output: ModelOutput, batch: TokenBatch) -> dict[str, Tensor]:
+        """``ce``: nats of all tokens over the number of tokens in the step."""
+        return {"ce": _nats(output, batch).sum() / batch.tokens_in_step}
+
+    def observe(self, output: ModelOutput, batch: TokenBatch) -> Tensor:
+        """Rows: nats of each sequence, and its bytes."""
+        return torch.stack([_nats(output, batch).double().sum(dim=1), batch.bytes_B.double()])
+
+    def figures(self, columns: Columns, part: TokenTable, weights: tuple[float, ...]) -> Figures:
+        """``loss``: nats per token; its exponential; bits per byte, of all and of each domain that ``part`` has."""
+        nats_N, bytes_N = columns
+        ce = float(nats_N.sum()) / (len(part) * self.tokens_per_example)
+        figures = {"loss": weights[0] * ce, "perplexity": math.exp(ce), "bits_per_byte": _bits(nats_N, bytes_N)}
+        domain_N = np.asarray(part.domain_N)
+        for number, name in enumerate(self._data.domains):
+            mine_N = domain_N == number
+            if mine_N.any():
+                figures[f"bits_per_byte_{name}"] = _bits(nats_N[mine_N], bytes_N[mine_N])
+        return figures
+
+    def baselines(self, part: TokenTable, weights: tuple[float, ...]) -> dict[str, Figures]:
+        """``unigram``: every token's share of the training tokens, each counted once more than it occurs."""
+        count_V = np.asarray(self._data.token_counts_V, dtype=np.float64) + 1
+        nats_V = np.log(count_V.sum()) - np.log(count_V)
+        columns = []
+        for index_B in shard_batches(part, _BASELINE_BATCH, rank=0, world_size=1):
+            batch = part.batch(index_B, index_B)
+            columns.append(np.stack([nats_V[batch.target_BS.numpy()].sum(axis=1), batch.bytes_B.numpy()]))
+        return {"unigram": self.figures(np.concatenate(columns, axis=1), part, weights)}
+
+    def closing_words(self, model: Transformer) -> str:
+        """How the model goes on from the beginnings of some validation sequences."""
+        return sample_text(model, self._data)
+
+
+def _nats(output: ModelOutput, batch: TokenBatch) -> Tensor:
+    """(B, S) cross-entropy of every token."""
+    (logits_BSV,) = output.predictions
+    nats_T = F.cross_entropy(at_least_fp32(logits_BSV).flatten(0, 1), batch.target_BS.flatten(), reduction="none")
+    return nats_T.view_as(batch.target_BS)
+
+
+def _bits(nats_N: Columns, bytes_N: Columns) -> float:
+    return float(nats_N.sum() / math.log(2) / bytes_N.sum())

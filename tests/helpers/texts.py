@@ -1,0 +1,63 @@
+"""A tiny corpus of two invented domains, and runs of tiny language models on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+DOMAINS = ("cooking", "sailing")
+_SENTENCES = {
+    "cooking": "stir the soup and add salt then bake bread until it is brown before you serve warm with butter",
+    "sailing": "haul the sheet and trim sail then steer north until wind shifts before you drop anchor at dusk",
+}
+TINY_LM: dict[str, Any] = {
+    "data": {"name": "text", "vocab_size": 300, "sequence_length": 16, "held_out": 0.2},
+    "model": {
+        "layers": 4,
+        "dim": 16,
+        "heads": 2,
+        "kv_heads": 1,
+        "moe_every": 2,
+        "num_experts": 4,
+        "expert_hidden": 12,
+        "dense_hidden": 20,
+        "gate": {"name": "comet", "k": 2, "gamma": 1.0, "entropy_weight": 0.05},
+    },
+    "train": {"epochs": 100, "max_steps": 12, "batch_size": 8, "log_every": 4, "checkpoint_every": 1000},
+    "deepspeed": {
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.003, "eps": 1e-6, "weight_decay": 0.01}},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1},
+    },
+}
+
+
+def write_tiny_text(root: Path, documents: int = 10, words: int = 60) -> Path:
+    """Per domain so many files; a word is followed by one of two, most of the time."""
+    random = np.random.default_rng(0)
+    for domain in DOMAINS:
+        directory, vocabulary = root / domain, _SENTENCES[domain].split()
+        directory.mkdir(parents=True)
+        for number in range(documents):
+            place, text = int(random.integers(len(vocabulary))), []
+            for _ in range(words):
+                text.append(vocabulary[place])
+                jump = random.choice([1, 3, int(random.integers(len(vocabulary)))], p=[0.6, 0.3, 0.1])
+                place = (place + int(jump)) % len(vocabulary)
+            (directory / f"{number}.txt").write_text(" ".join(text) + ".\n")
+    return root
+
+
+def write_lm_config(directory: Path, data: dict[str, str], **sections: Any) -> Path:
+    """A YAML file with TINY_LM on the tiny corpus, sections merged one level deep."""
+    content = {name: dict(section) for name, section in TINY_LM.items()}
+    content["data"] |= data
+    for name, section in sections.items():
+        content[name] = content[name] | section if name in content else section
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
