@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from dist_moe.gates import GateContext
 from dist_moe.layer import MoEOutput
@@ -63,40 +63,28 @@ class MixtureBlock(nn.Module):
         return self.output.outputs[0].view_as(hidden_BSD)
 
 
-class DistMoEForCausalLM(LlamaForCausalLM):
-    """A decoder with MoE layers. Beside LlamaForCausalLM's outputs, ``mixtures`` has what each of them did last."""
+class DistMoEModel(LlamaModel):
+    """Llama's layers, some with MoE layers."""
 
     config_class = DistMoEConfig
-    config: DistMoEConfig
 
     def __init__(self, config: DistMoEConfig) -> None:
         super().__init__(config)
         section = config.section()
         with torch.device("cpu"):  # transformers builds without storage, where gates could not draw their tables
-            for index, layer in enumerate(self.model.layers):
+            for index, layer in enumerate(self.layers):
                 if section.has_experts(index):
                     layer.mlp = MixtureBlock(section, config)
         self.post_init()
 
     @property
     def blocks(self) -> list[MixtureBlock]:
-        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureBlock)]
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MixtureBlock)]
 
-    @property
-    def mixtures(self) -> list[MoEOutput]:
-        """Of the last forward pass, by layer: routes, auxiliary losses, loads."""
-        return [block.output for block in self.blocks if block.output is not None]
-
-    def forward(
-        self, input_ids: Tensor | None = None, *args: Any, labels: Tensor | None = None, **kwargs: Any
-    ) -> CausalLMOutputWithPast:
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
         for block in self.blocks:
             block.ids_BS = input_ids
-        output = super().forward(input_ids, *args, labels=labels, **kwargs)
-        if self.training and isinstance(output, CausalLMOutputWithPast) and output.loss is not None:
-            losses = [loss for mixture in self.mixtures for loss in mixture.aux.values()]
-            output.loss = output.loss + sum(losses)
-        return output
+        return super().forward(input_ids, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -105,6 +93,33 @@ class DistMoEForCausalLM(LlamaForCausalLM):
             return
         for name, value in getattr(module, _FIRST_VALUES).items():
             module.get_buffer(name).copy_(value)
+
+
+class DistMoEForCausalLM(LlamaForCausalLM):
+    """A decoder with MoE layers. Beside LlamaForCausalLM's outputs, ``mixtures`` has what each of them did last."""
+
+    config_class = DistMoEConfig
+
+    def __init__(self, config: DistMoEConfig) -> None:
+        super().__init__(config)
+        self.model = DistMoEModel(config)
+        self.post_init()
+
+    @property
+    def blocks(self) -> list[MixtureBlock]:
+        return self.model.blocks
+
+    @property
+    def mixtures(self) -> list[MoEOutput]:
+        """Of the last forward pass, by layer: routes, auxiliary losses, loads."""
+        return [block.output for block in self.blocks if block.output is not None]
+
+    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        output = super().forward(*args, **kwargs)
+        if self.training and isinstance(output, CausalLMOutputWithPast) and output.loss is not None:
+            losses = [loss for mixture in self.mixtures for loss in mixture.aux.values()]
+            output.loss = output.loss + sum(losses)
+        return output
 
 
 def _keep_first_values(module: nn.Module) -> None:

@@ -105,5 +105,5 @@ def test_what_does_not_fit(conversion: DecoderConversionConfig, options: dict[st
 
 def test_experts_are_not_converted_again() -> None:
     source = make_transformer(moe_every=1)
-    with pytest.raises(UserError, match="model.moe_every=1: only a dense model can be converted"):
+    with pytest.raises(UserError, match=r"model\.moe_every=1: only a dense model can be converted"):
         convert_decoder(dict(source.named_parameters()), source.config, source.config, SPLIT)

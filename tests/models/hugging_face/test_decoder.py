@@ -234,7 +234,7 @@ def test_ours_to_theirs_and_back_is_equal_to_the_bit(
     """Written as the plainest architecture that fits; and again from what was read."""
     ours = make_transformer(**options).eval()
     assert write_decoder(ours, tmp_path / "first") == architecture
-    checkpoint, model = read_into_fresh(tmp_path / "first")
+    _, model = read_into_fresh(tmp_path / "first")
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert logits(model).equal(logits(ours))
