@@ -1,25 +1,35 @@
-"""dist-moe export: the weights of a run in one safetensors file."""
+"""dist-moe export: the weights of a run in one safetensors file, or as a directory for transformers."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from dist_moe.cli.commands import Commands
+from dist_moe.errors import UserError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+ARCHITECTURES = ("llama", "mixtral", "dist_moe")
 
 
 def add_to(commands: Commands) -> None:
     """Add the command and its options to the command line."""
     export = commands.add_parser(
         "export",
-        help="write the weights of a run into one safetensors file",
+        help="write the weights of a run into one safetensors file, or for transformers",
         description="Write weights and buffers into one safetensors file, experts stacked by global id, with the "
-        "configuration in its metadata. 'dist-moe evaluate FILE' and 'dist-moe import FILE RUN_DIR' read it.",
+        "configuration in its metadata. 'dist-moe evaluate FILE' and 'dist-moe import FILE RUN_DIR' read it. With "
+        "--hf, write a decoder language model and its tokenizer as a directory that transformers loads.",
     )
     export.add_argument("source", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run's best or newest, or this one")
-    export.add_argument("file", type=Path, metavar="FILE.safetensors")
+    export.add_argument("file", type=Path, nargs="?", metavar="FILE.safetensors", help="to write (without --hf)")
+    export.add_argument("--hf", type=Path, metavar="DIR", help="write a Hugging Face directory instead of a file")
+    export.add_argument(
+        "--architecture",
+        choices=ARCHITECTURES,
+        help="of --hf (default: the first that has a place for all that the model is)",
+    )
     export.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters (default: %(default)s)")
     export.set_defaults(run=_run)
 
@@ -29,8 +39,21 @@ def _run(options: argparse.Namespace) -> int:
 
     from dist_moe.recipes.weights import export_weights
 
-    exported = export_weights(options.source, options.file, getattr(torch, DTYPES[options.dtype]))
+    dtype = getattr(torch, DTYPES[options.dtype])
+    if (options.file is None) == (options.hf is None):
+        raise UserError("name either FILE.safetensors or --hf DIR, to which the weights are to be written")
+    if options.hf is not None:
+        return _run_hugging_face(options, dtype)
+    exported = export_weights(options.source, options.file, dtype)
     kinds = list(exported.kinds.values())
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))
     print(f"weights of step {exported.step} in {exported.path}: tensors {counts}; sha256 {exported.digest[:12]}")
+    return 0
+
+
+def _run_hugging_face(options: argparse.Namespace, dtype: Any) -> int:
+    from dist_moe.recipes.hugging_face import export_hugging_face
+
+    written = export_hugging_face(options.source, options.hf, dtype, options.architecture)
+    print(f"{written.architecture} of {written.parameters:,} parameters in {written.directory}")
     return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dist_moe.engine.checkpoint_files import Manifest, partial_directory, publis
 from dist_moe.engine.checkpoint_reader import BUFFER, expert_ids_by_parameter
 from dist_moe.engine.checkpoint_snapshot import DENSE_FILE, TrainerState, expert_file
 from dist_moe.engine.parameter_state import MASTER
-from dist_moe.engine.tensor_file import TensorSpec, check_sealed, write_pieces, write_sealed
+from dist_moe.engine.tensor_file import TensorSpec, check_sealed, write_pieces, write_sealed, write_tensors
 from dist_moe.errors import UserError
 
 DENSE, EXPERTS = "dense", "experts"
@@ -128,17 +128,43 @@ def import_checkpoint(path: Path, root: Path) -> tuple[Path, Exported]:
     Raises UserError if the file is torn or the checkpoint cannot be written.
     """
     exported = read_exported(path)
+    final = _publish_first(root, f"{path.name} ({exported.digest[:12]})", lambda to: _write_imported(exported, to))
+    return final, exported
+
+
+def first_checkpoint(model: nn.Module, root: Path, imported_from: str) -> Path:
+    """Make a whole model a checkpoint of step 0 under ``root``: masters in fp32, buffers as they are.
+
+    Like that of :func:`import_checkpoint`. ``imported_from``: where its weights are from. Raises UserError.
+    """
+    files: dict[str, dict[str, Tensor]] = {DENSE_FILE: {}, expert_file(0): {}}
+    for name, parameter, expert_ids in expert_ids_by_parameter(model):
+        master = parameter.detach().float()
+        if expert_ids is None:
+            files[DENSE_FILE][f"{name}|{MASTER}"] = master
+        else:
+            files[expert_file(0)] |= {f"{name}|{MASTER}|{e}": master[i] for i, e in enumerate(expert_ids)}
+    files[DENSE_FILE] |= {f"{name}|{BUFFER}": buffer for name, buffer in model.named_buffers()}
+
+    def write(directory: Path) -> dict[str, str]:
+        return {name: write_tensors(directory / name, tensors) for name, tensors in files.items() if tensors}
+
+    return _publish_first(root, imported_from, write)
+
+
+def _publish_first(root: Path, imported_from: str, write: Callable[[Path], dict[str, str]]) -> Path:
+    """A checkpoint of step 0 whose tensors ``write`` writes into a directory, giving their files' digests."""
     final = step_directory(root, 0)
     partial = partial_directory(final)
-    trainer = TrainerState(0, {}, [], None, imported_from=f"{path.name} ({exported.digest[:12]})")
+    trainer = TrainerState(0, {}, [], None, imported_from=imported_from)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        files = _write_imported(exported, partial) | trainer.write(partial)
+        files = write(partial) | trainer.write(partial)
         publish(partial, final, Manifest(0, files))
     except OSError as error:
         raise UserError(f"{final} cannot be written: {error}") from error
-    return final, exported
+    return final
 
 
 def _write_imported(exported: Exported, directory: Path) -> dict[str, str]:

@@ -61,6 +61,9 @@ class TopKConfig(GateSettings):
         description="weights: softmax over the kept logits, the kept part of the softmax over all (as Switch; not "
         "renormalised), or kept sigmoids divided by their sum (as DeepSeek-V3)",
     )
+    bias: bool = Field(
+        True, description="a learnt bias for each expert's logit; Mixtral has none, so that only false can become one"
+    )
     noise: bool = Field(False, description="add learnt gaussian noise to the logits while training")
     balance_weight: float = Field(
         0.0, ge=0, description="weight of the load-balance loss, which is 1 for uniform routing"
@@ -75,7 +78,7 @@ class TopKConfig(GateSettings):
 
 
 class TopK(Gate):
-    """``weight`` (n, dim), glorot-uniform, and ``bias`` (n,), zero, as in the COMET comparison.
+    """``weight`` (n, dim), glorot-uniform, and ``bias`` (n,), zero, as in the COMET comparison, or None.
 
     Logits are kept by index, never by value: a kept logit of exactly 0 counts. Among equal ones the
     lower slot wins. ``noise_weight`` (n, dim), zero at first, exists only with ``noise``.
@@ -93,6 +96,7 @@ class TopK(Gate):
         k: int = 2,
         *,
         scores: Scores = "softmax_after",
+        bias: bool = True,
         noise: bool = False,
         balance_weight: float = 0.0,
         z_loss_weight: float = 0.0,
@@ -106,7 +110,7 @@ class TopK(Gate):
         self.z_loss_weight = z_loss_weight
         self.bias_update_rate = bias_update_rate
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_experts, dim)))
-        self.bias = nn.Parameter(torch.zeros(num_experts))
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim)) if noise else None
         if bias_update_rate:
             # Whole steps: a bias kept in bf16, as the rest of a bf16 model, would soon swallow its updates.
@@ -130,7 +134,8 @@ class TopK(Gate):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, n), with noise while training if there is any."""
-        logit_TE = affine(x_TD, self.weight, self.bias)
+        bias_E = self.weight.new_zeros(()).expand(self.num_experts) if self.bias is None else self.bias
+        logit_TE = affine(x_TD, self.weight, bias_E)
         if self.noise_weight is None or not self.training:
             return logit_TE
         deviation_TE = nn.functional.softplus(nn.functional.linear(x_TD, self.noise_weight.to(x_TD.dtype)))

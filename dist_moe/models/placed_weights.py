@@ -16,7 +16,8 @@ ROUTERS = (".gates.", ".permutation.")
 
 @torch.no_grad()
 def place_weights(model: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[str] = ()) -> None:
-    """Copy ``weights``, experts stacked along axis 0 by global id, into the parameters of ``model``.
+    """Copy ``weights``, experts stacked along axis 0 by global id, into the parameters of ``model``, and buffers
+    where ``weights`` has them.
 
     ``fresh``: parts of the names of parameters that keep their first values where ``weights`` has none of them.
     Parameters without storage (of a plan) stay so. Raises UserError naming every parameter that ``weights`` lacks,
@@ -26,10 +27,11 @@ def place_weights(model: nn.Module, weights: Mapping[str, Tensor], fresh: Sequen
     ids_of = {id(parameter): bank.expert_ids for bank in banks for parameter in bank.parameters()}
     parameters = dict(model.named_parameters())
     faults = [f"it has no {name}" for name in parameters.keys() - weights.keys() if not _any_in(fresh, name)]
-    faults += [f"the model has no {name}" for name in weights.keys() - parameters.keys()]
+    places = parameters | dict(model.named_buffers())
+    faults += [f"the model has no {name}" for name in weights.keys() - places.keys()]
     values = {}
-    for name in parameters.keys() & weights.keys():
-        parameter, value = parameters[name], weights[name]
+    for name in places.keys() & weights.keys():
+        parameter, value = places[name], weights[name]
         ids = ids_of.get(id(parameter))
         if ids is not None and len(value) > max(ids):
             value = torch.stack([value[expert] for expert in ids])
@@ -39,7 +41,7 @@ def place_weights(model: nn.Module, weights: Mapping[str, Tensor], fresh: Sequen
     if faults:
         raise UserError("these weights are not of this model: " + "; ".join(sorted(faults)))
     for name, value in values.items():
-        parameters[name].copy_(value)
+        places[name].copy_(value)
 
 
 def _any_in(parts: Sequence[str], name: str) -> bool:

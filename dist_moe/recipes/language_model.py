@@ -34,6 +34,9 @@ class LanguageModelProblem(Problem):
         self.manifest: dict[str, Any] = data.manifest
         self.tokens_per_example = data.train.sequence_length
         self.eval_batch = max(1, EVAL_TOKENS // self.tokens_per_example)
+        self.vocab_size = data.vocab_size
+        self.tokenizer = data.tokenizer
+        self.end_of_text = data.end_of_text
         self._data = data
 
     def build_model(self, model: TransformerConfig, run: RunShape) -> Transformer:

@@ -12,23 +12,19 @@ heads of pre-training, which a classifier leaves out and ``left_out`` names. Any
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_moe.errors import UserError
 from dist_moe.models.bert.classifier import BertClassifier
 from dist_moe.models.bert.shape import BertShape
+from dist_moe.models.hugging_face.files import WEIGHTS, check_names, read_config, read_tensors, write_directory
 from dist_moe.models.placed_weights import place_weights
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREFIX = "bert."
 POSITION_IDS = "embeddings.position_ids"
 CLASSIFIER = "classifier."
@@ -112,9 +108,9 @@ def read_hugging_face(directory: Path) -> BertCheckpoint:
 
     Raises UserError for a directory that is none, naming every tensor that is missing or unknown.
     """
-    config = _read_config(directory / CONFIG)
+    config = read_config(directory)
     shape = BertShape.from_hugging_face(config)
-    found = _read_tensors(directory / WEIGHTS)
+    found = read_tensors(directory)
     prefixed = any(name.startswith(PREFIX) for name in found)
     tensors = {_plain(name): tensor for name, tensor in found.items()}
     position_ids = tensors.pop(POSITION_IDS, None)
@@ -122,7 +118,7 @@ def read_hugging_face(directory: Path) -> BertCheckpoint:
         raise UserError(f"{directory / WEIGHTS}: {POSITION_IDS} is not 0..{shape.positions - 1}")
     left_out = tuple(sorted(tensors.keys() & _PRE_TRAINING_HEADS))
     names = name_map(shape.layers)
-    _check_names(directory / WEIGHTS, tensors.keys() - set(left_out), set(names.values()))
+    _check_names(directory, tensors.keys() - set(left_out), set(names.values()))
     weights = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
     return BertCheckpoint(shape, weights, config, left_out, prefixed, position_ids is not None)
 
@@ -138,21 +134,13 @@ def write_hugging_face(model: BertClassifier, directory: Path, like: BertCheckpo
     names = name_map(model.shape.layers)
     with_classifier = like is None or like.has_classifier
     tensors = {
-        _written(names[name], like): parameter.detach().cpu().contiguous()
+        _written(names[name], like): parameter
         for name, parameter in model.named_parameters()
         if with_classifier or not name.startswith(CLASSIFIER)
     }
     if like is not None and like.has_position_ids:
         tensors[_written(POSITION_IDS, like)] = torch.arange(model.shape.positions).unsqueeze(0)
-    if (directory / WEIGHTS).exists():
-        raise UserError(f"{directory / WEIGHTS} exists already; name another directory")
-    config = json.dumps(_config(model, like), indent=2, sort_keys=True) + "\n"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG).write_text(config, encoding="utf-8")
-        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory} cannot be written: {error}") from error
+    write_directory(directory, _config(model, like), tensors)
 
 
 def _config(model: BertClassifier, like: BertCheckpoint | None) -> dict[str, Any]:
@@ -180,43 +168,7 @@ def _plain(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _check_names(path: Path, found: set[str], known: set[str]) -> None:
+def _check_names(directory: Path, found: set[str], known: set[str]) -> None:
     classifier = {name for name in known if name.startswith(CLASSIFIER)}
     wanted = known if found & classifier else known - classifier
-    faults = [
-        f"{kind}: {', '.join(sorted(names))}"
-        for kind, names in (("missing", wanted - found), ("unknown", found - wanted))
-        if names
-    ]
-    if faults:
-        raise UserError(
-            f"{path} has {len(found)} tensors, a BERT encoder with its pooler has {len(wanted)}; {'; '.join(faults)}"
-        )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a Hugging Face configuration: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} cannot be read as a Hugging Face configuration: it is no JSON object")
-    return content
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        beside = ", ".join(_weights_beside(path)) or "none"
-        raise UserError(
-            f"{path} is not there (other weights: {beside}). Remedy: load the directory with transformers and "
-            "save_pretrained it elsewhere, which writes safetensors"
-        )
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _weights_beside(path: Path) -> Iterator[str]:
-    endings = (".bin", ".h5", ".msgpack", ".safetensors", ".ckpt")
-    return (file.name for file in sorted(path.parent.glob("*")) if file.suffix in endings)
+    check_names(directory, found, wanted, "a BERT encoder with its pooler")

@@ -2,6 +2,7 @@
 
 from dist_moe.models.conversion.bert import BertConversionConfig, convert_bert, place_converted
 from dist_moe.models.conversion.copies import copies
+from dist_moe.models.conversion.decoder import DecoderConversionConfig, convert_decoder
 from dist_moe.models.conversion.exact_split import split_exactly
 from dist_moe.models.conversion.importance import neuron_importance
 from dist_moe.models.conversion.neurons import take_neurons
@@ -9,7 +10,9 @@ from dist_moe.models.conversion.partition import partition, ranked
 
 __all__ = [
     "BertConversionConfig",
+    "DecoderConversionConfig",
     "convert_bert",
+    "convert_decoder",
     "copies",
     "neuron_importance",
     "partition",

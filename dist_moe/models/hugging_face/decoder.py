@@ -1,0 +1,166 @@
+"""Decoder language models as Hugging Face keeps them, there and back.
+
+    checkpoint = read_decoder(directory)                     # Llama's family, Mixtral, or what we wrote
+    model = checkpoint.config.build(checkpoint.vocab_size, run)
+    checkpoint.into(model)
+    write_decoder(model, other)                              # the plainest architecture that has a place for all of it
+    write_decoder(model, other, like=checkpoint)             # as it was read, to the bit
+
+Every tensor is accounted for by name, and anything else is refused. Needs no transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dist_moe.errors import UserError
+from dist_moe.models.hugging_face.decoder_config import (
+    CLASSES,
+    Architecture,
+    architecture_of,
+    plainest_architecture,
+    read_decoder_config,
+    write_decoder_config,
+)
+from dist_moe.models.hugging_face.decoder_names import (
+    HEAD,
+    TIED_TO,
+    dense_names,
+    is_of_mixture,
+    mixtral_names,
+    to_ours,
+    to_theirs,
+)
+from dist_moe.models.hugging_face.files import WEIGHTS, check_names, read_config, read_tensors, write_directory
+from dist_moe.models.hugging_face.remote_code import AUTO_MAP, MODULE, SOURCE
+from dist_moe.models.placed_weights import place_weights
+from dist_moe.models.transformer import Transformer, TransformerConfig
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+IMPORTS = "imports"
+
+
+@dataclass(frozen=True)
+class DecoderCheckpoint:
+    """``weights``: by our names. ``content``: of config.json. ``has_tied_head``: a tied matrix is in the file twice."""
+
+    architecture: Architecture
+    config: TransformerConfig
+    vocab_size: int
+    weights: dict[str, Tensor]
+    content: dict[str, Any]
+    has_tied_head: bool
+
+    def into(self, model: Transformer) -> None:
+        """Fill a model of ``config``, which may hold any part of the experts. Raises UserError for another model."""
+        if self.architecture == "dist_moe":
+            wanted = model.state_dict().keys() - ({"head.weight"} if self.config.tied_embeddings else set())
+            check_names(Path(str(self.content.get("_name_or_path", ""))), set(self.weights), set(wanted), "the model")
+        place_weights(model, self.weights)
+
+
+def read_decoder(directory: Path) -> DecoderCheckpoint:
+    """A checkpoint directory of a known architecture.
+
+    Raises UserError for a directory that is none, naming fields that cannot be followed, and every tensor that is
+    missing or unknown.
+    """
+    content = read_config(directory)
+    config, vocab_size = read_decoder_config(content)
+    architecture = architecture_of(content)
+    tensors = read_tensors(directory)
+    has_tied_head = config.tied_embeddings and HEAD in tensors
+    if has_tied_head and not torch.equal(tensors.pop(HEAD), tensors[TIED_TO]):
+        raise UserError(f"{directory / WEIGHTS}: tie_word_embeddings=true, and {HEAD} is not {TIED_TO}")
+    wanted = set(dense_names(config).values()) | (mixtral_names(config) if architecture == "mixtral" else set())
+    if architecture == "dist_moe":
+        wanted |= {name for name in tensors if is_of_mixture(name, config)}
+    check_names(directory, set(tensors), wanted, CLASSES[architecture])
+    weights = to_ours(config, architecture, tensors)
+    return DecoderCheckpoint(architecture, config, vocab_size, weights, content, has_tied_head)
+
+
+def write_decoder(
+    model: Transformer,
+    directory: Path,
+    *,
+    architecture: Architecture | None = None,
+    like: DecoderCheckpoint | None = None,
+    dtype: torch.dtype | None = None,
+    positions: int = 2048,
+    total_steps: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    end_of_text: int | None = None,
+    imports: Sequence[str] = (),
+) -> Architecture:
+    """Write a whole model as a directory that transformers loads; as what it was written.
+
+    ``architecture``: None is the plainest one that fits. ``like``: the checkpoint whose config.json and precision are
+    used where they fit the model. ``dtype``: of floating-point parameters; None: as they are. ``positions``: tokens
+    that a sequence should have at most. ``total_steps``: of the training run, for gates with a schedule.
+    ``tokenizer``: written along; ``end_of_text``: the id that begins and ends a text. ``imports``: modules that
+    register gates of one's own. A table that is still being learnt is rounded as it stands.
+    Raises UserError naming what the architecture has no place for, or if the directory cannot be written.
+    """
+    model.begin_evaluation()
+    config, vocab_size = model.config, model.embedding.num_embeddings
+    architecture = architecture or (like.architecture if like else plainest_architecture(config))
+    options: dict[str, Any] = {"positions": positions, "total_steps": total_steps, "end_of_text": end_of_text}
+    content = write_decoder_config(config, vocab_size, architecture, **options)
+    if like is not None and like.architecture == architecture:
+        same = write_decoder_config(like.config, like.vocab_size, architecture, **options) == content
+        content = like.content if same else {**like.content, **content}
+    else:
+        content |= _dtype_fields(dtype or model.embedding.weight.dtype)
+    if architecture == "dist_moe":
+        content |= {"auto_map": AUTO_MAP, IMPORTS: list(imports)}
+    tensors = to_theirs(config, architecture, _state(model, dtype, like.weights if like else {}))
+    if like is not None and like.has_tied_head:
+        tensors[HEAD] = tensors[TIED_TO].clone()
+    write_directory(directory, content, tensors)
+    _write_beside(directory, architecture, tokenizer, positions, end_of_text)
+    return architecture
+
+
+def _state(model: Transformer, dtype: torch.dtype | None, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters in the precision that is wanted, buffers as they are."""
+    parameters = dict(model.named_parameters())
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for name in parameters.keys() & state.keys():
+        state[name] = state[name].to(dtype or (like[name].dtype if name in like else state[name].dtype))
+    return state
+
+
+def _dtype_fields(dtype: torch.dtype) -> dict[str, str]:
+    """Versions of transformers before 5 look for the second."""
+    return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+
+
+def _write_beside(
+    directory: Path,
+    architecture: Architecture,
+    tokenizer: Tokenizer | None,
+    positions: int,
+    end_of_text: int | None,
+) -> None:
+    files: dict[str, str] = {}
+    if architecture == "dist_moe":
+        files[f"{MODULE}.py"] = SOURCE
+    if tokenizer is not None:
+        about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": positions}
+        if end_of_text is not None:
+            about |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.id_to_token(end_of_text))
+        files |= {TOKENIZER: tokenizer.to_str(pretty=True), TOKENIZER_CONFIG: json.dumps(about, indent=2) + "\n"}
+    try:
+        for name, text in files.items():
+            (directory / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error}") from error

@@ -1,0 +1,180 @@
+"""What a ``config.json`` says of a decoder language model, there and back.
+
+Three architectures are known: "llama" is our decoder without experts; "mixtral" with a Top-k gate over experts in
+every layer; "dist_moe", our own, is Llama's with MoE layers in place of some feed-forward networks, under any gate.
+Fields that change what a model computes, and that ours cannot follow, are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
+
+from dist_moe.errors import UserError
+from dist_moe.gates import TopKConfig
+from dist_moe.models.transformer import TransformerConfig
+
+Architecture = Literal["llama", "mixtral", "dist_moe"]
+Content = Mapping[str, Any]
+
+CLASSES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "dist_moe": "DistMoEForCausalLM"}
+MIXTURE, CONTEXT = "mixture", "gate_context"
+"""Fields of our own architecture: of TransformerConfig, those that Llama's have no place for; and ``total_steps``."""
+
+_SIZES = {
+    "layers": "num_hidden_layers",
+    "dim": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+}
+_LEFT_OUT: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0},
+    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 1e6},
+}
+"""transformers' own values for fields that a config.json does not have."""
+
+_ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "sliding_window": None,
+    "quantization_config": None,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1,
+    "router_jitter_noise": 0,
+    "pretraining_tp": 1,
+}
+_ELSEWHERE = {"name", "rope_theta", "dense_hidden", *_SIZES}
+
+
+def architecture_of(content: Content) -> Architecture:
+    """By ``model_type``. Raises UserError for an unknown one."""
+    known = get_args(Architecture)
+    if content.get("model_type") not in known:
+        raise UserError(f"model_type={content.get('model_type')!r}: there is no such decoder here; known: {known}")
+    found: Architecture = content["model_type"]
+    return found
+
+
+def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
+    """The model's section of a configuration, and the size of its vocabulary.
+
+    Raises UserError naming the fields that are missing, or that our decoder cannot follow.
+    """
+    architecture = architecture_of(content)
+    content = _LEFT_OUT["mixtral" if architecture == "mixtral" else "llama"] | dict(content)
+    for fault in _faults(content):
+        raise UserError(f"the Hugging Face configuration cannot be followed: {fault}")
+    fields = {ours: content[theirs] for ours, theirs in _SIZES.items()} | {"rope_theta": _rope(content)["rope_theta"]}
+    if architecture == "llama":
+        fields |= {"moe_every": 0, "dense_hidden": content["intermediate_size"]}
+    elif architecture == "mixtral":
+        fields |= {
+            "moe_every": 1,
+            "num_experts": content["num_local_experts"],
+            "expert_hidden": content["intermediate_size"],
+            "gate": TopKConfig(k=content["num_experts_per_tok"], bias=False),
+        }
+    else:
+        fields |= {"dense_hidden": content["intermediate_size"], **content[MIXTURE]}
+    return TransformerConfig(**fields), content["vocab_size"]
+
+
+def write_decoder_config(
+    config: TransformerConfig,
+    vocab_size: int,
+    architecture: Architecture,
+    *,
+    positions: int = 2048,
+    end_of_text: int | None = None,
+    total_steps: int | None = None,
+) -> dict[str, Any]:
+    """The content of ``config.json``. ``positions``: tokens that a sequence should have at most.
+
+    Raises UserError naming what ``architecture`` has no place for.
+    """
+    for fault in _misfits(config, architecture):
+        raise UserError(f"{fault}: a model of this kind cannot be written as {CLASSES[architecture]}")
+    content: dict[str, Any] = {
+        "model_type": architecture,
+        "architectures": [CLASSES[architecture]],
+        "vocab_size": vocab_size,
+        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
+        "num_key_value_heads": config.kv_heads or config.heads,
+        "intermediate_size": config.dense_hidden,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_theta": config.rope_theta,  # where versions before 5 look for it
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "max_position_embeddings": positions,
+        **{f"{kind}_token_id": end_of_text for kind in ("bos", "eos")},
+    }
+    if architecture == "mixtral":
+        assert isinstance(config.gate, TopKConfig)
+        content |= {
+            "intermediate_size": config.expert_hidden,
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.gate.k,
+            "sliding_window": None,
+        }
+    elif architecture == "dist_moe":
+        section = config.model_dump(mode="json")
+        content[MIXTURE] = {name: value for name, value in section.items() if name not in _ELSEWHERE}
+        content[CONTEXT] = {"total_steps": total_steps}
+    return content
+
+
+def plainest_architecture(config: TransformerConfig) -> Architecture:
+    """The first of Llama, Mixtral and our own that has a place for all that the model is."""
+    return next(each for each in get_args(Architecture) if not list(_misfits(config, each)))
+
+
+def _faults(content: Content) -> Iterator[str]:
+    wanted = {*_SIZES.values(), "vocab_size", "intermediate_size"}
+    if content["model_type"] == "mixtral":
+        wanted |= {"num_local_experts", "num_experts_per_tok"}
+    elif content["model_type"] == "dist_moe":
+        wanted |= {MIXTURE}
+    yield from (f"it has no {field}" for field in sorted(wanted - content.keys()))
+    for field, value in _ONLY.items():
+        if content.get(field, value) != value:
+            yield f"{field}={content[field]!r}; supported: {value!r}"
+    rope_type = _rope(content)["rope_type"]
+    if rope_type != "default":
+        yield f"rope_type={rope_type!r}; supported: 'default'"
+    if wanted <= content.keys():
+        head_dim = content["hidden_size"] // content["num_attention_heads"]
+        if content.get("head_dim") not in (None, head_dim):
+            yield f"head_dim={content['head_dim']!r}; supported: hidden_size / num_attention_heads = {head_dim}"
+
+
+def _rope(content: Content) -> dict[str, Any]:
+    """``rope_type`` and ``rope_theta``, wherever they stand: versions of transformers differ."""
+    scaling = content.get("rope_scaling") or {}
+    found = {"rope_type": "default", "rope_theta": content["rope_theta"], **scaling}
+    found |= content.get("rope_parameters") or {}
+    return found | {"rope_type": found.get("type") or found["rope_type"]}
+
+
+def _misfits(config: TransformerConfig, architecture: Architecture) -> Iterator[str]:
+    """What of a model ``architecture`` has no place for, as "field=value"."""
+    if architecture == "llama" and config.moe_every:
+        yield f"model.moe_every={config.moe_every}"
+    if architecture != "mixtral":
+        return
+    if config.moe_every != 1:
+        yield f"model.moe_every={config.moe_every}"
+    if config.shared_hidden is not None:
+        yield f"model.shared_hidden={config.shared_hidden}"
+    gate = config.gate
+    if not isinstance(gate, TopKConfig):
+        yield f"model.gate.name={gate.name}"
+        return
+    for field, value in {"scores": "softmax_after", "bias": False, "noise": False, "bias_update_rate": 0}.items():
+        if getattr(gate, field) != value:
+            yield f"model.gate.{field}={getattr(gate, field)}"
+    if config.permutation is not None and config.permutation.per_branch:
+        yield "model.permutation.per_branch=True"

@@ -1,0 +1,118 @@
+"""The tensors of a decoder under Hugging Face's names and under ours, there and back, every one accounted for.
+
+Ours are those of ``state_dict``: parameters, experts stacked by global id, and buffers. Matrices outside of experts
+are the same on both sides. Mixtral has every expert's matrices one by one and transposed; a slot -> expert table is
+folded into its router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dist_moe.models.hugging_face.decoder_config import Architecture
+from dist_moe.models.transformer import TransformerConfig
+
+Tensors = Mapping[str, Tensor]
+
+HEAD, TIED_TO = "lm_head.weight", "model.embed_tokens.weight"
+
+_MODULES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_OF_LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+}
+_OF_DENSE_LAYER = {f"dense.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+_OF_MIXTRAL_EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
+
+
+def dense_names(config: TransformerConfig) -> dict[str, str]:
+    """Their name of every parameter of ours outside of MoE layers."""
+    modules = dict(_MODULES)
+    for layer in range(config.layers):
+        of_layer = _OF_LAYER if config.has_experts(layer) else _OF_LAYER | _OF_DENSE_LAYER
+        modules |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in of_layer.items()}
+    if config.tied_embeddings:
+        del modules["head"]
+    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in modules.items()}
+
+
+def mixtral_names(config: TransformerConfig) -> set[str]:
+    """Their names of all that MoE layers have."""
+    blocks = [_mixtral_block(layer) for layer in range(config.layers)]
+    routers = {f"{block}.gate.weight" for block in blocks}
+    return routers | {
+        f"{block}.experts.{expert}.{matrix}.weight"
+        for block in blocks
+        for expert in range(config.num_experts)
+        for matrix in _OF_MIXTRAL_EXPERT.values()
+    }
+
+
+def to_theirs(config: TransformerConfig, architecture: Architecture, state: Tensors) -> dict[str, Tensor]:
+    """From ``state_dict()`` of a whole model, whose table is no longer being learnt."""
+    rest = dict(state)
+    if config.tied_embeddings:
+        rest.pop("head.weight", None)
+    tensors = {theirs: rest.pop(ours) for ours, theirs in dense_names(config).items()}
+    for layer in range(config.layers):
+        prefix = f"layers.{layer}.moe."
+        block = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
+        if architecture == "mixtral":
+            tensors |= {f"{_mixtral_block(layer)}.{name}": tensor for name, tensor in _to_mixtral(block).items()}
+        else:
+            tensors |= {f"{_own_block(layer)}.{name}": tensor for name, tensor in block.items()}
+    assert not rest, f"no name for {sorted(rest)}"
+    return tensors
+
+
+def to_ours(config: TransformerConfig, architecture: Architecture, tensors: Tensors) -> dict[str, Tensor]:
+    """Back; ``tensors`` must have all of :func:`dense_names`, and for Mixtral of :func:`mixtral_names`."""
+    weights = {ours: tensors[theirs] for ours, theirs in dense_names(config).items()}
+    for layer in range(config.layers):
+        if architecture == "mixtral":
+            block = _from_mixtral(config, tensors, _mixtral_block(layer))
+        else:
+            prefix = f"{_own_block(layer)}."
+            block = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        weights |= {f"layers.{layer}.moe.{name}": tensor for name, tensor in block.items()}
+    return weights
+
+
+def is_of_mixture(name: str, config: TransformerConfig) -> bool:
+    """Whether their ``name`` is one that MoE layers of our own architecture may have."""
+    layers = (layer for layer in range(config.layers) if config.has_experts(layer))
+    return name.startswith(tuple(f"{_own_block(layer)}." for layer in layers))
+
+
+def _to_mixtral(block: dict[str, Tensor]) -> dict[str, Tensor]:
+    slot_of_E = block["permutation.table"].flatten().argsort()
+    tensors = {"gate.weight": block["gates.0.weight"][slot_of_E]}
+    for ours, theirs in _OF_MIXTRAL_EXPERT.items():
+        for expert, weight in enumerate(block[f"experts.{ours}"]):
+            tensors[f"experts.{expert}.{theirs}.weight"] = weight.T
+    unknown = [name for name in block if not name.startswith(("permutation.", "experts."))]
+    assert unknown == ["gates.0.weight"], f"no name for {unknown}"
+    return tensors
+
+
+def _from_mixtral(config: TransformerConfig, tensors: Tensors, block: str) -> dict[str, Tensor]:
+    weights = {"gates.0.weight": tensors[f"{block}.gate.weight"]}
+    for ours, theirs in _OF_MIXTRAL_EXPERT.items():
+        of_experts = [tensors[f"{block}.experts.{expert}.{theirs}.weight"].T for expert in range(config.num_experts)]
+        weights[f"experts.{ours}"] = torch.stack(of_experts)
+    return weights
+
+
+def _mixtral_block(layer: int) -> str:
+    return f"model.layers.{layer}.block_sparse_moe"
+
+
+def _own_block(layer: int) -> str:
+    return f"model.layers.{layer}.mlp.moe"

@@ -1,0 +1,138 @@
+"""Our architecture inside of transformers: any gate, the same logits, generation, training, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_moe.gates import (
+    AdaMoEConfig,
+    CometConfig,
+    DSelectKConfig,
+    HashRoutingConfig,
+    SMoEDropoutConfig,
+    SoftmaxConfig,
+    TopKConfig,
+)
+from dist_moe.models import Transformer
+from dist_moe.models.hugging_face.decoder import write_decoder
+from dist_moe.search import PermutationSearchConfig
+from tests.helpers.transformers import make_transformer, random_tokens
+
+transformers = pytest.importorskip("transformers")
+
+GATES: dict[str, dict[str, Any]] = {
+    "ada_moe": {"gate": AdaMoEConfig(k=2, null_slots=3), "moe_every": 1},
+    "comet": {"gate": CometConfig(k=2, gamma=1.0), "layers": 3},
+    "dselect_k": {"gate": DSelectKConfig()},
+    "hash": {"gate": HashRoutingConfig(), "tied_embeddings": False},
+    "smoe_dropout": {"gate": SMoEDropoutConfig(k_min=2)},
+    "softmax": {"gate": SoftmaxConfig(), "kv_heads": None},
+    "top_k, shared": {"gate": TopKConfig(k=2, bias_update_rate=0.1), "shared_hidden": 3},
+}
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+assert "dist_moe" not in sys.modules
+model, said = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert not any(said.values()), said
+torch.save(model.eval()(input_ids=torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+def load(directory: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+
+
+def searched() -> Transformer:
+    """COMET whose branches have tables of their own, in the midst of learning them."""
+    search = PermutationSearchConfig(epochs=2, per_branch=True)
+    model = make_transformer(gate=CometConfig(k=2, gamma=1.0), permutation=search)
+    token_BS = random_tokens(4, 9)
+    for step in range(3):
+        model.begin_step(step)
+        model(token_BS)
+    return model.eval()
+
+
+def test_a_process_that_knows_nothing_of_ours_loads_comet_and_has_the_same_logits(tmp_path: Path) -> None:
+    ours, token_BS = searched(), random_tokens(3, 9)
+    write_decoder(ours, tmp_path / "model")
+    torch.save(token_BS, tmp_path / "tokens")
+    files = [str(tmp_path / name) for name in ("model", "tokens", "logits")]
+    subprocess.run([sys.executable, "-c", LOAD, *files], check=True, timeout=500, cwd=tmp_path)
+    expected = ours(token_BS).predictions[0]
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-5, atol=1e-5)
+    (table,) = ours.tables.values()
+    assert not torch.equal(table.table, torch.arange(4).expand_as(table.table))
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_same_logits_and_weights_under_any_gate(tmp_path: Path, case: str) -> None:
+    ours, token_BS = make_transformer(**GATES[case]).eval(), random_tokens(3, 9)
+    write_decoder(ours, tmp_path, total_steps=10)
+    theirs = load(tmp_path)
+    assert len(theirs.blocks) == len(ours.moe_layers)
+    with torch.no_grad():
+        output = ours(token_BS)
+        torch.testing.assert_close(theirs(input_ids=token_BS).logits, output.predictions[0], rtol=1e-5, atol=1e-5)
+    loads = [mixture.pairs.rows_per_expert_E.tolist() for mixture in theirs.mixtures]
+    assert loads == [layer.pairs.rows_per_expert_E.tolist() for layer in output.layers]
+    for block, layer in zip(theirs.blocks, ours.moe_layers.values(), strict=True):
+        for name, buffer in layer.named_buffers():  # those that no checkpoint has, too
+            assert torch.equal(block.moe.get_buffer(name), buffer), name
+        for name, parameter in layer.named_parameters():
+            assert torch.equal(block.moe.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("case", ["comet", "hash"])
+def test_generation_with_a_cache_is_ours_without(tmp_path: Path, case: str) -> None:
+    """Hash routing sees the tokens of each step, padding on the left is masked: both are transformers' own doing."""
+    ours, token_BS = make_transformer(**GATES[case]).eval(), random_tokens(2, 5)
+    write_decoder(ours, tmp_path)
+    theirs = load(tmp_path)
+    written = theirs.generate(token_BS, max_new_tokens=6, do_sample=False)
+    expected = token_BS
+    with torch.no_grad():
+        for _ in range(6):
+            following = ours(expected).predictions[0][:, -1].argmax(-1, keepdim=True)
+            expected = torch.cat([expected, following], dim=1)
+        assert torch.equal(written, expected)
+        padded_BS = torch.cat([torch.zeros(2, 3, dtype=torch.int64), token_BS], dim=1)
+        mask_BS = torch.cat([torch.zeros(2, 3, dtype=torch.int64), torch.ones_like(token_BS)], dim=1)
+        last = theirs(input_ids=padded_BS, attention_mask=mask_BS, position_ids=(mask_BS.cumsum(1) - 1).clamp(0))
+        torch.testing.assert_close(last.logits[:, -1], ours(token_BS).predictions[0][:, -1], rtol=1e-5, atol=1e-5)
+
+
+def test_training_counts_the_losses_of_the_gates(tmp_path: Path) -> None:
+    gate = TopKConfig(k=2, balance_weight=0.5)
+    ours, token_BS = make_transformer(gate=gate, moe_every=1), random_tokens(3, 9)
+    write_decoder(ours, tmp_path)
+    theirs = load(tmp_path)
+    evaluated = theirs(input_ids=token_BS, labels=token_BS).loss
+    theirs.train()
+    trained = theirs(input_ids=token_BS, labels=token_BS).loss
+    torch.testing.assert_close(trained - evaluated, sum(ours(token_BS).aux.values()))
+    trained.backward()
+    assert all(block.moe.gates[0].weight.grad.any() for block in theirs.blocks)
+
+
+def test_saved_by_transformers_and_loaded_again(tmp_path: Path) -> None:
+    ours, token_BS = make_transformer(**GATES["comet"]).eval(), random_tokens(3, 9)
+    write_decoder(ours, tmp_path / "first")
+    load(tmp_path / "first").save_pretrained(tmp_path / "second")
+    with torch.no_grad():
+        again = load(tmp_path / "second")(input_ids=token_BS).logits
+        torch.testing.assert_close(again, ours(token_BS).predictions[0], rtol=1e-5, atol=1e-5)
+
+
+def test_importing_our_models_needs_no_transformers() -> None:
+    code = (
+        "import sys, dist_moe.cli.main, dist_moe.models.hugging_face.decoder; assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=500)
