@@ -26,11 +26,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from dist_moe.models.transformer import Transformer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dist_moe.engine.run_directory import RunDirectory
+from dist_moe.models.transformer import Transformer
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import load_config
 from dist_moe.recipes.models import build_model
