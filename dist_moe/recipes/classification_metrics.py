@@ -19,7 +19,7 @@ Values = NDArray[Any]
 
 def accuracy(predicted_N: Ints, true_N: Ints) -> float:
     """The share of examples whose class is right; 0 of none."""
-    return _ratio(np.count_nonzero(predicted_N == true_N), len(true_N))
+    return _ratio(_count(predicted_N == true_N), len(true_N))
 
 
 def f1(predicted_N: Ints, true_N: Ints) -> float:
@@ -37,10 +37,10 @@ def matthews(predicted_N: Ints, true_N: Ints) -> float:
     """Matthews' correlation coefficient, for any number of classes (Gorodkin 2004); 0 where one side is constant."""
     classes = np.union1d(predicted_N, true_N)
     predicted_C, true_C = (
-        np.array([np.count_nonzero(x == each) for each in classes], dtype=np.float64) for x in (predicted_N, true_N)
+        np.array([_count(x == each) for each in classes], dtype=np.float64) for x in (predicted_N, true_N)
     )
-    count, right = float(len(true_N)), float(np.count_nonzero(predicted_N == true_N))
-    covariance = right * count - predicted_C @ true_C
+    count, right = float(len(true_N)), _count(predicted_N == true_N)
+    covariance = float(right * count - predicted_C @ true_C)
     spread = (count**2 - predicted_C @ predicted_C) * (count**2 - true_C @ true_C)
     return _ratio(covariance, float(np.sqrt(spread)))
 
@@ -70,8 +70,12 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
 
 
 def _f1_of(positive: int, predicted_N: Ints, true_N: Ints) -> float:
-    both = np.count_nonzero((predicted_N == positive) & (true_N == positive))
-    return _ratio(2 * both, np.count_nonzero(predicted_N == positive) + np.count_nonzero(true_N == positive))
+    both = _count((predicted_N == positive) & (true_N == positive))
+    return _ratio(2 * both, _count(predicted_N == positive) + _count(true_N == positive))
+
+
+def _count(chosen_N: NDArray[np.bool_]) -> float:
+    return float(np.count_nonzero(chosen_N))
 
 
 def _centred(x_N: Values) -> Values:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Tokenizer
 
@@ -119,11 +120,13 @@ def prepare_labelled_text(
     with usable(cache):
         build = partial(_build, config, task, cutter, root, files, cache, report)
         content = prepared(cache / config.name / key, build, report)
-    tables = (
-        LabelledTable(*(content.arrays[f"{part}_{column}"] for column in COLUMNS), padding_of(cutter), task.pairs)
-        for part in PARTS
-    )
-    return LabelledText(*tables, task, cutter.get_vocab_size(), content.manifest)
+    train, val, test = (_table(content, part, padding_of(cutter), task.pairs) for part in PARTS)
+    return LabelledText(train, val, test, task, cutter.get_vocab_size(), content.manifest)
+
+
+def _table(content: Prepared, part: str, padding: int, pairs: bool) -> LabelledTable:
+    token_M, start_P, first_N, target_N = (content.arrays[f"{part}_{column}"] for column in COLUMNS)
+    return LabelledTable(token_M, start_P, first_N, target_N, padding, pairs)
 
 
 def _task(config: LabelledTextConfig) -> TextTask:
@@ -168,7 +171,7 @@ def _build(
         "tokens": {part: len(tokens.token_M) for part, tokens in texts.items()},
         "cut": {part: tokens.cut for part, tokens in texts.items()},
     }
-    arrays = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for part, tokens in texts.items():
         columns = (tokens.token_M, tokens.start_P, tokens.first_N, np.array(parts[part].targets, dtype=kind))
         arrays |= {f"{part}_{name}": column for name, column in zip(COLUMNS, columns, strict=True)}
