@@ -45,7 +45,8 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         tensors = (self.token_BS, self.target_BS, self.bytes_B, self.domain_B)
-        return TokenBatch(*(x.to(device, non_blocking=True) for x in tensors), examples_in_step=self.examples_in_step)
+        token_BS, target_BS, bytes_B, domain_B = (x.to(device, non_blocking=True) for x in tensors)
+        return TokenBatch(token_BS, target_BS, bytes_B, domain_B, self.examples_in_step)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class TokenTable:
         offset_S = np.arange(self.sequence_length + 1)
         window_BS = self.token_M[self.start_N[index_B][:, None] + offset_S].astype(np.int64)
         token_BS, target_BS = np.ascontiguousarray(window_BS[:, :-1]), np.ascontiguousarray(window_BS[:, 1:])
-        columns = (token_BS, target_BS, self.token_bytes_V[target_BS].sum(axis=1), self.domain_N[index_B])
-        return TokenBatch(*map(torch.from_numpy, columns), examples_in_step=len(step_index))
+        arrays = (token_BS, target_BS, self.token_bytes_V[target_BS].sum(axis=1), self.domain_N[index_B])
+        tokens, targets, sizes, domains = map(torch.from_numpy, arrays)
+        return TokenBatch(tokens, targets, sizes, domains, len(step_index))
 
 
 def cut(

@@ -100,7 +100,7 @@ def name_map(layers: int) -> dict[str, str]:
 
 def read_shape(directory: Path) -> BertShape:
     """The sizes alone, from ``config.json``. Raises UserError for a directory that is no BERT encoder's."""
-    return BertShape.from_hugging_face(_read_config(directory / CONFIG))
+    return BertShape.from_hugging_face(read_config(directory))
 
 
 def read_hugging_face(directory: Path) -> BertCheckpoint:
@@ -133,7 +133,7 @@ def write_hugging_face(model: BertClassifier, directory: Path, like: BertCheckpo
         raise UserError("a model with experts is no BertModel; write a dense one")
     names = name_map(model.shape.layers)
     with_classifier = like is None or like.has_classifier
-    tensors = {
+    tensors: dict[str, Tensor] = {
         _written(names[name], like): parameter
         for name, parameter in model.named_parameters()
         if with_classifier or not name.startswith(CLASSIFIER)
