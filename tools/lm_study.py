@@ -153,8 +153,8 @@ def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
         "# Language models with different gates on equal tokens",
         "",
         f"`{words}`: {options.seeds} seeds each, test part; mean ± standard deviation over seeds. MFLOPs: matrix "
-        "products of a token's forward pass, with the experts per token as measured; of training, relative to the first "
-        "row's. "
+        "products of a token's forward pass, with the experts per token as measured; of training, relative to the "
+        "first row's. "
         f"{os.cpu_count()} cores, torch {torch.__version__.split('+')[0]}.",
         "",
         "| model | bits per byte | experts per token | MFLOPs per token | FLOPs of training | parameters |",
