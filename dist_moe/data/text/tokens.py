@@ -45,7 +45,8 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         tensors = (self.token_BS, self.target_BS, self.bytes_B, self.domain_B)
-        return TokenBatch(*(x.to(device, non_blocking=True) for x in tensors), examples_in_step=self.examples_in_step)
+        token_BS, target_BS, bytes_B, domain_B = (x.to(device, non_blocking=True) for x in tensors)
+        return TokenBatch(token_BS, target_BS, bytes_B, domain_B, self.examples_in_step)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class TokenTable:
         window_BS = self.token_M[self.start_N[index_B][:, None] + offset_S].astype(np.int64)
         token_BS, target_BS = np.ascontiguousarray(window_BS[:, :-1]), np.ascontiguousarray(window_BS[:, 1:])
         columns = (token_BS, target_BS, self.token_bytes_V[target_BS].sum(axis=1), self.domain_N[index_B])
-        return TokenBatch(*map(torch.from_numpy, columns), examples_in_step=len(step_index))
+        token, target, count, domain = map(torch.from_numpy, columns)
+        return TokenBatch(token, target, count, domain, len(step_index))
 
 
 def cut(
