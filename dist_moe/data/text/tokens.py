@@ -71,9 +71,9 @@ class TokenTable:
         offset_S = np.arange(self.sequence_length + 1)
         window_BS = self.token_M[self.start_N[index_B][:, None] + offset_S].astype(np.int64)
         token_BS, target_BS = np.ascontiguousarray(window_BS[:, :-1]), np.ascontiguousarray(window_BS[:, 1:])
-        arrays = (token_BS, target_BS, self.token_bytes_V[target_BS].sum(axis=1), self.domain_N[index_B])
-        tokens, targets, sizes, domains = map(torch.from_numpy, arrays)
-        return TokenBatch(tokens, targets, sizes, domains, len(step_index))
+        columns = (token_BS, target_BS, self.token_bytes_V[target_BS].sum(axis=1), self.domain_N[index_B])
+        token, target, count, domain = map(torch.from_numpy, columns)
+        return TokenBatch(token, target, count, domain, len(step_index))
 
 
 def cut(
