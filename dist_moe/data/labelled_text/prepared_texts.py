@@ -173,6 +173,11 @@ def _build(
     }
     arrays: dict[str, NDArray[Any]] = {}
     for part, tokens in texts.items():
-        columns = (tokens.token_M, tokens.start_P, tokens.first_N, np.array(parts[part].targets, dtype=kind))
+        columns: tuple[NDArray[Any], ...] = (
+            tokens.token_M,
+            tokens.start_P,
+            tokens.first_N,
+            np.array(parts[part].targets, dtype=kind),
+        )
         arrays |= {f"{part}_{name}": column for name, column in zip(COLUMNS, columns, strict=True)}
     return Prepared(arrays, manifest)
