@@ -128,7 +128,7 @@ def write_hugging_face(model: BertClassifier, directory: Path, like: BertCheckpo
         raise UserError("a model with experts is no BertModel; write a dense one")
     names = name_map(model.shape.layers)
     with_classifier = like is None or like.has_classifier
-    tensors = {
+    tensors: dict[str, Tensor] = {
         _written(names[name], like): parameter
         for name, parameter in model.named_parameters()
         if with_classifier or not name.startswith(CLASSIFIER)
