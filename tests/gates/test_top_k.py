@@ -68,6 +68,16 @@ def test_parameters_are_glorot_uniform_and_zero() -> None:
     assert not gate.bias.any()
 
 
+def test_a_router_without_biases() -> None:
+    gate, other = TopK(3, 4, bias=False), TopK(3, 4)
+    assert {name for name, _ in gate.named_parameters()} == {"weight"}
+    other.load_state_dict(gate.state_dict() | {"bias": torch.zeros(4)})
+    x_TD = torch.randn(6, 3)
+    assert torch.equal(gate(x_TD).dense(), other(x_TD).dense())
+    torch.nn.init.normal_(other.bias)
+    assert not torch.equal(gate(x_TD).dense(), other(x_TD).dense())
+
+
 def test_lower_slots_win_among_equals_and_kept_logits_are_chosen_by_index() -> None:
     gate = TopK(2, 40, 3)
     with torch.no_grad():
