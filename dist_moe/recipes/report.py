@@ -99,7 +99,7 @@ def _cell(value: float | int | None) -> str:
 
 def _opening_line(plan: TrainingPlan, engine: ExpertParallelEngine, first_step: int) -> str:
     config, schedule = plan.config, plan.schedule
-    layers, world_size = config.model.num_moe_layers, plan.environment.world_size
+    layers, world_size = len(engine.module.moe_layers), plan.environment.world_size
     parameters = engine.num_parameters
     start = f"from step {first_step} " if first_step else ""
     several = f" in each of {layers} layers" if layers > 1 else ""
