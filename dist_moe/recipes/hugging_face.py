@@ -88,10 +88,11 @@ def import_hugging_face(
     """
     run = RunDirectory(run_dir)
     run.check_unused("RUN_DIR")
-    checkpoint = read_decoder(source)
     assignments = dict(parse_override(text) for text in overrides)
     content = read_yaml(config_path)
     override(content, assignments)
+    validate_config(content)  # and its modules are imported: a gate in the directory may be one of theirs
+    checkpoint = read_decoder(source)
     config = validate_config(_fitted(content, assignments, checkpoint, conversion))
     assert isinstance(config.model, TransformerConfig)
     config.check(config.parallel.expert_parallel_size)  # the least number of ranks

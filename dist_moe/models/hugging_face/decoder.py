@@ -52,6 +52,7 @@ IMPORTS = "imports"
 class DecoderCheckpoint:
     """``weights``: by our names. ``content``: of config.json. ``has_tied_head``: a tied matrix is in the file twice."""
 
+    directory: Path
     architecture: Architecture
     config: TransformerConfig
     vocab_size: int
@@ -63,7 +64,7 @@ class DecoderCheckpoint:
         """Fill a model of ``config``, which may hold any part of the experts. Raises UserError for another model."""
         if self.architecture == "dist_moe":
             wanted = model.state_dict().keys() - ({"head.weight"} if self.config.tied_embeddings else set())
-            check_names(Path(str(self.content.get("_name_or_path", ""))), set(self.weights), set(wanted), "the model")
+            check_names(self.directory, set(self.weights), set(wanted), "the model")
         place_weights(model, self.weights)
 
 
@@ -85,7 +86,7 @@ def read_decoder(directory: Path) -> DecoderCheckpoint:
         wanted |= {name for name in tensors if is_of_mixture(name, config)}
     check_names(directory, set(tensors), wanted, CLASSES[architecture])
     weights = to_ours(config, architecture, tensors)
-    return DecoderCheckpoint(architecture, config, vocab_size, weights, content, has_tied_head)
+    return DecoderCheckpoint(directory, architecture, config, vocab_size, weights, content, has_tied_head)
 
 
 def write_decoder(

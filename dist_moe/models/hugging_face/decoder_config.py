@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
+from pydantic import ValidationError
+
 from dist_moe.errors import UserError
 from dist_moe.gates import TopKConfig
 from dist_moe.models.transformer import TransformerConfig
@@ -80,7 +82,11 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
         }
     else:
         fields |= {"dense_hidden": content["intermediate_size"], **content[MIXTURE]}
-    return TransformerConfig(**fields), content["vocab_size"]
+    try:
+        return TransformerConfig(**fields), content["vocab_size"]
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise UserError(f"the Hugging Face configuration cannot be followed: {faults}") from error
 
 
 def write_decoder_config(

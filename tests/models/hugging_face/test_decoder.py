@@ -296,6 +296,13 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     assert (config.eos_token_id, config.max_position_embeddings) == (0, 99)
 
 
+def test_a_gate_that_there_is_not_is_named(tmp_path: Path) -> None:
+    write_decoder(make_transformer(), tmp_path)
+    mixture = json.loads((tmp_path / "config.json").read_text())["mixture"]
+    with pytest.raises(UserError, match=r"cannot be followed: gate: .*gate\.name='oracle' is not a gate"):
+        read_decoder(reconfigure(tmp_path, mixture=mixture | {"gate": {"name": "oracle"}}))
+
+
 def test_weights_are_not_overwritten(directory: Path) -> None:
     with pytest.raises(UserError, match="exists already; name another directory"):
         write_decoder(make_transformer(moe_every=0), directory)
