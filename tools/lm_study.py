@@ -138,11 +138,10 @@ def active(figures: dict[str, Any]) -> float:
 
 
 def built(directory: Path) -> tuple[Transformer, int]:
-    """The run's model, without storage, and the length of its sequences."""
+    """A model of the run's sizes, and the length of its sequences."""
     config = load_config(RunDirectory(directory).config, ["parallel.expert_parallel_size=1"])
     problem = open_problem(config, progress=False)
-    with torch.device("meta"):
-        model = build_model(config, problem, SingleWorld())
+    model = build_model(config, problem, SingleWorld())
     assert isinstance(model, Transformer)
     return model, int(config.data.sequence_length)
 

@@ -73,12 +73,16 @@ class MoEModelConfig(Settings):
         """What does not fit together, as "field=value: reason"."""
         return iter(())
 
-    def build_layer(self, experts: ExpertBank, num_gates: int, run: RunShape, shared: nn.Module | None = None) -> MoE:
+    def build_layer(
+        self, experts: ExpertBank, num_gates: int, run: RunShape, *, layer: int = 0, shared: nn.Module | None = None
+    ) -> MoE:
         """One gate per task over the same ``experts``, with a slot -> expert table or the search for one.
 
-        ``shared``: what every token goes through beside them.
+        ``layer``: its number, from 0, where the model has several. ``shared``: what every token goes through
+        beside the experts.
         """
-        gates = [self.gate.build(experts.dim, self.num_experts, run.gates) for _ in range(num_gates)]
+        settings = self.gate.of_layer(layer)
+        gates = [settings.build(experts.dim, self.num_experts, run.gates) for _ in range(num_gates)]
         for gate in gates:
             gate.sum_over_ranks = sum_over_ranks
         if self.permutation is not None:

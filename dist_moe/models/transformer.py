@@ -82,8 +82,8 @@ class TransformerConfig(MoEModelConfig):
         """Whether layer ``layer`` (from 0) is a mixture."""
         return bool(self.moe_every) and (layer + 1) % self.moe_every == 0
 
-    def build_mixture(self, run: RunShape) -> MoE:
-        """One MoE layer."""
+    def build_mixture(self, run: RunShape, layer: int = 0) -> MoE:
+        """The MoE layer of layer ``layer`` (from 0)."""
         out_std = residual_std(self.layers)
         experts = FeedForwardBank(
             self.dim,
@@ -95,21 +95,21 @@ class TransformerConfig(MoEModelConfig):
             init_stds=(INIT_STD, out_std),
         )
         shared = SwiGLU(self.dim, self.shared_hidden, out_std) if self.shared_hidden else None
-        return self.build_layer(experts, 1, run, shared=shared)
+        return self.build_layer(experts, 1, run, layer=layer, shared=shared)
 
 
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then the same with a feed-forward network: ``moe`` or ``dense``, one of them None."""
 
-    def __init__(self, config: TransformerConfig, run: RunShape, *, mixture: bool) -> None:
+    def __init__(self, config: TransformerConfig, run: RunShape, layer: int) -> None:
         super().__init__()
-        out_std = residual_std(config.layers)
+        out_std, mixture = residual_std(config.layers), config.has_experts(layer)
         kv_heads = config.kv_heads or config.heads
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = CausalAttention(config.dim, config.heads, kv_heads, out_std)
         self.feed_forward_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.dense = None if mixture else SwiGLU(config.dim, config.dense_hidden, out_std)
-        self.moe = config.build_mixture(run) if mixture else None
+        self.moe = config.build_mixture(run, layer) if mixture else None
 
     def forward(self, x_BSD: Tensor, token_BS: Tensor, table_2SP: Tensor) -> tuple[Tensor, MoEOutput | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table_2SP)
@@ -132,9 +132,7 @@ class Transformer(MoEModel):
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.dim)
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, run, mixture=config.has_experts(layer)) for layer in range(config.layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, run, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = linear(config.dim, vocab_size)
         if config.tied_embeddings:

@@ -126,6 +126,12 @@ def test_gates_that_route_by_identity_see_the_tokens() -> None:
     assert torch.equal(route.slot_N, model.moe_layers["layers.1.moe"].gates[0].table[token_BS.flatten()])
 
 
+def test_hashing_draws_another_table_in_each_layer() -> None:
+    model = make_transformer(gate=HashRoutingConfig(assignment="random"), moe_every=1)
+    one, other = (layer.gates[0].table for layer in model.moe_layers.values())
+    assert not torch.equal(one, other)
+
+
 def test_tied_embeddings_are_one_matrix() -> None:
     tied, untied = make_transformer(), make_transformer(tied_embeddings=False)
     assert tied.head.weight is tied.embedding.weight

@@ -115,8 +115,7 @@ class BertClassifierConfig(MoEModelConfig):
     def _feed_forward(self, shape: BertShape, layer: int, run: RunShape) -> FeedForward:
         if not self.has_experts(layer):
             return DenseFeedForward(self.fitted(shape), self.dropout)
-        of_layer = self.model_copy(update={"gate": self.gate.of_layer(layer)})
-        moe = of_layer.build_layer(self._experts(shape, run), 1, run)
+        moe = self.build_layer(self._experts(shape, run), 1, run, layer=layer)
         norm = nn.LayerNorm(shape.width, eps=shape.norm_eps) if self.expert_form == "network" else None
         return ExpertFeedForward(moe, norm, self.dropout)
 
