@@ -35,7 +35,7 @@ def trained(ep: int, stage: int) -> tuple[list[Tensor], list[Tensor], set[str], 
             objective, active = objective_of(engine, None, DHKDConfig()), []
             for step in range(STEPS):
                 student.begin_step(step)
-                active.append(take_step(engine, objective, step)["active_experts"].item())
+                active.append(take_step(engine, objective, step)["active_experts"])
                 student.end_step(skipped=False)
             after = [student.gate.weight.clone(), student.gate.bias.clone()]
             return before, after, set(read_parameter_state(engine).tensors), _in_buckets(engine), active
