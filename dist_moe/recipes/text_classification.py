@@ -21,7 +21,7 @@ from dist_moe.models import BertClassifier, BertClassifierConfig, ModelOutput, R
 from dist_moe.models.conversion import neuron_importance
 from dist_moe.parallel import SingleWorld, World, sum_over_ranks
 from dist_moe.recipes.classification_metrics import METRICS
-from dist_moe.recipes.problem import Columns, Figures, Problem, at_least_fp32
+from dist_moe.recipes.problem import Columns, ExampleShape, Figures, Problem, at_least_fp32
 from dist_moe.recipes.text_start import Encoder, check_start, fill_from_start
 from dist_moe.recipes.text_start_config import TextStartConfig
 from dist_moe.recipes.weights import find_weights
@@ -46,6 +46,11 @@ class TextClassificationProblem(Problem):
         self._task = data.task
         self._encoder = encoder
         self._start = start
+
+    def example_shape(self) -> ExampleShape:
+        """Tokens of the mean training text, places of the longest: a batch is as wide as its longest text."""
+        length_N = self.train.length_N
+        return ExampleShape(float(length_N.mean()), int(length_N.max()))
 
     @property
     def is_regression(self) -> bool:
