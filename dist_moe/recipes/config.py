@@ -27,6 +27,7 @@ from dist_moe.models import (
     TransformerConfig,
     TwoImageClassifierConfig,
 )
+from dist_moe.recipes.decoder_start_config import DecoderStartConfig
 from dist_moe.recipes.fields import fields_of
 from dist_moe.recipes.overrides import Content, assign, parse_override, read_yaml
 from dist_moe.recipes.placement import PlacementScheduleConfig
@@ -39,6 +40,7 @@ ModelConfig = Annotated[
     RecommenderConfig | TwoImageClassifierConfig | TransformerConfig | BertClassifierConfig,
     Field(discriminator="name"),
 ]
+StartConfig = Annotated[TextStartConfig | DecoderStartConfig, Field(discriminator="name")]
 TaskWeight = Annotated[float, Field(ge=0)]
 
 S = TypeVar("S", bound=Settings)
@@ -78,8 +80,9 @@ class RunConfig(Settings):
         description="moving experts between the ranks of a group while training, so that the heaviest rank gets "
         "lighter (null: experts stay where they are); the model computes the same either way",
     )
-    start: TextStartConfig | None = Field(
-        None, description="what a bert_classifier starts from (null: all-MiniLM-L6-v2; of others: random weights)"
+    start: StartConfig | None = Field(
+        None,
+        description="what a bert_classifier or a transformer starts from (null: all-MiniLM-L6-v2; random weights)",
     )
     distillation: DistillationConfig | None = Field(
         None, description="the teacher whom a bert_classifier follows beside the labels (null: none)"
@@ -114,9 +117,10 @@ class RunConfig(Settings):
             raise UserError(f"task_weights={list(self.task_weights)}: one of them must be above 0")
         for fault in self.model.faults():
             raise UserError(f"model.{fault}")
-        for field, section in {"start": self.start, "distillation": self.distillation}.items():
-            if section is not None and not isinstance(self.model, BertClassifierConfig):
-                raise UserError(f"{field}: for model.name=bert_classifier, not {self.model.name}; leave it out")
+        if self.start is not None and self.start.name != self.model.name:
+            raise UserError(f"start: of model.name={self.start.name}, not {self.model.name}; leave it out")
+        if self.distillation is not None and not isinstance(self.model, BertClassifierConfig):
+            raise UserError(f"distillation: for model.name=bert_classifier, not {self.model.name}; leave it out")
         for fault in self.model.gate.faults(self.model.num_experts):
             raise UserError(f"model.gate.{fault}")
         for field, remedy in [] if self.model.num_moe_layers else self._what_needs_experts():
@@ -227,6 +231,10 @@ def _with_names(content: Content) -> Content:
     if isinstance(model, dict):
         model = {"name": fitting.model_fields["name"].default} | model
     content = {"task_weights": [1 / fitting.num_tasks] * fitting.num_tasks} | content
+    start = content.get("start")
+    if isinstance(start, dict):
+        is_decoder = isinstance(model, dict) and model["name"] in _names(TransformerConfig)
+        content["start"] = {"name": _names(DecoderStartConfig if is_decoder else TextStartConfig)[0]} | start
     return content | {"data": data, "model": model}
 
 
@@ -239,10 +247,9 @@ def _drop_fields_of_another_gate(content: Content, name: str) -> None:
 
 
 def _explain(fault: Any, config: type[Settings]) -> str:
-    location = [str(part) for part in fault["loc"]]
+    field = ".".join(part for part in map(str, fault["loc"]) if part not in _TAGS)
     if fault["type"] == "missing":
-        return f"{'.'.join(location)}: required, but not given"
-    field = ".".join(part for part in location if part not in _TAGS)
+        return f"{field}: required, but not given"
     if fault["type"] == "union_tag_invalid":
         return f"{field}.name={fault['ctx']['tag']!r}: there is no such one; allowed: {fault['ctx']['expected_tags']}"
     if fault["type"] == "extra_forbidden":

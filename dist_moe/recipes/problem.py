@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,10 @@ class Problem(ABC):
 
     def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Figures]:
         """Figures of predictors that a model must beat, by name."""
+        return {}
+
+    def costs(self, model: Any, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """What a summary shall say of the model's size and of the work per token, given its test figures."""
         return {}
 
     def closing_words(self, model: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,6 +14,7 @@ from dist_moe.settings import Settings
 class TextStartConfig(Settings):
     """The weights that a new run of a text classifier begins with."""
 
+    name: Literal["bert_classifier"] = Field("bert_classifier", description="of which model this is the start")
     encoder: Path | None = Field(
         None,
         description="directory of a BERT encoder as Hugging Face keeps it, which gives the sizes and the tokenizer too "
