@@ -96,8 +96,8 @@ def _table(plan: MemoryPlan) -> str:
         whole = plan.state.total + plan.buffers + load.activations
         batch = "-" if load.largest_batch is None else f"{load.largest_batch:,}" if load.largest_batch else "none fits"
         sizes = (load.sent_per_step, load.dispatch, load.activations, whole)
-        figures = (f"{load.received_rows:,}", *map(_size, sizes))
-        lines.append(f"{load.load:40}" + "".join(f"{figure:>14}" for figure in figures) + f"{batch:>16}")
+        columns = (f"{load.received_rows:,}", *map(_size, sizes))
+        lines.append(f"{load.load:40}" + "".join(f"{column:>14}" for column in columns) + f"{batch:>16}")
     return "\n".join([*lines, _LEGEND])
 
 

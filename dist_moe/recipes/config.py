@@ -231,11 +231,12 @@ def _with_names(content: Content) -> Content:
     if isinstance(model, dict):
         model = {"name": fitting.model_fields["name"].default} | model
     content = {"task_weights": [1 / fitting.num_tasks] * fitting.num_tasks} | content
-    start = content.get("start")
+    named: Content = {"data": data, "model": model}
+    start: Any = content.get("start")
     if isinstance(start, dict):
         is_decoder = isinstance(model, dict) and model["name"] in _names(TransformerConfig)
-        content["start"] = {"name": _names(DecoderStartConfig if is_decoder else TextStartConfig)[0]} | start
-    return content | {"data": data, "model": model}
+        named["start"] = {"name": _names(DecoderStartConfig if is_decoder else TextStartConfig)[0]} | start
+    return content | named
 
 
 def _drop_fields_of_another_gate(content: Content, name: str) -> None:
