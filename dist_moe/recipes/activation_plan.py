@@ -58,8 +58,7 @@ def bytes_per_example(
         dense, passing = _encoder(model, config.model, shape, width)
     else:
         (layer,) = model.moe_layers.values()
-        dispatch, others = _one_layer(layer, model, width, sent, size)
-        return dispatch, others
+        return _one_layer(layer, model, width, sent, size)
     mixtures = [_mixture(layer, width, sent) for layer in model.moe_layers.values()]
     dispatch, others = _together(mixtures, dense, passing, config.model.activation_checkpointing)
     return round(dispatch * shape.tokens), round(others * shape.tokens)
@@ -112,6 +111,7 @@ def _decoder(model: Transformer, width: int) -> tuple[float, float]:
     config: TransformerConfig = model.config
     vocabulary = model.embedding.num_embeddings
     attention = 9 * config.dim + 2 * config.width_of_keys + config.heads + 2  # with both norms before and after it
+    attention += 2 * (config.dim + config.width_of_keys + 1) if config.qk_norm else 0
     dense = 4 * config.dense_hidden * (config.layers - config.num_moe_layers)
     shared = 4 * (config.shared_hidden or 0) * config.num_moe_layers
     kept = config.layers * attention + dense + shared + 3 * config.dim
