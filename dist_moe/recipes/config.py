@@ -118,7 +118,7 @@ class RunConfig(Settings):
         for fault in self.model.faults():
             raise UserError(f"model.{fault}")
         if self.start is not None and self.start.name != self.model.name:
-            raise UserError(f"start: of model.name={self.start.name}, not {self.model.name}; leave it out")
+            raise UserError(f"start: for model.name={self.start.name}, not {self.model.name}; leave it out")
         if self.distillation is not None and not isinstance(self.model, BertClassifierConfig):
             raise UserError(f"distillation: for model.name=bert_classifier, not {self.model.name}; leave it out")
         for fault in self.model.gate.faults(self.model.num_experts):
