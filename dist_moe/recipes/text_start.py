@@ -1,4 +1,4 @@
-"""The encoder that text classifiers are built on, and the weights that their runs begin with."""
+"""The encoder that models of text are built on, and the weights that their runs begin with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_moe.data.encoder_sources import open_encoder
 from dist_moe.errors import UserError
-from dist_moe.models import BertClassifier, BertClassifierConfig, BertShape
+from dist_moe.models import BertConfig, BertModel, BertShape
 from dist_moe.models.bert import read_hugging_face
 from dist_moe.models.conversion import convert_bert, place_converted
 from dist_moe.recipes.text_start_config import TextStartConfig
@@ -44,7 +44,7 @@ def find_encoder(start: TextStartConfig, cache: Path | None, *, progress: bool) 
     return Encoder(source.directory, BertShape.from_hugging_face(content), source.provenance)
 
 
-def check_start(start: TextStartConfig, model: BertClassifierConfig) -> None:
+def check_start(start: TextStartConfig, model: BertConfig) -> None:
     """Raises `UserError` for a start from which ``model`` cannot begin, before any process group exists."""
     if start.run is not None:
         if find_weights(start.run).config.model.num_moe_layers:
@@ -58,16 +58,16 @@ def check_start(start: TextStartConfig, model: BertClassifierConfig) -> None:
 
 
 def fill_from_start(
-    model: BertClassifier,
-    settings: BertClassifierConfig,
+    model: BertModel,
+    settings: BertConfig,
     start: TextStartConfig,
     encoder: Encoder,
-    open_run: Callable[[Path], BertClassifier],
-    importance: Callable[[BertClassifier], Tensor],
+    open_run: Callable[[Path], BertModel],
+    importance: Callable[[BertModel], Tensor],
 ) -> None:
-    """Give a new run's ``model`` its first weights; gates, and a classifier that there is not, keep theirs.
+    """Give a new run's ``model`` its first weights; gates, and a head that there is not, keep theirs.
 
-    ``open_run``: the classifier of a finished run; ``importance``: (layers, H) of its neurons, the same on all
+    ``open_run``: the model of a finished run; ``importance``: (layers, H) of its neurons, the same on all
     ranks. Raises `UserError` for weights that do not fit.
     """
     if start.run is None:
@@ -80,7 +80,7 @@ def fill_from_start(
     place_converted(model, convert_bert(dense, shape, settings, start.conversion, importance_LH))
 
 
-def _needs_importance(start: TextStartConfig, model: BertClassifierConfig) -> bool:
+def _needs_importance(start: TextStartConfig, model: BertConfig) -> bool:
     if start.conversion.order == "random":
         return False
     return model.hidden is not None or (model.moe_every > 0 and start.conversion.method == "partition")
