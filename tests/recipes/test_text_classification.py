@@ -274,9 +274,8 @@ def test_what_a_run_cannot_begin_with(
 
 def test_only_text_classifiers_start_from_something() -> None:
     for section in ({"start": {}}, {"distillation": {"teacher": "somewhere"}}):
-        with pytest.raises(
-            UserError, match=rf"{next(iter(section))}: for model\.name=bert_classifier, not recommender"
-        ):
+        wanted = rf"{next(iter(section))}: for model\.name=bert_classifier or bert_answerer, not recommender"
+        with pytest.raises(UserError, match=wanted):
             validate_config(section).check(1)
 
 
