@@ -24,7 +24,7 @@ from dist_moe.recipes.plan import plan_new_run
 from dist_moe.recipes.problems import open_problem
 from dist_moe.recipes.question_answering import QuestionAnsweringProblem
 from tests.data.labelled_text.tiny_texts import SAMPLES, tiny_tokenizer
-from tests.helpers.commands import run_here, succeed
+from tests.helpers.commands import succeed
 from tests.helpers.runs import losses_of, records_of
 from tests.helpers.text_runs import POSITIONS, write_encoder, write_text_config
 
@@ -136,7 +136,8 @@ def answer_by_loops(
     head = len(tiny_tokenizer().encode(question.question).ids)
     places = tiny_tokenizer().encode(question.context, add_special_tokens=False).offsets
     room = POSITIONS - head - 1
-    spans, none = [], []
+    spans: list[tuple[float, int, int]] = []
+    none = []
     for window, begin in zip(windows, window_starts(len(places), room, STRIDE), strict=True):
         batch = problem.test.batch(np.array([window]), np.array([window]))
         with torch.no_grad():
@@ -144,9 +145,13 @@ def answer_by_loops(
         none.append(float(start_S[0] + end_S[0]))
         first, last = batch.label_B[0].tolist()
         losses.append(-float(start_S.log_softmax(0)[first] + end_S.log_softmax(0)[last]) / 2)
-        for i in range(head, len(start_S) - 1):
-            for j in range(i, min(i + LONGEST, len(start_S) - 1)):
-                spans.append((float(start_S[i] + end_S[j]), begin + i - head, begin + j - head))
+        text = range(head, len(start_S) - 1)
+        spans += [
+            (float(start_S[i] + end_S[j]), begin + i - head, begin + j - head)
+            for i in text
+            for j in text
+            if i <= j < i + LONGEST
+        ]
     score, i, j = max(spans)
     return "" if min(none) > score else question.context[places[i][0] : places[j][1]]
 
@@ -228,12 +233,3 @@ def test_a_classifiers_run_answers_nothing(config: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(text_problem, "find_weights", lambda _: other)
     with pytest.raises(UserError, match=r"there is a run of model\.name=bert_classifier, not of bert_answerer"):
         problem_of(config).trained(Path("there"), SingleWorld())
-
-
-def test_a_copy_is_prepared_from_the_command_line(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path))
-    outcome = run_here(["data", "fetch", "squad-v2", "--data-root", str(SQUAD), "--encoder", str(encoder)])
-    assert outcome.code == 0
-    assert "to test 3 in 3 windows" in outcome.out
