@@ -60,6 +60,16 @@ def teachers(config: Path) -> dict[int, Path]:
     return runs
 
 
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The configuration and the run of a model that has seen the sample often."""
+    directory = tmp_path_factory.mktemp("learnt")
+    config = write_config(directory, write_encoder(directory / "encoder", width=48, heads=4, hidden=96))
+    overrides = ["train.max_steps=300", "train.epochs=1000", "train.validate_every=1000"]
+    succeed(1, "train", "--run-dir", directory / "run", config, *overrides)
+    return config, directory / "run"
+
+
 def taught(teacher: Path) -> list[str]:
     return [*STUDENT, f"start.run={teacher}", f"distillation.teacher={teacher}", "distillation.weight=0.5"]
 
@@ -111,17 +121,18 @@ def test_two_ranks_train_as_one(config: Path, teachers: dict[int, Path]) -> None
         assert one[name] == pytest.approx(two[name], abs=1e-5), name
 
 
-def test_figures_by_hand(config: Path, teachers: dict[int, Path]) -> None:
+def test_figures_by_hand(learnt: tuple[Path, Path]) -> None:
     """One window at a time, without padding; every span of it, and its words from the tokenizer's own places."""
+    config, run = learnt
     problem, (_, dev) = problem_of(config), read_squad(SQUAD)
-    model = problem.trained(teachers[1], SingleWorld()).eval()
+    model = problem.trained(run, SingleWorld()).eval()
     losses: list[float] = []
     answers = []
     for number, question in enumerate(dev):
         windows = np.flatnonzero(problem.test.question_N == number)
         answers.append(answer_by_loops(problem, model, question, windows, losses))
     assert any(answers)
-    summary = summary_of(teachers[1])
+    summary = summary_of(run)
     expected = answer_figures(answers, [[answer.text for answer in question.answers] for question in dev])
     expected |= {"ce": float(np.mean(losses)), "loss": float(np.mean(losses))}
     for name, value in expected.items():
@@ -156,13 +167,10 @@ def answer_by_loops(
     return "" if min(none) > score else question.context[places[i][0] : places[j][1]]
 
 
-def test_the_sample_is_learnt_by_heart(tmp_path: Path) -> None:
-    encoder = write_encoder(tmp_path / "encoder", width=48, heads=4, hidden=96)
-    config = write_config(tmp_path, encoder)
-    overrides = ["train.max_steps=300", "train.epochs=1000", "train.validate_every=1000"]
-    succeed(1, "train", "--run-dir", tmp_path / "run", config, *overrides)
+def test_the_sample_is_learnt_by_heart(learnt: tuple[Path, Path]) -> None:
+    config, run = learnt
     problem = problem_of(config)
-    model = problem.trained(tmp_path / "run", SingleWorld()).eval()
+    model = problem.trained(run, SingleWorld()).eval()
     every = np.arange(len(problem.train))
     batch = problem.train.batch(every, every)
     with torch.no_grad():

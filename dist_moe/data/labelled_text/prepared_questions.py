@@ -131,7 +131,10 @@ def _build(config: QuestionsConfig, opened: Tokenizer, root: Path, files: dict[s
     arrays: dict[str, NDArray[Any]] = {}
     for part, found in windows.items():
         rows, texts = found.rows, written(parts[part])
-        columns = (rows.token_M, rows.start_P, rows.first_N, found.span_N2, found.question_N, found.place_M2, texts)
+        columns: tuple[NDArray[Any], ...] = (
+            *(rows.token_M, rows.start_P, rows.first_N),
+            *(found.span_N2, found.question_N, found.place_M2, texts),
+        )
         arrays |= {f"{part}_{name}": column for name, column in zip(COLUMNS, columns, strict=True)}
     return Prepared(arrays, manifest)
 
