@@ -144,7 +144,7 @@ def _parts(train: list[Question], dev: list[Question], seed: int) -> tuple[dict[
 
     Raises UserError if a part has none.
     """
-    texts = {question.context: identity((question.context,)) for question in train + dev}
+    texts = {context: identity((context,)) for context in {question.context for question in train + dev}}
     known = {texts[question.context] for question in dev}
     fresh = [question for question in train if texts[question.context] not in known]
     distinct = list(dict.fromkeys(texts[question.context] for question in fresh))

@@ -86,6 +86,19 @@ def check_span(table: AnswerTable, window: int, question: Question, seen: str) -
     return True
 
 
+@pytest.mark.parametrize("begin", range(18))
+def test_only_a_window_with_all_of_an_answer_has_it(begin: int) -> None:
+    """A text of 20 tokens in windows of 8, each 5 after the one before; an answer of 3."""
+    text = " ".join("abcdefghijklmnopqrst")
+    question = Question("q", "?", text, (Answer(text[2 * begin : 2 * begin + 5], 2 * begin),))
+    found = windows_of(tiny_tokenizer(), [question], 12, 3, "test", SILENT)
+    wanted = [
+        (3 + begin - start, 3 + begin + 2 - start) if start <= begin and begin + 2 < start + 8 else NO_ANSWER
+        for start in (0, 5, 10, 15)
+    ]
+    assert [tuple(span) for span in found.span_N2.tolist()] == wanted
+
+
 def test_an_answer_is_where_the_file_says_and_not_where_its_words_are_first() -> None:
     question = Question("q", "which?", "a fox, a  F\u00f3x; the fox", (Answer("F\u00f3x", 10),))
     found = windows_of(tiny_tokenizer(), [question], 40, 0, "test", SILENT)
