@@ -65,10 +65,10 @@ class TextClassificationProblem(Problem):
         check_start(self._start, config.model, config.data)
         with torch.device("meta"):
             model = self.build_model(config.model, self._shape_of_run(config, SingleWorld()))
-            rehearse_start(model, config.model, self._start, self._encoder, self._trained_alone)
-            if config.distillation is not None:
-                check_teacher(config.distillation.teacher, config)
-                self._trained_alone(config.distillation.teacher)
+        rehearse_start(model, config.model, self._start, self._encoder, self._rehearsed)
+        if config.distillation is not None:
+            check_teacher(config.distillation.teacher, config)
+            self._rehearsed(config.distillation.teacher)
 
     def first_weights(self, model: BertClassifier, settings: BertClassifierConfig) -> None:
         """Those of the encoder or of the run that the configuration names, converted where there are experts."""
@@ -77,21 +77,26 @@ class TextClassificationProblem(Problem):
             settings,
             self._start,
             self._encoder,
-            open_run=self._trained_alone,
+            open_run=lambda path: self.trained(path, SingleWorld()),
             importance=self._importance,
         )
 
     def trained(self, run: Path, world: World) -> BertClassifier:
         """The classifier of a finished run, fp32, with this rank's experts. Raises UserError if it is not intact."""
+        return self._of_run(run, world, torch.device("cpu"))
+
+    def _rehearsed(self, run: Path) -> BertClassifier:
+        """The whole of it without storage: its weights are there and fit."""
+        return self._of_run(run, SingleWorld(), torch.device("meta"))
+
+    def _of_run(self, run: Path, world: World, device: torch.device) -> BertClassifier:
         weights = find_weights(run)
         if not isinstance(weights.config.model, BertClassifierConfig):
             raise UserError(f"{run} is a run of model.name={weights.config.model.name}, not of a text classifier")
-        model = self.build_model(weights.config.model, self._shape_of_run(weights.config, world))
+        with device:
+            model = self.build_model(weights.config.model, self._shape_of_run(weights.config, world))
         weights.load(model)
         return model
-
-    def _trained_alone(self, run: Path) -> BertClassifier:
-        return self.trained(run, SingleWorld())
 
     def _shape_of_run(self, config: Any, world: World) -> RunShape:
         steps_per_epoch = max(len(self.train) // config.train.batch_size, 1)
