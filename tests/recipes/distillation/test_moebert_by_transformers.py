@@ -88,7 +88,7 @@ def test_check_h7_logits_and_loss_terms_are_those_of_a_loop_over_transformers_be
     terms = MoEBERTConfig(weight=WEIGHT).terms(ours, our_teachers, Step())
     assert_same(terms["hidden"], WEIGHT * hidden)
     assert_same(terms["prediction"], WEIGHT * sum(both) / 2)
-    assert min(float(term) for term in terms.values()) > 1e-3
+    assert min(term.item() for term in terms.values()) > 1e-3
     labels_B = labels_of(len(LENGTHS))
     loss, expected = (F.cross_entropy(logits, labels_B) for logits in (ours.predictions[0], theirs.logits))
     (loss + sum(terms.values())).backward()
