@@ -7,6 +7,7 @@ from collections.abc import Sized
 from pathlib import Path
 
 from dist_moe.cli.commands import Commands
+from dist_moe.errors import UserError
 
 TABLES_AND_IMAGES = ("movielens-1m", "movielens-latest-small", "multi-fashion-mnist", "multi-mnist")
 CORPORA = ("text", "brown")
@@ -34,6 +35,8 @@ def add_to(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.name in LABELLED_TEXTS:
         return _fetch_labelled_texts(options)
+    if options.encoder is not None:
+        raise UserError(f"--encoder={options.encoder} is for labelled texts, and {options.name} is none")
     if options.name in CORPORA:
         from dist_moe.cli.data_text import fetch_text
 

@@ -22,7 +22,7 @@ from dist_moe.models.conversion import neuron_importance
 from dist_moe.parallel import SingleWorld, World, sum_over_ranks
 from dist_moe.recipes.classification_metrics import METRICS
 from dist_moe.recipes.problem import Columns, Figures, Problem, at_least_fp32
-from dist_moe.recipes.text_start import Encoder, check_start, fill_from_start
+from dist_moe.recipes.text_start import Encoder, check_start, check_teacher, fill_from_start, rehearse_start
 from dist_moe.recipes.text_start_config import TextStartConfig
 from dist_moe.recipes.weights import find_weights
 
@@ -62,16 +62,13 @@ class TextClassificationProblem(Problem):
 
     def check_new_run(self, config: Any) -> None:
         """What it starts from and whom it follows are there, and fit. Raises `UserError`."""
-        check_start(self._start, config.model)
+        check_start(self._start, config.model, config.data)
+        with torch.device("meta"):
+            model = self.build_model(config.model, self._shape_of_run(config, SingleWorld()))
+        rehearse_start(model, config.model, self._start, self._encoder, self._rehearsed)
         if config.distillation is not None:
-            teacher = find_weights(config.distillation.teacher).config
-            for field in ("name", "graded"):
-                ours, theirs = getattr(config.data, field), getattr(teacher.data, field, None)
-                if ours != theirs:
-                    raise UserError(
-                        f"distillation.teacher={config.distillation.teacher} was trained with data.{field}={theirs}, "
-                        f"not {ours}; name a run of the same task"
-                    )
+            check_teacher(config.distillation.teacher, config)
+            self._rehearsed(config.distillation.teacher)
 
     def first_weights(self, model: BertClassifier, settings: BertClassifierConfig) -> None:
         """Those of the encoder or of the run that the configuration names, converted where there are experts."""
@@ -86,12 +83,25 @@ class TextClassificationProblem(Problem):
 
     def trained(self, run: Path, world: World) -> BertClassifier:
         """The classifier of a finished run, fp32, with this rank's experts. Raises UserError if it is not intact."""
+        return self._of_run(run, world, torch.device("cpu"))
+
+    def _rehearsed(self, run: Path) -> BertClassifier:
+        """The whole of it without storage: its weights are there and fit."""
+        return self._of_run(run, SingleWorld(), torch.device("meta"))
+
+    def _of_run(self, run: Path, world: World, device: torch.device) -> BertClassifier:
         weights = find_weights(run)
         if not isinstance(weights.config.model, BertClassifierConfig):
             raise UserError(f"{run} is a run of model.name={weights.config.model.name}, not of a text classifier")
-        model = self.build_model(weights.config.model, RunShape(world, 1, GateContext(self.id_counts(), 1)))
+        with device:
+            model = self.build_model(weights.config.model, self._shape_of_run(weights.config, world))
         weights.load(model)
         return model
+
+    def _shape_of_run(self, config: Any, world: World) -> RunShape:
+        steps_per_epoch = max(len(self.train) // config.train.batch_size, 1)
+        context = GateContext(self.id_counts(), config.train.total_steps(steps_per_epoch))
+        return RunShape(world, steps_per_epoch, context)
 
     def _importance(self, model: BertClassifier) -> Tensor:
         """In fp64, so that the order of neurons does not depend on how ranks share out the examples."""
