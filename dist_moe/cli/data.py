@@ -7,6 +7,7 @@ from collections.abc import Sized
 from pathlib import Path
 
 from dist_moe.cli.commands import Commands
+from dist_moe.errors import UserError
 
 TABLES_AND_IMAGES = ("movielens-1m", "movielens-latest-small", "multi-fashion-mnist", "multi-mnist")
 CORPORA = ("text", "brown")
@@ -40,6 +41,8 @@ def _run(options: argparse.Namespace) -> int:
         return _fetch_labelled_texts(options)
     if options.name in QUESTIONS:
         return _prepare_questions(options)
+    if options.encoder is not None:
+        raise UserError(f"--encoder={options.encoder} is for texts that a BERT reads, and {options.name} is none of them")
     if options.name in CORPORA:
         from dist_moe.cli.data_text import fetch_text
 

@@ -20,7 +20,7 @@ from dist_moe.models import BertConfig, BertModel, ModelOutput, RunShape
 from dist_moe.models.conversion import neuron_importance
 from dist_moe.parallel import SingleWorld, World, sum_over_ranks
 from dist_moe.recipes.problem import Problem, at_least_fp32
-from dist_moe.recipes.text_start import Encoder, check_start, fill_from_start
+from dist_moe.recipes.text_start import Encoder, check_start, check_teacher, fill_from_start, rehearse_start
 from dist_moe.recipes.text_start_config import TextStartConfig
 from dist_moe.recipes.weights import find_weights
 
@@ -74,16 +74,13 @@ class TextProblem(Problem):
 
     def check_new_run(self, config: Any) -> None:
         """What it starts from and whom it follows are there, and fit. Raises `UserError`."""
-        check_start(self._start, config.model)
+        check_start(self._start, config.model, config.data)
+        with torch.device("meta"):
+            model = self.build_model(config.model, self._shape_of_run(config, SingleWorld()))
+        rehearse_start(model, config.model, self._start, self._encoder, self._rehearsed)
         if config.distillation is not None:
-            teacher = find_weights(config.distillation.teacher).config
-            for field in ("name", "graded"):
-                ours, theirs = getattr(config.data, field, None), getattr(teacher.data, field, None)
-                if ours != theirs:
-                    raise UserError(
-                        f"distillation.teacher={config.distillation.teacher} was trained with data.{field}={theirs}, "
-                        f"not {ours}; name a run of the same task"
-                    )
+            check_teacher(config.distillation.teacher, config)
+            self._rehearsed(config.distillation.teacher)
 
     def first_weights(self, model: BertModel, settings: BertConfig) -> None:
         """Those of the encoder or of the run that the configuration names, converted where there are experts."""
@@ -98,14 +95,27 @@ class TextProblem(Problem):
 
     def trained(self, run: Path, world: World) -> BertModel:
         """The model of a finished run, fp32, with this rank's experts. Raises UserError if it is not intact."""
+        return self._of_run(run, world, torch.device("cpu"))
+
+    def _rehearsed(self, run: Path) -> BertModel:
+        """The whole of it without storage: its weights are there and fit."""
+        return self._of_run(run, SingleWorld(), torch.device("meta"))
+
+    def _of_run(self, run: Path, world: World, device: torch.device) -> BertModel:
         weights = find_weights(run)
         found, fitting = weights.config.model, self.settings
         if not isinstance(found, fitting):
             wanted = fitting.model_fields["name"].default
             raise UserError(f"{run} is a run of model.name={found.name}, not of {wanted}; name one of {wanted}")
-        model: BertModel = self.build_model(found, RunShape(world, 1, GateContext(self.id_counts(), 1)))
+        with device:
+            model: BertModel = self.build_model(found, self._shape_of_run(weights.config, world))
         weights.load(model)
         return model
+
+    def _shape_of_run(self, config: Any, world: World) -> RunShape:
+        steps_per_epoch = max(len(self.train) // config.train.batch_size, 1)
+        context = GateContext(self.id_counts(), config.train.total_steps(steps_per_epoch))
+        return RunShape(world, steps_per_epoch, context)
 
     @abstractmethod
     def build_model(self, model: Any, run: RunShape) -> BertModel: ...

@@ -53,6 +53,11 @@ def test_one_line_says_what_there_is(
     assert list((tmp_path / "cache" / name).glob("*/manifest.json"))
 
 
+def test_an_encoder_is_for_labelled_texts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "fetch", "brown", "--encoder", str(tmp_path)]) == 2
+    assert f"--encoder={tmp_path} is for texts that a BERT reads, and brown" in capsys.readouterr().err
+
+
 def test_a_table_of_the_domains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
