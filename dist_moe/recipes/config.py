@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dist_moe.data.labelled_text import LabelledTextConfig
+from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.text import TextConfig
 from dist_moe.data.two_images import TwoImagesConfig
@@ -21,7 +21,9 @@ from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.errors import UserError
 from dist_moe.gates import gate_settings
 from dist_moe.models import (
+    BertAnswererConfig,
     BertClassifierConfig,
+    BertConfig,
     MoEModelConfig,
     RecommenderConfig,
     TransformerConfig,
@@ -34,9 +36,11 @@ from dist_moe.recipes.swap import SwapScheduleConfig
 from dist_moe.recipes.text_start_config import DistillationConfig, TextStartConfig
 from dist_moe.settings import Settings
 
-DataConfig = Annotated[MovieLensConfig | TwoImagesConfig | TextConfig | LabelledTextConfig, Field(discriminator="name")]
+DataConfig = Annotated[
+    MovieLensConfig | TwoImagesConfig | TextConfig | LabelledTextConfig | QuestionsConfig, Field(discriminator="name")
+]
 ModelConfig = Annotated[
-    RecommenderConfig | TwoImageClassifierConfig | TransformerConfig | BertClassifierConfig,
+    RecommenderConfig | TwoImageClassifierConfig | TransformerConfig | BertClassifierConfig | BertAnswererConfig,
     Field(discriminator="name"),
 ]
 TaskWeight = Annotated[float, Field(ge=0)]
@@ -48,6 +52,7 @@ _MODEL_FOR: dict[type[Settings], type[MoEModelConfig]] = {
     TwoImagesConfig: TwoImageClassifierConfig,
     TextConfig: TransformerConfig,
     LabelledTextConfig: BertClassifierConfig,
+    QuestionsConfig: BertAnswererConfig,
 }
 
 
@@ -66,7 +71,8 @@ class RunConfig(Settings):
         (0.5, 0.5),
         description="one weight per task, all alike if not given. recommender: cross-entropy of 'watched', squared "
         "error of the rating; two images: cross-entropy of the top left, of the bottom right one; transformer: "
-        "cross-entropy of the next token; bert_classifier: cross-entropy of the class, or squared error of the number",
+        "cross-entropy of the next token; bert_classifier: cross-entropy of the class, or squared error of the number; "
+        "bert_answerer: mean of the cross-entropies of an answer's two ends",
     )
     swap_search: SwapScheduleConfig | None = Field(
         None,
@@ -79,10 +85,10 @@ class RunConfig(Settings):
         "lighter (null: experts stay where they are); the model computes the same either way",
     )
     start: TextStartConfig | None = Field(
-        None, description="what a bert_classifier starts from (null: all-MiniLM-L6-v2; of others: random weights)"
+        None, description="what a BERT starts from (null: all-MiniLM-L6-v2; of others: random weights)"
     )
     distillation: DistillationConfig | None = Field(
-        None, description="the teacher whom a bert_classifier follows beside the labels (null: none)"
+        None, description="the teacher whom a BERT follows beside the labels (null: none)"
     )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig(), description="length and rhythm")
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="the layout")
@@ -115,8 +121,9 @@ class RunConfig(Settings):
         for fault in self.model.faults():
             raise UserError(f"model.{fault}")
         for field, section in {"start": self.start, "distillation": self.distillation}.items():
-            if section is not None and not isinstance(self.model, BertClassifierConfig):
-                raise UserError(f"{field}: for model.name=bert_classifier, not {self.model.name}; leave it out")
+            if section is not None and not isinstance(self.model, BertConfig):
+                fitting = "bert_classifier or bert_answerer"
+                raise UserError(f"{field}: for model.name={fitting}, not {self.model.name}; leave it out")
         for fault in self.model.gate.faults(self.model.num_experts):
             raise UserError(f"model.gate.{fault}")
         for field, remedy in [] if self.model.num_moe_layers else self._what_needs_experts():

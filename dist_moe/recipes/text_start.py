@@ -1,4 +1,4 @@
-"""The encoder that text classifiers are built on, and the weights that their runs begin with."""
+"""The encoder that models of text are built on, and the weights that their runs begin with."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from dist_moe.data.encoder_sources import open_encoder
-from dist_moe.data.labelled_text import LabelledTextConfig
+from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.errors import UserError
-from dist_moe.models import BertClassifier, BertClassifierConfig, BertShape
+from dist_moe.models import BertConfig, BertModel, BertShape
 from dist_moe.models.bert import read_hugging_face
 from dist_moe.models.conversion import convert_bert, place_converted
 from dist_moe.recipes.config import RunConfig
@@ -46,7 +46,7 @@ def find_encoder(start: TextStartConfig, cache: Path | None, *, progress: bool) 
     return Encoder(source.directory, BertShape.from_hugging_face(content), source.provenance)
 
 
-def check_start(start: TextStartConfig, model: BertClassifierConfig, data: LabelledTextConfig) -> None:
+def check_start(start: TextStartConfig, model: BertConfig, data: LabelledTextConfig | QuestionsConfig) -> None:
     """Raises `UserError` for a start from which ``model`` cannot begin on ``data``, without a look at weights."""
     if start.run is not None:
         trained = find_weights(start.run).config
@@ -77,7 +77,7 @@ def check_teacher(run: Path, config: RunConfig) -> None:
 def _check_same_split(field: str, run: Path, theirs: Any, ours: Any) -> None:
     """With another split, texts to validate and test on here were among those that the run learnt from."""
     for name in ("name", "graded", "seed"):
-        there, here = getattr(theirs, name, None), getattr(ours, name)
+        there, here = getattr(theirs, name, None), getattr(ours, name, None)
         if there != here:
             raise UserError(
                 f"{field}={run} was trained with data.{name}={there}, not {here}; name a run of the same task and split"
@@ -85,11 +85,11 @@ def _check_same_split(field: str, run: Path, theirs: Any, ours: Any) -> None:
 
 
 def rehearse_start(
-    model: BertClassifier,
-    settings: BertClassifierConfig,
+    model: BertModel,
+    settings: BertConfig,
     start: TextStartConfig,
     encoder: Encoder,
-    open_run: Callable[[Path], BertClassifier],
+    open_run: Callable[[Path], BertModel],
 ) -> None:
     """:func:`fill_from_start` on a ``model`` without storage: raises its `UserError` while there is nothing to lose.
 
@@ -103,21 +103,21 @@ def rehearse_start(
         raise UserError(f"start: {error}") from error
 
 
-def _unmeasured(model: BertClassifier) -> Tensor:
+def _unmeasured(model: BertModel) -> Tensor:
     raise AssertionError("a random order needs no importance")
 
 
 def fill_from_start(
-    model: BertClassifier,
-    settings: BertClassifierConfig,
+    model: BertModel,
+    settings: BertConfig,
     start: TextStartConfig,
     encoder: Encoder,
-    open_run: Callable[[Path], BertClassifier],
-    importance: Callable[[BertClassifier], Tensor],
+    open_run: Callable[[Path], BertModel],
+    importance: Callable[[BertModel], Tensor],
 ) -> None:
-    """Give a new run's ``model`` its first weights; gates, and a classifier that there is not, keep theirs.
+    """Give a new run's ``model`` its first weights; gates, and a head that there is not, keep theirs.
 
-    ``open_run``: the classifier of a finished run; ``importance``: (layers, H) of its neurons, the same on all
+    ``open_run``: the model of a finished run; ``importance``: (layers, H) of its neurons, the same on all
     ranks. Raises `UserError` for weights that do not fit.
     """
     if start.run is None:
@@ -130,7 +130,7 @@ def fill_from_start(
     place_converted(model, convert_bert(dense, shape, settings, start.conversion, importance_LH))
 
 
-def _needs_importance(start: TextStartConfig, model: BertClassifierConfig) -> bool:
+def _needs_importance(start: TextStartConfig, model: BertConfig) -> bool:
     if start.conversion.order == "random":
         return False
     return model.hidden is not None or (model.moe_every > 0 and start.conversion.method == "partition")
