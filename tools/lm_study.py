@@ -121,7 +121,8 @@ def built(directory: Path) -> tuple[Transformer, int]:
     config = load_config(RunDirectory(directory).config, ["parallel.expert_parallel_size=1"])
     problem = open_problem(config, progress=False)
     model = build_model(config, problem, SingleWorld())
-    assert isinstance(model, Transformer) and isinstance(config.data, TextConfig)
+    assert isinstance(model, Transformer)
+    assert isinstance(config.data, TextConfig)
     return model, config.data.sequence_length
 
 
