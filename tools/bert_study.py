@@ -54,7 +54,7 @@ STUDENTS: dict[str, tuple[str, ...]] = {
     ),
 }
 ORDERS = ("importance", "random", "inverse")
-UNTRAINED = ("distillation=null", "train.max_steps=1", "deepspeed.optimizer.params.lr=0")
+UNTRAINED = ("distillation=null", "train.max_steps=1", "deepspeed.scheduler=null", "deepspeed.optimizer.params.lr=0")
 
 
 @dataclass(frozen=True)

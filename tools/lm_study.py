@@ -47,7 +47,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "AdaMoE": ("model.gate={name: ada_moe, k: 4, null_slots: 8, balance_weight: 0.01}", _NO_SEARCH),
     "SMoE-Dropout": ("model.gate={name: smoe_dropout, k_min: 2}", _NO_SEARCH),
 }
-SELF_SLIMMABLE, EVALUATED_AT = "SMoE-Dropout", (1, 2, 4, 8)
+SELF_SLIMMABLE = "SMoE-Dropout"
 BITS = "bits_per_byte"
 
 
@@ -106,9 +106,14 @@ def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
         return Row(label, test[BITS], per_token, flops / 1e6, trained, model.size.num_params())
 
     yield row(name, run.summary["test"])
-    for k in EVALUATED_AT if name == SELF_SLIMMABLE else ():
+    for k in powers_of_two(model.size.config.num_experts) if name == SELF_SLIMMABLE else ():
         told = json.loads(dist_moe("evaluate", run.directory, f"model.gate.evaluation_k={k}", "--json"))
         yield row(f"{name}, evaluated at k = {k}", told["test"])
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... up to ``most``."""
+    return [2**i for i in range(most.bit_length())]
 
 
 def active(figures: dict[str, Any]) -> float:
