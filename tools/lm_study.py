@@ -15,10 +15,8 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,14 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dist_moe.data.text import TextConfig
 from dist_moe.engine.run_directory import RunDirectory
 from dist_moe.models.transformer import Transformer
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import load_config
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.problems import open_problem
+from tools.studies import StudyRun, directory_name, dist_moe, spread, train_all
 
 _NO_SEARCH = "model.permutation=null"
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -47,7 +47,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "AdaMoE": ("model.gate={name: ada_moe, k: 4, null_slots: 8, balance_weight: 0.01}", _NO_SEARCH),
     "SMoE-Dropout": ("model.gate={name: smoe_dropout, k_min: 2}", _NO_SEARCH),
 }
-SELF_SLIMMABLE, EVALUATED_AT = "SMoE-Dropout", (1, 2, 4, 8)
+SELF_SLIMMABLE = "SMoE-Dropout"
 BITS = "bits_per_byte"
 
 
@@ -66,8 +66,7 @@ class Row:
 def main() -> None:
     options = parse()
     runs = [(name, seed) for seed in range(options.seeds) for name in options.variants]
-    with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(lambda run: train(*run, options), runs))
+    train_all((study_run(*run, options) for run in runs), options.at_once)
     rows = [row for run in runs for row in rows_of(*run, options)]
     options.report.mkdir(parents=True, exist_ok=True)
     (options.report / "table.md").write_text(page(rows, options))
@@ -87,38 +86,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_directory(name: str, seed: int, options: argparse.Namespace) -> Path:
-    return options.runs / f"{name.lower().replace(' ', '_')}-seed{seed}"
-
-
-def train(name: str, seed: int, options: argparse.Namespace) -> None:
-    """Train one variant to its end, unless that has been done. Raises SystemExit if it fails."""
-    directory = run_directory(name, seed, options)
-    if RunDirectory(directory).summary.exists():
-        print(f"{directory}: trained already", flush=True)
-        return
-    overrides = [*options.overrides, *VARIANTS[name], f"seed={seed}"]
-    command("train", options.config, *overrides, "--run-dir", directory, "--auto-resume")
-    print(f"{directory}: trained", flush=True)
-
-
-def command(*arguments: object) -> str:
-    """What a dist-moe command prints; one thread. Raises SystemExit with its last words if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "dist_moe", *map(str, arguments)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
-    return done.stdout
+def study_run(name: str, seed: int, options: argparse.Namespace) -> StudyRun:
+    overrides = (*options.overrides, *VARIANTS[name], f"seed={seed}")
+    return StudyRun(options.runs / directory_name(name, f"seed{seed}"), options.config, overrides)
 
 
 def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
     """The run at the end of its training, and what else its weights are good for."""
-    directory = run_directory(name, seed, options)
-    model, sequence_length = built(directory)
-    records = [json.loads(line) for line in RunDirectory(directory).metrics.read_text().splitlines()]
+    run = study_run(name, seed, options)
+    model, sequence_length = built(run.directory)
+    records = [json.loads(line) for line in RunDirectory(run.directory).metrics.read_text().splitlines()]
     steps = [record for record in records if "validation" not in record]
-    tokens = load_config(RunDirectory(directory).config).train.batch_size * sequence_length
+    tokens = load_config(RunDirectory(run.directory).config).train.batch_size * sequence_length
     trained = sum(tokens * model.size.training_flops_per_token(sequence_length, active(step)) for step in steps)
 
     def row(label: str, test: dict[str, Any]) -> Row:
@@ -126,10 +105,15 @@ def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
         flops = model.size.flops_per_token(sequence_length, per_token)
         return Row(label, test[BITS], per_token, flops / 1e6, trained, model.size.num_params())
 
-    yield row(name, json.loads(RunDirectory(directory).summary.read_text())["test"])
-    for k in EVALUATED_AT if name == SELF_SLIMMABLE else ():
-        told = json.loads(command("evaluate", directory, f"model.gate.evaluation_k={k}", "--json"))
+    yield row(name, run.summary["test"])
+    for k in powers_of_two(model.size.config.num_experts) if name == SELF_SLIMMABLE else ():
+        told = json.loads(dist_moe("evaluate", run.directory, f"model.gate.evaluation_k={k}", "--json"))
         yield row(f"{name}, evaluated at k = {k}", told["test"])
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... up to ``most``."""
+    return [2**i for i in range(most.bit_length())]
 
 
 def active(figures: dict[str, Any]) -> float:
@@ -143,7 +127,8 @@ def built(directory: Path) -> tuple[Transformer, int]:
     problem = open_problem(config, progress=False)
     model = build_model(config, problem, SingleWorld())
     assert isinstance(model, Transformer)
-    return model, int(config.data.sequence_length)
+    assert isinstance(config.data, TextConfig)
+    return model, config.data.sequence_length
 
 
 def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
@@ -171,11 +156,6 @@ def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "![bits per byte against FLOPs](figure.png)", ""])
-
-
-def spread(numbers: Sequence[float], digits: int) -> str:
-    deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.{digits}f}{deviation}"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sized
 from pathlib import Path
 
 from dist_moe.cli.commands import Commands
+from dist_moe.errors import UserError
 
 TABLES_AND_IMAGES = ("movielens-1m", "movielens-latest-small", "multi-fashion-mnist", "multi-mnist")
 CORPORA = ("text", "brown")
@@ -15,7 +16,8 @@ LABELLED_TEXTS = (
     *("trec", "sms-spam", "20-newsgroups"),
     *("cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "mnli-mm", "qnli", "rte"),
 )
-DATA_SETS = TABLES_AND_IMAGES + CORPORA + LABELLED_TEXTS
+QUESTIONS = ("squad-v2",)
+DATA_SETS = TABLES_AND_IMAGES + CORPORA + LABELLED_TEXTS + QUESTIONS
 
 
 def add_to(commands: Commands) -> None:
@@ -26,7 +28,10 @@ def add_to(commands: Commands) -> None:
     fetch.add_argument("name", choices=DATA_SETS, metavar="NAME", help=" | ".join(DATA_SETS))
     fetch.add_argument("--data-root", type=Path, metavar="DIR", help="directory of the original files")
     fetch.add_argument(
-        "--encoder", type=Path, metavar="DIR", help="of labelled texts: the BERT checkpoint whose tokenizer cuts them"
+        "--encoder",
+        type=Path,
+        metavar="DIR",
+        help="of labelled texts and questions: the BERT checkpoint whose tokenizer cuts them",
     )
     fetch.set_defaults(run=_run)
 
@@ -34,6 +39,12 @@ def add_to(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.name in LABELLED_TEXTS:
         return _fetch_labelled_texts(options)
+    if options.name in QUESTIONS:
+        return _prepare_questions(options)
+    if options.encoder is not None:
+        raise UserError(
+            f"--encoder={options.encoder} is for texts that a BERT reads, and {options.name} is none of them"
+        )
     if options.name in CORPORA:
         from dist_moe.cli.data_text import fetch_text
 
@@ -65,4 +76,18 @@ def _fetch_labelled_texts(options: argparse.Namespace) -> int:
     kinds = f"{len(texts.task.classes)} classes" if texts.task.classes else "a number to predict"
     tokens = sum(texts.manifest["tokens"].values())
     print(f"{options.name}: {kinds}, {tokens:,} tokens, to train on {train:,}, to validate {val:,}, to test {test:,}")
+    return 0
+
+
+def _prepare_questions(options: argparse.Namespace) -> int:
+    from dist_moe.data.encoder_sources import open_encoder
+    from dist_moe.data.labelled_text import QuestionsConfig, prepare_questions
+
+    config = QuestionsConfig(name=options.name, root=options.data_root)
+    found = prepare_questions(config, open_encoder(options.encoder).directory / "tokenizer.json").manifest
+    train, val, test = (
+        f"{questions:,} in {windows:,} windows"
+        for questions, windows in zip(found["questions"].values(), found["counts"].values(), strict=True)
+    )
+    print(f"{options.name}: questions to train on {train}, to validate {val}, to test {test}")
     return 0

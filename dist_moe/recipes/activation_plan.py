@@ -15,7 +15,7 @@ from dist_moe.engine.precision import parameter_dtype
 from dist_moe.experts import BertFeedForwardBank, ConvBank, DenseReLUBank, ExpertBank, FeedForwardBank
 from dist_moe.gates import Gate
 from dist_moe.layer import MoE
-from dist_moe.models import BertClassifier, BertClassifierConfig, MoEModel, Transformer, TransformerConfig
+from dist_moe.models import BertConfig, BertModel, MoEModel, Transformer, TransformerConfig
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.problem import ExampleShape
 
@@ -54,7 +54,7 @@ def bytes_per_example(
     width = parameter_dtype(config.deepspeed).itemsize
     if isinstance(model, Transformer):
         dense, passing = _decoder(model, width)
-    elif isinstance(model, BertClassifier) and isinstance(config.model, BertClassifierConfig):
+    elif isinstance(model, BertModel) and isinstance(config.model, BertConfig):
         dense, passing = _encoder(model, config.model, shape, width)
     else:
         (layer,) = model.moe_layers.values()
@@ -119,9 +119,7 @@ def _decoder(model: Transformer, width: int) -> tuple[float, float]:
     return width * kept + _FP32 * vocabulary + 3 * _INT64, 2 * _FP32 * vocabulary + logits
 
 
-def _encoder(
-    model: BertClassifier, config: BertClassifierConfig, shape: ExampleShape, width: int
-) -> tuple[float, float]:
+def _encoder(model: BertModel, config: BertConfig, shape: ExampleShape, width: int) -> tuple[float, float]:
     """The same of BERT: attention keeps places, everything else tokens; the loss takes hardly anything."""
     sizes, layers, mixtures = model.shape, model.shape.layers, len(model.moe_layers)
     fill, masks = shape.places / shape.tokens, 1 if config.dropout else 0

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dist_moe.data.labelled_text import LabelledTextConfig
+from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.text import TextConfig
 from dist_moe.data.two_images import TwoImagesConfig
@@ -21,7 +21,9 @@ from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.errors import UserError
 from dist_moe.gates import gate_settings
 from dist_moe.models import (
+    BertAnswererConfig,
     BertClassifierConfig,
+    BertConfig,
     MoEModelConfig,
     RecommenderConfig,
     TransformerConfig,
@@ -35,9 +37,11 @@ from dist_moe.recipes.swap import SwapScheduleConfig
 from dist_moe.recipes.text_start_config import DistillationConfig, TextStartConfig
 from dist_moe.settings import Settings
 
-DataConfig = Annotated[MovieLensConfig | TwoImagesConfig | TextConfig | LabelledTextConfig, Field(discriminator="name")]
+DataConfig = Annotated[
+    MovieLensConfig | TwoImagesConfig | TextConfig | LabelledTextConfig | QuestionsConfig, Field(discriminator="name")
+]
 ModelConfig = Annotated[
-    RecommenderConfig | TwoImageClassifierConfig | TransformerConfig | BertClassifierConfig,
+    RecommenderConfig | TwoImageClassifierConfig | TransformerConfig | BertClassifierConfig | BertAnswererConfig,
     Field(discriminator="name"),
 ]
 StartConfig = Annotated[TextStartConfig | DecoderStartConfig, Field(discriminator="name")]
@@ -50,6 +54,7 @@ _MODEL_FOR: dict[type[Settings], type[MoEModelConfig]] = {
     TwoImagesConfig: TwoImageClassifierConfig,
     TextConfig: TransformerConfig,
     LabelledTextConfig: BertClassifierConfig,
+    QuestionsConfig: BertAnswererConfig,
 }
 
 
@@ -68,7 +73,8 @@ class RunConfig(Settings):
         (0.5, 0.5),
         description="one weight per task, all alike if not given. recommender: cross-entropy of 'watched', squared "
         "error of the rating; two images: cross-entropy of the top left, of the bottom right one; transformer: "
-        "cross-entropy of the next token; bert_classifier: cross-entropy of the class, or squared error of the number",
+        "cross-entropy of the next token; bert_classifier: cross-entropy of the class, or squared error of the number; "
+        "bert_answerer: mean of the cross-entropies of an answer's two ends",
     )
     swap_search: SwapScheduleConfig | None = Field(
         None,
@@ -81,11 +87,10 @@ class RunConfig(Settings):
         "lighter (null: experts stay where they are); the model computes the same either way",
     )
     start: StartConfig | None = Field(
-        None,
-        description="what a bert_classifier or a transformer starts from (null: all-MiniLM-L6-v2; random weights)",
+        None, description="what a BERT or a transformer starts from (null: all-MiniLM-L6-v2; random weights)"
     )
     distillation: DistillationConfig | None = Field(
-        None, description="the teacher whom a bert_classifier follows beside the labels (null: none)"
+        None, description="the teacher whom a BERT follows beside the labels (null: none)"
     )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig(), description="length and rhythm")
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="the layout")
@@ -117,10 +122,12 @@ class RunConfig(Settings):
             raise UserError(f"task_weights={list(self.task_weights)}: one of them must be above 0")
         for fault in self.model.faults():
             raise UserError(f"model.{fault}")
-        if self.start is not None and self.start.name != self.model.name:
-            raise UserError(f"start: for model.name={self.start.name}, not {self.model.name}; leave it out")
-        if self.distillation is not None and not isinstance(self.model, BertClassifierConfig):
-            raise UserError(f"distillation: for model.name=bert_classifier, not {self.model.name}; leave it out")
+        if self.start is not None and self.model.name not in _names(type(self.start)):
+            fitting = " or ".join(_names(type(self.start)))
+            raise UserError(f"start: for model.name={fitting}, not {self.model.name}; leave it out")
+        if self.distillation is not None and not isinstance(self.model, BertConfig):
+            fitting = " or ".join(_names(TextStartConfig))
+            raise UserError(f"distillation: for model.name={fitting}, not {self.model.name}; leave it out")
         for fault in self.model.gate.faults(self.model.num_experts):
             raise UserError(f"model.gate.{fault}")
         for field, remedy in [] if self.model.num_moe_layers else self._what_needs_experts():
@@ -234,8 +241,9 @@ def _with_names(content: Content) -> Content:
     named: Content = {"data": data, "model": model}
     start: Any = content.get("start")
     if isinstance(start, dict):
-        is_decoder = isinstance(model, dict) and model["name"] in _names(TransformerConfig)
-        named["start"] = {"name": _names(DecoderStartConfig if is_decoder else TextStartConfig)[0]} | start
+        known = (*_names(TextStartConfig), *_names(DecoderStartConfig))
+        name = model["name"] if isinstance(model, dict) else None
+        named["start"] = {"name": name if name in known else known[0]} | start
     return content | named
 
 

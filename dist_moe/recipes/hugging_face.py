@@ -144,10 +144,17 @@ def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, problem: Language
             f"{source}, or the data and data.vocab_size with which the checkpoint was trained"
         )
     path = source / TOKENIZER
-    if path.is_file() and Tokenizer.from_file(str(path)).get_vocab() != problem.tokenizer.get_vocab():
+    if path.is_file() and _tokens_of(path) != problem.tokenizer.get_vocab():
         raise UserError(
             f"{path} is not the tokenizer of the data; use data.tokenizer={source}, or the data of the checkpoint"
         )
+
+
+def _tokens_of(path: Path) -> dict[str, int]:
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{path} cannot be read as a tokenizer of the library tokenizers: {error}") from error
 
 
 def _fill(model: Transformer, checkpoint: DecoderCheckpoint, conversion: DecoderConversionConfig) -> None:

@@ -7,6 +7,7 @@ all nats of a text, over ln 2, over the bytes of UTF-8 that its tokens stand for
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ EVAL_TOKENS = 4096
 """Evaluated at once on a rank: their logits are V numbers each."""
 
 _BASELINE_BATCH = 1024
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class LanguageModelProblem(Problem):
@@ -80,7 +82,7 @@ class LanguageModelProblem(Problem):
         """``loss``: nats per token; its exponential; bits per byte, of all and of each domain that ``part`` has."""
         nats_N, bytes_N = columns
         ce = float(nats_N.sum()) / (len(part) * self.tokens_per_example)
-        figures = {"loss": weights[0] * ce, "perplexity": math.exp(ce), "bits_per_byte": _bits(nats_N, bytes_N)}
+        figures = {"loss": weights[0] * ce, "perplexity": _perplexity(ce), "bits_per_byte": _bits(nats_N, bytes_N)}
         domain_N = np.asarray(part.domain_N)
         for number, name in enumerate(self._data.domains):
             mine_N = domain_N == number
@@ -108,6 +110,11 @@ def _nats(output: ModelOutput, batch: TokenBatch) -> Tensor:
     (logits_BSV,) = output.predictions
     nats_T = F.cross_entropy(at_least_fp32(logits_BSV).flatten(0, 1), batch.target_BS.flatten(), reduction="none")
     return nats_T.view_as(batch.target_BS)
+
+
+def _perplexity(ce: float) -> float:
+    """Of a model that has diverged it may be too large for a number; its figures are wanted all the same."""
+    return math.exp(ce) if ce < _LARGEST_EXPONENT else math.inf
 
 
 def _bits(nats_N: Columns, bytes_N: Columns) -> float:

@@ -19,6 +19,7 @@ from dist_moe.errors import UserError
 from dist_moe.recipes.config import RunConfig, load_config
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.problems import open_problem
+from dist_moe.recipes.text_start_config import TextStartConfig
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def _check_same_run(recorded: RunConfig, config: RunConfig) -> None:
             raise UserError(
                 f"{field}={after[field]!r}: the run was trained with {before[field]!r}, and --resume goes on with the "
                 f"same run. It may change train (but for batch_size), parallel, placement, deepspeed, swap_search, "
-                f"data.root, data.cache and model.activation_checkpointing; for anything else start a new run"
+                f"model.activation_checkpointing and where things are (data.root, data.cache, start.encoder, "
+                f"start.run, distillation.teacher); for anything else start a new run"
             )
 
 
@@ -120,7 +122,12 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     data = {f"data.{name}": value for name, value in content["data"].items() if name not in ("root", "cache")}
     model = {f"model.{name}": value for name, value in content["model"].items() if name != "activation_checkpointing"}
     whole = {name: content[name] for name in ("seed", "task_weights")}
-    return whole | data | model | {"train.batch_size": content["train"]["batch_size"]}
+    follows = content["distillation"]
+    texts = {
+        "start.conversion": (config.start or TextStartConfig()).conversion.model_dump(mode="json"),
+        "distillation": None if follows is None else {name: follows[name] for name in follows.keys() - {"teacher"}},
+    }
+    return whole | data | model | texts | {"train.batch_size": content["train"]["batch_size"]}
 
 
 def _plan(

@@ -1,4 +1,4 @@
-"""The encoder that text classifiers are built on, and the weights that their runs begin with."""
+"""The encoder that models of text are built on, and the weights that their runs begin with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from dist_moe.data.encoder_sources import open_encoder
+from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.errors import UserError
-from dist_moe.models import BertClassifier, BertClassifierConfig, BertShape
+from dist_moe.models import BertConfig, BertModel, BertShape
 from dist_moe.models.bert import read_hugging_face
 from dist_moe.models.conversion import convert_bert, place_converted
+from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.text_start_config import TextStartConfig
 from dist_moe.recipes.weights import find_weights
 
@@ -44,11 +46,14 @@ def find_encoder(start: TextStartConfig, cache: Path | None, *, progress: bool) 
     return Encoder(source.directory, BertShape.from_hugging_face(content), source.provenance)
 
 
-def check_start(start: TextStartConfig, model: BertClassifierConfig) -> None:
-    """Raises `UserError` for a start from which ``model`` cannot begin, before any process group exists."""
+def check_start(start: TextStartConfig, model: BertConfig, data: LabelledTextConfig | QuestionsConfig) -> None:
+    """Raises `UserError` for a start from which ``model`` cannot begin on ``data``, without a look at weights."""
     if start.run is not None:
-        if find_weights(start.run).config.model.num_moe_layers:
+        trained = find_weights(start.run).config
+        if trained.model.num_moe_layers:
             raise UserError(f"start.run={start.run}: its model has experts; name a run with model.moe_every=0")
+        if getattr(trained.data, "name", None) == data.name:
+            _check_same_split("start.run", start.run, trained.data, data)
     elif _needs_importance(start, model):
         raise UserError(
             "start.run is not given, and start.conversion.order=importance needs it: what matters is known only of a "
@@ -57,17 +62,62 @@ def check_start(start: TextStartConfig, model: BertClassifierConfig) -> None:
         )
 
 
-def fill_from_start(
-    model: BertClassifier,
-    settings: BertClassifierConfig,
+def check_teacher(run: Path, config: RunConfig) -> None:
+    """Raises `UserError` for a teacher of another task or split, or whose experts these ranks cannot share."""
+    teacher = find_weights(run).config
+    _check_same_split("distillation.teacher", run, teacher.data, config.data)
+    size = config.parallel.expert_parallel_size
+    if teacher.model.num_moe_layers and teacher.model.num_experts % size:
+        raise UserError(
+            f"parallel.expert_parallel_size={size} does not divide the {teacher.model.num_experts} experts of "
+            f"distillation.teacher={run}"
+        )
+
+
+def _check_same_split(field: str, run: Path, theirs: Any, ours: Any) -> None:
+    """With another split, texts to validate and test on here were among those that the run learnt from."""
+    for name in ("name", "graded", "seed"):
+        there, here = getattr(theirs, name, None), getattr(ours, name, None)
+        if there != here:
+            raise UserError(
+                f"{field}={run} was trained with data.{name}={there}, not {here}; name a run of the same task and split"
+            )
+
+
+def rehearse_start(
+    model: BertModel,
+    settings: BertConfig,
     start: TextStartConfig,
     encoder: Encoder,
-    open_run: Callable[[Path], BertClassifier],
-    importance: Callable[[BertClassifier], Tensor],
+    open_run: Callable[[Path], BertModel],
 ) -> None:
-    """Give a new run's ``model`` its first weights; gates, and a classifier that there is not, keep theirs.
+    """:func:`fill_from_start` on a ``model`` without storage: raises its `UserError` while there is nothing to lose.
 
-    ``open_run``: the classifier of a finished run; ``importance``: (layers, H) of its neurons, the same on all
+    Which neurons are taken decides no shape, so none are measured.
+    """
+    conversion = start.conversion.model_copy(update={"order": "random", "noise": 0.0})
+    plain = start.model_copy(update={"conversion": conversion})
+    try:
+        fill_from_start(model, settings, plain, encoder, open_run, importance=_unmeasured)
+    except UserError as error:
+        raise UserError(f"start: {error}") from error
+
+
+def _unmeasured(model: BertModel) -> Tensor:
+    raise AssertionError("a random order needs no importance")
+
+
+def fill_from_start(
+    model: BertModel,
+    settings: BertConfig,
+    start: TextStartConfig,
+    encoder: Encoder,
+    open_run: Callable[[Path], BertModel],
+    importance: Callable[[BertModel], Tensor],
+) -> None:
+    """Give a new run's ``model`` its first weights; gates, and a head that there is not, keep theirs.
+
+    ``open_run``: the model of a finished run; ``importance``: (layers, H) of its neurons, the same on all
     ranks. Raises `UserError` for weights that do not fit.
     """
     if start.run is None:
@@ -80,7 +130,7 @@ def fill_from_start(
     place_converted(model, convert_bert(dense, shape, settings, start.conversion, importance_LH))
 
 
-def _needs_importance(start: TextStartConfig, model: BertClassifierConfig) -> bool:
+def _needs_importance(start: TextStartConfig, model: BertConfig) -> bool:
     if start.conversion.order == "random":
         return False
     return model.hidden is not None or (model.moe_every > 0 and start.conversion.method == "partition")

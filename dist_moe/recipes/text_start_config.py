@@ -1,4 +1,4 @@
-"""What a text classifier starts from, and whom it follows: sections of the configuration."""
+"""What a model of text starts from, and whom it follows: sections of the configuration."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from dist_moe.settings import Settings
 
 
 class TextStartConfig(Settings):
-    """The weights that a new run of a text classifier begins with."""
+    """The weights that a new run of a BERT begins with."""
 
-    name: Literal["bert_classifier"] = Field("bert_classifier", description="of which model this is the start")
+    name: Literal["bert_classifier", "bert_answerer"] = Field(
+        "bert_classifier", description="of which model this is the start"
+    )
     encoder: Path | None = Field(
         None,
         description="directory of a BERT encoder as Hugging Face keeps it, which gives the sizes and the tokenizer too "
@@ -22,7 +24,7 @@ class TextStartConfig(Settings):
     )
     run: Path | None = Field(
         None,
-        description="finished run of a dense classifier whose weights are taken instead of the encoder's (its best "
+        description="finished run of a dense model whose weights are taken instead of the encoder's (its best "
         "checkpoint), and become experts where the model has some",
     )
     conversion: BertConversionConfig = Field(
@@ -36,7 +38,7 @@ class TextStartConfig(Settings):
 class DistillationConfig(Settings):
     """MoEBERT's distillation: hidden states and predictions follow those of a teacher."""
 
-    teacher: Path = Field(description="finished run of a classifier on the same task, with the same encoder")
+    teacher: Path = Field(description="finished run on the same task, with the same encoder")
     weight: float = Field(
         1.0, ge=0, description="weight of the mean squared error of the hidden states and the divergence of predictions"
     )

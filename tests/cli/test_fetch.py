@@ -10,18 +10,18 @@ import pytest
 
 from dist_moe.cli.data import DATA_SETS
 from dist_moe.cli.main import main
-from dist_moe.data.labelled_text import LabelledTextConfig
+from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.text import TextConfig
 from dist_moe.data.two_images import TwoImagesConfig
-from tests.data.labelled_text.tiny_texts import write_messages
+from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
 from tests.data.text.tiny_text import write_tiny_text
 from tests.data.tiny_images import write_tiny_images
 from tests.data.tiny_latest_small import write_tiny_latest_small
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.text_runs import write_encoder
 
-CONFIGS = (MovieLensConfig, TwoImagesConfig, TextConfig, LabelledTextConfig)
+CONFIGS = (MovieLensConfig, TwoImagesConfig, TextConfig, LabelledTextConfig, QuestionsConfig)
 
 
 def test_all_data_sets_can_be_fetched() -> None:
@@ -53,6 +53,11 @@ def test_one_line_says_what_there_is(
     assert list((tmp_path / "cache" / name).glob("*/manifest.json"))
 
 
+def test_an_encoder_is_for_labelled_texts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "fetch", "brown", "--encoder", str(tmp_path)]) == 2
+    assert f"--encoder={tmp_path} is for texts that a BERT reads, and brown" in capsys.readouterr().err
+
+
 def test_a_table_of_the_domains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +80,17 @@ def test_texts_are_cut_by_the_tokenizer_of_an_encoder(
     assert line.startswith("sms-spam: 2 classes, ")
     assert line.endswith(" tokens, to train on 64, to validate 8, to test 8")
     assert list((tmp_path / "cache" / "sms-spam").glob("*/manifest.json"))
+
+
+def test_questions_and_their_windows_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+    encoder = write_encoder(tmp_path / "encoder")
+    assert main(["data", "fetch", "squad-v2", "--data-root", str(SAMPLES / "SQuAD"), "--encoder", str(encoder)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("squad-v2: questions to train on 1")
+    assert line.endswith(" windows, to validate 2 in 2 windows, to test 3 in 3 windows")
 
 
 def test_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

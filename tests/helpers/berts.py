@@ -1,4 +1,4 @@
-"""Tiny BERT classifiers in fp64, texts for them, and the models of transformers with the same weights."""
+"""Tiny BERT classifiers and answerers in fp64, texts for them, and the models of transformers with the same weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from dist_moe.gates import GateContext
-from dist_moe.models import BertClassifier, BertClassifierConfig, BertShape, RunShape
+from dist_moe.models import (
+    BertAnswerer,
+    BertAnswererConfig,
+    BertClassifier,
+    BertClassifierConfig,
+    BertModel,
+    BertShape,
+    RunShape,
+)
 from dist_moe.models.bert import write_hugging_face
 from dist_moe.models.placed_weights import place_weights
 from dist_moe.parallel import SingleWorld, World
@@ -23,17 +31,34 @@ def build(world: World | None = None, shape: BertShape = SHAPE, **options: Any) 
     """fp64, without dropout unless asked for, and no bias at zero, nor any scale at one."""
     config = BertClassifierConfig(**({"dropout": 0.0} | options))
     torch.manual_seed(0)
-    context = GateContext(id_counts=torch.arange(shape.vocab) + 1, total_steps=100)
-    model = config.build(shape, NUM_LABELS, RunShape(world or SingleWorld(), 10, context)).double()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ("bias" in name or "norm" in name) and ".gates." not in name:
-                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(0.2 * drawn)
-            elif ".moe." not in name:
-                parameter.mul_(8)  # 0.02 is so small that a tiny model would be linear
+    model = config.build(shape, NUM_LABELS, _run_of(world, shape)).double()
+    _stir(model)
     return model
+
+
+def answerer(world: World | None = None, shape: BertShape = SHAPE, **options: Any) -> BertAnswerer:
+    """The same with the head of an answerer; dense unless asked for."""
+    config = BertAnswererConfig(**({"dropout": 0.0, "moe_every": 0} | options))
+    torch.manual_seed(0)
+    model = config.build(shape, _run_of(world, shape)).double()
+    _stir(model)
+    return model
+
+
+def _run_of(world: World | None, shape: BertShape) -> RunShape:
+    context = GateContext(id_counts=torch.arange(shape.vocab) + 1, total_steps=100)
+    return RunShape(world or SingleWorld(), 10, context)
+
+
+@torch.no_grad()
+def _stir(model: BertModel) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ("bias" in name or "norm" in name) and ".gates." not in name:
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.2 * drawn)
+        elif ".moe." not in name:
+            parameter.mul_(8)  # 0.02 is so small that a tiny model would be linear
 
 
 def dense(**options: Any) -> BertClassifier:
@@ -64,11 +89,11 @@ def labels_of(batch: int) -> Tensor:
     return torch.arange(batch) % NUM_LABELS
 
 
-def twin_of(model: BertClassifier, directory: Path) -> Any:
-    """transformers' BertForSequenceClassification with the weights of a dense model, by way of ``directory``."""
-    from transformers import BertForSequenceClassification
+def twin_of(model: BertModel, directory: Path) -> Any:
+    """transformers' model with the weights and the head of a dense one, by way of ``directory``."""
+    from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
     write_hugging_face(model, directory)
-    dtype = model.pooler.weight.dtype
-    twin = BertForSequenceClassification.from_pretrained(directory, attn_implementation="eager", dtype=dtype)
-    return twin.eval()
+    kind = BertForQuestionAnswering if isinstance(model, BertAnswerer) else BertForSequenceClassification
+    dtype = model.encoder.embeddings.token.weight.dtype
+    return kind.from_pretrained(directory, attn_implementation="eager", dtype=dtype).eval()

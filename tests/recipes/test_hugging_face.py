@@ -158,7 +158,12 @@ def test_refusals(sharded: Path, exported: Path, dense: Path, config: Path, tmp_
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     tokenizer.write_text(json.dumps(content))
     assert "is not the tokenizer of the data" in refusal("import", other, tmp_path / "run", "--config", config)
+    tokenizer.write_text("{}")
+    assert "tokenizer.json cannot be read as a tokenizer" in refusal("import", other, tmp_path / "run", *begin[3:])
     assert not (tmp_path / "run").exists()
+    assert "--architecture=llama goes with --hf DIR" in refusal(
+        "export", sharded, tmp_path / "x.safetensors", "--architecture", "llama"
+    )
 
 
 def test_only_decoders_can_be_written(sharded: Path, tmp_path: Path, tiny_data: dict[str, str]) -> None:

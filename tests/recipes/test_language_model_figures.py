@@ -58,6 +58,13 @@ def test_figures_of_random_logits(problem: LanguageModelProblem, text: Text) -> 
         assert figures[f"bits_per_byte_{domain}"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_model_that_has_diverged_has_figures_too(problem: LanguageModelProblem) -> None:
+    part = problem.val
+    columns = np.stack([np.full(len(part), 1000.0 * problem.tokens_per_example), np.ones(len(part))])
+    figures = problem.figures(columns, part, (1.0,))
+    assert (figures["loss"], figures["perplexity"]) == (pytest.approx(1000), math.inf)
+
+
 def test_the_loss_of_a_step_is_that_of_its_shares(problem: LanguageModelProblem) -> None:
     index = np.arange(6)
     logits = random_logits(problem, 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.classification_metrics import f1, matthews, pearson
 from dist_moe.recipes.config import load_config, validate_config
 from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_new_run
+from dist_moe.recipes.plan import plan_new_run, plan_resumed_run
 from dist_moe.recipes.problems import open_problem
 from dist_moe.recipes.text_classification import TextClassificationProblem
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
@@ -244,6 +245,18 @@ def test_the_ids_of_tokens_are_counted(config: Path) -> None:
         (["start.run={student}"], r"start\.run=.*its model has experts; name a run with model\.moe_every=0"),
         (["start.run={absent}"], r"absent"),
         (["distillation.teacher={absent}"], r"absent"),
+        (["start.run={dense}", "data.seed=1"], r"start\.run=.* was trained with data\.seed=0, not 1"),
+        (["distillation.teacher={dense}", "data.seed=1"], r"distillation\.teacher=.* trained with data\.seed=0, not 1"),
+        (["start.run={dense}", "start.encoder={wider}"], r"start: .*has shape \(108, 12\) there and \(108, 24\) here"),
+        (["distillation.teacher={dense}", "start.encoder={wider}"], r"shape \(108, 12\) there and \(108, 24\) here"),
+        ([*STUDENT, "start.run={dense}", "model.moe_every=3"], r"model\.moe_every=3: the encoder has 2 layers"),
+        ([*STUDENT, "start.run={dense}", "model.num_experts=3"], r"model\.num_experts=3: .*give model\.expert_hidden"),
+        (
+            [*STUDENT, "start.run={dense}", "start.conversion.shared=9"],
+            r"start: shared=9 neurons do not fit experts of 8",
+        ),
+        ([*STUDENT, "start.run={dense}", "start.conversion.method=split"], r"start: conversion\.method=split: experts"),
+        (["start.run={dense}", "model.hidden=17"], r"start: model\.hidden=17 exceeds the dense model's 16"),
         (["distillation.teacher={dense}", "data.name=trec"], r"was trained with data\.name=sms-spam, not trec"),
         ([f"data.max_length={POSITIONS + 1}"], rf"data\.max_length={POSITIONS + 1}: the encoder has {POSITIONS} pos"),
         (["start.encoder={absent}"], r"absent has no config\.json"),
@@ -264,7 +277,7 @@ def test_what_a_run_cannot_begin_with(
     larger.add_tokens(["amber"])
     larger.save(str(tmp_path / "larger.json"))
     places = {"student": students[1], "dense": teachers[1], "absent": tmp_path / "absent"}
-    places["larger"] = tmp_path / "larger.json"
+    places |= {"larger": tmp_path / "larger.json", "wider": write_encoder(tmp_path / "wider", width=24)}
     given = [text.format(**places) if "={" in text and "model={" not in text else text for text in overrides]
     if "data.name=trec" in given:
         given.append(f"data.root={write_questions(tmp_path / 'trec')}")
@@ -272,11 +285,39 @@ def test_what_a_run_cannot_begin_with(
         plan_new_run(config, given, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("distillation=null", "distillation=None"),
+        ("distillation.weight=2", "distillation={'weight': 2.0}"),
+        ("start.conversion.shared=3", "start.conversion={"),
+    ],
+)
+def test_a_run_that_goes_on_follows_its_teacher_as_before(students: dict[int, Path], override: str, field: str) -> None:
+    with pytest.raises(UserError, match=rf"^{re.escape(field)}.*start a new run"):
+        plan_resumed_run(students[1], [override])
+
+
+def test_a_teacher_may_have_moved(students: dict[int, Path], teachers: dict[int, Path]) -> None:
+    assert plan_resumed_run(students[1], [f"distillation.teacher={teachers[2]}"]).checkpoint
+
+
+def test_a_model_that_is_asked_again_knows_how_long_its_run_was(
+    config: Path, teachers: dict[int, Path], tmp_path: Path
+) -> None:
+    """Else a gate with a schedule would be at its end, with more experts per token than it was tested with."""
+    gate = "model.gate={name: smoe_dropout, evaluation_k: null}"
+    overrides = [*STUDENT, gate, f"start.run={teachers[1]}", "train.max_steps=2"]
+    succeed(1, "train", "--run-dir", tmp_path / "run", config, *overrides)
+    for layer in problem_of(config).trained(tmp_path / "run", SingleWorld()).moe_layers.values():
+        assert layer.gates[0].schedule_steps == 2
+        assert layer.gates[0].k_at(int(layer.gates[0].step)) == 1
+
+
 def test_only_text_classifiers_start_from_something() -> None:
     for section in ({"start": {}}, {"distillation": {"teacher": "somewhere"}}):
-        with pytest.raises(
-            UserError, match=rf"{next(iter(section))}: for model\.name=bert_classifier, not recommender"
-        ):
+        wanted = rf"{next(iter(section))}: for model\.name=bert_classifier or bert_answerer, not recommender"
+        with pytest.raises(UserError, match=wanted):
             validate_config(section).check(1)
 
 

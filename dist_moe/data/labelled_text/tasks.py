@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from dist_moe.data.download import Archive
 from dist_moe.data.labelled_text import glue
 from dist_moe.data.labelled_text import package_readers as readers
 from dist_moe.data.labelled_text.columns import TextFile
 from dist_moe.data.labelled_text.texts import Published
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,21 +25,27 @@ class Package:
     folder: str
 
 
-@dataclass(frozen=True)
-class TextTask:
+@dataclass(frozen=True, kw_only=True)
+class PublishedFiles(Generic[T]):
+    """Files that make up a data set: their names, what ``read`` makes of them, and who carries them
+    (``package``; None: only a directory of the user)."""
+
+    title: str
+    files: tuple[str, ...]
+    read: Callable[[list[TextFile]], T]
+    package: Package | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask(PublishedFiles[Published]):
     """One task. ``classes``: their names in the order of their numbers; none: a number is predicted.
 
     ``metrics``: names of the figures that it is judged by, the main one first (of two classes, F1 and the like
-    speak of the second). ``files``: names of what ``read`` takes. ``package``: who carries them; None: only
-    a directory of the user. ``pairs``: an example is two texts.
+    speak of the second). ``pairs``: an example is two texts.
     """
 
-    title: str
     classes: tuple[str, ...]
     metrics: tuple[str, ...]
-    files: tuple[str, ...]
-    read: Callable[[list[TextFile]], Published]
-    package: Package | None = None
     pairs: bool = False
 
 
@@ -129,12 +138,12 @@ GRADED = {
 """The tasks whose mean ratings can be predicted instead of their signs."""
 
 
-def file_names(task: TextTask) -> str:
+def file_names(task: PublishedFiles[T]) -> str:
     """Its files, for messages."""
     return " and ".join(task.files)
 
 
-def members(task: TextTask) -> list[str]:
+def members(task: PublishedFiles[T]) -> list[str]:
     """The paths of its files in the wheel of its package."""
     assert task.package is not None
     return [str(Path(task.package.folder) / name) for name in task.files]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,12 @@ class TokenisedTexts:
     start_P: NDArray[np.int64]
     first_N: NDArray[np.int32]
     cut: int
+
+    @classmethod
+    def of(cls, ids: list[NDArray[np.int32]], first: Sequence[int], cut: int) -> TokenisedTexts:
+        """From the ids of each text."""
+        start_P = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        return cls(np.concatenate([np.zeros(0, np.int32), *ids]), start_P, np.array(first, dtype=np.int32), cut)
 
 
 def open_tokenizer(given: Tokenizer | Path, max_length: int) -> Tokenizer:
@@ -69,21 +75,21 @@ def digest_of(tokenizer: Tokenizer) -> str:
 def tokenised(tokenizer: Tokenizer, texts: list[Text], part: str, progress: Progress) -> TokenisedTexts:
     """Raises `UserError` if a text gives no tokens, or a tokenizer that numbers more than two texts."""
     ids: list[NDArray[np.int32]] = []
-    first_N = np.zeros(len(texts), dtype=np.int32)
+    first: list[int] = []
     cut = 0
-    for row, encoding in enumerate(_encodings(tokenizer, texts, part, progress)):
+    for row, encoding in enumerate(encodings(tokenizer, texts, part, progress)):
         if not encoding.ids:
             raise UserError(f"data.tokenizer gives no tokens for {texts[row]!r}; it has to add special tokens")
         types = np.array(encoding.type_ids)
-        first_N[row] = np.count_nonzero(types == 0)
-        assert (types == (np.arange(len(types)) >= first_N[row])).all(), "types are 0, then 1"
+        first.append(encoding.type_ids.count(0))
+        assert (types == (np.arange(len(types)) >= first[-1])).all(), "types are 0, then 1"
         ids.append(np.array(encoding.ids, dtype=np.int32))
         cut += bool(encoding.overflowing)
-    start_P = np.cumsum([0, *map(len, ids)], dtype=np.int64)
-    return TokenisedTexts(np.concatenate([np.zeros(0, np.int32), *ids]), start_P, first_N, cut)
+    return TokenisedTexts.of(ids, first, cut)
 
 
-def _encodings(tokenizer: Tokenizer, texts: list[Text], part: str, progress: Progress) -> Iterator[Encoding]:
+def encodings(tokenizer: Tokenizer, texts: list[Text], part: str, progress: Progress) -> Iterator[Encoding]:
+    """Of each text or pair, in order. ``part``: what is tokenised, for a person to see."""
     blocks = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
     for block in progress.track(blocks, f"tokenising {part}", total=len(blocks), unit=f"x {TEXTS_AT_ONCE} texts"):
         yield from tokenizer.encode_batch([text[0] if len(text) == 1 else text for text in block])

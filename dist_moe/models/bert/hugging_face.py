@@ -2,12 +2,12 @@
 
     checkpoint = read_hugging_face(directory)                # BertModel, BertForSequenceClassification, ...
     model = BertClassifierConfig(moe_every=0).build(checkpoint.shape, num_labels, run)
-    checkpoint.into(model)                                   # the classifier stays as it is where there is none
-    write_hugging_face(model, other)                         # as BertForSequenceClassification
+    checkpoint.into(model)                                   # its head stays as it is where there is none
+    write_hugging_face(model, other)                         # as BertForSequenceClassification, ...QuestionAnswering
     write_hugging_face(model, other, like=checkpoint)        # as it was read, to the bit
 
 Every tensor of a file is accounted for by name: it is a parameter of ours, a constant that is checked, or of the
-heads of pre-training, which a classifier leaves out and ``left_out`` names. Anything else is refused.
+heads of pre-training, which ``left_out`` names. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from dist_moe.errors import UserError
 from dist_moe.models.bert.classifier import BertClassifier
+from dist_moe.models.bert.model import ABOVE, BertModel
 from dist_moe.models.bert.shape import BertShape
 from dist_moe.models.hugging_face.files import WEIGHTS, check_names, read_config, read_tensors, write_directory
-from dist_moe.models.placed_weights import place_weights
 
 PREFIX = "bert."
 POSITION_IDS = "embeddings.position_ids"
-CLASSIFIER = "classifier."
+HEADS = ("classifier.", "qa_outputs.")
+"""How names begin that never have the prefix."""
 
 _MODULES = {
     "encoder.embeddings.token": "embeddings.word_embeddings",
@@ -36,6 +37,7 @@ _MODULES = {
     "encoder.embeddings.norm": "embeddings.LayerNorm",
     "pooler": "pooler.dense",
     "classifier": "classifier",
+    "span": "qa_outputs",
 }
 _OF_LAYER = {
     "attention.query": "attention.self.query",
@@ -72,20 +74,16 @@ class BertCheckpoint:
     prefixed: bool
     has_position_ids: bool
 
-    @property
-    def has_classifier(self) -> bool:
-        return any(name.startswith(CLASSIFIER) for name in self.weights)
-
-    def into(self, model: BertClassifier) -> None:
-        """Fill a dense model; its classifier keeps its first values if the checkpoint has none.
+    def into(self, model: BertModel) -> None:
+        """Fill a dense model; its head keeps its first values if the checkpoint has none.
 
         Raises UserError if the sizes differ, for example the number of labels.
         """
-        place_weights(model, self.weights, () if self.has_classifier else (CLASSIFIER,))
+        model.place(self.weights)
 
 
 def name_map(layers: int) -> dict[str, str]:
-    """Their name, without the prefix, of every parameter of a dense :class:`BertClassifier` with so many layers."""
+    """Their name, without the prefix, of every parameter that a dense model with so many layers may have."""
     modules = _MODULES | {
         f"encoder.layers.{layer}.{ours}": f"encoder.layer.{layer}.{theirs}"
         for layer in range(layers)
@@ -104,7 +102,7 @@ def read_shape(directory: Path) -> BertShape:
 
 
 def read_hugging_face(directory: Path) -> BertCheckpoint:
-    """A BERT checkpoint directory, with or without a classifier.
+    """A BERT checkpoint directory, whatever of ours stands above its encoder.
 
     Raises UserError for a directory that is none, naming every tensor that is missing or unknown.
     """
@@ -118,48 +116,49 @@ def read_hugging_face(directory: Path) -> BertCheckpoint:
         raise UserError(f"{directory / WEIGHTS}: {POSITION_IDS} is not 0..{shape.positions - 1}")
     left_out = tuple(sorted(tensors.keys() & _PRE_TRAINING_HEADS))
     names = name_map(shape.layers)
-    _check_names(directory, tensors.keys() - set(left_out), set(names.values()))
+    _check_names(directory, tensors.keys() - set(left_out), names)
     weights = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
     return BertCheckpoint(shape, weights, config, left_out, prefixed, position_ids is not None)
 
 
-def write_hugging_face(model: BertClassifier, directory: Path, like: BertCheckpoint | None = None) -> None:
-    """Write a dense model as a directory that transformers loads: as BertForSequenceClassification, or ``like`` one.
+def write_hugging_face(model: BertModel, directory: Path, like: BertCheckpoint | None = None) -> None:
+    """Write a dense model as a directory that transformers loads, with its head, or ``like`` another one.
 
-    ``like``: the checkpoint whose names and config.json are used; without a classifier if that has none.
+    ``like``: the checkpoint whose names and config.json are used; without a head if that has none.
     Raises UserError for a model with experts, or if the directory has weights already or cannot be written.
     """
     if len(model.dense_layers()) < model.shape.layers:
         raise UserError("a model with experts is no BertModel; write a dense one")
     names = name_map(model.shape.layers)
-    with_classifier = like is None or like.has_classifier
     tensors: dict[str, Tensor] = {
         _written(names[name], like): parameter
         for name, parameter in model.named_parameters()
-        if with_classifier or not name.startswith(CLASSIFIER)
+        if like is None or name in like.weights
     }
     if like is not None and like.has_position_ids:
         tensors[_written(POSITION_IDS, like)] = torch.arange(model.shape.positions).unsqueeze(0)
     write_directory(directory, _config(model, like), tensors)
 
 
-def _config(model: BertClassifier, like: BertCheckpoint | None) -> dict[str, Any]:
+def _config(model: BertModel, like: BertCheckpoint | None) -> dict[str, Any]:
     sizes = model.shape.to_hugging_face()
     if like is not None:
         return like.config if like.shape == model.shape else like.config | sizes
+    dropout = {"hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": model.dropout}
+    return sizes | dropout | _head_config(model)
+
+
+def _head_config(model: BertModel) -> dict[str, Any]:
+    if not isinstance(model, BertClassifier):
+        return {"architectures": ["BertForQuestionAnswering"]}
     labels = {f"LABEL_{i}": i for i in range(model.num_labels)}
-    return sizes | {
-        "architectures": ["BertForSequenceClassification"],
-        "hidden_dropout_prob": model.dropout,
-        "attention_probs_dropout_prob": model.dropout,
-        "label2id": labels,
-        "id2label": {str(i): label for label, i in labels.items()},
-    }
+    named = {str(i): label for label, i in labels.items()}
+    return {"architectures": ["BertForSequenceClassification"], "label2id": labels, "id2label": named}
 
 
 def _written(name: str, like: BertCheckpoint | None) -> str:
     prefixed = like is None or like.prefixed
-    return PREFIX + name if prefixed and not name.startswith(CLASSIFIER) else name
+    return PREFIX + name if prefixed and not name.startswith(HEADS) else name
 
 
 def _plain(name: str) -> str:
@@ -168,7 +167,8 @@ def _plain(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _check_names(directory: Path, found: set[str], known: set[str]) -> None:
-    classifier = {name for name in known if name.startswith(CLASSIFIER)}
-    wanted = known if found & classifier else known - classifier
-    check_names(directory, found, wanted, "a BERT encoder with its pooler")
+def _check_names(directory: Path, found: set[str], names: dict[str, str]) -> None:
+    """Of what stands above the encoder, each part is there as a whole or not at all."""
+    of_parts = [{theirs for ours, theirs in names.items() if ours.startswith(part)} for part in ABOVE]
+    absent = set[str]().union(*(part for part in of_parts if not part & found))
+    check_names(directory, found, set(names.values()) - absent, "a BERT encoder with what stands above it")

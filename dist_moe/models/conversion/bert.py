@@ -1,9 +1,9 @@
-"""A dense BERT classifier's weights as those of one with experts, the same for every gate.
+"""A dense BERT's weights as those of one with experts, the same for every gate.
 
     weights = convert_bert(dense, shape, config, BertConversionConfig(), importance_LH)
     place_converted(config.build(shape, num_labels, run), weights)       # gates keep their first values
 
-``dense``: weights of a dense :class:`~dist_moe.models.bert.BertClassifier` by name, for example
+``dense``: weights of a dense :class:`~dist_moe.models.bert.BertModel` by name, for example
 ``BertCheckpoint.weights`` or ``dict(teacher.named_parameters())``. The result depends on nothing but the arguments:
 students that differ in the gate alone start alike, on any number of ranks.
 """
@@ -19,13 +19,12 @@ from torch import Tensor
 
 from dist_moe.errors import UserError
 from dist_moe.kernels import FeedForwardWeights
-from dist_moe.models.bert import BertClassifier, BertClassifierConfig, BertShape
-from dist_moe.models.bert.hugging_face import CLASSIFIER
+from dist_moe.models.bert import BertConfig, BertModel, BertShape
 from dist_moe.models.conversion.copies import copies
 from dist_moe.models.conversion.exact_split import split_exactly
 from dist_moe.models.conversion.neurons import take_neurons
 from dist_moe.models.conversion.partition import Order, partition, ranked
-from dist_moe.models.placed_weights import ROUTERS, place_weights
+from dist_moe.models.placed_weights import ROUTERS
 from dist_moe.settings import Settings
 
 
@@ -50,7 +49,7 @@ class BertConversionConfig(Settings):
 def convert_bert(
     dense: Mapping[str, Tensor],
     shape: BertShape,
-    config: BertClassifierConfig,
+    config: BertConfig,
     conversion: BertConversionConfig,
     importance_LH: Tensor | None = None,
 ) -> dict[str, Tensor]:
@@ -72,20 +71,19 @@ def convert_bert(
     return weights
 
 
-def place_converted(model: BertClassifier, weights: Mapping[str, Tensor]) -> None:
-    """Fill a model with converted weights; gates, and a classifier that there is not, keep their first values.
+def place_converted(model: BertModel, weights: Mapping[str, Tensor]) -> None:
+    """Fill a model with converted weights; gates, and a head that there is not, keep their first values.
 
     Raises UserError naming what does not fit.
     """
-    has_classifier = any(name.startswith(CLASSIFIER) for name in weights)
-    place_weights(model, weights, ROUTERS if has_classifier else (*ROUTERS, CLASSIFIER))
+    model.place(weights, ROUTERS)
 
 
 def _convert_block(
     block: dict[str, Tensor],
     layer: int,
     shape: BertShape,
-    config: BertClassifierConfig,
+    config: BertConfig,
     conversion: BertConversionConfig,
     importance_H: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -100,7 +98,7 @@ def _convert_block(
 def _experts(
     network: FeedForwardWeights,
     shape: BertShape,
-    config: BertClassifierConfig,
+    config: BertConfig,
     conversion: BertConversionConfig,
     importance_H: Tensor | None,
     layer: int,
@@ -115,9 +113,7 @@ def _experts(
     return take_neurons(network, partition(order_H, config.num_experts, width, shared))
 
 
-def _with_norms(
-    experts: FeedForwardWeights, block: dict[str, Tensor], config: BertClassifierConfig
-) -> dict[str, Tensor]:
+def _with_norms(experts: FeedForwardWeights, block: dict[str, Tensor], config: BertConfig) -> dict[str, Tensor]:
     named = {f"moe.experts.{name}": tensor for name, tensor in experts._asdict().items() if tensor is not None}
     norms = {kind: block[f"norm.{kind}"] for kind in ("weight", "bias")}
     if config.expert_form == "network":
@@ -167,7 +163,7 @@ def _seed(conversion: BertConversionConfig, layer: int) -> int:
     return conversion.seed * 1_000_003 + layer
 
 
-def _check(shape: BertShape, config: BertClassifierConfig, conversion: BertConversionConfig) -> None:
+def _check(shape: BertShape, config: BertConfig, conversion: BertConversionConfig) -> None:
     if config.fitted(shape).hidden > shape.hidden:
         raise UserError(f"model.hidden={config.hidden} exceeds the dense model's {shape.hidden}")
     if not config.moe_every or conversion.method == "partition":

@@ -22,13 +22,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dist_moe.models.bert import BertClassifier, BertOutput
+from dist_moe.models.bert import BertModel, BertOutput
 
 Batch = TypeVar("Batch")
 
 
 def neuron_importance(
-    model: BertClassifier,
+    model: BertModel,
     batches: Iterable[Batch],
     inputs: Callable[[Batch], tuple[Any, ...]],
     losses: Callable[[BertOutput, Batch], Tensor],
@@ -43,7 +43,7 @@ def neuron_importance(
     blocks = model.dense_layers()
     if len(blocks) < model.shape.layers:
         raise ValueError("the importance of neurons is defined for a dense model; this one has experts")
-    device = model.pooler.weight.device
+    device = model.encoder.embeddings.token.weight.device
     total_LH = torch.zeros(len(blocks), model.shape.hidden, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()

@@ -84,7 +84,7 @@ def test_a_token_goes_to_the_expert_of_its_id_in_every_batch() -> None:
     model = build(gate=HashRoutingConfig(seed=2))
     experts_of: dict[tuple[int, int], set[int]] = {}
     for seed in range(3):
-        token_BS, length_B = texts(seed=seed)
+        token_BS, length_B = (x[seed:] for x in texts(seed=seed))
         token_T = torch.cat([tokens[:length] for tokens, length in zip(token_BS, length_B, strict=True)])
         for number, layer in enumerate(model(token_BS, length_B).layers):
             for token, expert in zip(token_T.tolist(), layer.routes[0].slot_N.tolist(), strict=True):

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dist_moe.data.encoder_sources import open_encoder
 from dist_moe.errors import UserError
-from dist_moe.models import BertClassifier, BertClassifierConfig, BertShape, RunShape
+from dist_moe.models import BertAnswererConfig, BertClassifier, BertClassifierConfig, BertShape, RunShape
 from dist_moe.models.bert import read_hugging_face, read_shape, write_hugging_face
 from dist_moe.models.bert.hugging_face import name_map
 from dist_moe.parallel import SingleWorld
-from tests.helpers.berts import NUM_LABELS, SHAPE, build, dense
+from tests.helpers.berts import NUM_LABELS, SHAPE, answerer, build, dense
 
 Tensors = dict[str, Tensor]
 
@@ -55,8 +55,8 @@ def fresh(shape: BertShape = SHAPE, num_labels: int = NUM_LABELS) -> BertClassif
 
 def test_every_parameter_has_one_name_on_either_side() -> None:
     names = name_map(SHAPE.layers)
-    assert names.keys() == {name for name, _ in dense().named_parameters()}
-    assert len(set(names.values())) == len(names) == 5 + 16 * SHAPE.layers + 4
+    assert names.keys() == {name for model in (dense(), answerer()) for name, _ in model.named_parameters()}
+    assert len(set(names.values())) == len(names) == 5 + 16 * SHAPE.layers + 4 + 2
 
 
 @pytest.mark.parametrize("change", [dict, without_prefix], ids=["classifier", "encoder"])
@@ -87,7 +87,7 @@ def test_the_oldest_names_and_heads_of_pre_training_are_understood(directory: Pa
     expected = read_hugging_face(directory).weights
     checkpoint = read_hugging_face(rewrite(directory, age))
     assert checkpoint.left_out == ("cls.predictions.bias", "cls.seq_relationship.weight")
-    assert not checkpoint.has_classifier
+    assert not any(name.startswith("classifier.") for name in checkpoint.weights)
     model = fresh()
     before = model.classifier.weight.clone()
     checkpoint.into(model)
@@ -107,7 +107,7 @@ def test_missing_and_unknown_tensors_are_named(directory: Path) -> None:
     message = str(error.value)
     assert "missing: encoder.layer.1.attention.self.query.weight" in message
     assert "unknown: encoder.layer.1.attention.self.qury.weight" in message
-    assert "has 57 tensors, a BERT encoder with its pooler has 57" in message
+    assert "has 57 tensors, a BERT encoder with what stands above it has 57" in message
 
 
 def test_half_a_classifier_is_refused(directory: Path) -> None:
@@ -115,6 +115,25 @@ def test_half_a_classifier_is_refused(directory: Path) -> None:
         read_hugging_face(
             rewrite(directory, lambda tensors: {n: t for n, t in tensors.items() if n != "classifier.bias"})
         )
+
+
+def test_the_head_of_an_answerer_comes_and_goes(tmp_path: Path) -> None:
+    """No pooler, as in BertForQuestionAnswering; a classifier's weights give it their encoder alone."""
+    write_hugging_face(answerer(), tmp_path / "answers")
+    checkpoint = read_hugging_face(tmp_path / "answers")
+    model = BertAnswererConfig(moe_every=0).build(SHAPE, RunShape(SingleWorld(), 1)).double()
+    drawn = model.span.weight.clone()
+    write_hugging_face(dense(), tmp_path / "classes")
+    read_hugging_face(tmp_path / "classes").into(model)
+    assert torch.equal(model.span.weight, drawn)
+    assert torch.equal(model.encoder.layers[2].feed_forward.up.weight, dense().encoder.layers[2].feed_forward.up.weight)
+    checkpoint.into(model)
+    assert torch.equal(model.span.weight, answerer().span.weight)
+    write_hugging_face(model, tmp_path / "again", like=checkpoint)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "answers" / name).read_bytes()
+    with pytest.raises(UserError, match=r"it has no pooler\.bias; it has no pooler\.weight"):
+        checkpoint.into(fresh())
 
 
 def test_positions_that_are_not_counted_up_are_refused(directory: Path) -> None:

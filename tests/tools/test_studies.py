@@ -1,0 +1,67 @@
+"""The studies of language models and of BERT train every run once, and write tables with figures of these runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.labelled_text.tiny_texts import write_messages
+from tests.helpers.commands import finish, start
+from tests.helpers.text_runs import write_encoder, write_text_config
+from tests.helpers.texts import write_lm_config
+from tools.studies import StudyRun, directory_name, spread
+
+
+def cells_of(table: Path) -> dict[str, list[str]]:
+    """The rows of its Markdown tables by their first cell."""
+    rows = [line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_spread_and_directory_names() -> None:
+    assert spread([1.0, 3.0], 2) == "2.00 ± 1.41"
+    assert spread([0.25], 1) == "0.2"
+    assert directory_name("Top-k + balance loss", "seed0") == "top-k_+_balance_loss-seed0"
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)train .*nowhere.yaml.*nowhere.yaml"):
+        StudyRun(tmp_path / "run", tmp_path / "nowhere.yaml", ()).train()
+
+
+@pytest.mark.slow
+def test_language_models(tmp_path: Path, tiny_text: dict[str, str]) -> None:
+    config = write_lm_config(tmp_path, tiny_text, train={"max_steps": 4})
+    command = ["tools/lm_study.py", "--config", config, "--seeds", 1, "--variants", "dense twin", "SMoE-Dropout"]
+    places = ["--runs", tmp_path / "runs", "--report", tmp_path / "report"]
+    outcome = finish(start(sys.executable, *command, *places))
+    assert outcome.code == 0, outcome.err
+    rows = cells_of(tmp_path / "report" / "table.md")
+    test = json.loads((tmp_path / "runs/dense_twin-seed0/summary.json").read_text())["test"]
+    assert rows["dense twin"][0] == f"{test['bits_per_byte']:.4f}"
+    assert [rows[f"SMoE-Dropout, evaluated at k = {k}"][1] for k in (1, 2, 4)] == ["1.00", "2.00", "4.00"]
+    assert rows["SMoE-Dropout"][0] == rows["SMoE-Dropout, evaluated at k = 4"][0]
+    again = finish(start(sys.executable, *command, *places))
+    assert again.out.count("trained already") == 2
+    assert (tmp_path / "report" / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_comet_bert(tmp_path: Path) -> None:
+    encoder = write_encoder(tmp_path / "encoder", hidden=1536)
+    data = {"name": "sms-spam", "root": str(write_messages(tmp_path / "raw", count=200))}
+    config = write_text_config(
+        tmp_path, encoder, data, start={"importance_examples": 16}, distillation={"teacher": "of the study"}
+    )
+    command = ["tools/bert_study.py", "model.moe_every=1", "--config", config, "--seeds", 1, "--tasks", "sms-spam"]
+    outcome = finish(start(sys.executable, *command, "--runs", tmp_path / "runs", "--report", tmp_path / "report"))
+    assert outcome.code == 0, outcome.err
+    rows = cells_of(tmp_path / "report" / "table.md")
+    f1 = json.loads((tmp_path / "runs/sms-spam-top-1-seed0/summary.json").read_text())["test"]["f1"]
+    assert rows["Top-1"] == [f"{100 * f1:.1f}", "1.00"]
+    assert rows["dense student"][1] == "-"
+    assert float(rows["COMET+, swaps"][1]) >= 1
+    assert {"importance", "random", "inverse"} < set(rows)
