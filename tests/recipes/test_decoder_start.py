@@ -125,7 +125,7 @@ def test_refusals(
     asked = refusal("import", llama, tmp_path / "x", "--config", without)
     assert f"use data.tokenizer={llama}" in asked
     recommender = write_config(tmp_path / "recommender", tiny_data)
-    assert "start: for model.name=bert_classifier, not recommender" in refusal(
+    assert "start: for model.name=bert_classifier or bert_answerer, not recommender" in refusal(
         "train", "--run-dir", tmp_path / "run", recommender, "start={}"
     )
     assert "start.run: required, but not given" in refusal("train", "--run-dir", tmp_path / "run", config, "start={}")
