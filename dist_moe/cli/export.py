@@ -10,7 +10,7 @@ from dist_moe.cli.commands import Commands
 from dist_moe.errors import UserError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-ARCHITECTURES = ("llama", "mixtral", "dist_moe")
+ARCHITECTURES = ("llama", "mixtral", "olmoe", "dist_moe")
 
 
 def add_to(commands: Commands) -> None:

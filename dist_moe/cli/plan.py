@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 _GIB = 2**30
 _LEGEND = """* as configured; activations include the dispatch and are estimates
 gathered: parameters that stage 3 brings together within a step, at most; less with a smaller
-zero_optimization.stage3_max_reuse_distance"""
+zero_optimization.stage3_max_reuse_distance
+rows: that the experts of the rank with most compute for a micro-batch, in all MoE layers; sent: by the busiest rank, in
+the flat exchanges of a step, forward and backward"""
 
 
 def add_to(commands: Commands) -> None:
@@ -68,9 +70,10 @@ def _plan_memory(options: argparse.Namespace) -> int:
 
 def _table(plan: MemoryPlan) -> str:
     names = ("dense", "experts", "gradients", "masters", "optimizer", "bucket", "gathered", "total", "padding")
+    layers = f", {plan.moe_layers} MoE layers" if plan.moe_layers != 1 else ""
     lines = [
         f"{plan.ranks} rank(s), experts over {plan.expert_parallel_size}, {plan.tokens:,} tokens per rank and "
-        "micro-batch",
+        f"micro-batch{layers}",
         f"{'':24}" + "".join(f"{name:>14}" for name in names),
     ]
     for state in plan.states:
@@ -87,13 +90,14 @@ def _table(plan: MemoryPlan) -> str:
             state.padding,
         )
         lines.append(f"{f'ZeRO stage {state.stage}{mark}':24}" + "".join(f"{_size(n):>14}" for n in figures))
-    lines += ["", f"{'':40}{'dispatch':>14}{'activations':>14}{'with states':>14}{'largest batch':>16}"]
+    heads = ("rows", "sent", "dispatch", "activations", "with states")
+    lines += ["", f"{'':40}" + "".join(f"{head:>14}" for head in heads) + f"{'largest batch':>16}"]
     for load in plan.loads:
         whole = plan.state.total + plan.buffers + load.activations
         batch = "-" if load.largest_batch is None else f"{load.largest_batch:,}" if load.largest_batch else "none fits"
-        lines.append(
-            f"{load.load:40}{_size(load.dispatch):>14}{_size(load.activations):>14}{_size(whole):>14}{batch:>16}"
-        )
+        sizes = (load.sent_per_step, load.dispatch, load.activations, whole)
+        columns = (f"{load.received_rows:,}", *map(_size, sizes))
+        lines.append(f"{load.load:40}" + "".join(f"{column:>14}" for column in columns) + f"{batch:>16}")
     return "\n".join([*lines, _LEGEND])
 
 

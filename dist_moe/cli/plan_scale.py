@@ -65,19 +65,37 @@ def plan(options: argparse.Namespace) -> int:
     from dist_moe.recipes.scale.planned import Assumed, plan_sizes, sizes_up_to
     from dist_moe.recipes.scale.report import draw_sizes, size_table
     from dist_moe.recipes.scale.step_time import EXCHANGES
+    from dist_moe.recipes.scale.traffic import plan_traffic, traffic_table
 
     machine = read_machine(options.machine or "h100")
     config = load_config(options.config, options.overrides)
+    if not config.model.one_layer:
+        _check_without_time(options, config.model.name)
     problem = open_problem(config, progress=True)
     skew = 1.0 if options.skew is None else options.skew
     assumed = Assumed(options.experts_per_token, skew, options.tokens_per_rank)
     exchanges = EXCHANGES if options.exchange is None else (options.exchange,)
     nodes = sizes_up_to(options.nodes) if options.sweep else [options.nodes]
+    if not config.model.one_layer:
+        steps = plan_traffic(config, problem, nodes, options.gpus or 1, assumed, exchanges)
+        plain = [step.plain() for step in steps]
+        print(json.dumps(plain, indent=2) if options.json else traffic_table(config.model.name, steps))
+        return 0
     sizes = plan_sizes(config, problem, machine, nodes, options.gpus or 1, assumed, exchanges)
     print(json.dumps([size.plain() for size in sizes], indent=2) if options.json else size_table(machine, sizes))
     if options.png is not None:
         draw_sizes(machine, sizes, options.png)
     return 0
+
+
+def _check_without_time(options: argparse.Namespace, model: str) -> None:
+    """Raise UserError for options that only the time of a step depends on, with a model whose time is not predicted."""
+    for name in ("machine", "skew", "png"):
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name}={getattr(options, name)}: the time of a step is not predicted for model.name={model}; "
+                f"leave out --{name} to see its rows, bytes and memory"
+            )
 
 
 def measure(options: argparse.Namespace) -> int:

@@ -16,10 +16,14 @@ from dist_moe.models.rotary import rotate
 class CausalAttention(nn.Module):
     """``heads`` heads of width dim / heads; head h uses key-value head h // (heads / kv_heads). No biases.
 
+    ``qk_norm_eps``: RMSNorm over all features of the queries and over all of the keys, before heads are split (OLMo 2,
+    OLMoE), with that added to the mean square; None: none.
     Raises ValueError unless ``heads`` divides ``dim`` into an even width and ``kv_heads`` divides ``heads``.
     """
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, out_std: float = INIT_STD) -> None:
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, out_std: float = INIT_STD, qk_norm_eps: float | None = None
+    ) -> None:
         super().__init__()
         if dim % heads or (dim // heads) % 2 or heads % kv_heads:
             raise ValueError(f"dim={dim}, heads={heads}, kv_heads={kv_heads} do not fit one another")
@@ -30,11 +34,17 @@ class CausalAttention(nn.Module):
         self.key = linear(dim, kv_heads * self.head_dim)
         self.value = linear(dim, kv_heads * self.head_dim)
         self.out = linear(dim, dim, out_std)
+        normed = qk_norm_eps is not None
+        self.query_norm = nn.RMSNorm(dim, qk_norm_eps) if normed else None
+        self.key_norm = nn.RMSNorm(kv_heads * self.head_dim, qk_norm_eps) if normed else None
 
     def forward(self, x_BSD: Tensor, table_2SP: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D); ``table_2SP``: :func:`~dist_moe.models.rotary.rotary_table` of the S positions."""
-        query = rotate(self._by_head(self.query(x_BSD), self.heads), table_2SP)
-        key = rotate(self._by_head(self.key(x_BSD), self.kv_heads), table_2SP)
+        query_BSD, key_BSQ = self.query(x_BSD), self.key(x_BSD)
+        if self.query_norm is not None and self.key_norm is not None:
+            query_BSD, key_BSQ = self.query_norm(query_BSD), self.key_norm(key_BSQ)
+        query = rotate(self._by_head(query_BSD, self.heads), table_2SP)
+        key = rotate(self._by_head(key_BSQ, self.kv_heads), table_2SP)
         value = self._by_head(self.value(x_BSD), self.kv_heads)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.kv_heads < self.heads)
         result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))

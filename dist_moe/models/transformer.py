@@ -51,6 +51,9 @@ class TransformerConfig(MoEModelConfig):
     )
     rope_theta: float = Field(10_000.0, gt=1, description="base of the rotary position embeddings' wavelengths")
     norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in RMSNorm")
+    qk_norm: bool = Field(
+        False, description="RMSNorm over all features of queries and of keys before heads are split, as OLMoE has it"
+    )
     tied_embeddings: bool = Field(True, description="one matrix for the input embedding and the output layer")
 
     @property
@@ -106,7 +109,8 @@ class DecoderLayer(nn.Module):
         out_std, mixture = residual_std(config.layers), config.has_experts(layer)
         kv_heads = config.kv_heads or config.heads
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.attention = CausalAttention(config.dim, config.heads, kv_heads, out_std)
+        qk_norm_eps = config.norm_eps if config.qk_norm else None
+        self.attention = CausalAttention(config.dim, config.heads, kv_heads, out_std, qk_norm_eps)
         self.feed_forward_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.dense = None if mixture else SwiGLU(config.dim, config.dense_hidden, out_std)
         self.moe = config.build_mixture(run, layer) if mixture else None

@@ -46,6 +46,7 @@ class TransformerSize:
         config = self.config
         tables = self.vocab_size * config.dim * (1 if config.tied_embeddings else 2)
         norms = (2 * config.layers + 1) * config.dim
+        norms += config.layers * (config.dim + config.width_of_keys) if config.qk_norm else 0
         return round(tables + norms + self._dense_weights() + self.expert_layers * self._mixture(experts_per_token))
 
     def flops_per_token(self, sequence_length: int, experts_per_token: float) -> float:

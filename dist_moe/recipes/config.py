@@ -29,6 +29,7 @@ from dist_moe.models import (
     TransformerConfig,
     TwoImageClassifierConfig,
 )
+from dist_moe.recipes.decoder_start_config import DecoderStartConfig
 from dist_moe.recipes.fields import fields_of
 from dist_moe.recipes.overrides import Content, assign, parse_override, read_yaml
 from dist_moe.recipes.placement import PlacementScheduleConfig
@@ -43,6 +44,7 @@ ModelConfig = Annotated[
     RecommenderConfig | TwoImageClassifierConfig | TransformerConfig | BertClassifierConfig | BertAnswererConfig,
     Field(discriminator="name"),
 ]
+StartConfig = Annotated[TextStartConfig | DecoderStartConfig, Field(discriminator="name")]
 TaskWeight = Annotated[float, Field(ge=0)]
 
 S = TypeVar("S", bound=Settings)
@@ -84,8 +86,8 @@ class RunConfig(Settings):
         description="moving experts between the ranks of a group while training, so that the heaviest rank gets "
         "lighter (null: experts stay where they are); the model computes the same either way",
     )
-    start: TextStartConfig | None = Field(
-        None, description="what a BERT starts from (null: all-MiniLM-L6-v2; of others: random weights)"
+    start: StartConfig | None = Field(
+        None, description="what a BERT or a transformer starts from (null: all-MiniLM-L6-v2; random weights)"
     )
     distillation: DistillationConfig | None = Field(
         None, description="the teacher whom a BERT follows beside the labels (null: none)"
@@ -120,10 +122,12 @@ class RunConfig(Settings):
             raise UserError(f"task_weights={list(self.task_weights)}: one of them must be above 0")
         for fault in self.model.faults():
             raise UserError(f"model.{fault}")
-        for field, section in {"start": self.start, "distillation": self.distillation}.items():
-            if section is not None and not isinstance(self.model, BertConfig):
-                fitting = "bert_classifier or bert_answerer"
-                raise UserError(f"{field}: for model.name={fitting}, not {self.model.name}; leave it out")
+        if self.start is not None and self.model.name not in _names(type(self.start)):
+            fitting = " or ".join(_names(type(self.start)))
+            raise UserError(f"start: for model.name={fitting}, not {self.model.name}; leave it out")
+        if self.distillation is not None and not isinstance(self.model, BertConfig):
+            fitting = " or ".join(_names(TextStartConfig))
+            raise UserError(f"distillation: for model.name={fitting}, not {self.model.name}; leave it out")
         for fault in self.model.gate.faults(self.model.num_experts):
             raise UserError(f"model.gate.{fault}")
         for field, remedy in [] if self.model.num_moe_layers else self._what_needs_experts():
@@ -234,7 +238,13 @@ def _with_names(content: Content) -> Content:
     if isinstance(model, dict):
         model = {"name": fitting.model_fields["name"].default} | model
     content = {"task_weights": [1 / fitting.num_tasks] * fitting.num_tasks} | content
-    return content | {"data": data, "model": model}
+    named: Content = {"data": data, "model": model}
+    start: Any = content.get("start")
+    if isinstance(start, dict):
+        known = (*_names(TextStartConfig), *_names(DecoderStartConfig))
+        name = model["name"] if isinstance(model, dict) else None
+        named["start"] = {"name": name if name in known else known[0]} | start
+    return content | named
 
 
 def _drop_fields_of_another_gate(content: Content, name: str) -> None:
@@ -246,10 +256,9 @@ def _drop_fields_of_another_gate(content: Content, name: str) -> None:
 
 
 def _explain(fault: Any, config: type[Settings]) -> str:
-    location = [str(part) for part in fault["loc"]]
+    field = ".".join(part for part in map(str, fault["loc"]) if part not in _TAGS)
     if fault["type"] == "missing":
-        return f"{'.'.join(location)}: required, but not given"
-    field = ".".join(part for part in location if part not in _TAGS)
+        return f"{field}: required, but not given"
     if fault["type"] == "union_tag_invalid":
         return f"{field}.name={fault['ctx']['tag']!r}: there is no such one; allowed: {fault['ctx']['expected_tags']}"
     if fault["type"] == "extra_forbidden":

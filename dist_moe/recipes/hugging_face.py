@@ -140,12 +140,14 @@ def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, problem: Language
     size = problem.vocab_size
     if size != checkpoint.vocab_size:
         raise UserError(
-            f"{source} has a vocabulary of {checkpoint.vocab_size} tokens, the data one of {size}; use the data and "
-            "data.vocab_size with which the checkpoint was trained"
+            f"{source} has a vocabulary of {checkpoint.vocab_size} tokens, the data one of {size}; use data.tokenizer="
+            f"{source}, or the data and data.vocab_size with which the checkpoint was trained"
         )
     path = source / TOKENIZER
     if path.is_file() and _tokens_of(path) != problem.tokenizer.get_vocab():
-        raise UserError(f"{path} is not the tokenizer of the data; use the data with which the checkpoint was trained")
+        raise UserError(
+            f"{path} is not the tokenizer of the data; use data.tokenizer={source}, or the data of the checkpoint"
+        )
 
 
 def _tokens_of(path: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor
 from dist_moe.data.batches import shard_batches
 from dist_moe.data.text import Text, TokenBatch, TokenTable
 from dist_moe.models import ModelOutput, RunShape, Transformer, TransformerConfig
+from dist_moe.recipes.decoder_start import check_decoder_start, fill_from_run
+from dist_moe.recipes.decoder_start_config import DecoderStartConfig
 from dist_moe.recipes.problem import Columns, Figures, Problem, at_least_fp32
 from dist_moe.recipes.text_samples import sample_text
 
@@ -31,7 +34,7 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 class LanguageModelProblem(Problem):
     """One task on sequences of tokens; gates that route by identity see the token."""
 
-    def __init__(self, data: Text) -> None:
+    def __init__(self, data: Text, start: DecoderStartConfig | None = None) -> None:
         self.train, self.val, self.test = data.train, data.val, data.test
         self.manifest: dict[str, Any] = data.manifest
         self.tokens_per_example = data.train.sequence_length
@@ -40,9 +43,29 @@ class LanguageModelProblem(Problem):
         self.tokenizer = data.tokenizer
         self.end_of_text = data.end_of_text
         self._data = data
+        self._start = start
 
     def build_model(self, model: TransformerConfig, run: RunShape) -> Transformer:
         return model.build(self._data.vocab_size, run)
+
+    def check_new_run(self, config: Any) -> None:
+        """The run that it starts from is there, and fits. Raises `UserError`."""
+        if self._start is not None:
+            check_decoder_start(self._start, config.model, self._data)
+
+    def first_weights(self, model: Transformer, settings: TransformerConfig) -> None:
+        """Those of the run that the configuration names, if it names one."""
+        if self._start is not None:
+            fill_from_run(model, self._start, self.id_counts())
+
+    def costs(self, model: Transformer, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """``parameters``, ``active_parameters`` and FLOPs of the forward pass, at the measured experts per token."""
+        size, experts = model.size, float(figures["active_experts"])
+        return {
+            "parameters": size.num_params(),
+            "active_parameters": size.active_params(experts),
+            "flops_per_token": size.flops_per_token(self.tokens_per_example, experts),
+        }
 
     def id_counts(self) -> Tensor:
         return torch.tensor(self._data.token_counts_V, dtype=torch.int64)

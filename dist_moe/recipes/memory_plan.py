@@ -1,9 +1,9 @@
 """What a run will need on each rank, before anything of it exists: the model is built without storage.
 
 Exact: parameters, masters and optimizer states, from shapes, the padding of DeepSpeed's flat buffers
-included. At most: what stage 3 brings together while a step lasts. Estimated: activations, from the widths of
-what a step keeps per token and per dispatched row; the largest expert-parallel rank counts, under an even load
-and in the worst case (every token of the group goes to the experts of one rank).
+included. At most: what stage 3 brings together while a step lasts. Estimated: activations (activation_plan.py),
+from the widths of what a step keeps per token and per dispatched row; the largest expert-parallel rank counts,
+under an even load and in the worst case (every token of the group goes to the experts of one rank, in every layer).
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from dist_moe.engine.deepspeed_checks import optimizer_on_one_number
 from dist_moe.engine.deepspeed_config import zero_stage
 from dist_moe.engine.expert_parallel_engine import is_expert_parameter, mark_experts
 from dist_moe.engine.precision import parameter_dtype
-from dist_moe.errors import UserError
-from dist_moe.experts import ConvBank, DenseReLUBank, ExpertBank
-from dist_moe.gates import Gate
 from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.activation_plan import Sent, bytes_per_example
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.problem import Problem
@@ -33,9 +31,7 @@ STAGES = (0, 1, 2, 3)
 ALIGNMENT = 2
 """DeepSpeed pads each flat buffer to a multiple of this times the ranks over which it is partitioned."""
 
-_FP32, _INT64 = 4, 8
-_GATE_TENSORS = 8
-"""Tensors of shape (tokens, branches, slots) that a gate keeps for its backward pass, about."""
+_FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -65,12 +61,15 @@ class StatePlan:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Activations of a micro-batch at one load. ``experts_per_token``: different ones, over all gates.
-    ``received_rows``: on the rank that gets most. ``largest_batch``: global, that fits the memory given."""
+    """A micro-batch at one load. ``experts_per_token``: different ones of a layer, over its gates.
+    ``received_rows``: of all MoE layers, on the rank that gets most. ``sent_per_step``: bytes that the busiest rank
+    sends in the flat exchanges of a step, all MoE layers and micro-batches, forward and backward.
+    ``largest_batch``: global, that fits the memory given."""
 
     load: str
     experts_per_token: int
     received_rows: int
+    sent_per_step: int
     dispatch: int
     activations: int
     largest_batch: int | None
@@ -78,11 +77,13 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """``states``: by ZeRO stage. ``loads``: for the configured batch. ``buffers``: bytes. ``stage``: configured."""
+    """``states``: by ZeRO stage. ``loads``: for the configured batch. ``tokens``: of a rank and micro-batch.
+    ``buffers``: bytes. ``stage``: configured."""
 
     ranks: int
     expert_parallel_size: int
     tokens: int
+    moe_layers: int
     stage: int
     buffers: int
     states: tuple[StatePlan, ...]
@@ -108,34 +109,39 @@ def plan_memory(config: RunConfig, problem: Problem, ranks: int, memory: int | N
     """For ``ranks`` processes, of ``memory`` bytes each. Raises UserError if the layout does not fit them."""
     config = config.fitted(ranks)
     config.check(ranks)
-    check_plannable(config)
     size = config.parallel.expert_parallel_size
-    with torch.device("meta"):
-        model = build_model(config, problem, _PlannedWorld(size))
+    model = planned_model(config, problem, size)
     mark_experts(model, "experts")
-    accumulation = int(config.deepspeed.get("gradient_accumulation_steps", 1))
-    tokens = config.train.batch_size // (ranks * accumulation)
     states = tuple(_states(model, config, stage, ranks, size) for stage in STAGES)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     stage = zero_stage(config.deepspeed)
     left = None if memory is None else memory - states[stage].total - buffers
     loads = tuple(
-        _load(name, model, config, tokens, size, per_token, worst, left, ranks * accumulation)
+        _load(name, model, config, problem, ranks, per_token, worst, left)
         for name, per_token, worst in _cases(model, config)
     )
-    return MemoryPlan(ranks, size, tokens, stage, buffers, states, loads)
+    tokens = _tokens(config.train.batch_size // (ranks * _accumulation(config)), problem)
+    return MemoryPlan(ranks, size, tokens, len(model.moe_layers), stage, buffers, states, loads)
 
 
-def check_plannable(config: RunConfig) -> None:
-    """Raise UserError unless every example is one token, which meets one MoE layer."""
-    if not config.model.one_layer:
-        raise UserError(f"model.name={config.model.name}: no plan can be made for it; 'dist-moe plan' knows the others")
+def planned_model(config: RunConfig, problem: Problem, size: int = 1) -> MoEModel:
+    """A rank's part of the model, its experts over ``size`` ranks, without storage."""
+    with torch.device("meta"):
+        return build_model(config, problem, _PlannedWorld(size))
 
 
 def only_layer(model: MoEModel) -> MoE:
     """The MoE layer of a model that has one."""
     (layer,) = model.moe_layers.values()
     return layer
+
+
+def _accumulation(config: RunConfig) -> int:
+    return int(config.deepspeed.get("gradient_accumulation_steps", 1))
+
+
+def _tokens(examples: int, problem: Problem) -> int:
+    return round(examples * problem.example_shape().tokens)
 
 
 def _states(model: nn.Module, config: RunConfig, stage: int, ranks: int, size: int) -> StatePlan:
@@ -207,9 +213,12 @@ def optimizer_states(config: RunConfig) -> tuple[int, int]:
 
 def _cases(model: MoEModel, config: RunConfig) -> list[tuple[str, int, bool]]:
     """Name, experts per token, whether all go to one rank."""
+    if not model.moe_layers:
+        return [("no experts", 0, False)]
     experts = config.model.num_experts
     per_gate = int(getattr(config.model.gate, "k", experts))
-    hard = min(experts, per_gate * len(only_layer(model).gates))
+    gates = max(len(layer.gates) for layer in model.moe_layers.values())
+    hard = min(experts, per_gate * gates)
     return [
         ("k experts per token, even load", hard, False),
         ("k experts per token, all to one rank", hard, True),
@@ -221,43 +230,33 @@ def _load(
     name: str,
     model: MoEModel,
     config: RunConfig,
-    tokens: int,
-    size: int,
+    problem: Problem,
+    ranks: int,
     per_token: int,
     worst: bool,
     left: int | None,
-    shares: int,
 ) -> LoadPlan:
-    bank = only_layer(model).experts
-    received = min(per_token, bank.num_local_experts) * size if worst else per_token
-    dispatch, activations = _bytes_per_token(model, config, per_token, received, size)
-    largest = None if left is None else max(0, left // (dispatch + activations)) * shares
-    return LoadPlan(name, per_token, received * tokens, dispatch * tokens, (dispatch + activations) * tokens, largest)
+    size, accumulation = config.parallel.expert_parallel_size, _accumulation(config)
+    sent = Sent.at_worst(per_token, config.model.num_experts // size, size) if worst else Sent.evenly(per_token, size)
+    dispatch, others = bytes_per_example(model, config, problem.example_shape(), sent, size)
+    examples = config.train.batch_size // (ranks * accumulation)
+    tokens, layers = _tokens(examples, problem), len(model.moe_layers)
+    return LoadPlan(
+        name,
+        per_token,
+        sent.received * tokens * layers,
+        round(_sent_per_token(model, config, sent) * tokens) * accumulation,
+        dispatch * examples,
+        (dispatch + others) * examples,
+        None if left is None else max(0, left // (dispatch + others)) * ranks * accumulation,
+    )
 
 
-def _bytes_per_token(model: MoEModel, config: RunConfig, sent: int, received: int, size: int) -> tuple[int, int]:
-    """Of the exchange, there and back; and of everything else, the gradients of the experts' rows included."""
-    bank, width = only_layer(model).experts, bytes_per_parameter(config)
-    rows_in = bank.dim * (sent + (2 * received if size > 1 else 0))
-    rows_out = bank.out_dim * (sent + received) if size > 1 else 0
-    dispatch = width * (rows_in + rows_out)
-    gates = [gate for gate in only_layer(model).gates if isinstance(gate, Gate)]
-    gating = _FP32 * _GATE_TENSORS * sum(gate.num_branches * gate.num_experts for gate in gates)
-    pairs = sent * (4 * _INT64 + _FP32 * len(gates))
-    experts = width * received * _elements_per_row(bank)
-    heads = sum(m.out_features for m in model.modules() if isinstance(m, nn.Linear))
-    around = width * (bank.dim + len(gates) * bank.out_dim + heads)
-    return dispatch, gating + pairs + experts + around
-
-
-def _elements_per_row(bank: ExpertBank) -> int:
-    """What a bank keeps of one row for its backward pass, and the two gradients that exist beside it there."""
-    if isinstance(bank, DenseReLUBank):
-        return bank.out_dim * (5 if bank.dropout else 3)
-    if isinstance(bank, ConvBank):
-        first, second = (int(bias.shape[1]) for bias in (bank.conv1_bias, bank.conv2_bias))
-        side = bank.side - 4
-        pooled = side // 2
-        maps = (25 + first) * side**2 + 2 * first * pooled**2 + second * (pooled - 4) ** 2
-        return maps + 2 * second * bank.pooled_side**2 + 2 * bank.dense1_bias.shape[1] + 2 * bank.out_dim
-    return 2 * (bank.dim + bank.out_dim)
+def _sent_per_token(model: MoEModel, config: RunConfig, sent: Sent) -> float:
+    """Bytes per token of the rank: rows there and gradients of results, results back and gradients of rows."""
+    width, recompute = bytes_per_parameter(config), config.model.activation_checkpointing
+    numbers = 0.0
+    for layer in model.moe_layers.values():
+        dim, out_dim = layer.experts.dim, layer.experts.out_dim
+        numbers += sent.leaving * (dim * (2 if recompute else 1) + out_dim) + sent.arriving * (dim + out_dim)
+    return numbers * width

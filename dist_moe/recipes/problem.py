@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,15 @@ Columns = NDArray[np.float64]
 def at_least_fp32(x: Tensor) -> Tensor:
     """``x`` in the precision in which losses are computed: its own, or fp32 if that is narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class ExampleShape:
+    """Of one example, for plans. ``tokens``: rows that are routed, on average. ``places``: of the row that attention
+    sees, at most, with what shorter examples are filled up with."""
+
+    tokens: float = 1.0
+    places: int = 1
 
 
 class Problem(ABC):
@@ -48,6 +59,10 @@ class Problem(ABC):
     def first_weights(self, model: Any, settings: Any) -> None:  # noqa: B027 (most begin with random ones)
         """Give the model of a new run, built from the section ``settings``, what it starts from. Collective."""
 
+    def example_shape(self) -> ExampleShape:
+        """How large an example is."""
+        return ExampleShape(self.tokens_per_example, self.tokens_per_example)
+
     @abstractmethod
     def id_counts(self) -> Tensor:
         """(ids,) how often each id that a gate can route by occurs in the training examples."""
@@ -66,6 +81,10 @@ class Problem(ABC):
 
     def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Figures]:
         """Figures of predictors that a model must beat, by name."""
+        return {}
+
+    def costs(self, model: Any, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """What a summary shall say of the model's size and of the work per token, given its test figures."""
         return {}
 
     def closing_words(self, model: Any) -> str:

@@ -7,6 +7,7 @@ from dist_moe.data.movielens import MovieLensConfig, prepare
 from dist_moe.data.text import TextConfig, prepare_text
 from dist_moe.data.two_images import prepare_two_images
 from dist_moe.recipes.config import RunConfig
+from dist_moe.recipes.decoder_start_config import DecoderStartConfig
 from dist_moe.recipes.language_model import LanguageModelProblem
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.question_answering import QuestionAnsweringProblem
@@ -23,14 +24,15 @@ def open_problem(config: RunConfig, *, progress: bool) -> Problem:
     if isinstance(config.data, MovieLensConfig):
         return RecommenderProblem(prepare(config.data, progress=progress))
     if isinstance(config.data, TextConfig):
-        return LanguageModelProblem(prepare_text(config.data, progress=progress))
+        start = config.start if isinstance(config.start, DecoderStartConfig) else None
+        return LanguageModelProblem(prepare_text(config.data, progress=progress), start)
     if isinstance(config.data, LabelledTextConfig | QuestionsConfig):
         return _open_texts(config, config.data, progress)
     return TwoImagesProblem(prepare_two_images(config.data, progress=progress))
 
 
 def _open_texts(config: RunConfig, data: LabelledTextConfig | QuestionsConfig, progress: bool) -> TextProblem:
-    start = config.start or TextStartConfig()
+    start = config.start if isinstance(config.start, TextStartConfig) else TextStartConfig()
     encoder = find_encoder(start, data.cache, progress=progress)
     if isinstance(data, QuestionsConfig):
         questions = prepare_questions(data, encoder.tokenizer, progress=progress)

@@ -102,6 +102,7 @@ def _train(
         closing_words = plan.problem.closing_words(model)
     if plan.environment.is_first:
         ending = {"tested_step": tested_step, "lost_records": reporter.lost_records}
+        ending |= plan.problem.costs(model, test)
         _summarise(plan, {"val": val, "test": test}, course | ending, closing_words)
     return 0
 

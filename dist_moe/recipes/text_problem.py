@@ -19,7 +19,7 @@ from dist_moe.gates import GateContext
 from dist_moe.models import BertConfig, BertModel, ModelOutput, RunShape
 from dist_moe.models.conversion import neuron_importance
 from dist_moe.parallel import SingleWorld, World, sum_over_ranks
-from dist_moe.recipes.problem import Problem, at_least_fp32
+from dist_moe.recipes.problem import ExampleShape, Problem, at_least_fp32
 from dist_moe.recipes.text_start import Encoder, check_start, check_teacher, fill_from_start, rehearse_start
 from dist_moe.recipes.text_start_config import TextStartConfig
 from dist_moe.recipes.weights import find_weights
@@ -58,6 +58,11 @@ class TextProblem(Problem):
         self.manifest: dict[str, Any] = data.manifest | {"encoder": encoder.provenance}
         self._encoder = encoder
         self._start = start
+
+    def example_shape(self) -> ExampleShape:
+        """Tokens of the mean training text, places of the longest: a batch is as wide as its longest text."""
+        length_N = self.train.length_N
+        return ExampleShape(float(length_N.mean()), int(length_N.max()))
 
     @property
     @abstractmethod

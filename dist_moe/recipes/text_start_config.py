@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,6 +14,9 @@ from dist_moe.settings import Settings
 class TextStartConfig(Settings):
     """The weights that a new run of a BERT begins with."""
 
+    name: Literal["bert_classifier", "bert_answerer"] = Field(
+        "bert_classifier", description="of which model this is the start"
+    )
     encoder: Path | None = Field(
         None,
         description="directory of a BERT encoder as Hugging Face keeps it, which gives the sizes and the tokenizer too "

@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "comet": {"gate": CometConfig(k=2, gamma=1.0), "kv_heads": None},
     "comet+": {"gate": CometConfig(k=3, gamma=1.0), "permutation": PermutationSearchConfig(epochs=1)},
     "top_k everywhere": {"gate": TopKConfig(k=2), "moe_every": 1, "layers": 3},
+    "normalised queries and keys": {"gate": TopKConfig(k=2), "qk_norm": True},
     "shared expert": {"gate": TopKConfig(k=1), "shared_hidden": 3},
     "ada_moe": {"gate": AdaMoEConfig(k=2, null_slots=3)},
     "hash": {"gate": HashRoutingConfig()},

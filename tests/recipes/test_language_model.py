@@ -18,7 +18,7 @@ from dist_moe.gates import SMoEDropout
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.plan import plan_new_run
 from tests.helpers.board import last_image, read_board
-from tests.helpers.commands import dist_moe, run_here, succeed
+from tests.helpers.commands import dist_moe, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import (
     largest_difference,
@@ -152,12 +152,6 @@ def test_what_does_not_go_with_a_dense_model(config: Path, tmp_path: Path, overr
     assert [outcome.code for outcome in outcomes] == [2, 2]
     for part in parts:
         assert part in outcomes[0].err
-
-
-def test_no_plan_is_made_for_a_transformer(config: Path) -> None:
-    outcome = run_here(["plan", str(config), "--ranks", "1"])
-    assert outcome.code == 2
-    assert "model.name=transformer" in outcome.err
 
 
 def test_what_is_printed(config: Path, tmp_path: Path) -> None:

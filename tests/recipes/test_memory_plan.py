@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
 from dist_moe.engine.process_groups import process_groups
 from dist_moe.recipes.config import load_config
-from dist_moe.recipes.memory_plan import MemoryPlan, plan_memory
+from dist_moe.recipes.memory_plan import plan_memory
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.objective import WeightedObjective
 from dist_moe.recipes.plan import plan_new_run
 from dist_moe.recipes.problems import open_problem
 from tests.helpers.commands import run_here
+from tests.helpers.held import Held, held_after_a_step, peak_of_a_step, plan_of, size_of
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config
 
@@ -49,50 +47,6 @@ def overrides(ep: int, stage: int, optimizer: str) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Held:
-    """Bytes of tensors that an engine holds after a step."""
-
-    parameters: int
-    masters: int
-    optimizer: int
-    gradients: int | None = None
-    kept: int = 0
-
-
-def size_of(tensors: Any) -> int:
-    """Bytes, each storage counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
-    return sum(storages.values())
-
-
-def held_after_a_step(config: Path, run: str, cases: list[list[str]]) -> list[Held]:
-    found = []
-    plans = [plan_new_run(config, case, Path(run)) for case in cases]
-    with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
-        for plan in plans:
-            engine = ExpertParallelEngine(build_model(plan.config, plan.problem, groups.world), plan.deepspeed, groups)
-            loss = WeightedObjective(plan.problem, plan.config.task_weights, groups.environment.world_size)
-            for batch in plan.feed.micro_batches(0):
-                engine.backward(loss(engine, batch).loss)
-                engine.step()
-            if engine.shards_parameters:
-                found.append(held_in_slices(engine))
-                engine.destroy()
-                continue
-            zero = engine.optimizer if engine.zero_optimization() else None
-            states = (zero.optimizer if zero else engine.optimizer).state.values()
-            found.append(
-                Held(
-                    size_of(engine.module.parameters()),
-                    size_of(zero.single_partition_of_fp32_groups) if zero else 0,
-                    sum(size_of([value]) for state in states for value in state.values()),
-                )
-            )
-            engine.destroy()
-    return found
-
-
 @pytest.mark.parametrize(("ranks", "ep"), LAYOUTS)
 def test_parameters_masters_and_optimizer_are_exact(config: Path, tmp_path: Path, ranks: int, ep: int) -> None:
     cases = [overrides(ep, stage, name) + UNEVEN for stage in (0, 1, 2) for name in OPTIMIZERS]
@@ -107,20 +61,6 @@ def test_parameters_masters_and_optimizer_are_exact(config: Path, tmp_path: Path
             assert planned == measured, (rank, case)
             padded += state.padding
     assert (padded > 0) == (ranks > 1)  # the numbers of elements are even
-
-
-def held_in_slices(engine: ExpertParallelEngine) -> Held:
-    """``kept``: storages of whole parameters that are not those of the slices."""
-    zero, parameters = engine.optimizer, list(engine.module.parameters())
-    slices = [p.ds_tensor for p in parameters]
-    states = zero.optimizer.state.values()
-    return Held(
-        size_of(slices),
-        size_of(zero.fp32_partitioned_groups_flat),
-        sum(size_of([value]) for state in states for value in state.values()),
-        size_of([zero.grad_partitions_flat_buffer]),
-        size_of([*slices, *(p.data for p in parameters)]) - size_of(slices),
-    )
 
 
 KEEP_NONE = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
@@ -185,35 +125,12 @@ def test_stage_3_gathers_what_is_planned(config: Path, tmp_path: Path) -> None:
         assert states[1].gathered < states[0].gathered
 
 
-def plan_of(config: Path, ranks: int, *settings: str, memory: int | None = None) -> MemoryPlan:
-    loaded = load_config(config, settings)
-    return plan_memory(loaded, open_problem(loaded, progress=False), ranks, memory)
-
-
-def peak_of_a_step(config: Path, run: str, settings: list[str]) -> tuple[int, int]:
-    """Peak of what forward and backward allocate, by torch's profiler; and different experts per token."""
-    plan = plan_new_run(config, settings, Path(run))
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.problem, groups.world)
-        objective = WeightedObjective(plan.problem, plan.config.task_weights, 1)
-        (batch,) = plan.feed.micro_batches(0)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step = objective(model, batch)
-            step.loss.backward()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak, int(step.sums["load"].sum()) // len(batch)
-
-
 @pytest.mark.parametrize("gate", ["{name: top_k, k: 2}", "{name: softmax}", "{name: comet, k: 2}"])
 def test_activations_are_near_the_measured_peak(config: Path, tmp_path: Path, gate: str) -> None:
     settings = [f"model.gate={gate}", "train.batch_size=2048", "model.embedding_dim=32", "model.expert_units=64"]
-    ((peak, experts_per_token),) = on_ranks(1, peak_of_a_step, config, str(tmp_path / "run"), settings)
+    ((peak, rows),) = on_ranks(1, peak_of_a_step, config, str(tmp_path / "run"), settings)
     plan = plan_of(config, 1, *settings)
-    load = next((load for load in plan.loads if load.experts_per_token == experts_per_token), plan.loads[2])
+    load = next((load for load in plan.loads if load.experts_per_token == rows // 2048), plan.loads[2])
     planned = load.activations + plan.states[0].gradients
     assert 1 / FACTOR < planned / peak < FACTOR
 

@@ -51,7 +51,18 @@ class TextConfig(Settings):
         ge=SMALLEST_VOCABULARY,
         le=LARGEST_VOCABULARY,
         description="Tokens of the vocabulary, which is learned from the training documents: 256 bytes, the "
-        "separator of documents, and merged pairs (byte-level BPE). Fewer if the text has no more pairs to merge.",
+        "separator of documents, and merged pairs (byte-level BPE). Fewer if the text has no more pairs to merge. "
+        "Not used with 'tokenizer'.",
+    )
+    tokenizer: Path | None = Field(
+        default=None,
+        description="A tokenizer of your own in place of a learned vocabulary: a tokenizer.json, or a Hugging Face "
+        "directory that has one. It must give every text back.",
+    )
+    end_of_text: str | None = Field(
+        default=None,
+        description="The token of 'tokenizer' that stands between documents. If not given, the eos_token of "
+        "tokenizer_config.json or the eos_token_id of config.json beside it, or what is usually called so.",
     )
     sequence_length: int = Field(default=256, ge=1, description="Tokens that one sequence predicts.")
     seed: int = Field(default=0, ge=0, description="Seed of the order of documents, and so of the split.")

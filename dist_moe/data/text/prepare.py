@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from dist_moe.data.locations import cache_directory, usable
 from dist_moe.data.progress import Progress
 from dist_moe.data.text.config import TextConfig
 from dist_moe.data.text.documents import PARTS, Domain, Splitter
+from dist_moe.data.text.own_tokenizer import OwnTokenizer, open_own_tokenizer
 from dist_moe.data.text.sources import Corpus, choose
 from dist_moe.data.text.tokenizer import (
     SEPARATOR_ID,
@@ -30,6 +31,8 @@ from dist_moe.data.text.tokenizer import (
 from dist_moe.data.text.tokens import TokenTable, cut
 from dist_moe.errors import UserError
 
+S = TypeVar("S")
+
 FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays, of a reader or of the manifest."""
 
@@ -38,9 +41,10 @@ FORMAT_VERSION = 1
 class Text:
     """The prepared text.
 
-    ``tokenizer``: byte-level BPE, learned from the training documents. ``end_of_text``: id of the separator.
-    ``token_counts_V``: int64, how often each token occurs in the training part. ``token_bytes_V``: int64, bytes
-    of UTF-8 that each token stands for, 0 for the separator. ``domains``: their names, in the order of
+    ``tokenizer``: byte-level BPE, learned from the training documents, or the user's own. ``end_of_text``: id of the
+    separator. ``vocab_size``: that a model needs. ``token_counts_V``: int64, how often each token occurs in the
+    training part. ``token_bytes_V``: int64, bytes of UTF-8 that each token stands for (of the user's own tokenizer:
+    anywhere at most), 0 for the separator. ``domains``: their names, in the order of
     ``domain_N``. ``manifest``: sources with SHA-256 sums, and of every domain its licence, documents,
     characters, bytes and tokens by part, and what was left out.
     """
@@ -70,60 +74,91 @@ def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
     Raises:
         UserError: anything the user can mend: a wrong data root, an unknown domain, no source within reach, a
             download with the wrong SHA-256, a cache that cannot be written, too few documents, a part of a
-            domain that is shorter than one sequence.
+            domain that is shorter than one sequence, a tokenizer that does not give the text back or has no
+            end-of-text token.
     """
     report = Progress(progress)
     cache = cache_directory(config.cache)
     corpus = choose(config)
-    target = cache / config.name / _key(config, corpus)
+    own = None if config.tokenizer is None else open_own_tokenizer(config.tokenizer, config.end_of_text)
+    target = cache / config.name / _key(config, corpus, own)
     with usable(cache):
-        content = prepared(target, partial(_build, config, corpus, cache / "downloads", report), report)
+        content = prepared(target, partial(_build, config, corpus, own, cache / "downloads", report), report)
     return _as_text(content, config.sequence_length)
 
 
-def _key(config: TextConfig, corpus: Corpus) -> str:
+def _key(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None) -> str:
     """Name of the prepared directory: all that its content depends on."""
     limit = "" if config.characters_per_domain is None else f"-limit{config.characters_per_domain}"
     rest = f"{config.held_out!r} {','.join(corpus.domains)} {corpus.digest}"
     digest = hashlib.sha256(rest.encode()).hexdigest()[:16]
-    return f"v{FORMAT_VERSION}-vocab{config.vocab_size}-seed{config.seed}{limit}-{digest}"
+    vocabulary = f"vocab{config.vocab_size}" if own is None else f"tokenizer-{own.digest}"
+    return f"v{FORMAT_VERSION}-{vocabulary}-seed{config.seed}{limit}-{digest}"
 
 
-def _build(config: TextConfig, corpus: Corpus, downloads: Path, report: Progress) -> Prepared:
+def _build(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None, downloads: Path, report: Progress) -> Prepared:
     splitter = Splitter(config.seed, config.held_out, config.characters_per_domain)
     domains, sources = {}, {}
     for name in corpus.domains:
         documents, sources[name] = corpus.read(name, downloads, report)
         domains[name] = splitter.split(name, documents)
         _tell(name, domains[name], report)
-    report.say(f"learning a vocabulary of {config.vocab_size:,} tokens")
-    tokenizer = train_tokenizer((text for d in domains.values() for text in d.documents["train"]), config.vocab_size)
-    streams = {part: _streams(tokenizer, domains, part, report) for part in PARTS}
-    arrays: dict[str, NDArray[Any]] = {f"{part}_tokens": np.concatenate(streams[part]) for part in PARTS}
-    vocab_size = tokenizer.get_vocab_size()
-    arrays["token_counts"] = np.bincount(arrays["train_tokens"], minlength=vocab_size).astype(np.int64)
-    arrays["token_bytes"] = token_bytes(tokenizer)
-    arrays["tokenizer"] = tokenizer_bytes(tokenizer)
+    arrays, about, tokens = _learned(config, domains, report) if own is None else _given(own, domains, report)
+    arrays["token_counts"] = np.bincount(arrays["train_tokens"], minlength=about["vocab_size"]).astype(np.int64)
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": config.name,
         "seed": config.seed,
         "held_out": config.held_out,
         "characters_per_domain": config.characters_per_domain,
-        "vocab_size": vocab_size,
+        **about,
         "domains": {
-            name: _entry(domain, {part: len(streams[part][i]) for part in PARTS}) | sources[name]
+            name: _entry(domain, {part: tokens[part][i] for part in PARTS}) | sources[name]
             for i, (name, domain) in enumerate(domains.items())
         },
     }
     return Prepared(arrays, manifest)
 
 
+Built = tuple[dict[str, NDArray[Any]], dict[str, Any], dict[str, list[int]]]
+"""Arrays, what the manifest shall say of the tokens, and tokens by part and domain."""
+
+
+def _learned(config: TextConfig, domains: Mapping[str, Domain], report: Progress) -> Built:
+    report.say(f"learning a vocabulary of {config.vocab_size:,} tokens")
+    tokenizer = train_tokenizer((text for d in domains.values() for text in d.documents["train"]), config.vocab_size)
+    streams = _streams(lambda name, documents: encode(tokenizer, documents), domains, report)
+    arrays: dict[str, NDArray[Any]] = {f"{part}_tokens": np.concatenate(streams[part]) for part in PARTS}
+    arrays |= {"token_bytes": token_bytes(tokenizer), "tokenizer": tokenizer_bytes(tokenizer)}
+    lengths = {part: [len(token_M) for token_M in streams[part]] for part in PARTS}
+    return arrays, {"vocab_size": tokenizer.get_vocab_size()}, lengths
+
+
+def _given(own: OwnTokenizer, domains: Mapping[str, Domain], report: Progress) -> Built:
+    report.say(f"cutting the text by {own.path}")
+    streams = _streams(own.encode, domains, report)
+    arrays: dict[str, NDArray[Any]] = {}
+    most_V = np.zeros(own.vocab_size, dtype=np.int64)
+    for part in PARTS:
+        token_M, byte_M = (np.concatenate(columns) for columns in zip(*streams[part], strict=True))
+        arrays |= {f"{part}_tokens": token_M, f"{part}_bytes": byte_M}
+        np.maximum.at(most_V, token_M, byte_M)
+    arrays |= {"token_bytes": most_V, "tokenizer": tokenizer_bytes(own.tokenizer)}
+    about = {"vocab_size": own.vocab_size, "end_of_text": own.end_of_text, "tokenizer": {"digest": own.digest}}
+    return arrays, about, {part: [len(token_M) for token_M, _ in streams[part]] for part in PARTS}
+
+
 def _streams(
-    tokenizer: Tokenizer, domains: Mapping[str, Domain], part: str, report: Progress
-) -> list[NDArray[np.uint16]]:
-    named = report.track(domains.values(), f"tokens of {part}", total=len(domains), unit="domains")
-    return [encode(tokenizer, domain.documents[part]) for domain in named]
+    encode_documents: Callable[[str, list[str]], S], domains: Mapping[str, Domain], report: Progress
+) -> dict[str, list[S]]:
+    """By part, one of each domain."""
+    return {
+        part: [
+            encode_documents(name, domains[name].documents[part])
+            for name in report.track(list(domains), f"tokens of {part}", total=len(domains), unit="domains")
+        ]
+        for part in PARTS
+    }
 
 
 def _entry(domain: Domain, tokens: dict[str, int]) -> dict[str, Any]:
@@ -153,12 +188,18 @@ def _as_text(content: Prepared, sequence_length: int) -> Text:
     for part in PARTS:
         stream_D = np.array([entry["tokens"][part] for entry in entries.values()], dtype=np.int64)
         _check_lengths(part, dict(zip(entries, stream_D, strict=True)), sequence_length)
-        tables[part] = cut(content.arrays[f"{part}_tokens"], stream_D, token_bytes_V, sequence_length)
+        tables[part] = cut(
+            content.arrays[f"{part}_tokens"],
+            stream_D,
+            token_bytes_V,
+            sequence_length,
+            content.arrays.get(f"{part}_bytes"),
+        )
     return Text(
         **tables,
         vocab_size=content.manifest["vocab_size"],
         tokenizer=tokenizer_from_bytes(content.arrays["tokenizer"]),
-        end_of_text=SEPARATOR_ID,
+        end_of_text=content.manifest.get("end_of_text", SEPARATOR_ID),
         token_counts_V=content.arrays["token_counts"],
         token_bytes_V=token_bytes_V,
         domains=tuple(entries),

@@ -34,7 +34,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(documents, trainer=trainer)
-    return _literal(tokenizer)
+    return literal(tokenizer)
 
 
 def tokenizer_bytes(tokenizer: Tokenizer) -> NDArray[np.uint8]:
@@ -44,10 +44,10 @@ def tokenizer_bytes(tokenizer: Tokenizer) -> NDArray[np.uint8]:
 
 def tokenizer_from_bytes(content: NDArray[np.uint8]) -> Tokenizer:
     """The tokenizer that :func:`tokenizer_bytes` wrote."""
-    return _literal(Tokenizer.from_str(content.tobytes().decode()))
+    return literal(Tokenizer.from_str(content.tobytes().decode()))
 
 
-def _literal(tokenizer: Tokenizer) -> Tokenizer:
+def literal(tokenizer: Tokenizer) -> Tokenizer:
     """A document that spells out the separator is encoded as the text that it is; JSON does not keep this."""
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -65,13 +65,14 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
 def encode(tokenizer: Tokenizer, documents: list[str]) -> NDArray[np.uint16]:
     """The stream of ``documents``: a separator before each, and one at the end."""
     pieces = [np.array([SEPARATOR_ID], dtype=np.uint16)]
-    for some in _batches(documents):
+    for some in batches(documents):
         encodings = tokenizer.encode_batch_fast(some, add_special_tokens=False)
         pieces += [np.array([*encoding.ids, SEPARATOR_ID], dtype=np.uint16) for encoding in encodings]
     return np.concatenate(pieces)
 
 
-def _batches(documents: list[str]) -> Iterator[list[str]]:
+def batches(documents: list[str]) -> Iterator[list[str]]:
+    """``documents``, so many at a time as have about `CHARACTERS_AT_ONCE` characters."""
     batch: list[str] = []
     characters = 0
     for document in documents:

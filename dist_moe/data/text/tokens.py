@@ -8,11 +8,15 @@ but the first is predicted exactly once. The last tokens of a stream, fewer than
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+TokenIds = NDArray[np.unsignedinteger[Any]]
+"""uint16, or uint32 where a tokenizer has more tokens than that can number."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,17 @@ class TokenBatch:
 class TokenTable:
     """N sequences of one part, domain after domain; the tokens are a read-only memory map.
 
-    ``token_M``: uint16, all streams of the part. ``start_N``: int64, where in it a sequence begins.
-    ``domain_N``: int64, its domain. ``token_bytes_V``: int64, see `dist_moe.data.text.Text`.
+    ``token_M``: all streams of the part. ``start_N``: int64, where in it a sequence begins.
+    ``domain_N``: int64, its domain. ``token_bytes_V``: int64, see `dist_moe.data.text.Text`. ``byte_M``: bytes of
+    text that each token of ``token_M`` stands for, where its id alone does not say; else None.
     """
 
-    token_M: NDArray[np.uint16]
+    token_M: TokenIds
     start_N: NDArray[np.int64]
     domain_N: NDArray[np.int64]
     token_bytes_V: NDArray[np.int64]
     sequence_length: int
+    byte_M: NDArray[np.uint16] | None = None
 
     def __len__(self) -> int:
         return len(self.start_N)
@@ -69,24 +75,28 @@ class TokenTable:
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> TokenBatch:
         """The sequences ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
         offset_S = np.arange(self.sequence_length + 1)
-        window_BS = self.token_M[self.start_N[index_B][:, None] + offset_S].astype(np.int64)
+        place_BS = self.start_N[index_B][:, None] + offset_S
+        window_BS = self.token_M[place_BS].astype(np.int64)
         token_BS, target_BS = np.ascontiguousarray(window_BS[:, :-1]), np.ascontiguousarray(window_BS[:, 1:])
-        columns = (token_BS, target_BS, self.token_bytes_V[target_BS].sum(axis=1), self.domain_N[index_B])
+        bytes_BS = self.token_bytes_V[target_BS] if self.byte_M is None else self.byte_M[place_BS[:, 1:]]
+        columns = (token_BS, target_BS, bytes_BS.sum(axis=1, dtype=np.int64), self.domain_N[index_B])
         token, target, count, domain = map(torch.from_numpy, columns)
         return TokenBatch(token, target, count, domain, len(step_index))
 
 
 def cut(
-    token_M: NDArray[np.uint16],
+    token_M: TokenIds,
     stream_D: NDArray[np.int64],
     token_bytes_V: NDArray[np.int64],
     sequence_length: int,
+    byte_M: NDArray[np.uint16] | None = None,
 ) -> TokenTable:
     """Cut the streams of a part, one per domain, into sequences.
 
     Args:
         token_M: the streams, one after the other.
         stream_D: their lengths, in the order of the domains.
+        byte_M: see `TokenTable`.
     """
     end_D = np.cumsum(stream_D)
     starts = [
@@ -94,4 +104,4 @@ def cut(
         for length, end in zip(stream_D, end_D, strict=True)
     ]
     domain_N = np.repeat(np.arange(len(starts), dtype=np.int64), [len(start_N) for start_N in starts])
-    return TokenTable(token_M, np.concatenate(starts), domain_N, token_bytes_V, sequence_length)
+    return TokenTable(token_M, np.concatenate(starts), domain_N, token_bytes_V, sequence_length, byte_M)

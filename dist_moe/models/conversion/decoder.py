@@ -60,7 +60,7 @@ def convert_decoder(
     ``dense``: weights by name of a model of ``dense_config``, without experts. Raises UserError naming the fields that
     do not fit together.
     """
-    for fault in _faults(dense_config, config, conversion):
+    for fault in conversion_faults(dense_config, config, conversion):
         raise UserError(fault)
     weights = {name: tensor.detach() for name, tensor in dense.items()}
     for layer in range(config.layers):
@@ -83,9 +83,10 @@ def width_of_experts(dense_config: TransformerConfig, num_experts: int, conversi
     return dense_config.dense_hidden // (num_experts if conversion.method == "split" else 1)
 
 
-def _faults(
+def conversion_faults(
     dense_config: TransformerConfig, config: TransformerConfig, conversion: DecoderConversionConfig
 ) -> Iterator[str]:
+    """What of the two models does not fit together, as "field=value: reason"."""
     if dense_config.moe_every:
         yield f"model.moe_every={dense_config.moe_every}: only a dense model can be converted"
     for name in sorted(TransformerConfig.model_fields.keys() - OF_MIXTURES - {"kv_heads"}):

@@ -1,6 +1,6 @@
 """Decoder language models as Hugging Face keeps them, there and back.
 
-    checkpoint = read_decoder(directory)                     # Llama's family, Mixtral, or what we wrote
+    checkpoint = read_decoder(directory)                     # Llama's family, Mixtral, OLMoE, or what we wrote
     model = checkpoint.config.build(checkpoint.vocab_size, run)
     checkpoint.into(model)
     write_decoder(model, other)                              # the plainest architecture that has a place for all of it
@@ -35,7 +35,7 @@ from dist_moe.models.hugging_face.decoder_names import (
     TIED_TO,
     dense_names,
     is_of_mixture,
-    mixtral_names,
+    stock_names,
     to_ours,
     to_theirs,
 )
@@ -81,7 +81,7 @@ def read_decoder(directory: Path) -> DecoderCheckpoint:
     has_tied_head = config.tied_embeddings and HEAD in tensors
     if has_tied_head and not torch.equal(tensors.pop(HEAD), tensors[TIED_TO]):
         raise UserError(f"{directory / WEIGHTS}: tie_word_embeddings=true, and {HEAD} is not {TIED_TO}")
-    wanted = set(dense_names(config).values()) | (mixtral_names(config) if architecture == "mixtral" else set())
+    wanted = set(dense_names(config).values()) | stock_names(config, architecture)
     if architecture == "dist_moe":
         wanted |= {name for name in tensors if is_of_mixture(name, config)}
     check_names(directory, set(tensors), wanted, CLASSES[architecture])

@@ -1,8 +1,9 @@
 """What a ``config.json`` says of a decoder language model, there and back.
 
-Three architectures are known: "llama" is our decoder without experts; "mixtral" with a Top-k gate over experts in
-every layer; "dist_moe", our own, is Llama's with MoE layers in place of some feed-forward networks, under any gate.
-Fields that change what a model computes, and that ours cannot follow, are refused by name.
+Four architectures are known: "llama" is our decoder without experts; "mixtral" with a Top-k gate over experts in
+every layer; "olmoe" the same with normalised queries and keys; "dist_moe", our own, is Llama's with MoE layers in place
+of some feed-forward networks, under any gate. Fields that change what a model computes, and that ours cannot follow,
+are refused by name.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ from pydantic import ValidationError
 
 from dist_moe.errors import UserError
 from dist_moe.gates import TopKConfig
+from dist_moe.gates.top_k import Scores
 from dist_moe.models.transformer import TransformerConfig
 
-Architecture = Literal["llama", "mixtral", "dist_moe"]
+Architecture = Literal["llama", "mixtral", "olmoe", "dist_moe"]
 Content = Mapping[str, Any]
 
-CLASSES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "dist_moe": "DistMoEForCausalLM"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "dist_moe": "DistMoEForCausalLM",
+}
 MIXTURE, CONTEXT = "mixture", "gate_context"
 """Fields of our own architecture: of TransformerConfig, those that Llama's have no place for; and ``total_steps``."""
 
@@ -34,6 +41,13 @@ _SIZES = {
 _LEFT_OUT: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0},
     "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 1e6},
+    "olmoe": {
+        "num_key_value_heads": None,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "rope_theta": 10_000.0,
+        "norm_topk_prob": False,
+    },
 }
 """transformers' own values for fields that a config.json does not have."""
 
@@ -48,6 +62,7 @@ _ONLY: dict[str, Any] = {
     "partial_rotary_factor": 1,
     "router_jitter_noise": 0,
     "pretraining_tp": 1,
+    "clip_qkv": None,
 }
 _ELSEWHERE = {"name", "rope_theta", "dense_hidden", *_SIZES}
 
@@ -67,7 +82,7 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
     Raises UserError naming the fields that are missing, or that our decoder cannot follow.
     """
     architecture = architecture_of(content)
-    content = _LEFT_OUT["mixtral" if architecture == "mixtral" else "llama"] | dict(content)
+    content = _LEFT_OUT.get(architecture, _LEFT_OUT["llama"]) | dict(content)
     for fault in _faults(content):
         raise UserError(f"the Hugging Face configuration cannot be followed: {fault}")
     fields = {ours: content[theirs] for ours, theirs in _SIZES.items()} | {"rope_theta": _rope(content)["rope_theta"]}
@@ -79,6 +94,15 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
             "num_experts": content["num_local_experts"],
             "expert_hidden": content["intermediate_size"],
             "gate": TopKConfig(k=content["num_experts_per_tok"], bias=False),
+        }
+    elif architecture == "olmoe":
+        scores: Scores = "softmax_after" if content["norm_topk_prob"] else "softmax_before"
+        fields |= {
+            "moe_every": 1,
+            "num_experts": content["num_experts"],
+            "expert_hidden": content["intermediate_size"],
+            "gate": TopKConfig(k=content["num_experts_per_tok"], bias=False, scores=scores),
+            "qk_norm": True,
         }
     else:
         fields |= {"dense_hidden": content["intermediate_size"], **content[MIXTURE]}
@@ -126,6 +150,15 @@ def write_decoder_config(
             "num_experts_per_tok": config.gate.k,
             "sliding_window": None,
         }
+    elif architecture == "olmoe":
+        assert isinstance(config.gate, TopKConfig)
+        content |= {
+            "intermediate_size": config.expert_hidden,
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.gate.k,
+            "norm_topk_prob": config.gate.scores == "softmax_after",
+            "clip_qkv": None,
+        }
     elif architecture == "dist_moe":
         section = config.model_dump(mode="json")
         content[MIXTURE] = {name: value for name, value in section.items() if name not in _ELSEWHERE}
@@ -134,14 +167,16 @@ def write_decoder_config(
 
 
 def plainest_architecture(config: TransformerConfig) -> Architecture:
-    """The first of Llama, Mixtral and our own that has a place for all that the model is."""
-    return next(each for each in get_args(Architecture) if not list(_misfits(config, each)))
+    """The first that has a place for all that the model is; our own if none has."""
+    return next((each for each in get_args(Architecture) if not list(_misfits(config, each))), "dist_moe")
 
 
 def _faults(content: Content) -> Iterator[str]:
     wanted = {*_SIZES.values(), "vocab_size", "intermediate_size"}
     if content["model_type"] == "mixtral":
         wanted |= {"num_local_experts", "num_experts_per_tok"}
+    elif content["model_type"] == "olmoe":
+        wanted |= {"num_experts", "num_experts_per_tok"}
     elif content["model_type"] == "dist_moe":
         wanted |= {MIXTURE}
     yield from (f"it has no {field}" for field in sorted(wanted - content.keys()))
@@ -169,7 +204,9 @@ def _misfits(config: TransformerConfig, architecture: Architecture) -> Iterator[
     """What of a model ``architecture`` has no place for, as "field=value"."""
     if architecture == "llama" and config.moe_every:
         yield f"model.moe_every={config.moe_every}"
-    if architecture != "mixtral":
+    if config.qk_norm != (architecture == "olmoe"):
+        yield f"model.qk_norm={config.qk_norm}"
+    if architecture not in ("mixtral", "olmoe"):
         return
     if config.moe_every != 1:
         yield f"model.moe_every={config.moe_every}"
@@ -179,8 +216,11 @@ def _misfits(config: TransformerConfig, architecture: Architecture) -> Iterator[
     if not isinstance(gate, TopKConfig):
         yield f"model.gate.name={gate.name}"
         return
-    for field, value in {"scores": "softmax_after", "bias": False, "noise": False, "bias_update_rate": 0}.items():
+    allowed = {"bias": False, "noise": False, "bias_update_rate": 0}
+    for field, value in (allowed | ({"scores": "softmax_after"} if architecture == "mixtral" else {})).items():
         if getattr(gate, field) != value:
             yield f"model.gate.{field}={getattr(gate, field)}"
+    if gate.scores == "sigmoid" and architecture == "olmoe":
+        yield "model.gate.scores=sigmoid"
     if config.permutation is not None and config.permutation.per_branch:
         yield "model.permutation.per_branch=True"

@@ -1,8 +1,8 @@
 """The tensors of a decoder under Hugging Face's names and under ours, there and back, every one accounted for.
 
 Ours are those of ``state_dict``: parameters, experts stacked by global id, and buffers. Matrices outside of experts
-are the same on both sides. Mixtral has every expert's matrices one by one and transposed; a slot -> expert table is
-folded into its router.
+are the same on both sides. Mixtral and OLMoE have every expert's matrices one by one and transposed; a slot -> expert
+table is folded into their routers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ _OF_LAYER = {
     "feed_forward_norm": "post_attention_layernorm",
 }
 _OF_DENSE_LAYER = {f"dense.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-_OF_MIXTRAL_EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
+_OF_NORMED_HEADS = {f"attention.{name}_norm": f"self_attn.{name[0]}_norm" for name in ("query", "key")}
+_OF_EXPERT = {
+    "mixtral": {"gate": "w1", "down": "w2", "up": "w3"},
+    "olmoe": {name: f"{name}_proj" for name in ("gate", "down", "up")},
+}
 
 
 def dense_names(config: TransformerConfig) -> dict[str, str]:
@@ -37,21 +41,24 @@ def dense_names(config: TransformerConfig) -> dict[str, str]:
     modules = dict(_MODULES)
     for layer in range(config.layers):
         of_layer = _OF_LAYER if config.has_experts(layer) else _OF_LAYER | _OF_DENSE_LAYER
+        of_layer = of_layer | (_OF_NORMED_HEADS if config.qk_norm else {})
         modules |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in of_layer.items()}
     if config.tied_embeddings:
         del modules["head"]
     return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in modules.items()}
 
 
-def mixtral_names(config: TransformerConfig) -> set[str]:
-    """Their names of all that MoE layers have."""
-    blocks = [_mixtral_block(layer) for layer in range(config.layers)]
+def stock_names(config: TransformerConfig, architecture: Architecture) -> set[str]:
+    """Their names of all that MoE layers have, in an architecture of transformers' own; Llama has none."""
+    if architecture not in _OF_EXPERT:
+        return set()
+    blocks = [_stock_block(architecture, layer) for layer in range(config.layers)]
     routers = {f"{block}.gate.weight" for block in blocks}
     return routers | {
         f"{block}.experts.{expert}.{matrix}.weight"
         for block in blocks
         for expert in range(config.num_experts)
-        for matrix in _OF_MIXTRAL_EXPERT.values()
+        for matrix in _OF_EXPERT[architecture].values()
     }
 
 
@@ -64,8 +71,9 @@ def to_theirs(config: TransformerConfig, architecture: Architecture, state: Tens
     for layer in range(config.layers):
         prefix = f"layers.{layer}.moe."
         block = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
-        if architecture == "mixtral":
-            tensors |= {f"{_mixtral_block(layer)}.{name}": tensor for name, tensor in _to_mixtral(block).items()}
+        if architecture in _OF_EXPERT:
+            stock = _to_stock(architecture, block).items()
+            tensors |= {f"{_stock_block(architecture, layer)}.{name}": tensor for name, tensor in stock}
         else:
             tensors |= {f"{_own_block(layer)}.{name}": tensor for name, tensor in block.items()}
     assert not rest, f"no name for {sorted(rest)}"
@@ -73,11 +81,11 @@ def to_theirs(config: TransformerConfig, architecture: Architecture, state: Tens
 
 
 def to_ours(config: TransformerConfig, architecture: Architecture, tensors: Tensors) -> dict[str, Tensor]:
-    """Back; ``tensors`` must have all of :func:`dense_names`, and for Mixtral of :func:`mixtral_names`."""
+    """Back; ``tensors`` must have all of :func:`dense_names`, and of :func:`stock_names`."""
     weights = {ours: tensors[theirs] for ours, theirs in dense_names(config).items()}
     for layer in range(config.layers):
-        if architecture == "mixtral":
-            block = _from_mixtral(config, tensors, _mixtral_block(layer))
+        if architecture in _OF_EXPERT:
+            block = _from_stock(config, architecture, tensors, _stock_block(architecture, layer))
         else:
             prefix = f"{_own_block(layer)}."
             block = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -91,10 +99,10 @@ def is_of_mixture(name: str, config: TransformerConfig) -> bool:
     return name.startswith(tuple(f"{_own_block(layer)}." for layer in layers))
 
 
-def _to_mixtral(block: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_stock(architecture: Architecture, block: dict[str, Tensor]) -> dict[str, Tensor]:
     slot_of_E = block["permutation.table"].flatten().argsort()
     tensors = {"gate.weight": block["gates.0.weight"][slot_of_E]}
-    for ours, theirs in _OF_MIXTRAL_EXPERT.items():
+    for ours, theirs in _OF_EXPERT[architecture].items():
         for expert, weight in enumerate(block[f"experts.{ours}"]):
             tensors[f"experts.{expert}.{theirs}.weight"] = weight.T
     unknown = [name for name in block if not name.startswith(("permutation.", "experts."))]
@@ -102,16 +110,18 @@ def _to_mixtral(block: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _from_mixtral(config: TransformerConfig, tensors: Tensors, block: str) -> dict[str, Tensor]:
+def _from_stock(
+    config: TransformerConfig, architecture: Architecture, tensors: Tensors, block: str
+) -> dict[str, Tensor]:
     weights = {"gates.0.weight": tensors[f"{block}.gate.weight"]}
-    for ours, theirs in _OF_MIXTRAL_EXPERT.items():
+    for ours, theirs in _OF_EXPERT[architecture].items():
         of_experts = [tensors[f"{block}.experts.{expert}.{theirs}.weight"].T for expert in range(config.num_experts)]
         weights[f"experts.{ours}"] = torch.stack(of_experts)
     return weights
 
 
-def _mixtral_block(layer: int) -> str:
-    return f"model.layers.{layer}.block_sparse_moe"
+def _stock_block(architecture: Architecture, layer: int) -> str:
+    return f"model.layers.{layer}.{'block_sparse_moe' if architecture == 'mixtral' else 'mlp'}"
 
 
 def _own_block(layer: int) -> str:

@@ -6,14 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from dist_moe.errors import UserError
-from dist_moe.models import MoEModel
-from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import RunConfig
-from dist_moe.recipes.memory_plan import bytes_per_parameter, optimizer_states, plan_memory
-from dist_moe.recipes.models import build_model
+from dist_moe.recipes.memory_plan import bytes_per_parameter, optimizer_states, plan_memory, planned_model
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.scale.layout import Layout
 from dist_moe.recipes.scale.machine import Machine
@@ -61,17 +56,27 @@ def plan_sizes(
     On fewer nodes than the most, experts are split over as many ranks as the configuration asks for and there are,
     and no more skew is assumed than they can have. Raises UserError where anything does not fit.
     """
-    most = max(nodes)
     planned = []
+    for number, sized in zip(nodes, configs_by_size(config, nodes, per_node, assumed, problem), strict=True):
+        reduced = number < max(nodes)
+        skew = min(assumed.skew, float(sized.parallel.expert_parallel_size)) if reduced else assumed.skew
+        there = replace(assumed, skew=skew)
+        planned.append(_plan_size(sized, problem, machine, number, per_node, there, exchanges))
+    return planned
+
+
+def configs_by_size(
+    config: RunConfig, nodes: Sequence[int], per_node: int, assumed: Assumed, problem: Problem
+) -> list[RunConfig]:
+    """``config`` for each number of ``nodes``: experts over as many ranks as are asked for and there are, and the batch
+    that ``assumed`` says."""
+    most, found = max(nodes), []
     for number in nodes:
         ranks = number * per_node
         parallel = config.parallel if number == most else config.parallel.nearest_for(ranks)
         parallel = parallel.model_copy(update={"ranks_per_node": per_node, "exchange": "auto"})
-        skew = assumed.skew if number == most else min(assumed.skew, float(parallel.expert_parallel_size))
-        sized = _sized(config.model_copy(update={"parallel": parallel}), ranks, assumed)
-        there = replace(assumed, skew=skew)
-        planned.append(_plan_size(sized, problem, machine, number, per_node, there, exchanges))
-    return planned
+        found.append(_sized(config.model_copy(update={"parallel": parallel}), ranks, assumed, problem))
+    return found
 
 
 def _plan_size(
@@ -86,8 +91,7 @@ def _plan_size(
     layout = Layout(nodes, per_node, config.parallel.expert_parallel_size)
     memory = plan_memory(config, problem, layout.ranks)  # checks the configuration, too
     work = planned_work(config, problem).with_k(assumed.experts_per_token)
-    if not 0 < work.k <= work.experts:
-        raise UserError(f"--experts-per-token={work.k:g} must lie above 0 and up to model.num_experts={work.experts}")
+    check_experts_per_token(work.k, work.experts)
     tokens = config.train.batch_size / layout.ranks
     predictions = tuple(predict(machine, work, layout, tokens, name, skew=assumed.skew) for name in exchanges)
     alone = predict(machine, work, Layout(1, 1, 1), tokens * layout.ranks).seconds.total
@@ -98,9 +102,15 @@ def _plan_size(
 
 def planned_work(config: RunConfig, problem: Problem) -> Work:
     """Of the whole model of ``config``, which is built without storage."""
-    with torch.device("meta"):
-        model: MoEModel = build_model(config, problem, SingleWorld())
-    return work_of_model(model, config, optimizer_states(config)[0], bytes_per_parameter(config))
+    return work_of_model(
+        planned_model(config, problem), config, optimizer_states(config)[0], bytes_per_parameter(config)
+    )
+
+
+def check_experts_per_token(k: float, experts: int) -> None:
+    """Raise UserError for a number of experts that no token can have."""
+    if not 0 < k <= experts:
+        raise UserError(f"--experts-per-token={k:g} must lie above 0 and up to model.num_experts={experts}")
 
 
 def sizes_up_to(nodes: int) -> list[int]:
@@ -109,8 +119,9 @@ def sizes_up_to(nodes: int) -> list[int]:
     return [*powers, nodes]
 
 
-def _sized(config: RunConfig, ranks: int, assumed: Assumed) -> RunConfig:
+def _sized(config: RunConfig, ranks: int, assumed: Assumed, problem: Problem) -> RunConfig:
     if assumed.tokens_per_rank is None:
         return config
-    train = config.train.model_copy(update={"batch_size": assumed.tokens_per_rank * ranks})
+    examples = max(1, round(assumed.tokens_per_rank / problem.example_shape().tokens))
+    train = config.train.model_copy(update={"batch_size": examples * ranks})
     return config.model_copy(update={"train": train})

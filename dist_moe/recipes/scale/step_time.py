@@ -117,7 +117,7 @@ def predict(
     )
     computed = sharing * _products(machine, work.dense_flops, tokens) + even
     sent = exchange_bytes(work, spread, exchange)
-    gradients = sum(volume for volume, _ in _reductions(work, layout)) if training else 0.0
+    gradients = sum(volume for volume, _ in _reductions_of(work, layout)) if training else 0.0
     return Prediction(layout, exchange, tokens, seconds, sent, gradients, computed / seconds.total)
 
 
@@ -275,18 +275,27 @@ def _latency(machine: Machine, peers: int, is_across: bool, sharing: float) -> f
     return sharing * peers * link.latency_s if link is not None and peers else 0.0
 
 
-def _reductions(work: Work, layout: Layout) -> list[tuple[float, bool]]:
+def gradient_bytes(stage: int, dense: float, experts: float, value_bytes: int, layout: Layout) -> float:
+    """That a rank sends in all reductions of a step; ``dense`` and ``experts``: parameters of the whole model."""
+    return sum(volume for volume, _ in _reductions(stage, dense, experts, value_bytes, layout))
+
+
+def _reductions(stage: int, dense: float, experts: float, value_bytes: int, layout: Layout) -> list[tuple[float, bool]]:
     """Bytes that a rank sends in each reduction, and whether it is of experts.
 
     ZeRO 0: all-reduce, 2 (s - 1) / s of the gradients. 1 and 2: the same, as DeepSpeed all-reduces its buckets and
     keeps a part, then gathers the parameters, (s - 1) / s of them. 3: parameters gathered forward and backward, and
     gradients scattered, once each.
     """
-    times = {0: 2.0, 1: 3.0, 2: 3.0, 3: 3.0}[work.stage]
-    dense = times * work.dense_parameters * work.value_bytes * (1 - 1 / layout.ranks)
-    local = work.expert_parameters / layout.group
-    experts = times * local * work.value_bytes * (1 - 1 / layout.copies)
-    return [(dense, False), (experts, True)]
+    times = {0: 2.0, 1: 3.0, 2: 3.0, 3: 3.0}[stage] * value_bytes
+    return [
+        (times * dense * (1 - 1 / layout.ranks), False),
+        (times * experts / layout.group * (1 - 1 / layout.copies), True),
+    ]
+
+
+def _reductions_of(work: Work, layout: Layout) -> list[tuple[float, bool]]:
+    return _reductions(work.stage, work.dense_parameters, work.expert_parameters, work.value_bytes, layout)
 
 
 def _gradient_seconds(machine: Machine, work: Work, layout: Layout, sharing: float) -> float:
@@ -294,7 +303,7 @@ def _gradient_seconds(machine: Machine, work: Work, layout: Layout, sharing: flo
     if layout.ranks == 1:
         return 0.0
     seconds = 0.0
-    for volume, is_expert in _reductions(work, layout):
+    for volume, is_expert in _reductions_of(work, layout):
         size = layout.copies if is_expert else layout.ranks
         in_node = max(1, layout.per_node // layout.group_in_node) if is_expert else layout.per_node
         slowest = sharing / _reduce_rate(machine.inside) if in_node > 1 else 0.0

@@ -16,7 +16,7 @@ from dist_moe.recipes.memory_plan import only_layer
 
 @dataclass(frozen=True)
 class Work:
-    """Of a model with one MoE layer. FLOPs are of the forward pass; the backward pass has twice as many.
+    """Of a model with one MoE layer, or of the layer. FLOPs are of the forward pass; backward there are twice as many.
 
     ``dim``, ``out_dim``: widths of the rows that go to an expert and come back. ``k``: experts per token and gate.
     ``expert_flops``: of a row. ``expert_elements``: numbers of a row that elementwise operations of an expert read
@@ -59,7 +59,9 @@ _TOKEN_PASSES = 6
 """Of each number of a token: made by embeddings or layers before, joined, and its gradients added."""
 
 
-def work_of_layer(bank: ExpertBank, gates: list[Gate], k: float) -> Work:
+def work_of_layer(
+    bank: ExpertBank, gates: list[Gate], k: float, *, value_bytes: int = 4, recompute: bool = False
+) -> Work:
     """Of an MoE layer alone; ``bank`` with any of its experts."""
     parameters = sum(parameter[0].numel() for parameter in bank.parameters()) * bank.num_experts
     hyperplanes = sum(p.numel() for gate in gates for p in gate.parameters() if p.dim() > 1)
@@ -77,6 +79,8 @@ def work_of_layer(bank: ExpertBank, gates: list[Gate], k: float) -> Work:
         slots=slots,
         expert_parameters=parameters,
         dense_parameters=sum(p.numel() for gate in gates for p in gate.parameters()),
+        value_bytes=value_bytes,
+        recompute=recompute,
     )
 
 
