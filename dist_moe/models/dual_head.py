@@ -38,22 +38,34 @@ class DualHead(nn.Module):
     def __init__(self, dim: int, num_classes: int, auxiliary: AuxiliaryHead | None = "mlp") -> None:
         super().__init__()
         self.main = nn.Linear(dim, num_classes)
-        with torch.random.fork_rng(devices=[]):
-            self.auxiliary = _auxiliary(auxiliary, dim, num_classes) if auxiliary else None
+        self.auxiliary = auxiliary_head(auxiliary, dim, num_classes)
 
     def forward(self, x_BD: Tensor) -> tuple[Tensor, Tensor | None]:
-        logit_BC = self.main(x_BD)
-        if self.auxiliary is None or not self.training:
-            return logit_BC, None
-        with torch.random.fork_rng(devices=[x_BD.device] if x_BD.is_cuda else []):
-            return logit_BC, self.auxiliary(x_BD)
+        return self.main(x_BD), auxiliary_logits(self.auxiliary, x_BD)
 
     def discard_auxiliary(self) -> None:
         """From now on the plain head."""
         self.auxiliary = None
 
 
-def _auxiliary(kind: AuxiliaryHead, dim: int, num_classes: int) -> nn.Module:
+def auxiliary_head(kind: AuxiliaryHead | None, dim: int, num_classes: int) -> nn.Module | None:
+    """From (B, dim) to (B, ``num_classes``), drawn by random numbers that are put back; None for None."""
+    if kind is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        return _head(kind, dim, num_classes)
+
+
+def auxiliary_logits(head: nn.Module | None, x_BD: Tensor) -> Tensor | None:
+    """(B, C), while ``head`` trains; what it drops out is drawn by random numbers that are put back."""
+    if head is None or not head.training:
+        return None
+    with torch.random.fork_rng(devices=[x_BD.device] if x_BD.is_cuda else []):
+        logit_BC: Tensor = head(x_BD)
+        return logit_BC
+
+
+def _head(kind: AuxiliaryHead, dim: int, num_classes: int) -> nn.Module:
     if kind == "linear":
         return nn.Linear(dim, num_classes)
     return nn.Sequential(

@@ -16,6 +16,7 @@ from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.text import TextConfig
 from dist_moe.data.two_images import TwoImagesConfig
 from dist_moe.engine.deepspeed_checks import check_deepspeed_section
+from dist_moe.engine.gradient_alignment import check_alignment
 from dist_moe.engine.loop import TrainConfig
 from dist_moe.engine.process_groups import ParallelConfig
 from dist_moe.errors import UserError
@@ -30,11 +31,12 @@ from dist_moe.models import (
     TwoImageClassifierConfig,
 )
 from dist_moe.recipes.decoder_start_config import DecoderStartConfig
+from dist_moe.recipes.distillation.sections import DHKDSection, DistillationSection, MoEBERTSection
 from dist_moe.recipes.fields import fields_of
 from dist_moe.recipes.overrides import Content, assign, parse_override, read_yaml
 from dist_moe.recipes.placement import PlacementScheduleConfig
 from dist_moe.recipes.swap import SwapScheduleConfig
-from dist_moe.recipes.text_start_config import DistillationConfig, TextStartConfig
+from dist_moe.recipes.text_start_config import TextStartConfig
 from dist_moe.settings import Settings
 
 DataConfig = Annotated[
@@ -89,7 +91,7 @@ class RunConfig(Settings):
     start: StartConfig | None = Field(
         None, description="what a BERT or a transformer starts from (null: all-MiniLM-L6-v2; random weights)"
     )
-    distillation: DistillationConfig | None = Field(
+    distillation: DistillationSection | None = Field(
         None, description="the teacher whom a BERT follows beside the labels (null: none)"
     )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig(), description="length and rhythm")
@@ -125,9 +127,7 @@ class RunConfig(Settings):
         if self.start is not None and self.model.name not in _names(type(self.start)):
             fitting = " or ".join(_names(type(self.start)))
             raise UserError(f"start: for model.name={fitting}, not {self.model.name}; leave it out")
-        if self.distillation is not None and not isinstance(self.model, BertConfig):
-            fitting = " or ".join(_names(TextStartConfig))
-            raise UserError(f"distillation: for model.name={fitting}, not {self.model.name}; leave it out")
+        self._check_distillation()
         for fault in self.model.gate.faults(self.model.num_experts):
             raise UserError(f"model.gate.{fault}")
         for field, remedy in [] if self.model.num_moe_layers else self._what_needs_experts():
@@ -141,6 +141,25 @@ class RunConfig(Settings):
         if self.placement is not None:
             self.placement.check(self.parallel.expert_parallel_size)
         check_deepspeed_section(self.deepspeed, self.train.batch_size, world_size)
+
+    def _check_distillation(self) -> None:
+        if self.distillation is not None and not isinstance(self.model, BertConfig):
+            fitting = " or ".join(_names(TextStartConfig))
+            raise UserError(f"distillation: for model.name={fitting}, not {self.model.name}; leave it out")
+        head = self.model.auxiliary_head if isinstance(self.model, BertClassifierConfig) else None
+        if not isinstance(self.distillation, DHKDSection):
+            if head is not None:
+                raise UserError(
+                    f"model.auxiliary_head={head}: nothing trains it without distillation.name=dhkd; set it to null"
+                )
+            return
+        if head is None:
+            raise UserError(
+                "distillation.name=dhkd: a second head learns the teacher's logits, and there is none; set "
+                "model.auxiliary_head=mlp (or linear) of a bert_classifier"
+            )
+        if self.distillation.align_gradients:
+            check_alignment(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
     def _what_needs_experts(self) -> Iterator[tuple[str, str]]:
         """What of this configuration is for models with MoE layers, and its value for others."""
@@ -244,6 +263,9 @@ def _with_names(content: Content) -> Content:
         known = (*_names(TextStartConfig), *_names(DecoderStartConfig))
         name = model["name"] if isinstance(model, dict) else None
         named["start"] = {"name": name if name in known else known[0]} | start
+    distillation: Any = content.get("distillation")
+    if isinstance(distillation, dict):
+        named["distillation"] = {"name": _names(MoEBERTSection)[0]} | distillation
     return content | named
 
 
@@ -278,5 +300,6 @@ def _names(config: type[BaseModel]) -> tuple[str, ...]:
     return get_args(config.model_fields["name"].annotation)
 
 
-_TAGS = frozenset(name for config in (*_MODEL_FOR, *_MODEL_FOR.values()) for name in _names(config))
+_NAMED: tuple[type[BaseModel], ...] = (*_MODEL_FOR, *_MODEL_FOR.values(), MoEBERTSection, DHKDSection)
+_TAGS = frozenset(name for config in _NAMED for name in _names(config))
 """The names by which pydantic tells the members of a union apart in a fault's location."""

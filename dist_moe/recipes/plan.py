@@ -125,7 +125,9 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     follows = content["distillation"]
     texts = {
         "start.conversion": (config.start or TextStartConfig()).conversion.model_dump(mode="json"),
-        "distillation": None if follows is None else {name: follows[name] for name in follows.keys() - {"teacher"}},
+        "distillation": None
+        if follows is None
+        else {name: value for name, value in follows.items() if name != "teacher"},
     }
     return whole | data | model | texts | {"train.batch_size": content["train"]["batch_size"]}
 

@@ -184,7 +184,7 @@ def _loop(
 
     shares = plan.environment.world_size * plan.accumulation
     hooks = LoopHooks(
-        loss=build_objective(config, problem, groups, shares),
+        loss=build_objective(config, problem, engine, shares),
         before_step=before_step,
         after_step=after_step,
         report=mover.report,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_moe.data.labelled_text import LabelledBatch, LabelledTable, LabelledText
+from dist_moe.errors import UserError
 from dist_moe.models import BertClassifier, BertClassifierConfig, ModelOutput, RunShape
 from dist_moe.recipes.classification_metrics import METRICS
 from dist_moe.recipes.problem import Columns, Figures
@@ -43,6 +44,14 @@ class TextClassificationProblem(TextProblem):
     @property
     def loss_name(self) -> str:
         return SQUARED_ERROR if self.is_regression else CROSS_ENTROPY
+
+    def check_new_run(self, config: Any) -> None:
+        if self.is_regression and config.model.auxiliary_head is not None:
+            raise UserError(
+                f"model.auxiliary_head={config.model.auxiliary_head} follows the logits of classes, and "
+                f"data.name={config.data.name} has a number to predict; use distillation.name=moebert"
+            )
+        super().check_new_run(config)
 
     def build_model(self, model: BertClassifierConfig, run: RunShape) -> BertClassifier:
         return model.build(self._encoder.shape, self.num_outputs, run)

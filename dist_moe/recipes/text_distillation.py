@@ -1,4 +1,4 @@
-"""The loss of a step, with a teacher where the configuration names one: MoEBERT's and COMET-BERT's distillation."""
+"""The loss of a step, with a teacher where the configuration names one: as MoEBERT follows it, or as DHKD does."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_moe.engine.process_groups import ProcessGroups
+from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
+from dist_moe.engine.gradient_alignment import GradientAlignment
 from dist_moe.recipes.config import RunConfig
-from dist_moe.recipes.distillation import DistillationObjective, MoEBERTConfig, Teacher, Terms
+from dist_moe.recipes.distillation import DHKDSection, DistillationObjective, Teacher, Terms
 from dist_moe.recipes.objective import WeightedObjective
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.text_problem import TextProblem
 
 
 def build_objective(
-    config: RunConfig, problem: Problem, groups: ProcessGroups, shares: int
+    config: RunConfig, problem: Problem, engine: ExpertParallelEngine, shares: int
 ) -> WeightedObjective | DistillationObjective:
     """What ``config`` says is to become smaller. Raises UserError if its teacher is not intact or does not fit.
 
-    What hidden states and predictions differ from the teacher's is recorded as ``teacher_hidden`` and
-    ``teacher_prediction``, weighted.
+    What the student differs from its teacher is recorded, weighted: ``teacher_hidden`` and ``teacher_prediction``, or
+    of an auxiliary head ``teacher_auxiliary``.
     """
-    objective = WeightedObjective(problem, config.task_weights, shares)
-    if config.distillation is None:
+    objective, section = WeightedObjective(problem, config.task_weights, shares), config.distillation
+    if section is None:
         return objective
     assert isinstance(problem, TextProblem), "RunConfig.check lets no other problem have a teacher"
-    teacher = Teacher(problem.trained(config.distillation.teacher, groups.world).to(groups.device))
-    terms = _recorded(MoEBERTConfig(weight=config.distillation.weight).terms)
-    return DistillationObjective(objective, teacher, terms, ask={"hidden_states": True})
+    groups = engine.process_groups
+    teacher = Teacher(problem.trained(section.teacher, groups.world).to(groups.device))
+    if isinstance(section, DHKDSection):
+        alignment = GradientAlignment(engine) if section.align_gradients else None
+        return DistillationObjective(objective, teacher, _recorded(section.terms), alignment)
+    return DistillationObjective(objective, teacher, _recorded(section.terms), ask={"hidden_states": True})
 
 
 def _recorded(terms: Terms) -> Terms:

@@ -1,4 +1,4 @@
-"""What a model of text starts from, and whom it follows: sections of the configuration."""
+"""What a model of text starts from: a section of the configuration."""
 
 from __future__ import annotations
 
@@ -32,13 +32,4 @@ class TextStartConfig(Settings):
     )
     importance_examples: int = Field(
         1024, ge=1, description="training examples by which the importance of neurons is measured"
-    )
-
-
-class DistillationConfig(Settings):
-    """MoEBERT's distillation: hidden states and predictions follow those of a teacher."""
-
-    teacher: Path = Field(description="finished run on the same task, with the same encoder")
-    weight: float = Field(
-        1.0, ge=0, description="weight of the mean squared error of the hidden states and the divergence of predictions"
     )

@@ -39,7 +39,7 @@ def test_check_g6_without_the_auxiliary_head_logits_are_bit_equal_and_parameters
 
 def test_it_is_not_computed_in_evaluation() -> None:
     head, x_BD = build("mlp").eval(), torch.randn(4, DIM)
-    head.auxiliary = nn.Module()  # which cannot be called
+    head.auxiliary = nn.Module().eval()  # which cannot be called
     logit_BC, auxiliary_BC = head(x_BD)
     assert auxiliary_BC is None
     assert torch.equal(logit_BC, head.main(x_BD))

@@ -289,7 +289,7 @@ def test_what_a_run_cannot_begin_with(
     ("override", "field"),
     [
         ("distillation=null", "distillation=None"),
-        ("distillation.weight=2", "distillation={'weight': 2.0}"),
+        ("distillation.weight=2", "distillation={'weight': 2.0, 'name': 'moebert'}"),
         ("start.conversion.shared=3", "start.conversion={"),
     ],
 )

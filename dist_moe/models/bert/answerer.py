@@ -41,7 +41,7 @@ class BertAnswerer(BertModel):
         super().__init__(shape, feed_forwards, dropout)
         self.span = linear(shape.width, 2)
 
-    def predictions_of(self, x_TD: Tensor, ragged: Ragged) -> tuple[Tensor, ...]:
+    def predictions_of(self, x_TD: Tensor, ragged: Ragged) -> tuple[tuple[Tensor, ...], Tensor | None]:
         logits_BS2 = ragged.padded(self.span(x_TD))
         least = torch.finfo(logits_BS2.dtype).min
-        return logits_BS2.masked_fill(~ragged.real_BS.unsqueeze(2), least).unbind(2)
+        return logits_BS2.masked_fill(~ragged.real_BS.unsqueeze(2), least).unbind(2), None

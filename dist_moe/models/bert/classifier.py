@@ -19,6 +19,7 @@ from dist_moe.models.bert.encoder import FeedForward, linear
 from dist_moe.models.bert.model import BertConfig, BertModel
 from dist_moe.models.bert.ragged import Ragged
 from dist_moe.models.bert.shape import BertShape
+from dist_moe.models.dual_head import AuxiliaryHead, auxiliary_head, auxiliary_logits
 from dist_moe.models.moe_model import RunShape
 
 
@@ -26,26 +27,44 @@ class BertClassifierConfig(BertConfig):
     """Classifier of texts, or of pairs of texts; with one label, a regression."""
 
     name: Literal["bert_classifier"] = Field("bert_classifier", description="which model this is")
+    auxiliary_head: AuxiliaryHead | None = Field(
+        None,
+        description="second head for the teacher's logits, of distillation.name=dhkd: linear, or mlp with 200 hidden "
+        "units; it is there while training alone (null: none)",
+    )
 
     def build(self, shape: BertShape, num_labels: int, run: RunShape) -> BertClassifier:
         """The model with this rank's experts and random weights; all ranks must have seeded torch alike.
 
         Raises UserError if ``moe_every`` leaves a model without the experts that it speaks of.
         """
-        return BertClassifier(self.fitted(shape), self.feed_forwards(shape, run), num_labels, self.dropout)
+        blocks = self.feed_forwards(shape, run)
+        return BertClassifier(self.fitted(shape), blocks, num_labels, self.dropout, self.auxiliary_head)
 
 
 class BertClassifier(BertModel):
-    """Its prediction: (B, num_labels) logits, of the pooled first token of each text."""
+    """Its prediction: (B, num_labels) logits, of the pooled first token of each text.
+
+    With an ``auxiliary`` head everything else is as without it, to the bit.
+    """
 
     head = "classifier."
 
-    def __init__(self, shape: BertShape, feed_forwards: list[FeedForward], num_labels: int, dropout: float) -> None:
+    def __init__(
+        self,
+        shape: BertShape,
+        feed_forwards: list[FeedForward],
+        num_labels: int,
+        dropout: float,
+        auxiliary: AuxiliaryHead | None = None,
+    ) -> None:
         super().__init__(shape, feed_forwards, dropout)
         self.num_labels = num_labels
         self.pooler = linear(shape.width, shape.width)
         self.classifier = linear(shape.width, num_labels)
+        self.auxiliary = auxiliary_head(auxiliary, shape.width, num_labels)
 
-    def predictions_of(self, x_TD: Tensor, ragged: Ragged) -> tuple[Tensor, ...]:
+    def predictions_of(self, x_TD: Tensor, ragged: Ragged) -> tuple[tuple[Tensor, ...], Tensor | None]:
         pooled_BD = torch.tanh(self.pooler(x_TD.index_select(0, ragged.start_B)))
-        return (self.classifier(kernels.dropout(pooled_BD, self.dropout, self.training)),)
+        feature_BD = kernels.dropout(pooled_BD, self.dropout, self.training)
+        return (self.classifier(feature_BD),), auxiliary_logits(self.auxiliary, feature_BD)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dist_moe.errors import UserError
 from dist_moe.models.bert.classifier import BertClassifier
-from dist_moe.models.bert.model import ABOVE, BertModel
+from dist_moe.models.bert.model import ABOVE, AUXILIARY, BertModel
 from dist_moe.models.bert.shape import BertShape
 from dist_moe.models.hugging_face.files import WEIGHTS, check_names, read_config, read_tensors, write_directory
 
@@ -125,7 +125,8 @@ def write_hugging_face(model: BertModel, directory: Path, like: BertCheckpoint |
     """Write a dense model as a directory that transformers loads, with its head, or ``like`` another one.
 
     ``like``: the checkpoint whose names and config.json are used; without a head if that has none.
-    Raises UserError for a model with experts, or if the directory has weights already or cannot be written.
+    An auxiliary head is left out. Raises UserError for a model with experts, or if the directory has weights already
+    or cannot be written.
     """
     if len(model.dense_layers()) < model.shape.layers:
         raise UserError("a model with experts is no BertModel; write a dense one")
@@ -133,7 +134,7 @@ def write_hugging_face(model: BertModel, directory: Path, like: BertCheckpoint |
     tensors: dict[str, Tensor] = {
         _written(names[name], like): parameter
         for name, parameter in model.named_parameters()
-        if like is None or name in like.weights
+        if not name.startswith(AUXILIARY) and (like is None or name in like.weights)
     }
     if like is not None and like.has_position_ids:
         tensors[_written(POSITION_IDS, like)] = torch.arange(model.shape.positions).unsqueeze(0)

@@ -31,8 +31,9 @@ from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, Run
 from dist_moe.models.placed_weights import place_weights
 from dist_moe.parallel import experts_of_rank
 
-ABOVE = ("pooler.", "classifier.", "span.")
+ABOVE = ("pooler.", "classifier.", "span.", "auxiliary.")
 """What may stand above the encoder, as parameters' names begin."""
+AUXILIARY = ABOVE[-1]
 
 
 class BertConfig(MoEModelConfig):
@@ -139,10 +140,12 @@ class BertOutput(ModelOutput):
     """``real_BS``: bool, where there are tokens.
 
     ``hidden_states``: if asked for, the embeddings and what each layer gives, (B, S, D) each, 0 at padding.
+    ``auxiliary_BC``: logits of a head that there is only while training (see :mod:`dist_moe.models.dual_head`).
     """
 
     real_BS: Tensor
     hidden_states: tuple[Tensor, ...] = ()
+    auxiliary_BC: Tensor | None = None
 
 
 class BertModel(MoEModel):
@@ -163,8 +166,8 @@ class BertModel(MoEModel):
         self.encoder = BertEncoder(shape, feed_forwards, dropout)
 
     @abstractmethod
-    def predictions_of(self, x_TD: Tensor, ragged: Ragged) -> tuple[Tensor, ...]:
-        """From what the last layer gives."""
+    def predictions_of(self, x_TD: Tensor, ragged: Ragged) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """From what the last layer gives, and the logits of an auxiliary head."""
 
     def forward(
         self, token_BS: Tensor, length_B: Tensor, segment_BS: Tensor | None = None, hidden_states: bool = False
@@ -178,7 +181,8 @@ class BertModel(MoEModel):
         segment_T = torch.zeros_like(token_T) if segment_BS is None else ragged.tokens_of(segment_BS)
         states, layers = self.encoder(token_T, segment_T, ragged, hidden_states)
         kept = tuple(ragged.padded(x_TD) for x_TD in states) if hidden_states else ()
-        return BertOutput(self.predictions_of(states[-1], ragged), layers, ragged.real_BS, kept)
+        predictions, auxiliary_BC = self.predictions_of(states[-1], ragged)
+        return BertOutput(predictions, layers, ragged.real_BS, kept, auxiliary_BC)
 
     def place(self, weights: Mapping[str, Tensor], fresh: Sequence[str] = ()) -> None:
         """Copy in weights by name, as :func:`place_weights` does; a head that ``weights`` lacks keeps its first values.
@@ -187,8 +191,8 @@ class BertModel(MoEModel):
         """
         ours = {name for name, _ in self.named_parameters()}
         fitting = {name: value for name, value in weights.items() if name in ours or not name.startswith(ABOVE)}
-        has_head = any(name.startswith(self.head) for name in fitting)
-        place_weights(self, fitting, fresh if has_head else (*fresh, self.head))
+        lacking = [head for head in (self.head, AUXILIARY) if not any(name.startswith(head) for name in fitting)]
+        place_weights(self, fitting, (*fresh, *lacking))
 
     def dense_layers(self) -> dict[int, DenseFeedForward]:
         """The feed-forward blocks that are not of experts, by layer."""

@@ -15,15 +15,29 @@ contradiction :mod:`dist_moe.engine.gradient_alignment` takes out.
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dist_moe.models.dual_head import AuxiliaryHead
 from dist_moe.recipes.problem import at_least_fp32
 from dist_moe.settings import Settings
+
+
+class HasAuxiliaryLogits(Protocol):
+    """What a student gives: ``auxiliary_BC``, (B, C) logits of the auxiliary head while it trains."""
+
+    @property
+    def auxiliary_BC(self) -> Tensor | None: ...
+
+
+class HasPredictions(Protocol):
+    """What a teacher gives: ``predictions``, the first of them (B, C) logits."""
+
+    @property
+    def predictions(self) -> tuple[Tensor, ...]: ...
 
 
 class DHKDConfig(Settings):
@@ -31,13 +45,19 @@ class DHKDConfig(Settings):
 
     weight: float = Field(1.0, ge=0, description="alpha: weight of the auxiliary head's loss (ImageNet: 0.1)")
     temperature: float = Field(2.0, gt=0, description="T, by which differences of logits are divided")
-    auxiliary_head: AuxiliaryHead = Field(
-        "mlp", description="the head that learns the teacher's logits: linear, or mlp with 200 hidden units"
-    )
     align_gradients: bool = Field(
         False,
         description="take out of the teacher's gradient what contradicts the labels' (ZeRO stages 0 to 2)",
     )
+
+    def terms(self, student: HasAuxiliaryLogits, teacher: HasPredictions, batch: Any) -> dict[str, Tensor]:
+        """``auxiliary``, weighted, as :class:`DistillationObjective` wants it.
+
+        Raises ValueError for a student without auxiliary head, or that does not train.
+        """
+        if student.auxiliary_BC is None:
+            raise ValueError("the student gives no auxiliary logits: it has no auxiliary head, or is not training")
+        return {"auxiliary": self.loss(student.auxiliary_BC, teacher.predictions[0], batch.examples_in_step)}
 
     def loss(self, auxiliary_BC: Tensor, teacher_BC: Tensor, examples_in_step: int) -> Tensor:
         """The weighted loss of the auxiliary head's logits; see :func:`binary_kl_norm`."""
