@@ -77,6 +77,11 @@ def _lines_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return content
+
+
 def losses_of(run_dir: Path) -> Tensor:
     return torch.tensor([record["loss"] for record in records_of(run_dir)], dtype=torch.double)
 

@@ -13,6 +13,7 @@ from dist_moe.models import BertClassifierConfig, BertShape, RunShape
 from dist_moe.models.bert import write_hugging_face
 from dist_moe.parallel import SingleWorld
 from tests.data.labelled_text.tiny_texts import tiny_tokenizer
+from tests.helpers.commands import succeed
 
 POSITIONS = 64
 
@@ -54,3 +55,25 @@ def write_text_config(directory: Path, encoder: Path, data: dict[str, Any], **se
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def taught(teacher: Path) -> list[str]:
+    """Overrides of a run that starts from ``teacher`` and follows it."""
+    return [f"start.run={teacher}", f"distillation.teacher={teacher}", "distillation.weight=0.5"]
+
+
+def train_teachers(config: Path) -> dict[int, Path]:
+    """Dense runs by number of ranks."""
+    runs = {world: config.parent / f"dense-{world}" for world in (1, 2)}
+    for world, run in runs.items():
+        succeed(world, "train", "--run-dir", run, config)
+    return runs
+
+
+def train_students(config: Path, teacher: Path, student: list[str]) -> dict[int, Path]:
+    """Runs of the overrides ``student`` by number of ranks, as many as expert-parallel ones."""
+    runs = {world: config.parent / f"student-{world}" for world in (1, 2)}
+    for world, run in runs.items():
+        overrides = [*student, *taught(teacher), f"parallel.expert_parallel_size={world}"]
+        succeed(world, "train", "--run-dir", run, config, *overrides)
+    return runs

@@ -18,7 +18,7 @@ from dist_moe.recipes.plan import plan_new_run
 from dist_moe.recipes.text_classification import TextClassificationProblem
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
 from tests.helpers.commands import run_here, succeed
-from tests.helpers.runs import losses_of, records_of
+from tests.helpers.runs import losses_of, records_of, summary_of
 from tests.helpers.text_runs import write_encoder, write_text_config
 
 LINEAR, MLP = ("model.auxiliary_head=linear", "model.auxiliary_head=mlp")
@@ -51,7 +51,7 @@ def test_without_weight_the_run_is_the_plain_one(config: Path, teacher: Path, tm
     succeed(1, "train", "--run-dir", tmp_path / "run", config, MLP, *common, *followed(teacher, weight=0))
     succeed(1, "train", "--run-dir", tmp_path / "plain", config, *common)
     assert torch.equal(losses_of(tmp_path / "run"), losses_of(tmp_path / "plain"))
-    one, two = (json.loads((tmp_path / run / "summary.json").read_text())["test"]["ce"] for run in ("run", "plain"))
+    one, two = (summary_of(tmp_path / run)["test"]["ce"] for run in ("run", "plain"))
     assert one == pytest.approx(two, rel=1e-7)  # other parameters lie in the optimizer's flat buffer beside these
     assert {record["teacher_auxiliary"] for record in records_of(tmp_path / "run")} == {0.0}
 
@@ -68,8 +68,7 @@ def test_two_ranks_with_experts_follow_as_one(config: Path, teacher: Path, tmp_p
     assert one[-1]["teacher_auxiliary"] < one[0]["teacher_auxiliary"]
     assert any(record["teacher_cosine"] for record in one)
     again = json.loads(succeed(1, "evaluate", tmp_path / "2", "--json")[0].out)
-    summary = json.loads((tmp_path / "2" / "summary.json").read_text())
-    assert again["test"]["ce"] == pytest.approx(summary["test"]["ce"], abs=1e-6)
+    assert again["test"]["ce"] == pytest.approx(summary_of(tmp_path / "2")["test"]["ce"], abs=1e-6)
 
 
 def test_what_the_second_head_adds_by_a_loop(config: Path, teacher: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -17,7 +16,7 @@ from torch import Tensor
 from dist_moe.engine.checkpoint_files import best_of, checkpoints_of, complete_directories, newest_checkpoint
 from tests.helpers.commands import Outcome, dist_moe, succeed
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import records_of, tensors_of, write_config
+from tests.helpers.runs import records_of, summary_of, tensors_of, write_config
 from tests.helpers.signals import signalled
 
 EVERY, PATIENCE, MOST = 5, 3, 40
@@ -54,11 +53,6 @@ def runs(config: Path) -> dict[int, Path]:
 def validation_losses(run: Path) -> dict[int, float]:
     trainer = json.loads((newest_checkpoint(run) / "trainer.json").read_text())
     return {int(step): loss for step, loss in trainer["validation_losses"].items()}
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
 
 
 def best_step(run: Path) -> int:

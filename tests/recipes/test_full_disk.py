@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import Outcome, run_here, succeed
 from tests.helpers.disks import fill, small_disk
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import losses_of, records_of, tensors_of, validations_of, write_config
+from tests.helpers.runs import losses_of, records_of, summary_of, tensors_of, validations_of, write_config
 from tests.recipes.test_saving import replaced
 
 STEPS, FULL_AT, ROOM_AT = 60, 10, 50
@@ -60,11 +59,6 @@ def train_on_a_full_disk(run: Path, config: Path, room_at: int | None, room_for_
 
     with replaced(loop, "seed_step", seed), replaced(supervised, "_summarise", make_room):
         return run_here(["train", "--run-dir", str(run), str(config)])
-
-
-def summary_of(run: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads((run / "summary.json").read_text())
-    return content
 
 
 def events_of(run: Path) -> int:

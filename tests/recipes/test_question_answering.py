@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +24,15 @@ from dist_moe.recipes.problems import open_problem
 from dist_moe.recipes.question_answering import QuestionAnsweringProblem
 from tests.data.labelled_text.tiny_texts import SAMPLES, tiny_tokenizer
 from tests.helpers.commands import succeed
-from tests.helpers.runs import losses_of, records_of
-from tests.helpers.text_runs import POSITIONS, write_encoder, write_text_config
+from tests.helpers.runs import losses_of, records_of, summary_of
+from tests.helpers.text_runs import (
+    POSITIONS,
+    taught,
+    train_students,
+    train_teachers,
+    write_encoder,
+    write_text_config,
+)
 
 SQUAD = SAMPLES / "SQuAD"
 STRIDE, LONGEST = 8, 20
@@ -53,11 +59,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def teachers(config: Path) -> dict[int, Path]:
-    """Dense runs by number of ranks."""
-    runs = {world: config.parent / f"dense-{world}" for world in (1, 2)}
-    for world, run in runs.items():
-        succeed(world, "train", "--run-dir", run, config)
-    return runs
+    return train_teachers(config)
 
 
 @pytest.fixture(scope="module")
@@ -70,23 +72,9 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return config, directory / "run"
 
 
-def taught(teacher: Path) -> list[str]:
-    return [*STUDENT, f"start.run={teacher}", f"distillation.teacher={teacher}", "distillation.weight=0.5"]
-
-
 @pytest.fixture(scope="module")
 def students(config: Path, teachers: dict[int, Path]) -> dict[int, Path]:
-    """Runs with experts by number of ranks, as many as expert-parallel ones."""
-    runs = {world: config.parent / f"student-{world}" for world in (1, 2)}
-    for world, run in runs.items():
-        overrides = [*taught(teachers[1]), f"parallel.expert_parallel_size={world}"]
-        succeed(world, "train", "--run-dir", run, config, *overrides)
-    return runs
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
+    return train_students(config, teachers[1], STUDENT)
 
 
 def problem_of(config: Path, *overrides: str) -> QuestionAnsweringProblem:
@@ -196,7 +184,7 @@ def test_the_teachers_ends_are_followed_by_their_mean(
     config: Path, teachers: dict[int, Path], students: dict[int, Path], tmp_path: Path
 ) -> None:
     """The first step, one window at a time, without padding."""
-    plan = plan_new_run(config, taught(teachers[1]), tmp_path / "run")
+    plan = plan_new_run(config, [*STUDENT, *taught(teachers[1])], tmp_path / "run")
     problem = plan.problem
     assert isinstance(problem, QuestionAnsweringProblem)
     student, teacher = build_model(plan.config, problem, SingleWorld()), problem.trained(teachers[1], SingleWorld())

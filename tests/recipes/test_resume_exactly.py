@@ -13,7 +13,7 @@ from dist_moe.engine.checkpoint_files import best_of, checkpoints_of, newest_che
 from dist_moe.engine.phase_seconds import FIGURES_OF_THE_MACHINE
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import records_of, tensors_of, validations_of, write_config
+from tests.helpers.runs import records_of, summary_of, tensors_of, validations_of, write_config
 from tests.helpers.signals import signalled
 
 STEPS, VALIDATE, STOP_AT = 30, 4, 16
@@ -114,8 +114,3 @@ def test_the_time_of_a_finished_run_is_kept(config: Path, tmp_path: Path) -> Non
     after = summary_of(run)
     assert (after["first_step"], after["steps"]) == (8, 8)
     assert 0.5 * before < after["training_seconds"] < before + 1.0
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content

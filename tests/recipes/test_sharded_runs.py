@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dist_moe.engine.checkpoint_files import newest_checkpoint
 from tests.helpers.commands import succeed
-from tests.helpers.runs import losses_of, stage_overrides, write_config
+from tests.helpers.runs import losses_of, stage_overrides, summary_of, write_config
 
 BF16 = "deepspeed.bf16.enabled=true"
 EXPERTS = "parallel.expert_parallel_size=2"
@@ -37,11 +36,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
     for name, options in RUNS.items():
         succeed(2, "train", "--run-dir", root / name, config, EXPERTS, *options)
     return root
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
 
 
 def test_a_sharded_run_is_the_same_run(runs: Path) -> None:

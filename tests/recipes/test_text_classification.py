@@ -6,7 +6,6 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +24,15 @@ from dist_moe.recipes.problems import open_problem
 from dist_moe.recipes.text_classification import TextClassificationProblem
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
 from tests.helpers.commands import succeed
-from tests.helpers.runs import losses_of, records_of
-from tests.helpers.text_runs import POSITIONS, write_encoder, write_text_config
+from tests.helpers.runs import losses_of, records_of, summary_of
+from tests.helpers.text_runs import (
+    POSITIONS,
+    taught,
+    train_students,
+    train_teachers,
+    write_encoder,
+    write_text_config,
+)
 
 STUDENT = [
     "model={name: bert_classifier, num_experts: 2, dropout: 0.0, gate: {name: comet, k: 1, gamma: 1.0}}",
@@ -48,30 +54,12 @@ def config(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def teachers(config: Path) -> dict[int, Path]:
-    """Dense runs by number of ranks."""
-    runs = {world: config.parent / f"dense-{world}" for world in (1, 2)}
-    for world, run in runs.items():
-        succeed(world, "train", "--run-dir", run, config)
-    return runs
-
-
-def taught(teacher: Path) -> list[str]:
-    return [f"start.run={teacher}", f"distillation.teacher={teacher}", "distillation.weight=0.5"]
+    return train_teachers(config)
 
 
 @pytest.fixture(scope="module")
 def students(config: Path, teachers: dict[int, Path]) -> dict[int, Path]:
-    """Runs with experts by number of ranks, as many as expert-parallel ones."""
-    runs = {world: config.parent / f"student-{world}" for world in (1, 2)}
-    for world, run in runs.items():
-        overrides = [*STUDENT, *taught(teachers[1]), f"parallel.expert_parallel_size={world}"]
-        succeed(world, "train", "--run-dir", run, config, *overrides)
-    return runs
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
+    return train_students(config, teachers[1], STUDENT)
 
 
 def problem_of(config: Path, *overrides: str) -> TextClassificationProblem:

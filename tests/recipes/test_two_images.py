@@ -27,7 +27,7 @@ from dist_moe.recipes.problems import open_problem
 from tests.data.tiny_images import write_tiny_images
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import losses_of, records_of
+from tests.helpers.runs import losses_of, records_of, summary_of
 
 STEPS, BATCH, WEIGHTS = 6, 16, (0.25, 0.5)
 FIGURES = {"accuracy", "accuracy_top_left", "accuracy_bottom_right", "ce_top_left", "ce_bottom_right", "loss"}
@@ -66,11 +66,6 @@ def runs(config: Path) -> dict[int, Path]:
     for world, run in by_world.items():
         succeed(world, "train", "--run-dir", run, config, f"parallel.expert_parallel_size={world}")
     return by_world
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
 
 
 def test_two_ranks_train_as_one(runs: dict[int, Path]) -> None:
