@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.data.movielens import MovieLensConfig
@@ -103,6 +103,12 @@ class RunConfig(Settings):
         },
         description="DeepSpeed's own JSON configuration, passed through (optimizer, zero_optimization, ...)",
     )
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _null_is_left_out(cls, section: dict[str, Any]) -> dict[str, Any]:
+        """So that an override can take away what a file has, such as its scheduler."""
+        return {key: value for key, value in section.items() if value is not None}
 
     @property
     def gate_label(self) -> str:
