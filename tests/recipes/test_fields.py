@@ -62,7 +62,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--fields trian: no field begins so; did you mean train" in capsys.readouterr().err
 
 
-def test_null_takes_a_section_of_deepspeed_away(tmp_path: Path) -> None:
+def test_null_takes_a_section_of_deepspeed_away(tmp_path: Any) -> None:
     (tmp_path / "some.yaml").write_text("deepspeed: {optimizer: {type: SGD}, scheduler: {type: WarmupLR}}\n")
     config = load_config(tmp_path / "some.yaml", ["deepspeed.scheduler=null"])
     assert config.deepspeed == {"optimizer": {"type": "SGD"}}
