@@ -83,16 +83,16 @@ def _connect(node: Node, switch: str, port: str, rate: str) -> None:
 def _end_processes(namespace: str) -> None:
     """End what still runs in a namespace: by name it is ours alone."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + SECONDS_TO_END
-        pids = _pids(namespace)
-        for pid in pids:
-            _signal(pid, number)
-        while _pids(namespace) and time.monotonic() < deadline:
+        deadline, signalled = time.monotonic() + SECONDS_TO_END, set[int]()
+        while (pids := _pids(namespace)) and time.monotonic() < deadline:
+            for pid in pids - signalled:  # some enter only now
+                _signal(pid, number)
+            signalled |= pids
             time.sleep(0.05)
 
 
-def _pids(namespace: str) -> list[int]:
-    return [int(pid) for pid in _run("ip", "netns", "pids", namespace).split()]
+def _pids(namespace: str) -> set[int]:
+    return {int(pid) for pid in _run("ip", "netns", "pids", namespace).split()}
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

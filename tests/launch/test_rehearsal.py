@@ -71,7 +71,11 @@ def test_machines_are_removed_with_all_that_runs_there(failure: type[BaseExcepti
     def use() -> None:
         with cluster(2) as nodes:
             assert len(namespaces()) == 3
-            processes.extend(subprocess.Popen(node.command("sleep", "600")) for node in nodes)
+            for node in nodes:
+                process = subprocess.Popen(node.command("sh", "-c", "echo up; exec sleep 600"), stdout=subprocess.PIPE)
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"up\n"
+                processes.append(process)
             if failure is not None:
                 raise failure
 
