@@ -111,6 +111,10 @@ class GateSettings(Settings, ABC):
         """The settings of the gate of MoE layer ``layer`` (from 0) of a model that has several."""
         return self
 
+    def experts_per_token(self, num_experts: int) -> int:
+        """At most, for plans; of a gate that becomes sparse while it learns, from then on."""
+        return min(getattr(self, "k", num_experts), num_experts)
+
     def faults(self, num_experts: int) -> Iterator[str]:
         """What does not fit ``num_experts``, as "field=value: reason"."""
         k = getattr(self, "k", 1)

@@ -62,6 +62,10 @@ class CometConfig(GateSettings):
         f"(null: from {LAZY_FROM} experts on, for every batch of which few nodes are reachable)",
     )
 
+    def experts_per_token(self, num_experts: int) -> int:
+        """Of hard trees."""
+        return min(self.k, self.max_active or self.k, num_experts)
+
     def build(self, dim: int, num_experts: int, context: GateContext) -> Comet:
         return Comet(dim, num_experts, **self.model_dump(exclude={"name"}))
 

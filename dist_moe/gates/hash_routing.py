@@ -37,6 +37,10 @@ class HashRoutingConfig(GateSettings):
         """With a seed of its own: every layer draws another table. The balanced one has no chance in it."""
         return self.model_copy(update={"seed": self.seed + SEEDS_APART * layer})
 
+    def experts_per_token(self, num_experts: int) -> int:
+        """One."""
+        return HashRouting.k
+
     def build(self, dim: int, num_experts: int, context: GateContext) -> HashRouting:
         if context.id_counts is None:
             raise ValueError("gate.name=hash routes by id, but the data has no ids to route by")

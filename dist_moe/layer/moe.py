@@ -138,13 +138,13 @@ class MoE(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Tell the gates that training step ``step`` (from 0) begins. On every rank."""
-        for gate in self._gates():
+        for gate in self.each_gate:
             gate.begin_step(step)
-        self._before_step = [(buffer, buffer.clone()) for gate in self._gates() for buffer in gate.buffers()]
+        self._before_step = [(buffer, buffer.clone()) for gate in self.each_gate for buffer in gate.buffers()]
 
     def end_step(self) -> None:
         """Tell the gates that a training step has ended. On every rank."""
-        for gate in self._gates():
+        for gate in self.each_gate:
             gate.end_step()
 
     @torch.no_grad()
@@ -178,7 +178,9 @@ class MoE(nn.Module):
             return pairs
         return pairs.renamed(expert_table(self.placement, pairs.expert_N.device))
 
-    def _gates(self) -> list[Gate]:
+    @property
+    def each_gate(self) -> list[Gate]:
+        """``gates``, as what they are."""
         return [gate for gate in self.gates if isinstance(gate, Gate)]
 
     def _check_fit(self, placement: Placement) -> None:

@@ -13,7 +13,6 @@ from torch import nn
 
 from dist_moe.engine.precision import parameter_dtype
 from dist_moe.experts import BertFeedForwardBank, ConvBank, DenseReLUBank, ExpertBank, FeedForwardBank
-from dist_moe.gates import Gate
 from dist_moe.layer import MoE
 from dist_moe.models import BertConfig, BertModel, MoEModel, Transformer, TransformerConfig
 from dist_moe.recipes.config import RunConfig
@@ -139,16 +138,12 @@ def _one_layer(layer: MoE, model: MoEModel, width: int, sent: Sent, size: int) -
     rows_out = bank.out_dim * (sent.sent + received) if size > 1 else 0
     experts = width * received * _elements_per_row(bank)
     heads = sum(m.out_features for m in model.modules() if isinstance(m, nn.Linear))
-    around = width * (bank.dim + len(_gates(layer)) * bank.out_dim + heads)
+    around = width * (bank.dim + len(layer.each_gate) * bank.out_dim + heads)
     return width * (rows_in + rows_out), _gating(layer, sent) + experts + around
 
 
-def _gates(layer: MoE) -> list[Gate]:
-    return [gate for gate in layer.gates if isinstance(gate, Gate)]
-
-
 def _gating(layer: MoE, sent: Sent) -> int:
-    gates = _gates(layer)
+    gates = layer.each_gate
     slots = _FP32 * _GATE_TENSORS * sum(gate.num_branches * gate.num_experts for gate in gates)
     return slots + sent.sent * (4 * _INT64 + _FP32 * len(gates))
 

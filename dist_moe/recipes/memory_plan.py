@@ -120,7 +120,7 @@ def plan_memory(config: RunConfig, problem: Problem, ranks: int, memory: int | N
         _load(name, model, config, problem, ranks, per_token, worst, left)
         for name, per_token, worst in _cases(model, config)
     )
-    tokens = _tokens(config.train.batch_size // (ranks * _accumulation(config)), problem)
+    tokens = _tokens(config.train.batch_size // (ranks * config.accumulation), problem)
     return MemoryPlan(ranks, size, tokens, len(model.moe_layers), stage, buffers, states, loads)
 
 
@@ -134,10 +134,6 @@ def only_layer(model: MoEModel) -> MoE:
     """The MoE layer of a model that has one."""
     (layer,) = model.moe_layers.values()
     return layer
-
-
-def _accumulation(config: RunConfig) -> int:
-    return int(config.deepspeed.get("gradient_accumulation_steps", 1))
 
 
 def _tokens(examples: int, problem: Problem) -> int:
@@ -216,7 +212,7 @@ def _cases(model: MoEModel, config: RunConfig) -> list[tuple[str, int, bool]]:
     if not model.moe_layers:
         return [("no experts", 0, False)]
     experts = config.model.num_experts
-    per_gate = int(getattr(config.model.gate, "k", experts))
+    per_gate = config.model.gate.experts_per_token(experts)
     gates = max(len(layer.gates) for layer in model.moe_layers.values())
     hard = min(experts, per_gate * gates)
     return [
@@ -236,7 +232,7 @@ def _load(
     worst: bool,
     left: int | None,
 ) -> LoadPlan:
-    size, accumulation = config.parallel.expert_parallel_size, _accumulation(config)
+    size, accumulation = config.parallel.expert_parallel_size, config.accumulation
     sent = Sent.at_worst(per_token, config.model.num_experts // size, size) if worst else Sent.evenly(per_token, size)
     dispatch, others = bytes_per_example(model, config, problem.example_shape(), sent, size)
     examples = config.train.batch_size // (ranks * accumulation)

@@ -16,6 +16,7 @@ from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.monitor import Schedule
 from dist_moe.engine.run_directory import RunDirectory
 from dist_moe.errors import UserError
+from dist_moe.models import BertConfig
 from dist_moe.recipes.config import RunConfig, load_config
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.problems import open_problem
@@ -38,7 +39,7 @@ class TrainingPlan:
 
     @property
     def accumulation(self) -> int:
-        return _accumulation(self.config)
+        return self.config.accumulation
 
     @property
     def schedule(self) -> Schedule:
@@ -107,10 +108,11 @@ def _start_of(run: RunDirectory) -> tuple[Path, tuple[str, ...]]:
 def _check_same_run(recorded: RunConfig, config: RunConfig) -> None:
     """Raise UserError for a change after which the run's record would speak of another run."""
     before, after = _identity(recorded), _identity(config)
-    for field in before:
-        if before[field] != after[field]:
+    for field in before | after:
+        there, here = before.get(field), after.get(field)
+        if there != here:
             raise UserError(
-                f"{field}={after[field]!r}: the run was trained with {before[field]!r}, and --resume goes on with the "
+                f"{field}={here!r}: the run was trained with {there!r}, and --resume goes on with the "
                 f"same run. It may change train (but for batch_size), parallel, placement, deepspeed, swap_search, "
                 f"model.activation_checkpointing and where things are (data.root, data.cache, start.encoder, "
                 f"start.run, distillation.teacher); for anything else start a new run"
@@ -123,13 +125,18 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     model = {f"model.{name}": value for name, value in content["model"].items() if name != "activation_checkpointing"}
     whole = {name: content[name] for name in ("seed", "task_weights")}
     follows = content["distillation"]
-    texts = {
-        "start.conversion": (config.start or TextStartConfig()).conversion.model_dump(mode="json"),
-        "distillation": None
-        if follows is None
-        else {name: value for name, value in follows.items() if name != "teacher"},
-    }
-    return whole | data | model | texts | {"train.batch_size": content["train"]["batch_size"]}
+    taught = follows and {name: value for name, value in follows.items() if name != "teacher"}
+    rest = {"distillation": taught, "train.batch_size": content["train"]["batch_size"]}
+    return whole | data | model | _identity_of_start(config) | rest
+
+
+def _identity_of_start(config: RunConfig) -> dict[str, Any]:
+    """How the first weights were made; not where those are that they were made of."""
+    start = config.start or (TextStartConfig() if isinstance(config.model, BertConfig) else None)
+    if start is None:
+        return {}
+    fields = start.model_dump(mode="json", exclude={"name", "encoder", "run"})
+    return {f"start.{name}": value for name, value in fields.items()} | {"start.run": start.run and "given"}
 
 
 def _plan(
@@ -140,6 +147,7 @@ def _plan(
     warnings: tuple[str, ...] = (),
 ) -> TrainingPlan:
     problem = open_problem(config, progress=environment.is_first)
+    problem.check_run(config)
     if checkpoint is None:
         problem.check_new_run(config)
     feed = ShuffledFeed(
@@ -148,12 +156,22 @@ def _plan(
         config.seed,
         rank=environment.rank,
         world_size=environment.world_size,
-        accumulation=_accumulation(config),
+        accumulation=config.accumulation,
         device=environment.device,
     )
+    _check_swap_search(config, feed.steps_per_epoch)
     deepspeed = complete_deepspeed_section(config.deepspeed, config.train.batch_size, environment.world_size)
     return TrainingPlan(config, run, environment, problem, feed, deepspeed, checkpoint, warnings)
 
 
-def _accumulation(config: RunConfig) -> int:
-    return int(config.deepspeed.get("gradient_accumulation_steps", 1))
+def _check_swap_search(config: RunConfig, steps_per_epoch: int) -> None:
+    """Raises UserError if training ends before a search is due."""
+    if config.swap_search is None:
+        return
+    first, steps = config.swap_search.first_step(steps_per_epoch), config.train.total_steps(steps_per_epoch)
+    if first > steps:
+        raise UserError(
+            f"swap_search.every_epochs={config.swap_search.every_epochs:g}: the first search would follow step {first} "
+            f"(an epoch has {steps_per_epoch}), but training ends after {steps}; give at most "
+            f"{steps / steps_per_epoch:.3g}"
+        )

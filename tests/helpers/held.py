@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from dist_moe.recipes.config import load_config
 from dist_moe.recipes.memory_plan import MemoryPlan, plan_memory
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.objective import WeightedObjective
-from dist_moe.recipes.plan import plan_new_run
+from dist_moe.recipes.plan import TrainingPlan, plan_new_run
 from dist_moe.recipes.problems import open_problem
+
+Step = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -36,31 +40,39 @@ def size_of(tensors: Any) -> int:
     return sum(storages.values())
 
 
-def held_after_a_step(config: Path, run: str, cases: list[list[str]]) -> list[Held]:
-    found = []
+def engines_of(config: Path, run: str, cases: list[list[str]]) -> Iterator[tuple[ExpertParallelEngine, Step]]:
+    """Of each case its engine, and a function that does the training step of a given number. Collective."""
     plans = [plan_new_run(config, case, Path(run)) for case in cases]
     with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
         for plan in plans:
             engine = ExpertParallelEngine(build_model(plan.config, plan.problem, groups.world), plan.deepspeed, groups)
             loss = WeightedObjective(plan.problem, plan.config.task_weights, groups.environment.world_size)
-            for batch in plan.feed.micro_batches(0):
-                engine.backward(loss(engine, batch).loss)
-                engine.step()
-            if engine.shards_parameters:
-                found.append(held_in_slices(engine))
-                engine.destroy()
-                continue
-            zero = engine.optimizer if engine.zero_optimization() else None
-            states = (zero.optimizer if zero else engine.optimizer).state.values()
-            found.append(
-                Held(
-                    size_of(engine.module.parameters()),
-                    size_of(zero.single_partition_of_fp32_groups) if zero else 0,
-                    sum(size_of([value]) for state in states for value in state.values()),
-                )
-            )
+            yield engine, partial(_step, plan, engine, loss)
             engine.destroy()
+
+
+def _step(plan: TrainingPlan, engine: ExpertParallelEngine, loss: WeightedObjective, number: int) -> None:
+    for batch in plan.feed.micro_batches(number):
+        engine.backward(loss(engine, batch).loss)
+        engine.step()
+
+
+def held_after_a_step(config: Path, run: str, cases: list[list[str]]) -> list[Held]:
+    found = []
+    for engine, step in engines_of(config, run, cases):
+        step(0)
+        found.append(held_in_slices(engine) if engine.shards_parameters else held_whole(engine))
     return found
+
+
+def held_whole(engine: ExpertParallelEngine) -> Held:
+    zero = engine.optimizer if engine.zero_optimization() else None
+    states = (zero.optimizer if zero else engine.optimizer).state.values()
+    return Held(
+        size_of(engine.module.parameters()),
+        size_of(zero.single_partition_of_fp32_groups) if zero else 0,
+        sum(size_of([value]) for state in states for value in state.values()),
+    )
 
 
 def held_in_slices(engine: ExpertParallelEngine) -> Held:

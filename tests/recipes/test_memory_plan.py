@@ -9,16 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.process_groups import process_groups
 from dist_moe.recipes.config import load_config
 from dist_moe.recipes.memory_plan import plan_memory
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.objective import WeightedObjective
-from dist_moe.recipes.plan import plan_new_run
 from dist_moe.recipes.problems import open_problem
 from tests.helpers.commands import run_here
-from tests.helpers.held import Held, held_after_a_step, peak_of_a_step, plan_of, size_of
+from tests.helpers.held import Held, engines_of, held_after_a_step, peak_of_a_step, plan_of, size_of
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config
 
@@ -88,26 +83,19 @@ def test_stage_3_is_exact(config: Path, tmp_path: Path, ranks: int, ep: int) -> 
 def gathered_in_steps(config: Path, run: str, cases: list[list[str]]) -> list[int]:
     """Most bytes of whole parameters that there are at once within three steps."""
     found = []
-    plans = [plan_new_run(config, case, Path(run)) for case in cases]
-    with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
-        for plan in plans:
-            engine = ExpertParallelEngine(build_model(plan.config, plan.problem, groups.world), plan.deepspeed, groups)
-            loss = WeightedObjective(plan.problem, plan.config.task_weights, groups.environment.world_size)
-            parameters, seen = list(engine.module.parameters()), [0]
+    for engine, train in engines_of(config, run, cases):
+        parameters, seen = list(engine.module.parameters()), [0]
 
-            def look(*ignored: Any, of: Any = parameters, seen: list[int] = seen) -> None:
-                seen.append(size_of(parameter.data for parameter in of))
+        def look(*ignored: Any, of: Any = parameters, seen: list[int] = seen) -> None:
+            seen.append(size_of(parameter.data for parameter in of))
 
-            for module in engine.module.modules():
-                module.register_forward_pre_hook(look)
-            for parameter in parameters:
-                parameter.register_hook(look)
-            for step in range(3):
-                for batch in plan.feed.micro_batches(step):
-                    engine.backward(loss(engine, batch).loss)
-                    engine.step()
-            found.append(max(seen))
-            engine.destroy()
+        for module in engine.module.modules():
+            module.register_forward_pre_hook(look)
+        for parameter in parameters:
+            parameter.register_hook(look)
+        for number in range(3):
+            train(number)
+        found.append(max(seen))
     return found
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_moe.engine.process_groups import process_groups
 from dist_moe.errors import UserError
@@ -124,12 +125,15 @@ def test_what_is_computed_again_is_not_kept_in_every_layer(decoder: Path) -> Non
     assert kept.activations - again.activations == 3 * (rows + hidden)
 
 
-def bytes_sent(config: Path, run: str, settings: list[str]) -> int:
-    """By this rank in one step, all MoE layers."""
+def bytes_sent(config: Path, run: str, settings: list[str], to_the_first: bool = False) -> int:
+    """By this rank in one step, all MoE layers. ``to_the_first``: of their Top-k gates' experts, for all tokens."""
     plan = plan_new_run(config, settings, Path(run))
     with process_groups(plan.environment, plan.config.parallel) as groups:
         model = build_model(plan.config, plan.problem, groups.world)
         objective = WeightedObjective(plan.problem, plan.config.task_weights, groups.environment.world_size)
+        for gate in (gate for layer in model.moe_layers.values() if to_the_first for gate in layer.each_gate):
+            gate.weight.data.zero_()
+            gate.bias.data.copy_(torch.arange(gate.num_experts, 0, -1))
         groups.world.traffic.reset()
         for batch in plan.feed.micro_batches(0):
             objective(model, batch).loss.backward()
@@ -149,6 +153,14 @@ def test_bytes_on_the_wire_are_those_of_a_step(
     asked = ["plan", str(decoder), "--nodes", "1", "--gpus", "2", "--flat", "--json", *settings]
     (step,) = json.loads(run_here(asked).out)
     assert step["sent"]["flat"]["inside"] == sent[0]
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_bytes_of_the_rank_to_which_all_tokens_go(decoder: Path, tmp_path: Path, k: int) -> None:
+    """It has two of the four experts: with k=3 it sends a third of its own tokens' rows away."""
+    settings = [f"model.gate={{name: top_k, k: {k}}}", "parallel.expert_parallel_size=2"]
+    busiest, _ = on_ranks(2, bytes_sent, decoder, str(tmp_path / "run"), settings, True)
+    assert busiest == plan_of(decoder, 2, *settings).loads[1].sent_per_step
 
 
 def test_bytes_of_a_classifier_are_those_of_its_mean_text(classifier: Path, tmp_path: Path) -> None:
@@ -219,6 +231,25 @@ def test_experts_per_token_must_be_there(decoder: Path) -> None:
     done = run_here(["plan", str(decoder), "--nodes", "2", "--experts-per-token", "5"])
     assert done.code == 2
     assert "--experts-per-token=5 must lie above 0 and up to model.num_experts=4" in done.err
+    none = run_here(["plan", str(decoder), "--nodes", "2", "--experts-per-token", "0"])
+    assert "--experts-per-token=0 must lie above 0" in none.err
+    dense = run_here(["plan", str(decoder), "--nodes", "2", "--experts-per-token", "1", *DENSE])
+    assert "--experts-per-token=1 is given, but the model is dense" in dense.err
+    less = run_here(["plan", str(decoder), "--nodes", "2", "--tokens-per-rank", "3"])
+    assert "--tokens-per-rank=3: an example has 16; give as many" in less.err
+
+
+@pytest.mark.parametrize(
+    ("gate", "experts"),
+    [("{name: hash}", 1), ("{name: ada_moe, k: 6, null_slots: 3}", 4), ("{name: comet, k: 2, max_active: 1}", 1)],
+)
+def test_gates_whose_k_is_not_the_experts_of_a_token(decoder: Path, gate: str, experts: int) -> None:
+    found = [f"model.gate={gate}", "model.gate={name: top_k, k: 1}"]
+    rows, single = (plan_of(decoder, 1, setting).loads[0].received_rows for setting in found)
+    assert rows == experts * single
+    asked = ["plan", str(decoder), "--nodes", "2", "--json"]
+    rows, single = (json.loads(run_here([*asked, setting]).out)[0]["expert_rows"] for setting in found)
+    assert rows == experts * single
 
 
 @pytest.mark.parametrize("name", ["transformer", "bert_classifier"])

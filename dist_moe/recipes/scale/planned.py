@@ -109,6 +109,8 @@ def planned_work(config: RunConfig, problem: Problem) -> Work:
 
 def check_experts_per_token(k: float, experts: int) -> None:
     """Raise UserError for a number of experts that no token can have."""
+    if not experts:
+        raise UserError(f"--experts-per-token={k:g} is given, but the model is dense; leave it out")
     if not 0 < k <= experts:
         raise UserError(f"--experts-per-token={k:g} must lie above 0 and up to model.num_experts={experts}")
 
@@ -122,6 +124,9 @@ def sizes_up_to(nodes: int) -> list[int]:
 def _sized(config: RunConfig, ranks: int, assumed: Assumed, problem: Problem) -> RunConfig:
     if assumed.tokens_per_rank is None:
         return config
-    examples = max(1, round(assumed.tokens_per_rank / problem.example_shape().tokens))
+    of_example = problem.example_shape().tokens
+    if assumed.tokens_per_rank < of_example:
+        raise UserError(f"--tokens-per-rank={assumed.tokens_per_rank}: an example has {of_example:g}; give as many")
+    examples = round(assumed.tokens_per_rank / of_example)
     train = config.train.model_copy(update={"batch_size": examples * ranks})
     return config.model_copy(update={"train": train})

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_moe.engine.deepspeed_config import zero_stage
-from dist_moe.gates import Gate
 from dist_moe.models import MoEModel, Transformer
 from dist_moe.recipes.config import RunConfig
 from dist_moe.recipes.memory_plan import bytes_per_parameter, plan_memory, planned_model
@@ -92,14 +91,13 @@ def _plan_step(
 
 def _works(model: MoEModel, config: RunConfig, assumed: Assumed) -> list[Work]:
     """Of each MoE layer."""
-    k = float(getattr(config.model.gate, "k", config.model.num_experts))
-    if model.moe_layers:
-        check_experts_per_token(assumed.experts_per_token or k, config.model.num_experts)
+    k = config.model.gate.experts_per_token(config.model.num_experts)
+    if assumed.experts_per_token is not None:
+        check_experts_per_token(assumed.experts_per_token, config.model.num_experts if model.moe_layers else 0)
     width, recompute = bytes_per_parameter(config), config.model.activation_checkpointing
     works = []
     for layer in model.moe_layers.values():
-        gates = [gate for gate in layer.gates if isinstance(gate, Gate)]
-        work = work_of_layer(layer.experts, gates, k, value_bytes=width, recompute=recompute)
+        work = work_of_layer(layer.experts, layer.each_gate, k, value_bytes=width, recompute=recompute)
         works.append(work.with_k(assumed.experts_per_token))
     return works
 

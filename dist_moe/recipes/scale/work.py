@@ -86,9 +86,8 @@ def work_of_layer(
 
 def work_of_model(model: MoEModel, config: RunConfig, states: int, value_bytes: int) -> Work:
     """Of a whole training step of ``config``; ``model`` may be without storage. ``states``: of the optimizer."""
-    gates = [gate for gate in only_layer(model).gates if isinstance(gate, Gate)]
-    k = float(getattr(config.model.gate, "k", config.model.num_experts))
-    layer = work_of_layer(only_layer(model).experts, gates, k)
+    k = config.model.gate.experts_per_token(config.model.num_experts)
+    layer = work_of_layer(only_layer(model).experts, only_layer(model).each_gate, k)
     experts = {id(parameter) for parameter in only_layer(model).experts.parameters()}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     outputs = sum(linear.out_features for linear in linears)
