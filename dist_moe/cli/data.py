@@ -70,8 +70,9 @@ def _fetch_labelled_texts(options: argparse.Namespace) -> int:
     from dist_moe.data.encoder_sources import open_encoder
     from dist_moe.data.labelled_text import LabelledTextConfig, prepare_labelled_text
 
-    tokenizer = open_encoder(options.encoder).directory / "tokenizer.json"
-    texts = prepare_labelled_text(LabelledTextConfig(name=options.name, root=options.data_root), tokenizer)
+    config = LabelledTextConfig(name=options.name, root=options.data_root)
+    config.check()
+    texts = prepare_labelled_text(config, open_encoder(options.encoder).directory / "tokenizer.json")
     train, val, test = map(len, (texts.train, texts.val, texts.test))
     kinds = f"{len(texts.task.classes)} classes" if texts.task.classes else "a number to predict"
     tokens = sum(texts.manifest["tokens"].values())
@@ -84,6 +85,7 @@ def _prepare_questions(options: argparse.Namespace) -> int:
     from dist_moe.data.labelled_text import QuestionsConfig, prepare_questions
 
     config = QuestionsConfig(name=options.name, root=options.data_root)
+    config.check()
     found = prepare_questions(config, open_encoder(options.encoder).directory / "tokenizer.json").manifest
     train, val, test = (
         f"{questions:,} in {windows:,} windows"

@@ -90,6 +90,12 @@ class ShuffledFeed(Generic[B]):
         return [self._examples.batch(index_B, index).to(self._device) for index_B in mine]
 
 
+def spread_over(count: int, most: int) -> NDArray[np.int64]:
+    """``most`` of ``count`` rows, or all if there are fewer, at equal distances: some of every part of a table."""
+    taken = min(count, most)
+    return np.arange(taken, dtype=np.int64) * count // max(taken, 1)
+
+
 def shard_batches(examples: Sized, batch_size: int, *, rank: int, world_size: int) -> list[NDArray[np.int64]]:
     """Rows of ``examples`` for this rank, in order, in batches; as many (some empty) on every rank."""
     per_rank = -(-len(examples) // world_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -11,6 +13,7 @@ import pytest
 from dist_moe.cli.data import DATA_SETS
 from dist_moe.cli.main import main
 from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
+from dist_moe.data.labelled_text.squad import DEV_FILE
 from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.text import TextConfig
 from dist_moe.data.two_images import TwoImagesConfig
@@ -86,11 +89,24 @@ def test_questions_and_their_windows_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
-    encoder = write_encoder(tmp_path / "encoder")
-    assert main(["data", "fetch", "squad-v2", "--data-root", str(SAMPLES / "SQuAD"), "--encoder", str(encoder)]) == 0
+    encoder, root = write_encoder(tmp_path / "encoder"), shutil.copytree(SAMPLES / "SQuAD", tmp_path / "root")
+    content = json.loads((root / DEV_FILE).read_text())
+    content["data"][0]["paragraphs"][0]["context"] += 150 * " and"  # in two windows of 384 tokens
+    (root / DEV_FILE).write_text(json.dumps(content))
+    assert main(["data", "fetch", "squad-v2", "--data-root", str(root), "--encoder", str(encoder)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("squad-v2: questions to train on 1")
-    assert line.endswith(" windows, to validate 2 in 2 windows, to test 3 in 3 windows")
+    assert line.endswith(" windows, to validate 2 in 2 windows, to test 3 in 6 windows")
+
+
+def test_a_root_is_asked_for_before_an_encoder_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+    for name in ("squad-v2", "rte"):
+        assert main(["data", "fetch", name]) == 2
+        assert "data.root is not given" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

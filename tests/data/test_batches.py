@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_moe.data.batches import ShuffledFeed, shard_batches
+from dist_moe.data.batches import ShuffledFeed, shard_batches, spread_over
 from dist_moe.data.pairs import PairBatch, PairTable
 from dist_moe.errors import UserError
 
@@ -93,6 +94,14 @@ def test_fewer_pairs_than_a_batch() -> None:
     with pytest.raises(UserError, match=r"train\.batch_size=104.*103"):
         ShuffledFeed(numbered(PAIRS), PAIRS + 1, 0)
     assert ShuffledFeed(numbered(PAIRS), PAIRS, 0).steps_per_epoch == 1
+
+
+@given(st.integers(0, 60), st.integers(1, 70))
+def test_rows_spread_over_a_table(count: int, most: int) -> None:
+    rows = spread_over(count, most).tolist()
+    assert len(rows) == min(count, most)
+    distances = {after - before for before, after in pairwise([*rows, count])}
+    assert max(distances, default=0) - min(distances, default=0) <= 1
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 9))

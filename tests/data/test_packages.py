@@ -1,4 +1,4 @@
-"""Packages come through their package manager, or else from the public address, and are verified either way."""
+"""Packages come through their package manager, or from Debian's archive, and are verified either way."""
 
 from __future__ import annotations
 

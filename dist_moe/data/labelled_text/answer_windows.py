@@ -59,7 +59,7 @@ def windows_of(
             raise UserError(
                 f"data.max_length={max_length}: the question {questions[number].identity!r} has {head - 2} tokens, "
                 f"which leaves {max(room, 0)} for its text, and windows are to share data.stride={stride} of them; "
-                f"give a data.max_length of at least {head + 1 + stride + 1}"
+                f"give a data.max_length of at least {head + 1 + stride + 1}, or a smaller data.stride"
             )
         token_M = np.array(encoding.ids, dtype=np.int32)
         place_C2 = np.array(encoding.offsets, dtype=np.int32)[head:-1]

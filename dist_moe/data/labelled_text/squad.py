@@ -87,7 +87,7 @@ class _Reader:
     def _answer(self, item: Any, context: str, place: str) -> Answer:
         answer = Answer(self.text(item, "text", place), self._value(item, "answer_start", int, place))
         found = context[answer.start : answer.start + len(answer.text)] if answer.start >= 0 else ""
-        if found != answer.text:
+        if found != answer.text or not found:
             raise UserError(
                 f"{self._path}: {place}: at answer_start={answer.start} the context has {shown(found)}, "
                 f"not {shown(answer.text)}"
@@ -101,7 +101,12 @@ class _Reader:
         return [(value, f"{prefix}[{number}]") for number, value in enumerate(values)]
 
     def text(self, parent: Any, name: str, place: str) -> str:
-        return str(self._value(parent, name, str, place))
+        value = str(self._value(parent, name, str, place))
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{self._path}: {place}.{name} is no Unicode text: {error}") from error
+        return value
 
     def _value(self, parent: Any, name: str, kind: type, place: str) -> Any:
         value = parent.get(name) if isinstance(parent, dict) else None

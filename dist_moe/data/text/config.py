@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dist_moe.data.locations import CACHE_DESCRIPTION
 from dist_moe.settings import Settings
@@ -66,3 +66,12 @@ class TextConfig(Settings):
     )
     sequence_length: int = Field(default=256, ge=1, description="Tokens that one sequence predicts.")
     seed: int = Field(default=0, ge=0, description="Seed of the order of documents, and so of the split.")
+
+    @model_validator(mode="after")
+    def _end_of_text_of_what(self) -> Self:
+        if self.end_of_text is not None and self.tokenizer is None:
+            raise ValueError(
+                f"end_of_text={self.end_of_text!r} is to be a token of tokenizer, which is not given; give "
+                "data.tokenizer or leave it out"
+            )
+        return self

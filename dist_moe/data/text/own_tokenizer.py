@@ -26,6 +26,9 @@ FILE, TOKENIZER_CONFIG, MODEL_CONFIG = "tokenizer.json", "tokenizer_config.json"
 USUAL_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Of an end-of-text token, where nothing beside the tokenizer names it."""
 
+MOST_BYTES = np.iinfo(np.uint16).max
+"""That a token may stand for."""
+
 _SHOWN = 40
 
 
@@ -50,8 +53,17 @@ class OwnTokenizer:
         sizes = [np.zeros(1, dtype=np.uint16)]
         for text, encoding in self._encodings(name, documents):
             tokens.append(np.array([*encoding.ids, self.end_of_text], dtype=dtype))
-            sizes.append(np.append(_bytes_by_place(text, encoding), 0).astype(np.uint16))
+            sizes.append(np.append(self._sizes(name, text, encoding), 0).astype(np.uint16))
         return np.concatenate(tokens), np.concatenate(sizes)
+
+    def _sizes(self, name: str, text: str, encoding: Encoding) -> NDArray[np.int64]:
+        byte_N = _bytes_by_place(text, encoding)
+        if byte_N.max(initial=0) > MOST_BYTES:
+            raise UserError(
+                f"data.tokenizer={self.path}: in a document of the domain {name} one token stands for "
+                f"{byte_N.max():,} bytes; at most {MOST_BYTES:,} are counted. Remedy: a tokenizer of shorter tokens"
+            )
+        return byte_N
 
     def _encodings(self, name: str, documents: list[str]) -> Iterator[tuple[str, Encoding]]:
         for some in batches(documents):
@@ -127,7 +139,11 @@ def _named_beside(tokenizer: Tokenizer, directory: Path) -> tuple[list[str], str
         return [token], TOKENIZER_CONFIG
     ids = _content(directory / MODEL_CONFIG).get("eos_token_id")
     if ids is not None:
-        numbers = dict.fromkeys(ids if isinstance(ids, list) else [ids])
+        several = ids if isinstance(ids, list) else [ids]
+        if not all(type(number) is int and number >= 0 for number in several):
+            path = directory / MODEL_CONFIG
+            raise UserError(f"data.tokenizer: {path} has eos_token_id={ids!r}, which is no token's id")
+        numbers = dict.fromkeys(several)
         return [tokenizer.id_to_token(number) or f"id {number}" for number in numbers], MODEL_CONFIG
     return [name for name in USUAL_NAMES if tokenizer.token_to_id(name) is not None], "its vocabulary"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from tokenizers import Tokenizer, processors
 
 from dist_moe.data.labelled_text import AnswerTable, Questions, QuestionsConfig, prepare_questions, prepared_questions
@@ -203,3 +204,20 @@ def test_a_tokenizer_that_writes_pairs_in_another_way_is_refused(tmp_path: Path)
     other.post_processor = processors.RobertaProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
     with pytest.raises(UserError, match=r"data\.tokenizer does not write a pair as \[CLS\] question \[SEP\] text"):
         prepare_questions(config_of(tmp_path), other, progress=False)
+
+
+def test_the_first_questions_to_train_on_are_a_sample_of_all() -> None:
+    """The importance of neurons is measured on them; the files go from article to article."""
+    train = [Question(f"{text}.{n}", "which?", f"text {text}", ()) for text in range(40) for n in range(3)]
+    dev = [Question("d", "which?", "another text", ())]
+    parts, _ = prepared_questions._parts(train, dev, seed=0)
+    assert {q.identity for q in parts["train"] + parts["val"]} == {q.identity for q in train}
+    assert len({question.context for question in parts["train"][:20]}) > 12
+    assert parts["test"] == dev
+    assert parts == prepared_questions._parts(train, dev, seed=0)[0]
+
+
+def test_windows_that_could_not_move_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="stride=57: a window of max_length=60 tokens can share at most 56"):
+        config_of(tmp_path, stride=57)
+    config_of(tmp_path, stride=56)

@@ -51,6 +51,14 @@ def make_the_start_a_text(content: Any) -> None:
     first(content)["qas"][0]["answers"][0]["answer_start"] = "37"
 
 
+def answer_with_nothing(content: Any) -> None:
+    first(content)["qas"][0]["answers"][0] = {"text": "", "answer_start": 999}
+
+
+def halve_a_character(content: Any) -> None:
+    first(content)["context"] += "\ud800"
+
+
 def contradict(content: Any) -> None:
     first(content)["qas"][3]["is_impossible"] = False
 
@@ -73,6 +81,8 @@ def unwrap(content: Any) -> None:
         (begin_before_the_text, r"at answer_start=-1 the context has '', not 'two sisters'"),
         (rename_the_context, r"data\[0\]\.paragraphs\[0\] has no 'context' of type str"),
         (make_the_start_a_text, r"qas\[0\]\.answers\[0\] has no 'answer_start' of type int"),
+        (answer_with_nothing, r"answers\[0\]: at answer_start=999 the context has '', not ''"),
+        (halve_a_character, r"data\[0\]\.paragraphs\[0\]\.context is no Unicode text: .*surrogates not allowed"),
         (contradict, r"qas\[3\] has is_impossible=False and 0 answer\(s\)"),
         (version_one, r"qas\[0\] has no 'is_impossible' of type bool"),
         (unwrap, r"the file has no 'data' of type list"),

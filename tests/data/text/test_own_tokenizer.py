@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dist_moe.data.text import Text, TextConfig, prepare_text
@@ -140,6 +141,22 @@ def refusal(directory: Path, end_of_text: str | None = None, document: str = "")
     return str(refused.value)
 
 
+def test_a_token_of_more_bytes_than_are_counted(tmp_path: Path) -> None:
+    for letters, allowed in ((65_535, True), (65_536, False)):
+        word = "a" * letters
+        Tokenizer(models.WordLevel({"</s>": 0, word: 1}, unk_token="</s>")).save(str(tmp_path / "tokenizer.json"))
+        if allowed:
+            _, byte_M = open_own_tokenizer(tmp_path, None).encode("sea", [word])
+            assert byte_M.tolist() == [0, letters, 0]
+        else:
+            assert "in a document of the domain sea one token stands for 65,536 bytes" in refusal(tmp_path, None, word)
+
+
+def test_an_end_of_text_of_no_tokenizer() -> None:
+    with pytest.raises(ValidationError, match="end_of_text='</s>' is to be a token of tokenizer, which is not given"):
+        TextConfig(end_of_text="</s>")
+
+
 def test_refusals(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     assert "cannot be read" in refusal(tmp_path)
@@ -151,6 +168,9 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
     assert "several end-of-text tokens, <pad>, <|the_end|>" in refusal(tmp_path)
     assert "spells out 'a'" in refusal(tmp_path, "a", "a whale")
+    for ids in ("2", -1, {"a": 1}, [0, True]):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert f"config.json has eos_token_id={ids!r}, which is no token's id" in refusal(tmp_path)
     lower = byte_level()
     lower.normalizer = normalizers.Lowercase()
     lower.save(str(file))
