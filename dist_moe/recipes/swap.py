@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.data.batches import shard_batches
+from dist_moe.data.batches import shard_batches, spread_over
 from dist_moe.engine.activity import ACTIVITY
 from dist_moe.engine.launch_environment import LaunchEnvironment
 from dist_moe.engine.sharded_parameters import is_sharded
@@ -24,13 +24,19 @@ class SwapScheduleConfig(SwapSearchConfig):
     """Swap search while training."""
 
     every_epochs: float = Field(1.0, gt=0, description="epochs between two searches")
-    until_epoch: float | None = Field(None, gt=0, description="no search after this epoch (null: until the end)")
+    until_epoch: float | None = Field(
+        None, gt=0, description="no search after this epoch, but for the first one (null: until the end)"
+    )
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether a search follows training step ``step`` (counted from 1)."""
-        every = max(1, round(self.every_epochs * steps_per_epoch))
-        last = np.inf if self.until_epoch is None else self.until_epoch * steps_per_epoch
+        every = self.first_step(steps_per_epoch)
+        last = math.inf if self.until_epoch is None else max(every, round(self.until_epoch * steps_per_epoch))
         return step % every == 0 and step <= last
+
+    def first_step(self, steps_per_epoch: int) -> int:
+        """The training step (counted from 1) that the first search follows, if no other search still goes on."""
+        return max(1, round(self.every_epochs * steps_per_epoch))
 
 
 def search_swaps(
@@ -40,16 +46,16 @@ def search_swaps(
     weights: tuple[float, ...],
     environment: LaunchEnvironment,
 ) -> SwapReport:
-    """Swap experts between slots while that lowers the task loss on the first validation examples.
+    """Swap experts between slots while that lowers the task loss on validation examples, spread over all of them.
 
     Collective over all ranks; every rank scores its share of the examples, in fp64: how the examples are
     shared out then makes no difference between tables, not even between nearly equal ones. (At ZeRO stage 3,
     where no rank holds the parameters, in their own precision.)
     """
-    examples = np.arange(min(config.examples, len(problem.val)))
+    examples = spread_over(len(problem.val), config.examples)
     batch_size = min(config.batch_size, problem.eval_batch)
     batches = [
-        problem.val.batch(index_B, examples).to(environment.device)
+        problem.val.batch(examples[index_B], examples).to(environment.device)
         for index_B in shard_batches(examples, batch_size, rank=environment.rank, world_size=environment.world_size)
     ]
 

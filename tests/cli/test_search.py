@@ -20,7 +20,7 @@ from tests.helpers.pool import on_ranks
 from tests.helpers.runs import largest_difference, records_of, tensors_of, write_config
 
 TABLE = "moe.permutation.table|buffer"
-SCRAMBLED = torch.tensor([[[1, 0, 3, 2]]])
+SCRAMBLED = torch.tensor([[[3, 2, 1, 0]]])
 
 
 @pytest.fixture

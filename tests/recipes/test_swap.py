@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from dist_moe.data.batches import spread_over
 from dist_moe.engine.launch_environment import LaunchEnvironment
+from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import RunConfig, load_config
 from dist_moe.recipes.models import build_model
+from dist_moe.recipes.plan import plan_new_run
 from dist_moe.recipes.problem import Problem
 from dist_moe.recipes.problems import open_problem
-from dist_moe.recipes.swap import in_double_precision, search_swaps
+from dist_moe.recipes.swap import SwapScheduleConfig, in_double_precision, search_swaps
 from dist_moe.search import SwapReport, SwapSearchConfig
 from tests.helpers.runs import write_config
+
+LAUNCH = LaunchEnvironment()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +44,7 @@ def scrambled(config: RunConfig, problem: Problem) -> MoEModel:
 
 def searched(config: RunConfig, problem: Problem, model: MoEModel, batch_size: int) -> SwapReport:
     search = SwapSearchConfig(examples=512, batch_size=batch_size)
-    return search_swaps(problem, model, search, config.task_weights, LaunchEnvironment())
+    return search_swaps(problem, model, search, config.task_weights, LAUNCH)
 
 
 def test_the_size_of_a_batch_changes_the_last_bits_of_fp64_only(config: RunConfig, problem: Problem) -> None:
@@ -47,6 +56,21 @@ def test_the_size_of_a_batch_changes_the_last_bits_of_fp64_only(config: RunConfi
     assert found.swaps == expected.swaps
     assert found.losses == pytest.approx(expected.losses, rel=1e-13)
     assert torch.equal(often.tables["moe"].table, once.tables["moe"].table)
+
+
+def test_all_of_validation_is_looked_at(config: RunConfig, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text's table goes from domain to domain: the first examples would be of the first domain."""
+    table, seen = type(problem.val), []
+    batch = table.batch
+
+    def spied(self: object, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> object:
+        seen.extend(index_B.tolist())
+        return batch(self, index_B, step_index)
+
+    monkeypatch.setattr(table, "batch", spied)
+    search_swaps(problem, scrambled(config, problem), SwapSearchConfig(examples=20), config.task_weights, LAUNCH)
+    assert seen == spread_over(len(problem.val), 20).tolist()
+    assert seen[-1] > 0.9 * len(problem.val)
 
 
 def test_weights_are_what_and_where_they_were(config: RunConfig, problem: Problem) -> None:
@@ -68,3 +92,15 @@ def test_precision_is_restored_after_an_error() -> None:
         assert model.weight.dtype == model.running_mean.dtype == torch.float64
         assert model.num_batches_tracked.dtype == torch.int64
     assert model.weight.dtype == model.running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("steps_per_epoch", "due"), [(243, 49), (268, 54), (528, 106), (3, 1)])
+def test_the_first_search_is_due_whatever_rounding_does(steps_per_epoch: int, due: int) -> None:
+    schedule = SwapScheduleConfig(every_epochs=0.2, until_epoch=0.2)
+    assert [step for step in range(1, steps_per_epoch) if schedule.due(step, steps_per_epoch)] == [due]
+
+
+def test_a_search_that_is_never_due_is_refused(tmp_path: Path, tiny_data: dict[str, str]) -> None:
+    path = write_config(tmp_path, tiny_data, train={"max_steps": 2})
+    with pytest.raises(UserError, match=r"swap_search\.every_epochs=1: the first search would follow .* ends after 2"):
+        plan_new_run(path, ["swap_search={every_epochs: 1}"], tmp_path / "run")
