@@ -5,27 +5,30 @@
 fine-tunes a dense MiniLM on every task, converts its feed-forward networks as the configuration says, distils every
 student below, each with several seeds, and writes DIR/table.md and DIR/figure.png: mean and standard deviation over
 seeds of the test figures. Then it compares the orders in which MoEBERT's conversion may prefer neurons, before any
-training and after it. Runs that are complete are not trained again; the command can be stopped and given again.
+training and after it, on ``--orders`` tasks. Runs that are complete are not trained again; the command can be stopped
+and given again. Of students it keeps the figures, not the weights, which would be 0.3 GB each.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dist_moe.data.labelled_text import TASKS
-from tools.studies import StudyRun, directory_name, spread, train_all
+from dist_moe.engine.run_directory import RunDirectory
+from tools.studies import StudyRun, command_given, directory_name, machine, spread, train_all, write_report
 
 STUDIED = (
     "sentiment-movies",
@@ -43,27 +46,34 @@ SINKHORN, SWAPS = "COMET+, Sinkhorn", "COMET+, swaps"
 STUDENTS: dict[str, tuple[str, ...]] = {
     # What a token meets of a dense student is as wide as an expert.
     "dense student": (*DENSE, "model.hidden=384"),
-    HASH: ("model.gate={name: hash}",),
-    BALANCED_HASH: ("model.gate={name: hash, assignment: balanced}",),
-    TOP_1: ("model.gate={name: top_k, k: 1, scores: softmax_before, balance_weight: 0.01}",),
+    HASH: ("model.gate={{name: hash, seed: {seed}}}",),
+    BALANCED_HASH: ("model.gate={{name: hash, assignment: balanced}}",),
+    TOP_1: ("model.gate={{name: top_k, k: 1, scores: softmax_before, balance_weight: 0.01}}",),
     COMET: (),
-    SINKHORN: ("model.permutation={epochs: 0.1}",),
+    # The gate is COMET's; how long they search is counted in epochs, which differ from task to task.
+    SINKHORN: ("model.permutation={{epochs: {search_epochs}}}",),
     SWAPS: (
-        "swap_search={every_epochs: 0.2, until_epoch: 0.2, examples: 64, batch_size: 64, max_verified: 64, "
-        "verified_per_round: 6}",
+        "swap_search={{every_epochs: {search_epochs}, until_epoch: {search_epochs}, examples: 64, batch_size: 64, "
+        "max_verified: 64, verified_per_round: 6}}",
     ),
 }
+SEARCH_STEPS = 20
+"""Training steps of the permutation search, and those after which swaps are searched, once."""
 ORDERS = ("importance", "random", "inverse")
 UNTRAINED = ("distillation=null", "train.max_steps=1", "deepspeed.scheduler=null", "deepspeed.optimizer.params.lr=0")
 
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of ``tasks`` x ``seeds``; ``common`` overrides hold for all of them, ``of_teachers`` for teachers."""
+    """The runs of ``tasks`` x ``seeds``; ``common`` overrides hold for all of them, ``of_teachers`` for teachers.
+
+    ``ordered``: the tasks on which orders of neurons are compared.
+    """
 
     config: Path
     root: Path
     tasks: tuple[str, ...]
+    ordered: tuple[str, ...]
     seeds: int
     common: tuple[str, ...]
     of_teachers: tuple[str, ...]
@@ -71,13 +81,16 @@ class Study:
     def train(self, at_once: int) -> None:
         for seed in range(self.seeds):
             train_all((self.teacher(task, seed) for task in self.tasks), at_once)
-            train_all((run for task in self.tasks for run in self._students(task, seed)), at_once)
+            students = (self.student(task, seed, name) for task in self.tasks for name in STUDENTS)
+            train_all(students, at_once, keep_weights=False)
+        orders = (run for seed in range(self.seeds) for task in self.ordered for run in self._of_orders(task, seed))
+        train_all(orders, at_once, keep_weights=False)
 
     def teacher(self, task: str, seed: int) -> StudyRun:
         return self._run(task, seed, "teacher", (*TEACHER, *self.of_teachers))
 
     def student(self, task: str, seed: int, name: str) -> StudyRun:
-        return self._run(task, seed, name, (*self._taught(task, seed), *STUDENTS[name]))
+        return self._run(task, seed, name, (*self._taught(task, seed), *self._of_student(task, seed, name)))
 
     def converted(self, task: str, seed: int, order: str) -> StudyRun:
         """A hash student in which ``order`` chose the neurons, not trained."""
@@ -94,8 +107,7 @@ class Study:
         """The task's main figure on the test part, in percent."""
         return 100 * float(run.summary["test"][TASKS[task].metrics[0]])
 
-    def _students(self, task: str, seed: int) -> Iterator[StudyRun]:
-        yield from (self.student(task, seed, name) for name in STUDENTS)
+    def _of_orders(self, task: str, seed: int) -> Iterator[StudyRun]:
         yield from (self.converted(task, seed, order) for order in ORDERS)
         yield from (self.distilled(task, seed, order) for order in ORDERS[1:])
 
@@ -104,7 +116,17 @@ class Study:
         return (f"start.run={teacher}", f"distillation.teacher={teacher}")
 
     def _ordered(self, task: str, seed: int, order: str) -> tuple[str, ...]:
-        return (*self._taught(task, seed), *STUDENTS[HASH], f"start.conversion.order={order}")
+        conversion = (f"start.conversion.order={order}", f"start.conversion.seed={seed}")
+        return (*self._taught(task, seed), *self._of_student(task, seed, HASH), *conversion)
+
+    def _of_student(self, task: str, seed: int, name: str) -> tuple[str, ...]:
+        epochs = SEARCH_STEPS / self._steps_per_epoch(task, seed) if name in (SINKHORN, SWAPS) else None
+        return tuple(override.format(seed=seed, search_epochs=epochs) for override in STUDENTS[name])
+
+    def _steps_per_epoch(self, task: str, seed: int) -> int:
+        """As the teacher's first step tells."""
+        with RunDirectory(self.teacher(task, seed).directory).metrics.open() as records:
+            return round(1 / json.loads(next(records))["epoch"])
 
     def _run(self, task: str, seed: int, name: str, overrides: tuple[str, ...]) -> StudyRun:
         named = (f"data.name={task}", f"seed={seed}", *self.common, *overrides)
@@ -117,15 +139,13 @@ def main() -> None:
         options.config,
         options.runs,
         tuple(options.tasks),
+        tuple(options.orders),
         options.seeds,
         tuple(options.overrides),
         tuple(options.teacher),
     )
     study.train(options.at_once)
-    options.report.mkdir(parents=True, exist_ok=True)
-    (options.report / "table.md").write_text(page(study, options))
-    draw(study, options.report / "figure.png")
-    print((options.report / "table.md").read_text())
+    write_report(options.report, page(study), partial(draw, study))
 
 
 def parse() -> argparse.Namespace:
@@ -137,21 +157,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs/bert_study"), help="where the runs are kept")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(STUDIED), metavar="NAME")
+    parser.add_argument("--orders", nargs="*", choices=TASKS, metavar="NAME", help="of --tasks; all")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side, a thread each")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.orders is None:
+        options.orders = options.tasks
+    if unknown := set(options.orders) - set(options.tasks):
+        parser.error(f"--orders {' '.join(sorted(unknown))}: not among --tasks {' '.join(options.tasks)}")
+    return options
 
 
-def page(study: Study, options: argparse.Namespace) -> str:
-    words = [
-        "python tools/bert_study.py",
-        *options.overrides,
-        *(["--teacher", *options.teacher] * bool(options.teacher)),
-    ]
+def page(study: Study) -> str:
     lines = [
         "# COMET-BERT against MoEBERT",
         "",
-        f"`{' '.join(words)}`: {study.seeds} seeds each, test part, in percent; mean ± standard deviation over seeds. "
-        f"{os.cpu_count()} cores, torch {torch.__version__.split('+')[0]}.",
+        f"`{command_given()}`: {study.seeds} seed(s) each, test part, in percent; "
+        f"mean ± standard deviation over seeds. {machine()}.",
         "",
         *students_table(study),
         "",
@@ -159,13 +180,7 @@ def page(study: Study, options: argparse.Namespace) -> str:
         "",
         "![the same as a picture](figure.png)",
         "",
-        "## Which neurons the experts take",
-        "",
-        "Hash students whose conversion prefers the most important neurons, random ones, or the least important; "
-        "before any training and after distillation.",
-        "",
-        *orders_table(study),
-        "",
+        *(orders_section(study) if study.ordered else ()),
     ]
     return "\n".join(lines)
 
@@ -210,11 +225,20 @@ def verdicts(study: Study) -> Iterator[str]:
             yield f"- {ours} is ahead of {theirs} on {len(ahead)} of {len(study.tasks)}: {', '.join(ahead) or 'none'}."
 
 
+def orders_section(study: Study) -> Iterator[str]:
+    yield from ("## Which neurons the experts take", "")
+    yield (
+        "Hash students whose conversion prefers the most important neurons, random ones, or the least important; "
+        "before any training and after distillation."
+    )
+    yield from ("", *orders_table(study), "")
+
+
 def orders_table(study: Study) -> Iterator[str]:
-    yield "| order | " + " | ".join(f"{task}: before, after" for task in study.tasks) + " |"
-    yield "| --- |" + " --- |" * len(study.tasks)
+    yield "| order | " + " | ".join(f"{task}: before, after" for task in study.ordered) + " |"
+    yield "| --- |" + " --- |" * len(study.ordered)
     for order in ORDERS:
-        yield f"| {order} | " + " | ".join(before_and_after(study, task, order) for task in study.tasks) + " |"
+        yield f"| {order} | " + " | ".join(before_and_after(study, task, order) for task in study.ordered) + " |"
 
 
 def before_and_after(study: Study, task: str, order: str) -> str:

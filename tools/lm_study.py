@@ -18,12 +18,12 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -34,7 +34,7 @@ from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import load_config
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.problems import open_problem
-from tools.studies import StudyRun, directory_name, dist_moe, spread, train_all
+from tools.studies import StudyRun, command_given, directory_name, dist_moe, machine, spread, train_all, write_report
 
 _NO_SEARCH = "model.permutation=null"
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -68,10 +68,7 @@ def main() -> None:
     runs = [(name, seed) for seed in range(options.seeds) for name in options.variants]
     train_all((study_run(*run, options) for run in runs), options.at_once)
     rows = [row for run in runs for row in rows_of(*run, options)]
-    options.report.mkdir(parents=True, exist_ok=True)
-    (options.report / "table.md").write_text(page(rows, options))
-    draw(rows, options.report / "figure.png")
-    print((options.report / "table.md").read_text())
+    write_report(options.report, page(rows, options), partial(draw, rows))
 
 
 def parse() -> argparse.Namespace:
@@ -132,14 +129,12 @@ def built(directory: Path) -> tuple[Transformer, int]:
 
 
 def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
-    words = " ".join(["python tools/lm_study.py", "--config", str(options.config), *options.overrides])
     lines = [
         "# Language models with different gates on equal tokens",
         "",
-        f"`{words}`: {options.seeds} seeds each, test part; mean ± standard deviation over seeds. MFLOPs: matrix "
-        "products of a token's forward pass, with the experts per token as measured; of training, relative to the "
-        "first row's. "
-        f"{os.cpu_count()} cores, torch {torch.__version__.split('+')[0]}.",
+        f"`{command_given()}`: {options.seeds} seed(s) each, test part; mean ± standard deviation over seeds. MFLOPs: "
+        "matrix products of a token's forward pass, with the experts per token as measured; of training, relative to "
+        f"the first row's. {machine()}.",
         "",
         "| model | bits per byte | experts per token | MFLOPs per token | FLOPs of training | parameters |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dist_moe.engine.checkpoint_files import best_of, checkpoints_of
 from dist_moe.engine.run_directory import RunDirectory
+from dist_moe.recipes.config import load_config
 
 
 @dataclass(frozen=True)
@@ -30,19 +37,36 @@ class StudyRun:
         content: dict[str, Any] = json.loads(RunDirectory(self.directory).summary.read_text())
         return content
 
-    def train(self) -> None:
-        """To its end, unless that has been done. Raises SystemExit if it fails."""
+    def train(self, keep_weights: bool = True) -> None:
+        """To its end, unless that has been done. Raises SystemExit if it fails, or if the directory has another run."""
+        self._check_same()
         if RunDirectory(self.directory).summary.exists():
             print(f"{self.directory}: trained already", flush=True)
             return
         dist_moe("train", self.config, *self.overrides, "--run-dir", self.directory, "--auto-resume")
+        if not keep_weights:
+            checkpoints = checkpoints_of(self.directory)
+            shutil.rmtree(checkpoints)
+            shutil.rmtree(best_of(checkpoints), ignore_errors=True)  # there if patience was asked for
         print(f"{self.directory}: trained", flush=True)
 
+    def _check_same(self) -> None:
+        """The directory's name does not tell all that the run depends on."""
+        recorded = RunDirectory(self.directory).config
+        if not recorded.exists():
+            return
+        there, here = load_config(recorded).plain(), load_config(self.config, self.overrides).plain()
+        changed = [f"{name}={here[name]!r}, not {there[name]!r}" for name in here if there[name] != here[name]]
+        if changed:
+            raise SystemExit(
+                f"{self.directory} has a run with another configuration: {changed[0]}; name another directory (--runs)"
+            )
 
-def train_all(runs: Iterable[StudyRun], at_once: int) -> None:
+
+def train_all(runs: Iterable[StudyRun], at_once: int, keep_weights: bool = True) -> None:
     """``at_once`` of them side by side, a thread each."""
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(StudyRun.train, runs))
+        list(pool.map(lambda run: run.train(keep_weights), runs))
 
 
 def dist_moe(*arguments: object) -> str:
@@ -57,6 +81,28 @@ def dist_moe(*arguments: object) -> str:
 def directory_name(*parts: object) -> str:
     """One name of several words: ``Top-k + balance loss``, 0 -> ``top-k_+_balance_loss-0``."""
     return "-".join(str(part).lower().replace(" ", "_") for part in parts)
+
+
+def write_report(directory: Path, page: str, draw: Callable[[Path], None]) -> None:
+    """``table.md``, which is printed too, and ``figure.png``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "table.md").write_text(page)
+    draw(directory / "figure.png")
+    print(page)
+
+
+def command_given() -> str:
+    """The command line, but for where runs and report are and how many run at once."""
+    words, aside = [], ("--runs", "--report", "--at-once")
+    for before, word in pairwise(sys.argv):
+        if not word.startswith(aside) and before not in aside:
+            words.append(word)
+    return shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *words])
+
+
+def machine() -> str:
+    """What computed the figures, for a table's caption."""
+    return f"{os.cpu_count()} cores, torch {torch.__version__.split('+')[0]}"
 
 
 def spread(numbers: Sequence[float], digits: int) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.data.labelled_text.tiny_texts import write_messages
+from tests.helpers.board import read_board
 from tests.helpers.commands import finish, start
 from tests.helpers.text_runs import write_encoder, write_text_config
 from tests.helpers.texts import write_lm_config
-from tools.studies import StudyRun, directory_name, spread
+from tools.studies import StudyRun, command_given, directory_name, spread
 
 
 def cells_of(table: Path) -> dict[str, list[str]]:
@@ -30,6 +31,21 @@ def test_spread_and_directory_names() -> None:
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"(?s)train .*nowhere.yaml.*nowhere.yaml"):
         StudyRun(tmp_path / "run", tmp_path / "nowhere.yaml", ()).train()
+
+
+def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    config = Path("configs/lm_small.yaml")
+    (tmp_path / "config.yaml").write_text(config.read_text())
+    (tmp_path / "summary.json").write_text("{}")
+    StudyRun(tmp_path, config, ()).train()
+    with pytest.raises(SystemExit, match=r"has a run with another configuration: seed=1, not 0; name another"):
+        StudyRun(tmp_path, config, ("seed=1",)).train()
+
+
+def test_the_command_can_be_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["here/lm_study.py", "model.gate={name: hash}", "--runs", "there", "--seeds", "2", "--at-once=1"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert command_given() == "python tools/lm_study.py 'model.gate={name: hash}' --seeds 2"
 
 
 @pytest.mark.slow
@@ -63,5 +79,7 @@ def test_comet_bert(tmp_path: Path) -> None:
     f1 = json.loads((tmp_path / "runs/sms-spam-top-1-seed0/summary.json").read_text())["test"]["f1"]
     assert rows["Top-1"] == [f"{100 * f1:.1f}", "1.00"]
     assert rows["dense student"][1] == "0.00"
-    assert float(rows["COMET+, swaps"][1]) >= 1
+    for name, searched in (("comet", False), ("comet+,_swaps", True)):
+        tags = read_board(tmp_path / f"runs/sms-spam-{name}-seed0").Tags()["scalars"]
+        assert any(tag.startswith("swap_search") for tag in tags) == searched
     assert {"importance", "random", "inverse"} < set(rows)
