@@ -20,7 +20,7 @@ def add_to(commands: Commands) -> None:
         help="write the weights of a run into one safetensors file, or for transformers",
         description="Write weights and buffers into one safetensors file, experts stacked by global id, with the "
         "configuration in its metadata. 'dist-moe evaluate FILE' and 'dist-moe import FILE RUN_DIR' read it. With "
-        "--hf, write a decoder language model and its tokenizer as a directory that transformers loads.",
+        "--hf, write a decoder language model or a BERT, and its tokenizer, as a directory that transformers loads.",
     )
     export.add_argument("source", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run's best or newest, or this one")
     export.add_argument("file", type=Path, nargs="?", metavar="FILE.safetensors", help="to write (without --hf)")
@@ -28,7 +28,7 @@ def add_to(commands: Commands) -> None:
     export.add_argument(
         "--architecture",
         choices=ARCHITECTURES,
-        help="of --hf (default: the first that has a place for all that the model is)",
+        help="of a decoder, with --hf (default: the first that has a place for all that the model is)",
     )
     export.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters (default: %(default)s)")
     export.set_defaults(run=_run)
@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _run_hugging_face(options: argparse.Namespace, dtype: Any) -> int:
-    from dist_moe.recipes.hugging_face import export_hugging_face
+    from dist_moe.recipes.hugging_face_export import export_hugging_face
 
     written = export_hugging_face(options.source, options.hf, dtype, options.architecture)
     print(f"{written.architecture} of {written.parameters:,} parameters in {written.directory}")

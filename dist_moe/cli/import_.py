@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
 def _run_hugging_face(options: argparse.Namespace) -> int:
     from dist_moe.models.conversion import DecoderConversionConfig
     from dist_moe.recipes.config import validate_section
-    from dist_moe.recipes.hugging_face import import_hugging_face
+    from dist_moe.recipes.hugging_face_import import import_hugging_face
 
     if options.config is None:
         raise UserError(f"{options.source} is a directory; say --config CONFIG for the rest of the run")

@@ -85,7 +85,7 @@ class TransformerConfig(MoEModelConfig):
         """Whether layer ``layer`` (from 0) is a mixture."""
         return bool(self.moe_every) and (layer + 1) % self.moe_every == 0
 
-    def build_mixture(self, run: RunShape, layer: int = 0) -> MoE:
+    def build_mixture(self, run: RunShape, layer: int) -> MoE:
         """The MoE layer of layer ``layer`` (from 0)."""
         out_std = residual_std(self.layers)
         experts = FeedForwardBank(

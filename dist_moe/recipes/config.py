@@ -176,6 +176,11 @@ class RunConfig(Settings):
         if self.parallel.expert_parallel_size > 1:
             yield f"parallel.expert_parallel_size={self.parallel.expert_parallel_size}", "1"
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step."""
+        return int(self.deepspeed.get("gradient_accumulation_steps", 1))
+
     def fitted(self, world_size: int) -> RunConfig:
         """For ``world_size`` ranks: smaller, where parallel.elastic allows it."""
         return self.model_copy(update={"parallel": self.parallel.fitted(world_size)})

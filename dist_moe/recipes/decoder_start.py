@@ -17,13 +17,15 @@ from dist_moe.recipes.decoder_start_config import DecoderStartConfig
 from dist_moe.recipes.weights import find_weights
 
 _MAY_DIFFER = {"activation_checkpointing"}
+_SPLIT = ("seed", "held_out", "characters_per_domain")
+"""What decides in which part a document is."""
 
 
 def check_decoder_start(start: DecoderStartConfig, model: TransformerConfig, data: Text) -> None:
     """Raises `UserError` for a run from which ``model`` cannot begin on ``data``, before any process group exists."""
     trained = find_weights(start.run).config
     theirs = _decoder_of(start, trained)
-    _check_tokens(start, trained, data)
+    _check_text(start, trained, data)
     if not theirs.moe_every:
         for fault in conversion_faults(theirs, model, start.conversion):
             raise UserError(f"start.run={start.run}: {fault}")
@@ -63,7 +65,8 @@ def _decoder_of(start: DecoderStartConfig, trained: RunConfig) -> TransformerCon
     return trained.model
 
 
-def _check_tokens(start: DecoderStartConfig, trained: RunConfig, data: Text) -> None:
+def _check_text(start: DecoderStartConfig, trained: RunConfig, data: Text) -> None:
+    """The same tokens; and of text that both have the same split, else the run learnt from what is tested on here."""
     assert isinstance(trained.data, TextConfig), "the configuration's checks know what fits"
     theirs = prepare_text(trained.data, progress=False)
     same = (theirs.end_of_text, theirs.vocab_size) == (data.end_of_text, data.vocab_size)
@@ -72,3 +75,15 @@ def _check_tokens(start: DecoderStartConfig, trained: RunConfig, data: Text) -> 
             f"start.run={start.run} was trained with other tokens than the data has; use its data.tokenizer, or its "
             f"data and data.vocab_size"
         )
+    for name in _SPLIT if _share_text(theirs, data) else ():
+        if theirs.manifest[name] != data.manifest[name]:
+            raise UserError(
+                f"start.run={start.run} was trained with data.{name}={theirs.manifest[name]} on some of this text, not "
+                f"{data.manifest[name]}; give the same, or name a run of the same split"
+            )
+
+
+def _share_text(one: Text, other: Text) -> bool:
+    """Whether a domain of both was read from the same files."""
+    domains, others = one.manifest["domains"], other.manifest["domains"]
+    return any(domains[name]["source"] == others[name]["source"] for name in domains.keys() & others.keys())

@@ -53,6 +53,9 @@ class Problem(ABC):
         """This rank's part of the model that the section ``model`` describes; all ranks must have seeded
         torch alike."""
 
+    def check_run(self, config: Any) -> None:  # noqa: B027 (most need nothing)
+        """Raise UserError for what a run of the configuration, new or resumed, could not train with."""
+
     def check_new_run(self, config: Any) -> None:  # noqa: B027 (most begin anywhere)
         """Raise UserError for what a new run of the configuration could not begin with."""
 

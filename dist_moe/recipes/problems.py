@@ -32,6 +32,7 @@ def open_problem(config: RunConfig, *, progress: bool) -> Problem:
 
 
 def _open_texts(config: RunConfig, data: LabelledTextConfig | QuestionsConfig, progress: bool) -> TextProblem:
+    data.check()  # before an encoder is fetched
     start = config.start if isinstance(config.start, TextStartConfig) else TextStartConfig()
     encoder = find_encoder(start, data.cache, progress=progress)
     if isinstance(data, QuestionsConfig):

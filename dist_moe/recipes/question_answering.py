@@ -30,7 +30,7 @@ class QuestionAnsweringProblem(TextProblem):
         self._longest = longest_answer
 
     def build_model(self, model: BertAnswererConfig, run: RunShape) -> BertAnswerer:
-        return model.build(self._encoder.shape, run)
+        return model.build(self.encoder.shape, run)
 
     def losses(self, predictions: tuple[Tensor, ...], label_B: Tensor) -> Tensor:
         """See :func:`span_losses`."""

@@ -30,31 +30,32 @@ class TextClassificationProblem(TextProblem):
     def __init__(self, data: LabelledText, encoder: Encoder, start: TextStartConfig) -> None:
         super().__init__(data, encoder, start)
         self._task = data.task
+        self.classes = data.task.classes
 
     @property
     def is_regression(self) -> bool:
         """Whether a number is predicted, not a class."""
-        return not self._task.classes
+        return not self.classes
 
     @property
     def num_outputs(self) -> int:
         """Width of the model's prediction: the number of classes, or 1 where a number is predicted."""
-        return len(self._task.classes) or 1
+        return len(self.classes) or 1
 
     @property
     def loss_name(self) -> str:
         return SQUARED_ERROR if self.is_regression else CROSS_ENTROPY
 
-    def check_new_run(self, config: Any) -> None:
+    def check_run(self, config: Any) -> None:
         if self.is_regression and config.model.auxiliary_head is not None:
             raise UserError(
                 f"model.auxiliary_head={config.model.auxiliary_head} follows the logits of classes, and "
                 f"data.name={config.data.name} has a number to predict; use distillation.name=moebert"
             )
-        super().check_new_run(config)
+        super().check_run(config)
 
     def build_model(self, model: BertClassifierConfig, run: RunShape) -> BertClassifier:
-        return model.build(self._encoder.shape, self.num_outputs, run)
+        return model.build(self.encoder.shape, self.num_outputs, run)
 
     def losses(self, predictions: tuple[Tensor, ...], label_B: Tensor) -> Tensor:
         """Cross-entropy of class numbers, squared error of numbers."""

@@ -43,20 +43,22 @@ class TextData(Protocol):
 class TextProblem(Problem):
     """One task of texts; gates that route by identity see the token.
 
-    ``settings``: the section of the models that fit. ``loss_name``: under which the task's loss is recorded.
+    ``settings``: the section of the models that fit. ``classes``: names, where classes are predicted. ``loss_name``:
+    under which the task's loss is recorded.
     Raises UserError if texts or tokens do not fit the encoder.
     """
 
     eval_batch = 64
 
     settings: ClassVar[type[BertConfig]]
+    classes: tuple[str, ...] = ()
     train: LabelledTable
 
     def __init__(self, data: TextData, encoder: Encoder, start: TextStartConfig) -> None:
         _check_fit(data, encoder)
         self.train, self.val, self.test = data.train, data.val, data.test
         self.manifest: dict[str, Any] = data.manifest | {"encoder": encoder.provenance}
-        self._encoder = encoder
+        self.encoder = encoder
         self._start = start
 
     def example_shape(self) -> ExampleShape:
@@ -77,15 +79,18 @@ class TextProblem(Problem):
         loss_B = self.losses(tuple(map(at_least_fp32, output.predictions)), batch.label_B)
         return {self.loss_name: loss_B.sum() / batch.examples_in_step}
 
-    def check_new_run(self, config: Any) -> None:
-        """What it starts from and whom it follows are there, and fit. Raises `UserError`."""
-        check_start(self._start, config.model, config.data)
-        with torch.device("meta"):
-            model = self.build_model(config.model, self._shape_of_run(config, SingleWorld()))
-        rehearse_start(model, config.model, self._start, self._encoder, self._rehearsed)
+    def check_run(self, config: Any) -> None:
+        """The teacher is there, and fits. Raises `UserError`."""
         if config.distillation is not None:
             check_teacher(config.distillation.teacher, config)
             self._rehearsed(config.distillation.teacher)
+
+    def check_new_run(self, config: Any) -> None:
+        """What it starts from is there, and fits. Raises `UserError`."""
+        check_start(self._start, config.model, config.data)
+        with torch.device("meta"):
+            model = self.build_model(config.model, self._shape_of_run(config, SingleWorld()))
+        rehearse_start(model, config.model, self._start, self.encoder, self._rehearsed)
 
     def first_weights(self, model: BertModel, settings: BertConfig) -> None:
         """Those of the encoder or of the run that the configuration names, converted where there are experts."""
@@ -93,7 +98,7 @@ class TextProblem(Problem):
             model,
             settings,
             self._start,
-            self._encoder,
+            self.encoder,
             open_run=lambda path: self.trained(path, SingleWorld()),
             importance=self._importance,
         )
@@ -144,7 +149,7 @@ class TextProblem(Problem):
 
     @cached_property
     def _token_counts(self) -> Tensor:
-        return torch.from_numpy(np.bincount(self.train.token_M, minlength=self._encoder.shape.vocab))
+        return torch.from_numpy(np.bincount(self.train.token_M, minlength=self.encoder.shape.vocab))
 
 
 def _check_fit(data: TextData, encoder: Encoder) -> None:

@@ -55,10 +55,13 @@ def check_start(start: TextStartConfig, model: BertConfig, data: LabelledTextCon
         if getattr(trained.data, "name", None) == data.name:
             _check_same_split("start.run", start.run, trained.data, data)
     elif _needs_importance(start, model):
+        without = "start.conversion.order=random"
+        if model.hidden is None:
+            without += " or start.conversion.method=copies"
         raise UserError(
-            "start.run is not given, and start.conversion.order=importance needs it: what matters is known only of a "
-            "dense model that was trained on the task. Remedy: train one with model.moe_every=0 and name its run, or "
-            "set start.conversion.order=random or start.conversion.method=copies"
+            f"start.run is not given, and start.conversion.order={start.conversion.order} needs it: what matters is "
+            f"known only of a dense model that was trained on the task. Remedy: train one with model.moe_every=0 and "
+            f"name its run, or set {without}"
         )
 
 

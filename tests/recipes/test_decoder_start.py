@@ -95,6 +95,9 @@ def test_a_run_with_experts_goes_on_as_it_is(imported: Path, config: Path, tmp_p
     masters = [key for key in before if key.endswith("|master")]
     assert masters
     assert [key for key in masters if not before[key].equal(after[key])] == []
+    third = ["train", "--run-dir", tmp_path / "third", config, *EXPERTS, *frozen, f"start.run={first}"]
+    message = refusal(*third, "model.num_experts=2")
+    assert "has experts, and model.num_experts=4, not 2; take the section model of its config.yaml" in message
 
 
 def test_the_summary_says_what_a_token_costs(dense: Path, imported: Path, config: Path, tmp_path: Path) -> None:
@@ -121,6 +124,9 @@ def test_refusals(
     assert f"start.run={imported}: model.dim=24, but the dense model has 12" in refusal(*begin, "model.dim=24")
     assert "use model.expert_hidden=20" in refusal(*begin, "model.moe_every=1", "model.expert_hidden=21")
     assert "was trained with other tokens" in refusal(*begin, "data.tokenizer=null")
+    for other in ("data.seed=1", "data.held_out=0.3", "data.characters_per_domain=null"):
+        field = other.partition("=")[0]
+        assert f"was trained with {field}=" in refusal(*begin, other)
     without = write_lm_config(tmp_path / "without", tiny_text, model=SIZES | {"moe_every": 0})
     asked = refusal("import", llama, tmp_path / "x", "--config", without)
     assert f"use data.tokenizer={llama}" in asked
@@ -128,5 +134,20 @@ def test_refusals(
     assert "start: for model.name=bert_classifier or bert_answerer, not recommender" in refusal(
         "train", "--run-dir", tmp_path / "run", recommender, "start={}"
     )
+    succeed(1, "train", "--run-dir", tmp_path / "other", recommender, "train.max_steps=1")
+    assert f"start.run={tmp_path / 'other'} is a run of model.name=recommender; name one of" in refusal(
+        "train", "--run-dir", tmp_path / "run", config, f"start.run={tmp_path / 'other'}"
+    )
     assert "start.run: required, but not given" in refusal("train", "--run-dir", tmp_path / "run", config, "start={}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_without_rows_are_refused(llama: Path, config: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(llama, tmp_path / "llama")
+    tokenizer = byte_level()
+    rows = tokenizer.get_vocab_size() + 12
+    tokenizer.add_tokens([f"word {i}" for i in range(13)])
+    tokenizer.save(str(copied / "tokenizer.json"))
+    message = refusal("import", copied, tmp_path / "run", "--config", config)
+    assert f"tokenizer.json has tokens up to id {rows}, the embedding beside it {rows} rows; take the tokens" in message
     assert not (tmp_path / "run").exists()

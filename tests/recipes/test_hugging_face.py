@@ -78,6 +78,7 @@ def test_a_sharded_checkpoint_exports_to_the_same_bytes(sharded: Path, exported:
     assert names == {
         "config.json", "model.safetensors", "modeling_dist_moe.py", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1, "all are as readable"
     for name in names:
         assert (exported / name).read_bytes() == (tmp_path / "exported" / name).read_bytes(), name
 

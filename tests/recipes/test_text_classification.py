@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from dist_moe.errors import UserError
@@ -154,13 +156,16 @@ def test_what_the_teacher_adds_by_a_loop(
     assert first["teacher_prediction"] == pytest.approx(0.5 * divergence / 16, rel=1e-3)
 
 
-def test_tokens_are_routed_and_padding_is_not(config: Path, students: dict[int, Path]) -> None:
-    """Every token of every text of a step goes to an expert of both layers."""
-    tokens = problem_of(config).train.length_N
-    for record in records_of(students[1]):
+def test_tokens_are_routed_and_padding_is_not(students: dict[int, Path]) -> None:
+    """Every token of every text of a step goes to one or two experts of both layers."""
+    feed = plan_resumed_run(students[1], []).feed
+    for step, record in enumerate(records_of(students[1])):
+        (batch,) = feed.micro_batches(step)
+        tokens = int(batch.length_B.sum())
+        assert tokens < batch.token_BS.numel(), "there is padding"
         for load_E in record["load"]:
-            assert 16 * int(tokens.min()) <= sum(load_E) <= 2 * 16 * int(tokens.max())
-        assert 1 <= record["active_experts"] <= 2
+            assert tokens <= sum(load_E) <= 2 * tokens
+        assert record["active_experts"] == pytest.approx(sum(map(sum, record["load"])) / 2 / tokens)
 
 
 def test_a_teacher_is_no_part_of_what_is_kept(students: dict[int, Path]) -> None:
@@ -229,7 +234,11 @@ def test_the_ids_of_tokens_are_counted(config: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (STUDENT, r"start\.run is not given, and start\.conversion\.order=importance needs it"),
+        (STUDENT, r"start\.run is not given, and start\.conversion\.order=importance needs it.* or .*method=copies$"),
+        (
+            ["model.hidden=8", "start.conversion.method=copies", "start.conversion.order=inverse"],
+            r"start\.run is not given, and start\.conversion\.order=inverse .*set start\.conversion\.order=random$",
+        ),
         (["start.run={student}"], r"start\.run=.*its model has experts; name a run with model\.moe_every=0"),
         (["start.run={absent}"], r"absent"),
         (["distillation.teacher={absent}"], r"absent"),
@@ -279,6 +288,8 @@ def test_what_a_run_cannot_begin_with(
         ("distillation=null", "distillation=None"),
         ("distillation.weight=2", "distillation={'weight': 2.0, 'name': 'moebert'}"),
         ("start.conversion.shared=3", "start.conversion={"),
+        ("start.importance_examples=7", "start.importance_examples=7"),
+        ("start.run=null", "start.run=None"),
     ],
 )
 def test_a_run_that_goes_on_follows_its_teacher_as_before(students: dict[int, Path], override: str, field: str) -> None:
@@ -286,8 +297,13 @@ def test_a_run_that_goes_on_follows_its_teacher_as_before(students: dict[int, Pa
         plan_resumed_run(students[1], [override])
 
 
-def test_a_teacher_may_have_moved(students: dict[int, Path], teachers: dict[int, Path]) -> None:
-    assert plan_resumed_run(students[1], [f"distillation.teacher={teachers[2]}"]).checkpoint
+def test_a_teacher_may_have_moved(students: dict[int, Path], teachers: dict[int, Path], tmp_path: Path) -> None:
+    moved = shutil.copytree(teachers[1], tmp_path / "moved")
+    assert plan_resumed_run(students[1], [f"distillation.teacher={moved}"]).checkpoint
+    recorded = load_config(moved / "config.yaml", ["data.seed=1"])
+    (moved / "config.yaml").write_text(yaml.safe_dump(recorded.plain()))
+    with pytest.raises(UserError, match=r"distillation\.teacher=.* was trained with data\.seed=1, not 0"):
+        plan_resumed_run(students[1], [f"distillation.teacher={moved}"])
 
 
 def test_a_model_that_is_asked_again_knows_how_long_its_run_was(

@@ -75,7 +75,7 @@ class DenseFeedForward(nn.Module):
 class ExpertFeedForward(nn.Module):
     """A mixture of experts in its place: of whole blocks, or (``norm``) of networks within one residual and LayerNorm.
 
-    ``token_T``: token ids, for gates that route by identity.
+    ``token_T``: token ids, for gates that route by identity; None if they are not known.
     """
 
     def __init__(self, moe: MoE, norm: nn.LayerNorm | None, dropout: float) -> None:
@@ -84,7 +84,7 @@ class ExpertFeedForward(nn.Module):
         self.norm = norm
         self.dropout = dropout
 
-    def forward(self, x_TD: Tensor, token_T: Tensor) -> tuple[Tensor, MoEOutput | None]:
+    def forward(self, x_TD: Tensor, token_T: Tensor | None) -> tuple[Tensor, MoEOutput | None]:
         mixed: MoEOutput = self.moe(x_TD, token_T)
         (y_TD,) = mixed.outputs
         if self.norm is None:

@@ -5,6 +5,7 @@
     checkpoint.into(model)                                   # its head stays as it is where there is none
     write_hugging_face(model, other)                         # as BertForSequenceClassification, ...QuestionAnswering
     write_hugging_face(model, other, like=checkpoint)        # as it was read, to the bit
+    write_with_experts(model, config, other)                 # see hugging_face_experts
 
 Every tensor of a file is accounted for by name: it is a parameter of ours, a constant that is checked, or of the
 heads of pre-training, which ``left_out`` names. Anything else is refused.
@@ -12,6 +13,7 @@ heads of pre-training, which ``left_out`` names. Anything else is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,25 @@ import torch
 from torch import Tensor
 
 from dist_moe.errors import UserError
+from dist_moe.models.bert.answerer import BertAnswerer
 from dist_moe.models.bert.classifier import BertClassifier
 from dist_moe.models.bert.model import ABOVE, AUXILIARY, BertModel
 from dist_moe.models.bert.shape import BertShape
-from dist_moe.models.hugging_face.files import WEIGHTS, check_names, read_config, read_tensors, write_directory
+from dist_moe.models.hugging_face.files import (
+    WEIGHTS,
+    check_names,
+    dtype_fields,
+    read_config,
+    read_tensors,
+    tensors_of,
+    write_directory,
+)
 
 PREFIX = "bert."
 POSITION_IDS = "embeddings.position_ids"
 HEADS = ("classifier.", "qa_outputs.")
 """How names begin that never have the prefix."""
+HEADS_OF_OURS = (BertClassifier.head, BertAnswerer.head)
 
 _MODULES = {
     "encoder.embeddings.token": "embeddings.word_embeddings",
@@ -75,7 +87,7 @@ class BertCheckpoint:
     has_position_ids: bool
 
     def into(self, model: BertModel) -> None:
-        """Fill a dense model; its head keeps its first values if the checkpoint has none.
+        """Fill a dense model; its pooler and its head keep their first values if the checkpoint has none.
 
         Raises UserError if the sizes differ, for example the number of labels.
         """
@@ -121,45 +133,80 @@ def read_hugging_face(directory: Path) -> BertCheckpoint:
     return BertCheckpoint(shape, weights, config, left_out, prefixed, position_ids is not None)
 
 
-def write_hugging_face(model: BertModel, directory: Path, like: BertCheckpoint | None = None) -> None:
+def write_hugging_face(
+    model: BertModel,
+    directory: Path,
+    like: BertCheckpoint | None = None,
+    *,
+    labels: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    padding: int | None = None,
+) -> str:
     """Write a dense model as a directory that transformers loads, with its head, or ``like`` another one.
 
-    ``like``: the checkpoint whose names and config.json are used; without a head if that has none.
-    An auxiliary head is left out. Raises UserError for a model with experts, or if the directory has weights already
-    or cannot be written.
+    ``like``: the checkpoint whose names and config.json are used; without a head if that has none. Without it:
+    ``labels``: names of a classifier's classes, in the order of their numbers; ``dtype``: of the parameters (None: as
+    they are); ``padding``: the id that fills rows up. An auxiliary head is left out. Returns the name of
+    transformers' class.
+    Raises UserError for a model with experts, for one whose head ``like`` has not but another, or if the directory has
+    weights already or cannot be written; for another number of labels than the model has.
     """
     if len(model.dense_layers()) < model.shape.layers:
-        raise UserError("a model with experts is no BertModel; write a dense one")
+        raise UserError("a model with experts is no BertModel; write it with write_with_experts")
+    others = [head for head in HEADS_OF_OURS if like is not None and _has(like, head)]
+    if others and model.head not in others:
+        raise UserError(f"the model's head is {model.head}*, that of like is {others[0]}*; write it without like")
     names = name_map(model.shape.layers)
     tensors: dict[str, Tensor] = {
-        _written(names[name], like): parameter
-        for name, parameter in model.named_parameters()
+        written_name(names[name], prefixed=like is None or like.prefixed): tensor
+        for name, tensor in tensors_of(model, dtype, {}).items()
         if not name.startswith(AUXILIARY) and (like is None or name in like.weights)
     }
     if like is not None and like.has_position_ids:
-        tensors[_written(POSITION_IDS, like)] = torch.arange(model.shape.positions).unsqueeze(0)
-    write_directory(directory, _config(model, like), tensors)
+        tensors[written_name(POSITION_IDS, prefixed=like.prefixed)] = torch.arange(model.shape.positions).unsqueeze(0)
+    content = config_of(model, labels, dtype, padding) if like is None else _config_like(model, like)
+    write_directory(directory, content, tensors)
+    return class_of(model)
 
 
-def _config(model: BertModel, like: BertCheckpoint | None) -> dict[str, Any]:
-    sizes = model.shape.to_hugging_face()
-    if like is not None:
-        return like.config if like.shape == model.shape else like.config | sizes
+def _has(checkpoint: BertCheckpoint, part: str) -> bool:
+    return any(name.startswith(part) for name in checkpoint.weights)
+
+
+def config_of(
+    model: BertModel, labels: Sequence[str], dtype: torch.dtype | None, padding: int | None
+) -> dict[str, Any]:
+    """The content of ``config.json``. No ``labels``: LABEL_0, LABEL_1, ... Raises UserError for too few or too many."""
     dropout = {"hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": model.dropout}
-    return sizes | dropout | _head_config(model)
+    content = model.shape.to_hugging_face() | dropout | {"architectures": [class_of(model)], "pad_token_id": padding}
+    content |= dtype_fields(dtype or model.encoder.embeddings.token.weight.dtype)
+    return content | (_label_fields(model, labels) if isinstance(model, BertClassifier) else {})
 
 
-def _head_config(model: BertModel) -> dict[str, Any]:
-    if not isinstance(model, BertClassifier):
-        return {"architectures": ["BertForQuestionAnswering"]}
-    labels = {f"LABEL_{i}": i for i in range(model.num_labels)}
-    named = {str(i): label for label, i in labels.items()}
-    return {"architectures": ["BertForSequenceClassification"], "label2id": labels, "id2label": named}
+def class_of(model: BertModel) -> str:
+    """transformers' name of a BERT with the same head."""
+    return "BertForSequenceClassification" if isinstance(model, BertClassifier) else "BertForQuestionAnswering"
 
 
-def _written(name: str, like: BertCheckpoint | None) -> str:
-    prefixed = like is None or like.prefixed
+def written_name(name: str, *, prefixed: bool = True) -> str:
+    """``name`` as a checkpoint with a head has it."""
     return PREFIX + name if prefixed and not name.startswith(HEADS) else name
+
+
+def _config_like(model: BertModel, like: BertCheckpoint) -> dict[str, Any]:
+    return like.config if like.shape == model.shape else like.config | model.shape.to_hugging_face()
+
+
+def _label_fields(model: BertClassifier, labels: Sequence[str]) -> dict[str, Any]:
+    named = dict(enumerate(labels or (f"LABEL_{i}" for i in range(model.num_labels))))
+    if len(named) != model.num_labels:
+        raise UserError(f"labels={list(labels)}: the model has {model.num_labels}; name each of them")
+    kind = "regression" if model.num_labels == 1 else "single_label_classification"
+    return {
+        "id2label": {str(i): label for i, label in named.items()},
+        "label2id": {label: i for i, label in named.items()},
+        "problem_type": kind,
+    }
 
 
 def _plain(name: str) -> str:

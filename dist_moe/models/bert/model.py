@@ -111,9 +111,10 @@ class BertConfig(MoEModelConfig):
             raise UserError(
                 f"model.moe_every={self.moe_every}: the encoder has {shape.layers} layers; use 0 for a dense model"
             )
-        return [self._feed_forward(shape, layer, run) for layer in range(shape.layers)]
+        return [self.feed_forward(shape, layer, run) for layer in range(shape.layers)]
 
-    def _feed_forward(self, shape: BertShape, layer: int, run: RunShape) -> FeedForward:
+    def feed_forward(self, shape: BertShape, layer: int, run: RunShape) -> FeedForward:
+        """The block of layer ``layer`` alone."""
         if not self.has_experts(layer):
             return DenseFeedForward(self.fitted(shape), self.dropout)
         moe = self.build_layer(self._experts(shape, run), 1, run, layer=layer)
@@ -185,13 +186,13 @@ class BertModel(MoEModel):
         return BertOutput(predictions, layers, ragged.real_BS, kept, auxiliary_BC)
 
     def place(self, weights: Mapping[str, Tensor], fresh: Sequence[str] = ()) -> None:
-        """Copy in weights by name, as :func:`place_weights` does; a head that ``weights`` lacks keeps its first values.
+        """Copy in weights by name, as :func:`place_weights` does; a pooler or head that ``weights`` lacks stays.
 
         What stands above the encoder of another kind of model is left out. Raises UserError naming what does not fit.
         """
         ours = {name for name, _ in self.named_parameters()}
         fitting = {name: value for name, value in weights.items() if name in ours or not name.startswith(ABOVE)}
-        lacking = [head for head in (self.head, AUXILIARY) if not any(name.startswith(head) for name in fitting)]
+        lacking = [part for part in ABOVE if not any(name.startswith(part) for name in fitting)]
         place_weights(self, fitting, (*fresh, *lacking))
 
     def dense_layers(self) -> dict[int, DenseFeedForward]:

@@ -16,7 +16,7 @@ from dist_moe import kernels
 
 @dataclass(frozen=True)
 class Ragged:
-    """Which of B x S places hold tokens: in each sequence the first ones.
+    """Which of B x S places hold tokens.
 
     ``place_T``: (T,) int64, the places of the tokens among the B * S, rising. ``start_B``: the row of each
     sequence's first token. ``real_BS``: whether a place holds a token.
@@ -28,7 +28,7 @@ class Ragged:
 
     @classmethod
     def of(cls, length_B: Tensor, most: int) -> Ragged:
-        """For sequences of ``length_B`` tokens each, padded to ``most``. Waits for the device once: for T.
+        """For sequences of ``length_B`` tokens each, the first of ``most`` places. Waits for the device once: for T.
 
         Raises ValueError for a length that does not lie in 1..most (on an accelerator an error without words).
         """
@@ -37,7 +37,12 @@ class Ragged:
             torch._assert_async(fits_B.all())
         elif not fits_B.all():
             raise ValueError(f"lengths must lie in 1..{most}, got {length_B[~fits_B].tolist()}")
-        real_BS = torch.arange(most, device=length_B.device) < length_B.unsqueeze(1)
+        return cls.where(torch.arange(most, device=length_B.device) < length_B.unsqueeze(1))
+
+    @classmethod
+    def where(cls, real_BS: Tensor) -> Ragged:
+        """For tokens at any places. Waits for the device once: for T."""
+        length_B = real_BS.sum(1)
         return cls(real_BS.flatten().nonzero().squeeze(1), length_B.cumsum(0) - length_B, real_BS)
 
     @property

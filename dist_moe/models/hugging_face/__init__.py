@@ -1,1 +1,1 @@
-"""Hugging Face checkpoint directories, in and out. Only ``modeling_dist_moe`` needs transformers."""
+"""Hugging Face checkpoint directories, in and out. Only ``modeling_*`` need transformers."""

@@ -11,8 +11,7 @@ Every tensor is accounted for by name, and anything else is refused. Needs no tr
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +38,19 @@ from dist_moe.models.hugging_face.decoder_names import (
     to_ours,
     to_theirs,
 )
-from dist_moe.models.hugging_face.files import WEIGHTS, check_names, read_config, read_tensors, write_directory
-from dist_moe.models.hugging_face.remote_code import AUTO_MAP, MODULE, SOURCE
+from dist_moe.models.hugging_face.files import (
+    WEIGHTS,
+    check_names,
+    dtype_fields,
+    read_config,
+    read_tensors,
+    tensors_of,
+    write_directory,
+)
+from dist_moe.models.hugging_face.remote_code import DECODER
+from dist_moe.models.hugging_face.tokenizer_files import write_tokenizer
 from dist_moe.models.placed_weights import place_weights
 from dist_moe.models.transformer import Transformer, TransformerConfig
-
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-IMPORTS = "imports"
 
 
 @dataclass(frozen=True)
@@ -120,48 +125,16 @@ def write_decoder(
         same = write_decoder_config(like.config, like.vocab_size, architecture, **options) == content
         content = like.content if same else {**like.content, **content}
     else:
-        content |= _dtype_fields(dtype or model.embedding.weight.dtype)
+        content |= dtype_fields(dtype or model.embedding.weight.dtype)
     if architecture == "dist_moe":
-        content |= {"auto_map": AUTO_MAP, IMPORTS: list(imports)}
-    tensors = to_theirs(config, architecture, _state(model, dtype, like.weights if like else {}))
+        content |= DECODER.fields(imports)
+    tensors = to_theirs(config, architecture, tensors_of(model, dtype, like.weights if like else {}))
     if like is not None and like.has_tied_head:
         tensors[HEAD] = tensors[TIED_TO].clone()
     write_directory(directory, content, tensors)
-    _write_beside(directory, architecture, tokenizer, positions, end_of_text)
-    return architecture
-
-
-def _state(model: Transformer, dtype: torch.dtype | None, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters in the precision that is wanted, buffers as they are."""
-    parameters = dict(model.named_parameters())
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    for name in parameters.keys() & state.keys():
-        state[name] = state[name].to(dtype or (like[name].dtype if name in like else state[name].dtype))
-    return state
-
-
-def _dtype_fields(dtype: torch.dtype) -> dict[str, str]:
-    """Versions of transformers before 5 look for the second."""
-    return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-
-
-def _write_beside(
-    directory: Path,
-    architecture: Architecture,
-    tokenizer: Tokenizer | None,
-    positions: int,
-    end_of_text: int | None,
-) -> None:
-    files: dict[str, str] = {}
     if architecture == "dist_moe":
-        files[f"{MODULE}.py"] = SOURCE
+        DECODER.write(directory)
     if tokenizer is not None:
-        about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": positions}
-        if end_of_text is not None:
-            about |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.id_to_token(end_of_text))
-        files |= {TOKENIZER: tokenizer.to_str(pretty=True), TOKENIZER_CONFIG: json.dumps(about, indent=2) + "\n"}
-    try:
-        for name, text in files.items():
-            (directory / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error}") from error
+        end = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
+        write_tokenizer(directory, tokenizer, positions, dict.fromkeys(("bos_token", "eos_token"), end))
+    return architecture

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import ValidationError
-
 from dist_moe.errors import UserError
 from dist_moe.gates import TopKConfig
 from dist_moe.gates.top_k import Scores
+from dist_moe.models.hugging_face.fields import CONTEXT, MIXTURE, followed
 from dist_moe.models.transformer import TransformerConfig
 
 Architecture = Literal["llama", "mixtral", "olmoe", "dist_moe"]
@@ -27,9 +26,6 @@ CLASSES = {
     "olmoe": "OlmoeForCausalLM",
     "dist_moe": "DistMoEForCausalLM",
 }
-MIXTURE, CONTEXT = "mixture", "gate_context"
-"""Fields of our own architecture: of TransformerConfig, those that Llama's have no place for; and ``total_steps``."""
-
 _SIZES = {
     "layers": "num_hidden_layers",
     "dim": "hidden_size",
@@ -106,11 +102,8 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
         }
     else:
         fields |= {"dense_hidden": content["intermediate_size"], **content[MIXTURE]}
-    try:
+    with followed():
         return TransformerConfig(**fields), content["vocab_size"]
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise UserError(f"the Hugging Face configuration cannot be followed: {faults}") from error
 
 
 def write_decoder_config(

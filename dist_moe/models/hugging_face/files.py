@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_moe.errors import UserError
 
@@ -58,8 +60,26 @@ def write_directory(directory: Path, config: Mapping[str, Any], tensors: Mapping
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(whole, directory / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # the library's files are for their owner's eyes only
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory} cannot be written: {error}") from error
+
+
+def tensors_of(model: nn.Module, dtype: torch.dtype | None, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of ``model.state_dict()``: parameters in the precision ``dtype``, buffers as they are.
+
+    None: that of the same parameter in ``like``, or else as it is.
+    """
+    parameters = dict(model.named_parameters())
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for name in parameters.keys() & tensors.keys():
+        tensors[name] = tensors[name].to(dtype or (like[name].dtype if name in like else tensors[name].dtype))
+    return tensors
+
+
+def dtype_fields(dtype: torch.dtype) -> dict[str, str]:
+    """Of config.json; versions of transformers before 5 look for the second."""
+    return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -132,8 +132,18 @@ def test_the_head_of_an_answerer_comes_and_goes(tmp_path: Path) -> None:
     write_hugging_face(model, tmp_path / "again", like=checkpoint)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "answers" / name).read_bytes()
-    with pytest.raises(UserError, match=r"it has no pooler\.bias; it has no pooler\.weight"):
-        checkpoint.into(fresh())
+    classifier = fresh()
+    pooler = classifier.pooler.weight.clone()
+    checkpoint.into(classifier)
+    assert torch.equal(classifier.pooler.weight, pooler)
+    assert torch.equal(classifier.encoder.embeddings.token.weight, answerer().encoder.embeddings.token.weight)
+
+
+def test_a_head_is_not_lost_in_the_layout_of_another(tmp_path: Path) -> None:
+    for name, model, other in (("classes", dense(), answerer()), ("answers", answerer(), dense())):
+        write_hugging_face(model, tmp_path / name)
+        with pytest.raises(UserError, match=rf"the model's head is {other.head}\*, that of like is {model.head}\*"):
+            write_hugging_face(other, tmp_path / "other", like=read_hugging_face(tmp_path / name))
 
 
 def test_positions_that_are_not_counted_up_are_refused(directory: Path) -> None:

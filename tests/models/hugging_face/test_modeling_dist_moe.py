@@ -90,6 +90,15 @@ def test_same_logits_and_weights_under_any_gate(tmp_path: Path, case: str) -> No
             assert torch.equal(block.moe.get_parameter(name), parameter), name
 
 
+def test_a_fresh_model_draws_another_hash_table_in_every_layer(tmp_path: Path) -> None:
+    write_decoder(make_transformer(gate=HashRoutingConfig(), moe_every=1), tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    one, other, *_ = (dict(block.moe.gates[0].named_buffers()) for block in fresh.blocks)
+    assert one.keys() == other.keys()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("case", ["comet", "hash"])
 def test_generation_with_a_cache_is_ours_without(tmp_path: Path, case: str) -> None:
     """Hash routing sees the tokens of each step, padding on the left is masked: both are transformers' own doing."""
@@ -129,6 +138,8 @@ def test_saved_by_transformers_and_loaded_again(tmp_path: Path) -> None:
     with torch.no_grad():
         again = load(tmp_path / "second")(input_ids=token_BS).logits
         torch.testing.assert_close(again, ours(token_BS).predictions[0], rtol=1e-5, atol=1e-5)
+    code = [(tmp_path / name / "modeling_dist_moe.py").read_text() for name in ("first", "second")]
+    assert code[0] == code[1]
 
 
 def test_importing_our_models_needs_no_transformers() -> None:

@@ -1,13 +1,11 @@
-"""Runs of decoder language models as Hugging Face directories, and such directories as the start of a run."""
+"""Hugging Face directories of decoder language models as the start of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from dist_moe.engine.checkpoint_files import checkpoints_of
@@ -22,8 +20,9 @@ from dist_moe.models.conversion.decoder import (
     convert_decoder,
     width_of_experts,
 )
-from dist_moe.models.hugging_face.decoder import TOKENIZER, DecoderCheckpoint, read_decoder, write_decoder
-from dist_moe.models.hugging_face.decoder_config import CLASSES, Architecture
+from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, read_decoder
+from dist_moe.models.hugging_face.decoder_config import CLASSES
+from dist_moe.models.hugging_face.tokenizer_files import TOKENIZER
 from dist_moe.models.placed_weights import ROUTERS, place_weights
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.config import RunConfig, override, validate_config
@@ -31,47 +30,8 @@ from dist_moe.recipes.language_model import LanguageModelProblem
 from dist_moe.recipes.models import build_model
 from dist_moe.recipes.overrides import Content, parse_override, read_yaml
 from dist_moe.recipes.problems import open_problem
-from dist_moe.recipes.weights import find_weights
 
 _SIZES = TransformerConfig.model_fields.keys() - OF_MIXTURES - {"name"}
-
-
-@dataclass(frozen=True)
-class HuggingFaceExport:
-    """``architecture``: transformers' class. ``parameters``: how many the model has."""
-
-    directory: Path
-    architecture: str
-    parameters: int
-
-
-def export_hugging_face(
-    source: Path, directory: Path, dtype: torch.dtype, architecture: Architecture | None = None
-) -> HuggingFaceExport:
-    """``dist-moe export --hf``: a run, checkpoint or exported file as a directory that transformers loads.
-
-    The same bytes whatever layout wrote the checkpoint. ``architecture``: None is the plainest that fits.
-    Raises UserError, also if the model is no decoder or ``architecture`` has no place for all of it.
-    """
-    weights = find_weights(source)
-    config = weights.config
-    if not isinstance(config.model, TransformerConfig):
-        raise UserError(f"model.name={config.model.name} is none that transformers knows; a transformer can be written")
-    problem, model = _open(config)
-    weights.load(model)
-    steps_per_epoch = len(problem.train) // config.train.batch_size
-    written = write_decoder(
-        model,
-        directory,
-        architecture=architecture,
-        dtype=dtype,
-        positions=problem.tokens_per_example,
-        total_steps=config.train.total_steps(steps_per_epoch),
-        tokenizer=problem.tokenizer,
-        end_of_text=problem.end_of_text,
-        imports=config.imports,
-    )
-    return HuggingFaceExport(directory, CLASSES[written], sum(p.numel() for p in model.parameters()))
 
 
 def import_hugging_face(
@@ -137,14 +97,19 @@ def _fitted(
 
 def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, problem: LanguageModelProblem) -> None:
     """The data's tokens must be those of the checkpoint: as many, and where it has a tokenizer, the same."""
-    size = problem.vocab_size
+    size, path = problem.vocab_size, source / TOKENIZER
+    tokens = _tokens_of(path) if path.is_file() else None
+    if tokens is not None and max(tokens.values()) >= checkpoint.vocab_size:
+        raise UserError(
+            f"{path} has tokens up to id {max(tokens.values())}, the embedding beside it {checkpoint.vocab_size} rows; "
+            f"take the tokens without rows out of it"
+        )
     if size != checkpoint.vocab_size:
         raise UserError(
             f"{source} has a vocabulary of {checkpoint.vocab_size} tokens, the data one of {size}; use data.tokenizer="
             f"{source}, or the data and data.vocab_size with which the checkpoint was trained"
         )
-    path = source / TOKENIZER
-    if path.is_file() and _tokens_of(path) != problem.tokenizer.get_vocab():
+    if tokens is not None and tokens != problem.tokenizer.get_vocab():
         raise UserError(
             f"{path} is not the tokenizer of the data; use data.tokenizer={source}, or the data of the checkpoint"
         )

@@ -1,0 +1,103 @@
+"""What our architectures have in common inside of transformers, to be mixed into its classes. Needs no transformers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dist_moe.gates import GateContext
+from dist_moe.layer import MoEOutput
+from dist_moe.models.hugging_face.remote_code import RemoteCode
+from dist_moe.models.moe_model import RunShape
+from dist_moe.parallel import SingleWorld
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+_FIRST_VALUES = "_first_values"
+
+
+class MixtureBlock(nn.Module):
+    """A module with an MoE layer. ``ids_BS``: tokens of the coming pass. ``mixture``: what the last one gave."""
+
+    ids_BS: Tensor | None = None
+    mixture: MoEOutput | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy begins without a pass."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("ids_BS", "mixture")}
+
+
+class WithMixtures:
+    """For a model of transformers: what its MoE layers begin with, what they did, and their part of the loss.
+
+    ``remote_code``: what is saved with it. A pass that is computed again would not find its tokens, so gradient
+    checkpointing is refused.
+    """
+
+    remote_code: ClassVar[RemoteCode]
+    supports_gradient_checkpointing = False
+    training: bool
+    config: Any
+
+    @property
+    def blocks(self) -> list[MixtureBlock]:
+        """By layer."""
+        return [module for module in self.modules() if isinstance(module, MixtureBlock)]  # type: ignore[attr-defined]
+
+    @property
+    def mixtures(self) -> list[MoEOutput]:
+        """Of the last forward pass, by layer: routes, auxiliary losses, loads."""
+        return [block.mixture for block in self.blocks if block.mixture is not None]
+
+    def forward_with_losses(self, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``theirs`` gives; in training its loss, if it has one, includes the gates' auxiliary losses."""
+        asked = kwargs.pop("return_dict", None)
+        output = theirs(*args, **kwargs, return_dict=True)
+        if self.training and output.loss is not None:
+            output.loss = output.loss + sum(loss for mixture in self.mixtures for loss in mixture.aux.values())
+        return output if (self.config.return_dict if asked is None else asked) else output.to_tuple()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers saves, but for the module that goes along: it would copy one that hides whose it is."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        self.remote_code.write(Path(save_directory))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Parts of MoE layers begin by their own rules, all else by transformers'."""
+        if not hasattr(module, _FIRST_VALUES):
+            super()._init_weights(module)  # type: ignore[misc]
+            return
+        for name, value in getattr(module, _FIRST_VALUES).items():
+            module.get_buffer(name).copy_(value)
+
+
+def takes_inputs_of(theirs: Callable[..., Any]) -> Callable[[Forward], Forward]:
+    """For a forward that hands everything on to ``theirs``: transformers' Trainer and pipelines ask for its inputs."""
+
+    def declare(forward: Forward) -> Forward:
+        forward.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
+        return forward
+
+    return declare
+
+
+def run_of(vocab_size: int, context: Mapping[str, Any] | None) -> RunShape:
+    """One process, which does not know how often tokens occur: what is made from that is in the checkpoint."""
+    total_steps = (context or {}).get("total_steps")
+    return RunShape(SingleWorld(), 1, GateContext(torch.ones(vocab_size, dtype=torch.int64), total_steps))
+
+
+def keep_first_values(layer: nn.Module) -> None:
+    """Those that no checkpoint has, of an MoE layer just built: transformers would leave them undefined."""
+    for module in layer.modules():
+        names = module._non_persistent_buffers_set
+        if names:
+            setattr(module, _FIRST_VALUES, {name: module.get_buffer(name).clone() for name in names})
+        else:
+            module._is_hf_initialized = True  # type: ignore[assignment]
