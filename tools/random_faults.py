@@ -160,8 +160,9 @@ class Job:
 def write_config(work: Path, steps: int) -> Path:
     """A tiny COMET run with dropout, a schedule, validations, swap searches, moves of experts, many checkpoints."""
     root = write_tiny_movielens(work / "raw", users=120, items=90)
-    gate = {"name": "comet", "k": 2, "gamma": 1.0, "entropy_weight": 0.05}
-    sizes = {"embedding_dim": 8, "num_experts": 4, "expert_units": 16, "tower_units": 16}
+    # Two leaves from the first step on, so that loads are uneven and experts soon have a reason to move.
+    gate = {"name": "comet", "k": 2, "gamma": 1.0, "entropy_weight": 0.05, "max_active": 2}
+    sizes = {"embedding_dim": 8, "num_experts": 8, "expert_units": 16, "tower_units": 16}
     train = {"epochs": 1000, "max_steps": steps, "batch_size": 64, "log_every": 5, "validate_every": 25}
     content = {
         "imports": ["tools.phase_marks"],

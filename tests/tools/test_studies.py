@@ -13,6 +13,7 @@ from tests.helpers.board import read_board
 from tests.helpers.commands import finish, start
 from tests.helpers.text_runs import write_encoder, write_text_config
 from tests.helpers.texts import write_lm_config
+from tools.bert_study import SEARCH_STEPS
 from tools.studies import StudyRun, command_given, directory_name, spread
 
 
@@ -69,9 +70,8 @@ def test_language_models(tmp_path: Path, tiny_text: dict[str, str]) -> None:
 def test_comet_bert(tmp_path: Path) -> None:
     encoder = write_encoder(tmp_path / "encoder", hidden=1536)
     data = {"name": "sms-spam", "root": str(write_messages(tmp_path / "raw", count=200))}
-    config = write_text_config(
-        tmp_path, encoder, data, start={"importance_examples": 16}, distillation={"teacher": "of the study"}
-    )
+    sections = {"start": {"importance_examples": 16}, "distillation": {"teacher": "of the study"}}
+    config = write_text_config(tmp_path, encoder, data, **sections, train={"max_steps": SEARCH_STEPS + 1})
     command = ["tools/bert_study.py", "model.moe_every=1", "--config", config, "--seeds", 1, "--tasks", "sms-spam"]
     outcome = finish(start(sys.executable, *command, "--runs", tmp_path / "runs", "--report", tmp_path / "report"))
     assert outcome.code == 0, outcome.err
