@@ -37,6 +37,10 @@ from dist_moe.recipes.problems import open_problem
 from tools.studies import StudyRun, command_given, directory_name, dist_moe, machine, spread, train_all, write_report
 
 _NO_SEARCH = "model.permutation=null"
+SWAPS = (
+    "swap_search={every_epochs: 0.2, until_epoch: 1.0, examples: 64, batch_size: 32, max_verified: 64, "
+    "verified_per_round: 8}"
+)
 VARIANTS: dict[str, tuple[str, ...]] = {
     "dense twin": ("model.moe_every=0", _NO_SEARCH),
     "Top-k": ("model.gate={name: top_k, k: 2}", _NO_SEARCH),
@@ -44,6 +48,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "Hash": ("model.gate={name: hash, assignment: balanced}", _NO_SEARCH),
     "COMET": (_NO_SEARCH,),
     "COMET+": (),
+    "COMET+, swaps": (_NO_SEARCH, SWAPS),
     "AdaMoE": ("model.gate={name: ada_moe, k: 4, null_slots: 8, balance_weight: 0.01}", _NO_SEARCH),
     "SMoE-Dropout": ("model.gate={name: smoe_dropout, k_min: 2}", _NO_SEARCH),
 }
@@ -133,8 +138,8 @@ def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
         "# Language models with different gates on equal tokens",
         "",
         f"`{command_given()}`: {options.seeds} seed(s) each, test part; mean ± standard deviation over seeds. MFLOPs: "
-        "matrix products of a token's forward pass, with the experts per token as measured; of training, relative to "
-        f"the first row's. {machine()}.",
+        "matrix products of a token's forward pass, with the experts per token as measured; of training, without "
+        f"searches, relative to the first row's. {machine()}.",
         "",
         "| model | bits per byte | experts per token | MFLOPs per token | FLOPs of training | parameters |",
         "| --- | --- | --- | --- | --- | --- |",
