@@ -159,7 +159,7 @@ def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A mark per model, bars of a standard deviation; the self-slimmable one is a line over its k."""
+    """A mark per model, bars of a standard deviation."""
     figure = Figure(figsize=(8.0, 4.8), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="MFLOPs of a token's forward pass, as measured", ylabel="bits per byte (test)")
@@ -169,6 +169,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         deviation = statistics.stdev(bits) if len(bits) > 1 else 0.0
         flops = statistics.mean(row.mega_flops for row in of_name)
         axes.errorbar(flops, statistics.mean(bits), yerr=deviation, marker="o", linestyle="none", capsize=3, label=name)
+    least, most = axes.get_xlim()
+    axes.set_xlim(0.95 * least, 1.05 * most)  # else models of equal FLOPs are drawn far apart
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     canvas.print_figure(path, dpi=150)
