@@ -66,4 +66,11 @@ def test_two_ranks_measure_one_machine() -> None:
     assert 1e-7 < one.inside.latency_s < 1
     assert one.inside.all_to_all_bytes_per_s > 1e5
     assert one.between is None
-    assert one.step_fixed_s > 0
+
+
+def test_a_rank_alone_has_no_links_and_a_step_costs_something() -> None:
+    """On several ranks that cost is what remains without the links' latency, which on a busy machine is nothing."""
+    (alone,) = on_ranks(1, measured, 2.0)
+    assert alone.inside is None
+    assert alone.between is None
+    assert min(alone.step_fixed_s, alone.layer_fixed_s) > 0
