@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -85,6 +86,12 @@ def takes_inputs_of(theirs: Callable[..., Any]) -> Callable[[Forward], Forward]:
         return forward
 
     return declare
+
+
+def import_gates(modules: Sequence[str] | None) -> None:
+    """Import the user's own modules, which register gates. Raises ImportError for one that cannot be found."""
+    for name in modules or ():
+        importlib.import_module(name)
 
 
 def run_of(vocab_size: int, context: Mapping[str, Any] | None) -> RunShape:

@@ -9,7 +9,6 @@ auxiliary losses; what else a gate does between steps is left to dist_moe's own 
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from dist_moe.models.hugging_face.decoder_config import read_decoder_config
 from dist_moe.models.hugging_face.mixtures import (
     MixtureBlock,
     WithMixtures,
+    import_gates,
     keep_first_values,
     run_of,
     takes_inputs_of,
@@ -41,8 +41,7 @@ class DistMoEConfig(LlamaConfig):
 
     def section(self) -> TransformerConfig:
         """As our own configuration has it. Raises UserError for values that cannot be followed."""
-        for name in self.imports or ():
-            importlib.import_module(name)
+        import_gates(self.imports)
         return read_decoder_config(self.to_dict())[0]
 
 

@@ -10,7 +10,6 @@ gradient checkpointing too.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from dist_moe.models.bert.shape import BertShape
 from dist_moe.models.hugging_face.mixtures import (
     MixtureBlock,
     WithMixtures,
+    import_gates,
     keep_first_values,
     run_of,
     takes_inputs_of,
@@ -58,8 +58,7 @@ class DistMoEBertConfig(BertConfig):
 
     def section(self) -> tuple[BertShape, Section]:
         """As our own configuration has it. Raises UserError for values that cannot be followed."""
-        for name in self.imports or ():
-            importlib.import_module(name)
+        import_gates(self.imports)
         return read_section(self.to_dict())
 
 
