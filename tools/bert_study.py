@@ -27,7 +27,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dist_moe.data.labelled_text import TASKS
-from dist_moe.engine.run_directory import RunDirectory
+from dist_moe.engine.monitor.run_directory import RunDirectory
 from tools.studies import StudyRun, command_given, directory_name, machine, spread, train_all, write_report
 
 STUDIED = (

@@ -23,7 +23,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from dist_moe.engine.checkpoint_files import (  # noqa: E402
+from dist_moe.engine.checkpoint.files import (  # noqa: E402
     MANIFEST,
     checkpoints_of,
     complete_directories,

@@ -28,12 +28,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dist_moe.data.text import TextConfig
-from dist_moe.engine.run_directory import RunDirectory
+from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.models.transformer import Transformer
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.config import load_config
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.problems import open_problem
+from dist_moe.recipes.supervised.config import load_config
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.open import open_problem
 from tools.studies import StudyRun, command_given, directory_name, dist_moe, machine, spread, train_all, write_report
 
 _NO_SEARCH = "model.permutation=null"

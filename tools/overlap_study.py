@@ -24,9 +24,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dist_moe.engine.collectives import gather_objects, wait_for_all
-from dist_moe.engine.host_memory import keep_freed_memory
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.experts import FeedForwardBank
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE

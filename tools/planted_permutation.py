@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from dist_moe.data.batches import shard_batches
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.recipes.supervised import TrainedRun, trained_run
-from dist_moe.recipes.swap import in_double_precision, search_swaps
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.recipes.callbacks.swap_search import in_double_precision, search_swaps
+from dist_moe.recipes.supervised.train import TrainedRun, trained_run
 from dist_moe.search import SwapReport, SwapSearchConfig
 
 GATES = ("hash", "top_k", "dselect_k", "comet")

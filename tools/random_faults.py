@@ -32,14 +32,14 @@ from safetensors.torch import load_file
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from dist_moe.engine.checkpoint_files import (  # noqa: E402
+from dist_moe.engine.checkpoint.files import (  # noqa: E402
     checkpoints_of,
     complete_directories,
     newest_checkpoint,
     newest_good_checkpoint,
 )
-from dist_moe.engine.heartbeats import read_heartbeat  # noqa: E402
-from dist_moe.engine.phase_seconds import FIGURES_OF_THE_MACHINE  # noqa: E402
+from dist_moe.engine.health.heartbeats import read_heartbeat  # noqa: E402
+from dist_moe.engine.monitor.phase_seconds import FIGURES_OF_THE_MACHINE  # noqa: E402
 from dist_moe.errors import UserError  # noqa: E402
 from tests.data.tiny_movielens import write_tiny_movielens  # noqa: E402
 from tests.helpers.pool import free_port  # noqa: E402

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from dist_moe.engine.checkpoint_files import best_of, checkpoints_of
-from dist_moe.engine.run_directory import RunDirectory
-from dist_moe.recipes.config import load_config
+from dist_moe.engine.checkpoint.files import best_of, checkpoints_of
+from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.recipes.supervised.config import load_config
 
 
 @dataclass(frozen=True)

@@ -30,22 +30,22 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.collectives import gather_objects, wait_for_all
-from dist_moe.engine.deepspeed_config import complete_deepspeed_section
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.host_memory import keep_freed_memory
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.process_groups import ParallelConfig, ProcessGroups, process_groups
+from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK, TopKConfig
 from dist_moe.layer import MoE
 from dist_moe.models import RecommenderConfig, RunShape
 from dist_moe.parallel import experts_of_rank
-from dist_moe.recipes.config import RunConfig
-from dist_moe.recipes.scale.layout import Layout
-from dist_moe.recipes.scale.machine import Machine
-from dist_moe.recipes.scale.measure import measure_machine, processors_here
-from dist_moe.recipes.scale.step_time import ExchangeName, Prediction, predict
-from dist_moe.recipes.scale.work import work_of_layer, work_of_model
+from dist_moe.planning.scale.layout import Layout
+from dist_moe.planning.scale.machine import Machine
+from dist_moe.planning.scale.measure import measure_machine, processors_here
+from dist_moe.planning.scale.step_time import ExchangeName, Prediction, predict
+from dist_moe.planning.scale.work import work_of_layer, work_of_model
+from dist_moe.recipes.supervised.config import RunConfig
 from tools.namespaces import cluster, why_not
 from tools.ranks import run_ranks
 

@@ -25,8 +25,8 @@ def add_to(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     import yaml
 
-    from dist_moe.recipes.config import RunConfig, load_config
-    from dist_moe.recipes.fields import field_listing
+    from dist_moe.config.listing import field_listing
+    from dist_moe.recipes.supervised.config import RunConfig, load_config
 
     if options.fields is not None:
         print(field_listing(RunConfig, options.fields))

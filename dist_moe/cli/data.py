@@ -49,8 +49,8 @@ def _run(options: argparse.Namespace) -> int:
         from dist_moe.cli.data_text import fetch_text
 
         return fetch_text(options)
-    from dist_moe.data.movielens import MovieLensConfig, prepare
-    from dist_moe.data.two_images import TwoImagesConfig, prepare_two_images
+    from dist_moe.data.movielens.prepare import MovieLensConfig, prepare
+    from dist_moe.data.two_images.prepare import TwoImagesConfig, prepare_two_images
 
     parts: tuple[Sized, ...]
     if options.name.startswith("movielens"):
@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _fetch_labelled_texts(options: argparse.Namespace) -> int:
-    from dist_moe.data.encoder_sources import open_encoder
+    from dist_moe.data.encoder import open_encoder
     from dist_moe.data.labelled_text import LabelledTextConfig, prepare_labelled_text
 
     config = LabelledTextConfig(name=options.name, root=options.data_root)
@@ -81,7 +81,7 @@ def _fetch_labelled_texts(options: argparse.Namespace) -> int:
 
 
 def _prepare_questions(options: argparse.Namespace) -> int:
-    from dist_moe.data.encoder_sources import open_encoder
+    from dist_moe.data.encoder import open_encoder
     from dist_moe.data.labelled_text import QuestionsConfig, prepare_questions
 
     config = QuestionsConfig(name=options.name, root=options.data_root)

@@ -27,9 +27,9 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.engine.launch_environment import LaunchEnvironment
-    from dist_moe.recipes.report import figures_table, predictor_rows
-    from dist_moe.recipes.supervised import evaluate_run
+    from dist_moe.engine.launch.environment import LaunchEnvironment
+    from dist_moe.recipes.supervised.report import figures_table, predictor_rows
+    from dist_moe.recipes.supervised.train import evaluate_run
 
     result = evaluate_run(options.run_dir, options.overrides)
     if LaunchEnvironment.read().is_first:

@@ -37,7 +37,7 @@ def add_to(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     import torch
 
-    from dist_moe.recipes.weights import export_weights
+    from dist_moe.recipes.supervised.runs import export_weights
 
     dtype = getattr(torch, DTYPES[options.dtype])
     if (options.file is None) == (options.hf is None):
@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _run_hugging_face(options: argparse.Namespace, dtype: Any) -> int:
-    from dist_moe.recipes.hugging_face_export import export_hugging_face
+    from dist_moe.recipes.hugging_face.export import export_hugging_face
 
     written = export_hugging_face(options.source, options.hf, dtype, options.architecture)
     print(f"{written.architecture} of {written.parameters:,} parameters in {written.directory}")

@@ -33,7 +33,7 @@ def add_to(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.source.is_dir() or options.config is not None:
         return _run_hugging_face(options)
-    from dist_moe.recipes.weights import import_weights
+    from dist_moe.recipes.supervised.runs import import_weights
 
     checkpoint, exported = import_weights(options.source, options.run_dir, options.overrides)
     print(
@@ -45,8 +45,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _run_hugging_face(options: argparse.Namespace) -> int:
     from dist_moe.models.conversion import DecoderConversionConfig
-    from dist_moe.recipes.config import validate_section
-    from dist_moe.recipes.hugging_face_import import import_hugging_face
+    from dist_moe.recipes.hugging_face.import_ import import_hugging_face
+    from dist_moe.recipes.supervised.config import validate_section
 
     if options.config is None:
         raise UserError(f"{options.source} is a directory; say --config CONFIG for the rest of the run")

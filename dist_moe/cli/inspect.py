@@ -22,7 +22,7 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.engine.inspection import inspect_path
+    from dist_moe.engine.checkpoint.inspection import inspect_path
 
     found = inspect_path(options.path)
     print(found.text)

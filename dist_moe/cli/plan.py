@@ -12,7 +12,7 @@ from dist_moe.cli.commands import Commands
 from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from dist_moe.recipes.memory_plan import MemoryPlan
+    from dist_moe.planning.memory import MemoryPlan
 
 _GIB = 2**30
 _LEGEND = """* as configured; activations include the dispatch and are estimates
@@ -51,9 +51,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan_memory(options: argparse.Namespace) -> int:
-    from dist_moe.recipes.config import load_config
-    from dist_moe.recipes.memory_plan import plan_memory
-    from dist_moe.recipes.problems import open_problem
+    from dist_moe.planning.memory import plan_memory
+    from dist_moe.recipes.supervised.config import load_config
+    from dist_moe.tasks.open import open_problem
 
     ranks = 1 if options.ranks is None else options.ranks
     if ranks < 1:

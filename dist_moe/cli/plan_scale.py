@@ -59,13 +59,13 @@ def check(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> int:
     """Print the table or JSON of the sizes that were asked for."""
-    from dist_moe.recipes.config import load_config
-    from dist_moe.recipes.problems import open_problem
-    from dist_moe.recipes.scale.machine import read_machine
-    from dist_moe.recipes.scale.planned import Assumed, plan_sizes, sizes_up_to
-    from dist_moe.recipes.scale.report import draw_sizes, size_table
-    from dist_moe.recipes.scale.step_time import EXCHANGES
-    from dist_moe.recipes.scale.traffic import plan_traffic, traffic_table
+    from dist_moe.planning.scale.machine import read_machine
+    from dist_moe.planning.scale.planned import Assumed, plan_sizes, sizes_up_to
+    from dist_moe.planning.scale.report import draw_sizes, size_table
+    from dist_moe.planning.scale.step_time import EXCHANGES
+    from dist_moe.planning.scale.traffic import plan_traffic, traffic_table
+    from dist_moe.recipes.supervised.config import load_config
+    from dist_moe.tasks.open import open_problem
 
     machine = read_machine(options.machine or "h100")
     config = load_config(options.config, options.overrides)
@@ -100,11 +100,11 @@ def _check_without_time(options: argparse.Namespace, model: str) -> None:
 
 def measure(options: argparse.Namespace) -> int:
     """Write the constants of this machine; without a launcher, on two ranks that are started here."""
-    from dist_moe.engine.emulation import run_ranks
-    from dist_moe.engine.host_memory import keep_freed_memory
-    from dist_moe.engine.launch_environment import LaunchEnvironment
-    from dist_moe.engine.process_groups import ParallelConfig, process_groups
-    from dist_moe.recipes.scale.measure import measure_machine, processors_here
+    from dist_moe.engine.launch.emulation import run_ranks
+    from dist_moe.engine.launch.environment import LaunchEnvironment
+    from dist_moe.engine.launch.host_memory import keep_freed_memory
+    from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
+    from dist_moe.planning.scale.measure import measure_machine, processors_here
 
     environment = LaunchEnvironment.read()
     if not options.measure.parent.is_dir():

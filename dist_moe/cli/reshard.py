@@ -24,7 +24,7 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.recipes.weights import reshard_run
+    from dist_moe.recipes.supervised.runs import reshard_run
 
     final = reshard_run(options.source, options.output, options.expert_files)
     print(f"{final}: {options.expert_files} expert file(s), every tensor compared with its source")

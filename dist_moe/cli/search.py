@@ -28,10 +28,10 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.engine.launch_environment import LaunchEnvironment
-    from dist_moe.recipes.config import validate_section
-    from dist_moe.recipes.report import figures_table
-    from dist_moe.recipes.search_run import search_run
+    from dist_moe.engine.launch.environment import LaunchEnvironment
+    from dist_moe.recipes.supervised.config import validate_section
+    from dist_moe.recipes.supervised.report import figures_table
+    from dist_moe.recipes.supervised.search import search_run
     from dist_moe.search import SwapSearchConfig
 
     config = validate_section(SwapSearchConfig, options.overrides)

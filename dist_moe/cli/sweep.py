@@ -25,8 +25,8 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.recipes.sweep import DEFAULT_RUNNER
-    from dist_moe.recipes.sweep.command import report_sweep, run_sweep
+    from dist_moe.sweeps import DEFAULT_RUNNER
+    from dist_moe.sweeps.command import report_sweep, run_sweep
 
     if options.report_only:
         return report_sweep(options.file, options.sweep_dir)

@@ -12,7 +12,7 @@ from dist_moe.cli.commands import Commands
 from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from dist_moe.recipes.plan import TrainingPlan
+    from dist_moe.recipes.supervised.plan import TrainingPlan
 
 _EPILOG = """\
 overrides: any field of the configuration, by its dotted name; values are YAML.
@@ -62,14 +62,14 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.recipes.supervised import train
+    from dist_moe.recipes.supervised.train import train
 
     return _plan_and(train, options) if options.emulate is None else _emulate(options)
 
 
 def _emulate(options: argparse.Namespace) -> int:
     """Plan the run as its first rank would, so that a mistake is told once, before there are any ranks."""
-    from dist_moe.engine.emulation import as_first_of, check_emulation, run_ranks
+    from dist_moe.engine.launch.emulation import as_first_of, check_emulation, run_ranks
 
     check_emulation(options.emulate)
     with as_first_of(options.emulate):
@@ -80,7 +80,7 @@ def _emulate(options: argparse.Namespace) -> int:
 
 
 def _plan_and(train: Callable[[TrainingPlan], int], options: argparse.Namespace) -> int:
-    from dist_moe.recipes.plan import plan_new_run, plan_restartable_run, plan_resumed_run
+    from dist_moe.recipes.supervised.plan import plan_new_run, plan_restartable_run, plan_resumed_run
 
     overrides = list(options.overrides)
     if options.data_root is not None:

@@ -13,18 +13,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.engine.activity import ACTIVITY
-from dist_moe.engine.checkpoint_files import best_of, complete_directories, drop_after
-from dist_moe.engine.checkpoint_saver import CheckpointSaver
-from dist_moe.engine.checkpoint_snapshot import Course
+from dist_moe.config.settings import Settings
+from dist_moe.engine.checkpoint.files import best_of, complete_directories, drop_after
+from dist_moe.engine.checkpoint.saver import CheckpointSaver
+from dist_moe.engine.checkpoint.snapshot import Course
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.early_stopping import EarlyStopping
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.nonfinite import SkippedSteps, diverged
-from dist_moe.engine.phase_seconds import SUMS, is_timed, name_times
-from dist_moe.engine.step_window import StepWindow, Sums, add_sums
-from dist_moe.engine.stop_request import StopRequest
+from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.nonfinite import SkippedSteps, diverged
+from dist_moe.engine.launch.stop_request import StopRequest
+from dist_moe.engine.monitor.phase_seconds import SUMS, is_timed, name_times
+from dist_moe.engine.monitor.step_window import StepWindow, Sums, add_sums
 from dist_moe.errors import DivergedError
-from dist_moe.settings import Settings
 
 StepRecord = dict[str, Any]
 

@@ -10,8 +10,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from dist_moe.config.settings import Settings
 from dist_moe.routing import Route
-from dist_moe.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
+from dist_moe.config.settings import Settings
 from dist_moe.experts import ExpertBank
 from dist_moe.gates import CometConfig, GateConfig, GateContext
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import World, sum_over_ranks
 from dist_moe.search import PermutationSearchConfig, SlotTable
-from dist_moe.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dist_moe.config.settings import Settings
 from dist_moe.gates import Gate
 from dist_moe.routing import Permutation, SoftPermutation, StraightThroughPermutation
 from dist_moe.search.agreement import agree_on_tables
 from dist_moe.search.sinkhorn import permutation_entropy, sinkhorn
 from dist_moe.search.slot_table import SlotTable, give_branches_slots
-from dist_moe.settings import Settings
 
 INIT_RANGE = 0.05
 

@@ -29,12 +29,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dist_moe.config.settings import Settings
 from dist_moe.layer import MoE
 from dist_moe.parallel import sum_over_ranks
 from dist_moe.search.agreement import assert_same_on_all_ranks, take_from_first_rank
 from dist_moe.search.replay import Recorder, Recording, replaying
 from dist_moe.search.slot_table import SlotTable
-from dist_moe.settings import Settings
 
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-11}
 """By the loss's precision, the share of the loss below which two candidates count as equal: the rounding of

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.engine.checkpoint_files import checkpoints_of, complete_directories
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
 from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import succeed
 from tests.helpers.runs import largest_difference, losses_of, records_of, tensors_of, write_config

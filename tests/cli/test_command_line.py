@@ -11,7 +11,7 @@ import yaml
 
 from dist_moe.cli import main as cli
 from dist_moe.cli.main import main
-from dist_moe.recipes import plan
+from dist_moe.recipes.supervised.train import plan
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -22,7 +22,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(plan, "plan_new_run", lambda *arguments: calls.append(("new", *arguments)))
     monkeypatch.setattr(plan, "plan_resumed_run", lambda *arguments: calls.append(("resume", *arguments)))
-    monkeypatch.setattr("dist_moe.recipes.supervised.train", lambda _: 0)
+    monkeypatch.setattr("dist_moe.recipes.supervised.train.train", lambda _: 0)
     return calls
 
 
@@ -153,8 +153,8 @@ def objects_of(schema: Any) -> list[dict[str, Any]]:
 
 
 def test_schema_is_json_and_names_all_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    from dist_moe.recipes.config import RunConfig
-    from dist_moe.recipes.fields import fields_of
+    from dist_moe.config.listing import fields_of
+    from dist_moe.recipes.supervised.config import RunConfig
 
     assert main(["config", "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_moe.engine.checkpoint import load_model
-from dist_moe.engine.checkpoint_files import (
+from dist_moe.engine.checkpoint.export import load_exported
+from dist_moe.engine.checkpoint.files import (
     checkpoints_of,
     digest_of,
     newest_checkpoint,
@@ -22,12 +22,12 @@ from dist_moe.engine.checkpoint_files import (
     read_manifest,
     write_json,
 )
-from dist_moe.engine.export import load_exported
+from dist_moe.engine.checkpoint.loading import load_model
 from dist_moe.errors import UserError
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.config import load_config
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.problems import open_problem
+from dist_moe.recipes.supervised.config import load_config
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.open import open_problem
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, records_of, tensors_of, write_config

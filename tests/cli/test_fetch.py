@@ -14,9 +14,9 @@ from dist_moe.cli.data import DATA_SETS
 from dist_moe.cli.main import main
 from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.data.labelled_text.squad import DEV_FILE
-from dist_moe.data.movielens import MovieLensConfig
+from dist_moe.data.movielens.prepare import MovieLensConfig
 from dist_moe.data.text import TextConfig
-from dist_moe.data.two_images import TwoImagesConfig
+from dist_moe.data.two_images.prepare import TwoImagesConfig
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
 from tests.data.text.tiny_text import write_tiny_text
 from tests.data.tiny_images import write_tiny_images

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dist_moe.cli.main import main
-from dist_moe.engine.checkpoint_files import checkpoints_of, complete_directories, newest_checkpoint, verify_checkpoint
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_checkpoint, verify_checkpoint
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.runs import losses_of, tensors_of, write_config
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.commands import run_here
 from tests.helpers.runs import write_config
-from tests.recipes.scale.machines import PLAIN
+from tests.planning.scale.machines import PLAIN
 
 
 @pytest.fixture

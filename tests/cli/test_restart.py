@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.engine.checkpoint_files import checkpoints_of, complete_directories
-from dist_moe.engine.heartbeats import read_heartbeat
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
+from dist_moe.engine.health.heartbeats import read_heartbeat
 from tests.helpers.commands import finish, start, succeed, wait_for_steps
 from tests.helpers.pool import free_port, on_ranks
 from tests.helpers.runs import largest_difference, records_of, tensors_of, write_config

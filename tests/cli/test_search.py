@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_moe.engine.checkpoint import copy_with_buffers
-from dist_moe.engine.checkpoint_files import newest_checkpoint, verify_checkpoint
+from dist_moe.engine.checkpoint.files import newest_checkpoint, verify_checkpoint
+from dist_moe.engine.checkpoint.loading import copy_with_buffers
 from dist_moe.search.agreement import round_to_table
 from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import Outcome, dist_moe, run_here, succeed

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dist_moe.engine.checkpoint_files import newest_checkpoint, verify_checkpoint
-from dist_moe.engine.phase_seconds import FIGURES_OF_THE_MACHINE
+from dist_moe.engine.checkpoint.files import newest_checkpoint, verify_checkpoint
+from dist_moe.engine.monitor.phase_seconds import FIGURES_OF_THE_MACHINE
 from tests.helpers.commands import Outcome, finish, start, succeed, wait_for_steps
 from tests.helpers.pool import free_port, on_ranks
 from tests.helpers.runs import records_of, tensors_of, write_config

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dist_moe.data.movielens import MovieLens
+from dist_moe.data.movielens.prepare import MovieLens
 
 PARTS = ("train", "val", "test")
 

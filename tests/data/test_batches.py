@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_moe.data.batches import ShuffledFeed, shard_batches, spread_over
-from dist_moe.data.pairs import PairBatch, PairTable
+from dist_moe.data.movielens.table import PairBatch, PairTable
 from dist_moe.errors import UserError
 
 PAIRS, BATCH = 103, 16

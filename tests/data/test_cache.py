@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.data import cache
-from dist_moe.data.cache import MANIFEST, Prepared, prepared
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch import cache
+from dist_moe.data.fetch.cache import MANIFEST, Prepared, prepared
+from dist_moe.data.fetch.progress import Progress
 
 SILENT = Progress(enabled=False)
-REPOSITORY = Path(cache.__file__).parents[2]
+REPOSITORY = Path(cache.__file__).parents[3]
 
 
 def build() -> Prepared:
@@ -135,8 +135,8 @@ KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from dist_moe.data.cache import Prepared, prepared
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch.cache import Prepared, prepared
+from dist_moe.data.fetch.progress import Progress
 
 save, written = np.save, []
 def save_once_then_die(path, array, **options):
@@ -171,8 +171,8 @@ SLOW_BUILD = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from dist_moe.data.cache import Prepared, prepared
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch.cache import Prepared, prepared
+from dist_moe.data.fetch.progress import Progress
 
 target, start, log = map(Path, sys.argv[1:])
 (start.parent / f"ready-{os.getpid()}").touch()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data.debian import read_members
+from dist_moe.data.fetch.debian import read_members
 
 from .tiny_images import ar
 

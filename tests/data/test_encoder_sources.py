@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data import encoder_sources
-from dist_moe.data.encoder_sources import BESIDE, FILES, FOLDER, open_encoder
+from dist_moe.data import encoder as encoder_sources
+from dist_moe.data.encoder import BESIDE, FILES, FOLDER, open_encoder
 from dist_moe.errors import UserError
 
 from .checks import forbid_fetching

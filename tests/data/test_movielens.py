@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from dist_moe.data import movielens
-from dist_moe.data.movielens import MovieLens, MovieLensConfig, prepare
-from dist_moe.data.pairs import PairTable
+from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, prepare
+from dist_moe.data.movielens.prepare import prepare as movielens
+from dist_moe.data.movielens.table import PairTable
 from dist_moe.errors import UserError
 
 from .checks import PARTS, assert_same_arrays, forbid_fetching

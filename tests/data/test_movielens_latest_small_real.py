@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.data import latest_small_readers, movielens_sources
-from dist_moe.data.movielens import MovieLens, MovieLensConfig, prepare
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, latest_small_readers, prepare
+from dist_moe.data.movielens.prepare import sources as movielens_sources
 
 pytestmark = pytest.mark.network
 

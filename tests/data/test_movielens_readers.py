@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.data.movielens_readers import (
+from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.movielens.readers import (
     Ratings,
     read_directory,
     read_grouplens_zip,
     read_recbole_wheel,
 )
-from dist_moe.data.progress import Progress
 from dist_moe.errors import UserError
 
 from .tiny_movielens import NEVER_RATED, write_grouplens_zip, write_recbole_wheel

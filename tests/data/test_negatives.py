@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from dist_moe.data.negatives import held_out, sample_per_user, sample_uniform, stratified_split
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.movielens.negatives import held_out, sample_per_user, sample_uniform, stratified_split
 
 SILENT = Progress(enabled=False)
 

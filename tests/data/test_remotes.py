@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data.download import Archive, NetworkFailure
-from dist_moe.data.progress import Progress
-from dist_moe.data.remotes import NoSource, Remote, RemoteFile, read_first
+from dist_moe.data.fetch.download import Archive, NetworkFailure
+from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.fetch.remotes import NoSource, Remote, RemoteFile, read_first
 from dist_moe.errors import UserError
 
 SILENT = Progress(enabled=False)

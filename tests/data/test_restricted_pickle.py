@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dist_moe.data.restricted_pickle import read_arrays
+from dist_moe.data.fetch.restricted_pickle import read_arrays
 
 ARRAYS: dict[str, NDArray[Any]] = {
     "floats": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -12,9 +12,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dist_moe.data import two_images
 from dist_moe.data.batches import ShuffledFeed
-from dist_moe.data.two_images import ImagePairs, TwoImages, TwoImagesConfig, compose, draw_pairs, prepare_two_images
+from dist_moe.data.two_images.prepare import (
+    ImagePairs,
+    TwoImages,
+    TwoImagesConfig,
+    compose,
+    draw_pairs,
+    prepare_two_images,
+)
+from dist_moe.data.two_images.prepare import prepare as two_images
 from dist_moe.errors import UserError
 
 from .checks import forbid_fetching

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from dist_moe.data import two_images_sources
-from dist_moe.data.two_images import TwoImages, TwoImagesConfig, prepare_two_images
-from dist_moe.data.two_images_sources import BASE_SETS, STEMS, from_directory
+from dist_moe.data.two_images.prepare import TwoImages, TwoImagesConfig, prepare_two_images
+from dist_moe.data.two_images.prepare import sources as two_images_sources
+from dist_moe.data.two_images.sources import BASE_SETS, STEMS, from_directory
 from dist_moe.errors import UserError
 
 from .checks import PARTS, forbid_fetching

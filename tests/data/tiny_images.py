@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.data.two_images_sources import DEBIAN_FOLDER, STEMS, WHEEL_MEMBER
+from dist_moe.data.two_images.sources import DEBIAN_FOLDER, STEMS, WHEEL_MEMBER
 
 TRAIN, TEST = 30, 7
 

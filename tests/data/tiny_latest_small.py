@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from dist_moe.data.latest_small_readers import WHEEL_MEMBER
+from dist_moe.data.movielens.latest_small_readers import WHEEL_MEMBER
 
 TITLES = ["Film, The (1999)", "Hamlet (2000)", "No Year", "Hamlet (2000)", "A \u00e9t\u00e9  (1950)", "Hamlet (1996)"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_moe.data.movielens_readers import WHEEL_MEMBER
+from dist_moe.data.movielens.readers import WHEEL_MEMBER
 
 NEVER_RATED = 9999
 ACCENTS = "\u00c9\u00e9\u00c0\u00e7\u00f8\u00b3"

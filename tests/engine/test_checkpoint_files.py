@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.engine import checkpoint_files
-from dist_moe.engine.checkpoint_files import (
+from dist_moe.engine.checkpoint.files import (
     MANIFEST,
     Manifest,
     best_of,
@@ -26,6 +25,7 @@ from dist_moe.engine.checkpoint_files import (
     step_directory,
     verify_checkpoint,
 )
+from dist_moe.engine.checkpoint.loading import files as checkpoint_files
 from dist_moe.errors import UserError
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_moe.engine import deepspeed_checks
-from dist_moe.engine.deepspeed_checks import check_deepspeed_section
-from dist_moe.engine.deepspeed_config import complete_deepspeed_section, lookup, zero_stage
+from dist_moe.engine.deepspeed import checks as deepspeed_checks
+from dist_moe.engine.deepspeed.checks import check_deepspeed_section
+from dist_moe.engine.deepspeed.config import complete_deepspeed_section, lookup, zero_stage
 from dist_moe.errors import UserError
 
 SECTION: dict[str, Any] = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from tests.helpers.pool import on_ranks
 from tests.helpers.toys import toy_engine
 

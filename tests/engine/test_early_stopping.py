@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_moe.config.settings import Settings
 from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.loop import TrainConfig
-from dist_moe.settings import Settings
 
 LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, math.inf, math.nan]), max_size=12)
 

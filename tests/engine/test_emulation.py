@@ -8,9 +8,9 @@ import signal
 import pytest
 
 from dist_moe.cli.main import main
-from dist_moe.engine import emulation
-from dist_moe.engine.emulation import PASSED_ON, as_first_of, run_ranks
-from dist_moe.engine.launch_environment import LaunchEnvironment
+from dist_moe.engine.launch import emulation
+from dist_moe.engine.launch.emulation import PASSED_ON, as_first_of, run_ranks
+from dist_moe.engine.launch.environment import LaunchEnvironment
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["no-such-command"], 2)])
@@ -32,7 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
     """The ranks that would have been started."""
     calls: list[tuple[int, list[str]]] = []
     monkeypatch.setattr(emulation, "run_ranks", lambda *of: calls.append(of) or 7)
-    monkeypatch.setattr("dist_moe.recipes.plan.plan_new_run", lambda *_: LaunchEnvironment.read())
+    monkeypatch.setattr("dist_moe.recipes.supervised.plan.plan_new_run", lambda *_: LaunchEnvironment.read())
     return calls
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.parameter_state import read_parameter_state
-from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.deepspeed.parameter_state import read_parameter_state
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.gates import SMoEDropout
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.distillation import DHKDConfig

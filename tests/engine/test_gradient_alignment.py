@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.engine.gradient_alignment import GradientAlignment, check_alignment
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.deepspeed.gradient_alignment import GradientAlignment, check_alignment
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.errors import UserError
 from dist_moe.models.dual_head import AuxiliaryHead
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.distillation import DHKDConfig
-from dist_moe.recipes.objective import WeightedObjective
+from dist_moe.tasks.objective import WeightedObjective
 from tests.helpers.parity import masters_of
 from tests.helpers.pool import on_ranks
 from tests.helpers.students import (

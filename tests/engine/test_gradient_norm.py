@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.engine.deepspeed_setup import import_deepspeed
-from dist_moe.engine.expert_parallel_engine import global_grad_norm
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.deepspeed.engine import global_grad_norm
+from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from tests.helpers.pool import on_ranks
 from tests.helpers.toys import Toy, toy_engine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_moe.engine.launch_environment import LaunchEnvironment
+from dist_moe.engine.launch.environment import LaunchEnvironment
 
 
 def test_without_a_launcher() -> None:

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.engine import migration
-from dist_moe.engine.checkpoint_reader import expert_ids_by_parameter
-from dist_moe.engine.deepspeed_setup import import_deepspeed
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.migration import migrate, state_bytes_per_expert
-from dist_moe.engine.parameter_state import read_parameter_state
-from dist_moe.engine.process_groups import process_groups
+from dist_moe.engine.checkpoint.reader import expert_ids_by_parameter
+from dist_moe.engine.deepspeed import migration
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.deepspeed.migration import migrate, state_bytes_per_expert
+from dist_moe.engine.deepspeed.parameter_state import read_parameter_state
+from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.parallel import Placement
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.objective import WeightedObjective
-from dist_moe.recipes.plan import TrainingPlan, plan_new_run
+from dist_moe.recipes.supervised.plan import TrainingPlan, plan_new_run
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.objective import WeightedObjective
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config
 

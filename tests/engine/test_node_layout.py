@@ -8,9 +8,9 @@ from unittest import mock
 
 import pytest
 
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.node_layout import launched_ranks_per_node, number_names
-from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.node_layout import launched_ranks_per_node, number_names
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.errors import UserError
 from tests.helpers.pool import on_ranks
 

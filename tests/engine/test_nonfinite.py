@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.nonfinite import SkippedSteps, first_fault
+from dist_moe.engine.health.nonfinite import SkippedSteps, first_fault
 
 
 class Root(nn.Module):

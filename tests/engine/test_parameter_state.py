@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.parameter_state import read_parameter_state, write_parameter_state
-from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.deepspeed.parameter_state import read_parameter_state, write_parameter_state
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from tests.helpers.parity import STEPS, Cell, Numbers, engine_of, masters_of, reference, take_step
 from tests.helpers.pool import on_ranks
 

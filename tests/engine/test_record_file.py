@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.engine.record_file import RecordFile
+from dist_moe.engine.monitor.record_file import RecordFile
 from tests.helpers.disks import fill, remount, small_disk
 
 RECORDS = [f"{n:03d} {'x' * 996}\n".encode() for n in range(40)]

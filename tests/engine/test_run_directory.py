@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.run_directory import RunDirectory
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.errors import UserError
 
 

@@ -14,13 +14,13 @@ import pytest
 
 from dist_moe.cli.main import main
 from dist_moe.data.batches import ShuffledFeed
-from dist_moe.engine.activity import Activity
-from dist_moe.engine.heartbeats import Heartbeat, Observer, Process, read_heartbeat, write_heartbeat
-from dist_moe.engine.process_groups import ParallelConfig
-from dist_moe.engine.stall_verdict import Sighting, Verdict, judge
-from dist_moe.engine.watchdog import EXIT_STALLED
+from dist_moe.engine.health.activity import Activity
+from dist_moe.engine.health.heartbeats import Heartbeat, Observer, Process, read_heartbeat, write_heartbeat
+from dist_moe.engine.health.stall_verdict import Sighting, Verdict, judge
+from dist_moe.engine.health.watchdog import EXIT_STALLED
+from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.errors import UserError
-from dist_moe.recipes.recommender import RecommenderProblem
+from dist_moe.tasks.recommendation.task import RecommenderProblem
 from tests.helpers.commands import run_here
 from tests.helpers.pool import RankPool, on_ranks
 from tests.helpers.runs import records_of, write_config

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from dist_moe.config.settings import Settings
 from dist_moe.gates import (
     CometConfig,
     Gate,
@@ -21,7 +22,6 @@ from dist_moe.gates import (
     register_gate,
     registry,
 )
-from dist_moe.settings import Settings
 
 NAMES = {"ada_moe", "comet", "dselect_k", "hash", "smoe_dropout", "softmax", "top_k"}
 CONTEXT = GateContext(id_counts=torch.ones(9), total_steps=10)

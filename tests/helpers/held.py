@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.process_groups import process_groups
-from dist_moe.recipes.config import load_config
-from dist_moe.recipes.memory_plan import MemoryPlan, plan_memory
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.objective import WeightedObjective
-from dist_moe.recipes.plan import TrainingPlan, plan_new_run
-from dist_moe.recipes.problems import open_problem
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.launch.process_groups import process_groups
+from dist_moe.planning.memory import MemoryPlan, plan_memory
+from dist_moe.recipes.supervised.config import load_config
+from dist_moe.recipes.supervised.plan import TrainingPlan, plan_new_run
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.objective import WeightedObjective
+from dist_moe.tasks.open import open_problem
 
 Step = Callable[[int], None]
 

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_moe.data.pairs import PairBatch
-from dist_moe.engine.checkpoint_reader import expert_ids_by_parameter
-from dist_moe.engine.deepspeed_checks import check_deepspeed_section
-from dist_moe.engine.deepspeed_config import complete_deepspeed_section
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.parameter_state import MASTER, read_parameter_state
-from dist_moe.engine.process_groups import ParallelConfig, ProcessGroups, process_groups
+from dist_moe.data.movielens.table import PairBatch
+from dist_moe.engine.checkpoint.reader import expert_ids_by_parameter
+from dist_moe.engine.deepspeed.checks import check_deepspeed_section
+from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.deepspeed.parameter_state import MASTER, read_parameter_state
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.models import RecommenderConfig, RunShape
 from dist_moe.models.recommender import Recommender
 from dist_moe.parallel import SingleWorld, World
-from dist_moe.recipes.objective import WeightedObjective
-from dist_moe.recipes.recommender import RecommenderProblem
+from dist_moe.tasks.objective import WeightedObjective
+from dist_moe.tasks.recommendation.task import RecommenderProblem
 
 EXPERTS, USERS, ITEMS = 8, 40, 30
 BATCH = 72  # divisible by 1, 2, 3, 4 and 8 ranks times 1 and 3 micro-batches

@@ -11,11 +11,11 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_moe.engine.checkpoint_files import newest_checkpoint
-from dist_moe.engine.process_groups import process_groups
-from dist_moe.engine.stop_request import StopRequest
-from dist_moe.recipes.plan import plan_new_run
-from dist_moe.recipes.supervised import train_in_groups
+from dist_moe.engine.checkpoint.files import newest_checkpoint
+from dist_moe.engine.launch.process_groups import process_groups
+from dist_moe.engine.launch.stop_request import StopRequest
+from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.supervised.train import train_in_groups
 
 TINY_RUN: dict[str, Any] = {
     "model": {

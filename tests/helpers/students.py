@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_moe.engine.deepspeed_config import complete_deepspeed_section
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.gradient_alignment import GradientAlignment
-from dist_moe.engine.process_groups import ProcessGroups
+from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.deepspeed.gradient_alignment import GradientAlignment
+from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Gate, TopK
 from dist_moe.layer import MoE
@@ -22,8 +22,8 @@ from dist_moe.models import ModelOutput, MoEModel
 from dist_moe.models.dual_head import AuxiliaryHead, DualHead, DualHeadOutput
 from dist_moe.parallel import World, experts_of_rank, sum_over_ranks
 from dist_moe.recipes.distillation import DHKDConfig, DistillationObjective, Teacher
-from dist_moe.recipes.objective import WeightedObjective
-from dist_moe.recipes.recommender import RecommenderProblem
+from dist_moe.tasks.objective import WeightedObjective
+from dist_moe.tasks.recommendation.task import RecommenderProblem
 
 DIM, EXPERTS, UNITS, CLASSES, BATCH = 5, 4, 6, 3, 24
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.deepspeed_config import complete_deepspeed_section
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.process_groups import ProcessGroups
+from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.experts import ExpertBank
 from dist_moe.parallel import experts_of_rank
 

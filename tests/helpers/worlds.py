@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.parallel import EmulatedWorld, ProcessWorld, World, job, open_levels
 from tests.helpers.pool import on_ranks
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_moe.engine.process_groups import ParallelConfig
+from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.errors import UserError
 from dist_moe.parallel import WIRES, EmulatedWorld, FlatExchange, OverlappedExchange, ProcessWorld, World
 from dist_moe.parallel.expert_parts import parts_of

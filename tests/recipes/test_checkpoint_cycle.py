@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.engine.checkpoint import load_checkpoint, save_checkpoint
-from dist_moe.engine.checkpoint_files import checkpoints_of, newest_checkpoint, read_manifest
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.process_groups import process_groups
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_resumed_run
+from dist_moe.engine.checkpoint.files import checkpoints_of, newest_checkpoint, read_manifest
+from dist_moe.engine.checkpoint.loading import load_checkpoint, save_checkpoint
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.launch.process_groups import process_groups
+from dist_moe.recipes.supervised.plan import plan_resumed_run
+from dist_moe.tasks.models import build_model
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, records_of, stage_overrides, tensors_of, write_config

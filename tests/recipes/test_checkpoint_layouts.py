@@ -14,8 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_moe.engine.checkpoint import load_checkpoint, save_checkpoint
-from dist_moe.engine.checkpoint_files import (
+from dist_moe.engine.checkpoint.files import (
     checkpoints_of,
     complete_directories,
     digest_of,
@@ -23,13 +22,14 @@ from dist_moe.engine.checkpoint_files import (
     step_directory,
     verify_checkpoint,
 )
-from dist_moe.engine.checkpoint_reader import expert_ids_by_parameter
-from dist_moe.engine.deepspeed_setup import import_deepspeed
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.process_groups import process_groups
-from dist_moe.recipes.config import load_config
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_resumed_run
+from dist_moe.engine.checkpoint.loading import load_checkpoint, save_checkpoint
+from dist_moe.engine.checkpoint.reader import expert_ids_by_parameter
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.launch.process_groups import process_groups
+from dist_moe.recipes.supervised.config import load_config
+from dist_moe.recipes.supervised.plan import plan_resumed_run
+from dist_moe.tasks.models import build_model
 from tests.helpers.commands import Outcome, dist_moe, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import (

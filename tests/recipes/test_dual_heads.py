@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from dist_moe.models import BertClassifier
 from dist_moe.models.bert import read_hugging_face, write_hugging_face
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_new_run
-from dist_moe.recipes.text_classification import TextClassificationProblem
+from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.tasks.labelled_text.classification import TextClassificationProblem
+from dist_moe.tasks.models import build_model
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.runs import losses_of, records_of, summary_of

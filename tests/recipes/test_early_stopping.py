@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_moe.engine.checkpoint_files import best_of, checkpoints_of, complete_directories, newest_checkpoint
+from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, newest_checkpoint
 from tests.helpers.commands import Outcome, dist_moe, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import records_of, summary_of, tensors_of, write_config

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from dist_moe.engine.checkpoint import load_model
-from dist_moe.engine.checkpoint_files import newest_checkpoint
-from dist_moe.engine.process_groups import process_groups
-from dist_moe.recipes.metrics import area_under_curve
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_resumed_run
+from dist_moe.engine.checkpoint.files import newest_checkpoint
+from dist_moe.engine.checkpoint.loading import load_model
+from dist_moe.engine.launch.process_groups import process_groups
+from dist_moe.recipes.supervised.plan import plan_resumed_run
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.recommendation.metrics import area_under_curve
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config

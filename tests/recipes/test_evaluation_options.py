@@ -10,8 +10,8 @@ import pytest
 
 from dist_moe.errors import UserError
 from dist_moe.gates import GateContext, gate_settings
-from dist_moe.recipes.config import RunConfig
-from dist_moe.recipes.evaluation_options import for_evaluation
+from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.evaluation_options import for_evaluation
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import train_all, write_config

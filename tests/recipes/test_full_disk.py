@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_moe.engine import loop
-from dist_moe.engine.checkpoint_files import checkpoints_of, complete_directories
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
 from dist_moe.recipes import supervised
 from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import Outcome, run_here, succeed

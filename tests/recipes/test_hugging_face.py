@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_moe.engine.checkpoint import load_checkpoint, load_model, save_checkpoint
-from dist_moe.engine.checkpoint_files import checkpoints_of, newest_checkpoint
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.process_groups import process_groups
+from dist_moe.engine.checkpoint.files import checkpoints_of, newest_checkpoint
+from dist_moe.engine.checkpoint.loading import load_checkpoint, load_model, save_checkpoint
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.config import load_config
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_resumed_run
-from dist_moe.recipes.problems import open_problem
+from dist_moe.recipes.supervised.config import load_config
+from dist_moe.recipes.supervised.plan import plan_resumed_run
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.open import open_problem
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, tensors_of

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from dist_moe.engine.checkpoint_files import checkpoints_of, complete_directories, newest_checkpoint
-from dist_moe.engine.process_groups import process_groups
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_checkpoint
+from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.gates import SMoEDropout
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_new_run
+from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.tasks.models import build_model
 from tests.helpers.board import last_image, read_board
 from tests.helpers.commands import dist_moe, succeed
 from tests.helpers.pool import on_ranks

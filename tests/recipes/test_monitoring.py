@@ -14,12 +14,12 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dist_moe.data.pairs import PairBatch
-from dist_moe.engine.process_groups import process_groups
+from dist_moe.data.movielens.table import PairBatch
+from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.models import Recommender
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_new_run
+from dist_moe.recipes.supervised.plan import plan_new_run
 from dist_moe.search import PermutationSearch
+from dist_moe.tasks.models import build_model
 from tests.helpers.board import last_image, read_board
 from tests.helpers.commands import Outcome, succeed
 from tests.helpers.pool import on_ranks

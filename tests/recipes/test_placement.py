@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_moe.engine.checkpoint_files import (
+from dist_moe.engine.checkpoint.files import (
     checkpoints_of,
     complete_directories,
     digest_of,
@@ -22,10 +22,10 @@ from dist_moe.engine.checkpoint_files import (
     step_directory,
 )
 from dist_moe.parallel import Placement
-from dist_moe.recipes.placement import MoveCosts, PlacementScheduleConfig, propose
-from dist_moe.recipes.placement_run import co_activations
+from dist_moe.recipes.callbacks.placement import co_activations
 from dist_moe.routing import Route, union_of_routes
 from dist_moe.search import rank_imbalance
+from dist_moe.search.placement_policy import MoveCosts, PlacementScheduleConfig, propose
 from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import dist_moe, succeed
 from tests.helpers.pool import on_ranks

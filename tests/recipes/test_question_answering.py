@@ -16,12 +16,12 @@ from dist_moe.errors import UserError
 from dist_moe.models.bert import BertModel, read_hugging_face
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes import text_problem
-from dist_moe.recipes.answer_metrics import answer_figures
-from dist_moe.recipes.config import load_config, validate_config
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_new_run
-from dist_moe.recipes.problems import open_problem
-from dist_moe.recipes.question_answering import QuestionAnsweringProblem
+from dist_moe.recipes.supervised.config import load_config, validate_config
+from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
+from dist_moe.tasks.labelled_text.question_answering import QuestionAnsweringProblem
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.open import open_problem
 from tests.data.labelled_text.tiny_texts import SAMPLES, tiny_tokenizer
 from tests.helpers.commands import succeed
 from tests.helpers.runs import losses_of, records_of, summary_of

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dist_moe.engine.checkpoint_files import best_of, checkpoints_of, newest_checkpoint
-from dist_moe.engine.phase_seconds import FIGURES_OF_THE_MACHINE
+from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, newest_checkpoint
+from dist_moe.engine.monitor.phase_seconds import FIGURES_OF_THE_MACHINE
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import records_of, summary_of, tensors_of, validations_of, write_config

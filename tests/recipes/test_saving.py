@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dist_moe.engine import checkpoint_saver, checkpoint_snapshot, loop
-from dist_moe.engine.checkpoint_files import checkpoints_of, complete_directories, newest_good_checkpoint
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint
 from tests.helpers.commands import Outcome, run_here, succeed
 from tests.helpers.disks import remount, small_disk
 from tests.helpers.pool import RankPool, on_ranks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.engine.checkpoint_files import newest_checkpoint
+from dist_moe.engine.checkpoint.files import newest_checkpoint
 from tests.helpers.commands import succeed
 from tests.helpers.runs import losses_of, stage_overrides, summary_of, write_config
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dist_moe.data.batches import ShuffledFeed
-from dist_moe.engine.checkpoint import read_trainer_state
+from dist_moe.engine.checkpoint.loading import read_trainer_state
 from dist_moe.engine.loop import TrainingLoop
 from tests.helpers.board import read_board
 from tests.helpers.commands import Outcome, run_here

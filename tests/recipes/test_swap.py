@@ -10,17 +10,17 @@ import torch
 from numpy.typing import NDArray
 
 from dist_moe.data.batches import spread_over
-from dist_moe.engine.launch_environment import LaunchEnvironment
+from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.config import RunConfig, load_config
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_new_run
-from dist_moe.recipes.problem import Problem
-from dist_moe.recipes.problems import open_problem
-from dist_moe.recipes.swap import SwapScheduleConfig, in_double_precision, search_swaps
+from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig, in_double_precision, search_swaps
+from dist_moe.recipes.supervised.config import RunConfig, load_config
+from dist_moe.recipes.supervised.plan import plan_new_run
 from dist_moe.search import SwapReport, SwapSearchConfig
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.open import open_problem
+from dist_moe.tasks.task import Problem
 from tests.helpers.runs import write_config
 
 LAUNCH = LaunchEnvironment()

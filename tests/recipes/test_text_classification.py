@@ -18,12 +18,12 @@ from dist_moe.errors import UserError
 from dist_moe.models import BertClassifierConfig
 from dist_moe.models.bert import read_hugging_face
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.classification_metrics import f1, matthews, pearson
-from dist_moe.recipes.config import load_config, validate_config
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_new_run, plan_resumed_run
-from dist_moe.recipes.problems import open_problem
-from dist_moe.recipes.text_classification import TextClassificationProblem
+from dist_moe.recipes.supervised.config import load_config, validate_config
+from dist_moe.recipes.supervised.plan import plan_new_run, plan_resumed_run
+from dist_moe.tasks.labelled_text.classification import TextClassificationProblem
+from dist_moe.tasks.labelled_text.classification_metrics import f1, matthews, pearson
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.open import open_problem
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
 from tests.helpers.commands import succeed
 from tests.helpers.runs import losses_of, records_of, summary_of

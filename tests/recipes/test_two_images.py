@@ -13,17 +13,17 @@ import pytest
 import torch
 import yaml
 
-from dist_moe.engine.checkpoint import load_model
-from dist_moe.engine.checkpoint_files import newest_checkpoint
-from dist_moe.engine.process_groups import process_groups
+from dist_moe.engine.checkpoint.files import newest_checkpoint
+from dist_moe.engine.checkpoint.loading import load_model
+from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.gates.hash_routing import HashRouting, balanced_assignment
 from dist_moe.models import TwoImageClassifier
 from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.config import load_config
-from dist_moe.recipes.models import build_model
-from dist_moe.recipes.plan import plan_resumed_run
-from dist_moe.recipes.problems import open_problem
+from dist_moe.recipes.supervised.config import load_config
+from dist_moe.recipes.supervised.plan import plan_resumed_run
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.open import open_problem
 from tests.data.tiny_images import write_tiny_images
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks

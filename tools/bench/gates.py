@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.host_memory import keep_freed_memory
+from dist_moe.engine.launch.host_memory import keep_freed_memory
 from dist_moe.gates import Comet, Gate, TopK
 from tools.bench.timing import interleaved
 

@@ -27,17 +27,17 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dist_moe.engine import loop as loop_module
+from dist_moe.engine.launch.process_groups import process_groups
+from dist_moe.engine.launch.stop_request import StopRequest
 from dist_moe.engine.loop import TrainingLoop
-from dist_moe.engine.monitor import Monitor
-from dist_moe.engine.process_groups import process_groups
-from dist_moe.engine.step_window import StepWindow
-from dist_moe.engine.stop_request import StopRequest
+from dist_moe.engine.monitor.monitor import Monitor
+from dist_moe.engine.monitor.step_window import StepWindow
 from dist_moe.layer import MoE
 from dist_moe.parallel import PhaseClock, Traffic
 from dist_moe.recipes import supervised
-from dist_moe.recipes.placement_run import ExpertMover
-from dist_moe.recipes.plan import plan_new_run
-from dist_moe.recipes.swap import SwapScheduleConfig
+from dist_moe.recipes.callbacks.placement import ExpertMover
+from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig
+from dist_moe.recipes.supervised.plan import plan_new_run
 from dist_moe.search import SlotTable
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.pool import on_ranks

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_moe.engine.deepspeed_config import complete_deepspeed_section
-from dist_moe.engine.deepspeed_setup import import_deepspeed
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.host_memory import keep_freed_memory
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.process_groups import ParallelConfig, ProcessGroups, process_groups
+from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.experts import FeedForwardBank
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE

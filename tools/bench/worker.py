@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from dist_moe.engine.host_memory import keep_freed_memory
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from tools.bench import exchange, layer, memory, ragged
 from tools.bench.jobs import Job
 from tools.bench.layer import Place

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.squad import Answer, Question
 from dist_moe.data.labelled_text.texts import Text
 from dist_moe.data.labelled_text.tokens import TokenisedTexts, encodings
-from dist_moe.data.progress import Progress
 from dist_moe.errors import UserError
 
 NO_ANSWER = (0, 0)

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
-from dist_moe.data.cache import Prepared, prepared
+from dist_moe.config.settings import Settings
+from dist_moe.data.fetch.cache import Prepared, prepared
+from dist_moe.data.fetch.locations import CACHE_DESCRIPTION, cache_directory, short_digest, usable
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.answer_table import AnswerTable, written
 from dist_moe.data.labelled_text.answer_windows import AnswerWindows, windows_of
 from dist_moe.data.labelled_text.sources import check_source, directory_files, from_directory
 from dist_moe.data.labelled_text.squad import SQUAD_V2, Question
 from dist_moe.data.labelled_text.texts import dealt, identity
 from dist_moe.data.labelled_text.tokens import digest_of, open_tokenizer, padding_of
-from dist_moe.data.locations import CACHE_DESCRIPTION, cache_directory, short_digest, usable
-from dist_moe.data.progress import Progress
 from dist_moe.errors import UserError
-from dist_moe.settings import Settings
 
 FORMAT_VERSION = 2
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""

@@ -9,12 +9,12 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-from dist_moe.data.directories import Source, digests_in, read_unchanged
-from dist_moe.data.download import bring_wheel
+from dist_moe.data.fetch.directories import Source, digests_in, read_unchanged
+from dist_moe.data.fetch.download import bring_wheel
+from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.fetch.remotes import NoSource, Remote, RemoteFile, read_first
 from dist_moe.data.labelled_text.columns import TextFile
 from dist_moe.data.labelled_text.tasks import PublishedFiles, T, file_names, members
-from dist_moe.data.progress import Progress
-from dist_moe.data.remotes import NoSource, Remote, RemoteFile, read_first
 from dist_moe.errors import UserError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from dist_moe.data.download import Archive
+from dist_moe.data.fetch.download import Archive
 from dist_moe.data.labelled_text import glue
 from dist_moe.data.labelled_text import package_readers as readers
 from dist_moe.data.labelled_text.columns import TextFile

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.texts import Text
-from dist_moe.data.progress import Progress
 from dist_moe.errors import UserError
 
 TEXTS_AT_ONCE = 1024

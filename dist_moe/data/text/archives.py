@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from dist_moe.data.debian import data_archive
+from dist_moe.data.fetch.debian import data_archive
 
 Files = dict[str, bytes]
 """Contents by path; files that end in .gz are decompressed, under the path without the ending."""

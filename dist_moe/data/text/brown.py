@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from dist_moe.data.packages import NpmPackage
+from dist_moe.data.fetch.packages import NpmPackage
 from dist_moe.data.text.archives import npm_files
 from dist_moe.data.text.documents import Document
 from dist_moe.data.text.packaged import PackagedDomain

@@ -7,8 +7,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from dist_moe.data.locations import CACHE_DESCRIPTION
-from dist_moe.settings import Settings
+from dist_moe.config.settings import Settings
+from dist_moe.data.fetch.locations import CACHE_DESCRIPTION
 
 SMALLEST_VOCABULARY = 257
 """256 bytes and the separator."""

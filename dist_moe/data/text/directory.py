@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dist_moe.data.files import sha256_of
-from dist_moe.data.locations import readable
+from dist_moe.data.fetch.files import sha256_of
+from dist_moe.data.fetch.locations import readable
 from dist_moe.data.text.documents import Document, decoded
 from dist_moe.errors import UserError
 

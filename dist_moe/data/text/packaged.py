@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.data.download import NetworkFailure
-from dist_moe.data.packages import Package, fetch_package
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch.download import NetworkFailure
+from dist_moe.data.fetch.packages import Package, fetch_package
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.text.documents import Document
 from dist_moe.errors import UserError
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from dist_moe.data.cache import Prepared, prepared
-from dist_moe.data.locations import cache_directory, usable
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch.cache import Prepared, prepared
+from dist_moe.data.fetch.locations import cache_directory, usable
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.text.config import TextConfig
 from dist_moe.data.text.documents import PARTS, Domain, Splitter
 from dist_moe.data.text.own_tokenizer import OwnTokenizer, open_own_tokenizer

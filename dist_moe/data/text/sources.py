@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dist_moe.data.locations import short_digest
-from dist_moe.data.progress import Progress
+from dist_moe.data.fetch.locations import short_digest
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.text.brown import GENRES
 from dist_moe.data.text.config import TextConfig
 from dist_moe.data.text.directory import directory_files, read_domain

@@ -16,12 +16,12 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
+from dist_moe.config.settings import Settings
 from dist_moe.errors import UserError
 from dist_moe.kernels import FeedForwardWeights
 from dist_moe.models.conversion.copies import copies
 from dist_moe.models.conversion.exact_split import split_exactly
 from dist_moe.models.transformer import TransformerConfig
-from dist_moe.settings import Settings
 
 OF_MIXTURES = {
     "num_experts",

@@ -9,7 +9,7 @@ Yang et al.: Dual-Head Knowledge Distillation (KDD 2025). With temperature T, st
 per example. Unlike a softmax, they tell logits apart that differ by a constant. The labels' cross-entropy and
 BinaryKL-Norm agree on the backbone and contradict each other in one linear classifier, hence the two heads: see
 :class:`~dist_moe.models.dual_head.DualHead`; the auxiliary one is discarded after training. What remains of the
-contradiction :mod:`dist_moe.engine.gradient_alignment` takes out.
+contradiction :mod:`dist_moe.engine.deepspeed.gradient_alignment` takes out.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dist_moe.recipes.problem import at_least_fp32
-from dist_moe.settings import Settings
+from dist_moe.config.settings import Settings
+from dist_moe.tasks.task import at_least_fp32
 
 
 class HasAuxiliaryLogits(Protocol):

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dist_moe.recipes.problem import at_least_fp32
-from dist_moe.settings import Settings
+from dist_moe.config.settings import Settings
+from dist_moe.tasks.task import at_least_fp32
 
 
 class HasHiddenStates(Protocol):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.gradient_alignment import GradientAlignment
+from dist_moe.engine.deepspeed.gradient_alignment import GradientAlignment
 from dist_moe.engine.loop import StepLoss
-from dist_moe.engine.step_window import Sums
+from dist_moe.engine.monitor.step_window import Sums
 from dist_moe.recipes.distillation.teacher import Teacher
-from dist_moe.recipes.objective import WeightedObjective
+from dist_moe.tasks.objective import WeightedObjective
 
 Terms = Callable[[Any, Any, Any], dict[str, Tensor]]
 """(student's output, teacher's output, batch) -> weighted losses by name: each a sum over the batch divided by a
@@ -22,7 +22,7 @@ count of the whole step, as in :mod:`dist_moe.recipes.distillation.moebert`. The
 class DistillationObjective:
     """``objective`` with the losses that ``terms`` makes of the student's output and the ``teacher``'s.
 
-    Takes the place of a :class:`~dist_moe.recipes.objective.WeightedObjective`. ``alignment``: what of the terms'
+    Takes the place of a :class:`~dist_moe.tasks.objective.WeightedObjective`. ``alignment``: what of the terms'
     gradient contradicts that of all other losses is taken out; the cosine of the two is recorded as ``teacher_cosine``.
     ``ask``: keyword arguments for both models beside the batch's inputs, such as ``{"hidden_states": True}``.
     """

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_moe.engine.sharded_parameters import is_sharded
+from dist_moe.engine.deepspeed.sharded_parameters import is_sharded
 from dist_moe.models import MoEModel
 
 

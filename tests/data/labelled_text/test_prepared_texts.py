@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from dist_moe.data.files import sha256_of
+from dist_moe.data.fetch.files import sha256_of
 from dist_moe.data.labelled_text import (
     GRADED,
     TASKS,
@@ -257,8 +257,8 @@ def test_a_root_without_the_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 
 def test_a_root_that_changes_while_it_is_read_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    from dist_moe.data.fetch.progress import Progress
     from dist_moe.data.labelled_text.sources import directory_files, from_directory
-    from dist_moe.data.progress import Progress
 
     task, root = TASKS["sentiment-tweets"], write_ratings(tmp_path, "tweets")
     before = directory_files(task, root)

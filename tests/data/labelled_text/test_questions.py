@@ -12,10 +12,10 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import Tokenizer, processors
 
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text import AnswerTable, Questions, QuestionsConfig, prepare_questions, prepared_questions
 from dist_moe.data.labelled_text.answer_windows import NO_ANSWER, window_starts, windows_of
 from dist_moe.data.labelled_text.squad import DEV_FILE, TRAIN_FILE, Answer, Question, read_squad
-from dist_moe.data.progress import Progress
 from dist_moe.errors import UserError
 
 from .tiny_texts import SAMPLES, tiny_tokenizer

@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer
 
 from dist_moe.data.batches import ShuffledFeed
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text import LabelledTable
 from dist_moe.data.labelled_text.texts import Text
 from dist_moe.data.labelled_text.tokens import TokenisedTexts, open_tokenizer, padding_of, tokenised
-from dist_moe.data.progress import Progress
 from dist_moe.errors import UserError
 
 from .tiny_texts import sentences, tiny_tokenizer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_moe import kernels
-from dist_moe.data.encoder_sources import open_encoder
+from dist_moe.data.encoder import open_encoder
 from dist_moe.gates import HashRoutingConfig
 from dist_moe.models import BertClassifier, BertClassifierConfig, RunShape
 from dist_moe.models.bert import read_hugging_face

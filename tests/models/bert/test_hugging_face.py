@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_moe.data.encoder_sources import open_encoder
+from dist_moe.data.encoder import open_encoder
 from dist_moe.errors import UserError
 from dist_moe.models import BertAnswererConfig, BertClassifier, BertClassifierConfig, BertShape, RunShape
 from dist_moe.models.bert import read_hugging_face, read_shape, write_hugging_face

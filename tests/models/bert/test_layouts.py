@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_moe.engine.checkpoint_reader import expert_ids_by_parameter
-from dist_moe.engine.deepspeed_config import complete_deepspeed_section
-from dist_moe.engine.expert_parallel_engine import ExpertParallelEngine
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.parameter_state import MASTER, read_parameter_state
-from dist_moe.engine.process_groups import ParallelConfig, ProcessGroups, process_groups
+from dist_moe.engine.checkpoint.reader import expert_ids_by_parameter
+from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.deepspeed.parameter_state import MASTER, read_parameter_state
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.gates import CometConfig
 from dist_moe.models import BertClassifier, BertOutput
 from tests.helpers.berts import build, labels_of, share_of, texts

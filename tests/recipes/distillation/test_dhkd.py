@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.distillation import DHKDConfig, binary_kl, binary_kl_norm
 from dist_moe.recipes.distillation.dhkd import log_cosh
-from dist_moe.recipes.objective import WeightedObjective
+from dist_moe.tasks.objective import WeightedObjective
 from tests.helpers.students import Labels, Oracle, Student, auxiliary_terms, step_of_examples
 
 BATCH, CLASSES = 5, 4

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.launch_environment import LaunchEnvironment
-from dist_moe.engine.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.models import RecommenderConfig, RunShape
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.distillation import DHKDConfig, Teacher

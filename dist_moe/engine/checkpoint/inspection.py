@@ -1,0 +1,140 @@
+"""What is inside run directories, checkpoints and exported files, as text. Needs no process group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from dist_moe.engine.checkpoint.catalog import Catalog
+from dist_moe.engine.checkpoint.export import read_exported
+from dist_moe.engine.checkpoint.files import (
+    MANIFEST,
+    Manifest,
+    best_of,
+    checkpoints_of,
+    complete_directories,
+    verify_checkpoint,
+)
+from dist_moe.engine.checkpoint.loading import read_trainer_state
+from dist_moe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """``text``: for a person. ``faults``: what is damaged."""
+
+    text: str
+    faults: list[str]
+
+
+def inspect_path(path: Path) -> Inspection:
+    """Look into a run directory, a checkpoint or an exported file, all digests checked.
+
+    Raises UserError if it is none of them.
+    """
+    if path.is_file():
+        return _inspect_exported(path)
+    if (path / MANIFEST).exists():
+        return _inspect_checkpoint(path)
+    found = [*complete_directories(checkpoints_of(path)), *complete_directories(best_of(checkpoints_of(path)))]
+    if not found:
+        raise UserError(f"{path} is neither a run directory with checkpoints, nor a checkpoint, nor an exported file")
+    return _inspect_run(path, found)
+
+
+def _inspect_run(run: Path, directories: list[Path]) -> Inspection:
+    rows, faults = [], []
+    last_good: Path | None = None
+    for directory in directories:
+        name = str(directory.relative_to(run))
+        size = _size(sum(file.stat().st_size for file in directory.iterdir()))
+        try:
+            manifest = verify_checkpoint(directory)
+        except UserError as fault:
+            faults.append(str(fault))
+            rows.append([name, "-", "-", size, "DAMAGED"])
+        else:
+            rows.append([name, str(manifest.step), _layout(manifest), size, "ok"])
+            last_good = directory if directory.parent == checkpoints_of(run) else last_good or directory
+    text = table(["checkpoint", "step", "written at", "size", "digests"], rows)
+    if last_good is not None:
+        text += f"\n\n{last_good.relative_to(run)}:\n{_inspect_checkpoint(last_good).text}"
+    return Inspection(text, faults)
+
+
+def _inspect_checkpoint(directory: Path) -> Inspection:
+    try:
+        manifest = verify_checkpoint(directory)
+    except UserError as fault:
+        return Inspection(f"{directory}: DAMAGED", [str(fault)])
+    trainer = read_trainer_state(directory)
+    entries = Catalog(directory).entries.values()
+    parameters = sum(entry.numel for entry in entries if not entry.is_buffer)
+    expert_parameters = sum(entry.numel for entry in entries if entry.experts)
+    facts = [
+        f"step {manifest.step}, format {manifest.format_version}, written at {_layout(manifest)}",
+        f"{parameters:,} parameters, {expert_parameters:,} of them in experts; {len(trainer.validation_losses)} "
+        f"validation(s), {trainer.training_seconds:.0f} s of training",
+    ]
+    if trainer.imported_from:
+        facts.append(f"imported from {trainer.imported_from}: no optimizer state")
+    rows = [
+        [
+            entry.name,
+            "buffer" if entry.is_buffer else f"{entry.experts} experts" if entry.experts else "dense",
+            str(entry.shape),
+            str(entry.dtype).removeprefix("torch."),
+            " ".join(entry.states),
+            _size(entry.num_bytes),
+        ]
+        for entry in entries
+    ]
+    files = [
+        [name, _size((directory / name).stat().st_size), digest[:12], "ok"] for name, digest in manifest.files.items()
+    ]
+    parts = [
+        *facts,
+        "",
+        table(["parameter", "kind", "shape", "dtype", "states", "size"], rows),
+        "",
+        table(["file", "size", "sha256", "digest"], files),
+    ]
+    return Inspection("\n".join(parts), [])
+
+
+def _inspect_exported(path: Path) -> Inspection:
+    exported = read_exported(path)
+    with safe_open(path, framework="pt") as file:
+        rows = [
+            [name, kind, str(tuple(file.get_slice(name).get_shape())), file.get_slice(name).get_dtype()]
+            for name, kind in exported.kinds.items()
+        ]
+    size, digest = _size(path.stat().st_size), exported.digest[:12]
+    facts = f"weights of step {exported.step}, {exported.dtype}, {size}, sha256 {digest}: ok"
+    return Inspection(f"{facts}\n\n{table(['tensor', 'kind', 'shape', 'dtype'], rows)}", [])
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """Columns as wide as they must be."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _layout(manifest: Manifest) -> str:
+    if not manifest.layout:
+        return "no layout"
+    layout = manifest.layout
+    return f"{layout['world_size']} rank(s), EP {layout['expert_parallel_size']}, ZeRO {layout['zero_stage']}"
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} B"

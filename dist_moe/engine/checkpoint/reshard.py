@@ -1,0 +1,92 @@
+"""A checkpoint again with its experts in another number of files, one expert in memory at a time.
+
+No layout needs this: every checkpoint loads at any number of ranks. It is for file systems that like
+few large files better, or many small ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_moe.engine.checkpoint.catalog import Catalog
+from dist_moe.engine.checkpoint.files import (
+    MANIFEST,
+    partial_directory,
+    publish,
+    step_directory,
+    verify_checkpoint,
+)
+from dist_moe.engine.checkpoint.snapshot import expert_file
+from dist_moe.engine.checkpoint.tensor_file import write_pieces
+from dist_moe.errors import UserError
+
+
+def reshard_checkpoint(source: Path, root: Path, expert_files: int) -> Path:
+    """Write ``source`` again as a checkpoint under ``root``, neighbouring experts in one of ``expert_files`` files.
+
+    Returns the new checkpoint, which is verified against ``source`` tensor by tensor. For one process
+    alone. Raises UserError if ``source`` is not intact, the number does not fit, or writing fails.
+    """
+    manifest = verify_checkpoint(source)
+    catalog = Catalog(source)
+    experts = max((entry.experts or 0 for entry in catalog.entries.values()), default=0)
+    if not 1 <= expert_files <= max(1, experts):
+        raise UserError(f"--expert-files {expert_files}: the checkpoint has {experts} experts; 1 to {experts} files")
+    final = step_directory(root, manifest.step)
+    if final.exists():
+        raise UserError(f"{final} exists already; name another --output")
+    partial = partial_directory(final)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        files = _copy_others(source, catalog, manifest.files, partial)
+        for index, ids in enumerate(torch.arange(experts).tensor_split(expert_files) if experts else ()):
+            files[expert_file(index)] = _write_experts(catalog, ids.tolist(), partial / expert_file(index))
+        publish(partial, final, replace(manifest, files=files))
+    except OSError as error:
+        raise UserError(f"{final} cannot be written: {error}") from error
+    _compare(catalog, final)
+    return final
+
+
+def _copy_others(source: Path, catalog: Catalog, digests: Mapping[str, str], target: Path) -> dict[str, str]:
+    """All files without experts, as they are; their digests."""
+    kept = [name for name in digests if name not in catalog.expert_files() and name != MANIFEST]
+    for name in kept:
+        shutil.copyfile(source / name, target / name)
+    return {name: digests[name] for name in kept}
+
+
+def _write_experts(catalog: Catalog, ids: list[int], path: Path) -> str:
+    keys = [
+        f"{entry.name}|{state}|{expert}"
+        for entry in catalog.entries.values()
+        if entry.experts is not None
+        for state in entry.states
+        for expert in ids
+    ]
+
+    def piece(key: str) -> tuple[Tensor]:
+        return (catalog.read(key),)
+
+    return write_pieces(path, {key: catalog.spec(key) for key in keys}, piece)
+
+
+def _compare(catalog: Catalog, written: Path) -> None:
+    """The digests, and every tensor by name; a fault here is ours or the disk's."""
+    verify_checkpoint(written)
+    again = Catalog(written)
+    if again.entries != catalog.entries:
+        raise UserError(f"{written} does not hold what its source holds; remove it, and check the disk")
+    for entry in catalog.entries.values():
+        for state in entry.states:
+            for key in entry.keys(state):
+                ours, theirs = again.read(key), catalog.read(key)
+                if not ours.reshape(-1).view(torch.uint8).equal(theirs.reshape(-1).view(torch.uint8)):
+                    raise UserError(f"{written}: {key} is not what its source holds; remove it, and check the disk")

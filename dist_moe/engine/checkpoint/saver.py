@@ -1,0 +1,166 @@
+"""Saving beside the training: a copy in host memory, written by a thread per rank, published by the first rank.
+
+The thread issues no collective and waits for nobody: it writes this rank's files and keeps their
+digests. Whether all ranks have finished is learnt at a step boundary, where the ranks talk anyway; then
+the first rank publishes. So a rank that dies meanwhile, or whose disk is full, leaves nothing visible.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_moe.engine.checkpoint.files import (
+    Manifest,
+    drop_old,
+    partial_directory,
+    publish,
+    step_directory,
+)
+from dist_moe.engine.checkpoint.snapshot import Course, Snapshot, take_snapshot
+from dist_moe.engine.collectives import gather_objects
+from dist_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+
+CLOSE_PATIENCE_S = 60.0
+
+Say = Callable[[str], None]
+
+
+class CheckpointSaver:
+    """Saves checkpoints of ``engine``, one at a time.
+
+    ``failures_allowed``: checkpoints in a row that may fail (disk full, read-only, ...) before the
+    training is ended by UserError, on all ranks alike. ``say``: where failures are reported; only the
+    first rank speaks. Needs a file system that all ranks share.
+    """
+
+    def __init__(self, engine: ExpertParallelEngine, *, in_background: bool, failures_allowed: int, say: Say) -> None:
+        self._engine = engine
+        self._in_background = in_background
+        self._failures_allowed = failures_allowed
+        self._say = say
+        self._is_first = engine.process_groups.environment.is_first
+        self._job: _Job | None = None
+        self._failures: list[str] = []
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread still writes."""
+        return self._job is not None and self._job.is_alive()
+
+    def save(self, root: Path, step: int, keep: int, course: Course) -> None:
+        """Save as ``root/step-...`` and then drop all but the newest ``keep``. Collective over all ranks.
+
+        Waits for the save before it, then for a copy in host memory only. Raises UserError where more
+        than ``failures_allowed`` saves in a row have failed.
+        """
+        self.settle()
+        directory = step_directory(root, step)
+        if faults := _told(_fault_of(_prepare, directory) if self._is_first else None):
+            self._failed(directory, faults)
+            return
+        self._job = _Job(take_snapshot(self._engine, step, course), directory, keep)
+        if self._in_background:
+            self._job.start()
+        else:
+            self._job.run()
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the threads of all ranks; publish, or report why not. Collective over all ranks."""
+        if self._job is None:
+            return
+        job, self._job = self._job, None
+        job.wait()
+        written = gather_objects(job.digests)
+        faults = _told(job.fault)
+        if not faults:
+            files = {name: digest for one in written for name, digest in one.items()}
+            faults = _told(_fault_of(job.publish, files) if self._is_first else None)
+        if faults:
+            self._failed(job.directory, faults)
+        else:
+            self._failures = []
+
+    def finish(self) -> None:
+        """Settle for good. Collective. Raises UserError if the last save has failed, however many may fail."""
+        self.settle()
+        if self._failures:
+            raise UserError(f"the run's last checkpoint is missing: {self._failures[-1]}; {_REMEDY}")
+
+    def close(self) -> None:
+        """Wait for this rank's thread and publish nothing; for the way out after an error."""
+        if self._job is not None:
+            self._job.wait(CLOSE_PATIENCE_S)
+            self._job = None
+
+    def _failed(self, directory: Path, faults: list[str]) -> None:
+        if self._is_first:
+            shutil.rmtree(partial_directory(directory), ignore_errors=True)  # it may hold what the disk lacks
+        self._failures.append(f"checkpoint {directory} could not be written: {'; '.join(faults)}")
+        if len(self._failures) > self._failures_allowed:
+            raise UserError(
+                f"{self._failures[-1]}. That is {len(self._failures)} in a row, and "
+                f"train.checkpoint_failures_allowed={self._failures_allowed}; {_REMEDY}"
+            )
+        if self._is_first:
+            self._say(f"warning: {self._failures[-1]}; going on, older ones stay as they are")
+
+
+_REMEDY = "older ones are untouched: mend the place, then go on with dist-moe train --resume"
+
+
+class _Job(threading.Thread):
+    """One rank's share of one checkpoint. ``digests``: of its files, once written; ``fault``: why they are not."""
+
+    def __init__(self, snapshot: Snapshot, directory: Path, keep: int) -> None:
+        super().__init__(name=f"write {directory.name}", daemon=True)
+        self.directory = directory
+        self.digests: dict[str, str] = {}
+        self.fault: str | None = None
+        self._snapshot: Snapshot | None = snapshot
+        self._step, self._layout = snapshot.step, snapshot.layout
+        self._keep = keep
+
+    def run(self) -> None:
+        assert self._snapshot is not None
+        self.fault = _fault_of(self._write, self._snapshot)
+        self._snapshot = None  # its memory is free from here on
+
+    def wait(self, timeout: float | None = None) -> None:
+        if self.ident is not None:
+            self.join(timeout)
+
+    def publish(self, files: dict[str, str]) -> None:
+        publish(partial_directory(self.directory), self.directory, Manifest(self._step, files, self._layout))
+        drop_old(self.directory.parent, self._keep)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        self.digests = snapshot.write(partial_directory(self.directory))
+
+
+def _prepare(directory: Path) -> None:
+    partial = partial_directory(directory)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def _fault_of(function: Callable[..., None], *arguments: object) -> str | None:
+    """Run it; what went wrong, in words. Nothing may escape on one rank while the others wait for it."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _told(fault: str | None) -> list[str]:
+    """The faults of all ranks, on every rank."""
+    return [f"rank {rank}: {fault}" for rank, fault in enumerate(gather_objects(fault)) if fault is not None]

@@ -1,0 +1,155 @@
+"""A DeepSpeed engine that knows our experts.
+
+DeepSpeed decides by attributes of a parameter and by one flag of the engine which parameters are
+experts: those are reduced and partitioned over their expert-data-parallel group, the others over
+all ranks. Both kinds of gradient are divided by the number of all ranks, so that the result is the
+gradient of the mean over ranks of the ranks' losses.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_moe.engine.deepspeed.config import DeepSpeedSection
+from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.deepspeed.sharded_parameters import (
+    check_groups,
+    forget_module,
+    gather_for_backward,
+    keep_tables_whole,
+    whole_shape,
+)
+from dist_moe.engine.launch.process_groups import ProcessGroups
+from dist_moe.experts import ExpertBank
+
+_deepspeed = import_deepspeed()
+
+
+class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-defined]
+    """``DeepSpeedEngine`` for modules that contain :class:`ExpertBank` parameters.
+
+    Corrects what DeepSpeed gets wrong at ZeRO stage 0: the norm by which it clips there is the mean
+    of the ranks' norms, not the norm of all gradients. At stage 3, which DeepSpeed offers for experts of
+    its own only, see :mod:`dist_moe.engine.deepspeed.sharded_parameters`.
+    """
+
+    def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups) -> None:
+        mark_experts(model, groups.expert_group_name)
+        self.__dict__["process_groups"] = groups
+        config = _deepspeed.DeepSpeedConfig(section)
+        _deepspeed.set_optimizer_flags(config, model)
+        super().__init__(
+            args=None,
+            model=model,
+            optimizer=None,
+            model_parameters=list(model.parameters()),
+            training_data=None,
+            lr_scheduler=None,
+            mpu=None,
+            dist_init_required=False,
+            collate_fn=None,
+            config=section,
+            config_class=config,
+            mesh_device=None,
+            dont_change_device=False,
+        )
+        if self.shards_parameters:
+            check_groups(model.parameters(), self.group_of)
+            gather_for_backward(model)
+            keep_tables_whole(self)
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether parameters themselves are spread over ranks (ZeRO stage 3)."""
+        return bool(self.zero_optimization_partition_weights())
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in this rank's model, whether it holds all of them or slices."""
+        return sum(whole_shape(parameter).numel() for parameter in self.module.parameters())
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of all gradients of the last step, dense and expert, before clipping."""
+        return float(self.get_global_grad_norm())
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was left out because a gradient was not finite, which all ranks know alike."""
+        return not math.isfinite(self.grad_norm)
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        self.has_moe_layers = any(map(is_expert_parameter, model.parameters()))  # else DeepSpeed misses their groups
+        super()._configure_distributed_model(model)
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        """DeepSpeed's own check knows its own layers only; ours is :func:`check_groups`, afterwards."""
+
+    def group_of(self, parameter: nn.Parameter) -> Any:
+        """The ranks that hold copies of ``parameter``, over which its gradients are summed."""
+        if is_expert_parameter(parameter):
+            return self.expert_data_parallel_group[self.process_groups.expert_group_name]
+        return self.seq_data_parallel_group
+
+    def destroy(self) -> None:
+        super().destroy()
+        if self.shards_parameters:
+            forget_module(self.module)
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if not self.zero_optimization():
+            self._global_grad_norm = global_grad_norm(self.module, self.process_groups)
+            if self.step_was_skipped and self.torch_autocast_z0_gradscaler is None:
+                self._leave_out_step()
+                return
+        super()._take_model_step(lr_kwargs)
+
+    def _leave_out_step(self) -> None:
+        """What DeepSpeed does at ZeRO stages 1 and 2 when the norm is not finite, here for stage 0."""
+        self.zero_grad()
+        self.losses = None
+        self.skipped_steps += 1
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+
+    def clip_fp32_gradients(self) -> None:
+        scale = (self.gradient_clipping() / (self._global_grad_norm + 1e-6)).clamp(max=1.0)
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+
+
+def mark_experts(model: nn.Module, group_name: str) -> None:
+    """Put DeepSpeed's attributes on the parameters of every bank of experts in ``model``."""
+    for bank in model.modules():
+        if isinstance(bank, ExpertBank):
+            for parameter in bank.parameters():
+                marks = {
+                    "allreduce": False,
+                    "group_name": group_name,
+                    "ds_zero_placement_family": "autoep_expert",
+                    "ds_zero_partition_group_name": group_name,
+                }
+                for name, value in marks.items():
+                    setattr(parameter, name, value)
+
+
+def is_expert_parameter(parameter: nn.Parameter) -> bool:
+    return not getattr(parameter, "allreduce", True)
+
+
+def global_grad_norm(model: nn.Module, groups: ProcessGroups) -> Tensor:
+    """sqrt of the summed squares of all gradients: dense ones once, experts summed over EP ranks.
+
+    Expects gradients that are reduced already, as at ZeRO stage 0 before the optimizer's step.
+    """
+    squares = torch.zeros(2, device=groups.device)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            squares[int(is_expert_parameter(parameter))] += parameter.grad.float().square().sum()
+    squares[1] = groups.world.sum(squares[1])
+    return squares.sum().sqrt()

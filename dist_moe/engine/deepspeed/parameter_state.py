@@ -1,0 +1,127 @@
+"""Masters and optimizer state by parameter, whole and in fp32, whatever the ZeRO stage.
+
+This is what makes a checkpoint portable: from stage 1 on DeepSpeed keeps masters and moments, and at
+stage 3 the parameters too, as slices of flat buffers spread over ranks; here they are read and written
+parameter by parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_moe.engine.deepspeed.sharded_parameters import gather_kept, own_slice
+
+if TYPE_CHECKING:
+    from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+
+MASTER = "master"
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """``tensors[name]``: the fp32 master under MASTER, then each optimizer state of its shape (for
+    Adam ``exp_avg``, ``exp_avg_sq``). ``scalars``: states without a shape (Adam's ``step``), which
+    are the same for all parameters."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    scalars: dict[str, float]
+
+
+def read_parameter_state(engine: ExpertParallelEngine) -> ParameterState:
+    """Collective over all ranks. Every rank gets all dense parameters and its own experts."""
+    keys, states = state_keys(engine), _optimizer_states(engine)
+    scalars = {k: float(v) for k, v in states[0].items() if not _has_shape(v)} if states else {}
+    tensors = {
+        name: {key: read_state(engine, parameter, key) for key in keys}
+        for name, parameter in engine.module.named_parameters()
+    }
+    return ParameterState(tensors, scalars)
+
+
+@torch.no_grad()
+def write_parameter_state(engine: ExpertParallelEngine, state: ParameterState) -> None:
+    """The inverse; ``state`` must hold every parameter of this rank, in its shape."""
+    keys = sorted({key for tensors in state.tensors.values() for key in tensors if key != MASTER})
+    if keys or state.scalars:
+        _create_optimizer_states(engine, keys, state.scalars)
+    for name, parameter in engine.module.named_parameters():
+        for key, value in state.tensors[name].items():
+            write_state(engine, parameter, key, value)
+    if engine.shards_parameters:
+        gather_kept(engine)
+
+
+def state_keys(engine: ExpertParallelEngine) -> list[str]:
+    """MASTER and the optimizer's states with a shape, as they are now; before the first step there are none."""
+    states = _optimizer_states(engine)
+    if states:
+        _link_states(engine)
+    return [MASTER, *(key for key, value in (states[0] if states else {}).items() if _has_shape(value))]
+
+
+def read_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) -> Tensor:
+    """One of :func:`state_keys` of one parameter, whole; collective over the ranks that share it."""
+    deepspeeds_key = None if key == MASTER else key
+    if engine.shards_parameters:
+        return engine.optimizer.get_full_hp_param(parameter, deepspeeds_key)
+    if engine.zero_optimization():
+        return parameter.get_full_hp_param(deepspeeds_key)  # type: ignore[attr-defined]
+    return parameter.detach().float() if key == MASTER else engine.optimizer.state[parameter][key]
+
+
+@torch.no_grad()
+def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    """The inverse, on every rank that shares it; the parameter follows its master."""
+    deepspeeds_key = None if key == MASTER else key
+    if engine.shards_parameters:
+        value = own_slice(parameter, value)
+        engine.optimizer.set_local_hp_param(value, parameter, deepspeeds_key)
+    elif engine.zero_optimization():
+        parameter.set_full_hp_param(value, deepspeeds_key)  # type: ignore[attr-defined]
+    elif key != MASTER:
+        engine.optimizer.state[parameter][key].copy_(value)
+    if key == MASTER:
+        (parameter.ds_tensor if engine.shards_parameters else parameter).copy_(value)  # type: ignore[attr-defined]
+
+
+def _has_shape(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _torch_optimizer(engine: ExpertParallelEngine) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
+
+
+def _optimizer_states(engine: ExpertParallelEngine) -> list[dict[str, Any]]:
+    return [dict(state) for state in _torch_optimizer(engine).state.values()]
+
+
+def _create_optimizer_states(engine: ExpertParallelEngine, keys: list[str], scalars: dict[str, float]) -> None:
+    """Give each tensor that the optimizer owns a state of its own (none shares its step with another)."""
+    optimizer = _torch_optimizer(engine)
+    for owned in _owned_tensors(engine):
+        optimizer.state[owned] = {key: torch.zeros_like(owned) for key in keys} | {
+            key: torch.tensor(value) for key, value in scalars.items()
+        }
+    _link_states(engine)
+
+
+def _owned_tensors(engine: ExpertParallelEngine) -> list[Tensor]:
+    """What the optimizer steps; at stage 3 DeepSpeed lends it these one by one, within a step only."""
+    if engine.shards_parameters:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [owned for group in _torch_optimizer(engine).param_groups for owned in group["params"]]
+
+
+def _link_states(engine: ExpertParallelEngine) -> None:
+    """Tell DeepSpeed's per-parameter views of the states of all parameter groups.
+
+    DeepSpeed does this once, in its first step, when only the first group has any state.
+    """
+    if engine.zero_optimization() and not engine.shards_parameters:
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()

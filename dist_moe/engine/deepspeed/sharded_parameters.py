@@ -1,0 +1,134 @@
+"""ZeRO stage 3: parameters of which every rank holds a slice, and what our modules need there.
+
+DeepSpeed gathers the parameters of a module before its forward pass and before its backward pass, and
+drops them after. It learns that a backward pass reaches a module from the module's outputs, but looks
+for tensors only in tuples, lists and dicts, whereas gates and permutations give dataclasses; and it
+knows nothing of what is read between two steps. Both are put right here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.search import SlotTable
+
+_REPEATED = -1
+"""Stands among the modules that use a parameter, which DeepSpeed numbers from 0, while a forward pass is repeated."""
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether ``parameter`` is one of ZeRO stage 3, whose own data are empty most of the time."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of ``parameter`` as the model declared it, sharded or not."""
+    return torch.Size(parameter.ds_shape) if is_sharded(parameter) else parameter.shape  # type: ignore[attr-defined]
+
+
+def own_slice(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """The part of ``value``, which has the whole shape, that this rank holds: flat, padded with zeros."""
+    group, size = parameter.ds_process_group, parameter.partition_numel()  # type: ignore[attr-defined]
+    flat = value.flatten()
+    padded = nn.functional.pad(flat, (0, size * dist.get_world_size(group) - flat.numel()))
+    return padded.narrow(0, size * dist.get_rank(group), size)
+
+
+def gather_for_backward(model: nn.Module) -> None:
+    """Let DeepSpeed see the tensors inside the dataclasses that modules give; and keep the parameters of a
+    module whose forward pass is repeated within the backward pass (activation checkpointing): DeepSpeed
+    would drop them after the repetition, when their gradients are still to come."""
+    for module in model.modules():
+        module.register_forward_pre_hook(_hold)
+        module.register_forward_hook(_let_go)
+        module.register_forward_hook(_announce_backward)
+
+
+def _in_backward_pass() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _hold(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if _in_backward_pass():
+        for parameter in module.parameters(recurse=False):
+            parameter.ds_active_sub_modules.add(_REPEATED)  # type: ignore[attr-defined]
+
+
+def _let_go(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """In use by the backward pass of ``module`` again, as before the repetition."""
+    if _in_backward_pass():
+        for parameter in module.parameters(recurse=False):
+            parameter.ds_active_sub_modules.add(module.ds_id)  # type: ignore[attr-defined]
+            parameter.ds_active_sub_modules.discard(_REPEATED)  # type: ignore[attr-defined]
+
+
+def _announce_backward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return _inside_dataclasses(module.pre_bwd_fn.apply, output)  # type: ignore[union-attr, arg-type]
+
+
+def _inside_dataclasses(function: Callable[[Tensor], Tensor], value: Any, inside: bool = False) -> Any:
+    """``value`` with ``function`` applied to every differentiable tensor that some dataclass in it holds."""
+    if isinstance(value, Tensor):
+        return function(value) if inside and value.requires_grad else value
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: _inside_dataclasses(function, getattr(value, f.name), True) for f in fields(value)}
+        return replace(value, **changed)
+    if isinstance(value, dict):
+        return {key: _inside_dataclasses(function, one, inside) for key, one in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_inside_dataclasses(function, one, inside) for one in value)
+    return value
+
+
+def keep_tables_whole(engine: Any) -> None:
+    """Never drop the parameters of slot -> expert tables: their searches read them between two steps."""
+    kept = [
+        parameter
+        for module in engine.module.modules()
+        if isinstance(module, SlotTable)
+        for parameter in module.parameters()
+    ]
+    for parameter in kept:
+        if not parameter.ds_persist:  # type: ignore[attr-defined]
+            parameter.ds_persist = True  # type: ignore[attr-defined]
+            engine.optimizer.persistent_parameters.append(parameter)
+    gather_kept(engine)
+
+
+def gather_kept(engine: Any) -> None:
+    """Bring the parameters that are kept whole up to date with their slices."""
+    kept = engine.optimizer.persistent_parameters
+    if kept:
+        engine.optimizer._partition_all_parameters()
+        kept[0].all_gather(kept)
+
+
+def check_groups(parameters: Iterable[nn.Parameter], expected: Callable[[nn.Parameter], Any]) -> None:
+    """Assert that every parameter is sharded over the ranks of its ``expected`` group, and no others."""
+    for parameter in parameters:
+        ours, theirs = (
+            dist.get_process_group_ranks(group)
+            for group in (expected(parameter), parameter.ds_process_group)  # type: ignore[attr-defined]
+        )
+        assert ours == theirs, f"a parameter is sharded over ranks {theirs} instead of {ours}"
+
+
+def forget_module(model: nn.Module) -> None:
+    """Take ``model`` out of a stack and a cache in DeepSpeed, in which it would live as long as the process, and
+    with it its engine and the threads of the process groups."""
+    zero = import_deepspeed().runtime.zero
+    stack = zero.parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not model]
+    # A method behind functools.cache, from the second step on; engines that still live fill it again.
+    coordinator = zero.partitioned_param_coordinator.PartitionedParameterCoordinator
+    cached = getattr(coordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(cached, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()

@@ -1,0 +1,173 @@
+"""Signs of life: each rank writes to a file of its own what it is doing, others read it when in doubt.
+
+Files, not collectives or a store: they outlive every process, and a run directory is shared by all ranks
+anyway, as checkpoints are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from dist_moe.engine.health.activity import Activity
+
+_WAITING_IN = frozenset(
+    name for name in dir(distributed_c10d) if name.startswith(("all_", "reduce", "broadcast", "barrier", "gather"))
+) | {"monitored_barrier", "scatter", "send", "recv", "scatter_object_list"}
+
+
+@dataclass(frozen=True)
+class Process:
+    """``pid`` on ``machine`` (its pid name space included), ``started`` at that many clock ticks after boot."""
+
+    pid: int
+    machine: str
+    started: int
+
+    @classmethod
+    def this(cls) -> Process:
+        return cls(os.getpid(), _machine(), _start_ticks(os.getpid()))
+
+    def is_here(self) -> bool:
+        """Whether it runs on this machine still, and has not been replaced by another of that pid."""
+        return self.machine == _machine() and _start_ticks(self.pid) == self.started != -1
+
+    def state(self) -> str:
+        """As Linux names it, for example "T (stopped)"; empty if it is not to be seen from here."""
+        if not self.is_here():
+            return ""
+        status = _read(f"/proc/{self.pid}/status")
+        return next((line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State:")), "")
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """``beat`` counts the signs of life. ``idle_s``: seconds since the last progress. ``collectives``: issued
+    so far. ``collective``: the one it waits in, or empty. ``ended``: it has left the training for good."""
+
+    rank: int
+    process: Process
+    beat: int
+    step: int
+    phase: str
+    idle_s: float
+    collectives: int
+    collective: str
+    stack: str
+    ended: bool = False
+
+
+class Observer:
+    """Describes the progress of the thread ``thread_id`` of this process, as ``rank``."""
+
+    def __init__(self, rank: int, activity: Activity, thread_id: int) -> None:
+        self._rank = rank
+        self._activity = activity
+        self._thread_id = thread_id
+        self._process = Process.this()
+        self._beat = 0
+        self._progress: tuple[int, int] | None = None
+        self._since = 0.0
+
+    def look(self, now: float, ended: bool = False) -> Heartbeat:
+        """The next heartbeat, at ``now`` seconds of a monotonic clock."""
+        issued = collectives_issued()
+        progress = (self._activity.marks, issued)
+        if progress != self._progress:
+            self._progress, self._since = progress, now
+        self._beat += 1
+        frames = sys._current_frames()
+        frame = frames.get(self._thread_id)
+        waits_in = _collective_in(frame)
+        if not waits_in and _is_in_backward(frame):  # on a GPU, autograd has threads of its own
+            waits_in = next(filter(None, map(_collective_in, frames.values())), "")
+        return Heartbeat(
+            self._rank,
+            self._process,
+            self._beat,
+            self._activity.step,
+            self._activity.phase,
+            now - self._since,
+            issued,
+            waits_in,
+            "".join(traceback.format_stack(frame)) if frame else "",
+            ended,
+        )
+
+
+def collectives_issued() -> int:
+    """By this process so far, over all of its groups. Issues none."""
+    if not dist.is_initialized():
+        return 0
+    groups: Iterable[Any] = distributed_c10d._world.pg_map  # torch's stubs do not know the method
+    return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+def write_heartbeat(directory: Path, heartbeat: Heartbeat) -> None:
+    """Replace this rank's file; raises OSError if the directory is gone or the disk is full."""
+    path = heartbeat_file(directory, heartbeat.rank)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(heartbeat)))
+    partial.replace(path)
+
+
+def read_heartbeat(directory: Path, rank: int) -> Heartbeat | None:
+    """The last one that ``rank`` wrote; None before the first."""
+    try:
+        content = json.loads(heartbeat_file(directory, rank).read_text())
+    except FileNotFoundError:
+        return None
+    return Heartbeat(**(content | {"process": Process(**content["process"])}))
+
+
+def heartbeat_file(directory: Path, rank: int) -> Path:
+    return directory / f"rank-{rank:05d}.json"
+
+
+def _collective_in(frame: FrameType | None) -> str:
+    """Name of the collective in which a thread is, from its stack."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in _WAITING_IN and code.co_filename == distributed_c10d.__file__:
+            return code.co_name
+        frame = frame.f_back
+    return ""
+
+
+def _is_in_backward(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if "torch/autograd/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _machine() -> str:
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _start_ticks(pid: int) -> int:
+    """Field 22 of /proc/PID/stat, by which a pid that was given again is known; -1 if it has ended."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return int(fields[19]) if fields and fields[0] not in "ZX" else -1
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,249 @@
+"""The process groups of a job: all ranks, the expert-parallel (EP) and expert-data-parallel (EDP) ones."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch.distributed.rendezvous import rendezvous
+
+from dist_moe.config.settings import Settings
+from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.node_layout import launched_ranks_per_node, node_of_every_rank
+from dist_moe.errors import UserError
+from dist_moe.parallel import WIRES, ProcessWorld, SingleWorld, WireName, World, open_levels, ranks_per_node
+
+
+class ParallelConfig(Settings):
+    """How the ranks are divided: world = expert-parallel size x expert-data-parallel size."""
+
+    expert_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="ranks over which the experts of a layer are split; divides the world and experts",
+    )
+    exchange: Literal["auto", "flat", "two_level"] = Field(
+        "auto",
+        description="how tokens reach their experts: flat sends a row per (token, expert) from rank to rank, two_level "
+        "a row per (token, node), spread inside the node; auto is two_level where experts are split over several "
+        "nodes with several ranks each, else flat",
+    )
+    ranks_per_node: int | None = Field(
+        None,
+        ge=1,
+        description="take every that many consecutive ranks for a node, whatever machines they run on; divides the "
+        "world (null: the nodes that the launcher started)",
+    )
+    wire_dtype: WireName | None = Field(
+        None,
+        description="how the exchange rounds tokens, results and their gradients while they travel: bf16, or fp8_e4m3 "
+        "with a scale per row (gradients then in bf16); null sends them as they are",
+    )
+    overlap_chunks: int = Field(
+        1,
+        ge=1,
+        description="parts, by expert, in which tokens travel, so that one is computed while another is on its way "
+        "(1: all at once); above 1 the exchange is flat",
+    )
+    elastic: bool = Field(
+        False,
+        description="where expert_parallel_size does not divide the number of ranks, as after the loss of a machine, "
+        "split the experts over the most ranks that do (false: refuse)",
+    )
+    timeout_s: int = Field(600, ge=1, description="seconds after which a collective that waits is an error")
+    stall_s: float | None = Field(
+        None,
+        ge=0,
+        description="seconds without any progress of a rank after which the job ends and the message names the rank "
+        "(null: half of timeout_s; 0: never). Must exceed what a single evaluation batch or checkpoint file takes",
+    )
+
+    @property
+    def stall_limit_s(self) -> float:
+        """Seconds; 0 for no watchdog."""
+        return self.timeout_s / 2 if self.stall_s is None else self.stall_s
+
+    def fitted(self, world_size: int) -> ParallelConfig:
+        """The same for ``world_size`` ranks; where it does not fit and is ``elastic``, what is nearest to it."""
+        divisors = (self.expert_parallel_size, self.ranks_per_node or 1)
+        fits = all(world_size % divisor == 0 for divisor in divisors)
+        return self if fits or not self.elastic else self.nearest_for(world_size)
+
+    def check(self, world_size: int, num_experts: int) -> None:
+        """Raise UserError unless the sizes divide each other; needs no process group."""
+        size = self.expert_parallel_size
+        field = f"parallel.expert_parallel_size={size}"
+        if world_size % size:
+            allowed = _divisors(world_size, num_experts)
+            raise UserError(
+                f"{field} does not divide the {world_size} rank(s) of this job; allowed: {allowed}, or "
+                f"parallel.elastic=true, which takes the largest of them by itself"
+            )
+        if num_experts % size:
+            allowed = _divisors(world_size, num_experts)
+            raise UserError(f"{field} does not divide model.num_experts={num_experts}; allowed: {allowed}")
+        self._check_nodes(world_size)
+        if self.stall_limit_s >= self.timeout_s:
+            raise UserError(
+                f"parallel.stall_s={self.stall_limit_s:g} must be below parallel.timeout_s={self.timeout_s}, or the "
+                f"timeout of a collective comes first, which cannot tell who stalled"
+            )
+
+    def _check_nodes(self, world_size: int) -> None:
+        per_node, size = self.ranks_per_node, self.expert_parallel_size
+        if per_node is not None and world_size % per_node:
+            allowed = _divisors(world_size, world_size)
+            raise UserError(
+                f"parallel.ranks_per_node={per_node} does not divide the {world_size} rank(s) of this job; "
+                f"allowed: {allowed}"
+            )
+        if self.exchange == "two_level" and self.overlap_chunks > 1:
+            raise UserError(
+                f"parallel.overlap_chunks={self.overlap_chunks} does not go with parallel.exchange=two_level; choose "
+                "parallel.overlap_chunks=1, or parallel.exchange=flat"
+            )
+        per_node = per_node or launched_ranks_per_node()
+        if self.exchange == "two_level" and per_node and size % per_node and per_node % size:
+            raise UserError(_uneven_nodes(size, f"{per_node} rank(s) per node"))
+
+    def ranks_per_level(self, nodes: Sequence[Sequence[int]]) -> int | None:
+        """Ranks per node in a two-level exchange; None for a flat one.
+
+        ``nodes``: for every expert-parallel group the nodes of its ranks. Raises UserError if two levels are
+        asked for and the groups are not all of whole nodes of the same size, or all within a node.
+        """
+        divisions = {ranks_per_node(of_group) for of_group in nodes}
+        per_node = divisions.pop() if len(divisions) == 1 else None
+        if self.exchange == "two_level" and per_node is None:
+            raise UserError(_uneven_nodes(self.expert_parallel_size, f"the nodes of its ranks, {list(nodes)}"))
+        if (
+            self.exchange == "flat"
+            or self.overlap_chunks > 1
+            or per_node is None
+            or per_node == self.expert_parallel_size
+        ):
+            return None
+        return per_node if per_node > 1 or self.exchange == "two_level" else None
+
+    def nearest_for(self, world_size: int) -> ParallelConfig:
+        """What is nearest to it on another number of ranks, for a run that is to be looked at there."""
+        even = self.ranks_per_node is not None and world_size % self.ranks_per_node == 0
+        return self.model_copy(
+            update={
+                "expert_parallel_size": math.gcd(world_size, self.expert_parallel_size),
+                "exchange": "auto" if self.exchange == "two_level" else self.exchange,
+                "ranks_per_node": self.ranks_per_node if even else None,
+            }
+        )
+
+
+def _uneven_nodes(expert_parallel_size: int, nodes: str) -> str:
+    return (
+        f"parallel.exchange=two_level needs groups of whole nodes, or groups within a node: "
+        f"parallel.expert_parallel_size={expert_parallel_size} does not fit {nodes}; "
+        f"choose a multiple or a divisor, or parallel.exchange=auto"
+    )
+
+
+def _divisors(world_size: int, num_experts: int) -> str:
+    sizes = [n for n in range(1, world_size + 1) if world_size % n == 0 and num_experts % n == 0]
+    return ", ".join(map(str, sizes))
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """``world``: the expert-parallel world of this rank. ``is_expert_writer``: whether this rank is
+    the one that speaks for its experts where several ranks hold copies of them."""
+
+    environment: LaunchEnvironment
+    expert_parallel_size: int
+    world: World
+    is_expert_writer: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.environment.device
+
+    @property
+    def expert_group_name(self) -> str:
+        """DeepSpeed's key for the expert groups of this size."""
+        return f"ep_size_{self.expert_parallel_size}"
+
+
+@contextmanager
+def process_groups(environment: LaunchEnvironment, config: ParallelConfig) -> Iterator[ProcessGroups]:
+    """Open all groups, through DeepSpeed so that its engine knows them; close them at the end.
+
+    Raises UserError, on all ranks, if a two-level exchange is asked for on nodes that it does not fit.
+    """
+    _init_torch(environment, config)
+    try:
+        yield _expert_groups(environment, config)
+    finally:
+        import_deepspeed().comm.destroy_process_group()
+        gc.collect()  # engines are cycles, and hold the groups' threads and sockets until they are collected
+
+
+def _init_torch(environment: LaunchEnvironment, config: ParallelConfig) -> None:
+    if environment.device.type == "cuda":
+        torch.cuda.set_device(environment.device)
+    backend = environment.backend
+    timeout = timedelta(seconds=config.timeout_s)
+    if environment.launched:
+        store = _store_of_this_attempt(environment, timeout)
+        rank, size = (environment.rank, environment.world_size) if store else (-1, -1)  # -1: from the environment
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _store_of_this_attempt(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store | None:
+    """A part of the launcher's store into which no earlier attempt has written; None for the store as it is.
+
+    torchrun with a static rendezvous keeps its store when it restarts the ranks of a machine, and they would
+    look for one another at the addresses of those that were killed. Where several machines meet, it makes
+    a new store, and their counts of restarts may differ.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
+    return dist.PrefixStore(f"attempt-{attempt}", store)
+
+
+def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> ProcessGroups:
+    deepspeed = import_deepspeed()
+    expert_parallel_size = config.expert_parallel_size
+    os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    groups = deepspeed.utils.groups
+    name = f"ep_size_{expert_parallel_size}"
+    groups._create_expert_and_data_parallel(expert_parallel_size)
+    ep_group = groups._get_expert_parallel_group(name)
+    edp_rank = dist.get_rank(groups._get_expert_data_parallel_group(name))
+    world = _expert_world(config, ep_group) if expert_parallel_size > 1 else SingleWorld()
+    return ProcessGroups(environment, expert_parallel_size, world, edp_rank == 0)
+
+
+def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup) -> ProcessWorld:
+    """The ranks of this rank's experts, divided into nodes where the exchange is to have two levels."""
+    size, node_of_rank = config.expert_parallel_size, node_of_every_rank(config.ranks_per_node)
+    groups = [range(start, start + size) for start in range(0, len(node_of_rank), size)]
+    nodes = [[node_of_rank[rank] for rank in group] for group in groups]
+    world = ProcessWorld(ep_group, nodes[dist.get_rank() // size])
+    per_node = config.ranks_per_level(nodes)
+    if per_node is not None:
+        world.levels = open_levels(world, groups, per_node, timedelta(seconds=config.timeout_s))
+    world.overlap_chunks = config.overlap_chunks
+    world.use_wire(WIRES[config.wire_dtype])
+    return world

@@ -1,0 +1,108 @@
+"""A run directory: everything that a run leaves behind, in one place.
+
+config.yaml         the resolved configuration
+environment.json    versions, machine, command line
+metrics.jsonl       one object per step, and {"step": .., "validation": {..}} after a step that was validated
+tensorboard/        the same and more, to look at
+checkpoints/        see checkpoint.py
+summary.json        test figures, beside those of simple predictors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dist_moe.engine.checkpoint.files import replace_text, write_json
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.errors import UserError
+
+_PACKAGES = ("torch", "deepspeed", "torchx", "tensorboard", "numpy", "scipy", "pydantic", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of a run under ``root``."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    def check_unused(self, option: str = "--run-dir") -> None:
+        """Raise UserError, naming the command's ``option``, if the directory holds a run already."""
+        if self.config.exists():
+            raise UserError(
+                f"{option} {self.root} holds a run already; name another directory, or go on with that run by "
+                f"'dist-moe train --resume {self.root}'"
+            )
+
+    def check_exists(self) -> None:
+        """Raise UserError if the directory holds no run."""
+        if not self.config.is_file():
+            raise UserError(f"{self.root} is not a run directory: it has no {self.config.name}")
+
+    def create(self) -> None:
+        """Make the directory; UserError if that cannot be done."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--run-dir {self.root} cannot be made: {error}") from error
+
+    def describe(self, config: dict[str, Any], environment: LaunchEnvironment) -> None:
+        """Write the resolved configuration and, if it is not there yet, what the run was begun with."""
+        replace_text(self.config, yaml.safe_dump(config, sort_keys=False))
+        if self.environment.exists():
+            return
+        write_json(
+            self.environment,
+            {
+                "command": sys.argv,
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "processors": os.cpu_count(),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                "world_size": environment.world_size,
+                "packages": {name: version(name) for name in _PACKAGES},
+            },
+        )
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the records of steps that a resumed run will do again, and a line cut short."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        replace_text(self.metrics, "".join(kept))

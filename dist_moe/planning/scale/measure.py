@@ -1,0 +1,91 @@
+"""Measuring the machine that the ranks of this job are: its constants as the plan of a step takes them.
+
+As many ranks of each node measure at once as it has processors, so that what they share is shared as in a run;
+more ranks than processors wait meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, replace
+from statistics import fmean
+
+import torch
+
+from dist_moe.engine.collectives import gather_objects, wait_for_all
+from dist_moe.engine.launch.machine_probe import (
+    LinkRates,
+    link_rates,
+    local_rates,
+    mean_rates,
+    open_group,
+    step_fixed_seconds,
+)
+from dist_moe.engine.launch.node_layout import node_of_every_rank
+from dist_moe.engine.launch.process_groups import ProcessGroups
+from dist_moe.planning.scale.layout import Layout
+from dist_moe.planning.scale.machine import Link, Machine
+from dist_moe.planning.scale.step_time import small_collectives_seconds
+
+
+def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str = "") -> Machine:
+    """Of the nodes that the launcher started. Collective over all ranks; the same result on all.
+
+    Links are measured within the first node between ranks that have a processor each; between the first two by
+    all of their ranks at once, because a single stream does not fill a link. A single rank, or a single node,
+    leaves the links out that it has not.
+    """
+    rank, device = groups.environment.rank, groups.device
+    nodes = _ranks_of_nodes()
+    busy = [ranks[: max(1, int(processors_per_node))] for ranks in nodes]
+    wait_for_all()
+    mine = local_rates(device) if any(rank in ranks for ranks in busy) else None
+    rates = mean_rates([one for one in gather_objects(mine) if one is not None])
+    inside = _link([nodes[0][: max(2, len(busy[0]))]], groups) if len(nodes[0]) > 1 else None
+    between = _link([list(pair) for pair in zip(*nodes[:2], strict=True)], groups) if len(nodes) > 1 else None
+    step_s = fmean(gather_objects(step_fixed_seconds(groups)))
+    return Machine(
+        name=name or platform.node() or "measured",
+        source=f"measured on {len(nodes)} node(s) of {len(nodes[0])} rank(s), {device.type}",
+        processors_per_node=processors_per_node,
+        memory_bytes_per_rank=None,
+        inside=inside,
+        between=between,
+        **asdict(replace(rates, step_fixed_s=_alone(step_s, nodes, processors_per_node, between or inside))),
+    )
+
+
+def processors_here() -> int:
+    """GPUs of this node, or else the CPU cores that this process may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+
+
+def _ranks_of_nodes() -> list[list[int]]:
+    node_of_rank = node_of_every_rank(None)
+    return [[rank for rank, at in enumerate(node_of_rank) if at == node] for node in range(max(node_of_rank) + 1)]
+
+
+def _link(members: list[list[int]], groups: ProcessGroups) -> Link:
+    """Between the ranks of each group of ``members``, all groups at once; rates add up over those that share a
+    link: none within a node, all between two."""
+    wait_for_all()
+    mine = None
+    for ranks in members:
+        group = open_group(ranks)
+        if group is not None:
+            mine = group
+    measured: LinkRates | None = link_rates(mine, groups.device) if mine is not None else None
+    of_ranks = [rates for rates in gather_objects(measured) if rates is not None]
+    return Link(
+        all_to_all_bytes_per_s=len(members) * fmean(rates.all_to_all_bytes_per_s for rates in of_ranks),
+        all_reduce_bytes_per_s=len(members) * fmean(rates.all_reduce_bytes_per_s for rates in of_ranks),
+        latency_s=fmean(rates.latency_s for rates in of_ranks),
+    )
+
+
+def _alone(seconds: float, nodes: list[list[int]], processors: float, link: Link | None) -> float:
+    """Of a fixed step's ``seconds`` on all ranks, what one rank with a processor of its own would need."""
+    layout = Layout(len(nodes), len(nodes[0]), 1)
+    sharing = max(1.0, layout.per_node / processors)
+    return max(0.0, seconds - small_collectives_seconds(link, layout, sharing)) / sharing

@@ -1,0 +1,99 @@
+"""Planned sizes as a table, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_moe.planning.scale.machine import Machine
+from dist_moe.planning.scale.planned import PlannedSize
+from dist_moe.planning.scale.step_time import Seconds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PARTS = tuple(field.name for field in fields(Seconds))
+
+
+def size_table(machine: Machine, sizes: Sequence[PlannedSize]) -> str:
+    """A row per size and exchange: where a step's time goes, bytes per rank, efficiency, memory."""
+    columns = [*PARTS, "step", "inside", "between", "gradients", "tokens/s", "efficiency", "of one", "memory"]
+    lines = [
+        f"machine {machine.name}: {machine.source}",
+        f"{'':31}{' time of a step in ms ':-^88}{' MB sent by a rank ':-^33}",
+        f"{'nodes x ranks':14}{'split':>6} {'exchange':10}" + "".join(f"{name:>11}" for name in columns),
+    ]
+    lines += [_row(size, number) for size in sizes for number in range(len(size.predictions))]
+    known = machine.memory_bytes_per_rank
+    lines += [
+        f"{_place(size)}: {size.memory / 2**30:.2f} GiB do not fit into the {known / 2**30:.0f} GiB of a rank"
+        for size in sizes
+        if known is not None and size.memory > known
+    ]
+    return "\n".join([*lines, *_LEGEND])
+
+
+_LEGEND = (
+    "split: ranks over which the experts are split; efficiency: share of the step in products that an even load needs;",
+    "of one: tokens/s per rank, over those of a single rank that takes the whole batch; memory: a rank's states and",
+    "activations under even load",
+)
+
+
+def _row(size: PlannedSize, number: int) -> str:
+    prediction, of_one = size.predictions[number], size.against_one[number]
+    seconds, sent = prediction.seconds, prediction.exchange_bytes
+    figures = [f"{1e3 * getattr(seconds, part):.3g}" for part in PARTS]
+    figures += [f"{1e3 * seconds.total:.4g}"]
+    figures += [f"{count / 1e6:.4g}" for count in (sent.inside, sent.between, prediction.gradient_bytes)]
+    figures += [f"{size.batch_size / seconds.total:.3g}", f"{prediction.efficiency:.1%}", f"{of_one:.1%}"]
+    figures += [f"{size.memory / 2**30:.2f} GiB"]
+    head = f"{_place(size):14}{size.layout.group:>6} {prediction.exchange:10}"
+    return head + "".join(f"{figure:>11}" for figure in figures)
+
+
+def _place(size: PlannedSize) -> str:
+    return f"{size.layout.nodes} x {size.layout.per_node}"
+
+
+def draw_sizes(machine: Machine, sizes: Sequence[PlannedSize], path: Path) -> None:
+    """A PNG: the parts of a step by number of ranks, a bar per exchange; and tokens per second, with the ideal."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    bars, speed = figure.subplots(1, 2)
+    _draw_parts(bars, sizes)
+    _draw_speed(speed, sizes)
+    figure.suptitle(f"{machine.name} ({machine.source})", fontsize="small")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _draw_parts(axes: Axes, sizes: Sequence[PlannedSize]) -> None:
+    exchanges = [prediction.exchange for prediction in sizes[0].predictions]
+    width = 0.8 / len(exchanges)
+    for number in range(len(exchanges)):
+        places = [place - 0.4 + (number + 0.5) * width for place in range(len(sizes))]
+        bottoms = [0.0] * len(sizes)
+        for colour, part in enumerate(PARTS):
+            heights = [1e3 * getattr(size.predictions[number].seconds, part) for size in sizes]
+            label = None if number else part
+            axes.bar(places, heights, width * 0.92, bottom=bottoms, color=f"C{colour}", label=label)
+            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axes.set_xticks(range(len(sizes)), [_place(size) for size in sizes])
+    axes.set_xlabel(f"nodes x ranks; bars from left to right: {', '.join(exchanges)}")
+    axes.set_ylabel("ms per step")
+    axes.legend(fontsize="small")
+
+
+def _draw_speed(axes: Axes, sizes: Sequence[PlannedSize]) -> None:
+    ranks = [size.layout.ranks for size in sizes]
+    for number, first in enumerate(sizes[0].predictions):
+        speeds = [size.batch_size / size.predictions[number].seconds.total for size in sizes]
+        axes.plot(ranks, speeds, marker="o", label=first.exchange)
+    first_size = sizes[0]
+    per_rank = first_size.batch_size / first_size.predictions[0].seconds.total / first_size.layout.ranks
+    axes.plot(ranks, [per_rank * count for count in ranks], linestyle=":", color="grey", label="in proportion")
+    axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="tokens per second")
+    axes.legend(fontsize="small")

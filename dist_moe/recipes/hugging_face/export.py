@@ -1,0 +1,132 @@
+"""Runs of decoder language models and of BERTs as directories that transformers loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
+from dist_moe.data.labelled_text.tokens import PADDING_TOKENS, open_tokenizer, padding_of
+from dist_moe.errors import UserError
+from dist_moe.models import BertConfig, BertModel, MoEModel, Transformer, TransformerConfig
+from dist_moe.models.bert import write_hugging_face, write_with_experts
+from dist_moe.models.bert.model import AUXILIARY
+from dist_moe.models.hugging_face.decoder import write_decoder
+from dist_moe.models.hugging_face.decoder_config import CLASSES, Architecture
+from dist_moe.models.hugging_face.tokenizer_files import write_tokenizer
+from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.runs import find_weights
+from dist_moe.tasks.labelled_text.task import TextProblem
+from dist_moe.tasks.language.task import LanguageModelProblem
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.open import open_problem
+from dist_moe.tasks.task import Problem
+
+SPECIAL_TOKENS = {
+    "pad_token": PADDING_TOKENS,
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "unk_token": ("[UNK]", "<unk>"),
+    "mask_token": ("[MASK]", "<mask>"),
+}
+"""What transformers' tokenizers of encoders want to know by name, and usual names."""
+
+INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+"""Of a BERT; transformers' tokenizers leave out the second unless they are told."""
+
+
+@dataclass(frozen=True)
+class HuggingFaceExport:
+    """``architecture``: transformers' class. ``parameters``: how many the model has."""
+
+    directory: Path
+    architecture: str
+    parameters: int
+
+
+def export_hugging_face(
+    source: Path, directory: Path, dtype: torch.dtype, architecture: Architecture | None = None
+) -> HuggingFaceExport:
+    """``dist-moe export --hf``: a run, checkpoint or exported file as a directory that transformers loads.
+
+    The same bytes whatever layout wrote the checkpoint. ``architecture``: of a decoder; None is the plainest that fits.
+    Raises UserError, also if transformers has no such model or ``architecture`` no place for all of it.
+    """
+    weights = find_weights(source)
+    config = weights.config
+    _check(config, architecture)
+    problem = open_problem(config, progress=True)
+    model = build_model(config, problem, SingleWorld())
+    weights.load(model)
+    if isinstance(model, Transformer):
+        written = _write_decoder(model, problem, config, directory, dtype, architecture)
+    else:
+        written = _write_bert(model, problem, config, directory, dtype)
+    kept = (p.numel() for name, p in model.named_parameters() if not name.startswith(AUXILIARY))
+    return HuggingFaceExport(directory, written, sum(kept))
+
+
+def _check(config: RunConfig, architecture: Architecture | None) -> None:
+    if not isinstance(config.model, TransformerConfig | BertConfig):
+        raise UserError(
+            f"model.name={config.model.name} is none that transformers knows; a transformer, or a BERT, can be written"
+        )
+    if architecture is not None and isinstance(config.model, BertConfig):
+        raise UserError(
+            f"--architecture={architecture} is a decoder's; leave it out for model.name={config.model.name}"
+        )
+
+
+def _write_decoder(
+    model: Transformer,
+    problem: Problem,
+    config: RunConfig,
+    directory: Path,
+    dtype: torch.dtype,
+    architecture: Architecture | None,
+) -> str:
+    assert isinstance(problem, LanguageModelProblem), "the configuration's checks know what fits"
+    written = write_decoder(
+        model,
+        directory,
+        architecture=architecture,
+        dtype=dtype,
+        positions=problem.tokens_per_example,
+        total_steps=_total_steps(problem, config),
+        tokenizer=problem.tokenizer,
+        end_of_text=problem.end_of_text,
+        imports=config.imports,
+    )
+    return CLASSES[written]
+
+
+def _write_bert(model: MoEModel, problem: Problem, config: RunConfig, directory: Path, dtype: torch.dtype) -> str:
+    data, section = config.data, config.model
+    assert isinstance(data, LabelledTextConfig | QuestionsConfig)
+    assert isinstance(problem, TextProblem)
+    assert isinstance(model, BertModel)
+    assert isinstance(section, BertConfig)
+    tokenizer = open_tokenizer(data.tokenizer or problem.encoder.tokenizer, data.max_length)
+    tokenizer.no_truncation()  # whoever uses it says whether texts are cut
+    said: dict[str, Any] = {"labels": problem.classes, "dtype": dtype, "padding": padding_of(tokenizer)}
+    if model.moe_layers:
+        steps = _total_steps(problem, config)
+        written = write_with_experts(model, section, directory, **said, total_steps=steps, imports=config.imports)
+    else:
+        written = write_hugging_face(model, directory, **said)
+    special = {use: _first_known(tokenizer, names) for use, names in SPECIAL_TOKENS.items()}
+    write_tokenizer(directory, tokenizer, data.max_length, special, INPUTS)
+    return written
+
+
+def _first_known(tokenizer: Tokenizer, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+
+
+def _total_steps(problem: Problem, config: RunConfig) -> int:
+    return config.train.total_steps(len(problem.train) // config.train.batch_size)

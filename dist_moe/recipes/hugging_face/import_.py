@@ -1,0 +1,130 @@
+"""Hugging Face directories of decoder language models as the start of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from dist_moe.config.overrides import Content, parse_override, read_yaml
+from dist_moe.engine.checkpoint.export import first_checkpoint
+from dist_moe.engine.checkpoint.files import checkpoints_of
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.errors import UserError
+from dist_moe.models import Transformer, TransformerConfig
+from dist_moe.models.conversion.decoder import (
+    OF_MIXTURES,
+    DecoderConversionConfig,
+    convert_decoder,
+    width_of_experts,
+)
+from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, read_decoder
+from dist_moe.models.hugging_face.decoder_config import CLASSES
+from dist_moe.models.hugging_face.tokenizer_files import TOKENIZER
+from dist_moe.models.placed_weights import ROUTERS, place_weights
+from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.supervised.config import RunConfig, override, validate_config
+from dist_moe.tasks.language.task import LanguageModelProblem
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.open import open_problem
+
+_SIZES = TransformerConfig.model_fields.keys() - OF_MIXTURES - {"name"}
+
+
+def import_hugging_face(
+    source: Path,
+    run_dir: Path,
+    config_path: Path,
+    conversion: DecoderConversionConfig,
+    overrides: Sequence[str] = (),
+) -> tuple[Path, RunConfig]:
+    """``dist-moe import DIR RUN_DIR --config CONFIG``: step 0 of a run that has yet to train. Its checkpoint.
+
+    The sizes of the model are those of the checkpoint, whatever CONFIG says. A dense checkpoint is up-cycled where
+    ``model.moe_every`` is not 0, by ``conversion``; one with experts stays the model that it is. Raises UserError.
+    """
+    run = RunDirectory(run_dir)
+    run.check_unused("RUN_DIR")
+    assignments = dict(parse_override(text) for text in overrides)
+    content = read_yaml(config_path)
+    override(content, assignments)
+    validate_config(content)  # and its modules are imported: a gate in the directory may be one of theirs
+    checkpoint = read_decoder(source)
+    config = validate_config(_fitted(content, assignments, checkpoint, conversion))
+    assert isinstance(config.model, TransformerConfig)
+    config.check(config.parallel.expert_parallel_size)  # the least number of ranks
+    problem, model = _open(config)
+    _check_tokens(source, checkpoint, problem)
+    _fill(model, checkpoint, conversion)
+    run.create()
+    written = first_checkpoint(model, checkpoints_of(run_dir), f"{source.name} ({CLASSES[checkpoint.architecture]})")
+    run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
+    return written, config
+
+
+def _open(config: RunConfig) -> tuple[LanguageModelProblem, Transformer]:
+    """The data and the whole model, in this process."""
+    problem = open_problem(config, progress=True)
+    assert isinstance(problem, LanguageModelProblem), "the configuration's checks know what fits"
+    model = build_model(config, problem, SingleWorld())
+    assert isinstance(model, Transformer)
+    return problem, model
+
+
+def _fitted(
+    content: Content,
+    assignments: Mapping[str, Any],
+    checkpoint: DecoderCheckpoint,
+    conversion: DecoderConversionConfig,
+) -> Content:
+    """``content`` with the checkpoint's sizes in its section ``model``."""
+    fixed = TransformerConfig.model_fields.keys() if checkpoint.config.moe_every else _SIZES
+    for key, value in assignments.items():
+        if key.startswith("model.") and key.split(".")[1] in fixed:
+            raise UserError(f"{key}={value} cannot be chosen: it is the checkpoint's")
+    section = checkpoint.config.model_dump(mode="json")
+    if checkpoint.config.moe_every:
+        return content | {"model": section}
+    given = dict(content.get("model") or {}) | {name: section[name] for name in ("name", *_SIZES)}
+    experts = given.get("num_experts", TransformerConfig.model_fields["num_experts"].default)
+    if "model.expert_hidden" not in assignments and isinstance(experts, int) and experts > 0:
+        given["expert_hidden"] = width_of_experts(checkpoint.config, experts, conversion)
+    return content | {"model": given}
+
+
+def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, problem: LanguageModelProblem) -> None:
+    """The data's tokens must be those of the checkpoint: as many, and where it has a tokenizer, the same."""
+    size, path = problem.vocab_size, source / TOKENIZER
+    tokens = _tokens_of(path) if path.is_file() else None
+    if tokens is not None and max(tokens.values()) >= checkpoint.vocab_size:
+        raise UserError(
+            f"{path} has tokens up to id {max(tokens.values())}, the embedding beside it {checkpoint.vocab_size} rows; "
+            f"take the tokens without rows out of it"
+        )
+    if size != checkpoint.vocab_size:
+        raise UserError(
+            f"{source} has a vocabulary of {checkpoint.vocab_size} tokens, the data one of {size}; use data.tokenizer="
+            f"{source}, or the data and data.vocab_size with which the checkpoint was trained"
+        )
+    if tokens is not None and tokens != problem.tokenizer.get_vocab():
+        raise UserError(
+            f"{path} is not the tokenizer of the data; use data.tokenizer={source}, or the data of the checkpoint"
+        )
+
+
+def _tokens_of(path: Path) -> dict[str, int]:
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{path} cannot be read as a tokenizer of the library tokenizers: {error}") from error
+
+
+def _fill(model: Transformer, checkpoint: DecoderCheckpoint, conversion: DecoderConversionConfig) -> None:
+    if checkpoint.config.moe_every:
+        checkpoint.into(model)
+        return
+    weights = convert_decoder(checkpoint.weights, checkpoint.config, model.config, conversion)
+    place_weights(model, weights, ROUTERS)

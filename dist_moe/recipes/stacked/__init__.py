@@ -1,5 +1,0 @@
-"""Many small trials trained together on one device: stacked parameters, one stream of batches."""
-
-from dist_moe.recipes.stacked.training import stack_fault, stack_key, train_stack
-
-__all__ = ["stack_fault", "stack_key", "train_stack"]

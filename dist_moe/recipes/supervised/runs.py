@@ -1,0 +1,111 @@
+"""Where trained weights are: a run directory, one of its checkpoints, or an exported file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dist_moe.config.overrides import parse_override
+from dist_moe.engine.checkpoint.export import (
+    Exported,
+    export_checkpoint,
+    import_checkpoint,
+    load_exported,
+    read_exported,
+)
+from dist_moe.engine.checkpoint.files import (
+    MANIFEST,
+    checkpoints_of,
+    newest_checkpoint,
+    tested_checkpoint,
+    verify_checkpoint,
+)
+from dist_moe.engine.checkpoint.loading import load_model
+from dist_moe.engine.checkpoint.reshard import reshard_checkpoint
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.errors import UserError
+from dist_moe.recipes.supervised.config import RunConfig, load_config, override, validate_config
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Intact weights with the configuration of their model. ``path``: the checkpoint or the exported file."""
+
+    path: Path
+    config: RunConfig
+    load: Callable[[nn.Module], object]
+
+
+def find_weights(path: Path) -> Weights:
+    """Of a run (its best checkpoint where patience kept one, else its newest), a checkpoint or an exported file.
+
+    Raises UserError if it is none of them or is not intact.
+    """
+    if path.is_file():
+        config = validate_config(read_exported(path).configuration)
+        return Weights(path, config, lambda model: load_exported(model, path))
+    run, checkpoint = _run_and_checkpoint(path)
+    if run is None or not run.config.is_file():
+        raise UserError(
+            f"{path} is a checkpoint outside of a run directory: the configuration of its model is not known"
+        )
+    config = load_config(run.config)
+    found = checkpoint or tested_checkpoint(run.root)
+    verify_checkpoint(found)
+    return Weights(found, config, lambda model: load_model(model, found))
+
+
+def export_weights(source: Path, target: Path, dtype: torch.dtype) -> Exported:
+    """``dist-moe export``: the weights of a run or checkpoint as one file. Raises UserError."""
+    if source.is_file():
+        raise UserError(f"{source} is a file; name a run directory or a checkpoint")
+    weights = find_weights(source)
+    return export_checkpoint(weights.path, target, weights.config.plain(), weights.config.model.num_experts, dtype)
+
+
+def import_weights(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> tuple[Path, Exported]:
+    """``dist-moe import``: an exported file as step 0 of a run that has yet to train. Its checkpoint, and the file.
+
+    The configuration is the one in the file, with ``overrides``. Raises UserError.
+    """
+    run = RunDirectory(run_dir)
+    run.check_unused("RUN_DIR")
+    content = read_exported(source).configuration
+    override(content, dict(parse_override(text) for text in overrides))
+    config = validate_config(content)
+    config.check(config.parallel.expert_parallel_size)  # the least number of ranks
+    run.create()
+    imported = import_checkpoint(source, checkpoints_of(run_dir))
+    run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
+    return imported
+
+
+def reshard_run(source: Path, output: Path, expert_files: int) -> Path:
+    """``dist-moe reshard``: the newest checkpoint of a run, or the one named, with another number of expert
+    files, in a run directory of its own. Returns the new checkpoint. Raises UserError."""
+    run, checkpoint = _run_and_checkpoint(source)
+    written = RunDirectory(output)
+    written.check_unused("--output")
+    checkpoint = checkpoint or newest_checkpoint(source)
+    final = reshard_checkpoint(checkpoint, checkpoints_of(output), expert_files)
+    if run is not None:
+        for ours, theirs in ((run.environment, written.environment), (run.config, written.config)):
+            if ours.is_file():
+                shutil.copy(ours, theirs)
+    return final
+
+
+def _run_and_checkpoint(path: Path) -> tuple[RunDirectory | None, Path | None]:
+    """The run that ``path`` is or is in, and the checkpoint that it is."""
+    if not (path / MANIFEST).exists():
+        run = RunDirectory(path)
+        run.check_exists()
+        return run, None
+    run = RunDirectory(path.resolve().parent.parent)
+    return (run if run.config.is_file() else None), path

@@ -1,0 +1,71 @@
+"""``dist-moe search``: swap search on a finished run, written out as a run of its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dist_moe.engine.checkpoint.files import checkpoints_of, write_json
+from dist_moe.engine.checkpoint.loading import copy_with_buffers
+from dist_moe.engine.collectives import wait_for_all
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.recipes.callbacks.swap_search import search_swaps
+from dist_moe.recipes.supervised.train import TrainedRun, trained_run
+from dist_moe.search import SwapSearchConfig
+from dist_moe.tasks.evaluation import evaluate
+
+REPORT = "swap_search.json"
+
+
+def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[str, Any]:
+    """Search the tables of a run on its validation examples; write ``output``, a run with the tables found.
+
+    ``output`` holds the run's configuration, a checkpoint that differs in the tables only (and
+    in that a stage of permutation learning is over), and a report.
+    Returns the report. Collective, at any number of ranks. Raises UserError if the run is not intact, or
+    if ``output`` holds a run already.
+    """
+    environment = LaunchEnvironment.read()
+    found = RunDirectory(output)
+    if environment.is_first:
+        found.check_unused("--output")
+    with trained_run(run_dir) as run:
+        if environment.is_first:
+            found.create()
+        run.model.end_learning()
+        before = _figures(run)
+        swaps = search_swaps(run.problem, run.model, config, run.config.task_weights, environment)
+        after = _figures(run)
+        report = {
+            "checkpoint": run.checkpoint.name,
+            "search": config.model_dump() | {"examples": min(config.examples, len(run.problem.val))},
+            "losses": swaps.losses,
+            "swaps": [{"layer": swap.layer, "row": swap.row, "slots": swap.slots} for swap in swaps.swaps],
+            "screened": swaps.screened,
+            "verified": swaps.verified,
+            "local_optimum": swaps.local_optimum,
+            "test_before": before,
+            "test_after": after,
+        }
+        if environment.is_first:
+            _write(run, run_dir, found, report)
+        wait_for_all()
+    return report
+
+
+def _figures(run: TrainedRun) -> dict[str, Any]:
+    return evaluate(run.problem, run.model, run.problem.test, run.config.task_weights, run.groups)
+
+
+def _write(run: TrainedRun, run_dir: Path, found: RunDirectory, report: dict[str, Any]) -> None:
+    tables = {
+        f"{layer}.permutation.{name}": buffer
+        for layer, table in run.model.tables.items()
+        for name, buffer in table.named_buffers()
+    }
+    copy_with_buffers(run.checkpoint, checkpoints_of(found.root), tables)
+    shutil.copy(RunDirectory(run_dir).environment, found.environment)
+    write_json(found.root / REPORT, report)
+    shutil.copy(RunDirectory(run_dir).config, found.config)  # last: its presence makes it a run

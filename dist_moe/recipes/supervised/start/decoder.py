@@ -1,0 +1,89 @@
+"""A decoder that begins with the weights of a run: the same model, or a dense one's up-cycled into experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dist_moe.data.text import Text, TextConfig, prepare_text
+from dist_moe.errors import UserError
+from dist_moe.gates import GateContext
+from dist_moe.models import RunShape, Transformer, TransformerConfig
+from dist_moe.models.conversion.decoder import conversion_faults, convert_decoder
+from dist_moe.models.placed_weights import ROUTERS, place_weights
+from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.runs import find_weights
+from dist_moe.recipes.supervised.start.decoder_config import DecoderStartConfig
+
+_MAY_DIFFER = {"activation_checkpointing"}
+_SPLIT = ("seed", "held_out", "characters_per_domain")
+"""What decides in which part a document is."""
+
+
+def check_decoder_start(start: DecoderStartConfig, model: TransformerConfig, data: Text) -> None:
+    """Raises `UserError` for a run from which ``model`` cannot begin on ``data``, before any process group exists."""
+    trained = find_weights(start.run).config
+    theirs = _decoder_of(start, trained)
+    _check_text(start, trained, data)
+    if not theirs.moe_every:
+        for fault in conversion_faults(theirs, model, start.conversion):
+            raise UserError(f"start.run={start.run}: {fault}")
+        return
+    for name in sorted(TransformerConfig.model_fields.keys() - _MAY_DIFFER):
+        if getattr(theirs, name) != getattr(model, name):
+            raise UserError(
+                f"start.run={start.run} has experts, and model.{name}={getattr(theirs, name)!r}, not "
+                f"{getattr(model, name)!r}; take the section model of its config.yaml"
+            )
+
+
+def fill_from_run(model: Transformer, start: DecoderStartConfig, id_counts: Tensor) -> None:
+    """Give a new run's ``model`` its first weights; where dense networks become experts, gates keep theirs.
+
+    ``id_counts``: of the data, for gates that route by them. Raises `UserError` for weights that do not fit.
+    """
+    weights = find_weights(start.run)
+    theirs = _decoder_of(start, weights.config)
+    with torch.random.fork_rng(devices=[]):  # what a run draws does not depend on what it starts from
+        run = RunShape(SingleWorld(), 1, GateContext(id_counts, 1))
+        source = theirs.build(model.embedding.num_embeddings, run)
+    weights.load(source)
+    parameters = dict(source.named_parameters())
+    if theirs.moe_every:
+        kept = source.state_dict()
+        place_weights(model, parameters | {n: t for n, t in source.named_buffers() if n in kept})
+    else:
+        place_weights(model, convert_decoder(parameters, theirs, model.config, start.conversion), ROUTERS)
+
+
+def _decoder_of(start: DecoderStartConfig, trained: RunConfig) -> TransformerConfig:
+    if not isinstance(trained.model, TransformerConfig):
+        raise UserError(
+            f"start.run={start.run} is a run of model.name={trained.model.name}; name one of model.name=transformer"
+        )
+    return trained.model
+
+
+def _check_text(start: DecoderStartConfig, trained: RunConfig, data: Text) -> None:
+    """The same tokens; and of text that both have the same split, else the run learnt from what is tested on here."""
+    assert isinstance(trained.data, TextConfig), "the configuration's checks know what fits"
+    theirs = prepare_text(trained.data, progress=False)
+    same = (theirs.end_of_text, theirs.vocab_size) == (data.end_of_text, data.vocab_size)
+    if not same or theirs.tokenizer.get_vocab() != data.tokenizer.get_vocab():
+        raise UserError(
+            f"start.run={start.run} was trained with other tokens than the data has; use its data.tokenizer, or its "
+            f"data and data.vocab_size"
+        )
+    for name in _SPLIT if _share_text(theirs, data) else ():
+        if theirs.manifest[name] != data.manifest[name]:
+            raise UserError(
+                f"start.run={start.run} was trained with data.{name}={theirs.manifest[name]} on some of this text, not "
+                f"{data.manifest[name]}; give the same, or name a run of the same split"
+            )
+
+
+def _share_text(one: Text, other: Text) -> bool:
+    """Whether a domain of both was read from the same files."""
+    domains, others = one.manifest["domains"], other.manifest["domains"]
+    return any(domains[name]["source"] == others[name]["source"] for name in domains.keys() & others.keys())

@@ -1,0 +1,142 @@
+"""When experts move to other ranks while training, and whether a move pays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pydantic import Field
+
+from dist_moe.config.settings import Settings
+from dist_moe.errors import UserError
+from dist_moe.parallel import Placement
+from dist_moe.search import PlacementChoice, choose_placement
+from dist_moe.search.placement import imbalance_bounds, rank_imbalance
+
+
+class PlacementScheduleConfig(Settings):
+    """Moving experts between ranks while training."""
+
+    every_steps: int = Field(200, ge=1, description="steps between two looks at the load of the ranks")
+    threshold: float = Field(
+        1.1,
+        ge=1,
+        description="imbalance (load of the heaviest rank over the mean) up to which experts stay where they are; "
+        "1 asks at every look whether a move pays",
+    )
+    window: int = Field(
+        200, ge=1, description="newest recorded steps whose load counts; steps are recorded every train.log_every"
+    )
+    horizon_steps: int = Field(
+        1000, ge=1, description="steps, at most those left, for which the measured load is expected to last"
+    )
+    least_return: float = Field(
+        1.0,
+        ge=0,
+        description="bytes saved within the horizon per byte that the busiest rank sends for a move, at least",
+    )
+    slack: float = Field(
+        0.01,
+        ge=0,
+        description="how much heavier than need be the heaviest rank may be, in units of the mean, for fewer moves "
+        "and for experts on one node that the same tokens want",
+    )
+    ranks_per_node: int | None = Field(
+        None, ge=1, description="ranks of a group that share a fast network (null: those on one machine)"
+    )
+
+    def check(self, expert_parallel_size: int) -> None:
+        """Raise UserError unless the nodes divide the ranks of an expert-parallel group."""
+        per_node = self.ranks_per_node
+        if per_node is not None and expert_parallel_size % per_node:
+            allowed = [n for n in range(1, expert_parallel_size + 1) if expert_parallel_size % n == 0]
+            raise UserError(
+                f"placement.ranks_per_node={per_node} does not divide "
+                f"parallel.expert_parallel_size={expert_parallel_size}; allowed: {', '.join(map(str, allowed))}"
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether a look follows training step ``step`` (counted from 1)."""
+        return step % self.every_steps == 0
+
+
+@dataclass(frozen=True)
+class MoveCosts:
+    """``row_bytes``: what one (token, expert) row has on the wire in a step, there and back, forward and
+    backward. ``expert_bytes``: what travels with one expert. ``groups``: expert-parallel groups, which share
+    the load equally. ``steps_left``: of the run."""
+
+    row_bytes: int
+    expert_bytes: int
+    groups: int
+    steps_left: int
+
+
+@dataclass(frozen=True)
+class PlacementLook:
+    """One look at the load. ``before``, ``after``: imbalance of the ranks under the present placement and under
+    the one that follows, for the same load. ``bound``: what no placement can beat. ``moved``: experts that
+    changed their ranks. ``bytes``: that all ranks sent for it."""
+
+    before: float
+    after: float
+    bound: float
+    moved: int = 0
+    bytes: int = 0
+
+    def figures(self) -> dict[str, float]:
+        """What TensorBoard shows under ``placement/``."""
+        return {
+            "imbalance_before": self.before,
+            "imbalance_after": self.after,
+            "imbalance_bound": self.bound,
+            "moved_experts": self.moved,
+            "bytes": self.bytes,
+        }
+
+    def sentence(self, step: int) -> str:
+        """The same for the progress line."""
+        return (
+            f"placement after step {step}: heaviest rank {self.before:.3f} -> {self.after:.3f} times the mean "
+            f"(bound {self.bound:.3f}), {self.moved} expert(s) moved, {self.bytes / 1e6:.3g} MB"
+        )
+
+
+def propose(
+    config: PlacementScheduleConfig,
+    load_LE: ArrayLike,
+    current: Placement,
+    together_EE: ArrayLike | None,
+    ranks_per_node: int,
+    costs: MoveCosts,
+) -> tuple[Placement, PlacementLook]:
+    """The placement for the load of L steps, and the look at it; the present one unless a move pays.
+
+    The model: a step lasts as long as its heaviest rank, whose rows travel to it and back. A better placement
+    takes ``max_rows_before - max_rows_after`` rows a step off it, ``row_bytes`` each, for ``horizon_steps``;
+    against it stand the bytes that the busiest rank sends for the move, ``expert_bytes`` for each expert that
+    leaves it. The move pays if
+
+        saved rows a step * row_bytes * min(horizon_steps, steps_left) >= least_return * bytes of the busiest rank.
+
+    Rows also cost arithmetic, and bytes between nodes more than others; both favour a move and are left out.
+    """
+    load_LE = np.asarray(load_LE, dtype=float)
+    load_E = load_LE.sum(0)
+    before = rank_imbalance(load_E, current)
+    _, bound = imbalance_bounds(load_E, current.num_ranks)
+    stay = current, PlacementLook(before, before, bound)
+    if before <= config.threshold:
+        return stay
+    choice = choose_placement(load_E, current, together_EE, ranks_per_node=ranks_per_node, slack=config.slack)
+    mean_rows = load_E.sum() / (len(load_LE) * costs.groups * current.num_ranks)
+    saved_bytes = (before - choice.after) * mean_rows * costs.row_bytes * min(config.horizon_steps, costs.steps_left)
+    if not choice.moved or saved_bytes < config.least_return * _busiest_bytes(choice, current, costs.expert_bytes):
+        return stay
+    return choice.placement, PlacementLook(before, choice.after, bound)
+
+
+def _busiest_bytes(choice: PlacementChoice, current: Placement, expert_bytes: int) -> int:
+    leaving_R = np.bincount([current.rank_of(expert) for expert in choice.moved])
+    return int(leaving_R.max()) * expert_bytes

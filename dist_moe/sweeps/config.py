@@ -1,0 +1,104 @@
+"""The sweep file: what is drawn, for which rows, how many trials of each."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from dist_moe.config.overrides import read_yaml
+from dist_moe.config.settings import Settings
+from dist_moe.errors import UserError
+from dist_moe.sweeps.distributions import KINDS, Distribution
+
+Space = dict[str, Distribution]
+
+SHOWN_CHARACTERS = 80
+
+
+class RowConfig(Settings):
+    """A row of the report: a variant of the base configuration with a search space of its own."""
+
+    set: dict[str, Any] = Field(default_factory=dict, description="fields of this row, by dotted name")
+    space: Space = Field(default_factory=dict, description="what is drawn for this row only, by dotted name")
+
+
+class SweepConfig(Settings):
+    """A sweep: ``trials`` draws for each of ``rows``."""
+
+    config: Path = Field(description="the base run configuration, relative to the sweep file")
+    trials: int = Field(ge=1, description="trials per row; may grow later")
+    seed: int = Field(0, ge=0, description="seed of the draws")
+    sampler: Literal["random", "tpe"] = Field(
+        "random", description="random: the paper's, each draw a function of seed, row and trial; tpe: Optuna's TPE"
+    )
+    pruner: Literal["none", "median", "halving"] = Field(
+        "none", description="whether trials that do badly on the way are stopped, and by which rule of Optuna's"
+    )
+    best_fraction: float = Field(0.05, gt=0, le=1, description="share of trials, best by validation loss, to report")
+    trials_together: int = Field(1, ge=1, description="trials that one worker trains at once, stacked")
+    set: dict[str, Any] = Field(default_factory=dict, description="fields of every row, by dotted name")
+    space: Space = Field(default_factory=dict, description="what is drawn for every row, by dotted name")
+    rows: dict[str, RowConfig] = Field(min_length=1, description="the rows of the report, by name")
+
+
+def load_sweep(path: Path) -> SweepConfig:
+    """Read a sweep file. ``config`` of the result is a path that can be opened from here.
+
+    Raises UserError that names the file, the row and the key, the value and what is allowed.
+    """
+    content = _with_numbers(read_yaml(path))
+    try:
+        sweep = SweepConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(fault) for fault in error.errors()]
+        raise UserError(f"sweep {path} is not valid:\n  " + "\n  ".join(lines)) from error
+    return sweep.model_copy(update={"config": path.parent / sweep.config})
+
+
+_EXPONENT_WITHOUT_POINT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def _with_numbers(content: Any) -> Any:
+    """YAML 1.1 takes 1e-3 for a string; people mean the number. Everything else as it is."""
+    if isinstance(content, dict):
+        return {key: _with_numbers(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_with_numbers(value) for value in content]
+    if isinstance(content, str) and _EXPONENT_WITHOUT_POINT.fullmatch(content):
+        return float(content)
+    return content
+
+
+def _explain(fault: Any) -> str:
+    place, message = _place(fault["loc"]), fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return f"{place}: required, but not given (a sweep file names a base 'config', 'trials' and 'rows')"
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(fault["loc"][-1]), [*SweepConfig.model_fields], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{place}={_short(fault['input'])}: there is no such field of a sweep{hint}"
+    return f"{place}={fault['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def _place(location: tuple[Any, ...]) -> str:
+    """("rows", "A", "space", "model.k", "uniform", "uniform", 0) -> "row 'A', space, model.k, uniform.0"."""
+    parts = [str(part) for part in location]
+    names = []
+    if parts[:1] == ["rows"] and len(parts) > 1:
+        names.append(f"row {parts[1]!r}")
+        parts = parts[2:]
+    if parts[:1] in (["set"], ["space"]) and len(parts) > 1:
+        names += parts[:2]
+        parts = parts[2:]
+        if parts[:1] and parts[0] in KINDS:
+            parts = parts[1:] or parts
+    return ", ".join([*names, ".".join(parts)] if parts else names)

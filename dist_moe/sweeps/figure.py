@@ -1,0 +1,66 @@
+"""The budget curves as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from dist_moe.sweeps.statistics import BudgetCurve
+
+# Okabe and Ito's colours, which people tell apart whatever their colour vision; without the faint yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARK_EVERY = 0.12  # of the picture's diagonal
+INCHES = (8.0, 4.8)
+DOTS_PER_INCH = 150
+
+
+def draw_budget_curves(path: Path, title: str, curves: dict[str, BudgetCurve]) -> None:
+    """One line per row, with its 5-95 % band. A row and its "+" share a colour; the "+" is dashed."""
+    figure = Figure(figsize=INCHES, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    groups = list(dict.fromkeys(group_of(name) for name in curves))
+    for name in sorted(curves, key=lambda name: groups.index(group_of(name))):
+        _draw(axes, name, curves[name], groups.index(group_of(name)))
+    _label(axes, title)
+    if curves:
+        figure.legend(loc="outside right upper", frameon=False)
+    canvas.print_figure(path, dpi=DOTS_PER_INCH)
+
+
+def group_of(name: str) -> str:
+    """'COMET+' -> 'COMET'."""
+    return name.rstrip("+").rstrip()
+
+
+def _draw(axes: Axes, name: str, curve: BudgetCurve, group: int) -> None:
+    colour = COLOURS[group % len(COLOURS)]
+    axes.fill_between(curve.budgets, curve.low, curve.high, alpha=0.05, linewidth=0, color=colour)
+    axes.plot(
+        curve.budgets,
+        curve.expected,
+        label=name,
+        linewidth=1.8,
+        linestyle="--" if name.endswith("+") else "-",
+        marker=MARKERS[(group + group // len(COLOURS)) % len(MARKERS)],
+        markersize=5,
+        markevery=MARK_EVERY,
+        color=colour,
+    )
+
+
+def _label(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("trials")
+    axes.set_ylabel("expected test loss of the trial best by validation (band: 5-95 %)")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.grid(alpha=0.3)

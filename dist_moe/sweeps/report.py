@@ -1,0 +1,161 @@
+"""The report of a sweep, from its studies alone.
+
+trials.csv    every finished trial: what was drawn, all its figures, why it failed
+table.md      the paper's table, and the trials that each row needs to reach each other
+table.csv     the same table
+budget.csv    expected test loss of the chosen trial against the number of trials
+budget.png    the same as a picture
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dist_moe.errors import UserError
+from dist_moe.sweeps.directory import SweepDirectory
+from dist_moe.sweeps.figure import draw_budget_curves
+from dist_moe.sweeps.plan import SweepPlan
+from dist_moe.sweeps.records import TrialRecord
+from dist_moe.sweeps.runner import OBJECTIVE
+from dist_moe.sweeps.statistics import BestMean
+from dist_moe.sweeps.study import Studies
+from dist_moe.sweeps.summary import Rows, RowSummary, summarise, trials_to_reach
+
+Cells = dict[str, Any]
+
+
+def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -> str:
+    """Write all files of the report; the text of table.md. Raises UserError while no trial is finished."""
+    rows = {row.name: studies.records(row.name) for row in plan.rows}
+    if not any(rows.values()):
+        raise UserError(f"no trial of {directory.root} is finished yet, so that there is nothing to report")
+    summaries = summarise(rows, plan.sweep.best_fraction, plan.sweep.seed)
+    text = table_text(plan, rows, summaries)
+    directory.report.mkdir(exist_ok=True)
+    (directory.report / "table.md").write_text(text)
+    _write_csv(directory.report / "table.csv", (_table_cells(summary) for summary in summaries))
+    _write_csv(directory.report / "trials.csv", _trial_cells(plan, rows))
+    _write_csv(directory.report / "budget.csv", _budget_cells(summaries))
+    curves = {summary.name: summary.curve for summary in summaries if summary.curve is not None}
+    draw_budget_curves(directory.report / "budget.png", plan.path.stem, curves)
+    return text
+
+
+def table_text(plan: SweepPlan, rows: Rows, summaries: list[RowSummary]) -> str:
+    """table.md."""
+    return "\n\n".join([_opening(plan, rows), _main_table(plan, summaries), _reach_table(summaries)]) + "\n"
+
+
+def _opening(plan: SweepPlan, rows: Rows) -> str:
+    sweep = plan.sweep
+    environments = Counter(record.environment for records in rows.values() for record in records if record.environment)
+    path = plan.path.name if plan.path.is_absolute() else plan.path
+    lines = [
+        f"# Sweep {plan.path.stem}",
+        f"- command: `dist-moe sweep {path}`",
+        f"- seed {sweep.seed}, sampler {sweep.sampler}, pruner {sweep.pruner}, {sweep.trials} trials per row",
+        f"- date: {datetime.now(UTC).date()}",
+        *(f"- {count} trials on {environment}" for environment, count in environments.most_common()),
+    ]
+    return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def _main_table(plan: SweepPlan, summaries: list[RowSummary]) -> str:
+    share = f"{100 * plan.sweep.best_fraction:g} %"
+    others = next((list(summary.figures)[1:] for summary in summaries if summary.figures), [])
+    head = ["row", "trials", f"test loss, best {share}", "best single", *others]
+    body = [[summary.name, _trials(summary), *_figures(summary, others)] for summary in summaries]
+    return (
+        f"Test figures are means over the best {share} of trials by validation loss, the loss with its standard "
+        "error;\nbest single: test loss of the trial with the least validation loss. Diverged and pruned trials "
+        "count as the\nworst, failed ones do not count.\n\n" + _markdown([head, *body])
+    )
+
+
+def _trials(summary: RowSummary) -> str:
+    remarks = [f"{count} {state}" for state, count in summary.states.items() if count and state != "complete"]
+    return f"{summary.trials} ({', '.join(remarks)})" if remarks else str(summary.trials)
+
+
+def _figures(summary: RowSummary, others: list[str]) -> list[str]:
+    if summary.best is None:
+        return ["-"] * (2 + len(others))
+    single = f"{summary.best.test.get(OBJECTIVE, math.nan):.4f}"
+    means = [f"{summary.figures[name].mean:.4f}" for name in others]
+    return [_with_error(summary.figures[OBJECTIVE]), single, *means]
+
+
+def _with_error(mean: BestMean) -> str:
+    error = f" ± {mean.standard_error:.4f}" if mean.count > 1 else ""
+    return f"{mean.mean:.4f}{error} (of {mean.count})"
+
+
+def _reach_table(summaries: list[RowSummary]) -> str:
+    reach = trials_to_reach(summaries)
+    head = ["trials of this row to reach", *reach]
+    body = [[one, *("never" if n is None else str(n) for n in others.values())] for one, others in reach.items()]
+    return (
+        "Trials after which a row (left) can expect the test loss that another (above) can expect of all its "
+        "trials;\nnever: not within its own number of trials. Expectations are over trials drawn with replacement "
+        "from those made\n(bootstrap; `expected_exact` in budget.csv is its closed form), as are the curves of "
+        "budget.png.\n\n" + _markdown([head, *body])
+    )
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _table_cells(summary: RowSummary) -> Cells:
+    cells: Cells = {"row": summary.name, "trials": summary.trials}
+    cells |= dict(summary.states.items())
+    if summary.best is not None:
+        loss = summary.figures[OBJECTIVE]
+        cells |= {"averaged": loss.count, "test_loss": loss.mean, "test_loss_standard_error": loss.standard_error}
+        cells |= {"best_trial": summary.best.index, "best_val_loss": summary.best.loss}
+        cells |= {"best_test_loss": summary.best.test.get(OBJECTIVE, math.nan)}
+        cells |= {f"test_{name}": mean.mean for name, mean in summary.figures.items() if name != OBJECTIVE}
+    return cells
+
+
+def _trial_cells(plan: SweepPlan, rows: Rows) -> Iterable[Cells]:
+    spaces = {row.name: row.values for row in plan.rows}
+    for name, records in rows.items():
+        for record in records:
+            yield _cells_of(name, record, spaces[name](record.params))
+
+
+def _cells_of(row: str, record: TrialRecord, values: dict[str, Any]) -> Cells:
+    cells: Cells = {"row": row, "trial": record.index, "state": record.state}
+    cells |= {"steps": record.steps, "seconds": round(record.seconds, 3)}
+    cells |= {f"val_{name}": value for name, value in record.val.items()}
+    cells |= {f"test_{name}": value for name, value in record.test.items()}
+    return cells | values | {"error": record.error}
+
+
+def _budget_cells(summaries: list[RowSummary]) -> Iterable[Cells]:
+    for summary in summaries:
+        if summary.curve is None or summary.exact is None:
+            continue
+        curve = summary.curve
+        columns = zip(curve.budgets, curve.expected, curve.low, curve.high, summary.exact, strict=True)
+        for budget, *losses in columns:
+            names = ("expected", "low_5", "high_95", "expected_exact")
+            yield {"row": summary.name, "trials": int(budget)} | dict(zip(names, map(float, losses), strict=True))
+
+
+def _write_csv(path: Path, lines: Iterable[Cells]) -> None:
+    """A column for every name that occurs; empty where a line has no such cell."""
+    cells = list(lines)
+    columns = list(dict.fromkeys(name for line in cells for name in line))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(cells)

@@ -1,0 +1,73 @@
+"""MultiMNIST and MultiFashionMNIST as a problem: which two images were added to one another?"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_moe.data.batches import shard_batches
+from dist_moe.data.two_images.prepare import FRAME_SIDE, ImageBatch, ImagePairs, TwoImages
+from dist_moe.models import ModelOutput, RunShape, TwoImageClassifier, TwoImageClassifierConfig
+from dist_moe.models.two_image_classifier import NUM_IDS, TASKS, pixel_ids
+from dist_moe.tasks.task import Columns, Figures, Problem, at_least_fp32
+
+NUM_CLASSES = 10
+
+
+class TwoImagesProblem(Problem):
+    """One cross-entropy per image; gates that route by identity see a hash of the pixels."""
+
+    def __init__(self, data: TwoImages) -> None:
+        self.train, self.val, self.test = data.train, data.val, data.test
+        self._train_labels_NG = data.train.labels_NG
+        self.manifest: dict[str, Any] = data.manifest
+
+    def build_model(self, model: TwoImageClassifierConfig, run: RunShape) -> TwoImageClassifier:
+        return model.build(FRAME_SIDE, NUM_CLASSES, run)
+
+    def id_counts(self) -> Tensor:
+        return self._pixel_id_counts
+
+    @cached_property
+    def _pixel_id_counts(self) -> Tensor:
+        counts = torch.zeros(NUM_IDS, dtype=torch.int64)
+        for index_B in shard_batches(self.train, 1024, rank=0, world_size=1):
+            counts += torch.bincount(pixel_ids(self.train.batch(index_B, index_B).image_BD), minlength=NUM_IDS)
+        return counts
+
+    def task_losses(self, output: ModelOutput, batch: ImageBatch) -> dict[str, Tensor]:
+        """``ce_TASK``: cross-entropy of each image's class, a sum over the step's number of examples."""
+        return {
+            f"ce_{task}": F.cross_entropy(at_least_fp32(logit_BC), label_B, reduction="sum") / batch.examples_in_step
+            for task, logit_BC, label_B in zip(TASKS, output.predictions, batch.label_BG.unbind(1), strict=True)
+        }
+
+    def observe(self, output: ModelOutput, batch: ImageBatch) -> Tensor:
+        """Rows: cross-entropy of each task, then whether each task's class is right."""
+        pairs = list(zip(output.predictions, batch.label_BG.unbind(1), strict=True))
+        surprise = [F.cross_entropy(logit_BC.double(), label_B, reduction="none") for logit_BC, label_B in pairs]
+        right = [(logit_BC.argmax(1) == label_B).double() for logit_BC, label_B in pairs]
+        return torch.stack(surprise + right)
+
+    def figures(self, columns: Columns, part: ImagePairs, weights: tuple[float, ...]) -> Figures:
+        means = columns.mean(axis=1)
+        ce, accuracy = means[: len(TASKS)], means[len(TASKS) :]
+        return (
+            {f"accuracy_{task}": float(a) for task, a in zip(TASKS, accuracy, strict=True)}
+            | {f"ce_{task}": float(c) for task, c in zip(TASKS, ce, strict=True)}
+            | {"accuracy": float(accuracy.mean()), "loss": float(np.dot(weights, ce))}
+        )
+
+    def baselines(self, part: ImagePairs, weights: tuple[float, ...]) -> dict[str, Figures]:
+        """``constant``: the share of each class among the training labels."""
+        columns = []
+        for train_N, label_N in zip(self._train_labels_NG.T, part.labels_NG.T, strict=True):
+            share_C = np.bincount(train_N, minlength=NUM_CLASSES) / len(train_N)
+            columns.append((-np.log(share_C[label_N]), label_N == share_C.argmax()))
+        stacked = np.array([c for c, _ in columns] + [right for _, right in columns], dtype=np.float64)
+        return {"constant": self.figures(stacked, part, weights)}

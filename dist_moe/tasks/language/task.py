@@ -1,0 +1,121 @@
+"""Text as a problem: which token comes next?
+
+The loss is the cross-entropy of every token in nats. Models with other tokens are compared by bits per byte:
+all nats of a text, over ln 2, over the bytes of UTF-8 that its tokens stand for.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_moe.data.batches import shard_batches
+from dist_moe.data.text import Text, TokenBatch, TokenTable
+from dist_moe.models import ModelOutput, RunShape, Transformer, TransformerConfig
+from dist_moe.recipes.supervised.start.decoder import check_decoder_start, fill_from_run
+from dist_moe.recipes.supervised.start.decoder_config import DecoderStartConfig
+from dist_moe.tasks.language.samples import sample_text
+from dist_moe.tasks.task import Columns, Figures, Problem, at_least_fp32
+
+EVAL_TOKENS = 4096
+"""Evaluated at once on a rank: their logits are V numbers each."""
+
+_BASELINE_BATCH = 1024
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
+
+
+class LanguageModelProblem(Problem):
+    """One task on sequences of tokens; gates that route by identity see the token."""
+
+    def __init__(self, data: Text, start: DecoderStartConfig | None = None) -> None:
+        self.train, self.val, self.test = data.train, data.val, data.test
+        self.manifest: dict[str, Any] = data.manifest
+        self.tokens_per_example = data.train.sequence_length
+        self.eval_batch = max(1, EVAL_TOKENS // self.tokens_per_example)
+        self.vocab_size = data.vocab_size
+        self.tokenizer = data.tokenizer
+        self.end_of_text = data.end_of_text
+        self._data = data
+        self._start = start
+
+    def build_model(self, model: TransformerConfig, run: RunShape) -> Transformer:
+        return model.build(self._data.vocab_size, run)
+
+    def check_new_run(self, config: Any) -> None:
+        """The run that it starts from is there, and fits. Raises `UserError`."""
+        if self._start is not None:
+            check_decoder_start(self._start, config.model, self._data)
+
+    def first_weights(self, model: Transformer, settings: TransformerConfig) -> None:
+        """Those of the run that the configuration names, if it names one."""
+        if self._start is not None:
+            fill_from_run(model, self._start, self.id_counts())
+
+    def costs(self, model: Transformer, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """``parameters``, ``active_parameters`` and FLOPs of the forward pass, at the measured experts per token."""
+        size, experts = model.size, float(figures["active_experts"])
+        return {
+            "parameters": size.num_params(),
+            "active_parameters": size.active_params(experts),
+            "flops_per_token": size.flops_per_token(self.tokens_per_example, experts),
+        }
+
+    def id_counts(self) -> Tensor:
+        return torch.tensor(self._data.token_counts_V, dtype=torch.int64)
+
+    def task_losses(self, output: ModelOutput, batch: TokenBatch) -> dict[str, Tensor]:
+        """``ce``: nats of all tokens over the number of tokens in the step."""
+        return {"ce": _nats(output, batch).sum() / batch.tokens_in_step}
+
+    def observe(self, output: ModelOutput, batch: TokenBatch) -> Tensor:
+        """Rows: nats of each sequence, and its bytes."""
+        return torch.stack([_nats(output, batch).double().sum(dim=1), batch.bytes_B.double()])
+
+    def figures(self, columns: Columns, part: TokenTable, weights: tuple[float, ...]) -> Figures:
+        """``loss``: nats per token; its exponential; bits per byte, of all and of each domain that ``part`` has."""
+        nats_N, bytes_N = columns
+        ce = float(nats_N.sum()) / (len(part) * self.tokens_per_example)
+        figures = {"loss": weights[0] * ce, "perplexity": _perplexity(ce), "bits_per_byte": _bits(nats_N, bytes_N)}
+        domain_N = np.asarray(part.domain_N)
+        for number, name in enumerate(self._data.domains):
+            mine_N = domain_N == number
+            if mine_N.any():
+                figures[f"bits_per_byte_{name}"] = _bits(nats_N[mine_N], bytes_N[mine_N])
+        return figures
+
+    def baselines(self, part: TokenTable, weights: tuple[float, ...]) -> dict[str, Figures]:
+        """``unigram``: every token's share of the training tokens, each counted once more than it occurs."""
+        count_V = np.asarray(self._data.token_counts_V, dtype=np.float64) + 1
+        nats_V = np.log(count_V.sum()) - np.log(count_V)
+        columns = []
+        for index_B in shard_batches(part, _BASELINE_BATCH, rank=0, world_size=1):
+            batch = part.batch(index_B, index_B)
+            columns.append(np.stack([nats_V[batch.target_BS.numpy()].sum(axis=1), batch.bytes_B.numpy()]))
+        return {"unigram": self.figures(np.concatenate(columns, axis=1), part, weights)}
+
+    def closing_words(self, model: Transformer) -> str:
+        """How the model goes on from the beginnings of some validation sequences."""
+        return sample_text(model, self._data)
+
+
+def _nats(output: ModelOutput, batch: TokenBatch) -> Tensor:
+    """(B, S) cross-entropy of every token."""
+    (logits_BSV,) = output.predictions
+    nats_T = F.cross_entropy(at_least_fp32(logits_BSV).flatten(0, 1), batch.target_BS.flatten(), reduction="none")
+    return nats_T.view_as(batch.target_BS)
+
+
+def _perplexity(ce: float) -> float:
+    """Of a model that has diverged it may be too large for a number; its figures are wanted all the same."""
+    return math.exp(ce) if ce < _LARGEST_EXPONENT else math.inf
+
+
+def _bits(nats_N: Columns, bytes_N: Columns) -> float:
+    return float(nats_N.sum() / math.log(2) / bytes_N.sum())

@@ -1,0 +1,61 @@
+"""The loss of a step, shared out over ranks and micro-batches so that the layout cannot change it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_moe.engine.loop import StepLoss
+from dist_moe.engine.monitor.step_window import Sums
+from dist_moe.models import ModelOutput
+from dist_moe.tasks.task import Problem
+
+
+class WeightedObjective:
+    """The weighted sum of the tasks' losses + the auxiliary losses.
+
+    ``shares``: ranks times micro-batches per step. Every sum is divided by its size in the whole
+    step, and multiplied by ``shares`` because the engine averages over exactly these.
+    """
+
+    def __init__(self, problem: Problem, weights: tuple[float, ...], shares: int) -> None:
+        self._problem = problem
+        self._weights = weights
+        self.shares = shares
+
+    def __call__(self, model: nn.Module, batch: Any) -> StepLoss:
+        return self.of_output(model(*batch.inputs), batch)
+
+    def of_output(self, output: ModelOutput, batch: Any) -> StepLoss:
+        """The same from what the model gave."""
+        by_task = self._problem.task_losses(output, batch)
+        task = self._problem.weighted(by_task, self._weights)
+        tokens_in_step = batch.tokens_in_step
+        aux = {name: loss * (_tokens(output) / tokens_in_step) for name, loss in output.aux.items()}
+        total = torch.stack([task, *aux.values()]).sum()
+        losses: Sums = {"loss": task, "total_loss": total} | by_task | aux
+        return StepLoss(total * self.shares, losses | _expert_counts(output, tokens_in_step))
+
+
+def _tokens(output: ModelOutput) -> int:
+    return output.layers[0].routes[0].num_tokens
+
+
+def _expert_counts(output: ModelOutput, tokens_in_step: int) -> Sums:
+    """``active_experts``: assignments per token, averaged over gates and layers. ``load``: (L, E) rows.
+
+    Of a dense model: 0, and (0, 0).
+    """
+    layers = output.layers
+    if not layers:
+        load_LE = torch.zeros(0, 0, dtype=torch.int64, device=output.predictions[0].device)
+        return {"active_experts": 0.0, "rows_computed": 0.0, "load": load_LE}
+    routes = [route for layer in layers for route in layer.routes]
+    assignments = sum(route.num_assignments for route in routes)
+    return {
+        "active_experts": assignments / (len(routes) * tokens_in_step),
+        "rows_computed": float(sum(layer.rows_computed for layer in layers)),
+        "load": torch.stack([layer.pairs.rows_per_expert_E for layer in layers]),
+    }

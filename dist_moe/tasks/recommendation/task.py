@@ -1,0 +1,55 @@
+"""MovieLens as a problem: was the item watched (cross-entropy), and how was it rated (squared error)?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_moe.data.movielens.prepare import MovieLens
+from dist_moe.data.movielens.table import PairBatch, PairTable
+from dist_moe.models import ModelOutput, RecommenderConfig, RunShape
+from dist_moe.models.recommender import Recommender
+from dist_moe.tasks.recommendation.baselines import baseline_figures
+from dist_moe.tasks.recommendation.metrics import two_task_figures
+from dist_moe.tasks.task import Columns, Figures, Problem, at_least_fp32
+
+
+class RecommenderProblem(Problem):
+    """Two tasks on (user, item) pairs; gates that route by identity see the user."""
+
+    def __init__(self, data: MovieLens) -> None:
+        self.train, self.val, self.test = data.train, data.val, data.test
+        self.manifest: dict[str, Any] = data.manifest
+        self._data = data
+
+    def build_model(self, model: RecommenderConfig, run: RunShape) -> Recommender:
+        return model.build(self._data.num_users, self._data.num_items, run)
+
+    def id_counts(self) -> Tensor:
+        return torch.from_numpy(np.bincount(self._data.train.user_N, minlength=self._data.num_users))
+
+    def task_losses(self, output: ModelOutput, batch: PairBatch) -> dict[str, Tensor]:
+        """``bce`` over all pairs, ``mse`` over the rated ones; each a sum over the step's number of those."""
+        logit_B, stars_B = (at_least_fp32(prediction) for prediction in output.predictions)
+        watched_B = batch.rating_B > 0
+        bce = F.binary_cross_entropy_with_logits(logit_B, watched_B.to(logit_B), reduction="sum")
+        error_B = torch.where(watched_B, stars_B - batch.rating_B, 0.0)
+        return {
+            "bce": bce / batch.pairs_in_step,
+            "mse": error_B.square().sum() / max(batch.rated_in_step, 1),
+        }
+
+    def observe(self, output: ModelOutput, batch: PairBatch) -> Tensor:
+        logit_B, stars_B = output.predictions
+        return torch.stack([logit_B.double().sigmoid(), stars_B.double()])
+
+    def figures(self, columns: Columns, part: PairTable, weights: tuple[float, ...]) -> Figures:
+        probability_N, stars_N = columns
+        return two_task_figures(probability_N, stars_N, np.asarray(part.rating_N), weights)
+
+    def baselines(self, part: PairTable, weights: tuple[float, ...]) -> dict[str, Figures]:
+        return baseline_figures(self._data, part, weights)

@@ -1,0 +1,68 @@
+"""The listing of all fields: nothing is missing, ranges are those that validation enforces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_moe.cli.main import main
+from dist_moe.config.listing import field_listing, fields_of
+from dist_moe.errors import UserError
+from dist_moe.gates import gate_settings
+from dist_moe.recipes.supervised.config import RunConfig, load_config
+
+
+def test_the_fields_of_every_kind_of_section_are_there() -> None:
+    names = {(field.name, field.owner) for field in fields_of(RunConfig)}
+    for gate, settings in gate_settings().items():
+        assert {(f"model.gate.{name}", gate) for name in settings.model_fields} <= names
+    assert ("data.negatives", "movielens-1m") in names
+    assert ("model.expert_channels", "two_image_classifier") in names
+    assert ("swap_search.every_epochs", None) in names
+
+
+@pytest.mark.parametrize(
+    ("prefix", "line"),
+    [
+        ("seed", "seed: int >= 0, default 0"),
+        ("model.dropout", "model.dropout: 0 <= float < 1, default 0.5  [recommender]"),
+        ("model.gate.max_active", "model.gate.max_active: int >= 1 | null, default null  [comet]"),
+        ("model.gate.gamma", "model.gate.gamma: float > 0, default 1.0  [comet]"),
+        ("data.negatives", "data.negatives: uniform | per_user, default uniform  [movielens-1m]"),
+        ("task_weights", "task_weights: [float, ...], default [0.5, 0.5]"),
+        ("train.patience", "train.patience: int >= 1 | null, default null"),
+    ],
+)
+def test_a_line(prefix: str, line: str) -> None:
+    assert field_listing(RunConfig, prefix).splitlines()[0] == line
+
+
+def test_fields_that_several_kinds_share_are_listed_once() -> None:
+    listing = field_listing(RunConfig)
+    assert listing.count("train.batch_size:") == 1
+    shared = "[movielens-1m, multi-fashion-mnist, text, sms-spam, squad-v2]"
+    assert f"data.cache: path | null, default null  {shared}" in listing
+    (gates,) = (line for line in listing.splitlines() if line.startswith("model.gate.name:"))
+    assert gates.removeprefix("model.gate.name: ").split(" | ") == list(gate_settings())
+
+
+def test_what_the_listing_calls_out_of_range_is_refused(tmp_path: Any) -> None:
+    (tmp_path / "empty.yaml").write_text("{}")
+    assert "model.dropout: 0 <= float < 1," in field_listing(RunConfig, "model.dropout")
+    load_config(tmp_path / "empty.yaml", ["model.dropout=0"])
+    with pytest.raises(UserError, match=r"model\.dropout=1"):
+        load_config(tmp_path / "empty.yaml", ["model.dropout=1"])
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--fields", "swap_search.max"]) == 0
+    assert capsys.readouterr().out.startswith("swap_search.max_swaps: int >= 0, default 200\n    swaps taken at most\n")
+    assert main(["config", "--fields", "trian"]) == 2
+    assert "--fields trian: no field begins so; did you mean train" in capsys.readouterr().err
+
+
+def test_null_takes_a_section_of_deepspeed_away(tmp_path: Any) -> None:
+    (tmp_path / "some.yaml").write_text("deepspeed: {optimizer: {type: SGD}, scheduler: {type: WarmupLR}}\n")
+    config = load_config(tmp_path / "some.yaml", ["deepspeed.scheduler=null"])
+    assert config.deepspeed == {"optimizer": {"type": "SGD"}}

@@ -1,0 +1,193 @@
+"""The report says what the trials came to."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from dist_moe.cli.main import main
+from dist_moe.sweeps.figure import group_of
+from dist_moe.sweeps.records import State, TrialRecord
+from dist_moe.sweeps.report import write_report
+from dist_moe.sweeps.runner import TrialResult
+from dist_moe.sweeps.study import Studies
+from dist_moe.sweeps.summary import summarise, trials_to_reach
+
+from . import runners
+from .conftest import LR, Bench, Write
+
+FILES = {"trials.csv", "table.md", "table.csv", "budget.csv", "budget.png"}
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def record(index: int, val: float, test: float, state: State = "complete", **others: float) -> TrialRecord:
+    val = val if state == "complete" else math.inf
+    return TrialRecord(index, state, {}, val, {"loss": val}, {"loss": test, **others}, 1, 1.0, "", "")
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Studies, Path]:
+    bench = Bench(tmp_path_factory.mktemp("reported"))
+    studies = bench.studies()
+    bench.work(studies, runners.analytic)
+    write_report(studies._plan, bench.directory, studies)
+    return studies, bench.directory.report
+
+
+def test_all_files_agree_with_the_studies(reported: tuple[Studies, Path]) -> None:
+    studies, report = reported
+    assert {path.name for path in report.iterdir()} == FILES
+    trials = lines_of(report / "trials.csv")
+    assert len(trials) == 6
+    for line in trials:
+        one = studies.records(line["row"])[int(line["trial"])]
+        assert float(line["val_loss"]) == one.val["loss"]
+        assert float(line["test_auc"]) == one.test["auc"]
+        assert float(line[LR]) == one.params[LR]
+        assert (line["model.gate.gamma"] == "") == (line["row"] == "Top-k")
+    for line in lines_of(report / "table.csv"):
+        best = sorted(studies.records(line["row"]), key=lambda one: one.loss)[:2]  # half of three, rounded up
+        losses = [one.test["loss"] for one in best]
+        assert int(line["averaged"]) == 2
+        assert float(line["test_loss"]) == pytest.approx(statistics.mean(losses))
+        assert float(line["test_loss_standard_error"]) == pytest.approx(statistics.stdev(losses) / math.sqrt(2))
+        assert float(line["test_auc"]) == pytest.approx(statistics.mean(one.test["auc"] for one in best))
+        assert float(line["best_test_loss"]) == losses[0]
+    budgets = lines_of(report / "budget.csv")
+    assert [(line["row"], line["trials"]) for line in budgets] == [(r, n) for r in ("COMET", "Top-k") for n in "123"]
+    for line in budgets:
+        assert float(line["low_5"]) <= float(line["expected"]) <= float(line["high_95"])
+        assert float(line["expected"]) == pytest.approx(float(line["expected_exact"]), rel=0.1)
+
+
+def test_the_table_begins_with_how_it_was_made(reported: tuple[Studies, Path]) -> None:
+    lines = (reported[1] / "table.md").read_text().splitlines()
+    assert lines[0] == "# Sweep small"
+    assert lines[2] == "- command: `dist-moe sweep small.yaml`"
+    assert lines[3] == "- seed 0, sampler random, pruner none, 3 trials per row"
+    assert lines[4].startswith("- date: 20")
+    assert lines[5].startswith("- 6 trials on ")
+    for part in ("cores", "GPU", "torch ", "optuna "):
+        assert part in lines[5]
+    assert "/" not in "".join(lines[2:6])
+    row = next(line for line in lines if line.startswith("| Top-k |"))
+    loss = lines_of(reported[1] / "table.csv")[1]
+    assert f"{float(loss['test_loss']):.4f} ± {float(loss['test_loss_standard_error']):.4f} (of 2)" in row
+
+
+def test_the_picture_is_one(reported: tuple[Studies, Path]) -> None:
+    pixels = imread(reported[1] / "budget.png")
+    assert pixels.shape[0] > 500
+    assert pixels.shape[1] > 800
+    assert len({tuple(pixel) for pixel in pixels[::7, ::7, :3].reshape(-1, 3).tolist()}) > 5
+
+
+def test_report_only_writes_it_anew(
+    reported: tuple[Studies, Path], write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = reported[1]
+    before = (report / "table.md").read_text()
+    (report / "table.md").unlink()
+    capsys.readouterr()
+    assert main(["sweep", str(write()), "--sweep-dir", str(report.parent), "--report-only"]) == 0
+    assert (report / "table.md").read_text() == before == capsys.readouterr().out.removesuffix("\n")
+
+
+def test_diverged_pruned_and_failed_trials_in_the_summary() -> None:
+    records = [
+        record(0, 0.3, 3.0, auc=0.5),
+        record(1, math.inf, math.nan, "diverged"),
+        record(2, 0.1, 1.0, auc=0.7),
+        record(3, math.inf, math.nan, "pruned"),
+        record(4, math.inf, math.nan, "failed"),
+    ]
+    (row,) = summarise({"A": records}, fraction=0.5, seed=0)
+    assert row.trials == 4
+    assert row.states == {"complete": 2, "diverged": 1, "pruned": 1, "failed": 1}
+    assert (row.figures["loss"].mean, row.figures["loss"].count) == (2.0, 2)
+    assert row.figures["auc"].mean == pytest.approx(0.6)
+    assert row.best == records[2]
+    assert row.exact is not None
+    assert row.exact[0] == pytest.approx((3 + 3 + 1 + 3) / 4)  # without a result: the worst that there is
+
+
+def test_only_figures_that_all_rows_have_are_compared() -> None:
+    rows = {"A": [record(0, 1.0, 1.0, auc=0.5, mse=1.0)], "B": [record(0, 1.0, 1.0, auc=0.5, dead_experts=1.0)]}
+    assert [list(row.figures) for row in summarise(rows, 0.05, 0)] == [["loss", "auc"], ["loss", "auc"]]
+
+
+def test_a_row_without_a_complete_trial_has_no_figures() -> None:
+    rows = {"A": [record(0, 1.0, 1.0)], "B": [record(0, math.inf, math.nan, "failed")], "C": []}
+    summaries = summarise(rows, 0.05, 0)
+    assert [row.best is None for row in summaries] == [False, True, True]
+    assert trials_to_reach(summaries) == {"A": {"A": 1}}
+
+
+def test_times_fewer_trials() -> None:
+    """A's two trials of equal loss beat B's best at once; B reaches its own best late and A's never."""
+    rows = {
+        "A": [record(i, 0.1, 0.5) for i in range(2)],
+        "B": [record(i, float(i), 1.0 + i) for i in range(40)],
+    }
+    reach = trials_to_reach(summarise(rows, 0.05, 0))
+    assert reach["A"] == {"A": 1, "B": 1}
+    assert reach["B"]["A"] is None
+    assert reach["B"]["B"] is not None
+    assert reach["B"]["B"] > 20
+
+
+def test_a_row_and_its_plus_are_drawn_alike() -> None:
+    assert [group_of(name) for name in ("Top-k", "Top-k+", "Hash-r +", "C")] == ["Top-k", "Top-k", "Hash-r", "C"]
+
+
+def test_a_result_that_is_not_finite_survives_the_database(bench: Bench) -> None:
+    studies = bench.studies()
+    (taken,) = studies.take("one", 1)
+    studies.tell_result(taken, TrialResult({"loss": math.nan}, {"loss": math.inf}, 1), "")
+    (one,) = studies.records("COMET")
+    assert math.isnan(one.val["loss"])
+    assert one.test == {"loss": math.inf}
+    assert "1 diverged" in write_report(studies._plan, bench.directory, studies)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--report-only"], ["holds no sweep to report", "studies.db"]),
+        (["--workers", "0"], ["--workers 0", "at least one"]),
+        (["--runner", "nothing"], ["--runner 'nothing'", "module:function"]),
+        (["--runner", "absent.module:f"], ["--runner absent.module:f", "cannot be imported"]),
+        (["--runner", "math:absent"], ["--runner math:absent", "has no function absent"]),
+        (["--runner", "math:pi"], ["has no function pi"]),
+    ],
+)
+def test_wrong_arguments(
+    write: Write, tmp_path: Path, arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", str(write()), "--sweep-dir", str(tmp_path / "new"), *arguments]) == 2
+    said: Any = capsys.readouterr()
+    assert all(part in said.err for part in parts), said.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_to_report_yet(bench: Bench, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.studies()
+    assert main(["sweep", str(write()), "--sweep-dir", str(bench.directory.root), "--report-only"]) == 2
+    assert "no trial of" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_made(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["--sweep-dir", str(tmp_path / "file"), "--runner", "tests.sweeps.runners:analytic"]
+    assert main(["sweep", str(write()), *arguments]) == 2
+    assert "cannot be made" in capsys.readouterr().err
