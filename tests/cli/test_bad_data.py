@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data.movielens.prepare import sources as movielens_sources
+from dist_moe.data.movielens import sources as movielens_sources
 
 from .conftest import Refused
 

@@ -11,7 +11,7 @@ import yaml
 
 from dist_moe.cli import main as cli
 from dist_moe.cli.main import main
-from dist_moe.recipes.supervised.train import plan
+from dist_moe.recipes.supervised import plan
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

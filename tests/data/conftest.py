@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data.movielens.prepare import sources as movielens_sources
+from dist_moe.data.movielens import sources as movielens_sources
 
 from .tiny_movielens import write_tiny_movielens
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from dist_moe.data.movielens import prepare as movielens
 from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, prepare
-from dist_moe.data.movielens.prepare import prepare as movielens
 from dist_moe.data.movielens.table import PairTable
 from dist_moe.errors import UserError
 

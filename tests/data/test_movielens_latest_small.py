@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from dist_moe.data.movielens import sources as movielens_sources
 from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, prepare
-from dist_moe.data.movielens.prepare import sources as movielens_sources
 from dist_moe.errors import UserError
 
 from .checks import assert_same_arrays, forbid_fetching

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, latest_small_readers, prepare
-from dist_moe.data.movielens.prepare import sources as movielens_sources
+from dist_moe.data.movielens import latest_small_readers
+from dist_moe.data.movielens import sources as movielens_sources
+from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, prepare
 
 pytestmark = pytest.mark.network
 

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from dist_moe.data.movielens import sources as movielens_sources
 from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, prepare
-from dist_moe.data.movielens.prepare import sources as movielens_sources
 
 pytestmark = pytest.mark.network
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from dist_moe.data.movielens import sources as movielens_sources
 from dist_moe.data.movielens.prepare import MovieLensConfig, prepare
-from dist_moe.data.movielens.prepare import sources as movielens_sources
 from dist_moe.errors import UserError
 
 from .checks import assert_same_arrays, forbid_fetching

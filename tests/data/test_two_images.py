@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from dist_moe.data.batches import ShuffledFeed
+from dist_moe.data.two_images import prepare as two_images
 from dist_moe.data.two_images.prepare import (
     ImagePairs,
     TwoImages,
@@ -21,7 +22,6 @@ from dist_moe.data.two_images.prepare import (
     draw_pairs,
     prepare_two_images,
 )
-from dist_moe.data.two_images.prepare import prepare as two_images
 from dist_moe.errors import UserError
 
 from .checks import forbid_fetching

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from dist_moe.data.two_images import sources as two_images_sources
 from dist_moe.data.two_images.prepare import TwoImages, TwoImagesConfig, prepare_two_images
-from dist_moe.data.two_images.prepare import sources as two_images_sources
 from dist_moe.data.two_images.sources import BASE_SETS, STEMS, from_directory
 from dist_moe.errors import UserError
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_moe.engine.checkpoint import files as checkpoint_files
 from dist_moe.engine.checkpoint.files import (
     MANIFEST,
     Manifest,
@@ -25,7 +26,6 @@ from dist_moe.engine.checkpoint.files import (
     step_directory,
     verify_checkpoint,
 )
-from dist_moe.engine.checkpoint.loading import files as checkpoint_files
 from dist_moe.errors import UserError
 
 

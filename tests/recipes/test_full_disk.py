@@ -10,7 +10,7 @@ import pytest
 
 from dist_moe.engine import loop
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
-from dist_moe.recipes import supervised
+from dist_moe.recipes.supervised import train as supervised
 from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import Outcome, run_here, succeed
 from tests.helpers.disks import fill, small_disk

@@ -15,9 +15,9 @@ from dist_moe.data.labelled_text.squad import Question, read_squad
 from dist_moe.errors import UserError
 from dist_moe.models.bert import BertModel, read_hugging_face
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes import text_problem
 from dist_moe.recipes.supervised.config import load_config, validate_config
 from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.tasks.labelled_text import task as text_problem
 from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
 from dist_moe.tasks.labelled_text.question_answering import QuestionAnsweringProblem
 from dist_moe.tasks.models import build_model

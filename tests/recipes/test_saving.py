@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from dist_moe.engine import checkpoint_saver, checkpoint_snapshot, loop
+from dist_moe.engine import loop
+from dist_moe.engine.checkpoint import saver as checkpoint_saver
+from dist_moe.engine.checkpoint import snapshot as checkpoint_snapshot
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint
 from tests.helpers.commands import Outcome, run_here, succeed
 from tests.helpers.disks import remount, small_disk

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from dist_moe.engine.checkpoint.loading import files as checkpoint_files
+from dist_moe.engine.checkpoint import files as checkpoint_files
 from tests.helpers.commands import REPOSITORY, succeed
 from tests.helpers.runs import write_config
 
