@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
+from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.experts import ExpertBank
 from dist_moe.gates import CometConfig, GateConfig, GateContext
@@ -44,12 +46,14 @@ class RunShape:
     gates: GateContext = field(default_factory=GateContext)
 
 
-class MoEModelConfig(Settings):
-    """The fields that every model has. ``num_tasks``: how many losses it is trained by. ``one_layer``: whether every
+class MoEModelConfig(Settings, ABC):
+    """The fields that every model has. ``kind``: tasks of the same kind fit. ``one_layer``: whether every
     example is one token, which meets one MoE layer; what plans and stacked training know."""
 
-    num_tasks: ClassVar[int] = 2
+    kind: ClassVar[str]
     one_layer: ClassVar[bool] = True
+
+    name: str
 
     num_experts: int = Field(16, ge=2, description="experts of a layer, over all ranks")
     gate: GateConfig = Field(
@@ -69,9 +73,16 @@ class MoEModelConfig(Settings):
         """MoE layers of the model."""
         return 1
 
-    def faults(self) -> Iterator[str]:
+    def validation_errors(self) -> Iterator[str]:
         """What does not fit together, as "field=value: reason"."""
         return iter(())
+
+    @abstractmethod
+    def build(self, *inputs: Any, **named: Any) -> MoEModel:
+        """Return the model with this rank's experts; all ranks must have seeded torch alike.
+
+        ``inputs``: the sizes that tasks of its kind give by name (see ``Task.model_inputs``), and ``run``, a RunShape.
+        """
 
     def build_layer(
         self, experts: ExpertBank, num_gates: int, run: RunShape, *, layer: int = 0, shared: nn.Module | None = None
@@ -138,3 +149,15 @@ class MoEModel(nn.Module):
         """Tell the tables that an evaluation begins. On every rank."""
         for table in self.tables.values():
             table.begin_evaluation()
+
+
+MODELS = Registry("model", MoEModelConfig)
+
+
+def models_of_kind(kind: str) -> str:
+    """Return the names of the registered models that fit tasks of a kind, for a sentence."""
+    return " or ".join(name for name, settings in MODELS.by_name.items() if settings.kind == kind)
+
+
+ModelConfig = Annotated[SerializeAsAny[MoEModelConfig], MODELS]
+"""The type of a configuration field that holds any registered model."""

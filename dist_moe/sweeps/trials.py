@@ -19,8 +19,8 @@ from dist_moe.recipes.supervised.plan import plan_new_run
 from dist_moe.recipes.supervised.train import Stopped, train
 from dist_moe.sweeps.runner import Report, TrialResult
 from dist_moe.sweeps.stacked import stack_fault, stack_key, train_stack
-from dist_moe.tasks.open import open_problem
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.open import open_task
+from dist_moe.tasks.task import Task
 
 
 def run_trials(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]:
@@ -43,19 +43,19 @@ def _run_in_stacks(configs: Sequence[RunConfig], report: Report) -> list[TrialRe
         stacks[stack_key(config)].append(i)
     results: list[TrialResult | None] = [None] * len(configs)
     for members in stacks.values():
-        problem = open_problem(configs[members[0]], progress=True)
-        for i, result in zip(members, _run_stack(problem, configs, members, report), strict=True):
+        task = open_task(configs[members[0]], progress=True)
+        for i, result in zip(members, _run_stack(task, configs, members, report), strict=True):
             results[i] = result
     return results
 
 
 def _run_stack(
-    problem: Problem, configs: Sequence[RunConfig], members: list[int], report: Report
+    task: Task, configs: Sequence[RunConfig], members: list[int], report: Report
 ) -> list[TrialResult | None]:
     def report_member(place: int, step: int, loss: float) -> bool:
         return report(members[place], step, loss)
 
-    found = train_stack(problem, [configs[i] for i in members], report_member)
+    found = train_stack(task, [configs[i] for i in members], report_member)
     return [None if one is None else TrialResult(*one) for one in found]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dist_moe.tasks.models import build_model
 from torch import Tensor
 
 from dist_moe.engine.checkpoint.reader import expert_ids_by_parameter
@@ -20,7 +21,6 @@ from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.parallel import Placement
 from dist_moe.recipes.supervised.plan import TrainingPlan, plan_new_run
-from dist_moe.tasks.models import build_model
 from dist_moe.tasks.objective import WeightedObjective
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config
@@ -53,11 +53,11 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
 
 
 def engine_of(plan: TrainingPlan, groups: Any) -> ExpertParallelEngine:
-    return ExpertParallelEngine(build_model(plan.config, plan.problem, groups.world), plan.deepspeed, groups)
+    return ExpertParallelEngine(build_model(plan.config, plan.task, groups.world), plan.deepspeed, groups)
 
 
 def train_steps(engine: ExpertParallelEngine, plan: TrainingPlan, steps: range) -> None:
-    loss = WeightedObjective(plan.problem, (0.5, 0.5), plan.environment.world_size)
+    loss = WeightedObjective(plan.task, (0.5, 0.5), plan.environment.world_size)
     for step in steps:
         (batch,) = plan.feed.micro_batches(step)
         engine.backward(loss(engine, batch).loss)
@@ -204,7 +204,7 @@ def extreme_steps(config: Path, unused: Path) -> list[tuple[list[int], float]]:
     results = []
     with process_groups(plan.environment, plan.config.parallel) as groups:
         engine = engine_of(plan, groups)
-        loss = WeightedObjective(plan.problem, (0.5, 0.5), plan.environment.world_size)
+        loss = WeightedObjective(plan.task, (0.5, 0.5), plan.environment.world_size)
         train_steps(engine, plan, range(1))
         migrate(engine, engine.module.moe, Placement(ORDER, 2))
         examples = np.arange(6)
@@ -212,7 +212,7 @@ def extreme_steps(config: Path, unused: Path) -> list[tuple[list[int], float]]:
             index_B = examples[: here[0]] if groups.environment.rank == 0 else examples[len(examples) - here[1] :]
             if here == [3, 3]:
                 make_hot(engine, HOT)
-            result = loss(engine, plan.problem.train.batch(index_B, examples))
+            result = loss(engine, plan.task.train.batch(index_B, examples))
             engine.backward(result.loss)
             engine.step()
             load_E = groups.world.sum(result.sums["load"][0])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.gates import (
+    GATES,
     AdaMoEConfig,
     CometConfig,
     DSelectKConfig,
@@ -16,7 +17,6 @@ from dist_moe.gates import (
     SMoEDropoutConfig,
     SoftmaxConfig,
     TopKConfig,
-    gate_settings,
 )
 from dist_moe.models import RunShape, Transformer, TransformerConfig
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
@@ -82,7 +82,7 @@ def test_every_parameter_learns_something(case: str) -> None:
 
 
 def test_every_registered_gate_is_tried() -> None:
-    ours = {name for name, settings in gate_settings().items() if settings.__module__.startswith("dist_moe.")}
+    ours = {name for name, settings in GATES.by_name.items() if settings.__module__.startswith("dist_moe.")}
     assert ours == GATES.keys()
 
 
@@ -214,5 +214,5 @@ def test_layers_have_tables_of_their_own() -> None:
 )
 def test_faults_of_a_configuration(options: dict[str, Any], fault: str) -> None:
     sizes = {"layers": 2, "dim": 8, "heads": 4}
-    assert list(TransformerConfig(**(sizes | options)).faults()) == [fault]
-    assert list(TransformerConfig(**sizes).faults()) == []
+    assert list(TransformerConfig(**(sizes | options)).validation_errors()) == [fault]
+    assert list(TransformerConfig(**sizes).validation_errors()) == []

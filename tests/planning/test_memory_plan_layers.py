@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dist_moe.tasks.models import build_model
 
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.errors import UserError
 from dist_moe.recipes.supervised.config import load_config
 from dist_moe.recipes.supervised.plan import plan_new_run
 from dist_moe.sweeps.trials import run_trials
-from dist_moe.tasks.models import build_model
 from dist_moe.tasks.objective import WeightedObjective
 from tests.data.labelled_text.tiny_texts import write_messages
 from tests.helpers.commands import run_here
@@ -129,8 +129,8 @@ def bytes_sent(config: Path, run: str, settings: list[str], to_the_first: bool =
     """By this rank in one step, all MoE layers. ``to_the_first``: of their Top-k gates' experts, for all tokens."""
     plan = plan_new_run(config, settings, Path(run))
     with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.problem, groups.world)
-        objective = WeightedObjective(plan.problem, plan.config.task_weights, groups.environment.world_size)
+        model = build_model(plan.config, plan.task, groups.world)
+        objective = WeightedObjective(plan.task, plan.config.target_weights, groups.environment.world_size)
         for gate in (gate for layer in model.moe_layers.values() if to_the_first for gate in layer.each_gate):
             gate.weight.data.zero_()
             gate.bias.data.copy_(torch.arange(gate.num_experts, 0, -1))

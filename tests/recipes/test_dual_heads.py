@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from dist_moe.tasks.models import build_model
 from safetensors.torch import load_file
 
 from dist_moe.models import BertClassifier
 from dist_moe.models.bert import read_hugging_face, write_hugging_face
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.supervised.plan import plan_new_run
-from dist_moe.tasks.labelled_text.classification import TextClassificationProblem
-from dist_moe.tasks.models import build_model
+from dist_moe.tasks.labelled_text.classification import TextClassificationTask
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.runs import losses_of, records_of, summary_of
@@ -75,11 +75,11 @@ def test_what_the_second_head_adds_by_a_loop(config: Path, teacher: Path, tmp_pa
     """The first step, one text at a time: T^2 sum of log cosh of half the difference over T, and nothing else."""
     overrides = [LINEAR, *followed(teacher, weight=0.5, temperature=3.0)]
     plan = plan_new_run(config, overrides, tmp_path / "planned")
-    assert isinstance(plan.problem, TextClassificationProblem)
+    assert isinstance(plan.task, TextClassificationTask)
     torch.manual_seed(plan.config.seed)
-    student = build_model(plan.config, plan.problem, SingleWorld())
-    plan.problem.first_weights(student, plan.config.model)
-    taught = plan.problem.trained(teacher, SingleWorld()).eval()
+    student = build_model(plan.config, plan.task, SingleWorld())
+    plan.task.first_weights(student, plan.config.model)
+    taught = plan.task.trained(teacher, SingleWorld()).eval()
     batch = plan.feed.micro_batches(0)[0]
     expected = 0.0
     for token_S, length in zip(batch.token_BS, batch.length_B, strict=True):
@@ -98,9 +98,9 @@ def test_a_student_starts_from_it_and_hugging_face_gets_it_without_the_head(
     weights = load_file(next((tmp_path / "run" / "checkpoints").glob("*/*.safetensors")))
     assert any("auxiliary" in name for name in weights)
     succeed(1, "train", "--run-dir", tmp_path / "next", config, f"start.run={tmp_path / 'run'}")
-    problem = plan_new_run(config, [], tmp_path / "planned").problem
-    assert isinstance(problem, TextClassificationProblem)
-    model = problem.trained(tmp_path / "run", SingleWorld())
+    task = plan_new_run(config, [], tmp_path / "planned").task
+    assert isinstance(task, TextClassificationTask)
+    model = task.trained(tmp_path / "run", SingleWorld())
     assert isinstance(model, BertClassifier)
     write_hugging_face(model, tmp_path / "written")
     plain = {name for name, _ in model.named_parameters() if "auxiliary" not in name}

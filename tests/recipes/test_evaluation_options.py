@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_moe.errors import UserError
-from dist_moe.gates import GateContext, gate_settings
+from dist_moe.gates import GATES, GateContext
 from dist_moe.recipes.supervised.config import RunConfig
 from dist_moe.recipes.supervised.evaluation_options import for_evaluation
 from tests.helpers.commands import succeed
@@ -90,11 +90,11 @@ def test_what_the_weights_belong_to_is_refused_with_what_is_allowed(
 def test_no_tensor_depends_on_what_may_be_changed() -> None:
     """Options that a gate offers exist, and leave its tensors as they are."""
     changed = {"k": 1, "evaluation_k": 1, "max_active": 1, "hard_evaluation": True, "lazy": True}
-    offered = {name: settings.evaluation_fields for name, settings in gate_settings().items()}
+    offered = {name: settings.evaluation_fields for name, settings in GATES.by_name.items()}
     assert offered["comet"] == ("max_active", "hard_evaluation", "lazy")
     for name, fields in offered.items():
         for field in fields:
-            settings = gate_settings()[name]()
+            settings = GATES.by_name[name]()
             other = settings.model_copy(update={field: changed[field]})
             tensors = [_tensors(gate) for gate in (settings, other)]
             assert tensors[0] == tensors[1], (name, field)

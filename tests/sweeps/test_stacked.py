@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from dist_moe.tasks.open import open_task
 
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
@@ -18,8 +19,7 @@ from dist_moe.recipes.supervised.config import RunConfig, load_config
 from dist_moe.search import SlotTable, SwapReport
 from dist_moe.sweeps.stacked import stack_fault, stack_key, train_stack, training
 from dist_moe.sweeps.trials import run_trials
-from dist_moe.tasks.open import open_problem
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.task import Task
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import train_all, write_config
 
@@ -54,7 +54,7 @@ def alone(config: RunConfig, root: Path) -> dict[str, Any]:
 
 
 def stacked(configs: list[RunConfig], report: Callable[[int, int, float], bool] = never) -> list[Result | None]:
-    return train_stack(open_problem(configs[0], progress=False), configs, report)
+    return train_stack(open_task(configs[0], progress=False), configs, report)
 
 
 GATES = {
@@ -133,9 +133,9 @@ def test_no_swaps_are_searched_while_a_permutation_is_learnt(
     assert together[0] != together[1] != together[2]
     searched: list[SlotTable] = []
 
-    def spy(problem: Problem, model: MoEModel, *arguments: Any) -> SwapReport:
+    def spy(task: Task, model: MoEModel, *arguments: Any) -> SwapReport:
         searched.append(model.tables["moe"])
-        return search_swaps(problem, model, *arguments)
+        return search_swaps(task, model, *arguments)
 
     monkeypatch.setattr(training, "search_swaps", spy)
     assert stacked(configs) == together

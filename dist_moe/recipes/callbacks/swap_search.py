@@ -1,4 +1,4 @@
-"""Swap search on a problem's validation examples: while training, or on a finished run."""
+"""Swap search on a task's validation examples: while training, or on a finished run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.models import MoEModel
 from dist_moe.search import SwapReport, SwapSearch, SwapSearchConfig
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.task import Task
 
 
 class SwapScheduleConfig(SwapSearchConfig):
@@ -40,7 +40,7 @@ class SwapScheduleConfig(SwapSearchConfig):
 
 
 def search_swaps(
-    problem: Problem,
+    task: Task,
     model: MoEModel,
     config: SwapSearchConfig,
     weights: tuple[float, ...],
@@ -52,10 +52,10 @@ def search_swaps(
     shared out then makes no difference between tables, not even between nearly equal ones. (At ZeRO stage 3,
     where no rank holds the parameters, in their own precision.)
     """
-    examples = spread_over(len(problem.val), config.examples)
-    batch_size = min(config.batch_size, problem.eval_batch)
+    examples = spread_over(len(task.val), config.examples)
+    batch_size = min(config.batch_size, task.eval_batch)
     batches = [
-        problem.val.batch(examples[index_B], examples).to(environment.device)
+        task.val.batch(examples[index_B], examples).to(environment.device)
         for index_B in shard_batches(examples, batch_size, rank=environment.rank, world_size=environment.world_size)
     ]
 
@@ -63,7 +63,7 @@ def search_swaps(
         ACTIVITY.beat()
         precision = next(model.parameters()).dtype
         inputs = (x.to(precision) if x.is_floating_point() else x for x in batch.inputs)
-        return problem.weighted(problem.task_losses(model(*inputs), batch), weights)
+        return task.weighted(task.task_losses(model(*inputs), batch), weights)
 
     model.begin_evaluation()
     with in_double_precision(model):

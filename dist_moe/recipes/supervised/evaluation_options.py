@@ -27,6 +27,6 @@ def for_evaluation(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     content = config.plain()
     override(content, assignments)
     changed = validate_config(content)
-    for fault in changed.model.gate.faults(changed.model.num_experts):
+    for fault in changed.model.gate.validation_errors(changed.model.num_experts):
         raise UserError(f"{_GATE}{fault}")
     return changed

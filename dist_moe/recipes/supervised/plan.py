@@ -19,8 +19,8 @@ from dist_moe.errors import UserError
 from dist_moe.models import BertConfig
 from dist_moe.recipes.supervised.config import RunConfig, load_config
 from dist_moe.recipes.supervised.start.bert_config import TextStartConfig
-from dist_moe.tasks.open import open_problem
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.open import open_task
+from dist_moe.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TrainingPlan:
     config: RunConfig
     run: RunDirectory
     environment: LaunchEnvironment
-    problem: Problem
+    task: Task
     feed: ShuffledFeed[Any]
     deepspeed: dict[str, object]
     checkpoint: Path | None = None
@@ -123,7 +123,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     content = config.plain()
     data = {f"data.{name}": value for name, value in content["data"].items() if name not in ("root", "cache")}
     model = {f"model.{name}": value for name, value in content["model"].items() if name != "activation_checkpointing"}
-    whole = {name: content[name] for name in ("seed", "task_weights")}
+    whole = {name: content[name] for name in ("seed", "target_weights")}
     follows = content["distillation"]
     taught = follows and {name: value for name, value in follows.items() if name != "teacher"}
     rest = {"distillation": taught, "train.batch_size": content["train"]["batch_size"]}
@@ -146,12 +146,12 @@ def _plan(
     checkpoint: Path | None = None,
     warnings: tuple[str, ...] = (),
 ) -> TrainingPlan:
-    problem = open_problem(config, progress=environment.is_first)
-    problem.check_run(config)
+    task = open_task(config, progress=environment.is_first)
+    task.check_run(config)
     if checkpoint is None:
-        problem.check_new_run(config)
+        task.check_new_run(config)
     feed = ShuffledFeed(
-        problem.train,
+        task.train,
         config.train.batch_size,
         config.seed,
         rank=environment.rank,
@@ -161,7 +161,7 @@ def _plan(
     )
     _check_swap_search(config, feed.steps_per_epoch)
     deepspeed = complete_deepspeed_section(config.deepspeed, config.train.batch_size, environment.world_size)
-    return TrainingPlan(config, run, environment, problem, feed, deepspeed, checkpoint, warnings)
+    return TrainingPlan(config, run, environment, task, feed, deepspeed, checkpoint, warnings)
 
 
 def _check_swap_search(config: RunConfig, steps_per_epoch: int) -> None:

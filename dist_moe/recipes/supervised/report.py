@@ -105,7 +105,7 @@ def _opening_line(plan: TrainingPlan, engine: ExpertParallelEngine, first_step: 
     several = f" in each of {layers} layers" if layers > 1 else ""
     experts = f"{config.gate_label}, {config.model.num_experts} experts{several}"
     spread = f"{experts} over {config.parallel.expert_parallel_size} of {world_size} rank(s)"
-    tokens = plan.problem.tokens_per_example
+    tokens = plan.task.tokens_per_example
     return (
         f"{spread if layers else f'dense, {world_size} rank(s)'}, ZeRO stage {engine.zero_optimization_stage()}, "
         f"{parameters:,} parameters on this rank, {torch.get_num_threads()} thread(s) each, "

@@ -36,11 +36,11 @@ def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[st
             found.create()
         run.model.end_learning()
         before = _figures(run)
-        swaps = search_swaps(run.problem, run.model, config, run.config.task_weights, environment)
+        swaps = search_swaps(run.task, run.model, config, run.config.target_weights, environment)
         after = _figures(run)
         report = {
             "checkpoint": run.checkpoint.name,
-            "search": config.model_dump() | {"examples": min(config.examples, len(run.problem.val))},
+            "search": config.model_dump() | {"examples": min(config.examples, len(run.task.val))},
             "losses": swaps.losses,
             "swaps": [{"layer": swap.layer, "row": swap.row, "slots": swap.slots} for swap in swaps.swaps],
             "screened": swaps.screened,
@@ -56,7 +56,7 @@ def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[st
 
 
 def _figures(run: TrainedRun) -> dict[str, Any]:
-    return evaluate(run.problem, run.model, run.problem.test, run.config.task_weights, run.groups)
+    return evaluate(run.task, run.model, run.task.test, run.config.target_weights, run.groups)
 
 
 def _write(run: TrainedRun, run_dir: Path, found: RunDirectory, report: dict[str, Any]) -> None:

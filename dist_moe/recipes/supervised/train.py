@@ -32,8 +32,8 @@ from dist_moe.recipes.supervised.report import Reporter, figures_table, predicto
 from dist_moe.recipes.supervised.runs import find_weights
 from dist_moe.tasks.evaluation import evaluate
 from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.open import open_task
+from dist_moe.tasks.task import Task
 
 OnValidation = Callable[[int, float], bool]
 """Called after each validation with (steps done, validation loss); True gives the run up."""
@@ -62,9 +62,9 @@ def train_in_groups(
     plan: TrainingPlan, groups: ProcessGroups, stop: StopRequest, on_validation: OnValidation | None = None
 ) -> int:
     """The same in process groups that are open already and in a run directory that exists."""
-    model = build_model(plan.config, plan.problem, groups.world)
+    model = build_model(plan.config, plan.task, groups.world)
     if plan.checkpoint is None:
-        plan.problem.first_weights(model, plan.config.model)
+        plan.task.first_weights(model, plan.config.model)
     engine = ExpertParallelEngine(model, plan.deepspeed, groups)
     try:
         with watchdog(plan.run.root, plan.environment, plan.config.parallel):
@@ -82,7 +82,7 @@ def _train(
     if resumed and plan.environment.is_first:
         plan.run.describe(plan.config.plain(), plan.environment)
     first_step = resumed.step if resumed else 0
-    weights = plan.config.task_weights
+    weights = plan.config.target_weights
     with Reporter(plan, engine, first_step) as reporter:
         outcome = _loop(plan, engine, reporter, resumed, on_validation).run(first_step, stop)
         course = {
@@ -96,13 +96,13 @@ def _train(
         tested_step = _take_best(engine, outcome, reporter)
         ACTIVITY.enter("evaluation")
         reporter.say("evaluating on the validation and test examples ...")
-        val = evaluate(plan.problem, model, plan.problem.val, weights, groups)
-        test = evaluate(plan.problem, model, plan.problem.test, weights, groups)
+        val = evaluate(plan.task, model, plan.task.val, weights, groups)
+        test = evaluate(plan.task, model, plan.task.test, weights, groups)
         reporter.evaluation("test", test, tested_step)
-        closing_words = plan.problem.closing_words(model)
+        closing_words = plan.task.closing_words(model)
     if plan.environment.is_first:
         ending = {"tested_step": tested_step, "lost_records": reporter.lost_records}
-        ending |= plan.problem.costs(model, test)
+        ending |= plan.task.costs(model, test)
         _summarise(plan, {"val": val, "test": test}, course | ending, closing_words)
     return 0
 
@@ -113,7 +113,7 @@ class TrainedRun:
     in which the run computed."""
 
     config: RunConfig
-    problem: Problem
+    task: Task
     model: MoEModel
     checkpoint: Path
     groups: ProcessGroups
@@ -129,12 +129,12 @@ def trained_run(run_dir: Path, overrides: Sequence[str] = ()) -> Iterator[Traine
     environment = LaunchEnvironment.read()
     weights = find_weights(run_dir)
     config = for_evaluation(weights.config, overrides)
-    problem = open_problem(config, progress=environment.is_first)
+    task = open_task(config, progress=environment.is_first)
     with process_groups(environment, config.parallel.nearest_for(environment.world_size)) as groups:
-        model = build_model(config, problem, groups.world).to(groups.device)
+        model = build_model(config, task, groups.world).to(groups.device)
         cast_parameters(model, config.deepspeed, groups.device)  # before the masters come, which are rounded to it
         weights.load(model)
-        yield TrainedRun(config, problem, model, weights.path, groups)
+        yield TrainedRun(config, task, model, weights.path, groups)
 
 
 def evaluate_run(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -144,11 +144,11 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     ``overrides``, those that its gate gives with other options. Raises UserError as :func:`trained_run` does.
     """
     with trained_run(run_dir, overrides) as run:
-        weights = run.config.task_weights
+        weights = run.config.target_weights
         return {
             "checkpoint": run.checkpoint.name,
-            "test": evaluate(run.problem, run.model, run.problem.test, weights, run.groups),
-            "baselines": run.problem.baselines(run.problem.test, weights),
+            "test": evaluate(run.task, run.model, run.task.test, weights, run.groups),
+            "baselines": run.task.baselines(run.task.test, weights),
         }
 
 
@@ -159,12 +159,12 @@ def _loop(
     resumed: TrainerState | None,
     on_validation: OnValidation | None,
 ) -> TrainingLoop:
-    config, groups, problem = plan.config, engine.process_groups, plan.problem
+    config, groups, task = plan.config, engine.process_groups, plan.task
     model: MoEModel = engine.module
     mover = ExpertMover(plan, engine, reporter, resumed.step if resumed else 0)
 
     def validate(step: int) -> float:
-        figures = evaluate(problem, model, problem.val, config.task_weights, groups)
+        figures = evaluate(task, model, task.val, config.target_weights, groups)
         reporter.evaluation("validation", figures, step)
         if on_validation is not None and on_validation(step, figures["loss"]):
             raise Stopped(f"given up after step {step}")
@@ -179,12 +179,12 @@ def _loop(
         search = config.swap_search
         if search is not None and not model.learning and search.due(step, plan.feed.steps_per_epoch):
             ACTIVITY.enter("swap search")
-            reporter.swaps(search_swaps(problem, model, search, config.task_weights, groups.environment), step)
+            reporter.swaps(search_swaps(task, model, search, config.target_weights, groups.environment), step)
         mover.after_step(step)
 
     shares = plan.environment.world_size * plan.accumulation
     hooks = LoopHooks(
-        loss=build_objective(config, problem, engine, shares),
+        loss=build_objective(config, task, engine, shares),
         before_step=before_step,
         after_step=after_step,
         report=mover.report,
@@ -216,9 +216,9 @@ def _take_best(engine: ExpertParallelEngine, outcome: Outcome, reporter: Reporte
 def _summarise(
     plan: TrainingPlan, figures: dict[str, dict[str, Any]], course: dict[str, Any], closing_words: str
 ) -> None:
-    problem = plan.problem
-    baselines = problem.baselines(problem.test, plan.config.task_weights)
-    summary = figures | {"baselines": baselines, "data": problem.manifest} | course
+    task = plan.task
+    baselines = task.baselines(task.test, plan.config.target_weights)
+    summary = figures | {"baselines": baselines, "data": task.manifest} | course
     print(figures_table(figures["test"], predictor_rows(baselines)))
     if closing_words:
         print(closing_words)

@@ -33,7 +33,7 @@ from dist_moe.sweeps.stacked.parameters import AdamSettings, StackedParameters
 from dist_moe.sweeps.stacked.permutations import LAYER, StackedPermutations
 from dist_moe.tasks.evaluation import expert_figures
 from dist_moe.tasks.models import build_model
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.task import Task
 
 VARYING = (
     "deepspeed.optimizer.params.lr",
@@ -85,26 +85,24 @@ def stack_fault(config: RunConfig) -> str | None:
     return None
 
 
-def train_stack(
-    problem: Problem, configs: Sequence[RunConfig], report: Report
-) -> list[tuple[Figures, Figures, int] | None]:
+def train_stack(task: Task, configs: Sequence[RunConfig], report: Report) -> list[tuple[Figures, Figures, int] | None]:
     """(validation figures, test figures, steps) of each configuration; None where ``report`` asked to stop.
 
     ``report(i, step, loss)`` is called after each validation of trial i. The configurations have one
     ``stack_key``, and no ``stack_fault``.
     """
-    return _StackedTraining(problem, configs, LaunchEnvironment.read()).run(report)
+    return _StackedTraining(task, configs, LaunchEnvironment.read()).run(report)
 
 
 class _StackedTraining:
-    def __init__(self, problem: Problem, configs: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
-        self._problem = problem
+    def __init__(self, task: Task, configs: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
+        self._task = task
         self._configs = list(configs)
         self._environment = environment
         self._train = configs[0].train
-        self._weights = configs[0].task_weights
-        self._feed = ShuffledFeed(problem.train, self._train.batch_size, configs[0].seed, device=environment.device)
-        models = [build_model(config, problem, SingleWorld()) for config in configs]
+        self._weights = configs[0].target_weights
+        self._feed = ShuffledFeed(task.train, self._train.batch_size, configs[0].seed, device=environment.device)
+        models = [build_model(config, task, SingleWorld()) for config in configs]
         self._model = models[0].to(environment.device)
         self._layer = self._model.moe_layers[LAYER]
         self._stack = StackedParameters(models, environment.device)
@@ -141,7 +139,7 @@ class _StackedTraining:
         (batch,) = self._feed.micro_batches(step)
 
         def loss(output: ModelOutput, _: Tensor) -> Tensor:
-            task = self._problem.weighted(self._problem.task_losses(output, batch), self._weights)
+            task = self._task.weighted(self._task.task_losses(output, batch), self._weights)
             return torch.stack([task, *output.aux.values()]).sum()
 
         losses = self._over_trials(loss, matrices, batch).sum()
@@ -176,7 +174,7 @@ class _StackedTraining:
     def _validate(self, step: int, last: bool, report: Report) -> set[int]:
         """Validate all trials, and let those that have finished leave the stack; the pruned ones."""
         self._permutations.begin_evaluation(step)
-        figures = self._evaluate(self._problem.val)
+        figures = self._evaluate(self._task.val)
         staying, pruned = [], set()
         for place, trial in enumerate(self._trials):
             loss, progress = figures[place]["loss"], self._progress[trial]
@@ -201,7 +199,7 @@ class _StackedTraining:
         columns, loads = [], []
 
         def observe(output: ModelOutput, weight_GTE: Tensor) -> tuple[Tensor, Tensor]:
-            return self._problem.observe(output, batch), (weight_GTE > 0).sum(1)
+            return self._task.observe(output, batch), (weight_GTE > 0).sum(1)
 
         for index_B in shard_batches(part, _EVAL_BATCH, rank=0, world_size=1):
             batch = part.batch(index_B, index_B).to(self._environment.device)
@@ -211,7 +209,7 @@ class _StackedTraining:
         of_trials, load = torch.cat(columns, dim=-1).cpu().numpy(), torch.stack(loads).sum(0)
         found = []
         for trial_columns, load_GE in zip(of_trials, load, strict=True):
-            figures = self._problem.figures(trial_columns, part, self._weights)
+            figures = self._task.figures(trial_columns, part, self._weights)
             experts = expert_figures(load_GE.unsqueeze(0), len(part))
             found.append(figures | {name: float(x) for name, x in experts.items() if not isinstance(x, list)})
         return found
@@ -222,7 +220,7 @@ class _StackedTraining:
         for kind, tensors in enumerate((self._stack.values, self._stack.buffers)):
             for name in tensors:
                 tensors[name] = torch.stack([self._kept[trial][kind][name] for trial in self._trials])
-        return self._evaluate(self._problem.test)
+        return self._evaluate(self._task.test)
 
     def _search_swaps(self, step: int) -> None:
         for place, trial in enumerate(self._trials):
@@ -234,7 +232,7 @@ class _StackedTraining:
             self._stack.write(self._model, place)
             gate = self._configs[trial].model.gate
             _set_on_gates(self._layer.gates, {n: getattr(gate, n) for n in _GATE_NUMBERS if hasattr(gate, n)})
-            search_swaps(self._problem, self._model, search, self._weights, self._environment)
+            search_swaps(self._task, self._model, search, self._weights, self._environment)
             self._stack.buffers[f"{LAYER}.permutation.table"][place] = self._model.tables[LAYER].table
 
     def _say(self, step: int, losses: list[float], staying: int) -> None:
