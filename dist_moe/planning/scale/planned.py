@@ -12,7 +12,7 @@ from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import Machine
 from dist_moe.planning.scale.step_time import EXCHANGES, ExchangeName, Prediction, predict
 from dist_moe.planning.scale.work import Work, work_of_model
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.tasks.task import Task
 
 
@@ -43,7 +43,7 @@ class PlannedSize:
 
 
 def plan_sizes(
-    config: RunConfig,
+    config: SupervisedConfig,
     task: Task,
     machine: Machine,
     nodes: Sequence[int],
@@ -66,8 +66,8 @@ def plan_sizes(
 
 
 def configs_by_size(
-    config: RunConfig, nodes: Sequence[int], per_node: int, assumed: Assumed, task: Task
-) -> list[RunConfig]:
+    config: SupervisedConfig, nodes: Sequence[int], per_node: int, assumed: Assumed, task: Task
+) -> list[SupervisedConfig]:
     """``config`` for each number of ``nodes``: experts over as many ranks as are asked for and there are, and the batch
     that ``assumed`` says."""
     most, found = max(nodes), []
@@ -80,7 +80,7 @@ def configs_by_size(
 
 
 def _plan_size(
-    config: RunConfig,
+    config: SupervisedConfig,
     task: Task,
     machine: Machine,
     nodes: int,
@@ -100,7 +100,7 @@ def _plan_size(
     return PlannedSize(layout, config.train.batch_size, predictions, against_one, held)
 
 
-def planned_work(config: RunConfig, task: Task) -> Work:
+def planned_work(config: SupervisedConfig, task: Task) -> Work:
     """Of the whole model of ``config``, which is built without storage."""
     return work_of_model(planned_model(config, task), config, optimizer_states(config)[0], bytes_per_parameter(config))
 
@@ -119,7 +119,7 @@ def sizes_up_to(nodes: int) -> list[int]:
     return [*powers, nodes]
 
 
-def _sized(config: RunConfig, ranks: int, assumed: Assumed, task: Task) -> RunConfig:
+def _sized(config: SupervisedConfig, ranks: int, assumed: Assumed, task: Task) -> SupervisedConfig:
     if assumed.tokens_per_rank is None:
         return config
     of_example = task.example_shape().tokens
