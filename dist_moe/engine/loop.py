@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dist_moe.config.settings import Settings
 from dist_moe.engine.checkpoint.files import best_of, complete_directories, drop_after
+from dist_moe.engine.checkpoint.format import TrainingHistory
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
-from dist_moe.engine.checkpoint.snapshot import Course
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.health.activity import ACTIVITY
@@ -137,7 +137,7 @@ class TrainingLoop:
         steps_per_epoch: int,
         checkpoints: Path,
         seed: int,
-        course: Course | None = None,
+        course: TrainingHistory | None = None,
     ) -> None:
         self._engine = engine
         self._feed = feed
@@ -147,7 +147,7 @@ class TrainingLoop:
         self._validate_every = config.validate_every or steps_per_epoch
         self._checkpoints = checkpoints
         self._seed = seed
-        course = course or Course()
+        course = course or TrainingHistory()
         self._progress = EarlyStopping(config.patience, course.validation_losses)
         self._skipped = SkippedSteps(config.max_skipped_steps)
         self._seconds_before = course.seconds
@@ -201,15 +201,15 @@ class TrainingLoop:
         return step, stopping
 
     @property
-    def _course(self) -> Course:
+    def _course(self) -> TrainingHistory:
         seconds = self._seconds_before + time.monotonic() - self._started
-        return Course(dict(self._progress.losses), seconds)
+        return TrainingHistory(dict(self._progress.losses), seconds)
 
     def _validate(self, step: int) -> None:
         ACTIVITY.enter("evaluation")
         if self._progress.add(step, self._hooks.validate(step)):
             ACTIVITY.enter("checkpoint")
-            self._saver.save(best_of(self._checkpoints), step, 1, Course())
+            self._saver.save(best_of(self._checkpoints), step, 1, TrainingHistory())
 
     def _train_step(self, step: int, stop: StopRequest) -> None:
         started = time.perf_counter()

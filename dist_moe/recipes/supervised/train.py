@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.engine.checkpoint.files import checkpoints_of, write_json
-from dist_moe.engine.checkpoint.loading import TrainerState, load_checkpoint, load_weights
+from dist_moe.config.files import write_json
+from dist_moe.engine.checkpoint.files import checkpoints_of
+from dist_moe.engine.checkpoint.format import TrainerState
+from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.precision import cast_parameters
 from dist_moe.engine.health.activity import ACTIVITY
@@ -199,7 +201,7 @@ def _loop(
         steps_per_epoch=plan.feed.steps_per_epoch,
         checkpoints=checkpoints_of(plan.run.root),
         seed=config.seed,
-        course=resumed.course if resumed else None,
+        course=resumed.history if resumed else None,
     )
 
 

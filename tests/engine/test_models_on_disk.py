@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_moe.engine.checkpoint import place_weights
 from dist_moe.errors import UserError
 from dist_moe.experts import DenseReLUBank
-from dist_moe.models.placed_weights import place_weights
 
 
 class Share(nn.Module):
