@@ -27,6 +27,7 @@ from dist_moe.engine.checkpoint.reader import CheckpointReader
 from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
 from dist_moe.engine.deepspeed.parameter_state import ParameterState, write_parameter_state
+from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
     from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
@@ -62,6 +63,10 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
     reader.check_states(trained, moments=bool(trainer.scalars))  # it cannot count steps and have no moments
     _copy_tensors(engine, reader, trained, trainer.scalars)
     if engine.lr_scheduler is not None and trainer.lr_scheduler is not None:
+        if len(trainer.learning_rates) != len(engine.optimizer.param_groups):
+            raise UserError(
+                f"checkpoint {directory} is of a run that trained another part of this model; train the same"
+            )
         engine.lr_scheduler.load_state_dict(trainer.lr_scheduler)
         for group, learning_rate in zip(engine.optimizer.param_groups, trainer.learning_rates, strict=True):
             group["lr"] = learning_rate

@@ -39,14 +39,15 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
 
     def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups) -> None:
         mark_experts(model, groups.expert_group_name)
-        self.__dict__["process_groups"] = groups
+        self.__dict__["process_groups"] = groups  # before the base class is initialised, as its hooks need them
+        self.__dict__["held_masters"] = {}
         config = _deepspeed.DeepSpeedConfig(section)
         _deepspeed.set_optimizer_flags(config, model)
         super().__init__(
             args=None,
             model=model,
             optimizer=None,
-            model_parameters=list(model.parameters()),
+            model_parameters=_trained_groups(model),
             training_data=None,
             lr_scheduler=None,
             mpu=None,
@@ -83,8 +84,11 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         return not math.isfinite(self.grad_norm)
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
-        self.has_moe_layers = any(map(is_expert_parameter, model.parameters()))  # else DeepSpeed misses their groups
+        experts = [parameter for parameter in model.parameters() if is_expert_parameter(parameter)]
+        self.has_moe_layers = bool(experts)  # else DeepSpeed misses their groups
         super()._configure_distributed_model(model)
+        if not self.shards_parameters and not any(parameter.requires_grad for parameter in experts):
+            self.has_moe_layers = False  # ZeRO stages 1 and 2 insist on a group of trained experts where it is set
 
     def _validate_zero3_moe_compatibility(self) -> None:
         """DeepSpeed's own check knows its own layers only; ours is :func:`check_groups`, afterwards."""
@@ -121,6 +125,19 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
+
+
+def _trained_groups(model: nn.Module) -> list[nn.Parameter] | list[dict[str, Any]]:
+    """Return what the optimizer is given: the parameters that train, where they are experts alone in groups.
+
+    DeepSpeed would split experts off itself, and fail at ZeRO stages 1 and 2 (0.19.8) on the group of dense
+    parameters that stays behind empty.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not all(map(is_expert_parameter, trained)):
+        return trained
+    split = _deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer
+    return [group for group in split({"params": trained, "name": "dense-params"}) if group["params"]]
 
 
 def mark_experts(model: nn.Module, group_name: str) -> None:

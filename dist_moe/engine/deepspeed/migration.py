@@ -36,8 +36,12 @@ class Migration:
 
 def state_bytes_per_expert(engine: ExpertParallelEngine, layer: MoE) -> int:
     """Bytes that travel with one expert: masters and optimizer states of all of its parameters, in fp32."""
-    numbers = sum(whole_shape(parameter)[1:].numel() for parameter in layer.experts.parameters())
-    return numbers * len(state_keys(engine)) * torch.finfo(torch.float32).bits // 8
+    moments = len(state_keys(engine)) - 1
+    numbers = sum(
+        whole_shape(parameter)[1:].numel() * (1 + moments * parameter.requires_grad)
+        for parameter in layer.experts.parameters()
+    )
+    return numbers * torch.finfo(torch.float32).bits // 8
 
 
 @torch.no_grad()
@@ -55,7 +59,7 @@ def migrate(engine: ExpertParallelEngine, layer: MoE, placement: Placement) -> M
     moves = _Moves.between(layer.placement, placement, layer.world.rank)
     keys, faults, sent = state_keys(engine), [], 0
     for name, parameter in layer.experts.named_parameters():
-        for key in keys:
+        for key in keys if parameter.requires_grad else keys[:1]:  # the master alone of one that is held still
             state, arrived_well = moves.carry(read_state(engine, parameter, key), layer.world)
             write_state(engine, parameter, key, state)
             sent += len(moves.leaving) * state[0].numel() * state.element_size()

@@ -36,7 +36,7 @@ def read_parameter_state(engine: ExpertParallelEngine) -> ParameterState:
     keys, states = state_keys(engine), _optimizer_states(engine)
     scalars = {k: float(v) for k, v in states[0].items() if not _has_shape(v)} if states else {}
     tensors = {
-        name: {key: read_state(engine, parameter, key) for key in keys}
+        name: {key: read_state(engine, parameter, key) for key in keys if key == MASTER or parameter.requires_grad}
         for name, parameter in engine.module.named_parameters()
     }
     return ParameterState(tensors, scalars)
@@ -66,6 +66,8 @@ def state_keys(engine: ExpertParallelEngine) -> list[str]:
 def read_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) -> Tensor:
     """One of :func:`state_keys` of one parameter, whole; collective over the ranks that share it."""
     deepspeeds_key = None if key == MASTER else key
+    if not parameter.requires_grad:
+        return _held_master(engine, parameter)
     if engine.shards_parameters:
         return engine.optimizer.get_full_hp_param(parameter, deepspeeds_key)
     if engine.zero_optimization():
@@ -79,6 +81,10 @@ def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str,
     deepspeeds_key = None if key == MASTER else key
     if engine.shards_parameters:
         value = own_slice(parameter, value)
+    if not parameter.requires_grad:
+        if parameter.dtype != value.dtype:
+            engine.held_masters[parameter] = value.clone()
+    elif engine.shards_parameters:
         engine.optimizer.set_local_hp_param(value, parameter, deepspeeds_key)
     elif engine.zero_optimization():
         parameter.set_full_hp_param(value, deepspeeds_key)  # type: ignore[attr-defined]
@@ -86,6 +92,17 @@ def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str,
         engine.optimizer.state[parameter][key].copy_(value)
     if key == MASTER:
         (parameter.ds_tensor if engine.shards_parameters else parameter).copy_(value)  # type: ignore[attr-defined]
+
+
+def _held_master(engine: ExpertParallelEngine, parameter: nn.Parameter) -> Tensor:
+    """The master of a parameter that is held still, of which the optimizer, and with it DeepSpeed, knows nothing.
+
+    Where parameters have less than fp32, it is what :func:`write_state` was given last, so that it does not lose bits.
+    """
+    if engine.shards_parameters:
+        own = engine.held_masters.get(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
+        return engine.optimizer._fp32_state_allgather(parameter, own)
+    return engine.held_masters.get(parameter, parameter.detach()).float()
 
 
 def _has_shape(value: Any) -> bool:
