@@ -283,6 +283,34 @@ def test_refusals(trained: list[str], part: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def load_with_other_parts(root: Path) -> list[str]:
+    """The refusal of a checkpoint of all parts by a run that trains experts, and the other way round."""
+    schedule = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}}
+    said = []
+    with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=1)) as groups:
+        for saved, loaded in (("*", "moe.experts.*"), ("moe.experts.*", "*")):
+            model = Layers(groups.world, 0.0)
+            with hold_still(model, [saved]):
+                engine = engine_of(model, groups, 1, **schedule)
+                step_with(engine, 0)
+                save_checkpoint(engine, root, 1, keep=1)
+                engine.destroy()
+            model = Layers(groups.world, 0.0)
+            with hold_still(model, [loaded]):
+                engine = engine_of(model, groups, 1, **schedule)
+                with pytest.raises(UserError) as error:
+                    load_checkpoint(engine, step_directory(root, 1))
+                said.append(str(error.value))
+                engine.destroy()
+    return said
+
+
+def test_a_checkpoint_of_a_run_that_trained_another_part(tmp_path: Path) -> None:
+    (fewer, more), _ = on_ranks(RANKS, load_with_other_parts, tmp_path)
+    assert "its run trained another part of the model" in fewer
+    assert "has no optimizer state but ['master']" in more
+
+
 def keep_bits(stages: list[int], root: Path) -> list[list[str]]:
     """In bf16, a held parameter's fp32 master, once loaded, comes out of the next checkpoint to the bit."""
     lost = []

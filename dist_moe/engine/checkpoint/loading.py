@@ -64,9 +64,7 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
     _copy_tensors(engine, reader, trained, trainer.scalars)
     if engine.lr_scheduler is not None and trainer.lr_scheduler is not None:
         if len(trainer.learning_rates) != len(engine.optimizer.param_groups):
-            raise UserError(
-                f"checkpoint {directory} is of a run that trained another part of this model; train the same"
-            )
+            raise UserError(f"checkpoint {directory}: its run trained another part of the model; train the same part")
         engine.lr_scheduler.load_state_dict(trainer.lr_scheduler)
         for group, learning_rate in zip(engine.optimizer.param_groups, trainer.learning_rates, strict=True):
             group["lr"] = learning_rate
