@@ -70,12 +70,12 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in this rank's model, whether it holds all of them or slices."""
+        """The number of elements of this rank's parameters, whether it holds all of them or slices."""
         return sum(whole_shape(parameter).numel() for parameter in self.module.parameters())
 
     @property
     def grad_norm(self) -> float:
-        """Norm of all gradients of the last step, dense and expert, before clipping."""
+        """The norm of all gradients of the last step, dense and expert, before clipping."""
         return float(self.get_global_grad_norm())
 
     @property
@@ -94,12 +94,13 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         """DeepSpeed's own check knows its own layers only; ours is :func:`check_groups`, afterwards."""
 
     def group_of(self, parameter: nn.Parameter) -> Any:
-        """The ranks that hold copies of ``parameter``, over which its gradients are summed."""
+        """Return the process group of the ranks that hold copies of ``parameter``, whose gradients are summed."""
         if is_expert_parameter(parameter):
             return self.expert_data_parallel_group[self.process_groups.expert_group_name]
         return self.seq_data_parallel_group
 
     def destroy(self) -> None:
+        """Free what DeepSpeed keeps of this engine beyond its own life."""
         super().destroy()
         if self.shards_parameters:
             forget_module(self.module)
@@ -113,7 +114,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         super()._take_model_step(lr_kwargs)
 
     def _leave_out_step(self) -> None:
-        """What DeepSpeed does at ZeRO stages 1 and 2 when the norm is not finite, here for stage 0."""
+        """Skip a step whose norm is not finite at stage 0, as DeepSpeed does at ZeRO stages 1 and 2."""
         self.zero_grad()
         self.losses = None
         self.skipped_steps += 1
@@ -121,6 +122,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         self.global_samples += self.train_batch_size()
 
     def clip_fp32_gradients(self) -> None:
+        """Clip at ZeRO stage 0 by the norm of all gradients; DeepSpeed would take the mean of the ranks' norms."""
         scale = (self.gradient_clipping() / (self._global_grad_norm + 1e-6)).clamp(max=1.0)
         for parameter in self.module.parameters():
             if parameter.grad is not None:
@@ -156,11 +158,12 @@ def mark_experts(model: nn.Module, group_name: str) -> None:
 
 
 def is_expert_parameter(parameter: nn.Parameter) -> bool:
+    """Return whether ``parameter`` is of experts, once :func:`mark_experts` has seen its bank."""
     return not getattr(parameter, "allreduce", True)
 
 
 def global_grad_norm(model: nn.Module, groups: ProcessGroups) -> Tensor:
-    """sqrt of the summed squares of all gradients: dense ones once, experts summed over EP ranks.
+    """Return the norm of all gradients: squares of dense ones summed once, of experts over EP ranks.
 
     Expects gradients that are reduced already, as at ZeRO stage 0 before the optimizer's step.
     """

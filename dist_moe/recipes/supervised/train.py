@@ -13,8 +13,8 @@ from dist_moe.config.files import write_json
 from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.checkpoint.format import TrainerState
 from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights
+from dist_moe.engine.deepspeed.config import cast_parameters
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
-from dist_moe.engine.deepspeed.precision import cast_parameters
 from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
 from dist_moe.engine.launch.environment import LaunchEnvironment
