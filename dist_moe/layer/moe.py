@@ -23,15 +23,25 @@ from dist_moe.parallel import (
     plan_dispatch,
     position_table,
 )
-from dist_moe.routing import Pairs, Permutation, Route, union_of_routes
+from dist_moe.routing import Pairs, Route, SlotMap, union_of_routes
 
 
-class PermutationSource(Protocol):
-    """Gives the permutation of the current step of each of ``num_gates`` gates, and named auxiliary losses."""
+class SlotMapSource(Protocol):
+    """Gives the slot map of the current step of each of ``num_gates`` gates, and named auxiliary losses.
+
+    The maps lead from ``num_slots`` slots, of each of ``branches`` branches, to ``num_experts`` experts.
+    """
 
     num_gates: int
+    num_experts: int
 
-    def __call__(self) -> tuple[Sequence[Permutation], dict[str, Tensor]]: ...
+    @property
+    def num_slots(self) -> int: ...
+
+    @property
+    def branches(self) -> int: ...
+
+    def __call__(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]: ...
 
 
 class Replay(Protocol):
@@ -44,7 +54,7 @@ class Replay(Protocol):
 class MoEOutput:
     """``outputs``: one (T, F) tensor per gate. ``aux``: the auxiliary losses, summed over gates.
 
-    ``routes``: one per gate, after the permutation. ``pairs``: their union, what was dispatched, in the order
+    ``routes``: one per gate, after the slot map: they speak of experts. ``pairs``: their union, what was dispatched, in the order
     of the experts' positions.
     ``rows_computed``: expert rows that this rank computed, for itself and for others.
     """
@@ -61,8 +71,8 @@ class MoE(nn.Module):
 
     ``gates``: one per task (a single gate may stand alone); a (token, expert) pair travels and is
     computed once, however many gates want it. ``experts``: this rank's bank. ``replay``, set by a search
-    for a while, answers instead of the layer. ``permutation``:
-    slot -> expert, one for each gate; None is the identity. ``world``: the ranks over which the
+    for a while, answers instead of the layer. ``permutation``: the slot map of each gate, which may be many to
+    one; None is the identity, for gates with as many slots as there are experts. ``world``: the ranks over which the
     experts are split; None is one rank. ``exchange``: how rows reach the experts and sums come back; None
     is what the world asks for. ``placement``: which expert lives where; None: ranks have contiguous ids.
     ``recompute_experts``: keep none of the dispatched rows and of the experts' activations for the backward
@@ -77,7 +87,7 @@ class MoE(nn.Module):
         self,
         gates: Gate | Sequence[Gate],
         experts: ExpertBank,
-        permutation: PermutationSource | None = None,
+        permutation: SlotMapSource | None = None,
         world: World | None = None,
         *,
         exchange: Exchange | None = None,
@@ -163,9 +173,9 @@ class MoE(nn.Module):
             for name, loss in route.aux.items():
                 aux[name] = aux[name] + loss if name in aux else loss
         if self.permutation is not None:
-            permutations, permutation_aux = self.permutation()
-            routes = [p.apply(route) for p, route in zip(permutations, routes, strict=True)]
-            aux |= permutation_aux
+            maps, map_aux = self.permutation()
+            routes = [slot_map.apply(route) for slot_map, route in zip(maps, routes, strict=True)]
+            aux |= map_aux
         return routes, aux
 
     def _by_position(self, route: Route) -> Route:
@@ -180,7 +190,7 @@ class MoE(nn.Module):
 
     @property
     def each_gate(self) -> list[Gate]:
-        """``gates``, as what they are."""
+        """The ``gates``, typed."""
         return [gate for gate in self.gates if isinstance(gate, Gate)]
 
     def _check_fit(self, placement: Placement) -> None:
@@ -194,15 +204,20 @@ class MoE(nn.Module):
         bank = self.experts
         if not self.gates:
             raise ValueError("an MoE layer needs at least one gate")
-        for gate in self.gates:
-            if (gate.dim, gate.num_experts) != (bank.dim, bank.num_experts):
-                raise ValueError(
-                    f"a gate over {gate.num_experts} experts and tokens of width {gate.dim} does not fit "
-                    f"{bank.num_experts} experts of width {bank.dim}"
-                )
         table = self.permutation
-        if table is not None and table.num_gates != len(self.gates):
-            raise ValueError(f"permutations for {table.num_gates} gate(s) do not fit {len(self.gates)} gate(s)")
+        if table is not None and (table.num_gates, table.num_experts) != (len(self.gates), bank.num_experts):
+            raise ValueError(
+                f"slot maps for {table.num_gates} gate(s) onto {table.num_experts} experts do not fit "
+                f"{len(self.gates)} gate(s) and {bank.num_experts} experts"
+            )
+        slots, branches = (bank.num_experts, 1) if table is None else (table.num_slots, table.branches)
+        for gate in self.each_gate:
+            if (gate.dim, gate.num_experts, gate.num_slots) != (bank.dim, slots, slots * branches):
+                asked = f"{slots} slots" if branches == 1 else f"{slots} slots in each of {branches} branches"
+                raise ValueError(
+                    f"a gate over {gate.num_slots} slots and tokens of width {gate.dim} does not fit "
+                    f"{bank.num_experts} experts of width {bank.dim}, whose slot map is for {asked}"
+                )
         self._check_fit(self.placement)
         expected = self.placement.experts_of(self.world.rank)
         if bank.expert_ids != expected:

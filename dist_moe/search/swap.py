@@ -4,7 +4,7 @@ The title of COMET (KDD 2023) promises local search; its code relaxes permutatio
 ``permutation.py``) but never swaps. Here the neighbourhood is explicit. For a layer with mixtures g
 and experts f, the output is y = sum_s g_s sum_e P[s, e] f_e(x), with P the matrix of the table. The
 gradient of the loss with respect to P, at the table, estimates to first order what a swap of slots a
-and b gains:
+and b gains, in any slot map (in one that is many to one, as many slots keep each expert):
 
     gain(a, b) = D[a, e_a] + D[b, e_b] - D[a, e_b] - D[b, e_a],     D = dL/dP
 
@@ -94,6 +94,7 @@ class SwapSearch:
         self._layers = [m for m in model.modules() if isinstance(m, MoE) and isinstance(m.permutation, SlotTable)]
         if not self._layers:
             raise ValueError("the model has no MoE layer with a slot -> expert table to search")
+        self._slot_tables = [m.permutation for m in self._layers if isinstance(m.permutation, SlotTable)]
         self._batches = batches
         self._loss = loss
         self._config = config
@@ -102,8 +103,8 @@ class SwapSearch:
 
     @property
     def tables(self) -> list[Tensor]:
-        """The (P, K, n) tables, one per layer."""
-        return [layer.permutation.table for layer in self._layers if isinstance(layer.permutation, SlotTable)]
+        """The (P, K, S) tables, one per layer."""
+        return [table.table for table in self._slot_tables]
 
     def run(self) -> SwapReport:
         """Search; the model holds the best table found when this returns."""
@@ -162,11 +163,12 @@ class SwapSearch:
         return [swaps[i] for i in order.tolist()]
 
     def _gradients(self) -> list[Tensor]:
-        """dL/dP of each layer, (P, K, n, n), at the present tables, summed over batches and ranks."""
-        totals = [torch.zeros_like(_matrix(table)) for table in self.tables]
+        """dL/dP of each layer, (P, K, S, E) in fp64, at the present tables, summed over batches and ranks."""
+        matrices = [table.matrix_of(table.table, torch.float64) for table in self._slot_tables]
+        totals = [torch.zeros_like(matrix) for matrix in matrices]
         for batch, recordings in zip(self._batches, self._recordings, strict=True):
             for layer, total in enumerate(totals):
-                matrix = _matrix(self.tables[layer]).requires_grad_()
+                matrix = matrices[layer].detach().requires_grad_()
                 with torch.enable_grad(), replaying(self._layers[: layer + 1], recordings, matrix):
                     loss = self._loss(batch)
                     total += torch.autograd.grad(loss, matrix)[0]
@@ -218,16 +220,15 @@ class SwapSearch:
 
 
 def _swaps_of(layer: int, table: Tensor, gradient: Tensor) -> Iterator[tuple[list[Swap], Tensor]]:
-    """Per row (gate, branch) of a layer's table: all swaps, and what each gains to first order."""
+    """Yield, per row (gate, branch) of a layer's table, all swaps and what each gains to first order.
+
+    Two slots that have the same expert have nothing to exchange.
+    """
     for row in product(range(table.shape[0]), range(table.shape[1])):
-        d_SS = gradient[row][:, table[row]]  # of slot a with the expert of slot b
+        expert_S = table[row]
+        d_SS = gradient[row][:, expert_S]  # D of slot a with the expert of slot b
         own_S = d_SS.diagonal()
         gain_SS = own_S[:, None] + own_S[None, :] - d_SS - d_SS.T
-        first, second = torch.triu_indices(len(d_SS), len(d_SS), offset=1)
+        first, second = (expert_S[:, None] != expert_S[None, :]).triu(diagonal=1).nonzero(as_tuple=True)
         slots = zip(first.tolist(), second.tolist(), strict=True)
         yield [Swap(layer, row, pair) for pair in slots], gain_SS[first, second]
-
-
-def _matrix(table: Tensor) -> Tensor:
-    """(P, K, n) table -> (P, K, n, n) permutation matrices, fp64."""
-    return torch.eye(table.shape[-1], dtype=torch.float64, device=table.device)[table]
