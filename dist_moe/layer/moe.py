@@ -54,9 +54,9 @@ class Replay(Protocol):
 class MoEOutput:
     """``outputs``: one (T, F) tensor per gate. ``aux``: the auxiliary losses, summed over gates.
 
-    ``routes``: one per gate, after the slot map: they speak of experts. ``pairs``: their union, what was dispatched, in the order
-    of the experts' positions.
-    ``rows_computed``: expert rows that this rank computed, for itself and for others.
+    ``routes``: one per gate, after the slot map: their slots are experts. ``pairs``: their union, what was
+    dispatched, in the order of the experts' positions. ``rows_computed``: expert rows that this rank computed, for
+    itself and for others.
     """
 
     outputs: tuple[Tensor, ...]

@@ -13,9 +13,7 @@ from dist_moe.search import PermutationSearch, SlotTable
 
 
 def test_gates_of_another_size_than_the_bank() -> None:
-    with pytest.raises(
-        ValueError, match="6 slots and tokens of width 3 does not fit 4 experts of width 3, .* for 4 slots"
-    ):
+    with pytest.raises(ValueError, match=r"6 slots and tokens of width 3 does not fit 4 experts of width 3,"):
         MoE(Comet(3, 6), DenseReLUBank(3, 2, 4, range(4)))
 
 
@@ -90,10 +88,10 @@ def test_slot_maps_from_another_number_of_slots_or_onto_another_number_of_expert
 
 def test_branches_with_slots_of_their_own_need_a_table_for_each() -> None:
     gate, bank = Comet(3, 4, k=2), DenseReLUBank(3, 2, 4, range(4))
-    with pytest.raises(ValueError, match="a gate over 4 slots .* for 4 slots in each of 2 branches"):
+    with pytest.raises(ValueError, match=r"a gate over 4 slots .* for 4 slots in each of 2 branches"):
         MoE(gate, bank, SlotTable(4, branches=2))
     gate.splits_branches = True
     assert len(MoE(gate, bank, SlotTable(4, branches=2))(torch.zeros(5, 3)).outputs) == 1
     for table in (None, SlotTable(4)):
-        with pytest.raises(ValueError, match="a gate over 8 slots .* for 4 slots"):
+        with pytest.raises(ValueError, match=r"a gate over 8 slots .* for 4 slots"):
             MoE(gate, bank, table)
