@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ class SlotTable(nn.Module):
         self.register_buffer("table", expert_S.repeat(tables, branches, 1))
         self._checked: tuple[Tensor, int] | None = None
         self._merges: list[bool] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._checked = None  # the changes of a copied tensor are counted anew
 
     @property
     def num_slots(self) -> int:
