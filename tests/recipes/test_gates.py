@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_moe.gates import GATES
+from dist_moe.gates import EACH_GATE
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, records_of, stage_overrides, train_all, write_config
 
@@ -40,12 +40,16 @@ PERMUTATIONS: dict[str, dict[str, Any]] = {
     "hard_top_k": {"forward": "hard", "per_gate": True},
     "hard_per_gate_and_branch": {"forward": "hard", "per_gate": True, "per_branch": True},
 }
-CASES = [*EACH_GATE, *PERMUTATIONS]
+SLOTS = {"many_to_one": ("top_k", 9), "fewer_slots": ("comet", 3)}
+CASES = [*EACH_GATE, *PERMUTATIONS, *SLOTS]
 
 
 def overrides(case: str) -> list[str]:
     if case in EACH_GATE:
         return [f"model.gate={EACH_GATE[case]}"]
+    if case in SLOTS:
+        gate_name, slots = SLOTS[case]
+        return [f"model.gate={EACH_GATE[gate_name]}", f"model.num_slots={slots}"]
     gate = EACH_GATE["top_k"] if case == "hard_top_k" else COMET
     return [f"model.gate={gate}", f"model.permutation={PERMUTATIONS[case] | {'epochs': 4 / 90}}"]
 
@@ -63,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
 
 
 def test_every_registered_gate_is_tried() -> None:
-    ours = {name for name, settings in GATES.by_name.items() if settings.__module__.startswith("dist_moe.")}
+    ours = {name for name, settings in EACH_GATE.by_name.items() if settings.__module__.startswith("dist_moe.")}
     assert {gate["name"] for gate in EACH_GATE.values()} == ours
 
 
