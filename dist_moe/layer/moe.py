@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -70,13 +71,12 @@ class MoE(nn.Module):
     """``MoE(gates, experts, permutation=None, world=None, exchange=None, placement=None)``.
 
     ``gates``: one per task (a single gate may stand alone); a (token, expert) pair travels and is
-    computed once, however many gates want it. ``experts``: this rank's bank. ``replay``, set by a search
-    for a while, answers instead of the layer. ``permutation``: the slot map of each gate, which may be many to
-    one; None is the identity, for gates with as many slots as there are experts. ``world``: the ranks over which the
-    experts are split; None is one rank. ``exchange``: how rows reach the experts and sums come back; None
-    is what the world asks for. ``placement``: which expert lives where; None: ranks have contiguous ids.
-    ``recompute_experts``: keep none of the dispatched rows and of the experts' activations for the backward
-    pass; dispatch and compute again there (an ``exchange`` that is given decides that itself). ``shared``: a
+    computed once, however many gates want it. ``experts``: this rank's bank. ``permutation``: the slot map of each
+    gate, which may be many to one; None is the identity, for gates with as many slots as there are experts.
+    ``world``: the ranks over which the experts are split; None is one rank. ``exchange``: how rows reach the experts
+    and sums come back; None is what the world asks for. ``placement``: which expert lives where; None: ranks have
+    contiguous ids. ``recompute_experts``: keep none of the dispatched rows and of the experts' activations for the
+    backward pass; dispatch and compute again there (an ``exchange`` that is given decides that itself). ``shared``: a
     network (T, D) -> (T, F) that every token goes through whatever the gates say (Dai et al., DeepSeekMoE, 2024);
     its result is added to that of each gate. Every rank has all of it, and computes it while rows travel.
 
@@ -103,14 +103,14 @@ class MoE(nn.Module):
         self.shared = shared
         self.exchange = exchange or exchange_over(self.world, recompute_experts, meanwhile=shared is not None)
         self.placement = placement or Placement.identity(experts.num_experts, self.world.size)
-        self.replay: Replay | None = None
+        self._replay: Replay | None = None
         self._before_step: list[tuple[Tensor, Tensor]] = []
         self._check_sizes()
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> MoEOutput:
         """(T, D) tokens (T may be 0) -> one weighted sum of experts per gate, of shape (T, F)."""
-        if self.replay is not None:
-            return _plus(self.replay(self, x_TD, ids_T), self._share(x_TD))
+        if self._replay is not None:
+            return _plus(self._replay(self, x_TD, ids_T), self._share(x_TD))
         clock = self.world.clock
         shared: list[Tensor | None] = []
         x_TD = clock.at_gates(x_TD)
@@ -122,6 +122,15 @@ class MoE(nn.Module):
         outputs = mixed.sums_GTF.to(mixed.dtype).unbind()
         result = MoEOutput(outputs, aux, tuple(routes), self._by_id(pairs), mixed.rows_computed)
         return _plus(result, shared[0])
+
+    @contextmanager
+    def replayed_by(self, replay: Replay) -> Iterator[None]:
+        """Within, ``replay`` answers instead of gates, slot maps and experts."""
+        self._replay = replay
+        try:
+            yield
+        finally:
+            self._replay = None
 
     def place(self, placement: Placement) -> None:
         """The experts live as ``placement`` says from now on. On every rank.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dist_moe.kernels import TokenIndex, weighted_scatter
-from dist_moe.layer import MoE, MoEOutput
+from dist_moe.layer import MoE, MoEOutput, Replay
 from dist_moe.routing import Pairs, Route
 from dist_moe.search.slot_table import SlotTable
 
@@ -75,14 +75,9 @@ class Replayed:
 
 
 @contextmanager
-def replaying(
-    layers: Sequence[MoE], recordings: Sequence[Recording], matrix_PKSE: Tensor | None = None
-) -> Iterator[None]:
-    """Within, ``layers`` answer from their recordings; the last one under ``matrix_PKSE`` if it is given."""
-    try:
-        for i, (layer, recording) in enumerate(zip(layers, recordings, strict=False)):
-            layer.replay = Replayed(recording, matrix_PKSE if i == len(layers) - 1 else None)
+def replaying(layers: Sequence[MoE], replays: Iterable[Replay]) -> Iterator[None]:
+    """Within, each of ``layers`` is answered for by one of ``replays``."""
+    with ExitStack() as stack:
+        for layer, replay in zip(layers, replays, strict=True):
+            stack.enter_context(layer.replayed_by(replay))
         yield
-    finally:
-        for layer in layers:
-            layer.replay = None

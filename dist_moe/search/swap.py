@@ -33,7 +33,7 @@ from dist_moe.config.settings import Settings
 from dist_moe.layer import MoE
 from dist_moe.parallel import sum_over_ranks
 from dist_moe.search.agreement import assert_same_on_all_ranks, take_from_first_rank
-from dist_moe.search.replay import Recorder, Recording, replaying
+from dist_moe.search.replay import Recorder, Recording, Replayed, replaying
 from dist_moe.search.slot_table import SlotTable
 
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-11}
@@ -169,7 +169,8 @@ class SwapSearch:
         for batch, recordings in zip(self._batches, self._recordings, strict=True):
             for layer, total in enumerate(totals):
                 matrix = matrices[layer].detach().requires_grad_()
-                with torch.enable_grad(), replaying(self._layers[: layer + 1], recordings, matrix):
+                replays = [*map(Replayed, recordings[:layer]), Replayed(recordings[layer], matrix)]
+                with torch.enable_grad(), replaying(self._layers[: layer + 1], replays):
                     loss = self._loss(batch)
                     total += torch.autograd.grad(loss, matrix)[0]
         return [sum_over_ranks(total) for total in totals]
@@ -181,7 +182,7 @@ class SwapSearch:
         for batch, recordings in zip(self._batches, self._recordings, strict=True):
             for i, swap in enumerate(swaps):
                 replayed = len(self._layers) if swap is None else swap.layer + 1
-                with self._tried(swap), replaying(self._layers[:replayed], recordings):
+                with self._tried(swap), replaying(self._layers[:replayed], map(Replayed, recordings[:replayed])):
                     totals[i] += self._loss(batch).double()
         return take_from_first_rank(sum_over_ranks(totals)).tolist()
 
@@ -191,13 +192,8 @@ class SwapSearch:
         self._recordings = []
         for batch in self._batches:
             recorders = [Recorder() for _ in self._layers]
-            for layer, recorder in zip(self._layers, recorders, strict=True):
-                layer.replay = recorder
-            try:
+            with replaying(self._layers, recorders):
                 precision = self._loss(batch).dtype
-            finally:
-                for layer in self._layers:
-                    layer.replay = None
             self._resolution = RESOLUTION.get(precision, RESOLUTION[torch.float32])
             self._recordings.append([r.recording for r in recorders if r.recording is not None])
             if len(self._recordings[-1]) < len(self._layers):

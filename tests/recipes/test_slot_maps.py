@@ -10,6 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dist_moe.engine.checkpoint.export import first_checkpoint
+from dist_moe.engine.checkpoint.files import newest_checkpoint
+from dist_moe.engine.checkpoint.loading import load_model
+from dist_moe.errors import UserError
+from dist_moe.models import MoEModel
+from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.supervised.config import load_config
+from dist_moe.tasks.models import build_model
+from dist_moe.tasks.open import open_problem
 from tests.helpers.commands import succeed
 from tests.helpers.runs import largest_difference, losses_of, records_of, summary_of, tensors_of, write_config
 
@@ -62,3 +71,25 @@ def test_a_searched_run_evaluates_and_is_exported(run: Path, tmp_path: Path) -> 
             assert evaluated["test"][name] == pytest.approx(report["test_after"][name], rel=1e-4), name
     succeed(1, "import", tmp_path / "weights.safetensors", tmp_path / "new")
     assert tensors_of(tmp_path / "new")[f"{TABLE}|buffer"].equal(table)
+
+
+def masked_model(run: Path, allowed_E: list[bool]) -> MoEModel:
+    config = load_config(run / "config.yaml")
+    model = build_model(config, open_problem(config, progress=False), SingleWorld())
+    for gate in model.moe_layers["moe"].each_gate:
+        gate.allow(torch.tensor(allowed_E))
+    return model
+
+
+def test_masks_are_saved_and_loaded(run: Path, tmp_path: Path) -> None:
+    allowed_E = [slot % 3 == 1 for slot in range(SLOTS)]
+    ours = masked_model(run, allowed_E)
+    path = first_checkpoint(ours, tmp_path / "checkpoints", "a test")
+    theirs = masked_model(run, [True] * SLOTS)
+    load_model(theirs, path)
+    assert [gate.allowed_E.tolist() for gate in theirs.moe_layers["moe"].each_gate if gate.allowed_E is not None] == [
+        allowed_E
+    ] * 2
+    assert all(tensor.equal(theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    with pytest.raises(UserError, match="allowed_E"):
+        load_model(theirs, newest_checkpoint(run))

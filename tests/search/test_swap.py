@@ -178,7 +178,7 @@ def test_leaves_the_model_as_it_was_but_for_the_table_also_after_an_error() -> N
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     search(model, [tokens], model.loss).run()
     assert model.training
-    assert model.moe.replay is None
+    assert model.moe._replay is None
     after = model.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["moe.permutation.table"]
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -190,7 +190,7 @@ def test_leaves_the_model_as_it_was_but_for_the_table_also_after_an_error() -> N
     with pytest.raises(ArithmeticError, match="no loss"):
         search(model, [tokens], fail).run()
     assert model.training
-    assert model.moe.replay is None
+    assert model.moe._replay is None
     assert torch.equal(model.table, table)
 
 
@@ -328,7 +328,7 @@ def test_a_layer_that_the_loss_does_not_use_is_refused() -> None:
     x_TD = torch.randn(5, 6)
     with pytest.raises(ValueError, match="takes no part in the loss"):
         search(model, [None], lambda _: model.first(x_TD).outputs[0].square().mean()).run()
-    assert model.second.replay is None
+    assert model.second._replay is None
 
 
 def restore(name: str, num_experts: int, steps: int, num_ranks: int) -> tuple[float, float, list[list[int]]]:
