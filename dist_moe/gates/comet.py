@@ -68,7 +68,7 @@ class CometConfig(GateSettings):
     )
 
     def experts_per_token(self, num_experts: int) -> int:
-        """Of hard trees."""
+        """Return the bound of hard trees: a leaf of each."""
         return min(self.k, self.max_active or self.k, num_experts)
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> Comet:

@@ -73,6 +73,7 @@ class NullSlots(Gate):
         self.can_exclude = gate.can_exclude
 
     def allow(self, allowed_E: Tensor) -> None:
+        """Exclude experts, never the nulls; see :meth:`Gate.allow`."""
         super().allow(allowed_E)
         self.gate.allow(torch.cat([allowed_E, allowed_E.new_ones(self.null_slots)]))
 

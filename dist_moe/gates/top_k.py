@@ -172,7 +172,7 @@ class TopK(Gate):
         return slot_TK, self._log_scores(logit_TE).gather(1, slot_TK).softmax(dim=-1)
 
     def _log_scores(self, logit_TE: Tensor) -> Tensor:
-        """Whose softmax over any set of slots are their scores divided by the set's sum."""
+        """Return logarithms of the scores: their softmax over any set of slots divides the scores by the set's sum."""
         return nn.functional.logsigmoid(logit_TE) if self.scores == "sigmoid" else logit_TE
 
     def _selection_scores(self, logit_TE: Tensor) -> Tensor:

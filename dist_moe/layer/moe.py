@@ -37,10 +37,14 @@ class SlotMapSource(Protocol):
     num_experts: int
 
     @property
-    def num_slots(self) -> int: ...
+    def num_slots(self) -> int:
+        """Slots of a gate, or of each of its branches."""
+        ...
 
     @property
-    def branches(self) -> int: ...
+    def branches(self) -> int:
+        """Maps of each gate: 1, or one for each of its branches."""
+        ...
 
     def __call__(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]: ...
 
@@ -125,7 +129,7 @@ class MoE(nn.Module):
 
     @contextmanager
     def replayed_by(self, replay: Replay) -> Iterator[None]:
-        """Within, ``replay`` answers instead of gates, slot maps and experts."""
+        """Let ``replay`` answer instead of gates, slot maps and experts within the context."""
         self._replay = replay
         try:
             yield
@@ -133,7 +137,7 @@ class MoE(nn.Module):
             self._replay = None
 
     def place(self, placement: Placement) -> None:
-        """The experts live as ``placement`` says from now on. On every rank.
+        """Let the experts live as ``placement`` says from now on. On every rank.
 
         Whoever calls has brought the weights there: row i of the bank's parameters must be those of the
         expert ``placement.experts_of(rank)[i]``. Raises ValueError if it does not fit the layer.
@@ -168,7 +172,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def drop_step(self) -> None:
-        """In place of :meth:`end_step` where a step was skipped: the gates forget what they saw in it."""
+        """Let the gates forget a step that was skipped, in place of :meth:`end_step`."""
         for buffer, before in self._before_step:
             buffer.copy_(before)
 

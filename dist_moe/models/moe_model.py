@@ -1,4 +1,4 @@
-"""What every model with MoE layers has in common: its configuration, its layers, its output."""
+"""Base of all models with MoE layers: configuration, layers, output."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class RunShape:
-    """What a model may need to know of the run: the ranks over which experts are split, its length in
+    """Facts of the run that a model may need: the ranks over which experts are split, its length in
     steps, and what its gates may need to know."""
 
     world: World

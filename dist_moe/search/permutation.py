@@ -151,6 +151,7 @@ class PermutationSearch(SlotTable):
         self.table.copy_(agree_on_tables(self.relaxed.detach() if self.rounds_relaxed else self.soft))
 
     def forward(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]:
+        """Return one slot map per gate, soft while training learns it, and the entropy term."""
         if not (self.training and self.learning):
             permutations, aux = super().forward()
             if self.training:

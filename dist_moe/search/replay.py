@@ -76,7 +76,7 @@ class Replayed:
 
 @contextmanager
 def replaying(layers: Sequence[MoE], replays: Iterable[Replay]) -> Iterator[None]:
-    """Within, each of ``layers`` is answered for by one of ``replays``."""
+    """Let one of ``replays`` answer for each of ``layers`` within the context."""
     with ExitStack() as stack:
         for layer, replay in zip(layers, replays, strict=True):
             stack.enter_context(layer.replayed_by(replay))
