@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_moe.gates import EACH_GATE
+from dist_moe.gates import GATES
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, records_of, stage_overrides, train_all, write_config
 
@@ -67,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
 
 
 def test_every_registered_gate_is_tried() -> None:
-    ours = {name for name, settings in EACH_GATE.by_name.items() if settings.__module__.startswith("dist_moe.")}
+    ours = {name for name, settings in GATES.by_name.items() if settings.__module__.startswith("dist_moe.")}
     assert {gate["name"] for gate in EACH_GATE.values()} == ours
 
 

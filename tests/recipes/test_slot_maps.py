@@ -16,9 +16,8 @@ from dist_moe.engine.checkpoint.loading import load_model
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
+from dist_moe.recipes.recipe import load_config
+from dist_moe.tasks import build_model
 from tests.helpers.commands import succeed
 from tests.helpers.runs import largest_difference, losses_of, records_of, summary_of, tensors_of, write_config
 
@@ -75,7 +74,7 @@ def test_a_searched_run_evaluates_and_is_exported(run: Path, tmp_path: Path) -> 
 
 def masked_model(run: Path, allowed_E: list[bool]) -> MoEModel:
     config = load_config(run / "config.yaml")
-    model = build_model(config, open_problem(config, progress=False), SingleWorld())
+    model = build_model(config, config.data.open(progress=False), SingleWorld())
     for gate in model.moe_layers["moe"].each_gate:
         gate.allow(torch.tensor(allowed_E))
     return model
