@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from dist_moe.engine.checkpoint.export import first_checkpoint
 from safetensors.torch import load_file
 
-from dist_moe.engine.checkpoint.export import first_checkpoint
 from dist_moe.engine.checkpoint.files import newest_checkpoint
 from dist_moe.engine.checkpoint.loading import load_model
 from dist_moe.errors import UserError
