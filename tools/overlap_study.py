@@ -23,15 +23,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dist_moe.engine.collectives import gather_objects, wait_for_all
-from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.experts import FeedForwardBank
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import FlatExchange, OverlappedExchange, World, experts_of_rank
-from dist_moe.parallel.world import ExchangingWorld
+from dist_moe.parallel import FlatExchange, OverlappedExchange, World, experts_of_rank, gather_objects, wait_for_all
 from tools.namespaces import cluster
 from tools.ranks import run_ranks
 
@@ -117,7 +114,7 @@ def measured_over(rate: str, options: argparse.Namespace) -> dict[str, list[floa
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     """On every rank: seconds of each repetition by number of chunks, and of the flat exchange without experts."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=RANKS)) as groups:
         layers, tokens = _layers(groups.world, options), _tokens(groups.world, options)
         seconds: dict[str, list[float]] = {name: [] for name in layers}
@@ -141,7 +138,6 @@ def _tokens(world: World, options: argparse.Namespace) -> list[Tensor]:
 
 
 def _layers(world: World, options: argparse.Namespace) -> dict[str, Any]:
-    assert isinstance(world, ExchangingWorld)
     torch.manual_seed(options.seed)
     gate = TopK(options.width, EXPERTS, K)
     bank = FeedForwardBank(options.width, options.hidden, EXPERTS, experts_of_rank(EXPERTS, world))

@@ -26,13 +26,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dist_moe.engine.collectives import gather_objects, wait_for_all
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import FlatExchange, World, experts_of_rank, two_level_exchange
+from dist_moe.parallel import FlatExchange, World, experts_of_rank, gather_objects, two_level_exchange, wait_for_all
 from tools.namespaces import cluster
 from tools.ranks import run_ranks
 

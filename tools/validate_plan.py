@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,17 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.collectives import gather_objects, wait_for_all
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
-from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK, TopKConfig
 from dist_moe.layer import MoE
 from dist_moe.models import RecommenderConfig, RunShape
-from dist_moe.parallel import experts_of_rank
+from dist_moe.parallel import ProcessWorld, experts_of_rank, gather_objects, wait_for_all
 from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import Machine
 from dist_moe.planning.scale.measure import measure_machine, processors_here
@@ -127,7 +125,7 @@ def run_place(number: int, measured: Path) -> list[dict[str, Any]]:
 
 def on_rank(place: Place, options: argparse.Namespace) -> list[dict[str, Any]]:
     """On every rank: per round, kind of step and exchange, what was predicted and what it took."""
-    keep_freed_memory()
+    disable_malloc_trim()
     torch.set_num_threads(1)
     ranks = place.nodes * place.per_node
     with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=ranks)) as groups:
@@ -177,13 +175,11 @@ class Case:
 
 
 def cases_of(exchange: ExchangeName, groups: ProcessGroups, layout: Layout, options: argparse.Namespace) -> list[Case]:
-    levels = groups.world.levels
-    if exchange == "flat":
-        groups.world.levels = None  # what a layer is built with
-    try:
-        return [layer_case(exchange, groups, layout, options), training_case(exchange, groups, layout, options)]
-    finally:
-        groups.world.levels = levels
+    world = groups.world
+    if exchange == "flat" and isinstance(world, ProcessWorld):  # the same ranks, without levels
+        flat = ProcessWorld(world.group, world.node_of_rank, world.traffic, options=world.options)
+        groups = replace(groups, world=flat)
+    return [layer_case(exchange, groups, layout, options), training_case(exchange, groups, layout, options)]
 
 
 def layer_case(exchange: ExchangeName, groups: ProcessGroups, layout: Layout, options: argparse.Namespace) -> Case:

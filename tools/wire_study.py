@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_moe.experts import FeedForwardBank
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import WIRES, EmulatedWorld, SingleWorld, World, experts_of_rank
+from dist_moe.parallel import WIRES, EmulatedWorld, ExchangeOptions, SingleWorld, World, experts_of_rank
 
 RANKS, EXPERTS, K = 4, 16, 2
 OF_A_RANK = ("outputs", "tokens")
@@ -75,10 +75,9 @@ def _on_ranks(
     name: str | None, gate: TopK, bank: FeedForwardBank, x_TD: Tensor, cotangent_TF: Tensor
 ) -> tuple[int, dict[str, Tensor]]:
     """Bytes sent by all ranks, and what :func:`step` gives, of all ranks together."""
-    world = EmulatedWorld(RANKS)
+    world = EmulatedWorld(RANKS, options=ExchangeOptions(WIRES[name]))
 
     def of_rank(rank: World) -> dict[str, Tensor]:
-        rank.use_wire(WIRES[name])
         return step(rank, gate, bank, x_TD.chunk(RANKS)[rank.rank], cotangent_TF.chunk(RANKS)[rank.rank])
 
     results = world.run(of_rank)

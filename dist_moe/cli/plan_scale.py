@@ -100,8 +100,7 @@ def _check_without_time(options: argparse.Namespace, model: str) -> None:
 def measure(options: argparse.Namespace) -> int:
     """Write the constants of this machine; without a launcher, on two ranks that are started here."""
     from dist_moe.engine.launch.emulation import run_ranks
-    from dist_moe.engine.launch.environment import LaunchEnvironment
-    from dist_moe.engine.launch.host_memory import keep_freed_memory
+    from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
     from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
     from dist_moe.planning.scale.measure import measure_machine, processors_here
 
@@ -110,7 +109,7 @@ def measure(options: argparse.Namespace) -> int:
         raise UserError(f"--measure={options.measure}: there is no directory {options.measure.parent}; make it first")
     if not environment.launched:
         return run_ranks(2, options.arguments)
-    keep_freed_memory()
+    disable_malloc_trim()
     with process_groups(environment, ParallelConfig()) as groups:
         machine = measure_machine(groups, processors_here())
     if environment.is_rank_zero:

@@ -23,6 +23,7 @@ from dist_moe.parallel import (
     expert_table,
     plan_dispatch,
     position_table,
+    timed,
 )
 from dist_moe.routing import Pairs, Route, SlotMap, union_of_routes
 
@@ -117,10 +118,10 @@ class MoE(nn.Module):
             return _plus(self._replay(self, x_TD, ids_T), self._share(x_TD))
         clock = self.world.clock
         shared: list[Tensor | None] = []
-        x_TD = clock.at_gates(x_TD)
+        (x_TD,) = clock.mark("gate", None, x_TD)
         routes, aux = self._route(x_TD, ids_T)
         pairs = union_of_routes([self._by_position(route) for route in routes])
-        mixed = clock.around(self.exchange)(
+        mixed = timed(self.exchange, clock)(
             x_TD, pairs, self.experts, meanwhile=lambda: shared.append(self._share(x_TD))
         )
         outputs = mixed.sums_GTF.to(mixed.dtype).unbind()

@@ -1,16 +1,34 @@
 """Ranks: the world they live in, and the ragged exchange of token rows between them."""
 
-from dist_moe.parallel.collectives import added_over_ranks, job, several_ranks, sum_over_ranks
+from dist_moe.parallel.collectives import (
+    added_over_ranks,
+    current_world,
+    gather_columns,
+    gather_objects,
+    max_over_ranks,
+    several_ranks,
+    sum_over_ranks,
+    use_world,
+    wait_for_all,
+)
 from dist_moe.parallel.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
 from dist_moe.parallel.emulated import EmulatedWorld
-from dist_moe.parallel.exchange import Exchange, FlatExchange, Mixed
+from dist_moe.parallel.exchange import Exchange, FlatExchange, Mixed, timed
 from dist_moe.parallel.nodes import open_levels, ranks_per_node
 from dist_moe.parallel.overlapped import OverlappedExchange
 from dist_moe.parallel.phase_clock import PHASES, PhaseClock
 from dist_moe.parallel.placement import Placement, expert_table, position_table
 from dist_moe.parallel.two_level import OncePerPart, exchange_over, two_level_exchange
 from dist_moe.parallel.wire import WIRES, Wire, WireName
-from dist_moe.parallel.world import Levels, ProcessWorld, SingleWorld, Traffic, World, experts_of_rank
+from dist_moe.parallel.world import (
+    ExchangeOptions,
+    Levels,
+    ProcessWorld,
+    SingleWorld,
+    Traffic,
+    World,
+    experts_of_rank,
+)
 
 __all__ = [
     "PHASES",
@@ -18,6 +36,7 @@ __all__ = [
     "DispatchPlan",
     "EmulatedWorld",
     "Exchange",
+    "ExchangeOptions",
     "FlatExchange",
     "Levels",
     "Mixed",
@@ -33,16 +52,22 @@ __all__ = [
     "World",
     "added_over_ranks",
     "combine",
+    "current_world",
     "dispatch",
     "exchange_over",
     "expert_table",
     "experts_of_rank",
-    "job",
+    "gather_columns",
+    "gather_objects",
+    "max_over_ranks",
     "open_levels",
     "plan_dispatch",
     "position_table",
     "ranks_per_node",
     "several_ranks",
     "sum_over_ranks",
+    "timed",
     "two_level_exchange",
+    "use_world",
+    "wait_for_all",
 ]

@@ -22,7 +22,7 @@ from dist_moe.parallel.world import World
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Who sends how many rows to whom.
+    """How many rows each rank sends to each expert and receives for each of its own.
 
     ``send_rows``, ``receive_rows``: per rank, host integers. ``rows_per_local_expert``: after the regrouping;
     on an accelerator (E_local,) int64 that stays there.
@@ -38,7 +38,7 @@ class DispatchPlan:
 
 
 def plan_dispatch(rows_per_expert_E: Tensor, world: World, num_rows: int | None = None) -> DispatchPlan:
-    """Exchange the counts (the only metadata on the wire) and derive the plan from them.
+    """Exchange the counts (the only metadata on the wire) and derive the plan from them. Collective.
 
     ``rows_per_expert_E``: (E,) int64, this rank's rows for each global expert; E is divisible by
     the world's size. ``num_rows``: their sum, if the caller knows it: on an accelerator the host then waits
@@ -47,7 +47,8 @@ def plan_dispatch(rows_per_expert_E: Tensor, world: World, num_rows: int | None 
     if world.size == 1 and num_rows is not None and on_device_path(rows_per_expert_E):
         return DispatchPlan([num_rows], [num_rows], rows_per_expert_E, [[num_rows]], [[num_rows]])
     send_RL = rows_per_expert_E.view(world.size, -1)
-    both = torch.stack([send_RL, world.exchange_counts(send_RL)])
+    one_row_each = [1] * world.size
+    both = torch.stack([send_RL, world.exchange(send_RL, one_row_each, one_row_each)])
     sent_RL, received_RL = both.tolist()
     return DispatchPlan(
         send_rows=[sum(of_rank) for of_rank in sent_RL],
@@ -61,18 +62,18 @@ def plan_dispatch(rows_per_expert_E: Tensor, world: World, num_rows: int | None 
 
 
 def dispatch(x_ND: Tensor, plan: DispatchPlan, world: World) -> Tensor:
-    """(N, D) rows sorted by global expert -> this rank's rows (N', D), sorted by local expert."""
+    """Send (N, D) rows, sorted by global expert, to their ranks; return this rank's (N', D), sorted by local expert."""
     return regrouped(world.all_to_all(x_ND, plan.send_rows, plan.receive_rows), plan.received_RL)
 
 
 def combine(y_ND: Tensor, plan: DispatchPlan, world: World) -> Tensor:
-    """The way back: (N', D) rows sorted by local expert -> (N, D), sorted by global expert."""
+    """Send (N', D) results, sorted by local expert, back to their tokens; return (N, D), sorted by global expert."""
     received_LR = [list(of_expert) for of_expert in zip(*plan.received_RL, strict=True)]
     return world.all_to_all(regrouped(y_ND, received_LR), plan.receive_rows, plan.send_rows)
 
 
 def regrouped(x_ND: Tensor, rows: list[list[int]]) -> Tensor:
-    """Blocks of ``rows[i][j]`` rows, sorted by i, then by j -> sorted by j, then by i.
+    """Sort blocks of ``rows[i][j]`` rows, which are sorted by i, then by j: by j, then by i.
 
     Whole blocks are copied, not rows, once forward and once backward; one row or column of blocks is as it is.
     """

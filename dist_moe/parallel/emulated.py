@@ -17,6 +17,8 @@ add up gradients in another order.) So what runs on real ranks runs here: whole 
 
 from __future__ import annotations
 
+import functools
+import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -25,11 +27,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dist_moe.parallel.collectives import job, job_is
+from dist_moe.parallel.collectives import current_world, use_world
 from dist_moe.parallel.lockstep import Lockstep, ShareOut
-from dist_moe.parallel.world import ExchangingWorld, Levels, SingleWorld, World
+from dist_moe.parallel.world import ExchangeOptions, Levels, SingleWorld, Traffic, World
 
 Result = TypeVar("Result")
+T = TypeVar("T")
 DEADLINE_S = 300.0
 
 _lockstep_here: ContextVar[Lockstep[Any] | None] = ContextVar("lockstep_here", default=None)
@@ -40,7 +43,7 @@ class EmulatedWorld:
     """``EmulatedWorld(size)``: ``ranks`` are its worlds, in rank order; layers may keep them between runs.
 
     ``ranks_per_node``: they live in nodes of that many consecutive ranks, and layers exchange tokens in two
-    levels; None: all in one node.
+    levels; None: all in one node. ``options``: how they exchange.
 
     Ranks take turns (see ``lockstep.py``), hence everything is deterministic. They live in one process:
     what they share, say a gate, has one ``grad``, into which all of them add; give each a copy (or build
@@ -51,22 +54,26 @@ class EmulatedWorld:
     Raises ValueError unless ``size`` >= 1, and ``ranks_per_node`` divides it.
     """
 
-    def __init__(self, size: int, deadline_s: float | None = DEADLINE_S, *, ranks_per_node: int | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        deadline_s: float | None = DEADLINE_S,
+        *,
+        ranks_per_node: int | None = None,
+        options: ExchangeOptions | None = None,
+    ) -> None:
         if size < 1:
             raise ValueError(f"size={size}: an emulated world has at least one rank")
         if ranks_per_node is not None and (ranks_per_node < 1 or size % ranks_per_node):
             raise ValueError(f"ranks_per_node={ranks_per_node} does not divide the {size} ranks: nodes are alike")
         self.size = size
         self.deadline_s = deadline_s
-        self.ranks = tuple(EmulatedRank(rank, size) for rank in range(size))
-        if ranks_per_node is not None:
-            for rank in self.ranks:
-                rank.divide(ranks_per_node)
+        self.ranks = tuple(EmulatedRank(rank, size, ranks_per_node, options) for rank in range(size))
 
     def run(self, function: Callable[[EmulatedRank], Result]) -> list[Result]:
-        """``function(world)`` once per rank; the results in rank order.
+        """Call ``function(world)`` once per rank and return the results in rank order.
 
-        Within, :func:`~dist_moe.parallel.job` is the emulated world: gates, searches and all else that
+        Within, :func:`~dist_moe.parallel.current_world` is the emulated world: gates, searches and all else that
         asks for all ranks of the job gets these. All ranks start with the caller's random numbers, like
         processes that are seeded alike, and each goes on with its own; the caller with those of rank 0.
 
@@ -78,13 +85,13 @@ class EmulatedWorld:
 
         def on_rank(rank: int) -> Result:
             _lockstep_here.set(lockstep)
-            with job_is(self.ranks[rank]):
+            with use_world(self.ranks[rank]):
                 return function(self.ranks[rank])
 
         return lockstep.run(on_rank)
 
     def backward(self, losses: Sequence[Tensor]) -> None:
-        """Backward passes of the losses that an earlier :meth:`run` returned, one per rank, in rank order.
+        """Do the backward passes of the losses that an earlier :meth:`run` returned, one per rank, in rank order.
 
         Afterwards the parameters of every rank hold the gradient of the sum of the losses.
         """
@@ -93,36 +100,36 @@ class EmulatedWorld:
         self.run(lambda world: losses[world.rank].backward())
 
 
-class _Emulated(ExchangingWorld):
-    """Ranks that meet in this process. A copy of a layer is on the layer's rank: a rank's copy is the rank."""
+class _Emulated(World):
+    """A world whose ranks meet in this process. A copy of a layer is on the layer's rank: a rank's copy is the rank."""
 
     @abstractmethod
     def _meet(self, what: str, brought: Any, share_out: ShareOut) -> Any:
-        """Bring something to all ranks of this world, and take away what ``share_out`` gives this one."""
+        """Bring something to all ranks of this world, and take away what ``share_out`` gives this one.
+
+        ``share_out`` makes copies: what ranks bring and take away is theirs, as if it had travelled.
+        """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Emulated:
         return self
 
-    def exchange_counts(self, counts_RE: Tensor) -> Tensor:
-        def share_out(of_ranks: list[Tensor]) -> Sequence[Tensor]:
-            return torch.stack(of_ranks).transpose(0, 1).clone().unbind()
-
-        return self._meet(f"exchange_counts of {_kind(counts_RE)}", counts_RE, share_out)
-
-    def move(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-        row = f"all_to_all of {x_ND.dtype} rows of shape {tuple(x_ND.shape[1:])}"
+    def exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        row = f"exchange of {x_ND.dtype} rows of shape {tuple(x_ND.shape[1:])}"
         return self._meet(row, (x_ND.detach(), send_rows, receive_rows), _share_out_rows)
 
     def sum(self, x: Tensor) -> Tensor:
         """See ``World``. Added in rank order: a real backend may add, hence round, in another one."""
+        return self._reduce("sum", x, torch.add)
 
+    def maximum(self, x: Tensor) -> Tensor:
+        return self._reduce("maximum", x, torch.maximum)
+
+    def _reduce(self, name: str, x: Tensor, operator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         def share_out(of_ranks: list[Tensor]) -> list[Tensor]:
-            total = of_ranks[0].clone()
-            for of_rank in of_ranks[1:]:
-                total += of_rank
+            total = functools.reduce(operator, of_ranks)
             return [total.clone() for _ in of_ranks]
 
-        return self._meet(f"sum of {_kind(x)}", x.detach(), share_out)
+        return self._meet(f"{name} of {_kind(x)}", x.detach(), share_out)
 
     def broadcast(self, x: Tensor) -> Tensor:
         def share_out(of_ranks: list[Tensor]) -> list[Tensor]:
@@ -136,23 +143,43 @@ class _Emulated(ExchangingWorld):
 
         return self._meet(f"gather of {_kind(x)}", x.detach(), share_out)
 
+    def gather_objects(self, x: T) -> list[T]:
+        def share_out(of_ranks: list[bytes]) -> list[list[T]]:
+            return [[pickle.loads(pickled) for pickled in of_ranks] for _ in of_ranks]
+
+        return self._meet("gather_objects", pickle.dumps(x), share_out)
+
+    def barrier(self) -> None:
+        self._meet("barrier", None, lambda of_ranks: of_ranks)
+
 
 class EmulatedRank(_Emulated):
-    """A rank of an :class:`EmulatedWorld`."""
+    """A rank of an :class:`EmulatedWorld`; with ``per_node``, in nodes of that many consecutive ranks."""
 
-    def divide(self, per_node: int) -> None:
-        """Into nodes of ``per_node`` consecutive ranks, as :func:`~dist_moe.parallel.open_levels` divides real ones."""
-        nodes = [range(first, first + per_node) for first in range(0, self.size, per_node)]
-        peers = [range(place, self.size, per_node) for place in range(per_node)]
-        self.node_of_rank = [rank // per_node for rank in range(self.size)]
-        across, within = _part(self, "across nodes", peers), _part(self, "within a node", nodes)
-        across.node_of_rank = range(len(nodes))
-        self.levels = Levels(across, within)
+    def __init__(self, rank: int, size: int, per_node: int | None, options: ExchangeOptions | None) -> None:
+        traffic = Traffic()
+        node_of_rank, levels = None, None
+        if per_node is not None:
+            node_of_rank = [other // per_node for other in range(size)]
+            nodes = [range(first, first + per_node) for first in range(0, size, per_node)]
+            peers = [range(place, size, per_node) for place in range(per_node)]
+            # Ranks that are alone in their part exchange nothing there.
+            across, within = (
+                _Part(self, rank, name, groups, node_of_part, traffic, options)
+                if len(groups[0]) > 1
+                else SingleWorld(traffic)
+                for name, groups, node_of_part in (
+                    ("across nodes", peers, range(len(nodes))),
+                    ("within a node", nodes, None),
+                )
+            )
+            levels = Levels(across, within)
+        super().__init__(rank, size, node_of_rank, traffic, levels=levels, options=options)
 
     @torch.no_grad()
     def _meet(self, what: str, brought: Any, share_out: ShareOut) -> Any:
         lockstep = _lockstep_here.get()
-        if lockstep is None or job() is not self:
+        if lockstep is None or current_world() is not self:
             raise RuntimeError(
                 f"{what} on emulated rank {self.rank} outside its own function: call layers within "
                 "EmulatedWorld.run, each on its own rank, and losses' backward() there or by EmulatedWorld.backward"
@@ -163,9 +190,18 @@ class EmulatedRank(_Emulated):
 class _Part(_Emulated):
     """The ranks of one of ``groups`` into which all ranks are divided. All groups meet at the same time."""
 
-    def __init__(self, whole: EmulatedRank, name: str, groups: Sequence[Sequence[int]]) -> None:
-        (mine,) = (group for group in groups if whole.rank in group)
-        super().__init__(mine.index(whole.rank), len(mine), traffic=whole.traffic)
+    def __init__(
+        self,
+        whole: EmulatedRank,
+        rank: int,
+        name: str,
+        groups: Sequence[Sequence[int]],
+        node_of_rank: Sequence[int] | None,
+        traffic: Traffic,
+        options: ExchangeOptions | None,
+    ) -> None:
+        (mine,) = (group for group in groups if rank in group)
+        super().__init__(mine.index(rank), len(mine), node_of_rank, traffic, options=options)
         self._whole = whole
         self._name = name
         self._groups = groups
@@ -183,11 +219,6 @@ class _Part(_Emulated):
             return [shares[rank] for rank in range(len(of_ranks))]
 
         return self._whole._meet(f"{what} {self._name}", brought, share_out_in_groups)
-
-
-def _part(whole: EmulatedRank, name: str, groups: Sequence[Sequence[int]]) -> World:
-    """Ranks that are alone in their groups exchange nothing."""
-    return _Part(whole, name, groups) if len(groups[0]) > 1 else SingleWorld(whole.traffic)
 
 
 def _share_out_rows(of_ranks: list[tuple[Tensor, list[int], list[int]]]) -> list[Tensor]:

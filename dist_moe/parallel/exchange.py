@@ -1,27 +1,35 @@
-"""Exchange: how token rows reach their experts, and weighted sums of results come back.
+"""How token rows reach their experts, and weighted sums of results come back: the interface, and the flat exchange.
 
 ``FlatExchange`` sends every (token, expert) pair to the rank of its expert and weighs the results where
-the token lives. ``two_level_exchange`` (two_level.py) sends a token to a node once, and weighs there.
+the token lives; ``OverlappedExchange`` (overlapped.py) does so in chunks, beside the experts' arithmetic.
+``two_level_exchange`` (two_level.py) sends a token to a node once, and weighs there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dist_moe.kernels import RowCounts, TokenIndex, rows_of_tokens, weighted_scatter
 from dist_moe.parallel.dispatch import combine, dispatch, plan_dispatch
-from dist_moe.parallel.meanwhile import Meanwhile, nothing
-from dist_moe.parallel.recompute import recomputed
+from dist_moe.parallel.phase_clock import PhaseClock
 from dist_moe.parallel.world import World
 from dist_moe.routing import Pairs
 
 LocalExperts = Callable[[Tensor, RowCounts], Tensor]
 """(N, D) rows sorted by local expert, and their counts -> (N, F), as a bank of experts does it."""
+
+Meanwhile = Callable[[], None]
+"""What a rank computes while rows travel."""
+
+
+def nothing() -> None:
+    """Do nothing while rows travel."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +67,44 @@ class FlatExchange:
     def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed:
         meanwhile()
         plan = plan_dispatch(pairs.rows_per_expert_E, self._world, pairs.num_pairs)
-
         index = TokenIndex.of(pairs.token_N, pairs.num_tokens)
 
         def expert_rows(x_TD: Tensor) -> Tensor:
             rows_ND = dispatch(rows_of_tokens(x_TD, index), plan, self._world)
             return experts(rows_ND, plan.rows_per_local_expert)
 
-        computed_NF = (recomputed if self._recompute else _plainly)(expert_rows, x_TD)
+        if self._recompute and torch.is_grad_enabled():
+            # early_stop=False: torch would end the repetition once it has the tensors that this rank needs, which
+            # may be before an all-to-all for which other ranks wait. use_reentrant=False: the other kind loses
+            # gradients of tensors that reach the loss by another way.
+            computed_NF = checkpoint(expert_rows, x_TD, use_reentrant=False, early_stop=False)
+        else:
+            computed_NF = expert_rows(x_TD)
         results_NF = combine(computed_NF, plan, self._world)
         sums_GTF = weighted_scatter(results_NF, pairs.weight_GN, index)
         return Mixed(sums_GTF, results_NF.dtype, sum(plan.receive_rows))
 
 
-def _plainly(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    return function(*arguments)
+@dataclass(frozen=True)
+class TimedExperts:
+    """The experts ``inner`` between the marks 2 and 3 of ``clock``."""
+
+    clock: PhaseClock
+    inner: LocalExperts
+
+    def __call__(self, x_ND: Tensor, rows_per_expert: RowCounts) -> Tensor:
+        (x_ND,) = self.clock.mark("experts", "dispatch", x_ND)
+        return self.clock.mark("combine", "experts", self.inner(x_ND, rows_per_expert))[0]
+
+
+def timed(exchange: Exchange, clock: PhaseClock) -> Exchange:
+    """Return ``exchange`` with the marks 1 to 4 of ``clock``; while that is off, the exchange itself."""
+    if not clock.running:
+        return exchange
+
+    def exchange_and_mark(x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed:
+        x_TD, weight_GN = clock.mark("dispatch", "gate", x_TD, pairs.weight_GN)
+        mixed = exchange(x_TD, replace(pairs, weight_GN=weight_GN), TimedExperts(clock, experts), meanwhile)
+        return replace(mixed, sums_GTF=clock.mark(None, "combine", mixed.sums_GTF)[0])
+
+    return exchange_and_mark

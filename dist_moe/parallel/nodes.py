@@ -7,11 +7,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dist_moe.parallel.world import Levels, ProcessWorld, SingleWorld, World
+from dist_moe.parallel.world import ExchangeOptions, Levels, ProcessWorld, SingleWorld, Traffic, World
 
 
 def ranks_per_node(node_of_rank: Sequence[int]) -> int | None:
-    """m if the ranks are whole blocks of m, each block on a node of its own; None if they are not."""
+    """Return m if the ranks are whole blocks of m, each block on a node of its own; None if they are not."""
     size = len(node_of_rank)
     per_node = size // len(set(node_of_rank))
     blocks = [node_of_rank[start : start + per_node] for start in range(0, size, per_node)]
@@ -20,12 +20,17 @@ def ranks_per_node(node_of_rank: Sequence[int]) -> int | None:
 
 
 def open_levels(
-    world: ProcessWorld, worlds: Iterable[Sequence[int]], per_node: int, timeout: timedelta | None = None
+    worlds: Iterable[Sequence[int]],
+    per_node: int,
+    traffic: Traffic,
+    options: ExchangeOptions | None = None,
+    timeout: timedelta | None = None,
 ) -> Levels:
-    """Divide ``world`` into nodes of ``per_node`` ranks. Collective over all ranks of the job.
+    """Open the levels of worlds that are divided into nodes of ``per_node`` ranks, and return those of this rank.
 
-    ``worlds``: the (global) ranks of every world of the job that is divided so, this one's among them, the
+    ``worlds``: the (global) ranks of every world of the job that is divided so, this rank's among them, the
     same list on all ranks, for every rank takes part in opening every group. Groups of one rank are not opened.
+    ``traffic``, ``options``: those of this rank's world. Collective over all ranks of the job.
     """
     rank = dist.get_rank()
     levels: dict[str, World] = {}
@@ -38,6 +43,8 @@ def open_levels(
             if rank in members:
                 node_of_rank = range(len(members)) if level == "across" else None
                 levels[level] = (
-                    SingleWorld(world.traffic) if group is None else ProcessWorld(group, node_of_rank, world.traffic)
+                    SingleWorld(traffic)
+                    if group is None
+                    else ProcessWorld(group, node_of_rank, traffic, options=options)
                 )
     return Levels(**levels)

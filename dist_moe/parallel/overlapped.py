@@ -3,39 +3,57 @@
     forward     send 0 | send 1 | arrive 0, experts 0, return 0 | send 2 | arrive 1, experts 1, return 1 | ... | sums
     backward    the same read from the right, with gradients
 
+Where the chunks are at each moment, if there are three:
+
+    moment                   on the way there    in the experts    on the way back
+    send 0                   0
+    send 1                   0, 1
+    arrive 0, experts 0      1                   0
+    return 0                 1                                     0
+    send 2                   1, 2                                  0
+    arrive 1, experts 1      2                   1                 0
+    return 1                 2                                     0, 1
+    arrive 2, experts 2                          2                 0, 1
+    return 2                                                       0, 1, 2
+
+A chunk on its way has two buffers: the rows that are sent, dropped when they are awaited, and those that are received,
+which the experts then take, or the weighted sums at the end.
+
 Every step that concerns the wire is a node of the autograd graph which takes a number and hands it on. This chain
 makes their order, forward and backward, a matter of data: it is the same on all ranks whatever else autograd does.
+Without it, the backward nodes of two chunks would be independent, and autograd could begin chunk 1 on a rank while
+another rank begins chunk 0: two collectives of one group in different orders, which wait for each other for ever.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
-from dist_moe.kernels import TokenIndex, weighted_scatter
+from dist_moe.kernels import RowCounts, TokenIndex, counts_on_host, weighted_scatter
 from dist_moe.parallel.dispatch import plan_dispatch, regrouped
-from dist_moe.parallel.exchange import LocalExperts, Mixed
-from dist_moe.parallel.expert_parts import parts_of
-from dist_moe.parallel.meanwhile import Meanwhile, nothing
+from dist_moe.parallel.exchange import LocalExperts, Meanwhile, Mixed, TimedExperts, nothing
 from dist_moe.parallel.wire import decoded, encoded
-from dist_moe.parallel.world import ExchangingWorld, Pending
+from dist_moe.parallel.world import Pending, World
 from dist_moe.routing import Pairs
 
 
 class OverlappedExchange:
-    """As ``FlatExchange``, a row per (token, expert) pair, in ``chunks`` parts of about equally many experts.
+    """A flat exchange, a row per (token, expert) pair, in ``chunks`` parts of about equally many experts.
 
-    Results are those of the flat exchange to the bit where an expert computes each row by itself; gradients of
+    Results are those of ``FlatExchange`` to the bit where an expert computes each row by itself; gradients of
     tokens are added up chunk by chunk, so they are equal up to rounding. Costs two more all-to-alls
     each way per further chunk. At most one chunk per local expert is made.
     Raises ValueError unless ``chunks`` >= 1.
     """
 
-    def __init__(self, world: ExchangingWorld, chunks: int) -> None:
+    def __init__(self, world: World, chunks: int) -> None:
         if chunks < 1:
             raise ValueError(f"chunks={chunks}: there is at least one")
         self._world = world
@@ -59,11 +77,14 @@ class OverlappedExchange:
         link = send(link, 0)
         meanwhile()  # autograd works backwards: its gradients are computed while those of chunk 0 travel back
         for c, chunk in enumerate(chunks):
+            # The next chunk leaves before this one is awaited: it travels while the experts of this one compute.
             if c + 1 < len(chunks):
                 link = send(link, c + 1)
             arrived_ND, link = _Arrive.apply(link, there[c])
             computed_NF = experts_of[c](regrouped(arrived_ND, chunk.received), chunk.rows_per_expert)
             link = _Leave.apply(regrouped(computed_NF, chunk.received_by_expert), link, back[c])
+        # Awaited last and in order; the first chunks have been back for long. Their rows are sorted by chunk and
+        # expert, those of ``pairs`` by expert alone.
         blocks: dict[int, Tensor] = {}
         for chunk, trip in zip(chunks, back, strict=True):
             returned_NF, link = _Arrive.apply(link, trip)
@@ -96,25 +117,35 @@ class _Chunk:
 
 
 class _Trip:
-    """Rows on their way, then their gradients on the way back: what leaves at one node arrives at another."""
+    """Rows on their way, then their gradients on the way back: what leaves at one node arrives at another.
 
-    def __init__(self, world: ExchangingWorld, send_rows: list[int], receive_rows: list[int]) -> None:
-        self.world, self.send_rows, self.receive_rows = world, send_rows, receive_rows
+        forward     _Leave --- begin_exchange ... wait ---> _Arrive
+        backward    _Leave <--- wait ... begin_exchange --- _Arrive
+
+    ``flows``: whether gradients of the rows are wanted; where no rank's tokens learn, nothing travels back.
+    """
+
+    def __init__(self, world: World, send_rows: list[int], receive_rows: list[int]) -> None:
+        self._world, self._sizes, self._sizes_back = world, (send_rows, receive_rows), (receive_rows, send_rows)
         self.flows = False
         self._under_way: Pending | None = None
         self._like: Tensor | None = None
 
     def leave(self, x_ND: Tensor, backward: bool = False) -> None:
-        form = self.world.wire.gradients if backward else self.world.wire.rows
-        sizes = (self.receive_rows, self.send_rows) if backward else (self.send_rows, self.receive_rows)
+        """Begin to send rows, or their gradients, in the format of the wire; counted in the traffic."""
+        world, wire = self._world, self._world.options.wire
+        sizes = self._sizes_back if backward else self._sizes
+        sent = encoded(x_ND, wire.gradients if backward else wire.rows)
         self._like = x_ND[:0]
-        self._under_way = self.world.begin_exchange(encoded(x_ND, form), *sizes)
+        self._under_way = world.begin_exchange(sent, *sizes)
+        world.traffic.add(sent, sizes[0], world.rank, world.node_of_rank)
 
     def arrive(self, backward: bool = False) -> Tensor:
+        """Wait for what :meth:`leave` began, and return it in the dtype it had there."""
         assert self._under_way is not None
         assert self._like is not None
-        form = self.world.wire.gradients if backward else self.world.wire.rows
-        rows = decoded(self._under_way.wait(), form, self._like)
+        wire = self._world.options.wire
+        rows = decoded(self._under_way.wait(), wire.gradients if backward else wire.rows, self._like)
         self._under_way = None
         return rows
 
@@ -152,3 +183,31 @@ class _Arrive(torch.autograd.Function):
         if ctx.trip.flows:
             ctx.trip.leave(grad_ND, backward=True)
         return grad_link, None
+
+
+def parts_of(experts: LocalExperts, sizes: list[int]) -> list[LocalExperts]:
+    """Return the first ``sizes[0]`` local experts, the next ``sizes[1]``, ...: each takes its own rows and counts.
+
+    The parameters of a bank, whose axis 0 is the expert, are split once: the gradients of the parts are then put
+    side by side, without a full stack of gradients for each part. Where that is not possible (another callable, or
+    parameters that are sharded until the bank is called) each part is the whole bank with no rows for the rest, whose
+    gradients are added up.
+    """
+    if isinstance(experts, TimedExperts):
+        return [TimedExperts(experts.clock, part) for part in parts_of(experts.inner, sizes)]
+    if isinstance(experts, nn.Module) and all(len(p) == sum(sizes) for p in experts.parameters()):
+        pieces = {name: p.split(sizes) for name, p in experts.named_parameters()}
+        return [
+            partial(_with_weights, experts, {name: split[i] for name, split in pieces.items()})
+            for i in range(len(sizes))
+        ]
+    return [partial(_alone, experts, sum(sizes[:i]), sum(sizes[i + 1 :])) for i in range(len(sizes))]
+
+
+def _with_weights(bank: nn.Module, weights: dict[str, Tensor], x_ND: Tensor, rows_per_expert: RowCounts) -> Tensor:
+    result: Tensor = functional_call(bank, weights, (x_ND, rows_per_expert))
+    return result
+
+
+def _alone(experts: LocalExperts, before: int, after: int, x_ND: Tensor, rows_per_expert: RowCounts) -> Tensor:
+    return experts(x_ND, [0] * before + counts_on_host(rows_per_expert) + [0] * after)

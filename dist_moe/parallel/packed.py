@@ -1,7 +1,11 @@
 """Several ragged tensors in one all-to-all, forward and backward: one collective, in one fixed place.
 
 Two exchanges that do not depend on each other would be two nodes of the autograd graph, and nothing but
-autograd's own order would say which comes first on which rank. One Function has one place.
+autograd's own order would say which comes first on which rank. If two ranks disagree, each waits in one collective
+for a rank that waits in the other. One Function has one place in the order, forward and backward.
+
+    rank a sends to rank b, as bytes      | tokens of b | weights of b | keys of b |
+    backward, from b to a                 | gradients of tokens | gradients of weights |     what is integer sends none
 """
 
 from __future__ import annotations
@@ -13,16 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_moe.parallel.wire import decoded, encoded
-from dist_moe.parallel.world import ExchangingWorld
+from dist_moe.parallel.world import World
 
 Splits = list[list[int]]
 """splits[p][r]: rows of tensor p for, or from, rank r."""
 
 
-def exchange_packed(
-    tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: ExchangingWorld
-) -> tuple[Tensor, ...]:
-    """Row blocks of every tensor to their ranks: ``sends[p][r]`` rows of ``tensors[p]`` go to rank r.
+def exchange_packed(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: World) -> tuple[Tensor, ...]:
+    """Send row blocks of every tensor to their ranks: ``sends[p][r]`` rows of ``tensors[p]`` go to rank r.
 
     Differentiable by the floating-point tensors; gradients travel back in one all-to-all, too. In the
     traffic only rows of ``tensors[0]`` count as rows; the bytes of all count. These rows, and no other tensor,
@@ -33,12 +35,10 @@ def exchange_packed(
 
 class _Packed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, sends: Splits, receives: Splits, world: ExchangingWorld, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, sends: Splits, receives: Splits, world: World, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.sends, ctx.receives, ctx.world = sends, receives, world
         ctx.flows = ctx.needs_input_grad[3:]
-        form = world.wire.rows
+        form = world.options.wire.rows
         sent = (encoded(tensors[0], form), *tensors[1:])
         rows, *lists = _move(sent, sends, receives, world)
         received = (decoded(rows, form, tensors[0]), *lists)
@@ -50,7 +50,7 @@ class _Packed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         places = [p for p, flow in enumerate(ctx.flows) if flow]
-        form = ctx.world.wire.gradients
+        form = ctx.world.options.wire.gradients
         flowing = tuple(encoded(grads[p], form) if p == 0 else grads[p] for p in places)
         sends, receives = [ctx.receives[p] for p in places], [ctx.sends[p] for p in places]
         back = dict(zip(places, _move(flowing, sends, receives, ctx.world), strict=True))
@@ -60,8 +60,8 @@ class _Packed(torch.autograd.Function):
         return None, None, None, *(back.get(p) for p in range(len(grads)))
 
 
-def _move(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: ExchangingWorld) -> tuple[Tensor, ...]:
-    """What a rank gets is, of every tensor in turn, the bytes of its block."""
+def _move(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: World) -> tuple[Tensor, ...]:
+    """Exchange the tensors as bytes: what a rank gets is, of every tensor in turn, its block."""
     widths = [x.shape[1:].numel() * x.element_size() for x in tensors]
     blocks = [
         _flat(x).view(torch.uint8).view(len(x), width).split(send)
@@ -69,7 +69,7 @@ def _move(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: E
     ]
     packed = torch.cat([block.flatten() for of_rank in zip(*blocks, strict=True) for block in of_rank])
     sent, got = _byte_splits(sends, widths), _byte_splits(receives, widths)
-    parts = world.move(packed, [sum(s) for s in sent], [sum(g) for g in got]).split([n for g in got for n in g])
+    parts = world.exchange(packed, [sum(s) for s in sent], [sum(g) for g in got]).split([n for g in got for n in g])
     return tuple(
         torch.cat(parts[p :: len(tensors)]).view(x.dtype).view(sum(receives[p]), *x.shape[1:])
         for p, x in enumerate(tensors)
@@ -77,7 +77,7 @@ def _move(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: E
 
 
 def _flat(x: Tensor) -> Tensor:
-    """All numbers in one row, with the stride 1 that axes of size 1 need not have and a view as bytes needs."""
+    """Return all numbers in one row, with the stride 1 that a view as bytes needs and axes of size 1 need not have."""
     return x.contiguous().as_strided((x.numel(),), (1,))
 
 
@@ -86,8 +86,7 @@ def _byte_splits(splits: Splits, widths: list[int]) -> list[list[int]]:
     return [[n * width for n, width in zip(of_rank, widths, strict=True)] for of_rank in zip(*splits, strict=True)]
 
 
-def _count(tensors: tuple[Tensor, ...], sends: Splits, world: ExchangingWorld, first: int) -> None:
+def _count(tensors: tuple[Tensor, ...], sends: Splits, world: World, first: int) -> None:
     """``first``: the place of ``tensors[0]`` among all; the tensor at place 0 holds the token rows."""
     for place, (x, send) in enumerate(zip(tensors, sends, strict=True), start=first):
-        count = world.traffic.add if place == 0 else world.traffic.add_bytes
-        count(x, send, world.rank, world.node_of_rank)
+        world.traffic.add(x, send, world.rank, world.node_of_rank, are_tokens=place == 0)

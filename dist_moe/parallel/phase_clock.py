@@ -9,28 +9,20 @@ through it begins the other. All of a layer's time lies between two marks:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-
-from dist_moe.parallel.meanwhile import Meanwhile, nothing
-
-if TYPE_CHECKING:
-    from dist_moe.kernels import RowCounts
-    from dist_moe.parallel.exchange import Exchange, LocalExperts, Mixed
-    from dist_moe.routing import Pairs
 
 PHASES = ("gate", "dispatch", "experts", "combine")
 """``gate``: with the permutation and the union of the gates' pairs."""
 
 
 class PhaseClock:
-    """Off until :meth:`start`; off, it costs a look at a flag. On a GPU it records events and waits for nothing.
+    """Seconds of the phases of all layers that share it. Off until :meth:`start`; off, it costs a look at a flag.
+    On a GPU it records events and waits for nothing.
 
     Dispatch holds the shared expert; dispatch and combine hold the waiting for other ranks. Backward, the gates'
     time ends with the gradient of the layer's tokens; where tokens have none, with the backward pass.
@@ -46,7 +38,10 @@ class PhaseClock:
         self.running, self._device, self._marks = True, device, []
 
     def stop(self) -> list[float]:
-        """Seconds by phase, in the order of PHASES, since the start; zeros if it was off. Waits for the GPU."""
+        """Stop, and return seconds by phase since the start, in the order of PHASES; zeros if it was off.
+
+        Waits for the GPU.
+        """
         if not self.running:
             return [0.0] * len(PHASES)
         self.enter(None)
@@ -60,7 +55,7 @@ class PhaseClock:
         return [seconds[phase] for phase in PHASES]
 
     def enter(self, phase: str | None) -> None:
-        """What runs from here on is ``phase``; None: no part of the layer."""
+        """Begin ``phase``; None: no part of the layer."""
         if not self.running:
             return
         if self._device.type == "cuda":
@@ -70,40 +65,12 @@ class PhaseClock:
         else:
             self._marks.append((phase, time.perf_counter()))
 
-    def at_gates(self, x_TD: Tensor) -> Tensor:
-        """Mark 0: ``x_TD`` are the tokens of a layer, and its gates come next."""
-        return self._mark("gate", None, x_TD)[0] if self.running else x_TD
+    def mark(self, forward: str | None, backward: str | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return ``tensors``, of which ``forward`` begins here; where their gradients pass, ``backward`` begins.
 
-    def around(self, exchange: Exchange) -> Exchange:
-        """``exchange`` with the marks 1 to 4."""
-        return _Timed(self, exchange) if self.running else exchange
-
-    def _mark(self, forward: str | None, backward: str | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        marked: tuple[Tensor, ...] = _Mark.apply(self, forward, backward, *tensors)
-        return marked
-
-
-class MarkedExperts:
-    """Experts, ``inner``, with the marks 2 and 3 before and after them."""
-
-    def __init__(self, mark: Callable[..., tuple[Tensor, ...]], inner: LocalExperts) -> None:
-        self.mark = mark
-        self.inner = inner
-
-    def __call__(self, x_ND: Tensor, rows_per_expert: RowCounts) -> Tensor:
-        (x_ND,) = self.mark("experts", "dispatch", x_ND)
-        return self.mark("combine", "experts", self.inner(x_ND, rows_per_expert))[0]
-
-
-class _Timed:
-    def __init__(self, clock: PhaseClock, exchange: Exchange) -> None:
-        self._mark: Callable[..., tuple[Tensor, ...]] = clock._mark
-        self._exchange = exchange
-
-    def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed:
-        x_TD, weight_GN = self._mark("dispatch", "gate", x_TD, pairs.weight_GN)
-        mixed = self._exchange(x_TD, replace(pairs, weight_GN=weight_GN), MarkedExperts(self._mark, experts), meanwhile)
-        return replace(mixed, sums_GTF=self._mark(None, "combine", mixed.sums_GTF)[0])
+        While the clock is off, the very tensors.
+        """
+        return _Mark.apply(self, forward, backward, *tensors) if self.running else tensors
 
 
 class _Mark(torch.autograd.Function):

@@ -14,6 +14,11 @@
 Both levels are the same step, :class:`OncePerPart`. A rank has one peer in every node, the one of its own
 local rank: what arrives in a node is spread over its ranks as the tokens are over those of the nodes they
 come from. Sums travel, and are added, in the precision of the weights.
+
+The order of collectives is the same on all ranks, forward and backward, because each needs what the one before it
+brought: counts before rows, rows across before rows within, sums within before sums across. Tokens and the lists of
+their pairs, which do not need each other, go together in one all-to-all (packed.py). A rank without tokens takes part
+in each with zero rows.
 """
 
 from __future__ import annotations
@@ -23,38 +28,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_moe.parallel.exchange import Exchange, FlatExchange, LocalExperts, Mixed
-from dist_moe.parallel.meanwhile import Meanwhile, nothing
+from dist_moe.parallel.exchange import Exchange, FlatExchange, LocalExperts, Meanwhile, Mixed, nothing
 from dist_moe.parallel.overlapped import OverlappedExchange
 from dist_moe.parallel.packed import exchange_packed
-from dist_moe.parallel.world import ExchangingWorld, Levels, SingleWorld, World
+from dist_moe.parallel.world import Levels, SingleWorld, World
 from dist_moe.routing import Pairs
 
 
 def exchange_over(world: World, recompute_experts: bool = False, meanwhile: bool = False) -> Exchange:
-    """What ``world`` asks for: two levels where its ranks are divided into several nodes, else flat, overlapped
-    with the experts if in several chunks.
+    """Return the exchange that ``world`` asks for: in two levels where its ranks are divided into several nodes, else
+    flat; overlapped with the experts if ``overlap_chunks`` > 1. Raises ValueError where these exclude each other.
 
     ``recompute_experts``: see ``FlatExchange``; with two levels, what arrives at a rank is kept. ``meanwhile``:
     there will be something to compute while rows travel; the flat exchange, if no experts are computed again, is
     then one that travels beside it.
     """
-    if world.overlap_chunks > 1 and isinstance(world, ExchangingWorld):
-        if recompute_experts or world.levels is not None:
-            raise ValueError("an overlapped exchange has neither two levels nor experts that are computed again")
-        return OverlappedExchange(world, world.overlap_chunks)
-    if world.levels is None or world.levels.across.size == 1:
-        if meanwhile and not recompute_experts and isinstance(world, ExchangingWorld):
-            return OverlappedExchange(world, chunks=1)
+    chunks = world.options.overlap_chunks
+    two_levels = world.levels is not None and world.levels.across.size > 1
+    if isinstance(world, SingleWorld):
+        return FlatExchange(world, recompute_experts)
+    if chunks > 1 and (recompute_experts or world.levels is not None):
+        raise ValueError("an overlapped exchange has neither two levels nor experts that are computed again")
+    if chunks > 1 or (meanwhile and not recompute_experts and not two_levels):
+        return OverlappedExchange(world, chunks)
+    if world.levels is None or not two_levels:
         return FlatExchange(world, recompute_experts)
     return two_level_exchange(world.levels, recompute_experts)
 
 
 def two_level_exchange(levels: Levels, recompute_experts: bool = False) -> OncePerPart:
-    """Over a world divided into nodes of equally many ranks, its experts in the order of its ranks."""
+    """Return the two-level exchange over a world divided into nodes of equally many ranks, its experts in the order of
+    its ranks."""
     here = FlatExchange(SingleWorld(), recompute_experts)
-    within = levels.within
-    return OncePerPart(levels.across, OncePerPart(within, here) if isinstance(within, ExchangingWorld) else here)
+    alone = isinstance(levels.within, SingleWorld)
+    return OncePerPart(levels.across, here if alone else OncePerPart(levels.within, here))
 
 
 class OncePerPart:
@@ -67,19 +74,20 @@ class OncePerPart:
     """
 
     def __init__(self, across: World, inside: Exchange) -> None:
-        assert isinstance(across, ExchangingWorld)
         self._across = across
         self._inside = inside
 
     def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed:
         meanwhile()
         outgoing = _group_by_part(pairs, self._across.size)
-        counts = _exchange_counts(outgoing, self._across)
-        rows_UD, arrived = _to_parts(x_TD, pairs, outgoing, counts, self._across)
+        ones = [1] * self._across.size
+        both = torch.stack([outgoing.counts_R3, self._across.exchange(outgoing.counts_R3, ones, ones)])
+        send, receive = (_PerPart(*of_side.t().tolist()) for of_side in both.cpu())
+        rows_UD, arrived = _to_parts(x_TD, pairs, outgoing, send, receive, self._across)
         partial = self._inside(rows_UD, arrived, experts)
         wanted = _wanted_sums(arrived.weight_GN, arrived.token_N, arrived.num_tokens)
         sums_MF = partial.sums_GTF.flatten(0, 1).index_select(0, wanted.gate_M * arrived.num_tokens + wanted.row_M)
-        back_MF = self._across.all_to_all(sums_MF, counts.receive.sums, counts.send.sums)
+        back_MF = self._across.all_to_all(sums_MF, receive.sums, send.sums)
         shape = (len(pairs.weight_GN), pairs.num_tokens, back_MF.shape[1])
         place_M = outgoing.wanted.gate_M * pairs.num_tokens + outgoing.token_U[outgoing.wanted.row_M]
         sums_GTF = back_MF.new_zeros(shape).flatten(0, 1).index_add(0, place_M, back_MF).view(shape)
@@ -114,12 +122,6 @@ class _PerPart:
     sums: list[int]
 
 
-@dataclass(frozen=True)
-class _Counts:
-    send: _PerPart
-    receive: _PerPart
-
-
 def _group_by_part(pairs: Pairs, num_parts: int) -> _Outgoing:
     tokens = max(pairs.num_tokens, 1)
     part_N = pairs.expert_N // (len(pairs.rows_per_expert_E) // num_parts)
@@ -147,19 +149,12 @@ def _wanted_sums(weight_GN: Tensor, row_N: Tensor, num_rows: int) -> _Sums:
     return _Sums(*used_UG.nonzero(as_tuple=True))
 
 
-def _exchange_counts(outgoing: _Outgoing, across: World) -> _Counts:
-    both = torch.stack([outgoing.counts_R3, across.exchange_counts(outgoing.counts_R3)])
-    send, receive = (_PerPart(*of_side.t().tolist()) for of_side in both.cpu())
-    return _Counts(send, receive)
-
-
 def _to_parts(
-    x_TD: Tensor, pairs: Pairs, outgoing: _Outgoing, counts: _Counts, across: ExchangingWorld
+    x_TD: Tensor, pairs: Pairs, outgoing: _Outgoing, send: _PerPart, receive: _PerPart, across: World
 ) -> tuple[Tensor, Pairs]:
     """The rows that arrive here from all ranks, and their pairs with the experts of this part."""
     per_part = len(pairs.rows_per_expert_E) // across.size
     key_N = outgoing.row_N * per_part + pairs.expert_N % per_part
-    send, receive = counts.send, counts.receive
     rows_UD, weight_NG, key_N = exchange_packed(
         (x_TD.index_select(0, outgoing.token_U), pairs.weight_GN.t(), key_N),
         [send.rows, send.pairs, send.pairs],

@@ -1,7 +1,7 @@
 """What token rows and their gradients are on the wire: as they are, in bf16, or in fp8 with a scale per row.
 
 A row is rounded before it is sent, and has its own dtype again where it arrives. Rows that stay on their rank are
-rounded alike, lest the result depend on where an expert lives.
+rounded too, so that the result does not depend on where an expert lives.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ _NOT_FINITE = -128
 
 
 class RowFormat(Protocol):
-    """Rows (N, ...) -> what is sent of them, as many rows; and back."""
+    """A format of rows on the wire."""
 
     def shrinks(self, dtype: torch.dtype) -> bool:
         """Whether rows of ``dtype`` get smaller; if not, they are sent as they are."""
 
-    def encode(self, x_ND: Tensor) -> Tensor: ...
+    def encode(self, x_ND: Tensor) -> Tensor:
+        """Rows (N, ...) -> what is sent of them, as many rows."""
 
-    def decode(self, sent_NB: Tensor, dtype: torch.dtype, shape_of_row: torch.Size) -> Tensor: ...
+    def decode(self, sent_NB: Tensor, dtype: torch.dtype, shape_of_row: torch.Size) -> Tensor:
+        r"""Return what :meth:`encode` packed, as (N, \*shape_of_row) of ``dtype``."""
 
 
 class Bf16Rows:
-    """Every number rounded to bf16: an error of at most 2**-8 of itself."""
+    """Rows whose numbers are rounded to bf16: an error of at most 2**-8 of each."""
 
     def shrinks(self, dtype: torch.dtype) -> bool:
         return dtype.itemsize > torch.bfloat16.itemsize
@@ -45,7 +47,7 @@ class Bf16Rows:
 
 
 class Fp8Rows:
-    """Numbers as float8_e4m3fn (Micikevicius et al., FP8 formats for deep learning, 2022) and one scale per row.
+    """Rows of float8_e4m3fn numbers (Micikevicius et al., FP8 formats for deep learning, 2022) and one scale per row.
 
     The scale is a power of two, kept as its exponent in one byte behind the row, as microscaling formats (OCP,
     2023) keep theirs: it moves the row's largest number into 128..256 and rounds nothing. The error is at most
@@ -79,8 +81,8 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Wire:
-    """``rows``: the format of tokens and results, in the forward pass. ``gradients``: of theirs, on the way back.
-    None: as they are."""
+    """The formats in which rows travel: ``rows``, that of tokens and results in the forward pass; ``gradients``, that
+    of their gradients on the way back. None: as they are."""
 
     rows: RowFormat | None = None
     gradients: RowFormat | None = None
@@ -95,12 +97,12 @@ WIRES: dict[str | None, Wire] = {
 
 
 def encoded(x_ND: Tensor, form: RowFormat | None) -> Tensor:
-    """What is sent of the rows; without a format, or where it saves nothing, they themselves."""
+    """Return what is sent of the rows; without a format, or where it saves nothing, the rows themselves."""
     return form.encode(x_ND) if form is not None and form.shrinks(x_ND.dtype) else x_ND
 
 
 def decoded(received_NB: Tensor, form: RowFormat | None, like_ND: Tensor) -> Tensor:
-    """Rows as they were before :func:`encoded`, in the dtype and of the width of ``like_ND``."""
+    """Return the rows that :func:`encoded` has packed, in the dtype and of the width of ``like_ND``."""
     if form is None or not form.shrinks(like_ND.dtype):
         return received_NB
     return form.decode(received_NB, like_ND.dtype, like_ND.shape[1:])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dist_moe.parallel.phase_clock import PhaseClock
 from dist_moe.parallel.wire import RowFormat, Wire, decoded, encoded
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -29,25 +31,30 @@ class Traffic:
     rows_across_nodes: int = 0
     bytes_across_nodes: int = 0
 
-    def add(self, x: Tensor, send_rows: list[int], rank: int, node_of_rank: Sequence[int] | None = None) -> None:
-        """``send_rows[r]`` rows of ``x`` went from ``rank`` to rank r; without ``node_of_rank``, in one node."""
-        away, across = self._add_bytes(x, send_rows, rank, node_of_rank)
-        self.rows += away
-        self.rows_across_nodes += across
+    def add(
+        self,
+        x: Tensor,
+        send_rows: list[int],
+        rank: int,
+        node_of_rank: Sequence[int] | None = None,
+        *,
+        are_tokens: bool = True,
+    ) -> None:
+        """Count ``send_rows[r]`` rows of ``x`` that went from ``rank`` to rank r.
 
-    def add_bytes(self, x: Tensor, send_rows: list[int], rank: int, node_of_rank: Sequence[int] | None = None) -> None:
-        """The same for what is no token row, such as a list of indices and weights: bytes only."""
-        self._add_bytes(x, send_rows, rank, node_of_rank)
-
-    def _add_bytes(
-        self, x: Tensor, send_rows: list[int], rank: int, node_of_rank: Sequence[int] | None
-    ) -> tuple[int, int]:
-        """Rows that left the rank, and those that left its node."""
-        away, across = _leaving(send_rows, rank, node_of_rank)
+        ``node_of_rank``: None is one node for all. ``are_tokens=False``: metadata beside the token rows (lists of
+        indices, weights), of which bytes are counted but no rows.
+        """
+        away, across = sum(send_rows) - send_rows[rank], 0
+        if node_of_rank is not None:
+            here = node_of_rank[rank]
+            across = sum(rows for rows, node in zip(send_rows, node_of_rank, strict=True) if node != here)
         row_bytes = math.prod(x.shape[1:]) * x.element_size()
         self.bytes += away * row_bytes
         self.bytes_across_nodes += across * row_bytes
-        return away, across
+        if are_tokens:
+            self.rows += away
+            self.rows_across_nodes += across
 
     def counts(self) -> dict[str, int]:
         """The four numbers under the names by which a run records them."""
@@ -59,16 +66,20 @@ class Traffic:
         }
 
     def reset(self) -> None:
+        """Set all four numbers to 0."""
         self.rows = self.bytes = self.rows_across_nodes = self.bytes_across_nodes = 0
 
 
-def _leaving(send_rows: list[int], rank: int, node_of_rank: Sequence[int] | None) -> tuple[int, int]:
-    """Rows that leave the rank, and those of them that leave its node."""
-    away = sum(send_rows) - send_rows[rank]
-    if node_of_rank is None:
-        return away, 0
-    here = node_of_rank[rank]
-    return away, sum(rows for rows, node in zip(send_rows, node_of_rank, strict=True) if node != here)
+@dataclass(frozen=True)
+class ExchangeOptions:
+    """How layers exchange token rows over a world; the same on every rank.
+
+    ``wire``: how rows are rounded while they travel. ``overlap_chunks``: parts, by expert, in which rows travel, so
+    that one is computed while another is on its way.
+    """
+
+    wire: Wire = field(default_factory=Wire)
+    overlap_chunks: int = 1
 
 
 class World(ABC):
@@ -76,8 +87,9 @@ class World(ABC):
 
     ``node_of_rank``: the node on which each rank lives; None is one node for all. ``levels``: the same
     ranks by node, where token rows are to cross from node to node once; None exchanges them rank to rank.
-    ``wire``: how rows are rounded while they travel. ``clock``: times the layers of this world, if it is started.
-    ``overlap_chunks``: parts in which rows travel, so that one is computed while another is on its way.
+    ``options``: see :class:`ExchangeOptions`. ``clock``: times the layers of this world, if it is started.
+
+    Every method is a collective, which all ranks call in the same order. Only :meth:`all_to_all` is differentiable.
     """
 
     def __init__(
@@ -86,41 +98,58 @@ class World(ABC):
         size: int,
         node_of_rank: Sequence[int] | None = None,
         traffic: Traffic | None = None,
+        *,
+        levels: Levels | None = None,
+        options: ExchangeOptions | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
         self.node_of_rank = node_of_rank
         self.traffic = traffic or Traffic()
-        self.levels: Levels | None = None
-        self.wire = Wire()
+        self.levels = levels
+        self.options = options or ExchangeOptions()
         self.clock = PhaseClock()
-        self.overlap_chunks = 1
 
-    def use_wire(self, wire: Wire) -> None:
-        """From now on rows travel so, between the ``levels`` too. The same on every rank."""
-        self.wire = wire
-        for level in (self.levels.across, self.levels.within) if self.levels is not None else ():
-            level.use_wire(wire)
-
-    @abstractmethod
-    def exchange_counts(self, counts_RE: Tensor) -> Tensor:
-        """Row r of ``counts_RE`` goes to rank r; row r of the result came from rank r."""
-
-    @abstractmethod
     def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-        """Ragged exchange of rows along axis 0, differentiable: ``send_rows[r]`` rows go to rank r."""
+        """Exchange token rows along axis 0: ``send_rows[r]`` of them go to rank r, ``receive_rows[r]`` come from it.
+
+        Differentiable: gradients travel back on the same way. Rows and gradients are rounded as ``options.wire``
+        says, and counted in ``traffic``.
+        """
+        wire = self.options.wire
+        return _AllToAll.apply(x_ND, send_rows, receive_rows, self, wire.rows, wire.gradients)
+
+    @abstractmethod
+    def exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        """Exchange rows of any dtype as :meth:`all_to_all` does, but values only: not rounded, not counted."""
+
+    def begin_exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Pending:
+        """Begin an :meth:`exchange`, whose rows may still be under way on return."""
+        return Pending(self.exchange(x_ND, send_rows, receive_rows))
 
     @abstractmethod
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of ``x`` over all ranks, on every rank; not differentiable."""
+        """Return the sum of ``x`` over all ranks."""
+
+    @abstractmethod
+    def maximum(self, x: Tensor) -> Tensor:
+        """Return the elementwise maximum of ``x`` over all ranks."""
 
     @abstractmethod
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's ``x``, of the same shape everywhere, on every rank; not differentiable."""
+        """Return rank 0's ``x``, which has the same shape on every rank."""
 
     @abstractmethod
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's ``x``, of the same shape everywhere, in rank order, on every rank; not differentiable."""
+        """Return every rank's ``x``, of the same shape everywhere, in rank order."""
+
+    @abstractmethod
+    def gather_objects(self, x: T) -> list[T]:
+        """Return a copy of every rank's (small, picklable) object, in rank order."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
 
 
 @dataclass(frozen=True)
@@ -132,53 +161,6 @@ class Levels:
     within: World
 
 
-class SingleWorld(World):
-    """A world of one rank: nothing is exchanged and no collective is issued."""
-
-    def __init__(self, traffic: Traffic | None = None) -> None:
-        super().__init__(rank=0, size=1, traffic=traffic)
-
-    def exchange_counts(self, counts_RE: Tensor) -> Tensor:
-        return counts_RE
-
-    def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-        return x_ND
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x
-
-    def broadcast(self, x: Tensor) -> Tensor:
-        return x
-
-    def gather(self, x: Tensor) -> list[Tensor]:
-        return [x]
-
-
-class ExchangingWorld(World):
-    """A world in which rows really travel. Autograd sends their gradients back on the same way."""
-
-    def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-        return _AllToAll.apply(x_ND, send_rows, receive_rows, self)
-
-    def carry(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int], form: RowFormat | None) -> Tensor:
-        """The exchange of values in a format of the wire."""
-        return decoded(self.exchange_rows(encoded(x_ND, form), send_rows, receive_rows), form, x_ND)
-
-    def begin_exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Pending:
-        """:meth:`exchange_rows`, begun but perhaps not ended. All ranks begin theirs in the same order."""
-        return Pending(self.exchange_rows(x_ND, send_rows, receive_rows))
-
-    def exchange_rows(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-        """The exchange of :meth:`all_to_all`, of values only; counted in ``traffic``."""
-        received_ND = self.move(x_ND, send_rows, receive_rows)
-        self.traffic.add(x_ND, send_rows, self.rank, self.node_of_rank)
-        return received_ND
-
-    @abstractmethod
-    def move(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-        """The exchange alone: neither differentiable nor counted."""
-
-
 @dataclass
 class Pending:
     """Rows that arrive in ``received_ND``; ``work``: the collective that brings ``sent_ND``, if it still runs."""
@@ -188,14 +170,69 @@ class Pending:
     work: dist.Work | None = None
 
     def wait(self) -> Tensor:
-        """The rows. On a GPU the current stream waits, not the host."""
+        """Return the rows. On a GPU the current stream waits for them, not the host."""
         if self.work is not None:
             self.work.wait()
         self.sent_ND = None
         return self.received_ND
 
 
-class ProcessWorld(ExchangingWorld):
+class _AllToAll(torch.autograd.Function):
+    """Rows to their ranks in format ``form``. Its backward is itself, the way back, in ``form_back``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        send_rows: list[int],
+        receive_rows: list[int],
+        world: World,
+        form: RowFormat | None,
+        form_back: RowFormat | None,
+    ) -> Tensor:
+        ctx.way_back = receive_rows, send_rows, world, form_back, form
+        sent = encoded(x_ND, form)
+        received = world.exchange(sent, send_rows, receive_rows)
+        world.traffic.add(sent, send_rows, world.rank, world.node_of_rank)
+        return decoded(received, form, x_ND)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        return _AllToAll.apply(grad_ND, *ctx.way_back), None, None, None, None, None
+
+
+class SingleWorld(World):
+    """A world of one rank: nothing is exchanged and no collective is issued."""
+
+    def __init__(self, traffic: Traffic | None = None) -> None:
+        super().__init__(rank=0, size=1, traffic=traffic)
+
+    def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        return x_ND
+
+    def exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        return x_ND
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def maximum(self, x: Tensor) -> Tensor:
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+    def gather_objects(self, x: T) -> list[T]:
+        return [x]
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+
+class ProcessWorld(World):
     """The ranks of a ``torch.distributed`` process group, on any backend."""
 
     def __init__(
@@ -203,19 +240,34 @@ class ProcessWorld(ExchangingWorld):
         group: dist.ProcessGroup,
         node_of_rank: Sequence[int] | None = None,
         traffic: Traffic | None = None,
+        *,
+        levels: Levels | None = None,
+        options: ExchangeOptions | None = None,
     ) -> None:
-        super().__init__(dist.get_rank(group), dist.get_world_size(group), node_of_rank, traffic)
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        super().__init__(rank, size, node_of_rank, traffic, levels=levels, options=options)
         self.group = group
 
-    def exchange_counts(self, counts_RE: Tensor) -> Tensor:
-        received_RE = torch.empty_like(counts_RE)
-        dist.all_to_all_single(received_RE, counts_RE.contiguous(), group=self.group)
-        return received_RE
+    def exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        received_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:])
+        dist.all_to_all_single(received_ND, x_ND.contiguous(), receive_rows, send_rows, group=self.group)
+        return received_ND
+
+    def begin_exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Pending:
+        received_ND, sent_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:]), x_ND.contiguous()
+        work = dist.all_to_all_single(received_ND, sent_ND, receive_rows, send_rows, group=self.group, async_op=True)
+        return Pending(received_ND, sent_ND, work)
 
     def sum(self, x: Tensor) -> Tensor:
-        total = x.detach().clone()
-        dist.all_reduce(total, group=self.group)
-        return total
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def maximum(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: Tensor, operation: Any) -> Tensor:
+        result = x.detach().clone()
+        dist.all_reduce(result, operation, group=self.group)
+        return result
 
     def broadcast(self, x: Tensor) -> Tensor:
         taken = x.detach().contiguous().clone()
@@ -228,36 +280,17 @@ class ProcessWorld(ExchangingWorld):
         dist.all_gather(everyones, mine, group=self.group)
         return everyones
 
-    def begin_exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Pending:
-        received_ND, sent_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:]), x_ND.contiguous()
-        work = dist.all_to_all_single(received_ND, sent_ND, receive_rows, send_rows, group=self.group, async_op=True)
-        self.traffic.add(x_ND, send_rows, self.rank, self.node_of_rank)
-        return Pending(received_ND, sent_ND, work)
+    def gather_objects(self, x: T) -> list[T]:
+        everyones = [x] * self.size
+        dist.all_gather_object(everyones, x, group=self.group)
+        return everyones
 
-    def move(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-        received_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:])
-        dist.all_to_all_single(received_ND, x_ND.contiguous(), receive_rows, send_rows, group=self.group)
-        return received_ND
-
-
-class _AllToAll(torch.autograd.Function):
-    """Gradients travel back along the way on which the rows came."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, send_rows: list[int], receive_rows: list[int], world: ExchangingWorld
-    ) -> Tensor:
-        ctx.send_rows, ctx.receive_rows, ctx.world = send_rows, receive_rows, world
-        return world.carry(x_ND, send_rows, receive_rows, world.wire.rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
-        world = ctx.world
-        return world.carry(grad_ND, ctx.receive_rows, ctx.send_rows, world.wire.gradients), None, None, None
+    def barrier(self) -> None:
+        dist.barrier(self.group)
 
 
 def experts_of_rank(num_experts: int, world: World) -> range:
-    """Global ids of the experts that live on this rank: contiguous, the same number on each rank.
+    """Return the global ids of the experts that live on this rank: contiguous, the same number on each rank.
 
     Raises ValueError when ``num_experts`` is not divisible by the size of the world.
     """

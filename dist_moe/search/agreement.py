@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dist_moe.parallel import job, several_ranks
+from dist_moe.parallel import current_world, several_ranks
 
 _NOT_FINITE = "the relaxed permutation holds a NaN or an infinity"
 
@@ -22,7 +22,7 @@ def agree_on_tables(soft: Tensor) -> Tensor:
     """
     if not several_ranks():
         return round_to_tables(soft)
-    decides = job().rank == 0 and bool(torch.isfinite(soft).all())
+    decides = current_world().rank == 0 and bool(torch.isfinite(soft).all())
     undecided = torch.full(soft.shape[:-1], -1, device=soft.device)
     tables = take_from_first_rank(round_to_tables(soft) if decides else undecided)
     if bool((tables < 0).any()):
@@ -34,7 +34,7 @@ def take_from_first_rank(tables: Tensor) -> Tensor:
     """Rank 0's ``tables`` on every rank, proven by digest. Nothing is sent where there is one rank."""
     if not several_ranks():
         return tables
-    tables = job().broadcast(tables)
+    tables = current_world().broadcast(tables)
     assert_same_on_all_ranks(tables)
     return tables
 
@@ -60,7 +60,7 @@ def assert_same_on_all_ranks(table: Tensor) -> None:
     """Compare a digest of ``table`` over all ranks; RuntimeError names the ranks that differ."""
     if not several_ranks():
         return
-    all_digests = job().gather(torch.tensor([_digest(table)], device=table.device))
+    all_digests = current_world().gather(torch.tensor([_digest(table)], device=table.device))
     differing = [rank for rank, digest in enumerate(all_digests) if not torch.equal(digest, all_digests[0])]
     if differing:
         raise RuntimeError(f"the permutation of ranks {differing} differs from that of rank 0")

@@ -9,7 +9,6 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from dist_moe.config.settings import Settings
-from dist_moe.errors import UserError
 from dist_moe.parallel import Placement
 from dist_moe.search import PlacementChoice, choose_placement
 from dist_moe.search.placement import imbalance_bounds, rank_imbalance
@@ -42,19 +41,6 @@ class PlacementScheduleConfig(Settings):
         description="how much heavier than need be the heaviest rank may be, in units of the mean, for fewer moves "
         "and for experts on one node that the same tokens want",
     )
-    ranks_per_node: int | None = Field(
-        None, ge=1, description="ranks of a group that share a fast network (null: those on one machine)"
-    )
-
-    def check(self, expert_parallel_size: int) -> None:
-        """Raise UserError unless the nodes divide the ranks of an expert-parallel group."""
-        per_node = self.ranks_per_node
-        if per_node is not None and expert_parallel_size % per_node:
-            allowed = [n for n in range(1, expert_parallel_size + 1) if expert_parallel_size % n == 0]
-            raise UserError(
-                f"placement.ranks_per_node={per_node} does not divide "
-                f"parallel.expert_parallel_size={expert_parallel_size}; allowed: {', '.join(map(str, allowed))}"
-            )
 
     def due(self, step: int) -> bool:
         """Whether a look follows training step ``step`` (counted from 1)."""

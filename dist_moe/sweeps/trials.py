@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.engine.launch.stop_request import stop_requests
 from dist_moe.engine.monitor.run_directory import RunDirectory
@@ -27,7 +26,7 @@ def run_trials(configs: Sequence[SupervisedConfig], report: Report) -> list[Tria
 
     Raises UserError if several were asked for and one of them cannot be stacked.
     """
-    keep_freed_memory()
+    disable_malloc_trim()
     if len(configs) == 1:
         return [_run_alone(configs[0], report)]
     for config in configs:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from dist_moe.data.batches import shard_batches
-from dist_moe.engine.collectives import gather_columns
 from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.models import MoEModel
-from dist_moe.parallel import sum_over_ranks
+from dist_moe.parallel import current_world, gather_columns, sum_over_ranks
 from dist_moe.tasks.task import Task
 
 
@@ -36,13 +35,13 @@ def evaluate(
 
 def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> tuple[Tensor, Tensor, int]:
     """(C, N) observed columns; (L, G, E) tokens per layer, gate and expert; tokens of a gate; over all ranks."""
-    rank, world_size = groups.environment.rank, groups.environment.world_size
+    world = current_world()
     layers = list(model.moe_layers.values())
     gates, experts = (len(layers[0].gates), layers[0].experts.num_experts) if layers else (0, 0)
     load_LGE = torch.zeros(len(layers), gates, experts, device=groups.device)
     tokens = torch.zeros((), dtype=torch.int64, device=groups.device)
     columns = []
-    for index_B in shard_batches(part, task.eval_batch, rank=rank, world_size=world_size):
+    for index_B in shard_batches(part, task.eval_batch, rank=world.rank, world_size=world.size):
         batch = part.batch(index_B, index_B).to(groups.device)
         output = model(*batch.inputs)
         ACTIVITY.beat()
@@ -51,7 +50,7 @@ def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> t
             load_GE += torch.stack([route.tokens_per_slot for route in layer.routes])
         if output.layers:
             tokens += output.layers[0].routes[0].num_tokens
-    width = -(-len(part) // world_size)
+    width = -(-len(part) // world.size)
     gathered = gather_columns(torch.cat(columns, dim=1), width)
     return gathered[:, : len(part)], sum_over_ranks(load_LGE), int(sum_over_ranks(tokens))
 

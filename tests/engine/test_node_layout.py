@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 
-from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.launch.node_layout import launched_ranks_per_node, number_names
-from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.launch.environment import LaunchEnvironment, launched_ranks_per_node
+from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, number_names, process_groups
 from dist_moe.errors import UserError
+from dist_moe.parallel import SingleWorld
 from tests.helpers.pool import on_ranks
 
 
@@ -75,6 +75,23 @@ def test_levels_are_opened_on_four_ranks(
     config: dict[str, Any], node_names: list[str] | None, expected: list[tuple[list[int], str | None]]
 ) -> None:
     assert on_ranks(4, opened, ParallelConfig(**({"expert_parallel_size": 4} | config)), node_names) == expected
+
+
+@pytest.mark.parametrize(
+    ("expert_parallel_size", "node_of_rank", "expected"),
+    [
+        (4, [0, 0, 1, 1], 2),
+        (4, [0, 0, 0, 0], 4),
+        (2, [0, 0, 0, 0], 2),
+        (4, [0, 0, 0, 1], 1),
+        (4, [0, 0, 1, 1, 2, 2, 2, 2], 2),
+        (2, [0, 0, 0, 1, 1, 1], 1),
+        (1, [0, 1], 1),
+    ],
+)
+def test_neighbours_on_a_node_in_every_group(expert_parallel_size: int, node_of_rank: list[int], expected: int) -> None:
+    groups = ProcessGroups(LaunchEnvironment(), expert_parallel_size, SingleWorld(), True, node_of_rank)
+    assert groups.ranks_per_node == expected
 
 
 def test_names_are_numbered_as_they_appear() -> None:

@@ -19,7 +19,15 @@ from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
-from dist_moe.parallel import EmulatedWorld, ProcessWorld, World, job, open_levels
+from dist_moe.parallel import (
+    EmulatedWorld,
+    ExchangeOptions,
+    ProcessWorld,
+    Traffic,
+    World,
+    current_world,
+    open_levels,
+)
 from tests.helpers.pool import on_ranks
 
 Result = TypeVar("Result")
@@ -28,7 +36,11 @@ DEADLINE_S = 10.0
 
 
 def run_worlds(
-    num_ranks: int, function: Callable[[ProcessWorld], Result], deadline_s: float = DEADLINE_S
+    num_ranks: int,
+    function: Callable[[ProcessWorld], Result],
+    deadline_s: float = DEADLINE_S,
+    *,
+    options: ExchangeOptions | None = None,
 ) -> list[Result]:
     """``function(world)`` on every rank at once; the results in rank order.
 
@@ -43,7 +55,7 @@ def run_worlds(
         try:
             dist.init_process_group("threaded", rank=rank, world_size=num_ranks, store=store)
             assert dist.group.WORLD is not None
-            results[rank] = function(ProcessWorld(dist.group.WORLD))
+            results[rank] = function(ProcessWorld(dist.group.WORLD, options=options))
         except SystemExit:
             pass  # another rank has failed
         except BaseException as error:
@@ -71,17 +83,19 @@ def on_real_worlds(size: int, function: Callable[..., Any], *arguments: Any) -> 
 def _on_process(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     environment = LaunchEnvironment.read()
     with process_groups(environment, ParallelConfig(expert_parallel_size=environment.world_size)) as groups:
-        assert job().size == groups.world.size == environment.world_size
+        assert current_world().size == groups.world.size == environment.world_size
         return function(groups.world, *arguments)
 
 
-def emulate(num_ranks: int, function: Callable[[World], Result]) -> list[Result]:
-    """The same on emulated ranks."""
-    return EmulatedWorld(num_ranks, DEADLINE_S).run(function)
+def emulate(
+    num_ranks: int, function: Callable[[World], Result], *, options: ExchangeOptions | None = None
+) -> list[Result]:
+    """``function(world)`` on every emulated rank; the results in rank order."""
+    return EmulatedWorld(num_ranks, DEADLINE_S, options=options).run(function)
 
 
 both_kinds = pytest.mark.parametrize("run", [run_worlds, emulate], ids=["torch_distributed", "emulated"])
-"""``run(num_ranks, function)``: what every world promises."""
+"""``run(num_ranks, function, options=None)``: what every world promises."""
 
 
 def processes_in_nodes(ranks_per_node: int) -> RunOnRanks:
@@ -102,9 +116,9 @@ both_kinds_in_nodes = pytest.mark.parametrize(
 
 def in_nodes(world: ProcessWorld, ranks_per_node: int) -> ProcessWorld:
     """``world``, whose ranks are all ranks of the job, divided into nodes. Collective."""
-    world.node_of_rank = [rank // ranks_per_node for rank in range(world.size)]
-    world.levels = open_levels(world, [range(world.size)], ranks_per_node)
-    return world
+    nodes, traffic = [rank // ranks_per_node for rank in range(world.size)], Traffic()
+    levels = open_levels([range(world.size)], ranks_per_node, traffic, world.options)
+    return ProcessWorld(world.group, nodes, traffic, levels=levels, options=world.options)
 
 
 def _join(threads: list[threading.Thread], deadline_s: float) -> list[int]:

@@ -243,16 +243,11 @@ def across(results: list[RankResult]) -> tuple[int, int]:
 
 
 @both_kinds_in_nodes
-def test_fewer_rows_cross_than_with_the_flat_exchange(in_nodes_of: InNodesOf) -> None:
-    def flat_in_nodes(num_ranks: int, function: Any) -> list[Any]:
-        def without_levels(world: World) -> Any:
-            world.levels = None
-            return function(world)
-
-        return in_nodes_of(2)(num_ranks, without_levels)
-
+def test_fewer_rows_cross_than_with_the_flat_exchange(in_nodes_of: InNodesOf, monkeypatch: pytest.MonkeyPatch) -> None:
     case, tokens_per_rank = Case(gate="top_k", k=8, dim=32, hidden=32, tokens=10), [3, 0, 5, 2]
-    flat, two_level = (run_case(case, tokens_per_rank, run=run) for run in (flat_in_nodes, in_nodes_of(2)))
+    two_level = run_case(case, tokens_per_rank, run=in_nodes_of(2))
+    monkeypatch.setattr("dist_moe.layer.moe.exchange_over", lambda world, *_, **__: FlatExchange(world))
+    flat = run_case(case, tokens_per_rank, run=in_nodes_of(2))
     assert across(flat)[0] == 4 * across(two_level)[0] == 4 * 4 * 10
     assert across(two_level)[1] < across(flat)[1] / 3
     for result in (*flat, *two_level):

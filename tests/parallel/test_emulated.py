@@ -18,7 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import EmulatedWorld, ProcessWorld, World, experts_of_rank, job, several_ranks, sum_over_ranks
+from dist_moe.parallel import (
+    EmulatedWorld,
+    ProcessWorld,
+    World,
+    current_world,
+    experts_of_rank,
+    several_ranks,
+    sum_over_ranks,
+)
 from tests.helpers.worlds import in_nodes, on_real_worlds
 from tests.parallel.emulated_cases import TOKENS, train_on_rank
 
@@ -344,16 +352,16 @@ def test_ranks_have_the_modes_of_the_caller() -> None:
     assert products[1].dtype == torch.bfloat16
 
 
-def test_the_job_is_the_emulated_world_within_and_only_there() -> None:
+def test_the_current_world_is_the_emulated_one_within_and_only_there() -> None:
     def where(world: World) -> tuple[int, int, float]:
-        assert job() is world
-        inner = EmulatedWorld(2).run(lambda inside: (job() is inside, sum_over_ranks(torch.ones(1)).item()))
+        assert current_world() is world
+        inner = EmulatedWorld(2).run(lambda inside: (current_world() is inside, sum_over_ranks(torch.ones(1)).item()))
         assert inner == [(True, 2)] * 2
-        assert job() is world
-        return job().rank, job().size, sum_over_ranks(torch.ones(1)).item()
+        assert current_world() is world
+        return current_world().rank, current_world().size, sum_over_ranks(torch.ones(1)).item()
 
     assert EmulatedWorld(3).run(where) == [(0, 3, 3), (1, 3, 3), (2, 3, 3)]
-    assert job().size == 1
+    assert current_world().size == 1
     assert not several_ranks()
 
 

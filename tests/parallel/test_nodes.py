@@ -34,7 +34,7 @@ def test_levels_of_several_worlds() -> None:
     """Eight ranks, worlds of four, nodes of two: eight groups, of which a rank is in two."""
 
     def members(world: ProcessWorld) -> tuple[list[int], list[int], int, int, bool]:
-        levels = open_levels(world, [range(4), range(4, 8)], 2)
+        levels = open_levels([range(4), range(4, 8)], 2, world.traffic)
         assert isinstance(levels.across, ProcessWorld)
         assert isinstance(levels.within, ProcessWorld)
         groups = [dist.get_process_group_ranks(level.group) for level in (levels.across, levels.within)]
@@ -61,7 +61,7 @@ def test_a_rank_that_is_alone_in_its_node_has_no_group_there() -> None:
 def test_traffic_across_nodes_is_part_of_all_traffic() -> None:
     traffic, rows = Traffic(), torch.zeros(10, 3)
     traffic.add(rows, [1, 2, 3, 4], 1, [0, 0, 1, 1])
-    traffic.add_bytes(torch.zeros(10, dtype=torch.int64), [1, 2, 3, 4], 1, [0, 0, 1, 1])
+    traffic.add(torch.zeros(10, dtype=torch.int64), [1, 2, 3, 4], 1, [0, 0, 1, 1], are_tokens=False)
     assert traffic.counts() == {
         "wire_rows": 8,
         "wire_rows_across_nodes": 7,

@@ -13,9 +13,16 @@ from torch import Tensor
 
 from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.errors import UserError
-from dist_moe.parallel import WIRES, EmulatedWorld, FlatExchange, OverlappedExchange, ProcessWorld, World
-from dist_moe.parallel.expert_parts import parts_of
-from dist_moe.parallel.overlapped import _parts
+from dist_moe.parallel import (
+    WIRES,
+    EmulatedWorld,
+    ExchangeOptions,
+    FlatExchange,
+    OverlappedExchange,
+    ProcessWorld,
+    World,
+)
+from dist_moe.parallel.overlapped import _parts, parts_of
 from tests.helpers.oracle import assert_all_same, gradients
 from tests.helpers.worlds import both_kinds, on_real_worlds, run_worlds
 from tests.layer.cases import Case, Layer, build_layer, build_tokens
@@ -44,11 +51,10 @@ def shares_of(case: Case, num_ranks: int, tokens_per_rank: list[int], learning: 
     return [(layer.of_rank(rank, num_ranks), x) for rank, x in enumerate(tokens)]
 
 
-def step(layer: Layer, x_TD: Tensor, world: World, chunks: int) -> tuple[dict[str, Tensor], Tensor, int]:
+def step(layer: Layer, x_TD: Tensor, world: World) -> tuple[dict[str, Tensor], Tensor, int]:
     """Gradients, outputs, and bytes sent."""
-    world.overlap_chunks = chunks
     moe = layer.moe(world)
-    assert isinstance(moe.exchange, OverlappedExchange if chunks > 1 else FlatExchange)
+    assert isinstance(moe.exchange, OverlappedExchange if world.options.overlap_chunks > 1 else FlatExchange)
     world.traffic.reset()
     outputs = torch.stack(moe(x_TD).outputs)
     loss = (outputs.square() * (1 + torch.arange(len(outputs))).view(-1, 1, 1)).sum()
@@ -62,7 +68,10 @@ def step(layer: Layer, x_TD: Tensor, world: World, chunks: int) -> tuple[dict[st
 def test_results_are_those_of_the_flat_exchange(run: Any, name: str, num_ranks: int, chunks: int) -> None:
     for tokens_per_rank in SPLITS[num_ranks]:
         parts = shares_of(CASES[name], num_ranks, tokens_per_rank, learning=True)
-        flat, chunked = (run(num_ranks, lambda w, c=c, p=parts: step(*p[w.rank], w, c)) for c in (1, chunks))
+        flat, chunked = (
+            run(num_ranks, lambda w, p=parts: step(*p[w.rank], w), options=ExchangeOptions(overlap_chunks=c))
+            for c in (1, chunks)
+        )
         for (grads, outputs, size), (expected_grads, expected, expected_size) in zip(chunked, flat, strict=True):
             torch.testing.assert_close(outputs, expected, rtol=1e-13, atol=1e-13)
             assert_all_same(grads, expected_grads, 1e-12)
@@ -72,7 +81,9 @@ def test_results_are_those_of_the_flat_exchange(run: Any, name: str, num_ranks: 
 @both_kinds
 def test_tokens_without_gradients_send_none_back(run: Any) -> None:
     parts = shares_of(CASES["top-k"], 2, [3, 2], learning=False)
-    flat, chunked = (run(2, lambda w, c=c: step(*parts[w.rank], w, c)) for c in (1, 4))
+    flat, chunked = (
+        run(2, lambda w: step(*parts[w.rank], w), options=ExchangeOptions(overlap_chunks=c)) for c in (1, 4)
+    )
     for (grads, outputs, size), (expected_grads, expected, expected_size) in zip(chunked, flat, strict=True):
         torch.testing.assert_close(outputs, expected, rtol=1e-13, atol=1e-13)
         assert_all_same(grads, expected_grads, 1e-12)
@@ -83,11 +94,9 @@ def test_tokens_without_gradients_send_none_back(run: Any) -> None:
 def test_rows_are_rounded_as_in_the_flat_exchange(wire: str) -> None:
     parts = shares_of(CASES["top-k"], 2, [3, 2], learning=True)
 
-    def of_rank(world: World, chunks: int) -> tuple[dict[str, Tensor], Tensor, int]:
-        world.use_wire(WIRES[wire])
-        return step(*parts[world.rank], world, chunks)
-
-    flat, chunked = (EmulatedWorld(2).run(lambda w, c=c: of_rank(w, c)) for c in (1, 4))
+    flat, chunked = (
+        EmulatedWorld(2, options=ExchangeOptions(WIRES[wire], c)).run(lambda w: step(*parts[w.rank], w)) for c in (1, 4)
+    )
     for (grads, outputs, size), (expected_grads, expected, expected_size) in zip(chunked, flat, strict=True):
         torch.testing.assert_close(outputs, expected, rtol=1e-13, atol=1e-13)
         assert_all_same(grads, expected_grads, 1e-12)
@@ -118,12 +127,11 @@ def test_a_chunk_is_computed_while_its_neighbours_travel_and_the_order_is_fixed(
         bank = parts[world.rank][0].experts
         bank.register_forward_hook(lambda *_: local.log.append("experts"))
         bank.register_full_backward_hook(lambda *_: local.log.append("experts back"))
-        world.overlap_chunks = 2
         layer, x_TD = parts[world.rank]
         sum(y.square().sum() for y in layer.moe(world)(x_TD).outputs).backward()
         return local.log
 
-    logs = run_worlds(2, of_rank)
+    logs = run_worlds(2, of_rank, options=ExchangeOptions(overlap_chunks=2))
     assert logs[0] == logs[1]
     forward = ["begin 1", "begin 2", "end 1", "experts", "begin 3", "end 2", "experts", "begin 4", "end 3", "end 4"]
     assert logs[0][: len(forward)] == forward
@@ -135,10 +143,11 @@ def test_a_chunk_is_computed_while_its_neighbours_travel_and_the_order_is_fixed(
         assert [entry for entry in backward if entry != "experts back"] == ["begin 5", "begin 6", "end 5", "end 6"]
 
 
-def on_process(world: World, chunks: int) -> tuple[dict[str, Tensor], Tensor, int]:
+def on_process(world: ProcessWorld, chunks: int) -> tuple[dict[str, Tensor], Tensor, int]:
+    world = ProcessWorld(world.group, options=ExchangeOptions(overlap_chunks=chunks))
     assert dist.get_backend() == "gloo"
     layer, x_TD = shares_of(CASES["comet"], world.size, [7, 3], learning=True)[world.rank]
-    return step(layer, x_TD, world, chunks)
+    return step(layer, x_TD, world)
 
 
 def test_real_processes() -> None:

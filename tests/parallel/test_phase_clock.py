@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import PHASES, FlatExchange, PhaseClock, SingleWorld, World
+from dist_moe.parallel import PHASES, FlatExchange, PhaseClock, SingleWorld, World, timed
 from dist_moe.parallel import phase_clock as module
 from dist_moe.routing import Route
 from tests.helpers.oracle import gradients
@@ -112,8 +112,8 @@ def test_layers_that_share_a_world_add_up(now: Now) -> None:
 def test_a_clock_that_is_off_measures_and_changes_nothing() -> None:
     clock, exchange = PhaseClock(), FlatExchange(SingleWorld())
     x_TD = torch.randn(2, 3)
-    assert clock.at_gates(x_TD) is x_TD
-    assert clock.around(exchange) is exchange
+    assert clock.mark("gate", None, x_TD)[0] is x_TD
+    assert timed(exchange, clock) is exchange
     assert clock.stop() == [0.0] * 4
 
 
@@ -125,9 +125,9 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(run: Any, recompute: bool
     layers = [layer.of_rank(rank, 4) for rank in range(4)]
     tokens = [x.requires_grad_() for x in build_tokens(case).detach().split([3, 0, 5, 2])]
 
-    def of_rank(world: World, timed: bool) -> tuple[dict[str, Tensor], list[float]]:
+    def of_rank(world: World, is_timed: bool) -> tuple[dict[str, Tensor], list[float]]:
         mine, x_TD = layers[world.rank], tokens[world.rank]
-        if timed:
+        if is_timed:
             world.clock.start(CPU)
         outputs = mine.moe(world)(x_TD).outputs
         loss = sum((y_TF.square() * (1 + g)).sum() for g, y_TF in enumerate(outputs))
@@ -145,9 +145,9 @@ def test_phases_fill_the_real_time_of_a_layer() -> None:
     layer = build_layer(Case(gate="top_k", tokens=64))
     moe = layer.moe()
     x_TD = build_tokens(Case(tokens=64))
-    for timed in (False, True):
+    for is_timed in (False, True):
         started = time.perf_counter()
-        if timed:
+        if is_timed:
             moe.world.clock.start(CPU)
         moe(x_TD).outputs[0].sum().backward()
         seconds, total = moe.world.clock.stop(), time.perf_counter() - started

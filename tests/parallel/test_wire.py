@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_moe.parallel import (
     WIRES,
     EmulatedWorld,
+    ExchangeOptions,
     ProcessWorld,
     SingleWorld,
     Traffic,
@@ -80,6 +81,11 @@ def test_bf16_rows_are_not_touched_by_a_wire_of_bf16() -> None:
     assert encoded(x_ND, None) is x_ND
 
 
+def travelling(name: str | None) -> ExchangeOptions:
+    """Options of a world whose rows travel in the format ``name``."""
+    return ExchangeOptions(WIRES[name])
+
+
 @dataclass(frozen=True)
 class Trip:
     """Rows of experts that multiply by a power of two, and the gradients of the rows that were sent."""
@@ -94,9 +100,8 @@ class Trip:
     arrived: int
 
 
-def trip(world: World, wire: str | None, dtype: torch.dtype, representable: bool = False) -> Trip:
+def trip(world: World, dtype: torch.dtype, representable: bool = False) -> Trip:
     """Dispatch, experts and combine, forward and backward, with the rows of COUNTS."""
-    world.use_wire(WIRES[wire])
     counts, width = COUNTS[world.rank], 5
     generator = torch.Generator().manual_seed(world.rank)
     x_ND, cotangent_ND = (torch.randn(sum(counts), width, dtype=dtype, generator=generator) for _ in range(2))
@@ -115,7 +120,7 @@ def trip(world: World, wire: str | None, dtype: torch.dtype, representable: bool
 @both_kinds
 @pytest.mark.parametrize("wire", ERROR)
 def test_results_and_gradients_are_off_by_two_roundings_at_most(run: Any, wire: str) -> None:
-    for rank, done in enumerate(run(4, lambda world: trip(world, wire, torch.float64))):
+    for rank, done in enumerate(run(4, lambda world: trip(world, torch.float64), options=travelling(wire))):
         factor_N1 = 2.0 ** torch.arange(4).repeat_interleave(torch.tensor(COUNTS[rank])).unsqueeze(1)
         for actual, source, error in (
             (done.y_ND, done.x_ND, ERROR[wire]),
@@ -130,7 +135,9 @@ def test_results_and_gradients_are_off_by_two_roundings_at_most(run: Any, wire: 
 @both_kinds
 @pytest.mark.parametrize("wire", ERROR)
 def test_representable_rows_arrive_to_the_bit(run: Any, wire: str) -> None:
-    plain, rounded = (run(4, lambda world, w=w: trip(world, w, torch.float32, True)) for w in (None, wire))
+    plain, rounded = (
+        run(4, lambda world: trip(world, torch.float32, True), options=travelling(name)) for name in (None, wire)
+    )
     for expected, actual in zip(plain, rounded, strict=True):
         assert torch.equal(actual.y_ND, expected.y_ND)
         assert torch.equal(actual.grad_ND, expected.grad_ND)
@@ -145,7 +152,7 @@ def test_bytes_are_those_that_really_travel(run: Any, dtype: torch.dtype) -> Non
         ("bf16", 2 * width, 2 * width),
         ("fp8_e4m3", width + 1, 2 * width),
     ):
-        for done in run(4, lambda world, w=wire: trip(world, w, dtype)):
+        for done in run(4, lambda world: trip(world, dtype), options=travelling(wire)):
             rows = done.away + done.arrived
             assert done.there == Traffic(rows, rows * forward_bytes)
             assert done.traffic == Traffic(2 * rows, rows * (forward_bytes + backward_bytes))
@@ -190,11 +197,10 @@ def test_a_layer_rounds_exactly_where_rows_travel(name: Any) -> None:
     layers = layers_of(case, 4)
 
     def of_rank(world: World) -> dict[str, Tensor]:
-        world.use_wire(WIRES["bf16"])
         return outputs_and_gradients(case, layers[world.rank], world, tokens_per_rank)
 
     alone = outputs_and_gradients(case, build_layer(case), RoundedAlone(), [10])
-    assert_all_same(whole(EmulatedWorld(4).run(of_rank)), alone, 1e-12)
+    assert_all_same(whole(EmulatedWorld(4, options=travelling("bf16")).run(of_rank)), alone, 1e-12)
     exact = outputs_and_gradients(case, build_layer(case), SingleWorld(), [10])
     assert (alone["out"] - exact["out"]).abs().max() > 1e-5
 
@@ -205,11 +211,11 @@ def test_two_levels_round_rows_and_sums_but_no_list(wire: str) -> None:
 
     layers = layers_of(case, 4)
 
-    def of_rank(world: ProcessWorld, name: str | None) -> tuple[dict[str, Tensor], Traffic]:
-        in_nodes(world, 2).use_wire(WIRES[name])
+    def of_rank(world: ProcessWorld) -> tuple[dict[str, Tensor], Traffic]:
+        world = in_nodes(world, 2)
         return outputs_and_gradients(case, layers[world.rank], world, tokens_per_rank), world.traffic
 
-    plain, rounded = (run_worlds(4, lambda world, n=n: of_rank(world, n)) for n in (None, wire))
+    plain, rounded = (run_worlds(4, of_rank, options=travelling(name)) for name in (None, wire))
     exact, actual = (whole([grads for grads, _ in of_ranks]) for of_ranks in (plain, rounded))
     for name, tensor in exact.items():
         error = (actual[name] - tensor).abs().max() / tensor.abs().max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -12,9 +13,19 @@ from torch import Tensor
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet
 from dist_moe.layer import MoE
-from dist_moe.parallel import EmulatedWorld, ProcessWorld, SingleWorld, World, experts_of_rank
+from dist_moe.parallel import (
+    EmulatedWorld,
+    ProcessWorld,
+    SingleWorld,
+    World,
+    experts_of_rank,
+    gather_columns,
+    gather_objects,
+    max_over_ranks,
+    wait_for_all,
+)
 from dist_moe.search import PermutationSearch
-from tests.helpers.worlds import RunOnRanks, both_kinds, run_worlds
+from tests.helpers.worlds import RunOnRanks, both_kinds, emulate, run_worlds
 
 COLLECTIVES = [
     "all_gather",
@@ -87,7 +98,7 @@ def test_forbidden_collectives_are_noticed() -> None:
 
 @both_kinds
 def test_counts_go_to_their_ranks(run: RunOnRanks) -> None:
-    received = run(3, lambda world: world.exchange_counts(torch.arange(6).view(3, 2) + 10 * world.rank))
+    received = run(3, lambda world: world.exchange(torch.arange(6).view(3, 2) + 10 * world.rank, [1] * 3, [1] * 3))
     for rank, counts_RE in enumerate(received):
         assert counts_RE.tolist() == [[2 * rank + 10 * source, 2 * rank + 1 + 10 * source] for source in range(3)]
 
@@ -101,6 +112,55 @@ def test_sum_is_over_all_ranks_and_leaves_its_argument(run: RunOnRanks) -> None:
     assert run(4, total) == [(10.0, 1.0), (10.0, 2.0), (10.0, 3.0), (10.0, 4.0)]
     x = torch.randn(3)
     assert torch.equal(SingleWorld().sum(x), x)
+
+
+@both_kinds
+def test_maximum_is_over_all_ranks_element_by_element(run: RunOnRanks) -> None:
+    def largest(world: World) -> tuple[list[int], list[int]]:
+        mine = torch.tensor([world.rank, -world.rank, 5])
+        return max_over_ranks(mine).tolist(), mine.tolist()
+
+    assert run(3, largest) == [([2, 0, 5], [rank, -rank, 5]) for rank in range(3)]
+    x = torch.randn(3)
+    assert torch.equal(max_over_ranks(x), x)
+
+
+@both_kinds
+def test_gathered_objects_are_copies_in_rank_order(run: RunOnRanks) -> None:
+    def spoil(world: World) -> list[list[int]]:
+        mine = [world.rank]
+        everyones = gather_objects(mine)
+        before = [list(theirs) for theirs in everyones]
+        for theirs in everyones:
+            theirs.append(100 + world.rank)
+        wait_for_all()
+        assert mine == [world.rank]
+        return before
+
+    assert run(3, spoil) == [[[0], [1], [2]]] * 3
+    assert gather_objects("mine") == ["mine"]
+    wait_for_all()
+
+
+@both_kinds
+def test_gathered_columns_stand_side_by_side(run: RunOnRanks) -> None:
+    gathered = run(2, lambda world: gather_columns(torch.full((2, 2 - world.rank), 1.0 + world.rank), 2))
+    assert [x.tolist() for x in gathered] == [[[1, 1, 2, 0]] * 2] * 2
+    assert gather_columns(torch.ones(1, 2), 5).tolist() == [[1, 1]]
+
+
+def test_nobody_passes_a_barrier_before_the_last_has_come() -> None:
+    come: list[int] = []
+
+    def arrive(world: World) -> list[int]:
+        time.sleep(0.1 * world.rank)
+        come.append(world.rank)
+        wait_for_all()
+        return sorted(come)
+
+    for run in (run_worlds, emulate):
+        come.clear()
+        assert run(3, arrive) == [[0, 1, 2]] * 3
 
 
 @both_kinds

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.environment import disable_malloc_trim
 from dist_moe.gates import Comet, Gate, TopK
 from tools.bench.timing import interleaved
 
@@ -41,11 +41,11 @@ def main() -> None:
     parser.add_argument("--most-logits", type=int, default=2**28, help="leave out a linear router with more than these")
     parser.add_argument("--gate-up-to", type=int, default=16384, help="experts up to which our top_k gate runs too")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--keep-freed-memory", action="store_true", help="as the engine asks of glibc in training")
+    parser.add_argument("--disable-malloc-trim", action="store_true", help="as the engine asks of glibc in training")
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
-    if options.keep_freed_memory and not keep_freed_memory():
-        parser.error("--keep-freed-memory: there is no glibc")
+    if options.disable_malloc_trim and not disable_malloc_trim():
+        parser.error("--disable-malloc-trim: there is no glibc")
     rows = []
     for n in options.experts:
         for tokens in options.tokens:
@@ -138,8 +138,8 @@ def page(rows: list[list[str]], options: argparse.Namespace) -> str:
     command = f"python -m tools.bench.gates --experts {sizes} --tokens {' '.join(map(str, options.tokens))}"
     command += f" --widths {' '.join(map(str, options.widths))} --k {options.k}"
     command += f" --repetitions {options.repetitions} --seed {options.seed}"
-    if options.keep_freed_memory:
-        command += " --keep-freed-memory"
+    if options.disable_malloc_trim:
+        command += " --disable-malloc-trim"
     lines = [HEADER, ["---"] * len(HEADER), *rows]
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     return "\n".join(

@@ -37,12 +37,12 @@ class Job:
     seed: int = 0
     candidates: tuple[str, ...] = ()
     excluded: dict[str, str] = field(default_factory=dict)
-    keep_freed_memory: bool = True
+    disable_malloc_trim: bool = True
     clock: Clock = "wall"
 
     @property
     def name(self) -> str:
-        given_back = "" if self.keep_freed_memory else "-given-back"
+        given_back = "" if self.disable_malloc_trim else "-given-back"
         clock = "-cpu-time" if self.clock == "cpu" else ""
         return f"{self.study}/{self.workload.name}{given_back}{clock}"
 

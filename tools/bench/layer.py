@@ -11,8 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from dist_moe.engine.collectives import gather_objects, wait_for_all
-from dist_moe.parallel import World
+from dist_moe.parallel import World, gather_objects, wait_for_all
 from tools.bench import ours, peers
 from tools.bench.candidate import Candidate, Layer, local_experts, step
 from tools.bench.equal import differences, expected, unequal

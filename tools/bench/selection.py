@@ -24,7 +24,7 @@ def jobs(scope: str, seconds: float, seed: int, candidates: tuple[str, ...], clo
     of_scope = {"quick": _quick, "default": _default, "full": _full}[scope]
     made = [Job(study, workload, seconds, seed, candidates) for study, workload in of_scope()]
     if scope != "quick":
-        made.append(replace(made[0], keep_freed_memory=False))
+        made.append(replace(made[0], disable_malloc_trim=False))
     if clock == "cpu":
         return [replace(job, clock=clock) for job in made if job.study == "layer" and job.workload.ranks == 1]
     return made

@@ -26,8 +26,7 @@ from torch.nn import functional as F
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.setup import import_deepspeed
-from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.experts import FeedForwardBank
 from dist_moe.gates import TopK
@@ -240,7 +239,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown file for the table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    keep_freed_memory()
+    disable_malloc_trim()
     found = {}
     environment = LaunchEnvironment(launched=True)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from tools.bench import exchange, layer, memory, ragged
 from tools.bench.jobs import Job
@@ -36,8 +35,8 @@ def main(job_file: str) -> None:
     environment = LaunchEnvironment.read()
     alone = environment.world_size == 1 and job.clock == "wall"
     torch.set_num_threads((os.cpu_count() or 1) if alone else 1)
-    if job.keep_freed_memory:
-        keep_freed_memory()
+    if job.disable_malloc_trim:
+        disable_malloc_trim()
 
     def say(what: str) -> None:
         if environment.is_rank_zero:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from dist_moe.engine.checkpoint.files import drop_old, partial_directory, publish, step_directory
 from dist_moe.engine.checkpoint.format import CallbackStates, Manifest, TrainingHistory
 from dist_moe.engine.checkpoint.snapshot import Snapshot, take_snapshot
-from dist_moe.engine.collectives import gather_objects
 from dist_moe.errors import UserError
+from dist_moe.parallel import gather_objects
 
 if TYPE_CHECKING:
     from dist_moe.engine.deepspeed.engine import ExpertParallelEngine

@@ -19,13 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_moe.engine.collectives import gather_objects
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.parameter_state import read_state, state_keys, write_state
 from dist_moe.engine.deepspeed.sharded_parameters import gather_kept, whole_shape
 from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.layer import MoE
-from dist_moe.parallel import Placement, World
+from dist_moe.parallel import Placement, World, gather_objects
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -107,8 +106,8 @@ class _Moves:
     def carry(self, state: Tensor, world: World) -> tuple[Tensor, bool]:
         """(E_local, ...) before -> (E_local, ...) after the move, and whether all rows arrived as they were sent."""
         rows = state[self.leaving].flatten(1)
-        received = world.all_to_all(rows, self.send_rows, self.receive_rows)
-        sums = world.all_to_all(_checksums(rows), self.send_rows, self.receive_rows)
+        received = world.exchange(rows, self.send_rows, self.receive_rows)
+        sums = world.exchange(_checksums(rows), self.send_rows, self.receive_rows)
         moved = torch.empty_like(state)
         for before, after in self.stay:
             moved[after] = state[before]

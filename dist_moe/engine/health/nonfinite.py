@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.collectives import gather_objects
 from dist_moe.engine.monitor.step_window import Sums
 from dist_moe.errors import DivergedError
+from dist_moe.parallel import gather_objects
 
 Losses = Callable[[], tuple[Tensor, Sums]]
 """One micro-batch's forward pass: its loss, and the numbers that are recorded, by name."""

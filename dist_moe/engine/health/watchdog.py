@@ -21,12 +21,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_moe.engine.collectives import gather_objects
 from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.engine.health.heartbeats import Heartbeat, Observer, read_heartbeat, write_heartbeat
 from dist_moe.engine.health.stall_verdict import Sighting, Verdict, judge, report
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig
+from dist_moe.parallel import gather_objects
 
 EXIT_STALLED, EXIT_ORPHANED = 4, 5
 REPORT = "stall.txt"

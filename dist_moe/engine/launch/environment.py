@@ -1,8 +1,10 @@
-"""What the launcher says: rank and world size from the environment, one process without any."""
+"""What the launcher says (rank, world size, ranks per node; one process without any), and settings of the process."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +12,17 @@ import torch
 from dist_moe.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_RANKS_OF_THIS_MACHINE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's name for it, the deepspeed launcher's
+_RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+"""Set by torchrun and TorchX; by DeepSpeed's launcher."""
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_NEVER_TRIM = 2**31 - 1
+_GROW_BY = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """``rank`` of ``world_size`` processes, ``local_rank`` on its machine.
+    """This process: ``rank`` of ``world_size``, ``local_rank`` on its machine.
 
     ``launched``: whether a launcher (torchrun, deepspeed, TorchX) started this process.
     ``local_world_size``: ranks on its machine; 0 where the launcher does not say.
@@ -29,14 +36,13 @@ class LaunchEnvironment:
 
     @classmethod
     def read(cls) -> LaunchEnvironment:
-        """From RANK, WORLD_SIZE and LOCAL_RANK; UserError if only some of them are set or are wrong."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK; UserError if only some of them are set or are wrong."""
         if not any(name in os.environ for name in _VARIABLES[:2]):
             return cls()
         rank, world_size, local_rank = (_integer(name) for name in _VARIABLES)
         if not 0 <= rank < world_size:
             raise UserError(f"RANK={rank} is not in 0..{world_size - 1} (WORLD_SIZE={world_size})")
-        told = next((name for name in _RANKS_OF_THIS_MACHINE if name in os.environ), None)
-        return cls(rank, world_size, local_rank, launched=True, local_world_size=_integer(told) if told else 0)
+        return cls(rank, world_size, local_rank, launched=True, local_world_size=launched_ranks_per_node() or 0)
 
     @property
     def device(self) -> torch.device:
@@ -52,12 +58,13 @@ class LaunchEnvironment:
 
     @property
     def backend(self) -> str:
-        """What the ranks exchange over: NCCL refuses two ranks on one GPU; gloo takes a GPU's tensors too, by
-        way of the host."""
+        """The backend of ``torch.distributed``: NCCL, but gloo where ranks share a GPU, which NCCL refuses; gloo takes
+        a GPU's tensors too, by way of the host."""
         return "nccl" if self.device.type == "cuda" and not self.shares_gpu else "gloo"
 
     @property
     def is_rank_zero(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
 
@@ -69,3 +76,33 @@ def _integer(name: str) -> int:
             f"{', '.join(_VARIABLES)}; start with torchrun, deepspeed or torchx, or with none of them set"
         )
     return int(value)
+
+
+def launched_ranks_per_node() -> int | None:
+    """Return how many ranks the launcher started on this node; None if it does not say.
+
+    Raises UserError if it says something that is no number above 0.
+    """
+    for name in _RANKS_HERE:
+        value = os.environ.get(name)
+        if value is not None:
+            if not value.isdigit() or int(value) == 0:
+                raise UserError(f"environment variable {name}={value!r} is not a number of ranks; unset it")
+            return int(value)
+    return None
+
+
+def disable_malloc_trim() -> bool:
+    """Ask glibc to reuse freed memory, for the rest of the process; False where there is no glibc.
+
+    A step allocates and frees the same large tensors again and again. By default glibc maps each of them
+    anew, and every page of it is faulted in and zeroed by the kernel again: where page faults are dear
+    (virtual machines, sandboxes) that can cost more than the arithmetic.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER_TRIM), (_M_TOP_PAD, _GROW_BY))
+    return min(mallopt(option, value) for option, value in options) == 1

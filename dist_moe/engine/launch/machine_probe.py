@@ -159,7 +159,7 @@ def link_rates(group: dist.ProcessGroup, device: torch.device) -> LinkRates:
 
     def exchange(x: Tensor) -> Callable[[], Tensor]:
         rows = [len(x) // world.size] * world.size
-        return lambda: world.move(x, rows, rows)
+        return lambda: world.exchange(x, rows, rows)
 
     latency = _median_seconds(exchange(tiny), device, REPETITIONS * 4)
     to_all = _median_seconds(exchange(large), device) - latency

@@ -1,14 +1,16 @@
-"""The process groups of a job: all ranks, the expert-parallel (EP) and expert-data-parallel (EDP) ones."""
+"""The process groups of a job, all ranks, expert-parallel (EP) and expert-data-parallel (EDP), and its nodes."""
 
 from __future__ import annotations
 
 import gc
 import math
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -17,11 +19,24 @@ from pydantic import Field
 
 from dist_moe.config.settings import Settings
 from dist_moe.engine.deepspeed.setup import import_deepspeed
-from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.environment import LaunchEnvironment, launched_ranks_per_node
 from dist_moe.engine.launch.job_store import store_of_this_attempt
-from dist_moe.engine.launch.node_layout import launched_ranks_per_node, node_of_every_rank
 from dist_moe.errors import UserError
-from dist_moe.parallel import WIRES, ProcessWorld, SingleWorld, WireName, World, open_levels, ranks_per_node
+from dist_moe.parallel import (
+    WIRES,
+    ExchangeOptions,
+    ProcessWorld,
+    SingleWorld,
+    Traffic,
+    WireName,
+    World,
+    gather_objects,
+    open_levels,
+    ranks_per_node,
+)
+
+_NODE_NUMBER = ("GROUP_RANK", "CROSS_RANK")
+"""Set by torchrun and TorchX; by DeepSpeed's launcher. They tell nodes apart even where host names are alike."""
 
 
 class ParallelConfig(Settings):
@@ -74,7 +89,7 @@ class ParallelConfig(Settings):
         return self.timeout_s / 2 if self.stall_s is None else self.stall_s
 
     def fitted(self, world_size: int) -> ParallelConfig:
-        """The same for ``world_size`` ranks; where it does not fit and is ``elastic``, what is nearest to it."""
+        """Return this configuration for ``world_size`` ranks: itself, unless it does not fit and is ``elastic``."""
         divisors = (self.expert_parallel_size, self.ranks_per_node or 1)
         fits = all(world_size % divisor == 0 for divisor in divisors)
         return self if fits or not self.elastic else self.nearest_for(world_size)
@@ -117,7 +132,7 @@ class ParallelConfig(Settings):
             raise UserError(_uneven_nodes(size, f"{per_node} rank(s) per node"))
 
     def ranks_per_level(self, nodes: Sequence[Sequence[int]]) -> int | None:
-        """Ranks per node in a two-level exchange; None for a flat one.
+        """Return the ranks per node in a two-level exchange; None for a flat one.
 
         ``nodes``: for every expert-parallel group the nodes of its ranks. Raises UserError if two levels are
         asked for and the groups are not all of whole nodes of the same size, or all within a node.
@@ -136,7 +151,7 @@ class ParallelConfig(Settings):
         return per_node if per_node > 1 or self.exchange == "two_level" else None
 
     def nearest_for(self, world_size: int) -> ParallelConfig:
-        """What is nearest to it on another number of ranks, for a run that is to be looked at there."""
+        """Return the nearest configuration for another number of ranks, for a run that is to be looked at there."""
         even = self.ranks_per_node is not None and world_size % self.ranks_per_node == 0
         return self.model_copy(
             update={
@@ -162,16 +177,28 @@ def _divisors(world_size: int, num_experts: int) -> str:
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """``world``: the expert-parallel world of this rank. ``is_expert_writer``: whether this rank is
-    the one that speaks for its experts where several ranks hold copies of them."""
+    """The open groups of a job, as this rank sees them.
+
+    ``world``: the expert-parallel world of this rank. ``is_expert_writer``: whether this rank is the one that speaks
+    for its experts where several ranks hold copies of them. ``node_of_rank``: for every rank of the job the number of
+    its node, from 0 in the order of ranks: as the launcher says, or as ``parallel.ranks_per_node`` pretends.
+    """
 
     environment: LaunchEnvironment
     expert_parallel_size: int
     world: World
     is_expert_writer: bool
+    node_of_rank: Sequence[int] = (0,)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """The largest m such that every m consecutive ranks of each expert-parallel group share a node."""
+        neighbours = [len(list(ranks)) for _, ranks in groupby(self.node_of_rank)]
+        return math.gcd(self.expert_parallel_size, *neighbours)
 
     @property
     def device(self) -> torch.device:
+        """Where this rank computes."""
         return self.environment.device
 
     @property
@@ -219,19 +246,37 @@ def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> Pr
     groups._create_expert_and_data_parallel(expert_parallel_size)
     ep_group = groups._get_expert_parallel_group(name)
     edp_rank = dist.get_rank(groups._get_expert_data_parallel_group(name))
-    world = _expert_world(config, ep_group) if expert_parallel_size > 1 else SingleWorld()
-    return ProcessGroups(environment, expert_parallel_size, world, edp_rank == 0)
+    node_of_rank = node_of_every_rank(config.ranks_per_node)
+    world = _expert_world(config, ep_group, node_of_rank) if expert_parallel_size > 1 else SingleWorld()
+    return ProcessGroups(environment, expert_parallel_size, world, edp_rank == 0, node_of_rank)
 
 
-def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup) -> ProcessWorld:
+def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup, node_of_rank: Sequence[int]) -> ProcessWorld:
     """The ranks of this rank's experts, divided into nodes where the exchange is to have two levels."""
-    size, node_of_rank = config.expert_parallel_size, node_of_every_rank(config.ranks_per_node)
+    size = config.expert_parallel_size
     groups = [range(start, start + size) for start in range(0, len(node_of_rank), size)]
     nodes = [[node_of_rank[rank] for rank in group] for group in groups]
-    world = ProcessWorld(ep_group, nodes[dist.get_rank() // size])
-    per_node = config.ranks_per_level(nodes)
+    per_node, traffic = config.ranks_per_level(nodes), Traffic()
+    options = ExchangeOptions(WIRES[config.wire_dtype], config.overlap_chunks)
+    levels = None
     if per_node is not None:
-        world.levels = open_levels(world, groups, per_node, timedelta(seconds=config.timeout_s))
-    world.overlap_chunks = config.overlap_chunks
-    world.use_wire(WIRES[config.wire_dtype])
-    return world
+        levels = open_levels(groups, per_node, traffic, options, timedelta(seconds=config.timeout_s))
+    return ProcessWorld(ep_group, nodes[dist.get_rank() // size], traffic, levels=levels, options=options)
+
+
+def node_of_every_rank(ranks_per_node: int | None) -> list[int]:
+    """Return for every rank of the job the number of its node, from 0 in the order of ranks.
+
+    ``ranks_per_node``: nodes of that many consecutive ranks, wherever they run; None asks all ranks for the
+    name of their node, in one collective.
+    """
+    if ranks_per_node is not None:
+        return [rank // ranks_per_node for rank in range(dist.get_world_size())]
+    numbers = [os.environ[name] for name in _NODE_NUMBER if name in os.environ]
+    return number_names(gather_objects(numbers[0] if numbers else socket.gethostname()))
+
+
+def number_names(names: Sequence[str]) -> list[int]:
+    """Number ``names``, equal names alike, in the order in which they first appear."""
+    number: dict[str, int] = {}
+    return [number.setdefault(name, len(number)) for name in names]

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.engine.collectives import gather_objects
-from dist_moe.parallel import job, sum_over_ranks
+from dist_moe.parallel import current_world, gather_objects, sum_over_ranks
 from dist_moe.recording import Recorder, Reduce
 
 Sums = dict[str, Tensor | float | list[float]]
@@ -100,7 +99,7 @@ def _names_of_all_ranks(recorded: list[Recorder], device: torch.device | None) -
     Ranks nearly always agree, which a digest of fixed size shows; the names themselves travel only if not.
     """
     mine = sorted({(name, number.reduce) for recorder in recorded for name, number in recorder.numbers.items()})
-    world = job()
+    world = current_world()
     if world.size == 1:
         return mine
     digest = hashlib.sha256(json.dumps(mine).encode()).digest()[:8]
@@ -111,7 +110,7 @@ def _names_of_all_ranks(recorded: list[Recorder], device: torch.device | None) -
 
 
 def _max_over_ranks(x: Tensor) -> Tensor:
-    return torch.stack(job().gather(x)).amax(dim=0)
+    return torch.stack(current_world().gather(x)).amax(dim=0)
 
 
 def add_sums(sums: list[Sums]) -> Sums:

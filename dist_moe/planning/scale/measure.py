@@ -13,7 +13,6 @@ from statistics import fmean
 
 import torch
 
-from dist_moe.engine.collectives import gather_objects, wait_for_all
 from dist_moe.engine.launch.machine_probe import (
     LinkRates,
     link_rates,
@@ -22,8 +21,8 @@ from dist_moe.engine.launch.machine_probe import (
     open_group,
     step_fixed_seconds,
 )
-from dist_moe.engine.launch.node_layout import node_of_every_rank
-from dist_moe.engine.launch.process_groups import ProcessGroups
+from dist_moe.engine.launch.process_groups import ProcessGroups, node_of_every_rank
+from dist_moe.parallel import gather_objects, wait_for_all
 from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import Link, Machine
 from dist_moe.planning.scale.step_time import small_collectives_seconds

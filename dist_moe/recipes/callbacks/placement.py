@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import socket
 from collections import deque
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.callbacks import Callback
-from dist_moe.engine.collectives import gather_objects
 from dist_moe.engine.deepspeed.migration import migrate, state_bytes_per_expert
 from dist_moe.engine.training import Trainer
 from dist_moe.layer import MoE, MoEOutput
@@ -40,9 +36,8 @@ class PlacementCallback(Callback):
         self._loads: deque[list[list[float]]] = deque(maxlen=config.window)
 
     def on_start(self, trainer: Trainer) -> None:
-        size = trainer.groups.expert_parallel_size
-        self._ranks_per_node = self._config.ranks_per_node or _ranks_per_machine(size)
-        if self._ranks_per_node < size:
+        self._ranks_per_node = trainer.groups.ranks_per_node
+        if self._ranks_per_node < trainer.groups.expert_parallel_size:
             self._together = {name: _CoActivations(layer) for name, layer in trainer.model.moe_layers.items()}
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
@@ -140,9 +135,3 @@ def co_activations(pairs: Pairs) -> Tensor:
     )
     wanted_TE[pairs.token_N, pairs.expert_N] = 1
     return wanted_TE.T @ wanted_TE
-
-
-def _ranks_per_machine(group_size: int) -> int:
-    """Neighbours of a group that are on one machine, on every machine; collective over all ranks."""
-    hosts = [len(list(ranks)) for _, ranks in groupby(gather_objects(socket.gethostname()))]
-    return math.gcd(group_size, *hosts)

@@ -146,8 +146,6 @@ class SupervisedConfig(RecipeConfig):
                 f"parallel.overlap_chunks={self.parallel.overlap_chunks} does not go with "
                 "model.activation_checkpointing=true; choose one of them"
             )
-        if self.placement is not None:
-            self.placement.check(self.parallel.expert_parallel_size)
         check_deepspeed_section(self.deepspeed, self.train.batch_size, world_size)
 
     def identity(self) -> dict[str, Any]:

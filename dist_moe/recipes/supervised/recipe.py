@@ -15,15 +15,15 @@ from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.callbacks import Callback, Validation
 from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint
 from dist_moe.engine.checkpoint.loading import read_trainer_state
-from dist_moe.engine.collectives import gather_objects
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
-from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.environment import disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.launch.stop_request import StopRequest, stop_requests
 from dist_moe.engine.training import FitResult, Objective, Trainer, fit
 from dist_moe.errors import UserError
+from dist_moe.parallel import gather_objects
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
 from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart
@@ -92,7 +92,7 @@ class SupervisedRecipe(RecipeSettings):
         return SupervisedPlan(start, task, feed, checkpoint)
 
     def train(self, plan: SupervisedPlan) -> int:
-        keep_freed_memory()
+        disable_malloc_trim()
         start, config = plan.start, plan.config
         if start.environment.is_rank_zero:
             start.run.create()

@@ -9,9 +9,9 @@ from typing import Any
 from dist_moe.config.files import write_json
 from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.checkpoint.loading import copy_with_buffers
-from dist_moe.engine.collectives import wait_for_all
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.parallel import wait_for_all
 from dist_moe.recipes.callbacks.swap_search import search_swaps
 from dist_moe.recipes.supervised.evaluate import TrainedRun, trained_run
 from dist_moe.search import SwapSearchConfig

@@ -50,7 +50,7 @@ def step(world: World, layer: MoE, tokens: list[torch.Tensor], bank: DenseReLUBa
 
 def on_process(world: ProcessWorld, per_node: int | None, recompute: bool) -> Step:
     if per_node is not None:
-        in_nodes(world, per_node)
+        world = in_nodes(world, per_node)
     layer, tokens = drawn(world.size)
     bank = DenseReLUBank(DIM, OUT, EXPERTS, experts_of_rank(EXPERTS, world))
     return step(world, layer, tokens, bank, recompute)
