@@ -155,6 +155,21 @@ def test_before_the_first_step_there_are_only_masters(config: Path, tmp_path: Pa
     assert on_ranks(2, move_before_the_first_step, config, tmp_path / "unused") == [[], []]
 
 
+def move_beside_rounded_tokens(config: Path, unused: Path) -> list[str]:
+    plan = plan_new_run(config, ["parallel.expert_parallel_size=2", "parallel.wire_dtype=fp8_e4m3"], unused)
+    with process_groups(plan.environment, plan.config.parallel) as groups:
+        engine = engine_of(plan, groups)
+        train_steps(engine, plan, range(1))
+        moved = move(engine, Placement(ORDER, 2))
+        engine.destroy()
+    assert moved.expected_bytes_sent > 0
+    return moved.wrong
+
+
+def test_experts_are_not_rounded_where_tokens_are(config: Path, tmp_path: Path) -> None:
+    assert on_ranks(2, move_beside_rounded_tokens, config, tmp_path / "unused") == [[], []]
+
+
 def faulty_moves(config: Path, unused: Path) -> list[str]:
     """What is said on this rank when ranks disagree, and when a row is garbled on its way to rank 0."""
     plan = plan_new_run(config, ["parallel.expert_parallel_size=2"], unused)
