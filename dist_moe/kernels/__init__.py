@@ -3,7 +3,7 @@
 from dist_moe.kernels.activations import ACTIVATIONS
 from dist_moe.kernels.device_path import RowCounts, counts_on_host, on_device_path
 from dist_moe.kernels.dropout import dropout, dropout_of_stacks
-from dist_moe.kernels.feed_forward import FeedForwardWeights, feed_forward, feed_forward_reference
+from dist_moe.kernels.feed_forward import feed_forward, feed_forward_reference
 from dist_moe.kernels.grouped_layer_norm import grouped_layer_norm, grouped_layer_norm_reference
 from dist_moe.kernels.grouped_linear import grouped_linear, grouped_linear_reference
 from dist_moe.kernels.sparse_products import (
@@ -23,6 +23,7 @@ from dist_moe.kernels.token_rows import (
     weighted_scatter,
     weighted_scatter_reference,
 )
+from dist_moe.kernels.weights import FeedForwardWeights
 
 __all__ = [
     "ACTIVATIONS",

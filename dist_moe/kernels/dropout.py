@@ -10,7 +10,7 @@ LEVELS = 2**16
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """As ``torch.nn.functional.dropout``, with ``probability`` rounded to a multiple of 2^-16 on a CPU."""
+    """Drop elements like ``torch.nn.functional.dropout``, ``probability`` rounded to a multiple of 2^-16 on a CPU."""
     if not training or probability == 0 or x.is_cuda:
         return F.dropout(x, probability, training)
     dropped = round(probability * LEVELS)
@@ -22,7 +22,7 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def dropout_of_stacks(x: Tensor, probability: float, training: bool) -> Tensor:
-    """The same, with a draw per element: works under ``torch.vmap(..., randomness="different")``."""
+    """Drop elements like :func:`dropout`, a draw for each: also under ``torch.vmap(..., randomness="different")``."""
     if not training or probability == 0 or x.is_cuda:
         return F.dropout(x, probability, training)
     dropped = round(probability * LEVELS)

@@ -10,8 +10,7 @@ into the activation: what the mathematics needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,25 +20,11 @@ from dist_moe.kernels import gpu
 from dist_moe.kernels.across_cores import Scratch, across_cores
 from dist_moe.kernels.activations import ACTIVATIONS
 from dist_moe.kernels.device_path import RowCounts, check_counts
-
-
-class FeedForwardWeights(NamedTuple):
-    """``up`` (E, D, F), ``down`` (E, F, D'); optional ``gate`` (E, D, F), ``up_bias`` (E, F), ``down_bias`` (E, D')."""
-
-    up: Tensor
-    down: Tensor
-    gate: Tensor | None = None
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> FeedForwardWeights:
-        """``function`` of every tensor that there is."""
-        rest = (None if weight is None else function(weight) for weight in self[2:])
-        return FeedForwardWeights(function(self.up), function(self.down), *rest)
+from dist_moe.kernels.weights import FeedForwardWeights
 
 
 def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, activation: str, rows_per_group: RowCounts) -> Tensor:
-    """Rows of group e through network e.
+    """Send rows of group e through network e.
 
     ``x_ND``: (N, D), sorted by group; ``rows_per_group``: E counts, zeros allowed, summing to N;
     ``activation``: a key of ``ACTIVATIONS``. Returns (N, D'). A group without rows gets a zero gradient,
@@ -58,7 +43,7 @@ def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, activation: str, row
 def feed_forward_reference(
     x_ND: Tensor, weights: FeedForwardWeights, activation: str, rows_per_group: list[int]
 ) -> Tensor:
-    """The same, written as a loop that autograd differentiates by itself."""
+    """Compute :func:`feed_forward` in a loop that autograd differentiates by itself."""
     act = ACTIVATIONS[activation].function
     results = []
     for e, x in enumerate(x_ND.split(rows_per_group)):

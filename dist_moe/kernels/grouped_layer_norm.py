@@ -1,6 +1,6 @@
 """Layer normalisation with a scale and a shift of its own for each group of rows.
 
-Every row is normalised alike; only what it is multiplied with and what is added differ by group. So the stacks
+Every row is normalised in the same way; only the scale and the shift differ by group. So the stacks
 are never sliced in autograd, and a group without rows gets a gradient of exactly 0.
 """
 
@@ -19,7 +19,7 @@ from dist_moe.kernels.gpu.grouped_gemm import group_sums
 def grouped_layer_norm(
     x_ND: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float, rows_per_group: RowCounts
 ) -> Tensor:
-    """Rows of group e, normalised over their D numbers, times ``weight_ED[e]`` plus ``bias_ED[e]``.
+    """Normalise rows of group e over their D numbers; return them times ``weight_ED[e]`` plus ``bias_ED[e]``.
 
     ``x_ND``: (N, D), sorted by group; ``rows_per_group``: E counts, zeros allowed, summing to N; ``eps``: added
     to the variance. Returns (N, D) in the type of ``x_ND``; arithmetic is fp32 at least. Raises ValueError when
@@ -35,7 +35,7 @@ def grouped_layer_norm(
 def grouped_layer_norm_reference(
     x_ND: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float, rows_per_group: list[int]
 ) -> Tensor:
-    """The same, written as a loop that autograd differentiates by itself."""
+    """Compute :func:`grouped_layer_norm` in a loop that autograd differentiates by itself."""
     results = []
     for x, weight_D, bias_D in zip(x_ND.split(rows_per_group), weight_ED, bias_ED, strict=True):
         centred = x - x.mean(dim=1, keepdim=True)

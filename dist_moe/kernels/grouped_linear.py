@@ -19,7 +19,7 @@ from dist_moe.kernels.device_path import RowCounts, check_counts
 
 
 def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, rows_per_group: RowCounts) -> Tensor:
-    """Rows of group e times ``weight_EDF[e]`` plus ``bias_EF[e]``.
+    """Multiply rows of group e by ``weight_EDF[e]`` and add ``bias_EF[e]``.
 
     ``x_ND``: (N, D), sorted by group; ``rows_per_group``: E counts, zeros allowed, summing to N.
     Returns (N, F). A group without rows gets a zero gradient, never none.
@@ -34,7 +34,7 @@ def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, rows_per_g
 
 
 def grouped_linear_reference(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, rows_per_group: list[int]) -> Tensor:
-    """The same, written as a loop that autograd differentiates by itself."""
+    """Compute :func:`grouped_linear` in a loop that autograd differentiates by itself."""
     blocks = x_ND.split(rows_per_group)
     return torch.cat([x @ w + b for x, w, b in zip(blocks, weight_EDF, bias_EF, strict=True)])
 

@@ -67,7 +67,7 @@ def sparse_products(
 
 
 def sparse_products_reference(x_TD: Tensor, weight_KQD: Tensor, bias_KQ: Tensor, pairs: Pairs) -> Tensor:
-    """The same, gathered, as tensor operations that autograd differentiates by itself."""
+    """Compute :func:`sparse_products` of gathered rows, by tensor operations that autograd differentiates by itself."""
     place = (pairs.stack_N, pairs.row_N)
     return (x_TD[pairs.token_N] * weight_KQD[place]).sum(-1) + bias_KQ[place]
 

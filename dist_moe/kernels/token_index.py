@@ -21,17 +21,18 @@ class TokenIndex(NamedTuple):
 
     @classmethod
     def of(cls, token_N: Tensor, num_tokens: int) -> TokenIndex:
-        """For rows of the tokens ``token_N``, each in 0..num_tokens-1, in any order."""
+        """Sort rows of the tokens ``token_N``, each in 0..num_tokens-1, which come in any order."""
         row_N = stable_order(token_N, num_tokens)
         return cls(token_N, row_N, start_of_each(token_N[row_N], num_tokens))
 
     @property
     def num_tokens(self) -> int:
+        """T."""
         return self.start_T1.shape[0] - 1
 
 
 def stable_order(key_N: Tensor, bound: int) -> Tensor:
-    """The order that sorts ``key_N``, integers in 0..bound-1, stably."""
+    """Return the order that sorts ``key_N``, integers in 0..bound-1, stably."""
     if on_device_path(key_N) or bound > 2**16:
         return key_N.argsort(stable=True)
     return torch.from_numpy(np.argsort(key_N.numpy().astype(np.uint16), kind="stable"))  # a radix sort

@@ -40,7 +40,7 @@ def rows_of_tokens(x_TD: Tensor, index: TokenIndex) -> Tensor:
 
 
 def rows_of_tokens_reference(x_TD: Tensor, index: TokenIndex) -> Tensor:
-    """The same, as an index that autograd differentiates by itself."""
+    """Compute :func:`rows_of_tokens` by an index that autograd differentiates by itself."""
     return x_TD[index.token_N]
 
 
@@ -53,7 +53,7 @@ def weighted_scatter(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> T
 
 
 def weighted_scatter_reference(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> Tensor:
-    """The same, as tensor operations that autograd differentiates by itself."""
+    """Compute :func:`weighted_scatter` by tensor operations that autograd differentiates by itself."""
     zeros_TF = weight_GN.new_zeros(index.num_tokens, rows_NF.shape[1])
     weighted = (rows_NF.to(weight_GN.dtype) * weight_N.unsqueeze(1) for weight_N in weight_GN)
     return torch.stack([zeros_TF.index_add(0, index.token_N, rows) for rows in weighted])

@@ -22,7 +22,7 @@ from dist_moe.parallel.world import World
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """How many rows each rank sends to each expert and receives for each of its own.
+    """Numbers of rows that this rank sends to every expert, and receives for each of its own.
 
     ``send_rows``, ``receive_rows``: per rank, host integers. ``rows_per_local_expert``: after the regrouping;
     on an accelerator (E_local,) int64 that stays there.

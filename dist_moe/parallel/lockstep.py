@@ -1,5 +1,15 @@
 """Ranks as threads that take turns: one runs at a time, rank 0 first, each until it meets the others or ends.
 
+    turn     rank 0          rank 1          rank 2          the last to come shares out
+    lap 1    ... meet(sum)   ... meet(sum)   ... meet(sum)   sum -> a copy for each
+    lap 2    takes, ...      takes, ...      takes, ...
+             meet(gather)    meet(gather)    ends            error: not all are at the same meeting
+
+A lap is one turn of every rank. A rank that meets hands the turn on and waits for nothing but its next turn, which
+comes in the next lap, when all have met or an error ends them: no two ranks can wait for each other. One thread at a
+time holds the turn (a semaphore per rank), so shared state needs no lock, except where the watching thread takes the
+turn away from a rank that is lost.
+
 So the order of everything that happens is always the same, a rank that does not come to a meeting is
 noticed at once, and each rank can have random numbers of its own although torch has one generator.
 """
@@ -28,7 +38,7 @@ UNWINDING_S = 5.0
 
 
 class _Abandoned(BaseException):
-    """Ends a rank because another one has failed; not an Exception, lest the rank's own code handles it."""
+    """Ends a rank because another one has failed; not an Exception, which the rank's own code might handle."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class _Visit:
 
 
 class Lockstep(Generic[Result]):
-    """``size`` ranks, for one run. ``deadline_s``: how long a rank may have its turn; None: for ever.
+    """Runs a function on each of ``size`` ranks, once. ``deadline_s``: how long a turn may last; None: for ever.
 
     A rank starts with the random numbers (of the CPU and the current GPU) and the modes (gradient,
     inference, autocast, GPU stream, context variables) of the caller. What it draws does not disturb the
@@ -64,7 +74,7 @@ class Lockstep(Generic[Result]):
         self._random_states = [self._random.state()] * size
 
     def run(self, function: Callable[[int], Result]) -> list[Result]:
-        """``function(rank)`` on every rank, each in a thread; the results in rank order.
+        """Call ``function(rank)`` on every rank, each in a thread; return the results in rank order.
 
         Raises what the first rank to fail raised; RuntimeError if the ranks do not all come to the same
         meeting; TimeoutError, which names the rank and its place, if one keeps its turn too long.
@@ -111,13 +121,15 @@ class Lockstep(Generic[Result]):
         if self._error is not None:
             raise _Abandoned
         self._visits[rank] = _Visit(what, brought, share_out)
-        self._close_lap_after(rank)
+        self._close_lap_after(rank)  # the last rank shares out before anybody's next turn
         self._pass_on(rank)
         self._take_turn(rank)
         return self._takeaways.pop(rank)
 
     def _close_lap_after(self, rank: int) -> None:
         """After the last rank's turn: has everybody come to the same meeting, or everybody ended?"""
+        # Ranks run in order, so a lap is over when the highest rank meets or ends. A lower rank that has ended while
+        # others meet has left no visit, which the check finds.
         if rank < self._size - 1 or self._error is not None or not self._visits:
             return
         visits, self._visits = self._visits, {}
@@ -193,7 +205,7 @@ class Lockstep(Generic[Result]):
 
 
 class _ModesOfThisThread:
-    """What torch keeps per thread and a rank should have like its caller."""
+    """Modes that torch keeps per thread, which a rank should have like its caller."""
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()

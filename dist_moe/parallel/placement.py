@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Placement:
-    """Where E experts live on ``num_ranks`` ranks, the same number on each.
+    """Places of E experts on ``num_ranks`` ranks, the same number on each.
 
     ``expert_of_position``: (E,) global ids in the order of the positions; position p is the place
     p % (E / num_ranks) of rank p // (E / num_ranks). Contiguous ids are the identity.
@@ -41,14 +41,17 @@ class Placement:
 
     @property
     def num_experts(self) -> int:
+        """E, over all ranks."""
         return len(self.expert_of_position)
 
     @property
     def experts_per_rank(self) -> int:
+        """E / num_ranks."""
         return self.num_experts // self.num_ranks
 
     @property  # not cached: torch.compile does not trace the lock of a cached property
     def is_identity(self) -> bool:
+        """Whether every rank has contiguous ids, in order."""
         return self.expert_of_position == tuple(range(self.num_experts))
 
     @cached_property
@@ -57,14 +60,15 @@ class Placement:
         return tuple(sorted(range(self.num_experts), key=self.expert_of_position.__getitem__))
 
     def rank_of(self, expert: int) -> int:
+        """Return the rank on which ``expert`` lives."""
         return self.position_of_expert[expert] // self.experts_per_rank
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
-        """Global ids of the experts on ``rank``, in the order of their local indices."""
+        """Return the global ids of the experts on ``rank``, in the order of their local indices."""
         return self.expert_of_position[rank * self.experts_per_rank : (rank + 1) * self.experts_per_rank]
 
     def moved_to(self, other: Placement) -> tuple[int, ...]:
-        """The experts whose rank differs in ``other``, ascending."""
+        """Return the experts whose rank differs in ``other``, ascending."""
         return tuple(e for e in range(self.num_experts) if self.rank_of(e) != other.rank_of(e))
 
     @property
@@ -76,11 +80,11 @@ class Placement:
 
 @lru_cache(maxsize=64)
 def position_table(placement: Placement, device: torch.device) -> Tensor:
-    """(E,) int64 ``position_of_expert`` on ``device``, copied there once."""
+    """Return ``position_of_expert`` as an (E,) int64 tensor on ``device``, copied there once."""
     return torch.tensor(placement.position_of_expert, device=device)
 
 
 @lru_cache(maxsize=64)
 def expert_table(placement: Placement, device: torch.device) -> Tensor:
-    """(E,) int64 ``expert_of_position`` on ``device``, copied there once."""
+    """Return ``expert_of_position`` as an (E,) int64 tensor on ``device``, copied there once."""
     return torch.tensor(placement.expert_of_position, device=device)

@@ -1,4 +1,4 @@
-"""What token rows and their gradients are on the wire: as they are, in bf16, or in fp8 with a scale per row.
+"""Formats of token rows and their gradients on the wire: as they are, in bf16, or in fp8 with a scale per row.
 
 A row is rounded before it is sent, and has its own dtype again where it arrives. Rows that stay on their rank are
 rounded too, so that the result does not depend on where an expert lives.

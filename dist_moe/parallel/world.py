@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass
 class Traffic:
-    """What this rank has sent to other ranks, forward and backward; rows it keeps are not counted.
+    """Rows and bytes that this rank has sent to other ranks, forward and backward; rows it keeps are not counted.
 
     ``rows``, ``bytes``: to any other rank. ``rows_across_nodes``, ``bytes_across_nodes``: the part of them
     that went to another node; the rest stayed in the node.
@@ -72,7 +72,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class ExchangeOptions:
-    """How layers exchange token rows over a world; the same on every rank.
+    """Options of the exchange of token rows over a world; the same on every rank.
 
     ``wire``: how rows are rounded while they travel. ``overlap_chunks``: parts, by expert, in which rows travel, so
     that one is computed while another is on its way.

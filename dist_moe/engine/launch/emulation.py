@@ -87,7 +87,7 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
 
 
 def _variables(rank: int, num_ranks: int) -> dict[str, str]:
-    """What a launcher would say to ``rank``."""
+    """The environment variables that a launcher would set for ``rank``."""
     numbers = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
     return {name: str(number) for name, number in numbers.items()}
 

@@ -1,4 +1,4 @@
-"""What the launcher says (rank, world size, ranks per node; one process without any), and settings of the process."""
+"""The launcher's variables (rank, world size, ranks per node; one process without any), and settings of the process."""
 
 from __future__ import annotations
 

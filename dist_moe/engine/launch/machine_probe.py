@@ -35,7 +35,7 @@ _TOKENS = 4
 
 @dataclass(frozen=True)
 class LocalRates:
-    """Of one rank, while other ranks measure the same: the fields of that name of the planner's machine."""
+    """Rates of one rank, while other ranks measure the same: the fields of that name of the planner's machine."""
 
     gemm_flop_per_s_by_rows: dict[int, float]
     elementwise_bytes_per_s: float
@@ -100,7 +100,7 @@ def _tokens(device: torch.device) -> Tensor:
 
 
 def _product_rate(rows: int, device: torch.device) -> float:
-    """Of a grouped linear layer, forward and backward, each group with rows and a weight of its own."""
+    """The rate of a grouped linear layer, forward and backward, each group with rows and a weight of its own."""
     weight_EDF = torch.randn(_EXPERTS, WIDTH, WIDTH, device=device, requires_grad=True)
     bias_EF = torch.zeros(_EXPERTS, WIDTH, device=device, requires_grad=True)
     x_ND = torch.randn(_EXPERTS * rows, WIDTH, device=device, requires_grad=True)
@@ -132,7 +132,7 @@ def _layer_step(device: torch.device) -> Callable[[], None]:
 
 
 def step_fixed_seconds(groups: ProcessGroups) -> float:
-    """Of a training step of hardly any token at ZeRO stage 1. Collective over all ranks; most of it is not."""
+    """Return the seconds of a training step of hardly any token at ZeRO stage 1. Collective over all ranks."""
     ranks = groups.environment.world_size
     section = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "zero_optimization": {"stage": 1}}
     engine = ExpertParallelEngine(
@@ -176,7 +176,7 @@ def open_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
 
 
 def mean_rates(measured: Sequence[LocalRates]) -> LocalRates:
-    """Of several ranks."""
+    """Return the mean rates of several ranks."""
 
     def mean(name: str) -> float:
         return statistics.fmean(getattr(rates, name) for rates in measured)

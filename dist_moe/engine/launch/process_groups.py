@@ -36,11 +36,11 @@ from dist_moe.parallel import (
 )
 
 _NODE_NUMBER = ("GROUP_RANK", "CROSS_RANK")
-"""Set by torchrun and TorchX; by DeepSpeed's launcher. They tell nodes apart even where host names are alike."""
+"""Set by torchrun and TorchX; by DeepSpeed's launcher. They tell nodes apart even where host names are equal."""
 
 
 class ParallelConfig(Settings):
-    """How the ranks are divided: world = expert-parallel size x expert-data-parallel size."""
+    """The division of the ranks: world = expert-parallel size x expert-data-parallel size."""
 
     expert_parallel_size: int = Field(
         1,
@@ -198,7 +198,7 @@ class ProcessGroups:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device on which this rank computes."""
         return self.environment.device
 
     @property
@@ -277,6 +277,6 @@ def node_of_every_rank(ranks_per_node: int | None) -> list[int]:
 
 
 def number_names(names: Sequence[str]) -> list[int]:
-    """Number ``names``, equal names alike, in the order in which they first appear."""
+    """Give each name a number, equal names the same, in the order in which they first appear."""
     number: dict[str, int] = {}
     return [number.setdefault(name, len(number)) for name in names]

@@ -9,7 +9,7 @@ needs little beside what it takes, gives and keeps.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from dist_moe.kernels.activations import ACTIVATIONS
 from dist_moe.kernels.device_path import ends_of_groups
 from dist_moe.kernels.gpu.glu import gated, gated_backward
 from dist_moe.kernels.gpu.grouped_gemm import group_sums, outer_sums, products
-
-if TYPE_CHECKING:
-    from dist_moe.kernels.feed_forward import FeedForwardWeights
+from dist_moe.kernels.weights import FeedForwardWeights
 
 MOST_SLICES = 16
 FEWEST_ROWS = 8 * 1024
@@ -29,13 +27,13 @@ FEWEST_ROWS = 8 * 1024
 
 
 def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, rows_per_group: Tensor) -> Tensor:
-    """As :func:`dist_moe.kernels.grouped_linear`, with counts (E,) on the device."""
+    """Compute :func:`dist_moe.kernels.grouped_linear` with counts (E,) on the device."""
     result: Tensor = _GroupedLinear.apply(x_ND, weight_EDF, bias_EF, ends_of_groups(rows_per_group))
     return result
 
 
 def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, activation: str, rows_per_group: Tensor) -> Tensor:
-    """As :func:`dist_moe.kernels.feed_forward`, with counts (E,) on the device."""
+    """Compute :func:`dist_moe.kernels.feed_forward` with counts (E,) on the device."""
     result: Tensor = _FeedForward.apply(x_ND, ends_of_groups(rows_per_group), activation, *weights)
     return result
 

@@ -25,7 +25,7 @@ def rows_of_tokens(x_TD: Tensor, index: TokenIndex) -> Tensor:
 
 
 def weighted_scatter(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> Tensor:
-    """As :func:`dist_moe.kernels.weighted_scatter`: (G, T, F) in the precision of the weights."""
+    """Compute :func:`dist_moe.kernels.weighted_scatter`: (G, T, F) in the precision of the weights."""
     result: Tensor = _WeightedScatter.apply(rows_NF, weight_GN, *index)
     return result
 

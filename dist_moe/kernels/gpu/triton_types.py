@@ -1,4 +1,4 @@
-"""What Triton's kernels compute in: sums in fp32, or in fp64 for fp64 rows."""
+"""The types in which Triton's kernels compute: sums in fp32, or in fp64 for fp64 rows."""
 
 from __future__ import annotations
 
