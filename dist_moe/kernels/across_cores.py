@@ -23,49 +23,36 @@ GroupTask = Callable[[int, Tensor], None]
 """(group, scratch memory that no other task uses meanwhile): writes its results into tensors made before."""
 
 
-def across_cores(task: GroupTask, rows_per_group: Sequence[int], scratch: Scratch, work_per_row: int) -> None:
+def across_cores(
+    task: GroupTask, rows_per_group: Sequence[int], work_per_row: int, like: Tensor, parts: int = 0, width: int = 0
+) -> None:
     """Run ``task`` for every group, the groups without rows too; outside of autograd.
 
-    ``work_per_row``: multiplications that a row costs. Which core does a group never changes its result.
-    On an accelerator, and with one thread, one group after the other.
+    ``work_per_row``: multiplications that a row costs. Every core has scratch memory of (``parts``, rows, ``width``)
+    numbers, for as many rows as its largest group has, in the type and on the device of ``like``. Which core does a
+    group never changes its result. On an accelerator, and with one thread, one group after the other.
     """
     cores = torch.get_num_threads()
-    groups = sorted(range(len(rows_per_group)), key=lambda group: -rows_per_group[group])
+    groups = sorted(range(len(rows_per_group)), key=rows_per_group.__getitem__, reverse=True)
     mean_work = sum(rows_per_group) * work_per_row / max(len(groups), 1)
-    if cores == 1 or len(groups) == 1 or scratch.on_accelerator or mean_work < SMALLEST_WORTH_A_THREAD:
+    if cores == 1 or len(groups) == 1 or like.device.type != "cpu" or mean_work < SMALLEST_WORTH_A_THREAD:
         shared = len(groups)
     else:
         shared = sum(rows * cores > sum(rows_per_group) for rows in rows_per_group)
     spread_rows = rows_per_group[groups[shared]] if shared < len(groups) else 0
-    scratch.reserve(max(rows_per_group, default=0), spread_rows, cores if spread_rows else 1)
+    # The first core takes the large groups, each of which all cores compute together; then all cores take the others.
+    scratch = [like.new_empty(parts, max(rows_per_group, default=0), width)]
     with torch.no_grad():
         for group in groups[:shared] if spread_rows else groups:
-            task(group, scratch.of(0))
+            task(group, scratch[0])
     if spread_rows:
-        _spread(task, groups[shared:], scratch, cores)
+        scratch += [like.new_empty(parts, spread_rows, width) for _ in range(cores - 1)]
+        _spread(task, groups[shared:], scratch)
 
 
-class Scratch:
-    """``parts`` blocks of memory for each core, of ``width`` numbers a row and as many rows as its largest group
-    has, in the type and on the device of ``like``."""
-
-    def __init__(self, like: Tensor, parts: int = 0, width: int = 0) -> None:
-        self.on_accelerator = like.device.type != "cpu"
-        self._like, self._parts, self._width = like, parts, width
-        self._of_core: list[Tensor] = []
-
-    def reserve(self, first: int, others: int, cores: int) -> None:
-        """Memory for ``first`` rows on the first core, which takes the large groups, and ``others`` on each other."""
-        rows_of_core = [first] + [others] * (cores - 1)
-        self._of_core = [self._like.new_empty(self._parts, rows, self._width) for rows in rows_of_core]
-
-    def of(self, core: int) -> Tensor:
-        """(parts, rows, width)."""
-        return self._of_core[core]
-
-
-def _spread(task: GroupTask, groups: list[int], scratch: Scratch, cores: int) -> None:
-    remaining, lock = iter(groups), threading.Lock()
+def _spread(task: GroupTask, groups: list[int], scratch: list[Tensor]) -> None:
+    """Run the groups on one core for each of ``scratch``, each of which takes the next one when it is done."""
+    remaining, lock, cores = iter(groups), threading.Lock(), len(scratch)
 
     @torch.no_grad()
     def work(core: int) -> None:
@@ -74,7 +61,7 @@ def _spread(task: GroupTask, groups: list[int], scratch: Scratch, cores: int) ->
                 group = next(remaining, None)
             if group is None:
                 return
-            task(group, scratch.of(core))
+            task(group, scratch[core])
 
     helpers = [_helpers(cores).submit(work, core) for core in range(1, cores)]
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_moe.kernels import gpu
-from dist_moe.kernels.across_cores import Scratch, across_cores
+from dist_moe.kernels.across_cores import across_cores
 from dist_moe.kernels.activations import ACTIVATIONS
 from dist_moe.kernels.device_path import RowCounts, check_counts
 from dist_moe.kernels.weights import FeedForwardWeights
@@ -80,7 +80,7 @@ class _FeedForward(torch.autograd.Function):
                 act.into(gate[e], active).mul_(up[e])
             _affine_into(active, w.down[e], w.down_bias, e, y[e])
 
-        across_cores(task, rows_per_group, Scratch(x_ND, 1, hidden), _work_per_row(w))
+        across_cores(task, rows_per_group, _work_per_row(w), x_ND, 1, hidden)
         ctx.save_for_backward(x_ND, up_NF, gate_NF, *weights)
         ctx.rows_per_group, ctx.activation = rows_per_group, activation
         return y_ND
@@ -119,8 +119,7 @@ class _FeedForward(torch.autograd.Function):
             _sum_into(grad_up, grads.up_bias, e)
             _sum_into(grad_y[e], grads.down_bias, e)
 
-        scratch = Scratch(x_ND, 3 if gate else 2, up_NF.shape[1])
-        across_cores(task, ctx.rows_per_group, scratch, 2 * _work_per_row(w))
+        across_cores(task, ctx.rows_per_group, 2 * _work_per_row(w), x_ND, 3 if gate else 2, up_NF.shape[1])
         return grad_x_ND, None, None, *grads
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_moe.kernels import gpu
-from dist_moe.kernels.across_cores import Scratch, across_cores
+from dist_moe.kernels.across_cores import across_cores
 from dist_moe.kernels.device_path import RowCounts, check_counts
 
 
@@ -51,7 +51,7 @@ class _GroupedLinear(torch.autograd.Function):
             if len(x[e]):
                 torch.addmm(bias_EF[e], x[e], weight_EDF[e], out=y[e])
 
-        across_cores(task, rows_per_group, Scratch(x_ND), weight_EDF[0].numel())
+        across_cores(task, rows_per_group, weight_EDF[0].numel(), x_ND)
         return y_NF
 
     @staticmethod
@@ -69,5 +69,5 @@ class _GroupedLinear(torch.autograd.Function):
             if len(grad[e]):
                 torch.mm(grad[e], weight_EDF[e].t(), out=out[e])
 
-        across_cores(task, ctx.rows_per_group, Scratch(x_ND), 2 * weight_EDF[0].numel())
+        across_cores(task, ctx.rows_per_group, 2 * weight_EDF[0].numel(), x_ND)
         return grad_x, grad_weight, grad_bias, None

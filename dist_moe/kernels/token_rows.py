@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dist_moe.kernels import gpu
-from dist_moe.kernels.across_cores import Scratch, across_cores
+from dist_moe.kernels.across_cores import across_cores
 from dist_moe.kernels.device_path import on_device_path
 from dist_moe.kernels.token_index import TokenIndex
 
@@ -126,5 +126,5 @@ def _products(grad_GTF: Tensor, rows_NF: Tensor, token_N: Tensor) -> Tensor:
             torch.sum(grad_TF.index_select(0, token).mul_(rows), dim=1, out=products_N)
 
     rows_per_block = [len(rows) for rows, _, _ in blocks]
-    across_cores(task, rows_per_block, Scratch(rows_NF), PASSES_OVER_MEMORY * width * len(grad_GTF))
+    across_cores(task, rows_per_block, PASSES_OVER_MEMORY * width * len(grad_GTF), rows_NF)
     return products_GN

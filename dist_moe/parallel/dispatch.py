@@ -11,7 +11,9 @@ Combine walks the same way back. Forward's plan serves the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -51,10 +53,10 @@ def plan_dispatch(rows_per_expert_E: Tensor, world: World, num_rows: int | None 
     both = torch.stack([send_RL, world.exchange(send_RL, one_row_each, one_row_each)])
     sent_RL, received_RL = both.tolist()
     return DispatchPlan(
-        send_rows=[sum(of_rank) for of_rank in sent_RL],
-        receive_rows=[sum(of_rank) for of_rank in received_RL],
+        send_rows=list(map(sum, sent_RL)),
+        receive_rows=list(map(sum, received_RL)),
         rows_per_local_expert=(
-            both[1].sum(0) if on_device_path(both) else [sum(of_expert) for of_expert in zip(*received_RL, strict=True)]
+            both[1].sum(0) if on_device_path(both) else list(map(sum, zip(*received_RL, strict=True)))
         ),
         sent_RL=sent_RL,
         received_RL=received_RL,
@@ -68,11 +70,11 @@ def dispatch(x_ND: Tensor, plan: DispatchPlan, world: World) -> Tensor:
 
 def combine(y_ND: Tensor, plan: DispatchPlan, world: World) -> Tensor:
     """Send (N', D) results, sorted by local expert, back to their tokens; return (N, D), sorted by global expert."""
-    received_LR = [list(of_expert) for of_expert in zip(*plan.received_RL, strict=True)]
+    received_LR = list(zip(*plan.received_RL, strict=True))
     return world.all_to_all(regrouped(y_ND, received_LR), plan.receive_rows, plan.send_rows)
 
 
-def regrouped(x_ND: Tensor, rows: list[list[int]]) -> Tensor:
+def regrouped(x_ND: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
     """Sort blocks of ``rows[i][j]`` rows, which are sorted by i, then by j: by j, then by i.
 
     Whole blocks are copied, not rows, once forward and once backward; one row or column of blocks is as it is.
@@ -80,5 +82,5 @@ def regrouped(x_ND: Tensor, rows: list[list[int]]) -> Tensor:
     columns = len(rows[0])
     if min(len(rows), columns) == 1:
         return x_ND
-    blocks = x_ND.split([n for row in rows for n in row])
+    blocks = x_ND.split(list(chain(*rows)))
     return torch.cat([block for j in range(columns) for block in blocks[j::columns]])

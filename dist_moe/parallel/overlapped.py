@@ -28,7 +28,7 @@ another rank begins chunk 0: two collectives of one group in different orders, w
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class OverlappedExchange:
         parts = _parts(local, self._chunks)
         chunks = [_Chunk(part, plan.sent_RL, plan.received_RL) for part in parts]
         experts_of = parts_of(experts, [len(part) for part in parts])
-        tokens = pairs.token_N.split([n for of_rank in plan.sent_RL for n in of_rank])
+        tokens = pairs.token_N.split(list(chain(*plan.sent_RL)))
         link = x_TD.new_zeros((), dtype=torch.float32)
         there = [_Trip(self._world, chunk.send, chunk.receive) for chunk in chunks]
         back = [_Trip(self._world, chunk.receive, chunk.send) for chunk in chunks]
@@ -108,12 +108,12 @@ class _Chunk:
         local = len(received_RL[0])
         self.experts = [rank * local + expert for rank in range(len(sent_RL)) for expert in part]
         sent = [of_rank[part.start : part.stop] for of_rank in sent_RL]
-        self.sent = [n for of_rank in sent for n in of_rank]
-        self.send = [sum(of_rank) for of_rank in sent]
+        self.sent = list(chain(*sent))
+        self.send = list(map(sum, sent))
         self.received = [of_rank[part.start : part.stop] for of_rank in received_RL]
-        self.received_by_expert = [list(of_expert) for of_expert in zip(*self.received, strict=True)]
-        self.receive = [sum(of_rank) for of_rank in self.received]
-        self.rows_per_expert = [sum(of_expert) for of_expert in self.received_by_expert]
+        self.received_by_expert = list(zip(*self.received, strict=True))
+        self.receive = list(map(sum, self.received))
+        self.rows_per_expert = list(map(sum, self.received_by_expert))
 
 
 class _Trip:

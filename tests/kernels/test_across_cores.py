@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import threading
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.kernels.across_cores import SMALLEST_WORTH_A_THREAD, Scratch, across_cores
+from dist_moe.kernels.across_cores import SMALLEST_WORTH_A_THREAD, across_cores
 
 LARGE = 10 * SMALLEST_WORTH_A_THREAD
 
@@ -35,7 +36,7 @@ def threads_of_groups(rows: list[int], work_per_row: int, together: tuple[int, .
         if group in together:
             both.wait(10)  # so that no thread takes both before the other has begun
 
-    across_cores(task, rows, Scratch(torch.empty(0)), work_per_row)
+    across_cores(task, rows, work_per_row, torch.empty(0))
     assert sorted(seen) == list(range(len(rows)))
     assert torch.get_num_threads() == 2
     return seen
@@ -66,7 +67,7 @@ def test_every_core_has_its_own_scratch() -> None:
         both.wait(10)
         assert (scratch == group).all()
 
-    across_cores(task, [3, 3], Scratch(torch.empty(0), 2, 4), LARGE)
+    across_cores(task, [3, 3], LARGE, torch.empty(0), 2, 4)
     assert held[0].shape == (2, 3, 4)
 
 
@@ -80,12 +81,12 @@ def test_a_failure_comes_out_from_whichever_thread(fails_in: str) -> None:
             raise ArithmeticError("of a group")
 
     with pytest.raises(ArithmeticError, match="of a group"):
-        across_cores(task, [3, 3], Scratch(torch.empty(0)), LARGE)
+        across_cores(task, [3, 3], LARGE, torch.empty(0))
     assert torch.get_num_threads() == 2
 
 
 def test_a_forked_process_makes_threads_of_its_own() -> None:
-    across_cores(lambda group, scratch: None, [3, 3], Scratch(torch.empty(0)), LARGE)
+    across_cores(lambda group, scratch: None, [3, 3], LARGE, torch.empty(0))
     child = multiprocessing.get_context("fork").Process(target=_in_child)
     child.start()
     child.join(60)
@@ -94,7 +95,7 @@ def test_a_forked_process_makes_threads_of_its_own() -> None:
 
 def _in_child() -> None:
     done: list[int] = []
-    across_cores(lambda group, _: done.append(group), [3, 3, 3], Scratch(torch.empty(0)), LARGE)
+    across_cores(lambda group, _: done.append(group), [3, 3, 3], LARGE, torch.empty(0))
     assert sorted(done) == [0, 1, 2]
 
 
@@ -104,10 +105,13 @@ def test_scratch_is_for_the_largest_group_that_a_core_can_get() -> None:
     def task(group: int, scratch: Tensor) -> None:
         shapes[group] = tuple(scratch.shape)
 
-    across_cores(task, [1, 20, 2], Scratch(torch.empty(0), 3, 4), LARGE)
+    like = mock.Mock(wraps=torch.empty(0))
+    like.device = torch.device("cpu")
+    across_cores(task, [1, 20, 2], LARGE, like, 3, 4)
+    assert like.new_empty.call_args_list == [mock.call(3, 20, 4), mock.call(3, 2, 4)]
     assert shapes[1] == (3, 20, 4)
     assert {shapes[0], shapes[2]} <= {(3, 20, 4), (3, 2, 4)}
-    across_cores(task, [1, 20, 2], scratch := Scratch(torch.empty(0), 3, 4), 1)
+    like.new_empty.reset_mock()
+    across_cores(task, [1, 20, 2], 1, like, 3, 4)
     assert set(shapes.values()) == {(3, 20, 4)}
-    with pytest.raises(IndexError):
-        scratch.of(1)
+    assert like.new_empty.call_args_list == [mock.call(3, 20, 4)]
