@@ -5,8 +5,7 @@ On that path the host never waits for the device: how many rows each expert has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 RowCounts = list[int] | Tensor
 """Rows per group: on the host, or (E,) int64 on the device of the rows, which the host has not seen."""
 
-_forced = False
+_forced = False  # True in tests of the path on a CPU
 
 
 def on_device_path(x: Tensor) -> bool:
@@ -22,34 +21,23 @@ def on_device_path(x: Tensor) -> bool:
     return _forced or x.is_cuda
 
 
-@contextmanager
-def device_path_forced() -> Iterator[None]:
-    """CPU tensors take the path too: for tests of it where there is no accelerator."""
-    global _forced
-    before, _forced = _forced, True
-    try:
-        yield
-    finally:
-        _forced = before
-
-
 def counts_on_host(rows_per_group: RowCounts) -> list[int]:
-    """The counts as integers. Waits for the device if they live there."""
+    """Return the counts as integers. Waits for the device if they live there."""
     return rows_per_group.tolist() if isinstance(rows_per_group, Tensor) else rows_per_group
 
 
 def ends_of_groups(rows_per_group: Tensor) -> Tensor:
-    """(E,) counts -> (E,) int32: the row after the last of each group, as ``grouped_mm`` wants it."""
+    """Return (E,) int32 for (E,) counts: the row after the last of each group, as ``grouped_mm`` wants it."""
     return rows_per_group.cumsum(0, dtype=torch.int32)
 
 
 def start_of_each(group_N: Tensor, num_groups: int) -> Tensor:
-    """(E + 1,) int64: where each of the values 0..E-1 starts in ``group_N``, which rises; then its length."""
+    """Return (E + 1,) int64: where each of the values 0..E-1 starts in ``group_N``, which rises; then its length."""
     return torch.searchsorted(group_N, torch.arange(num_groups + 1, device=group_N.device))
 
 
 def check_counts(rows_per_group: RowCounts, num_groups: int, num_rows: int) -> None:
-    """Raises ValueError where there is not a count per group, or they do not sum to ``num_rows``.
+    """Raise ValueError where there is not a count per group, or they do not sum to ``num_rows``.
 
     The sum of counts on a device is not checked: the host would have to wait for it.
     """

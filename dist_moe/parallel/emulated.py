@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dist_moe.parallel.collectives import current_world, use_world
 from dist_moe.parallel.lockstep import Lockstep, ShareOut
-from dist_moe.parallel.world import ExchangeOptions, Levels, SingleWorld, Traffic, World
+from dist_moe.parallel.world import ExchangeOptions, Levels, SingleWorld, World
 
 Result = TypeVar("Result")
 T = TypeVar("T")
@@ -157,24 +157,13 @@ class EmulatedRank(_Emulated):
     """A rank of an :class:`EmulatedWorld`; with ``per_node``, in nodes of that many consecutive ranks."""
 
     def __init__(self, rank: int, size: int, per_node: int | None, options: ExchangeOptions | None) -> None:
-        traffic = Traffic()
-        node_of_rank, levels = None, None
+        node_of_rank = None if per_node is None else [other // per_node for other in range(size)]
+        super().__init__(rank, size, node_of_rank, options=options)
         if per_node is not None:
-            node_of_rank = [other // per_node for other in range(size)]
             nodes = [range(first, first + per_node) for first in range(0, size, per_node)]
             peers = [range(place, size, per_node) for place in range(per_node)]
-            # Ranks that are alone in their part exchange nothing there.
-            across, within = (
-                _Part(self, rank, name, groups, node_of_part, traffic, options)
-                if len(groups[0]) > 1
-                else SingleWorld(traffic)
-                for name, groups, node_of_part in (
-                    ("across nodes", peers, range(len(nodes))),
-                    ("within a node", nodes, None),
-                )
-            )
-            levels = Levels(across, within)
-        super().__init__(rank, size, node_of_rank, traffic, levels=levels, options=options)
+            across = _part(self, "across nodes", peers, range(len(nodes)))
+            self.levels = Levels(across, _part(self, "within a node", nodes))
 
     @torch.no_grad()
     def _meet(self, what: str, brought: Any, share_out: ShareOut) -> Any:
@@ -191,17 +180,10 @@ class _Part(_Emulated):
     """The ranks of one of ``groups`` into which all ranks are divided. All groups meet at the same time."""
 
     def __init__(
-        self,
-        whole: EmulatedRank,
-        rank: int,
-        name: str,
-        groups: Sequence[Sequence[int]],
-        node_of_rank: Sequence[int] | None,
-        traffic: Traffic,
-        options: ExchangeOptions | None,
+        self, whole: EmulatedRank, name: str, groups: Sequence[Sequence[int]], node_of_rank: Sequence[int] | None
     ) -> None:
-        (mine,) = (group for group in groups if rank in group)
-        super().__init__(mine.index(rank), len(mine), node_of_rank, traffic, options=options)
+        (mine,) = (group for group in groups if whole.rank in group)
+        super().__init__(mine.index(whole.rank), len(mine), node_of_rank, whole.traffic, options=whole.options)
         self._whole = whole
         self._name = name
         self._groups = groups
@@ -219,6 +201,13 @@ class _Part(_Emulated):
             return [shares[rank] for rank in range(len(of_ranks))]
 
         return self._whole._meet(f"{what} {self._name}", brought, share_out_in_groups)
+
+
+def _part(
+    whole: EmulatedRank, name: str, groups: Sequence[Sequence[int]], node_of_rank: Sequence[int] | None = None
+) -> World:
+    """Ranks that are alone in their groups exchange nothing there."""
+    return _Part(whole, name, groups, node_of_rank) if len(groups[0]) > 1 else SingleWorld(whole.traffic)
 
 
 def _share_out_rows(of_ranks: list[tuple[Tensor, list[int], list[int]]]) -> list[Tensor]:

@@ -43,17 +43,16 @@ def exchange_over(world: World, recompute_experts: bool = False, meanwhile: bool
     there will be something to compute while rows travel; the flat exchange, if no experts are computed again, is
     then one that travels beside it.
     """
-    chunks = world.options.overlap_chunks
-    two_levels = world.levels is not None and world.levels.across.size > 1
+    chunks, levels = world.options.overlap_chunks, world.levels
     if isinstance(world, SingleWorld):
         return FlatExchange(world, recompute_experts)
-    if chunks > 1 and (recompute_experts or world.levels is not None):
+    if chunks > 1 and (recompute_experts or levels is not None):
         raise ValueError("an overlapped exchange has neither two levels nor experts that are computed again")
-    if chunks > 1 or (meanwhile and not recompute_experts and not two_levels):
+    if levels is not None and levels.across.size > 1:
+        return two_level_exchange(levels, recompute_experts)
+    if chunks > 1 or (meanwhile and not recompute_experts):
         return OverlappedExchange(world, chunks)
-    if world.levels is None or not two_levels:
-        return FlatExchange(world, recompute_experts)
-    return two_level_exchange(world.levels, recompute_experts)
+    return FlatExchange(world, recompute_experts)
 
 
 def two_level_exchange(levels: Levels, recompute_experts: bool = False) -> OncePerPart:

@@ -50,29 +50,30 @@ def test_two_levels_on_uneven_nodes_are_refused(nodes: list[list[int]]) -> None:
         assert part in str(refusal.value)
 
 
-def opened(config: ParallelConfig, node_names: list[str] | None) -> tuple[list[int], str | None]:
-    """The nodes of this rank's expert-parallel group; sizes of the levels, across and within."""
+def opened(config: ParallelConfig, node_names: list[str] | None) -> tuple[list[int], str | None, int]:
+    """The nodes of this rank's expert-parallel group; sizes of the levels, across and within; neighbours on a node."""
     environment = LaunchEnvironment.read()
     named = {} if node_names is None else {"GROUP_RANK": node_names[environment.rank]}
     with mock.patch.dict(os.environ, named), process_groups(environment, config) as groups:
         levels, nodes = groups.world.levels, groups.world.node_of_rank
         assert nodes is not None
-        return list(nodes), f"{levels.across.size}x{levels.within.size}" if levels else None
+        sizes = f"{levels.across.size}x{levels.within.size}" if levels else None
+        return list(nodes), sizes, groups.ranks_per_node
 
 
 @pytest.mark.parametrize(
     ("config", "node_names", "expected"),
     [
-        ({}, ["7", "7", "3", "3"], [([0, 0, 1, 1], "2x2")] * 4),
+        ({}, ["7", "7", "3", "3"], [([0, 0, 1, 1], "2x2", 2)] * 4),
         (
             {"exchange": "two_level", "ranks_per_node": 1, "expert_parallel_size": 2},
             None,
-            [([0, 1], "2x1"), ([0, 1], "2x1"), ([2, 3], "2x1"), ([2, 3], "2x1")],
+            [([0, 1], "2x1", 1), ([0, 1], "2x1", 1), ([2, 3], "2x1", 1), ([2, 3], "2x1", 1)],
         ),
     ],
 )
 def test_levels_are_opened_on_four_ranks(
-    config: dict[str, Any], node_names: list[str] | None, expected: list[tuple[list[int], str | None]]
+    config: dict[str, Any], node_names: list[str] | None, expected: list[tuple[list[int], str | None, int]]
 ) -> None:
     assert on_ranks(4, opened, ParallelConfig(**({"expert_parallel_size": 4} | config)), node_names) == expected
 

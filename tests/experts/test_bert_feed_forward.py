@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dist_moe.experts import BertFeedForwardBank
-from dist_moe.kernels.device_path import device_path_forced
 from tests.experts.naive_banks import leaves_of, naive_expert, small_bert_bank
+from tests.helpers.device_path import device_path_forced
 from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gradients
 
 COUNTS = [[2, 0, 3], [1, 1, 1], [0, 0, 4]]

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_moe.experts import DenseReLUBank, ExpertBank, FeedForwardBank
 from dist_moe.gates import Comet, Gate, HashRouting, TopK
-from dist_moe.kernels.device_path import device_path_forced
 from dist_moe.layer import MoE
 from dist_moe.parallel import EmulatedWorld, Placement, World, experts_of_rank, plan_dispatch
 from dist_moe.routing import Route
+from tests.helpers.device_path import device_path_forced
 from tests.helpers.host import HostLooked, NoLook
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
 

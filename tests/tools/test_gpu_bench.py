@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_moe.kernels.device_path import device_path_forced
+from tests.helpers.device_path import device_path_forced
 from tools.bench.gpu import CANDIDATES, SIZES, Result, Size, experts_step, layer_step, main, measure, report, verdict
 
 SMALL = Size(tokens=24, width=16, hidden=8, experts=4, k=2)

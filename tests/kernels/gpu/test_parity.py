@@ -27,9 +27,9 @@ from dist_moe.kernels import (
     weighted_scatter,
     weighted_scatter_reference,
 )
-from dist_moe.kernels.device_path import device_path_forced
 from dist_moe.kernels.gpu import grouped_gemm, networks
 from dist_moe.kernels.gpu.rows import _token_sums
+from tests.helpers.device_path import device_path_forced
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
 
 COUNTS = [[0, 0, 0], [4, 0, 1], [0, 20, 0], [3]]
