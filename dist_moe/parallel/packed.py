@@ -4,8 +4,8 @@ Two exchanges that do not depend on each other would be two nodes of the autogra
 autograd's own order would say which comes first on which rank. If two ranks disagree, each waits in one collective
 for a rank that waits in the other. One Function has one place in the order, forward and backward.
 
-    rank a sends to rank b, as bytes      | tokens of b | weights of b | keys of b |
-    backward, from b to a                 | gradients of tokens | gradients of weights |     what is integer sends none
+    forward, rank a to rank b     | tokens for b | their weights | their keys |       as bytes
+    backward, rank b to rank a    | gradients of tokens | gradients of weights |      integers have none
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Packed(torch.autograd.Function):
         ctx.flows = ctx.needs_input_grad[3:]
         form = world.options.wire.rows
         sent = (encoded(tensors[0], form), *tensors[1:])
-        rows, *lists = _move(sent, sends, receives, world)
+        rows, *lists = _exchange_bytes(sent, sends, receives, world)
         received = (decoded(rows, form, tensors[0]), *lists)
         _count(sent, sends, world, first=0)
         ctx.mark_non_differentiable(*(x for x, flow in zip(received, ctx.flows, strict=True) if not flow))
@@ -53,14 +53,14 @@ class _Packed(torch.autograd.Function):
         form = ctx.world.options.wire.gradients
         flowing = tuple(encoded(grads[p], form) if p == 0 else grads[p] for p in places)
         sends, receives = [ctx.receives[p] for p in places], [ctx.sends[p] for p in places]
-        back = dict(zip(places, _move(flowing, sends, receives, ctx.world), strict=True))
+        back = dict(zip(places, _exchange_bytes(flowing, sends, receives, ctx.world), strict=True))
         if 0 in back:
             back[0] = decoded(back[0], form, grads[0])
         _count(flowing, sends, ctx.world, first=places[0])
         return None, None, None, *(back.get(p) for p in range(len(grads)))
 
 
-def _move(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: World) -> tuple[Tensor, ...]:
+def _exchange_bytes(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: World) -> tuple[Tensor, ...]:
     """Exchange the tensors as bytes: what a rank gets is, of every tensor in turn, its block."""
     widths = [x.shape[1:].numel() * x.element_size() for x in tensors]
     blocks = [

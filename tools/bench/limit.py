@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dist_moe.kernels.across_cores import Scratch, across_cores
+from dist_moe.kernels.across_cores import across_cores
 from tools.bench.timing import Clock, interleaved
 from tools.bench.workloads import Material, Workload
 
@@ -75,7 +75,7 @@ class Products:
         def task(e: int, _: Tensor) -> None:
             expert(e)
 
-        return lambda: across_cores(task, self.rows, Scratch(self.rows_ND), work)
+        return lambda: across_cores(task, self.rows, work, self.rows_ND)
 
     def _expert(self, e: int) -> None:
         n = self._of(e)

@@ -33,6 +33,7 @@ from dist_moe.engine.monitor.monitor import Monitor
 from dist_moe.engine.monitor.step_window import StepWindow
 from dist_moe.engine.training import Trainer
 from dist_moe.layer import MoE
+from dist_moe.layer import moe as layer_module
 from dist_moe.parallel import PhaseClock, Traffic
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig
@@ -50,9 +51,8 @@ MONITORING: list[tuple[Any, str]] = [
     (Traffic, "counts"),
     (PhaseClock, "start"),
     (PhaseClock, "stop"),
-    (PhaseClock, "at_gates"),
-    (PhaseClock, "around"),
-    (PhaseClock, "_mark"),
+    (PhaseClock, "mark"),
+    (layer_module, "timed"),
     (PhaseClock, "enter"),
     (loop_module, "name_times"),
     (loop_module, "add_sums"),

@@ -246,7 +246,7 @@ def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> Pr
     groups._create_expert_and_data_parallel(expert_parallel_size)
     ep_group = groups._get_expert_parallel_group(name)
     edp_rank = dist.get_rank(groups._get_expert_data_parallel_group(name))
-    node_of_rank = node_of_every_rank(config.ranks_per_node)
+    node_of_rank = _node_of_every_rank(config.ranks_per_node)
     world = _expert_world(config, ep_group, node_of_rank) if expert_parallel_size > 1 else SingleWorld()
     return ProcessGroups(environment, expert_parallel_size, world, edp_rank == 0, node_of_rank)
 
@@ -264,7 +264,7 @@ def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup, node_of_r
     return ProcessWorld(ep_group, nodes[dist.get_rank() // size], traffic, levels=levels, options=options)
 
 
-def node_of_every_rank(ranks_per_node: int | None) -> list[int]:
+def _node_of_every_rank(ranks_per_node: int | None) -> list[int]:
     """Return for every rank of the job the number of its node, from 0 in the order of ranks.
 
     ``ranks_per_node``: nodes of that many consecutive ranks, wherever they run; None asks all ranks for the

@@ -21,7 +21,7 @@ from dist_moe.engine.launch.machine_probe import (
     open_group,
     step_fixed_seconds,
 )
-from dist_moe.engine.launch.process_groups import ProcessGroups, node_of_every_rank
+from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.parallel import gather_objects, wait_for_all
 from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import Link, Machine
@@ -29,14 +29,17 @@ from dist_moe.planning.scale.step_time import small_collectives_seconds
 
 
 def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str = "") -> Machine:
-    """Of the nodes that the launcher started. Collective over all ranks; the same result on all.
+    """Measure the nodes of ``groups``. Collective over all ranks; the same result on all.
 
     Links are measured within the first node between ranks that have a processor each; between the first two by
     all of their ranks at once, because a single stream does not fill a link. A single rank, or a single node,
     leaves the links out that it has not.
     """
     rank, device = groups.environment.rank, groups.device
-    nodes = _ranks_of_nodes()
+    ranks_of_node: dict[int, list[int]] = {}
+    for other, node in enumerate(groups.node_of_rank):
+        ranks_of_node.setdefault(node, []).append(other)
+    nodes = list(ranks_of_node.values())
     busy = [ranks[: max(1, int(processors_per_node))] for ranks in nodes]
     wait_for_all()
     mine = local_rates(device) if any(rank in ranks for ranks in busy) else None
@@ -58,11 +61,6 @@ def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str
 def processors_here() -> int:
     """GPUs of this node, or else the CPU cores that this process may use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-
-
-def _ranks_of_nodes() -> list[list[int]]:
-    node_of_rank = node_of_every_rank(None)
-    return [[rank for rank, at in enumerate(node_of_rank) if at == node] for node in range(max(node_of_rank) + 1)]
 
 
 def _link(members: list[list[int]], groups: ProcessGroups) -> Link:
