@@ -1,11 +1,32 @@
-"""Rank and world size as launchers give them."""
+"""Rank, world size and ranks per node as launchers give them; freed memory that is used again."""
 
 from __future__ import annotations
+
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.environment import LaunchEnvironment, launched_ranks_per_node
+from dist_moe.errors import UserError
+
+PROGRAM = """
+import resource, sys, torch
+from dist_moe.engine.launch.environment import disable_malloc_trim
+
+if sys.argv[1] == "no trim":
+    assert disable_malloc_trim()
+def step():
+    tensors = [torch.ones(16 * 2**20) for _ in range(4)]  # 64 MiB each: above what glibc keeps by itself
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 def test_without_a_launcher() -> None:
@@ -35,3 +56,25 @@ def test_what_ranks_that_share_a_gpu_exchange_over(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert LaunchEnvironment.read().backend == backend
+
+
+def test_ranks_per_node_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched_ranks_per_node() is None
+    monkeypatch.setenv("LOCAL_SIZE", "3")
+    assert launched_ranks_per_node() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert launched_ranks_per_node() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "none")
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE='none' is not a number of ranks"):
+        launched_ranks_per_node()
+
+
+def page_faults(mode: str) -> int:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own tuning")
+def test_a_step_faults_its_memory_in_only_once() -> None:
+    kept = min(page_faults("no trim") for _ in range(3))  # the kernel may take pages away meanwhile
+    assert kept * 4 < page_faults("as it is")

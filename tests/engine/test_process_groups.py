@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from dist_moe.engine.launch.environment import LaunchEnvironment, launched_ranks_per_node
+from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, number_names, process_groups
 from dist_moe.errors import UserError
 from dist_moe.parallel import SingleWorld
@@ -97,17 +97,6 @@ def test_neighbours_on_a_node_in_every_group(expert_parallel_size: int, node_of_
 
 def test_names_are_numbered_as_they_appear() -> None:
     assert number_names(["b", "b", "a", "b", "c"]) == [0, 0, 1, 0, 2]
-
-
-def test_ranks_per_node_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launched_ranks_per_node() is None
-    monkeypatch.setenv("LOCAL_SIZE", "3")
-    assert launched_ranks_per_node() == 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert launched_ranks_per_node() == 2
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "none")
-    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE='none' is not a number of ranks"):
-        launched_ranks_per_node()
 
 
 def test_nodes_of_the_launcher_that_do_not_fit_are_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
