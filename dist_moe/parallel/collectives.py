@@ -54,8 +54,10 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
-    """Return the elementwise maximum of ``x`` over all ranks, on every rank; not differentiable."""
-    return current_world().maximum(x)
+    """Return the elementwise maximum of ``x`` over all ranks, on every rank, NaN where any rank has one; not
+    differentiable."""
+    # Not the backends' own reduction, which may lose a NaN: a comparison with it is false.
+    return torch.stack(current_world().gather(x)).amax(dim=0)
 
 
 def added_over_ranks(x: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ add up gradients in another order.) So what runs on real ranks runs here: whole 
 
 from __future__ import annotations
 
-import functools
 import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -119,17 +118,14 @@ class _Emulated(World):
 
     def sum(self, x: Tensor) -> Tensor:
         """See ``World``. Added in rank order: a real backend may add, hence round, in another one."""
-        return self._reduce("sum", x, torch.add)
 
-    def maximum(self, x: Tensor) -> Tensor:
-        return self._reduce("maximum", x, torch.maximum)
-
-    def _reduce(self, name: str, x: Tensor, operator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         def share_out(of_ranks: list[Tensor]) -> list[Tensor]:
-            total = functools.reduce(operator, of_ranks)
+            total = of_ranks[0].clone()
+            for of_rank in of_ranks[1:]:
+                total += of_rank
             return [total.clone() for _ in of_ranks]
 
-        return self._meet(f"{name} of {_kind(x)}", x.detach(), share_out)
+        return self._meet(f"sum of {_kind(x)}", x.detach(), share_out)
 
     def broadcast(self, x: Tensor) -> Tensor:
         def share_out(of_ranks: list[Tensor]) -> list[Tensor]:

@@ -132,10 +132,6 @@ class World(ABC):
         """Return the sum of ``x`` over all ranks."""
 
     @abstractmethod
-    def maximum(self, x: Tensor) -> Tensor:
-        """Return the elementwise maximum of ``x`` over all ranks."""
-
-    @abstractmethod
     def broadcast(self, x: Tensor) -> Tensor:
         """Return rank 0's ``x``, which has the same shape on every rank."""
 
@@ -216,9 +212,6 @@ class SingleWorld(World):
     def sum(self, x: Tensor) -> Tensor:
         return x
 
-    def maximum(self, x: Tensor) -> Tensor:
-        return x
-
     def broadcast(self, x: Tensor) -> Tensor:
         return x
 
@@ -259,15 +252,9 @@ class ProcessWorld(World):
         return Pending(received_ND, sent_ND, work)
 
     def sum(self, x: Tensor) -> Tensor:
-        return self._reduce(x, dist.ReduceOp.SUM)
-
-    def maximum(self, x: Tensor) -> Tensor:
-        return self._reduce(x, dist.ReduceOp.MAX)
-
-    def _reduce(self, x: Tensor, operation: Any) -> Tensor:
-        result = x.detach().clone()
-        dist.all_reduce(result, operation, group=self.group)
-        return result
+        total = x.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
 
     def broadcast(self, x: Tensor) -> Tensor:
         taken = x.detach().contiguous().clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -116,11 +117,12 @@ def test_sum_is_over_all_ranks_and_leaves_its_argument(run: RunOnRanks) -> None:
 
 @both_kinds
 def test_maximum_is_over_all_ranks_element_by_element(run: RunOnRanks) -> None:
-    def largest(world: World) -> tuple[list[int], list[int]]:
-        mine = torch.tensor([world.rank, -world.rank, 5])
-        return max_over_ranks(mine).tolist(), mine.tolist()
+    def largest(world: World) -> tuple[list[float], bool]:
+        mine = torch.tensor([world.rank, -world.rank, -torch.inf, torch.nan if world.rank == 1 else 7])
+        *numbers, last = max_over_ranks(mine).tolist()
+        return numbers, math.isnan(last)
 
-    assert run(3, largest) == [([2, 0, 5], [rank, -rank, 5]) for rank in range(3)]
+    assert run(3, largest) == [([2, 0, -torch.inf], True)] * 3
     x = torch.randn(3)
     assert torch.equal(max_over_ranks(x), x)
 

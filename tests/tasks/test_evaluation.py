@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dist_moe.recipes.supervised.plan import TrainingPlan, plan_new_run
+from dist_moe.tasks.models import build_model
 
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
-from dist_moe.recipes.supervised.plan import TrainingPlan, plan_new_run
 from dist_moe.tasks.evaluation import evaluate
-from dist_moe.tasks.models import build_model
 from tests.helpers.runs import write_config
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.parallel import current_world, gather_objects, sum_over_ranks
+from dist_moe.parallel import current_world, gather_objects, max_over_ranks, sum_over_ranks
 from dist_moe.recording import Recorder, Reduce
 
 Sums = dict[str, Tensor | float | list[float]]
@@ -63,7 +63,7 @@ class StepWindow:
             for i in range(len(self._tensors))
         ]
         largest = [recorded[name][:, 0] for name, reduce in names if reduce == "max"]
-        maxima = iter(_max_over_ranks(torch.stack(largest)).cpu() if largest else ())
+        maxima = iter(max_over_ranks(torch.stack(largest)).cpu() if largest else ())
         for (name, reduce), row in zip(names, rows[len(shapes) :], strict=True):
             _add_recorded(records, name, reduce, row, next(maxima) if reduce == "max" else None)
         self._tensors, self._on_host, self._recorded = [], [], []
@@ -107,10 +107,6 @@ def _names_of_all_ranks(recorded: list[Recorder], device: torch.device | None) -
     if all(torch.equal(one, digests[0]) for one in digests):
         return mine
     return sorted({pair for of_rank in gather_objects(mine) for pair in of_rank})
-
-
-def _max_over_ranks(x: Tensor) -> Tensor:
-    return torch.stack(current_world().gather(x)).amax(dim=0)
 
 
 def add_sums(sums: list[Sums]) -> Sums:
