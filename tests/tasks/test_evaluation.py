@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dist_moe.recipes.supervised.plan import TrainingPlan, plan_new_run
-from dist_moe.tasks.models import build_model
 
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
+from dist_moe.recipes.recipe import plan_new_run
+from dist_moe.recipes.supervised.recipe import SupervisedPlan
+from dist_moe.tasks import build_model
 from dist_moe.tasks.evaluation import evaluate
 from tests.helpers.runs import write_config
 
 
-def metrics_on(world: World, plan: TrainingPlan) -> dict[str, Any]:
+def metrics_on(world: World, plan: SupervisedPlan) -> dict[str, Any]:
     groups = ProcessGroups(LaunchEnvironment(), world.size, world, is_expert_writer=True)
-    model = build_model(plan.config, plan.problem, world)
-    return evaluate(plan.problem, model, plan.problem.test, (0.5, 0.5), groups)
+    model = build_model(plan.config, plan.task, world)
+    return evaluate(plan.task, model, plan.task.test, (0.5, 0.5), groups)
 
 
 @pytest.mark.parametrize(("size", "ranks_per_node"), [(2, None), (4, 2)])
