@@ -35,7 +35,7 @@ from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.host_memory import keep_freed_memory
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
-from dist_moe.experts import DenseReLUBank
+from dist_moe.experts import DenseReLUBank, DenseReLUConfig
 from dist_moe.gates import TopK, TopKConfig
 from dist_moe.layer import MoE
 from dist_moe.models import RecommenderConfig, RunShape
@@ -210,7 +210,11 @@ def training_case(exchange: ExchangeName, groups: ProcessGroups, layout: Layout,
     half = options.width // 2
     gate = TopKConfig(name="top_k", k=K)
     model_config = RecommenderConfig(
-        embedding_dim=half, expert_units=options.width, tower_units=options.width, num_experts=EXPERTS, gate=gate
+        embedding_dim=half,
+        experts=DenseReLUConfig(units=options.width),
+        tower_units=options.width,
+        num_experts=EXPERTS,
+        gate=gate,
     )
     config = RunConfig(model=model_config)
     model = model_config.build(USERS, ITEMS, RunShape(groups.world, 1000))

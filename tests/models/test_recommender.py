@@ -17,7 +17,7 @@ MOVIELENS = (6040, 3706)
 
 def build(num_users: int = 20, num_items: int = 30, world: World | None = None, **options: Any) -> Recommender:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"embedding_dim": 4, "num_experts": 6, "expert_units": 5, "tower_units": 7}
+    sizes: dict[str, Any] = {"embedding_dim": 4, "num_experts": 6, "experts": {"units": 5}, "tower_units": 7}
     return RecommenderConfig(**(sizes | options)).build(num_users, num_items, RunShape(world or SingleWorld(), 10))
 
 
@@ -103,7 +103,7 @@ def test_user_and_item_both_matter() -> None:
 
 
 def test_initial_ranges() -> None:
-    model = build(num_users=500, num_items=500, tower_units=64, expert_units=64)
+    model = build(num_users=500, num_items=500, tower_units=64, experts={"units": 64})
     for embedding in (model.user_embedding, model.item_embedding):
         assert 0.049 < embedding.weight.abs().max() <= 0.05
     for tower in model.towers:

@@ -141,7 +141,7 @@ def test_tied_embeddings_are_one_matrix() -> None:
 
 def test_initial_deviations() -> None:
     torch.manual_seed(0)
-    sizes = {"layers": 8, "dim": 64, "expert_hidden": 256, "dense_hidden": 256, "tied_embeddings": False}
+    sizes = {"layers": 8, "dim": 64, "experts": {"hidden": 256}, "dense_hidden": 256, "tied_embeddings": False}
     config = TransformerConfig(gate=TOP_K, shared_hidden=256, **sizes)
     model = config.build(500, RunShape(SingleWorld(), 10))
     for name, parameter in model.named_parameters():

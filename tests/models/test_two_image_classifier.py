@@ -21,8 +21,7 @@ SIDE = 16
 NUM_CLASSES = 3
 SIZES: dict[str, Any] = {
     "num_experts": 6,
-    "expert_channels": (2, 3),
-    "expert_units": (5, 4),
+    "experts": {"channels": (2, 3), "units": (5, 4)},
     "head_units": (4, 6),
 }
 
@@ -215,7 +214,13 @@ def test_configuration_survives_a_round_trip() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_experts": 1}, {"expert_channels": [10]}, {"expert_units": [50, 0]}, {"head_units": [50, 0]}, {"name": "x"}],
+    [
+        {"num_experts": 1},
+        {"experts": {"channels": [10]}},
+        {"experts": {"units": [50, 0]}},
+        {"head_units": [50, 0]},
+        {"name": "x"},
+    ],
 )
 def test_impossible_sizes_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(options))):

@@ -245,7 +245,7 @@ def test_ours_to_theirs_and_back_is_equal_to_the_bit(
 
 def test_a_stock_mixtral_has_our_logits_and_our_permutation(tmp_path: Path) -> None:
     """softmax over the kept logits is Mixtral's share of the kept probabilities; slots are relabelled in its router."""
-    ours = make_transformer(moe_every=1, gate=ROUTER, expert_hidden=8).eval()
+    ours = make_transformer(moe_every=1, gate=ROUTER, experts={"hidden": 8}).eval()
     for table, order in zip(ours.tables.values(), ([2, 0, 3, 1], [1, 2, 3, 0]), strict=True):
         assert isinstance(table, SlotTable)
         table.table.copy_(torch.tensor(order))
