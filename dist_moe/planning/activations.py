@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dist_moe.engine.deepspeed.precision import parameter_dtype
 from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.tasks.task import ExampleShape
 
 _FP32, _INT64 = 4, 8
@@ -47,7 +47,7 @@ class RowsPerToken:
 
 
 def bytes_per_example(
-    model: MoEModel, config: RunConfig, shape: ExampleShape, rows: RowsPerToken, size: int
+    model: MoEModel, config: SupervisedConfig, shape: ExampleShape, rows: RowsPerToken, size: int
 ) -> tuple[int, int]:
     """Return the bytes of the exchange, there and back, and those of everything else.
 

@@ -28,9 +28,9 @@ from dist_moe.engine.deepspeed.precision import parameter_dtype
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.planning.activations import RowsPerToken, bytes_per_example
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.search import SlotTable
-from dist_moe.tasks.models import build_model
+from dist_moe.tasks import build_model
 from dist_moe.tasks.task import Task
 
 STAGES = (0, 1, 2, 3)
@@ -126,7 +126,7 @@ class _PlannedWorld(SingleWorld):
         self.size = size
 
 
-def plan_memory(config: RunConfig, task: Task, ranks: int, memory: int | None = None) -> MemoryPlan:
+def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | None = None) -> MemoryPlan:
     """Return the plan for ``ranks`` processes, of ``memory`` bytes each. Raises UserError if they do not fit."""
     config = config.fitted(ranks)
     config.check(ranks)
@@ -145,7 +145,7 @@ def plan_memory(config: RunConfig, task: Task, ranks: int, memory: int | None = 
     return MemoryPlan(ranks, size, tokens, len(model.moe_layers), stage, buffers, states, loads)
 
 
-def planned_model(config: RunConfig, task: Task, size: int = 1) -> MoEModel:
+def planned_model(config: SupervisedConfig, task: Task, size: int = 1) -> MoEModel:
     """Return a rank's part of the model, its experts over ``size`` ranks, without storage."""
     with torch.device("meta"):
         return build_model(config, task, _PlannedWorld(size))
@@ -155,7 +155,7 @@ def _tokens(examples: int, task: Task) -> int:
     return round(examples * task.example_shape().tokens)
 
 
-def _states(model: nn.Module, config: RunConfig, stage: int, ranks: int, size: int) -> StatePlan:
+def _states(model: nn.Module, config: SupervisedConfig, stage: int, ranks: int, size: int) -> StatePlan:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [[p for p in trained if is_expert_parameter(p) == expert] for expert in (False, True)]
     shares = (ranks, ranks // size)
@@ -198,7 +198,7 @@ def _states(model: nn.Module, config: RunConfig, stage: int, ranks: int, size: i
     )
 
 
-def _bucket_elements(config: RunConfig) -> int:
+def _bucket_elements(config: SupervisedConfig) -> int:
     section = config.deepspeed.get("zero_optimization", {})
     return int(section.get("reduce_bucket_size", 5e8)) * (2 if section.get("overlap_comm", False) else 1)
 
@@ -207,12 +207,12 @@ def _padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def bytes_per_parameter(config: RunConfig) -> int:
+def bytes_per_parameter(config: SupervisedConfig) -> int:
     """Return the bytes of a parameter as the model computes with it, and of an activation: 2 or 4."""
     return parameter_dtype(config.deepspeed).itemsize
 
 
-def optimizer_states(config: RunConfig) -> tuple[int, int]:
+def optimizer_states(config: SupervisedConfig) -> tuple[int, int]:
     """Return the number of states of a parameter's shape; and the bytes of the others, per tensor that is owned."""
     optimizer = optimizer_on_one_number(config.deepspeed)
     (number,) = optimizer.param_groups[0]["params"]
@@ -222,7 +222,7 @@ def optimizer_states(config: RunConfig) -> tuple[int, int]:
     return sum(t.dim() > 0 for t in tensors), sum(t.element_size() for t in tensors if t.dim() == 0)
 
 
-def _cases(model: MoEModel, config: RunConfig) -> list[tuple[str, int, bool]]:
+def _cases(model: MoEModel, config: SupervisedConfig) -> list[tuple[str, int, bool]]:
     """Name, experts per token, whether all go to one rank."""
     if not model.moe_layers:
         return [("no experts", 0, False)]
@@ -240,7 +240,7 @@ def _cases(model: MoEModel, config: RunConfig) -> list[tuple[str, int, bool]]:
 def _load(
     name: str,
     model: MoEModel,
-    config: RunConfig,
+    config: SupervisedConfig,
     task: Task,
     ranks: int,
     per_token: int,
@@ -264,8 +264,8 @@ def _load(
     )
 
 
-def _sent_per_token(model: MoEModel, config: RunConfig, rows: RowsPerToken) -> float:
-    """Return the bytes sent per token of the rank: rows and gradients of results there; results, gradients of rows back."""
+def _sent_per_token(model: MoEModel, config: SupervisedConfig, rows: RowsPerToken) -> float:
+    """Return the bytes sent per token of the rank: rows and results, and the gradients of both."""
     width, recompute = bytes_per_parameter(config), config.model.activation_checkpointing
     numbers = 0.0
     for layer in model.moe_layers.values():

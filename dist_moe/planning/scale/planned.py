@@ -12,13 +12,13 @@ from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import Machine
 from dist_moe.planning.scale.step_time import EXCHANGES, ExchangeName, Prediction, predict
 from dist_moe.planning.scale.work import Work, work_of_model
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What the configuration does not tell. ``experts_per_token``: of a gate, measured (None: the gate's k).
+    """Assumptions beside the configuration. ``experts_per_token``: of a gate, measured (None: the gate's k).
     ``skew``: rows of the heaviest rank over the mean. ``tokens_per_rank``: makes the batch grow with the ranks
     (None: ``train.batch_size`` at every size)."""
 
@@ -29,8 +29,9 @@ class Assumed:
 
 @dataclass(frozen=True)
 class PlannedSize:
-    """``predictions``: one per exchange. ``against_one``: by exchange, tokens per second and rank over those of one
-    rank that takes the same batch alone. ``memory``: bytes of a rank, states and activations, even load."""
+    """A step at one size. ``predictions``: one per exchange. ``against_one``: by exchange, tokens per second and rank
+    over those of one rank that takes the same batch alone. ``memory``: bytes of a rank, states and activations under
+    even load."""
 
     layout: Layout
     batch_size: int
@@ -39,11 +40,12 @@ class PlannedSize:
     memory: int
 
     def plain(self) -> dict[str, Any]:
+        """Return plain content for JSON."""
         return asdict(self)
 
 
 def plan_sizes(
-    config: RunConfig,
+    config: SupervisedConfig,
     task: Task,
     machine: Machine,
     nodes: Sequence[int],
@@ -51,7 +53,7 @@ def plan_sizes(
     assumed: Assumed,
     exchanges: Sequence[ExchangeName] = EXCHANGES,
 ) -> list[PlannedSize]:
-    """A training step on each number of ``nodes`` of ``per_node`` ranks.
+    """Return a training step on each number of ``nodes`` of ``per_node`` ranks.
 
     On fewer nodes than the most, experts are split over as many ranks as the configuration asks for and there are,
     and no more skew is assumed than they can have. Raises UserError where anything does not fit.
@@ -66,10 +68,12 @@ def plan_sizes(
 
 
 def configs_by_size(
-    config: RunConfig, nodes: Sequence[int], per_node: int, assumed: Assumed, task: Task
-) -> list[RunConfig]:
-    """``config`` for each number of ``nodes``: experts over as many ranks as are asked for and there are, and the batch
-    that ``assumed`` says."""
+    config: SupervisedConfig, nodes: Sequence[int], per_node: int, assumed: Assumed, task: Task
+) -> list[SupervisedConfig]:
+    """Return ``config`` for each number of ``nodes``, with the batch that ``assumed`` says.
+
+    Experts are split over as many ranks as are asked for and there are.
+    """
     most, found = max(nodes), []
     for number in nodes:
         ranks = number * per_node
@@ -80,7 +84,7 @@ def configs_by_size(
 
 
 def _plan_size(
-    config: RunConfig,
+    config: SupervisedConfig,
     task: Task,
     machine: Machine,
     nodes: int,
@@ -100,8 +104,8 @@ def _plan_size(
     return PlannedSize(layout, config.train.batch_size, predictions, against_one, held)
 
 
-def planned_work(config: RunConfig, task: Task) -> Work:
-    """Of the whole model of ``config``, which is built without storage."""
+def planned_work(config: SupervisedConfig, task: Task) -> Work:
+    """Return the work of the whole model of ``config``, which is built without storage."""
     return work_of_model(planned_model(config, task), config, optimizer_states(config)[0], bytes_per_parameter(config))
 
 
@@ -114,12 +118,12 @@ def check_experts_per_token(k: float, experts: int) -> None:
 
 
 def sizes_up_to(nodes: int) -> list[int]:
-    """1, 2, 4, ... nodes, and ``nodes``."""
+    """Return 1, 2, 4, ... nodes, and ``nodes``."""
     powers = [2**power for power in range(nodes.bit_length()) if 2**power < nodes]
     return [*powers, nodes]
 
 
-def _sized(config: RunConfig, ranks: int, assumed: Assumed, task: Task) -> RunConfig:
+def _sized(config: SupervisedConfig, ranks: int, assumed: Assumed, task: Task) -> SupervisedConfig:
     if assumed.tokens_per_rank is None:
         return config
     of_example = task.example_shape().tokens

@@ -18,7 +18,7 @@ from dist_moe.planning.scale.planned import Assumed, check_experts_per_token, co
 from dist_moe.planning.scale.spread import expected_spread
 from dist_moe.planning.scale.step_time import EXCHANGES, Bytes, ExchangeName, exchange_bytes, gradient_bytes
 from dist_moe.planning.scale.work import Work, work_of_layer
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.tasks.task import Task
 
 
@@ -44,7 +44,7 @@ class StepTraffic:
 
 
 def plan_traffic(
-    config: RunConfig,
+    config: SupervisedConfig,
     task: Task,
     nodes: Sequence[int],
     per_node: int,
@@ -60,7 +60,7 @@ def plan_traffic(
 
 
 def _plan_step(
-    config: RunConfig, task: Task, layout: Layout, assumed: Assumed, exchanges: Sequence[ExchangeName]
+    config: SupervisedConfig, task: Task, layout: Layout, assumed: Assumed, exchanges: Sequence[ExchangeName]
 ) -> StepTraffic:
     memory = plan_memory(config, task, layout.ranks)  # checks the configuration, too
     model = planned_model(config, task)
@@ -91,7 +91,7 @@ def _plan_step(
     )
 
 
-def _works(model: MoEModel, config: RunConfig, assumed: Assumed) -> list[Work]:
+def _works(model: MoEModel, config: SupervisedConfig, assumed: Assumed) -> list[Work]:
     """Return the work of each MoE layer."""
     k = config.model.gate.experts_per_token(config.model.num_experts)
     if assumed.experts_per_token is not None:

@@ -10,7 +10,7 @@ from dist_moe.engine.deepspeed.config import zero_stage
 from dist_moe.experts import ExpertBank
 from dist_moe.gates import Gate
 from dist_moe.models import MoEModel
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def work_of_layer(
     )
 
 
-def work_of_model(model: MoEModel, config: RunConfig, states: int, value_bytes: int) -> Work:
+def work_of_model(model: MoEModel, config: SupervisedConfig, states: int, value_bytes: int) -> Work:
     """Return the work of a whole training step of ``config``; ``states``: of the optimizer, per parameter.
 
     ``model``: with one MoE layer; it may be without storage.
