@@ -13,6 +13,6 @@ from dist_moe.experts.conv import ConvConfig
 from dist_moe.experts.dense_relu import DenseReLUConfig
 from dist_moe.experts.feed_forward import FeedForwardConfig
 
-EXPERTS = Registry("expert type", ExpertSettings)
+EXPERTS = Registry("type of expert", ExpertSettings)
 for _settings in (DenseReLUConfig, ConvConfig, FeedForwardConfig):
     EXPERTS.register(_settings)
