@@ -25,7 +25,7 @@ import torch
 from dist_moe.data.batches import shard_batches
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.recipes.callbacks.swap_search import in_double_precision, search_swaps
-from dist_moe.recipes.supervised.train import TrainedRun, trained_run
+from dist_moe.recipes.supervised.evaluate import TrainedRun, trained_run
 from dist_moe.search import SwapReport, SwapSearchConfig
 
 GATES = ("hash", "top_k", "dselect_k", "comet")
@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one is not None:
         measured = measure(options.one, options.seed)
-        if LaunchEnvironment.read().is_first:
+        if LaunchEnvironment.read().is_rank_zero:
             print(json.dumps(measured))
         return
     rows = []

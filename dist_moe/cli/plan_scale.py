@@ -64,14 +64,13 @@ def plan(options: argparse.Namespace) -> int:
     from dist_moe.planning.scale.report import draw_sizes, size_table
     from dist_moe.planning.scale.step_time import EXCHANGES
     from dist_moe.planning.scale.traffic import plan_traffic, traffic_table
-    from dist_moe.recipes.supervised.config import load_config
-    from dist_moe.tasks.open import open_task
+    from dist_moe.recipes.recipe import load_config
 
     machine = read_machine(options.machine or "h100")
     config = load_config(options.config, options.overrides)
     if not config.model.one_layer:
         _check_without_time(options, config.model.name)
-    task = open_task(config, progress=True)
+    task = config.data.open(progress=True)
     skew = 1.0 if options.skew is None else options.skew
     assumed = Assumed(options.experts_per_token, skew, options.tokens_per_rank)
     exchanges = EXCHANGES if options.exchange is None else (options.exchange,)
@@ -114,7 +113,7 @@ def measure(options: argparse.Namespace) -> int:
     keep_freed_memory()
     with process_groups(environment, ParallelConfig()) as groups:
         machine = measure_machine(groups, processors_here())
-    if environment.is_first:
+    if environment.is_rank_zero:
         machine.write(options.measure)
         print(options.measure.read_text(), end="")
     return 0

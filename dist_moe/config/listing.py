@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -53,19 +53,21 @@ def fields_of(model: type[BaseModel], prefix: str = "", owner: str | None = None
         yield NamedField(prefix + name, owner, info)
         kinds = _sections(info)
         for kind in kinds:
-            named = "|".join(names_of(kind)) or None
-            yield from fields_of(kind, f"{prefix}{name}.", named if len(kinds) > 1 else owner)
+            named = str(kind.model_fields["name"].default) if names_of(kind) else None
+            inner = f"{prefix}{name}[]." if get_origin(info.annotation) is tuple else f"{prefix}{name}."
+            yield from fields_of(kind, inner, named if len(kinds) > 1 else owner)
 
 
-def field_listing(model: type[BaseModel], prefix: str = "") -> str:
-    """A paragraph for each field whose name begins with ``prefix``: name, type and range, default, meaning.
+def field_listing(models: Sequence[type[BaseModel]], prefix: str = "") -> str:
+    """Return a paragraph for each field whose name begins with ``prefix``: name, type and range, default, meaning.
 
-    Fields that not every kind of their section has are followed by the kinds that do. Raises UserError if
-    there is no such field.
+    ``models``: classes of configurations; what several of them have is listed once. Fields that not every kind of their
+    section has are followed by the kinds that do. Raises UserError if there is no such field.
     """
-    fields = [f for f in fields_of(model) if f.name.startswith(prefix) and not _sections(f.info)]
+    known = [field for model in models for field in fields_of(model)]
+    fields = [f for f in known if f.name.startswith(prefix) and not _sections(f.info)]
     if not fields:
-        near = difflib.get_close_matches(prefix, [f.name for f in fields_of(model)], n=1, cutoff=0)
+        near = difflib.get_close_matches(prefix, [f.name for f in known], n=1, cutoff=0)
         raise UserError(f"--fields {prefix}: no field begins so; did you mean {near[0]}?")
     names: dict[str, list[str]] = {}
     owners: dict[str, list[str]] = {}
@@ -95,7 +97,7 @@ def registry_of(info: FieldInfo) -> Registry[Any] | None:
 def _annotated(annotation: Any) -> Iterator[Any]:
     if get_origin(annotation) is Annotated:
         yield annotation
-    if get_origin(annotation) in (Union, types.UnionType):
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
         for one in get_args(annotation):
             yield from _annotated(one)
 

@@ -58,11 +58,11 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def assign(content: Content, dotted_key: str, value: Any) -> None:
-    """Set one field, making the sections above it where they are absent or null."""
+    """Set one field, making the sections above it where they are absent or null; a text is a section's name."""
     *sections, last = dotted_key.split(".")
     for section in sections:
         if not isinstance(content.get(section), dict):
-            content[section] = {}
+            content[section] = {"name": content[section]} if isinstance(content.get(section), str) else {}
         content = content[section]
     content[last] = value
 

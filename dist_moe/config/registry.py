@@ -82,7 +82,7 @@ class Registry(Generic[S]):
         return core_schema.no_info_wrap_validator_function(self._choose, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"oneOf": [settings.model_json_schema() for settings in self.classes]}
+        return {"oneOf": [handler(settings.__pydantic_core_schema__) for settings in self.classes]}
 
     def _choose(self, value: Any, _: Any) -> S:
         if isinstance(value, self.base):

@@ -17,6 +17,7 @@ from dist_moe.gates import CometConfig, GateConfig, GateContext
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import World, sum_over_ranks
 from dist_moe.search import PermutationSearchConfig, SlotTable
+from dist_moe.search.steps import begin_step, end_step, moe_layers, slot_tables
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,12 @@ class MoEModel(nn.Module):
     @property
     def moe_layers(self) -> dict[str, MoE]:
         """The layers by their names in the model, in order."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, MoE)}
+        return moe_layers(self)
 
     @property
     def tables(self) -> dict[str, SlotTable]:
         """The slot -> expert tables by their layers' names."""
-        return {
-            name: layer.permutation
-            for name, layer in self.moe_layers.items()
-            if isinstance(layer.permutation, SlotTable)
-        }
+        return slot_tables(self)
 
     @property
     def learning(self) -> bool:
@@ -149,18 +146,11 @@ class MoEModel(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Tell gates and tables that training step ``step`` (from 0) begins. On every rank."""
-        for layer in self.moe_layers.values():
-            layer.begin_step(step)
-        for table in self.tables.values():
-            table.begin_step()
+        begin_step(self.moe_layers.values(), step)
 
     def end_step(self, *, skipped: bool) -> None:
         """Tell the gates that a training step has ended, or was skipped. On every rank."""
-        for layer in self.moe_layers.values():
-            if skipped:
-                layer.drop_step()
-            else:
-                layer.end_step()
+        end_step(self.moe_layers.values(), skipped=skipped)
 
     def begin_evaluation(self) -> None:
         """Tell the tables that an evaluation begins. On every rank."""

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field, SerializeAsAny
 
@@ -26,7 +26,9 @@ from dist_moe.config.settings import Settings
 from dist_moe.config.validation import import_modules, override, validate
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig
+from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS
 from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.engine.monitor.trackers import TrackerConfig
 from dist_moe.errors import UserError
 
 
@@ -41,8 +43,11 @@ class RecipeSettings(Settings, ABC):
 
     name: str
 
+    def check_config(self, config: Any) -> None:
+        """Raise UserError for what of the whole configuration does not go with the recipe."""
+
     @abstractmethod
-    def plan(self, start: RunStart) -> Any:
+    def plan(self, start: RunStart) -> Plan:
         """Check, fetch and decide all that needs no process group. Raises UserError. On every rank."""
 
     @abstractmethod
@@ -64,6 +69,9 @@ class RecipeConfig(Settings):
     )
     seed: int = Field(0, ge=0, description="seed of initialisation, data order and dropout")
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="the layout")
+    trackers: tuple[TrackerConfig, ...] = Field(
+        DEFAULT_TRACKERS, description="what takes down the numbers of a run: jsonl (metrics.jsonl), tensorboard"
+    )
 
     def check(self, world_size: int) -> None:
         """Raise UserError for what does not fit together on ``world_size`` ranks."""
@@ -100,10 +108,18 @@ class RunStart:
     resumes: bool = False
     warnings: list[str] = field(default_factory=list)
 
-    def train(self, plan: Any) -> int:
-        """Train the run as planned by its recipe. Collective over all ranks."""
-        result: int = self.config.recipe.train(plan)
-        return result
+
+class Plan(Protocol):
+    """What a recipe has checked and decided of a run before any process group exists."""
+
+    @property
+    def start(self) -> RunStart: ...
+
+
+def train(plan: Plan) -> int:
+    """Train a run as planned by its recipe. Collective over all ranks. Returns the exit code."""
+    result: int = plan.start.config.recipe.train(plan)
+    return result
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Any:
@@ -141,26 +157,26 @@ def configuration_of(recipe: Any) -> type[RecipeConfig]:
     return settings.configuration
 
 
-def begin_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> RunStart:
-    """Return a new run. Raises UserError for a wrong configuration or layout, or a used run directory."""
+def plan_new_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> Any:
+    """Plan a new run. Raises UserError for a wrong configuration or layout, a used run directory, missing data."""
     environment, config = _read(config_path, overrides)
     run = RunDirectory(run_dir)
-    if environment.is_first:
+    if environment.is_rank_zero:
         run.check_unused()
-    return RunStart(config, run, environment)
+    return _plan(RunStart(config, run, environment))
 
 
-def resume_run(run_dir: Path, overrides: Sequence[str]) -> RunStart:
-    """Return the run in ``run_dir``, to go on from where it is. Raises UserError if it is none, or would be another."""
+def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> Any:
+    """Plan the run in ``run_dir`` going on from where it is. Raises UserError if it is none, or would be another."""
     run = RunDirectory(run_dir)
     run.check_exists()
     environment, config = _read(run.config, overrides)
     _check_same_run(load_config(run.config), config)
-    return RunStart(config, run, environment, resumes=True)
+    return _plan(RunStart(config, run, environment, resumes=True))
 
 
-def restart_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> RunStart:
-    """Return a new run, or the one in ``run_dir`` to go on from where it is: the same command serves for both.
+def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> Any:
+    """Plan a new run, or the one in ``run_dir`` going on from where it is: the same command serves for both.
 
     A run that has nothing to go on from yet begins again. Raises UserError as the two others do, and if ``run_dir``
     holds another run.
@@ -168,10 +184,15 @@ def restart_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> R
     environment, config = _read(config_path, overrides)
     run = RunDirectory(run_dir)
     if not run.has_progress:
-        return RunStart(config, run, environment)
+        return _plan(RunStart(config, run, environment))
     run.check_exists()
     _check_same_run(load_config(run.config), config)
-    return RunStart(config, run, environment, resumes=True)
+    return _plan(RunStart(config, run, environment, resumes=True))
+
+
+def _plan(start: RunStart) -> Plan:
+    plan: Plan = start.config.recipe.plan(start)
+    return plan
 
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[LaunchEnvironment, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_moe.engine.loop import StepLoss
 from dist_moe.engine.monitor.step_window import Sums
+from dist_moe.engine.training import StepLoss
 from dist_moe.models import ModelOutput
 from dist_moe.tasks.task import Task
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_moe.data.batches import Examples
-from dist_moe.engine.loop import TrainConfig
+from dist_moe.engine.settings import TrainConfig
 from dist_moe.gates import GateContext
 from dist_moe.models import ModelOutput, MoEModelConfig, RunShape
 from dist_moe.parallel import World

@@ -77,7 +77,7 @@ def test_a_gate_without_a_name_is_comet(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("gate", [7, None, {"name": ["comet"]}])
 def test_what_names_no_gate_is_refused(gate: Any) -> None:
     (fault,) = faults(gate)
-    assert "is not a gate; allowed:" in fault["msg"] or fault["type"] == "dict_type"
+    assert "is not a gate" in fault["msg"] or fault["type"] == "dict_type"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,8 @@ def test_fault_in_a_field_is_located_there(gate: dict[str, Any], field: str) -> 
 def test_json_schema_contains_every_gate_with_its_fields() -> None:
     schema = Run.model_json_schema()
     choices = schema["$defs"]["Model"]["properties"]["gate"]["oneOf"]
-    by_name = {choice["properties"]["name"]["const"]: choice for choice in choices}
+    sections = [schema["$defs"][c["$ref"].removeprefix("#/$defs/")] if "$ref" in c else c for c in choices]
+    by_name = {section["properties"]["name"]["const"]: section for section in sections}
     assert set(by_name) == NAMES
     for name, settings in GATES.by_name.items():
         assert set(by_name[name]["properties"]) == set(settings.model_fields)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from dist_moe.tasks.models import build_model
 from safetensors.torch import load_file
 
 from dist_moe.models import BertClassifier
 from dist_moe.models.bert import read_hugging_face, write_hugging_face
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.recipe import plan_new_run
+from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.classification import TextClassificationTask
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
 from tests.helpers.commands import run_here, succeed
@@ -42,7 +42,7 @@ def teacher(config: Path) -> Path:
 
 def followed(teacher: Path, **options: Any) -> list[str]:
     """Overrides of a student that follows ``teacher``."""
-    return [f"distillation={json.dumps({'name': 'dhkd', 'teacher': str(teacher)} | options)}"]
+    return [f"recipe={json.dumps({'name': 'dhkd', 'teacher': str(teacher)} | options)}"]
 
 
 def test_without_weight_the_run_is_the_plain_one(config: Path, teacher: Path, tmp_path: Path) -> None:
@@ -110,18 +110,21 @@ def test_a_student_starts_from_it_and_hugging_face_gets_it_without_the_head(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([LINEAR], "model.auxiliary_head=linear: nothing trains it without distillation.name=dhkd; set it to null"),
-        (["distillation={name: dhkd, teacher: x}"], "distillation.name=dhkd: a second head learns the teacher's"),
+        ([LINEAR], "model.auxiliary_head=linear: nothing trains it without recipe.name=dhkd; set it to null"),
+        (["recipe={name: dhkd, teacher: x}"], "recipe.name=dhkd: a second head learns the teacher's"),
         (
             [
                 MLP,
-                "distillation={name: dhkd, teacher: x, align_gradients: true}",
+                "recipe={name: dhkd, teacher: x, align_gradients: true}",
                 "deepspeed.zero_optimization.stage=3",
             ],
             "deepspeed.zero_optimization.stage=3: aligning gradients needs whole parameters",
         ),
-        (["distillation={name: fitnets, teacher: x}"], "distillation.name='fitnets': there is no such one"),
-        (["distillation={teacher: x, temperature: 2}"], "distillation.temperature=2: there is no such field"),
+        (
+            ["recipe={name: fitnets, teacher: x}"],
+            "recipe.name='fitnets' is not a recipe; allowed: dhkd, moebert",
+        ),
+        (["recipe={name: moebert, teacher: x, temperature: 2}"], "recipe.temperature=2: there is no such field"),
     ],
 )
 def test_refusals(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_task
 
 from dist_moe.data.labelled_text.squad import read_squad
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.recipe import load_config, plan_new_run
+from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
 from tests.helpers.berts import mask_of
@@ -63,7 +61,7 @@ def load(directory: Path, kind: str = "SequenceClassification") -> tuple[Any, An
 
 
 def task_of(run: Path) -> LabelledTextTask:
-    task = open_task(load_config(run / "config.yaml"), progress=False)
+    task = load_config(run / "config.yaml").data.open(progress=False)
     assert isinstance(task, LabelledTextTask)
     return task
 
@@ -119,7 +117,7 @@ def test_a_dense_run_is_a_plain_bert_from_which_another_run_can_begin(
     assert export(dense, tmp_path / "bert").startswith("BertForSequenceClassification of ")
     assert not list((tmp_path / "bert").glob("*.py"))
     assert_same_answers(dense, tmp_path / "bert")
-    plan = plan_new_run(config, [f"start.encoder={tmp_path / 'bert'}"], tmp_path / "run")
+    plan = plan_new_run(config, [f"data.encoder={tmp_path / 'bert'}"], tmp_path / "run")
     model = build_model(plan.config, plan.task, SingleWorld())
     plan.task.first_weights(model, plan.config.model)
     for name, parameter in plan.task.trained(dense, SingleWorld()).named_parameters():

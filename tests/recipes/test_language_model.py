@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dist_moe.tasks.models import build_model
 
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_checkpoint
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.gates import SMoEDropout
-from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.recipe import plan_new_run
+from dist_moe.tasks import build_model
 from tests.helpers.board import last_image, read_board
 from tests.helpers.commands import dist_moe, succeed
 from tests.helpers.pool import on_ranks
@@ -272,7 +272,7 @@ def test_smoe_dropout_follows_its_schedule(config: Path, tmp_path: Path) -> None
 
 def closing_words(config: Path, options: list[str], directory: Path) -> str:
     plan = plan_new_run(config, options, directory)
-    with process_groups(plan.environment, plan.config.parallel) as groups:
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
         model: Any = build_model(plan.config, plan.task, groups.world)
         return plan.task.closing_words(model)
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dist_moe.tasks.models import build_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from dist_moe.data.movielens.table import PairBatch
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.models import Recommender
-from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.recipe import plan_new_run
 from dist_moe.search import PermutationSearch
+from dist_moe.tasks import build_model
 from tests.helpers.board import last_image, read_board
 from tests.helpers.commands import Outcome, succeed
 from tests.helpers.pool import on_ranks
@@ -109,7 +109,7 @@ def test_traffic_falls_as_trees_harden(records: list[dict[str, Any]]) -> None:
 def first_batch(config: Path, run: Path) -> dict[str, Any]:
     """Loss and load of the first step by a loop over its pairs, in fp64, from the untrained model."""
     plan = plan_new_run(config, [], run)
-    with process_groups(plan.environment, plan.config.parallel) as groups:
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
         model = build_model(plan.config, plan.task, groups.world)
         (batch,) = plan.feed.micro_batches(0)
         model.tables["moe"].begin_step()

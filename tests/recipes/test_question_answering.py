@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_task
 
 from dist_moe.data.labelled_text.answer_windows import window_starts
 from dist_moe.data.labelled_text.squad import Question, read_squad
 from dist_moe.errors import UserError
 from dist_moe.models.bert import BertModel, read_hugging_face
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config, validate_config
-from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.recipe import load_config, plan_new_run, validate_config
+from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text import task as labelled_text_task
 from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
 from dist_moe.tasks.labelled_text.question_answering import QuestionAnsweringTask
@@ -78,7 +76,7 @@ def students(config: Path, teachers: dict[int, Path]) -> dict[int, Path]:
 
 
 def task_of(config: Path, *overrides: str) -> QuestionAnsweringTask:
-    task = open_task(load_config(config, overrides), progress=False)
+    task = load_config(config, overrides).data.open(progress=False)
     assert isinstance(task, QuestionAnsweringTask)
     return task
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_task
 from numpy.typing import NDArray
 
 from dist_moe.data.batches import spread_over
@@ -17,9 +15,10 @@ from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig, in_double_precision, search_swaps
-from dist_moe.recipes.supervised.config import RunConfig, load_config
-from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.recipe import load_config, plan_new_run
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.search import SwapReport, SwapSearchConfig
+from dist_moe.tasks import build_model
 from dist_moe.tasks.task import Task
 from tests.helpers.runs import write_config
 
@@ -27,27 +26,27 @@ LAUNCH = LaunchEnvironment()
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> RunConfig:
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> SupervisedConfig:
     return load_config(write_config(tmp_path_factory.mktemp("swap"), tiny_data, model={"num_experts": 8}))
 
 
 @pytest.fixture(scope="module")
-def task(config: RunConfig) -> Task:
-    return open_task(config, progress=False)
+def task(config: SupervisedConfig) -> Task:
+    return config.data.open(progress=False)
 
 
-def scrambled(config: RunConfig, task: Task) -> MoEModel:
+def scrambled(config: SupervisedConfig, task: Task) -> MoEModel:
     model = build_model(config, task, SingleWorld())
     model.tables["moe"].table.copy_(torch.randperm(8, generator=torch.Generator().manual_seed(0)))
     return model
 
 
-def searched(config: RunConfig, task: Task, model: MoEModel, batch_size: int) -> SwapReport:
+def searched(config: SupervisedConfig, task: Task, model: MoEModel, batch_size: int) -> SwapReport:
     search = SwapSearchConfig(examples=512, batch_size=batch_size)
     return search_swaps(task, model, search, config.target_weights, LAUNCH)
 
 
-def test_the_size_of_a_batch_changes_the_last_bits_of_fp64_only(config: RunConfig, task: Task) -> None:
+def test_the_size_of_a_batch_changes_the_last_bits_of_fp64_only(config: SupervisedConfig, task: Task) -> None:
     """Products of other shapes round otherwise: in fp32 these losses differ by 1e-7."""
     once, often = scrambled(config, task), scrambled(config, task)
     expected = searched(config, task, once, batch_size=512)
@@ -58,7 +57,7 @@ def test_the_size_of_a_batch_changes_the_last_bits_of_fp64_only(config: RunConfi
     assert torch.equal(often.tables["moe"].table, once.tables["moe"].table)
 
 
-def test_all_of_validation_is_looked_at(config: RunConfig, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_of_validation_is_looked_at(config: SupervisedConfig, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text's table goes from domain to domain: the first examples would be of the first domain."""
     table, seen = type(task.val), []
     batch = table.batch
@@ -73,7 +72,7 @@ def test_all_of_validation_is_looked_at(config: RunConfig, task: Task, monkeypat
     assert seen[-1] > 0.9 * len(task.val)
 
 
-def test_weights_are_what_and_where_they_were(config: RunConfig, task: Task) -> None:
+def test_weights_are_what_and_where_they_were(config: SupervisedConfig, task: Task) -> None:
     model = scrambled(config, task)
     before = {name: (x.data_ptr(), x.clone()) for name, x in model.named_parameters()}
     searched(config, task, model, batch_size=512)

@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_task
 from safetensors.torch import load_file
 
 from dist_moe.errors import UserError
 from dist_moe.models import BertClassifierConfig
 from dist_moe.models.bert import read_hugging_face
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config, validate_config
-from dist_moe.recipes.supervised.plan import plan_new_run, plan_resumed_run
+from dist_moe.recipes.recipe import load_config, plan_new_run, plan_resumed_run, validate_config
+from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.classification import TextClassificationTask
 from dist_moe.tasks.labelled_text.classification_metrics import f1, matthews, pearson
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
@@ -36,6 +34,7 @@ from tests.helpers.text_runs import (
     write_text_config,
 )
 
+MOEBERT = ["recipe.name=moebert"]
 STUDENT = [
     "model={name: bert_classifier, num_experts: 2, dropout: 0.0, gate: {name: comet, k: 1, gamma: 1.0}}",
     "start.conversion.shared=4",
@@ -65,7 +64,7 @@ def students(config: Path, teachers: dict[int, Path]) -> dict[int, Path]:
 
 
 def task_of(config: Path, *overrides: str) -> TextClassificationTask:
-    task = open_task(load_config(config, overrides), progress=False)
+    task = load_config(config, overrides).data.open(progress=False)
     assert isinstance(task, TextClassificationTask)
     return task
 
@@ -228,7 +227,7 @@ def test_the_ids_of_tokens_are_counted(config: Path) -> None:
     counts = task.id_counts()
     rows = [task.train.batch(np.array([i]), np.array([i])).token_BS.flatten() for i in range(len(task.train))]
     assert torch.equal(counts, torch.bincount(torch.cat(rows), minlength=len(counts)))
-    assert len(counts) == read_hugging_face(load_config(config).start.encoder).shape.vocab  # type: ignore[union-attr]
+    assert len(counts) == read_hugging_face(load_config(config).data.encoder).shape.vocab  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -241,11 +240,17 @@ def test_the_ids_of_tokens_are_counted(config: Path) -> None:
         ),
         (["start.run={student}"], r"start\.run=.*its model has experts; name a run with model\.moe_every=0"),
         (["start.run={absent}"], r"absent"),
-        (["distillation.teacher={absent}"], r"absent"),
+        ([*MOEBERT, "recipe.teacher={absent}"], r"absent"),
         (["start.run={dense}", "data.seed=1"], r"start\.run=.* was trained with data\.seed=0, not 1"),
-        (["distillation.teacher={dense}", "data.seed=1"], r"distillation\.teacher=.* trained with data\.seed=0, not 1"),
-        (["start.run={dense}", "start.encoder={wider}"], r"start: .*has shape \(108, 12\) there and \(108, 24\) here"),
-        (["distillation.teacher={dense}", "start.encoder={wider}"], r"shape \(108, 12\) there and \(108, 24\) here"),
+        (
+            [*MOEBERT, "recipe.teacher={dense}", "data.seed=1"],
+            r"recipe\.teacher=.* trained with data\.seed=0, not 1",
+        ),
+        (["start.run={dense}", "data.encoder={wider}"], r"start: .*has shape \(108, 12\) there and \(108, 24\) here"),
+        (
+            [*MOEBERT, "recipe.teacher={dense}", "data.encoder={wider}"],
+            r"shape \(108, 12\) there and \(108, 24\) here",
+        ),
         ([*STUDENT, "start.run={dense}", "model.moe_every=3"], r"model\.moe_every=3: the encoder has 2 layers"),
         ([*STUDENT, "start.run={dense}", "model.num_experts=3"], r"model\.num_experts=3: .*give model\.expert_hidden"),
         (
@@ -254,9 +259,12 @@ def test_the_ids_of_tokens_are_counted(config: Path) -> None:
         ),
         ([*STUDENT, "start.run={dense}", "start.conversion.method=split"], r"start: conversion\.method=split: experts"),
         (["start.run={dense}", "model.hidden=17"], r"start: model\.hidden=17 exceeds the dense model's 16"),
-        (["distillation.teacher={dense}", "data.name=trec"], r"was trained with data\.name=sms-spam, not trec"),
+        (
+            [*MOEBERT, "recipe.teacher={dense}", "data.name=trec"],
+            r"was trained with data\.name=sms-spam, not trec",
+        ),
         ([f"data.max_length={POSITIONS + 1}"], rf"data\.max_length={POSITIONS + 1}: the encoder has {POSITIONS} pos"),
-        (["start.encoder={absent}"], r"absent has no config\.json"),
+        (["data.encoder={absent}"], r"absent has no config\.json"),
         (["data.tokenizer={larger}"], r"data\.tokenizer knows \d+ tokens, the encoder \d+; leave it out"),
     ],
 )
@@ -285,8 +293,8 @@ def test_what_a_run_cannot_begin_with(
 @pytest.mark.parametrize(
     ("override", "field"),
     [
-        ("distillation=null", "distillation=None"),
-        ("distillation.weight=2", "distillation={'weight': 2.0, 'name': 'moebert'}"),
+        ("recipe.name=supervised", "recipe.name='supervised'"),
+        ("recipe.weight=2", "recipe={'weight': 2.0, 'name': 'moebert'}"),
         ("start.conversion.shared=3", "start.conversion={"),
         ("start.importance_examples=7", "start.importance_examples=7"),
         ("start.run=null", "start.run=None"),
@@ -299,11 +307,11 @@ def test_a_run_that_goes_on_follows_its_teacher_as_before(students: dict[int, Pa
 
 def test_a_teacher_may_have_moved(students: dict[int, Path], teachers: dict[int, Path], tmp_path: Path) -> None:
     moved = shutil.copytree(teachers[1], tmp_path / "moved")
-    assert plan_resumed_run(students[1], [f"distillation.teacher={moved}"]).checkpoint
+    assert plan_resumed_run(students[1], [*MOEBERT, "recipe.teacher={moved}"]).checkpoint
     recorded = load_config(moved / "config.yaml", ["data.seed=1"])
     (moved / "config.yaml").write_text(yaml.safe_dump(recorded.plain()))
-    with pytest.raises(UserError, match=r"distillation\.teacher=.* was trained with data\.seed=1, not 0"):
-        plan_resumed_run(students[1], [f"distillation.teacher={moved}"])
+    with pytest.raises(UserError, match=r"recipe\.teacher=.* was trained with data\.seed=1, not 0"):
+        plan_resumed_run(students[1], [*MOEBERT, "recipe.teacher={moved}"])
 
 
 def test_a_model_that_is_asked_again_knows_how_long_its_run_was(
@@ -319,7 +327,7 @@ def test_a_model_that_is_asked_again_knows_how_long_its_run_was(
 
 
 def test_only_text_classifiers_start_from_something() -> None:
-    for section in ({"start": {}}, {"distillation": {"teacher": "somewhere"}}):
+    for section in ({"start": {}}, {"recipe": {"name": "moebert", "teacher": "somewhere"}}):
         wanted = rf"{next(iter(section))}: for model\.name=bert_classifier or bert_answerer, not recommender"
         with pytest.raises(UserError, match=wanted):
             validate_config(section).check(1)

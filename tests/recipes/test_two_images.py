@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_task
 
 from dist_moe.engine.checkpoint.files import newest_checkpoint
 from dist_moe.engine.checkpoint.loading import load_model
@@ -22,8 +20,8 @@ from dist_moe.gates.hash_routing import HashRouting, balanced_assignment
 from dist_moe.models import TwoImageClassifier
 from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.recipes.supervised.plan import plan_resumed_run
+from dist_moe.recipes.recipe import load_config, plan_resumed_run
+from dist_moe.tasks import build_model
 from tests.data.tiny_images import write_tiny_images
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
@@ -93,7 +91,7 @@ def test_evaluate_gives_the_same_figures_again(runs: dict[int, Path], world: int
 def by_hand(run: Path) -> tuple[Figures, Figures]:
     """Test figures of the model and of the constant predictor, one pair of images after the other."""
     plan = plan_resumed_run(run, ["parallel.expert_parallel_size=1"])
-    with process_groups(plan.environment, plan.config.parallel) as groups:
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
         model = build_model(plan.config, plan.task, groups.world).eval()
         assert isinstance(model, TwoImageClassifier)
         load_model(model, newest_checkpoint(run))
@@ -160,7 +158,7 @@ def test_the_ids_of_images_are_counted(config: Path) -> None:
     """Balanced assignment deals out the training images' ids by how often they occur, not all ids alike."""
     options = ["model.gate={name: hash, assignment: balanced}", "model.permutation=null"]
     run_config = load_config(config, options)
-    task = open_task(run_config, progress=False)
+    task = run_config.data.open(progress=False)
     images = [task.train.batch(np.array([i]), np.array([i])).image_BD for i in range(len(task.train))]
     expected = Counter(int(pixel_ids(image_1D)) for image_1D in images)
     counts = task.id_counts()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.data.labelled_text.tokens import PADDING_TOKENS, open_tokenizer, padding_of
 from dist_moe.errors import UserError
 from dist_moe.models import BertConfig, BertModel, MoEModel, Transformer, TransformerConfig
@@ -19,12 +18,11 @@ from dist_moe.models.hugging_face.decoder import write_decoder
 from dist_moe.models.hugging_face.decoder_config import CLASSES, Architecture
 from dist_moe.models.hugging_face.tokenizer_files import write_tokenizer
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.runs import find_weights
+from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from dist_moe.tasks.language.task import LanguageModelTask
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_task
 from dist_moe.tasks.task import Task
 
 SPECIAL_TOKENS = {
@@ -60,7 +58,7 @@ def export_hugging_face(
     weights = find_weights(source)
     config = weights.config
     _check(config, architecture)
-    task = open_task(config, progress=True)
+    task = config.data.open(progress=True)
     model = build_model(config, task, SingleWorld())
     weights.load(model)
     if isinstance(model, Transformer):
@@ -71,7 +69,7 @@ def export_hugging_face(
     return HuggingFaceExport(directory, written, sum(kept))
 
 
-def _check(config: RunConfig, architecture: Architecture | None) -> None:
+def _check(config: SupervisedConfig, architecture: Architecture | None) -> None:
     if not isinstance(config.model, TransformerConfig | BertConfig):
         raise UserError(
             f"model.name={config.model.name} is none that transformers knows; a transformer, or a BERT, can be written"
@@ -85,7 +83,7 @@ def _check(config: RunConfig, architecture: Architecture | None) -> None:
 def _write_decoder(
     model: Transformer,
     task: Task,
-    config: RunConfig,
+    config: SupervisedConfig,
     directory: Path,
     dtype: torch.dtype,
     architecture: Architecture | None,
@@ -105,9 +103,9 @@ def _write_decoder(
     return CLASSES[written]
 
 
-def _write_bert(model: MoEModel, task: Task, config: RunConfig, directory: Path, dtype: torch.dtype) -> str:
-    data, section = config.data, config.model
-    assert isinstance(data, LabelledTextConfig | QuestionsConfig)
+def _write_bert(model: MoEModel, task: Task, config: SupervisedConfig, directory: Path, dtype: torch.dtype) -> str:
+    data: Any = config.data
+    section = config.model
     assert isinstance(task, LabelledTextTask)
     assert isinstance(model, BertModel)
     assert isinstance(section, BertConfig)
@@ -128,5 +126,5 @@ def _first_known(tokenizer: Tokenizer, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if tokenizer.token_to_id(name) is not None), None)
 
 
-def _total_steps(task: Task, config: RunConfig) -> int:
+def _total_steps(task: Task, config: SupervisedConfig) -> int:
     return config.train.total_steps(len(task.train) // config.train.batch_size)

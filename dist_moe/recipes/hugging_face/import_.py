@@ -26,10 +26,10 @@ from dist_moe.models.hugging_face.decoder_config import CLASSES
 from dist_moe.models.hugging_face.tokenizer_files import TOKENIZER
 from dist_moe.models.placed_weights import ROUTERS, place_weights
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import RunConfig, override, validate_config
+from dist_moe.recipes.recipe import set_fields, validate_config
+from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.tasks import build_model
 from dist_moe.tasks.language.task import LanguageModelTask
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_task
 
 _SIZES = TransformerConfig.model_fields.keys() - OF_MIXTURES - {"name"}
 
@@ -40,7 +40,7 @@ def import_hugging_face(
     config_path: Path,
     conversion: DecoderConversionConfig,
     overrides: Sequence[str] = (),
-) -> tuple[Path, RunConfig]:
+) -> tuple[Path, SupervisedConfig]:
     """``dist-moe import DIR RUN_DIR --config CONFIG``: step 0 of a run that has yet to train. Its checkpoint.
 
     The sizes of the model are those of the checkpoint, whatever CONFIG says. A dense checkpoint is up-cycled where
@@ -50,7 +50,7 @@ def import_hugging_face(
     run.check_unused("RUN_DIR")
     assignments = dict(parse_override(text) for text in overrides)
     content = read_yaml(config_path)
-    override(content, assignments)
+    set_fields(content, overrides)
     validate_config(content)  # and its modules are imported: a gate in the directory may be one of theirs
     checkpoint = read_decoder(source)
     config = validate_config(_fitted(content, assignments, checkpoint, conversion))
@@ -65,9 +65,9 @@ def import_hugging_face(
     return written, config
 
 
-def _open(config: RunConfig) -> tuple[LanguageModelTask, Transformer]:
+def _open(config: SupervisedConfig) -> tuple[LanguageModelTask, Transformer]:
     """The data and the whole model, in this process."""
-    task = open_task(config, progress=True)
+    task = config.data.open(progress=True)
     assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
     model = build_model(config, task, SingleWorld())
     assert isinstance(model, Transformer)

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from dist_moe.config.validation import default_name
+from dist_moe.engine.callbacks import CallbackConfig
 from dist_moe.engine.deepspeed.checks import check_deepspeed_section
-from dist_moe.engine.loop import TrainConfig
+from dist_moe.engine.settings import TrainConfig
 from dist_moe.errors import UserError
 from dist_moe.models import MODELS, ModelConfig, models_of_kind
 from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig
@@ -52,6 +53,10 @@ class SupervisedConfig(RecipeConfig):
         None,
         description="moving experts between the ranks of a group while training, so that the heaviest rank gets "
         "lighter (null: experts stay where they are); the model computes the same either way",
+    )
+    callbacks: tuple[CallbackConfig, ...] = Field(
+        (),
+        description="callbacks of your own that modules under imports register, in the order in which they are called",
     )
     start: StartConfig | None = Field(
         None, description="what a new run starts from (null: random weights; of a BERT, those of data.encoder)"
@@ -127,6 +132,10 @@ class SupervisedConfig(RecipeConfig):
         if self.start is not None and model.name not in self.start.models:
             fitting = " or ".join(self.start.models)
             raise UserError(f"start: for model.name={fitting}, not {model.name}; leave it out")
+        self.recipe.check_config(self)
+        head = getattr(model, "auxiliary_head", None)
+        if head is not None and self.recipe.name != "dhkd":
+            raise UserError(f"model.auxiliary_head={head}: nothing trains it without recipe.name=dhkd; set it to null")
         for fault in model.gate.validation_errors(model.num_experts):
             raise UserError(f"model.gate.{fault}")
         for field, remedy in [] if model.num_moe_layers else self._needing_experts():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_moe.config.overrides import parse_override
 from dist_moe.engine.checkpoint.export import (
     Exported,
     export_checkpoint,
@@ -133,3 +134,26 @@ def _run_and_checkpoint(path: Path) -> tuple[RunDirectory | None, Path | None]:
         return run, None
     run = RunDirectory(path.resolve().parent.parent)
     return (run if run.config.is_file() else None), path
+
+
+_GATE = "model.gate."
+
+
+def for_evaluation(config: Any, overrides: Sequence[str]) -> Any:
+    """Return ``config`` with ``model.gate.FIELD=VALUE`` overrides of options on which no weight depends.
+
+    They are the gate's ``evaluation_fields``. Raises UserError for any other field, and for a wrong value.
+    """
+    if not overrides:
+        return config
+    gate = config.model.gate
+    for key, value in dict(parse_override(text) for text in overrides).items():
+        if key.removeprefix(_GATE) not in gate.evaluation_fields or not key.startswith(_GATE):
+            allowed = ", ".join(_GATE + field for field in gate.evaluation_fields) or "none of this gate"
+            raise UserError(f"{key}={value}: the weights belong to what they were trained with; allowed: {allowed}")
+    content = config.plain()
+    set_fields(content, overrides)
+    changed = validate_config(content)
+    for fault in changed.model.gate.validation_errors(changed.model.num_experts):
+        raise UserError(f"{_GATE}{fault}")
+    return changed

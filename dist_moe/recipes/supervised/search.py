@@ -12,7 +12,7 @@ from dist_moe.engine.collectives import wait_for_all
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.recipes.callbacks.swap_search import search_swaps
-from dist_moe.recipes.supervised.train import TrainedRun, trained_run
+from dist_moe.recipes.supervised.evaluate import TrainedRun, trained_run
 from dist_moe.search import SwapSearchConfig
 from dist_moe.tasks.evaluation import evaluate
 
@@ -29,10 +29,10 @@ def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[st
     """
     environment = LaunchEnvironment.read()
     found = RunDirectory(output)
-    if environment.is_first:
+    if environment.is_rank_zero:
         found.check_unused("--output")
     with trained_run(run_dir) as run:
-        if environment.is_first:
+        if environment.is_rank_zero:
             found.create()
         run.model.end_learning()
         before = _figures(run)
@@ -49,7 +49,7 @@ def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[st
             "test_before": before,
             "test_after": after,
         }
-        if environment.is_first:
+        if environment.is_rank_zero:
             _write(run, run_dir, found, report)
         wait_for_all()
     return report

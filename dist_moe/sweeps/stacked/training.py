@@ -20,19 +20,19 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dist_moe.data.batches import ShuffledFeed, shard_batches
+from dist_moe.engine.callbacks import EarlyStopping
 from dist_moe.engine.deepspeed.config import is_adam, lookup
-from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.loop import seed_step
+from dist_moe.engine.training import seed_step
 from dist_moe.layer import DenseReplay
 from dist_moe.models import ModelOutput
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.callbacks.swap_search import search_swaps
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps.stacked.parameters import AdamSettings, StackedParameters
 from dist_moe.sweeps.stacked.permutations import LAYER, StackedPermutations
+from dist_moe.tasks import build_model
 from dist_moe.tasks.evaluation import expert_figures
-from dist_moe.tasks.models import build_model
 from dist_moe.tasks.task import Task
 
 VARYING = (
@@ -52,7 +52,7 @@ Report = Callable[[int, int, float], bool]
 Figures = dict[str, float]
 
 
-def stack_key(config: RunConfig) -> str:
+def stack_key(config: SupervisedConfig) -> str:
     """Equal for configurations that can be trained in one stack."""
     content = config.plain()
     for dotted in VARYING:
@@ -65,7 +65,7 @@ def stack_key(config: RunConfig) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-def stack_fault(config: RunConfig) -> str | None:
+def stack_fault(config: SupervisedConfig) -> str | None:
     """Why this configuration cannot be trained in a stack; None if it can."""
     section, gate = config.deepspeed, config.model.gate
     if not config.model.one_layer:
@@ -85,7 +85,9 @@ def stack_fault(config: RunConfig) -> str | None:
     return None
 
 
-def train_stack(task: Task, configs: Sequence[RunConfig], report: Report) -> list[tuple[Figures, Figures, int] | None]:
+def train_stack(
+    task: Task, configs: Sequence[SupervisedConfig], report: Report
+) -> list[tuple[Figures, Figures, int] | None]:
     """(validation figures, test figures, steps) of each configuration; None where ``report`` asked to stop.
 
     ``report(i, step, loss)`` is called after each validation of trial i. The configurations have one
@@ -95,7 +97,7 @@ def train_stack(task: Task, configs: Sequence[RunConfig], report: Report) -> lis
 
 
 class _StackedTraining:
-    def __init__(self, task: Task, configs: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
+    def __init__(self, task: Task, configs: Sequence[SupervisedConfig], environment: LaunchEnvironment) -> None:
         self._task = task
         self._configs = list(configs)
         self._environment = environment
@@ -108,7 +110,9 @@ class _StackedTraining:
         self._stack = StackedParameters(models, environment.device)
         self._permutations = StackedPermutations([model.tables[LAYER] for model in models], self._stack)
         self._trials = list(range(len(configs)))
-        self._progress = [EarlyStopping(self._train.patience) for _ in configs]
+        self._progress = [
+            EarlyStopping(math.inf if self._train.patience is None else self._train.patience) for _ in configs
+        ]
         self._kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._val: dict[int, Figures] = {}
         self._steps: dict[int, int] = {}
@@ -178,7 +182,7 @@ class _StackedTraining:
         staying, pruned = [], set()
         for place, trial in enumerate(self._trials):
             loss, progress = figures[place]["loss"], self._progress[trial]
-            if progress.add(step, loss) or progress.patience is None or trial not in self._kept:
+            if progress.is_better(loss) or self._train.patience is None or trial not in self._kept:
                 self._kept[trial] = self._stack.state_of(place)
                 self._val[trial] = figures[place]
             self._steps[trial] = step
@@ -251,7 +255,7 @@ def _set_on_gates(gates: torch.nn.Module, numbers: dict[str, Any]) -> None:
             setattr(gate, name, value)
 
 
-def _adam_settings(config: RunConfig) -> AdamSettings:
+def _adam_settings(config: SupervisedConfig) -> AdamSettings:
     optimizer = config.deepspeed["optimizer"]
     params = optimizer.get("params") or {}
     first, second = params.get("betas", (0.9, 0.999))

