@@ -89,8 +89,9 @@ def naive_trained() -> dict[str, Tensor]:
             x_D = torch.cat([model.user_embedding.weight[user], model.item_embedding.weight[item]])
             for gate, tower in zip(model.moe.gates, model.towers, strict=True):
                 weight_E = naive_gate(gate, x_D.unsqueeze(0))[0][0]
-                experts = zip(weight_E, bank.scale, bank.weight, strict=True)
-                y_F = sum((weight * (torch.tanh(x_D * s_D) @ w_DF) for weight, s_D, w_DF in experts), torch.zeros(WIDTH))
+                y_F = torch.zeros(WIDTH, dtype=torch.float64)
+                for weight, scale_D, w_DF in zip(weight_E, bank.scale, bank.weight, strict=True):
+                    y_F = y_F + weight * (torch.tanh(x_D * scale_D) @ w_DF)
                 loss = loss + tower(y_F).square().sum()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -112,7 +113,8 @@ def test_it_is_planned_and_listed(tmp_path: Path, tiny_data: dict[str, str]) -> 
     plan = plan_of(write_config(tmp_path, tiny_data, model=section), 2, "parallel.expert_parallel_size=2")
     assert plan.state.expert_parameters == 2 * 12 * (WIDTH + 1) * 4  # on a rank: experts, their numbers, fp32
     assert plan.loads[0].activations > 0
-    assert field_listing([SupervisedConfig], "model.experts.width").startswith("model.experts.width: int >= 1, default 5")
+    (line, _) = field_listing([SupervisedConfig], "model.experts.width").splitlines()
+    assert line == "model.experts.width: int >= 1, default 5  [tanh]"
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -257,7 +257,7 @@ def _wire_seconds(
 
 
 def node_skew(layout: Layout, skew: float) -> float:
-    """Return the heaviest node's load over the mean, if ranks' loads differ independently: their excess averages out."""
+    """Return the heaviest node's load over the mean, if ranks' loads are independent: their excess averages out."""
     return float(min(1 + (skew - 1) / math.sqrt(layout.group_in_node), layout.nodes_of_group))
 
 
