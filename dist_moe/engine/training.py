@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,11 +59,11 @@ class StepLoss:
     """What an objective makes of a micro-batch.
 
     ``loss``: 0-dim; its mean over ranks and micro-batches is what the step minimises. ``sums``: numbers to record,
-    which add up over micro-batches and ranks; the same names in every step.
+    which add up over micro-batches and ranks; the same names in every step. Without any the loss is recorded.
     """
 
     loss: Tensor
-    sums: Sums
+    sums: Sums = field(default_factory=dict)
 
 
 Objective = Callable[[nn.Module, Any], StepLoss]
@@ -281,15 +281,17 @@ class Trainer:
 
         # DeepSpeed accumulates gradients itself: of its ``step`` calls only the last micro-batch's takes the step.
         sums, lr, recorder = [], engine.get_lr()[0], Recorder()
+        batches = self.feed.micro_batches(step)
+        shares = len(batches) * self.groups.environment.world_size
         with recording(recorder):
-            for batch in self.feed.micro_batches(step):
+            for batch in batches:
                 ACTIVITY.enter("forward")
                 result = self._objective(engine, batch)
                 ACTIVITY.enter("backward")
                 engine.backward(result.loss)
                 ACTIVITY.enter("optimizer")
                 engine.step()
-                sums.append(result.sums)
+                sums.append(result.sums or {"loss": result.loss.detach() / shares})
 
         # Nothing is read from the device here: the window keeps tensors until the ranks' numbers are collected.
         counts: Sums = {"stop": self._stop.signal_number, "writing": int(self._saver.writing)}

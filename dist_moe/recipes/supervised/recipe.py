@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +137,7 @@ class SupervisedRecipe(RecipeSettings):
         if start.environment.is_rank_zero:
             if fitted.interrupted:
                 hint = f"go on with: dist-moe train --resume {start.run.root}"
-                print(f"stopped after step {fitted.steps}; {hint}", file=sys.stderr)
+                start.say(f"stopped after step {fitted.steps}; {hint}")
             else:
                 summarise(plan, result, ending)
         return result

@@ -60,7 +60,7 @@ def find_weights(path: Path) -> Weights:
             f"{path} is a checkpoint outside of a run directory: the configuration of its model is not known"
         )
     config = load_config(run.config)
-    found = checkpoint or tested_checkpoint(run.root)
+    found = checkpoint or tested_checkpoint(config.recipe.result_of(run.root))
     verify_checkpoint(found)
     return Weights(found, config, lambda model: load_model(model, found))
 
