@@ -90,7 +90,7 @@ def move_at_every_stage(config: Path, ep: int, unused: Path, steps: int = 3) -> 
         [f"parallel.expert_parallel_size={ep}", f"deepspeed.zero_optimization.stage={stage}"] for stage in STAGES
     ]
     plans = [plan_new_run(config, of_stage, unused) for of_stage in overrides]
-    with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
+    with process_groups(plans[0].start.environment, plans[0].config.parallel) as groups:
         for plan in plans:
             engine = engine_of(plan, groups)
             train_steps(engine, plan, range(steps))
