@@ -1,6 +1,6 @@
 """Experts: banks of stacked weights. Pure modules that hold one rank's share and know no ranks."""
 
-from dist_moe.experts.bank import ExpertBank, ExpertSettings
+from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds
 from dist_moe.experts.bert_feed_forward import BertFeedForwardBank
 from dist_moe.experts.conv import ConvBank, ConvConfig
 from dist_moe.experts.dense_relu import DenseReLUBank, DenseReLUConfig
@@ -18,4 +18,5 @@ __all__ = [
     "ExpertSettings",
     "FeedForwardBank",
     "FeedForwardConfig",
+    "InitStds",
 ]

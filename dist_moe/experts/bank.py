@@ -91,24 +91,20 @@ class ExpertBank(nn.Module, ABC):
         return [torch.Generator().manual_seed((base + 0x9E3779B97F4A7C15 * e) % 2**63) for e in self.expert_ids]
 
 
+InitStds = tuple[float, float] | None
+"""Deviations of normal first weights: of those that rows go into, and of those that give the result."""
+
+
 class ExpertSettings(Settings, ABC):
     """An expert type as a section of the configuration: a literal ``name`` and the type's own fields."""
 
     name: str
 
     @abstractmethod
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        expert_ids: Sequence[int],
-        *,
-        init_stds: tuple[float, float] | None = None,
-    ) -> ExpertBank:
+    def build(self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None) -> ExpertBank:
         """Return the experts ``expert_ids`` out of ``num_experts``, which take rows of width ``dim``.
 
-        ``init_stds``: the deviations of normal first weights that the model asks for, of weights that rows go into and
-        of those that give the result; a type that begins by rules of its own may ignore them.
+        ``init_stds``: asked for by the model; a type that begins by rules of its own may ignore them.
         """
 
     def validation_errors(self, dim: int, out_dim: int | None = None) -> Iterator[str]:

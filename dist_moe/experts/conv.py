@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_moe import kernels
-from dist_moe.experts.bank import ExpertBank, ExpertSettings
+from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds
 
 KERNEL_SIDE = 5
 POOL_SIDE = 2
@@ -36,14 +36,7 @@ class ConvConfig(ExpertSettings):
         (50, 50), description="units of the two dense layers of each expert; the last are the width of its result"
     )
 
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        expert_ids: Sequence[int],
-        *,
-        init_stds: tuple[float, float] | None = None,
-    ) -> ConvBank:
+    def build(self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None) -> ConvBank:
         """Return the experts ``expert_ids`` over images of ``dim`` pixels; glorot-uniform, whatever ``init_stds``."""
         return ConvBank(math.isqrt(dim), num_experts, expert_ids, self.channels, self.units)
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe import kernels
-from dist_moe.experts.bank import ExpertBank, ExpertSettings
+from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds
 
 
 class DenseReLUConfig(ExpertSettings):
@@ -20,14 +20,7 @@ class DenseReLUConfig(ExpertSettings):
     units: int = Field(256, ge=1, description="units of each expert: the width of its result")
     dropout: float = Field(0.5, ge=0, lt=1, description="dropout on the experts' results")
 
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        expert_ids: Sequence[int],
-        *,
-        init_stds: tuple[float, float] | None = None,
-    ) -> DenseReLUBank:
+    def build(self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None) -> DenseReLUBank:
         """Return the experts ``expert_ids``; their first weights are glorot-uniform, whatever ``init_stds``."""
         return DenseReLUBank(dim, self.units, num_experts, expert_ids, self.dropout)
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe import kernels
-from dist_moe.experts.bank import ExpertBank, ExpertSettings
+from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds
 
 
 class FeedForwardConfig(ExpertSettings):
@@ -25,12 +25,7 @@ class FeedForwardConfig(ExpertSettings):
     bias: bool = Field(False, description="add biases to both products")
 
     def build(
-        self,
-        dim: int,
-        num_experts: int,
-        expert_ids: Sequence[int],
-        *,
-        init_stds: tuple[float, float] | None = None,
+        self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None
     ) -> FeedForwardBank:
         """Return the experts ``expert_ids``, which take and give rows of width ``dim``."""
         return FeedForwardBank(

@@ -106,12 +106,12 @@ def test_shipped_configurations_are_valid(capsys: pytest.CaptureFixture[str], pa
 
 
 def test_a_shown_configuration_is_itself_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["config", str(CONFIGS[0]), "model.experts.dropout=0.25", "seed=7"]) == 0
+    assert main(["config", str(CONFIGS[0]), "model.dropout=0.25", "seed=7"]) == 0
     first = capsys.readouterr().out
     (tmp_path / "shown.yaml").write_text(first)
     assert main(["config", str(tmp_path / "shown.yaml")]) == 0
     assert capsys.readouterr().out == first
-    assert yaml.safe_load(first)["model"]["experts"]["dropout"] == 0.25
+    assert yaml.safe_load(first)["model"]["dropout"] == 0.25
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("0.25", 0.25), ("1.5E-2", 0.015)])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dist_moe import kernels
 from dist_moe.config.listing import field_listing
 from dist_moe.errors import UserError
-from dist_moe.experts import EXPERTS, ExpertBank, ExpertSettings
+from dist_moe.experts import EXPERTS, ExpertBank, ExpertSettings, InitStds
 from dist_moe.gates import TopKConfig
 from dist_moe.models import Recommender, RecommenderConfig, RunShape, TransformerConfig
 from dist_moe.parallel import SingleWorld, World
@@ -32,9 +32,7 @@ class TanhConfig(ExpertSettings):
     name: Literal["tanh"] = "tanh"
     width: int = Field(5, ge=1, description="width of the result")
 
-    def build(
-        self, dim: int, num_experts: int, expert_ids: Sequence[int], *, init_stds: tuple[float, float] | None = None
-    ) -> TanhBank:
+    def build(self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None) -> TanhBank:
         return TanhBank(dim, self.width, num_experts, expert_ids)
 
 

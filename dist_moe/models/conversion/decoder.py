@@ -61,7 +61,7 @@ def convert_decoder(
     ``dense``: weights by name of a model of ``dense_config``, without experts. Raises UserError naming the fields that
     do not fit together.
     """
-    for fault in conversion_faults(dense_config, config, conversion):
+    for fault in conversion_errors(dense_config, config, conversion):
         raise UserError(fault)
     weights = {name: tensor.detach() for name, tensor in dense.items()}
     for layer in range(config.layers):
@@ -84,7 +84,7 @@ def width_of_experts(dense_config: TransformerConfig, num_experts: int, conversi
     return dense_config.dense_hidden // (num_experts if conversion.method == "split" else 1)
 
 
-def conversion_faults(
+def conversion_errors(
     dense_config: TransformerConfig, config: TransformerConfig, conversion: DecoderConversionConfig
 ) -> Iterator[str]:
     """Yield what of the two models does not fit together, as "field=value: reason"."""

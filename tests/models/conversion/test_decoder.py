@@ -102,6 +102,7 @@ def test_gates_differ_alone(conversion: DecoderConversionConfig) -> None:
             {"num_experts": 5, "experts": {"hidden": 2}},
             "num_experts=5 does not divide the feed-forward width 12",
         ),
+        (DecoderConversionConfig(), {"experts": {"hidden": 12, "bias": True}}, "use model.experts.bias=False"),
         (DecoderConversionConfig(), {"shared_hidden": 3}, "model.shared_hidden=3"),
         (DecoderConversionConfig(), {"dim": 16}, "model.dim=16, but the dense model has 8"),
         (DecoderConversionConfig(), {"kv_heads": 4}, "model.kv_heads=4, but the dense model has 2"),

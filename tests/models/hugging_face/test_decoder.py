@@ -267,6 +267,16 @@ def test_a_stock_mixtral_has_our_logits_and_our_permutation(tmp_path: Path) -> N
         ({"moe_every": 1, "gate": TopKConfig(k=2)}, "mixtral", "model.gate.bias=True"),
         ({"moe_every": 1, "gate": TopKConfig(bias=False, scores="sigmoid")}, "mixtral", "model.gate.scores=sigmoid"),
         ({"moe_every": 1, "gate": ROUTER, "shared_hidden": 3}, "mixtral", "model.shared_hidden=3"),
+        (
+            {"moe_every": 1, "gate": ROUTER, "experts": {"name": "dense_relu", "units": 8}},
+            "mixtral",
+            "model.experts.name=dense_relu: .* cannot be written as Mixtral.*; architectures that .* it: dist_moe",
+        ),
+        (
+            {"moe_every": 1, "gate": ROUTER, "experts": {"activation": "gelu"}},
+            "mixtral",
+            "model.experts.activation=gelu",
+        ),
     ],
 )
 def test_what_an_architecture_has_no_place_for(
@@ -299,7 +309,7 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
 def test_a_gate_that_there_is_not_is_named(tmp_path: Path) -> None:
     write_decoder(make_transformer(), tmp_path)
     mixture = json.loads((tmp_path / "config.json").read_text())["mixture"]
-    with pytest.raises(UserError, match=r"cannot be followed: gate: .*gate\.name='oracle' is not a gate"):
+    with pytest.raises(UserError, match=r"cannot be followed: gate\.name='oracle' is not a gate"):
         read_decoder(reconfigure(tmp_path, mixture=mixture | {"gate": {"name": "oracle"}}))
 
 
