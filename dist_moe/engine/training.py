@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dist_moe.engine.callbacks import Callback, EarlyStopping, PeriodicCheckpoints, PermutationImages
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, drop_after
+from dist_moe.engine.checkpoint.format import TrainingHistory
 from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
-from dist_moe.engine.checkpoint.snapshot import TrainingHistory
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.sharded_parameters import restore_parameters
@@ -32,6 +32,7 @@ from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.step_window import StepWindow, Sums, add_sums
 from dist_moe.engine.monitor.trackers import TrackerSettings
 from dist_moe.engine.settings import TrainConfig
+from dist_moe.engine.trainable import Trained, hold_still
 from dist_moe.errors import DivergedError
 from dist_moe.recording import Recorder, recording
 from dist_moe.search import SlotTable
@@ -94,6 +95,7 @@ def fit(
     *,
     deepspeed: Mapping[str, Any] = DEFAULT_DEEPSPEED,
     seed: int = 0,
+    trained: Trained | None = None,
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[TrackerSettings] = DEFAULT_TRACKERS,
     run: RunDirectory | None = None,
@@ -114,6 +116,8 @@ def fit(
             and a ``run``.
         deepspeed: DeepSpeed's own configuration: optimizer, ZeRO stage, precision, accumulation.
         seed: of the random numbers of every step, such as dropout's.
+        trained: names or patterns of the parameters that train, see :func:`~dist_moe.engine.trainable.hold_still`; the
+            rest of the model, buffers too, is bit-equal afterwards. None: all train.
         callbacks: what else happens; called in this order, after the objective and before monitoring.
         trackers: what takes down the numbers, into the directory of ``run``.
         run: where checkpoints and records go; None: nothing is written.
@@ -129,6 +133,8 @@ def fit(
         if groups is None:
             groups = stack.enter_context(process_groups(LaunchEnvironment.read(), ParallelConfig()))
         section = complete_deepspeed_section(dict(deepspeed), settings.batch_size, groups.environment.world_size)
+        if trained is not None:
+            stack.enter_context(hold_still(model, trained))
         engine = ExpertParallelEngine(model, section, groups)
         stack.callback(engine.destroy)  # else its hooks keep it, the model and the groups' threads alive
         trainer = Trainer(engine, feed, objective, settings, seed, callbacks, trackers, run, stop or StopRequest())

@@ -35,7 +35,8 @@ class RecommenderConfig(MoEModelConfig):
     tower_units: int = Field(256, ge=1, description="units of each task's tower")
 
     def validation_errors(self) -> Iterator[str]:
-        """Yield what the experts say of both embeddings side by side."""
+        """Yield what does not fit together, as "field=value: reason"; experts take both embeddings side by side."""
+        yield from super().validation_errors()
         yield from self.experts.validation_errors(2 * self.embedding_dim)
 
     def build(self, num_users: int, num_items: int, run: RunShape, num_targets: int = 2) -> Recommender:

@@ -73,6 +73,7 @@ class TransformerConfig(MoEModelConfig):
 
     def validation_errors(self) -> Iterator[str]:
         """Yield what does not fit together, as "field=value: reason"."""
+        yield from super().validation_errors()
         if self.dim % self.heads:
             yield f"heads={self.heads} does not divide dim={self.dim}"
         elif (self.dim // self.heads) % 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_moe.engine.deepspeed.precision import parameter_dtype
+from dist_moe.engine.deepspeed.config import parameter_dtype
 from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
 from dist_moe.recipes.supervised.config import SupervisedConfig

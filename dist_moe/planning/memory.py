@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.deepspeed.checks import optimizer_on_one_number
-from dist_moe.engine.deepspeed.config import zero_stage
+from dist_moe.engine.deepspeed.config import parameter_dtype, zero_stage
 from dist_moe.engine.deepspeed.engine import is_expert_parameter, mark_experts
-from dist_moe.engine.deepspeed.precision import parameter_dtype
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.planning.activations import RowsPerToken, bytes_per_example
@@ -227,9 +226,8 @@ def _cases(model: MoEModel, config: SupervisedConfig) -> list[tuple[str, int, bo
     if not model.moe_layers:
         return [("no experts", 0, False)]
     experts = config.model.num_experts
-    per_gate = config.model.gate.experts_per_token(experts)
     gates = max(len(layer.gates) for layer in model.moe_layers.values())
-    hard = min(experts, per_gate * gates)
+    hard = min(experts, config.model.experts_per_token * gates)
     return [
         ("k experts per token, even load", hard, False),
         ("k experts per token, all to one rank", hard, True),

@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import nn
 
-from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint, write_json
+from dist_moe.config.files import write_json
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint
 from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
 from dist_moe.engine.launch.environment import LaunchEnvironment

@@ -88,7 +88,7 @@ def work_of_model(model: MoEModel, config: SupervisedConfig, states: int, value_
 
     ``model``: with one MoE layer; it may be without storage.
     """
-    k = config.model.gate.experts_per_token(config.model.num_experts)
+    k = config.model.experts_per_token
     (moe,) = model.moe_layers.values()
     layer = work_of_layer(moe.experts, moe.each_gate, k)
     experts = {id(parameter) for parameter in moe.experts.parameters()}

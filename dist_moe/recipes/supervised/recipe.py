@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from dist_moe.config.files import write_json
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.callbacks import Callback, Validation
-from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint, write_json
+from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint
 from dist_moe.engine.checkpoint.loading import read_trainer_state
 from dist_moe.engine.collectives import gather_objects
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
