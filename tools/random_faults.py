@@ -162,12 +162,12 @@ def write_config(work: Path, steps: int) -> Path:
     root = write_tiny_movielens(work / "raw", users=120, items=90)
     # Two leaves from the first step on, so that loads are uneven and experts soon have a reason to move.
     gate = {"name": "comet", "k": 2, "gamma": 1.0, "entropy_weight": 0.05, "max_active": 2}
-    sizes = {"embedding_dim": 8, "num_experts": 8, "expert_units": 16, "tower_units": 16}
+    sizes = {"embedding_dim": 8, "num_experts": 8, "tower_units": 16}
     train = {"epochs": 1000, "max_steps": steps, "batch_size": 64, "log_every": 5, "validate_every": 25}
     content = {
         "imports": ["tools.phase_marks"],
         "data": {"root": str(root), "cache": str(work / "cache")},
-        "model": sizes | {"dropout": 0.3, "gate": gate},
+        "model": sizes | {"experts": {"units": 16, "dropout": 0.3}, "gate": gate},
         "swap_search": {"every_epochs": 0.2, "examples": 256, "max_swaps": 4},
         "placement": {"every_steps": 6, "threshold": 1, "least_return": 0, "window": 10},
         "train": train | {"checkpoint_every": 7, "keep_checkpoints": 2},

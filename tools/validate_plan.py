@@ -33,7 +33,7 @@ from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
-from dist_moe.experts import DenseReLUBank
+from dist_moe.experts import DenseReLUBank, DenseReLUConfig
 from dist_moe.gates import TopK, TopKConfig
 from dist_moe.layer import MoE
 from dist_moe.models import RecommenderConfig, RunShape
@@ -206,7 +206,11 @@ def training_case(exchange: ExchangeName, groups: ProcessGroups, layout: Layout,
     half = options.width // 2
     gate = TopKConfig(name="top_k", k=K)
     model_config = RecommenderConfig(
-        embedding_dim=half, expert_units=options.width, tower_units=options.width, num_experts=EXPERTS, gate=gate
+        embedding_dim=half,
+        experts=DenseReLUConfig(units=options.width),
+        tower_units=options.width,
+        num_experts=EXPERTS,
+        gate=gate,
     )
     config = SupervisedConfig(model=model_config)
     model = model_config.build(USERS, ITEMS, RunShape(groups.world, 1000))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 overrides: any field of the configuration, by its dotted name; values are YAML.
-  seed=1  train.max_steps=200  train.batch_size=1024  model.dropout=0
+  seed=1  train.max_steps=200  train.batch_size=1024  model.experts.dropout=0
   model.gate.name=top_k  model.gate.k=2  model.permutation.epochs=0.2  model.permutation=null
   parallel.expert_parallel_size=2  deepspeed.zero_optimization.stage=2
   deepspeed.optimizer.params.lr=0.001  deepspeed.gradient_clipping=1.0

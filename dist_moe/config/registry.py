@@ -12,6 +12,7 @@ To add an entry: decorate a settings class with ``@GATES.register``, in a module
 
 from __future__ import annotations
 
+import copy
 import difflib
 from typing import Any, Generic, TypeVar, get_args
 
@@ -51,6 +52,12 @@ class Registry(Generic[S]):
                 raise ValueError(f"the {self.kind} name {name!r} is taken by {other.__module__}.{other.__qualname__}")
         self._entries |= dict.fromkeys(names, settings)
         return settings
+
+    def with_default(self, name: str) -> Registry[S]:
+        """Return this registry, entries shared, for a field whose section is called ``name`` where it gives no name."""
+        view = copy.copy(self)
+        view.default = name
+        return view
 
     @property
     def by_name(self) -> dict[str, type[S]]:

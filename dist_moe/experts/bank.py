@@ -1,14 +1,15 @@
-"""What every bank of experts is: stacked weights of some of the experts, known by global id."""
+"""Banks of experts, stacked weights of some of the experts by global id, and the settings that build them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dist_moe import kernels
+from dist_moe.config.settings import Settings
 
 
 class ExpertBank(nn.Module, ABC):
@@ -31,7 +32,42 @@ class ExpertBank(nn.Module, ABC):
 
     @property
     def num_local_experts(self) -> int:
+        """Number of experts that this bank holds."""
         return len(self.expert_ids)
+
+    @property
+    def parameters_per_expert(self) -> int:
+        """Number of parameters of one expert."""
+        return sum(parameter[0].numel() for parameter in self.parameters())
+
+    @property
+    def flops_per_row(self) -> float:
+        """FLOPs of one row's forward pass, a multiplication and an addition counting as two.
+
+        Products alone. By default every weight with more than one axis of its own is multiplied once a row.
+        """
+        return 2.0 * sum(parameter[0].numel() for parameter in self.parameters() if parameter.dim() > 2)
+
+    @property
+    def kept_per_row(self) -> int:
+        """Numbers that one row leaves for the backward pass, beside the row and its result: for plans, an estimate.
+
+        By default a result for each matrix (parameters of three axes); ``dim`` for a bank without matrices.
+        """
+        return self._widths
+
+    @property
+    def accesses_per_row(self) -> float:
+        """Numbers that elementwise operations of one row read and write, forward and backward: an estimate.
+
+        By default the numbers of :attr:`kept_per_row`'s default, each read and written forward, read twice and written
+        backward.
+        """
+        return 5.0 * self._widths
+
+    @property
+    def _widths(self) -> int:
+        return sum(parameter.shape[2] for parameter in self.parameters() if parameter.dim() == 3) or self.dim
 
     @abstractmethod
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
@@ -53,3 +89,27 @@ class ExpertBank(nn.Module, ABC):
         """
         base = int(torch.randint(2**62, (), device="cpu").item())
         return [torch.Generator().manual_seed((base + 0x9E3779B97F4A7C15 * e) % 2**63) for e in self.expert_ids]
+
+
+InitStds = tuple[float, float] | None
+"""Deviations of normal first weights: of those that rows go into, and of those that give the result."""
+
+
+class ExpertSettings(Settings, ABC):
+    """An expert type as a section of the configuration: a literal ``name`` and the type's own fields."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None) -> ExpertBank:
+        """Return the experts ``expert_ids`` out of ``num_experts``, which take rows of width ``dim``.
+
+        ``init_stds``: asked for by the model; a type that begins by rules of its own may ignore them.
+        """
+
+    def validation_errors(self, dim: int, out_dim: int | None = None) -> Iterator[str]:
+        """Yield why the experts cannot take rows of width ``dim``, or not give ``out_dim``, as "field=value: reason".
+
+        ``out_dim``: None where the model takes results of any width.
+        """
+        return iter(())

@@ -1,5 +1,8 @@
 """MoEBERT's expert: BERT's whole feed-forward block, with the residual and a LayerNorm of its own inside.
 
+Built by a BERT's section of the configuration, not registered by name: width, activation, epsilon and dropout are those
+of the checkpoint that the model starts from, not fields of the experts.
+
 Zuo, Zhang, Liang, He, Zhao, Chen: MoEBERT (NAACL 2022); COMET-BERT uses the same experts. A layer mixes what
 comes out of the LayerNorms, so a gate's weights must sum to 1, or hidden states shrink.
 """
@@ -42,6 +45,16 @@ class BertFeedForwardBank(FeedForwardBank):
         self.norm_bias = nn.Parameter(torch.zeros(self.num_local_experts, dim))
         self.dropout = dropout
         self.norm_eps = norm_eps
+
+    @property
+    def kept_per_row(self) -> int:
+        """Those of the network, what goes into the LayerNorm with its two moments, and dropout's mask."""
+        return super().kept_per_row + self.dim * (2 if self.dropout else 1) + 2
+
+    @property
+    def accesses_per_row(self) -> float:
+        """Those of the products, and dropout."""
+        return super().accesses_per_row + (10 * self.out_dim if self.dropout else 0)
 
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
         added_ND = kernels.dropout(super().forward(x_ND, rows_per_expert), self.dropout, self.training)

@@ -8,18 +8,48 @@ biases zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_moe import kernels
-from dist_moe.experts.bank import ExpertBank
+from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds
 
 KERNEL_SIDE = 5
 POOL_SIDE = 2
 SMALLEST_SIDE = 16
+
+
+class ConvConfig(ExpertSettings):
+    """A small convolutional network over square one-channel images."""
+
+    name: Literal["conv"] = Field("conv", description="which experts these are")
+    channels: tuple[PositiveInt, PositiveInt] = Field(
+        (10, 20), description="filters of the two 5x5 convolutions of each expert"
+    )
+    units: tuple[PositiveInt, PositiveInt] = Field(
+        (50, 50), description="units of the two dense layers of each expert; the last are the width of its result"
+    )
+
+    def build(self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None) -> ConvBank:
+        """Return the experts ``expert_ids`` over images of ``dim`` pixels; glorot-uniform, whatever ``init_stds``."""
+        return ConvBank(math.isqrt(dim), num_experts, expert_ids, self.channels, self.units)
+
+    def validation_errors(self, dim: int, out_dim: int | None = None) -> Iterator[str]:
+        """Yield that rows are no images that the convolutions can take, or the wrong width of the result."""
+        side = math.isqrt(dim)
+        if side**2 != dim or side < SMALLEST_SIDE:
+            yield (
+                f"experts.name={self.name}: rows of {dim} numbers are no square image of at least {SMALLEST_SIDE} x "
+                f"{SMALLEST_SIDE} pixels; use feed_forward or dense_relu"
+            )
+        if out_dim not in (None, self.units[1]):
+            yield f"experts.units={list(self.units)}: the last must be {out_dim}, the width that the model needs"
 
 
 class ConvBank(ExpertBank):
@@ -85,6 +115,36 @@ class ConvBank(ExpertBank):
         features_ETD = features.unflatten(1, (experts, filters * self.pooled_side**2)).transpose(0, 1)
         hidden_ETF = torch.relu(torch.baddbmm(self.dense1_bias.unsqueeze(1), features_ETD, self.dense1_weight))
         return torch.relu(torch.baddbmm(self.dense2_bias.unsqueeze(1), hidden_ETF, self.dense2_weight))
+
+    @property
+    def flops_per_row(self) -> float:
+        """Those of the dense layers, and of every filter once for each place of its map."""
+        first, second = self._map_sides
+        filters = self.conv1_weight[0].numel() * first**2 + self.conv2_weight[0].numel() * second**2
+        return 2.0 * (filters + self.dense1_weight[0].numel() + self.dense2_weight[0].numel())
+
+    @property
+    def kept_per_row(self) -> int:
+        """Patches and maps; what is pooled of them and the hidden units, each with its gradient."""
+        (first, second), (filters1, filters2) = self._map_sides, self._filters
+        maps = (KERNEL_SIDE**2 + filters1) * first**2 + filters2 * second**2
+        pooled = filters1 * (first // POOL_SIDE) ** 2 + filters2 * self.pooled_side**2
+        return maps + 2 * (pooled + self.dense1_bias.shape[1])
+
+    @property
+    def accesses_per_row(self) -> float:
+        """Patches and maps, those of the second convolution twice."""
+        (first, second), (filters1, filters2) = self._map_sides, self._filters
+        return 5.0 * ((KERNEL_SIDE**2 + filters1) * first**2 + 2 * filters2 * second**2)
+
+    @property
+    def _map_sides(self) -> tuple[int, int]:
+        first = self.side - KERNEL_SIDE + 1
+        return first, first // POOL_SIDE - KERNEL_SIDE + 1
+
+    @property
+    def _filters(self) -> tuple[int, int]:
+        return self.conv1_bias.shape[1], self.conv2_bias.shape[1]
 
     def _images(self, x_ND: Tensor) -> Tensor:
         return x_ND.unflatten(1, (self.side, self.side))

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe import kernels
-from dist_moe.experts.bank import ExpertBank
+from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds
+
+
+class DenseReLUConfig(ExpertSettings):
+    """A dense layer with ReLU, and dropout."""
+
+    name: Literal["dense_relu"] = Field("dense_relu", description="which experts these are")
+    units: int = Field(256, ge=1, description="units of each expert: the width of its result")
+    dropout: float = Field(0.5, ge=0, lt=1, description="dropout on the experts' results")
+
+    def build(self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None) -> DenseReLUBank:
+        """Return the experts ``expert_ids``; their first weights are glorot-uniform, whatever ``init_stds``."""
+        return DenseReLUBank(dim, self.units, num_experts, expert_ids, self.dropout)
+
+    def validation_errors(self, dim: int, out_dim: int | None = None) -> Iterator[str]:
+        """Yield the width of the result where it is not the one that is needed."""
+        if out_dim not in (None, self.units):
+            yield f"experts.units={self.units}: the model needs results of width {out_dim}; use {out_dim}"
 
 
 class DenseReLUBank(ExpertBank):
@@ -29,6 +48,16 @@ class DenseReLUBank(ExpertBank):
     def _draw(self, generator: torch.Generator) -> Tensor:
         empty = torch.empty(self.dim, self.out_dim)
         return nn.init.xavier_uniform_(empty, generator=generator)
+
+    @property
+    def kept_per_row(self) -> int:
+        """The ReLU's result; with dropout, its mask and its result, too."""
+        return self.out_dim * (3 if self.dropout else 1)
+
+    @property
+    def accesses_per_row(self) -> float:
+        """Those of the product, and twice as many for dropout."""
+        return super().accesses_per_row + (10 * self.out_dim if self.dropout else 0)
 
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
         hidden_NF = kernels.grouped_linear(x_ND, self.weight, self.bias, rows_per_expert)

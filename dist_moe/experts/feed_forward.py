@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe import kernels
-from dist_moe.experts.bank import ExpertBank
+from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds
+
+
+class FeedForwardConfig(ExpertSettings):
+    """A feed-forward network, as wide in its result as in its rows; the defaults are a small SwiGLU."""
+
+    name: Literal["feed_forward"] = Field("feed_forward", description="which experts these are")
+    hidden: int = Field(256, ge=1, description="hidden width of each expert")
+    activation: Literal["relu", "gelu", "silu"] = Field("silu", description="the activation")
+    gated: bool = Field(
+        True, description="multiply the activation with a second product of the row (GLU; with silu: SwiGLU)"
+    )
+    bias: bool = Field(False, description="add biases to both products")
+
+    def build(
+        self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None
+    ) -> FeedForwardBank:
+        """Return the experts ``expert_ids``, which take and give rows of width ``dim``."""
+        return FeedForwardBank(
+            dim,
+            self.hidden,
+            num_experts,
+            expert_ids,
+            activation=self.activation,
+            gated=self.gated,
+            bias=self.bias,
+            init_stds=init_stds,
+        )
 
 
 class FeedForwardBank(ExpertBank):
@@ -59,6 +88,11 @@ class FeedForwardBank(ExpertBank):
         hidden_ETF = _affine(x_ETD, self.up, self.up_bias)
         hidden_ETF = act(hidden_ETF) if self.gate is None else act(x_ETD @ self.gate) * hidden_ETF
         return _affine(hidden_ETF, self.down, self.down_bias)
+
+    @property
+    def kept_per_row(self) -> int:
+        """What goes into the activation, and what is multiplied with its result."""
+        return self.hidden * (1 if self.gate is None else 2)
 
     def _weights(self) -> kernels.FeedForwardWeights:
         return kernels.FeedForwardWeights(self.up, self.down, self.gate, self.up_bias, self.down_bias)

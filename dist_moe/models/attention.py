@@ -2,15 +2,19 @@
 
 Ainslie et al.: GQA: Training Generalized Multi-Query Transformer Models (EMNLP 2023). As many key-value heads as
 heads: multi-head attention; one: multi-query attention.
+
+Positions are rotary: what a query and a key make of one another depends on their distance alone. Su, Lu, Pan, Murtadha,
+Wen, Liu: RoFormer (2021), eq. 34, in the layout of the Llama family: number i of a head of width d is turned together
+with number i + d/2, at position p by the angle p theta^(-2i/d).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_moe.models.dense import INIT_STD, linear
-from dist_moe.models.rotary import rotate
 
 
 class CausalAttention(nn.Module):
@@ -39,7 +43,7 @@ class CausalAttention(nn.Module):
         self.key_norm = nn.RMSNorm(kv_heads * self.head_dim, qk_norm_eps) if normed else None
 
     def forward(self, x_BSD: Tensor, table_2SP: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D); ``table_2SP``: :func:`~dist_moe.models.rotary.rotary_table` of the S positions."""
+        """(B, S, D) -> (B, S, D); ``table_2SP``: :func:`rotary_table` of the S positions."""
         query_BSD, key_BSQ = self.query(x_BSD), self.key(x_BSD)
         if self.query_norm is not None and self.key_norm is not None:
             query_BSD, key_BSQ = self.query_norm(query_BSD), self.key_norm(key_BSQ)
@@ -53,3 +57,20 @@ class CausalAttention(nn.Module):
     def _by_head(self, x_BSQ: Tensor, heads: int) -> Tensor:
         """(B, S, heads * width) -> (B, heads, S, width)."""
         return x_BSQ.unflatten(2, (heads, self.head_dim)).transpose(1, 2)
+
+
+def rotary_table(length: int, head_dim: int, theta: float, like: Tensor) -> Tensor:
+    """Return (2, S, head_dim / 2) cosines and sines of positions 0..S-1, on ``like``'s device, fp32 (fp64 if it is)."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    exponent_P = torch.arange(0, head_dim, 2, device=like.device, dtype=dtype) / head_dim
+    position_S = torch.arange(length, device=like.device, dtype=dtype)
+    angle_SP = torch.outer(position_S, 1.0 / theta**exponent_P)
+    return torch.stack([angle_SP.cos(), angle_SP.sin()])
+
+
+def rotate(x_BHSD: Tensor, table_2SP: Tensor) -> Tensor:
+    """Return ``x_BHSD``, every position turned by its angles in :func:`rotary_table`, in its own precision."""
+    cos_SP, sin_SP = table_2SP
+    first, second = x_BHSD.to(table_2SP.dtype).chunk(2, dim=-1)
+    turned = torch.cat([first * cos_SP - second * sin_SP, second * cos_SP + first * sin_SP], dim=-1)
+    return turned.to(x_BHSD.dtype)

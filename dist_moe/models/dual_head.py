@@ -22,7 +22,7 @@ DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class DualHeadOutput(ModelOutput):
-    """``auxiliary_BC``: logits of the auxiliary head; None in evaluation, and once the head is discarded."""
+    """``auxiliary_BC``: logits of the auxiliary head; None in evaluation, and without that head."""
 
     auxiliary_BC: Tensor | None = None
 
@@ -41,15 +41,12 @@ class DualHead(nn.Module):
         self.auxiliary = auxiliary_head(auxiliary, dim, num_classes)
 
     def forward(self, x_BD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, dim) -> both heads' (B, C) logits; None for those of the auxiliary one in evaluation, or without it."""
         return self.main(x_BD), auxiliary_logits(self.auxiliary, x_BD)
-
-    def discard_auxiliary(self) -> None:
-        """From now on the plain head."""
-        self.auxiliary = None
 
 
 def auxiliary_head(kind: AuxiliaryHead | None, dim: int, num_classes: int) -> nn.Module | None:
-    """From (B, dim) to (B, ``num_classes``), drawn by random numbers that are put back; None for None."""
+    """Return a head (B, dim) -> (B, ``num_classes``), drawn by random numbers that are put back; None for None."""
     if kind is None:
         return None
     with torch.random.fork_rng(devices=[]):
@@ -57,7 +54,7 @@ def auxiliary_head(kind: AuxiliaryHead | None, dim: int, num_classes: int) -> nn
 
 
 def auxiliary_logits(head: nn.Module | None, x_BD: Tensor) -> Tensor | None:
-    """(B, C), while ``head`` trains; what it drops out is drawn by random numbers that are put back."""
+    """Return (B, C) logits while ``head`` trains, else None; the random numbers of its dropout are put back."""
     if head is None or not head.training:
         return None
     with torch.random.fork_rng(devices=[x_BD.device] if x_BD.is_cuda else []):

@@ -147,6 +147,23 @@ class MoEModel(nn.Module):
         """Whether training still learns a table."""
         return any(table.learning for table in self.tables.values())
 
+    def activation_bytes(self, value_bytes: int, tokens: float, places: int) -> tuple[float, float]:
+        """Return estimates in bytes per token, without MoE layers: kept for the backward pass, and what the backward
+        pass of the largest part takes at once.
+
+        ``value_bytes``: of an activation. ``tokens``: of an example, on average; ``places``: length of its padded row.
+        By default the results of all linear layers are kept; override it where a model keeps much else.
+        """
+        widths = sum(module.out_features for module in self.modules() if isinstance(module, nn.Linear))
+        return value_bytes * widths, 0.0
+
+    def training_flops_per_token(self, sequence_length: int, experts_per_token: float) -> float | None:
+        """Return the FLOPs of forward and backward pass, None where they are not known of this kind of model.
+
+        ``experts_per_token``: on average over tokens and MoE layers.
+        """
+        return None
+
     def end_learning(self) -> None:
         """Keep the tables as they are from now on."""
         for table in self.tables.values():

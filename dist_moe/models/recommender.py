@@ -7,13 +7,14 @@ defaults, which the authors used: U(-0.05, 0.05) for embeddings, glorot-uniform 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
-from dist_moe.experts import DenseReLUBank
+from dist_moe.experts import EXPERTS, DenseReLUConfig, ExpertSettings
 from dist_moe.layer import MoE
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
 from dist_moe.parallel import experts_of_rank
@@ -28,18 +29,20 @@ class RecommenderConfig(MoEModelConfig):
 
     name: Literal["recommender"] = Field("recommender", description="which model this is")
     embedding_dim: int = Field(128, ge=1, description="width of each of the two embeddings")
-    expert_units: int = Field(256, ge=1, description="units of each expert")
+    experts: Annotated[SerializeAsAny[ExpertSettings], EXPERTS.with_default("dense_relu")] = Field(
+        default_factory=lambda: DenseReLUConfig(), description="the experts"
+    )
     tower_units: int = Field(256, ge=1, description="units of each task's tower")
-    dropout: float = Field(0.5, ge=0, lt=1, description="dropout on the experts' outputs")
+
+    def validation_errors(self) -> Iterator[str]:
+        """Yield what does not fit together, as "field=value: reason"; experts take both embeddings side by side."""
+        yield from super().validation_errors()
+        yield from self.experts.validation_errors(2 * self.embedding_dim)
 
     def build(self, num_users: int, num_items: int, run: RunShape, num_targets: int = 2) -> Recommender:
-        experts = DenseReLUBank(
-            2 * self.embedding_dim,
-            self.expert_units,
-            self.num_experts,
-            experts_of_rank(self.num_experts, run.world),
-            self.dropout,
-        )
+        """Return the model with this rank's experts; ``num_targets``: numbers that it predicts for a pair."""
+        expert_ids = experts_of_rank(self.num_experts, run.world)
+        experts = self.experts.build(2 * self.embedding_dim, self.num_experts, expert_ids)
         moe = self.build_layer(experts, num_targets, run)
         return Recommender(num_users, num_items, self.embedding_dim, moe, self.tower_units)
 

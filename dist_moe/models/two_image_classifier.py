@@ -8,13 +8,14 @@ authors used: glorot-uniform kernels, zero biases.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 
-from dist_moe.experts import ConvBank
+from dist_moe.errors import UserError
+from dist_moe.experts import EXPERTS, ConvConfig, ExpertSettings
 from dist_moe.layer import MoE
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
 from dist_moe.parallel import experts_of_rank
@@ -30,20 +31,21 @@ class TwoImageClassifierConfig(MoEModelConfig):
 
     name: Literal["two_image_classifier"] = Field("two_image_classifier", description="which model this is")
     num_experts: int = Field(5, ge=2, description="experts in all, over all ranks")
-    expert_channels: tuple[PositiveInt, PositiveInt] = Field(
-        (10, 20), description="filters of the two 5x5 convolutions of each expert"
-    )
-    expert_units: tuple[PositiveInt, PositiveInt] = Field(
-        (50, 50), description="units of the two dense layers of each expert"
+    experts: Annotated[SerializeAsAny[ExpertSettings], EXPERTS.with_default("conv")] = Field(
+        default_factory=lambda: ConvConfig(), description="the experts"
     )
     head_units: tuple[PositiveInt, ...] = Field(
         (50, 50), description="units of the hidden layers of each task's head (empty: none)"
     )
 
     def build(self, side: int, num_classes: int, run: RunShape, num_targets: int = 2) -> TwoImageClassifier:
-        """Return the model; ``side``: pixels along each edge of the image, 36 in the paper."""
-        expert_ids = experts_of_rank(self.num_experts, run.world)
-        experts = ConvBank(side, self.num_experts, expert_ids, self.expert_channels, self.expert_units)
+        """Return the model with this rank's experts; ``side``: pixels along each edge of the image, 36 in the paper.
+
+        Raises UserError if the experts cannot take images of that size.
+        """
+        for fault in self.experts.validation_errors(side**2):
+            raise UserError(f"model.{fault}")
+        experts = self.experts.build(side**2, self.num_experts, experts_of_rank(self.num_experts, run.world))
         return TwoImageClassifier(self.build_layer(experts, num_targets, run), self.head_units, num_classes)
 
 

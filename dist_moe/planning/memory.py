@@ -1,13 +1,20 @@
-"""What a run will need on each rank, before anything of it exists: the model is built without storage.
+"""The memory that a run will need on each rank, before anything of it exists: the model is built without storage.
 
 Exact: parameters, masters and optimizer states, from shapes, the padding of DeepSpeed's flat buffers
-included. At most: what stage 3 brings together while a step lasts. Estimated: activations (activation_plan.py),
+included. At most: what stage 3 brings together while a step lasts. Estimated: activations (activations.py),
 from the widths of what a step keeps per token and per dispatched row; the largest expert-parallel rank counts,
 under an even load and in the worst case (every token of the group goes to the experts of one rank, in every layer).
+
+ZeRO stage 3 holds slices of every parameter, each padded to its number of ranks, and those parameters that it brings
+together. It keeps small parameters whole (``stage3_param_persistence_threshold``), and others from one use to the next
+if that is near (``stage3_max_reuse_distance``, 1e9 numbers if it is not set: from the second step on a model of that
+size is whole on every rank while a step lasts).
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,12 +24,11 @@ from torch import Tensor, nn
 from dist_moe.engine.deepspeed.checks import optimizer_on_one_number
 from dist_moe.engine.deepspeed.config import parameter_dtype, zero_stage
 from dist_moe.engine.deepspeed.engine import is_expert_parameter, mark_experts
-from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
-from dist_moe.planning.activations import Sent, bytes_per_example
-from dist_moe.planning.sharded_memory import gathered_elements, slice_elements
+from dist_moe.planning.activations import RowsPerToken, bytes_per_example
 from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.search import SlotTable
 from dist_moe.tasks import build_model
 from dist_moe.tasks.task import Task
 
@@ -32,10 +38,22 @@ ALIGNMENT = 2
 
 _FP32 = 4
 
+Share = Callable[[nn.Parameter], int]
+"""Over how many ranks a parameter is sliced."""
+
+_DEFAULTS = {
+    "stage3_param_persistence_threshold": 1e5,
+    "stage3_model_persistence_threshold": sys.maxsize,
+    "stage3_max_reuse_distance": 1e9,
+    "stage3_prefetch_bucket_size": 5e7,
+}
+_AT_ONCE = 2
+"""Modules of which a backward pass may need the parameters at the same time: two inputs of one operation."""
+
 
 @dataclass(frozen=True)
 class StatePlan:
-    """Bytes per rank at one ZeRO stage. ``padding``: of the parameters, what belongs to none. ``gradients``:
+    """Bytes per rank at one ZeRO stage. ``padding``: part of the parameters that belongs to none. ``gradients``:
     at their largest, when the backward pass ends. ``bucket``: in which DeepSpeed reduces them
     (``zero_optimization.reduce_bucket_size``); a CPU pays only for as much of it as gradients fill.
     At stage 3 parameters are slices; ``kept``: those that are whole beside their slices all the time;
@@ -54,6 +72,7 @@ class StatePlan:
 
     @property
     def total(self) -> int:
+        """Bytes of everything but buffers and activations."""
         parameters = self.dense_parameters + self.expert_parameters
         return parameters + self.gradients + self.masters + self.optimizer + self.bucket + self.gathered
 
@@ -61,7 +80,7 @@ class StatePlan:
 @dataclass(frozen=True)
 class LoadPlan:
     """A micro-batch at one load. ``experts_per_token``: different ones of a layer, over its gates.
-    ``received_rows``: of all MoE layers, on the rank that gets most. ``sent_per_step``: bytes that the busiest rank
+    ``received_rows``: in all MoE layers, on the rank that gets most. ``sent_per_step``: bytes that the busiest rank
     sends in the flat exchanges of a step, all MoE layers and micro-batches, forward and backward.
     ``largest_batch``: global, that fits the memory given."""
 
@@ -76,8 +95,8 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """``states``: by ZeRO stage. ``loads``: for the configured batch. ``tokens``: of a rank and micro-batch.
-    ``buffers``: bytes. ``stage``: configured."""
+    """Bytes that a rank needs. ``states``: by ZeRO stage. ``loads``: for the configured batch. ``tokens``: of a rank
+    and micro-batch. ``buffers``: bytes. ``stage``: the configured one."""
 
     ranks: int
     expert_parallel_size: int
@@ -90,14 +109,16 @@ class MemoryPlan:
 
     @property
     def state(self) -> StatePlan:
+        """The states at the configured stage."""
         return self.states[self.stage]
 
     def plain(self) -> dict[str, Any]:
+        """Return the plan as plain content for JSON."""
         return asdict(self)
 
 
 class _PlannedWorld(SingleWorld):
-    """Of several ranks, of which only the number is real: nothing is exchanged in a plan."""
+    """A world of several ranks, of which only the number is real: nothing is exchanged in a plan."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -105,7 +126,7 @@ class _PlannedWorld(SingleWorld):
 
 
 def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | None = None) -> MemoryPlan:
-    """For ``ranks`` processes, of ``memory`` bytes each. Raises UserError if the layout does not fit them."""
+    """Return the plan for ``ranks`` processes, of ``memory`` bytes each. Raises UserError if they do not fit."""
     config = config.fitted(ranks)
     config.check(ranks)
     size = config.parallel.expert_parallel_size
@@ -124,15 +145,9 @@ def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | 
 
 
 def planned_model(config: SupervisedConfig, task: Task, size: int = 1) -> MoEModel:
-    """A rank's part of the model, its experts over ``size`` ranks, without storage."""
+    """Return a rank's part of the model, its experts over ``size`` ranks, without storage."""
     with torch.device("meta"):
         return build_model(config, task, _PlannedWorld(size))
-
-
-def only_layer(model: MoEModel) -> MoE:
-    """The MoE layer of a model that has one."""
-    (layer,) = model.moe_layers.values()
-    return layer
 
 
 def _tokens(examples: int, task: Task) -> int:
@@ -192,12 +207,12 @@ def _padded(count: int, multiple: int) -> int:
 
 
 def bytes_per_parameter(config: SupervisedConfig) -> int:
-    """Of parameters as the model computes with them, and of activations: 2 with bf16 or fp16, else 4."""
+    """Return the bytes of a parameter as the model computes with it, and of an activation: 2 or 4."""
     return parameter_dtype(config.deepspeed).itemsize
 
 
 def optimizer_states(config: SupervisedConfig) -> tuple[int, int]:
-    """States of a parameter's shape; and bytes of those without a shape, per tensor that the optimizer owns."""
+    """Return the number of states of a parameter's shape; and the bytes of the others, per tensor that is owned."""
     optimizer = optimizer_on_one_number(config.deepspeed)
     (number,) = optimizer.param_groups[0]["params"]
     number.grad = torch.ones_like(number)
@@ -231,26 +246,65 @@ def _load(
     left: int | None,
 ) -> LoadPlan:
     size, accumulation = config.parallel.expert_parallel_size, config.accumulation
-    sent = Sent.at_worst(per_token, config.model.num_experts // size, size) if worst else Sent.evenly(per_token, size)
-    dispatch, others = bytes_per_example(model, config, task.example_shape(), sent, size)
+    local = config.model.num_experts // size
+    rows = RowsPerToken.at_worst(per_token, local, size) if worst else RowsPerToken.evenly(per_token, size)
+    dispatch, others = bytes_per_example(model, config, task.example_shape(), rows, size)
     examples = config.train.batch_size // (ranks * accumulation)
     tokens, layers = _tokens(examples, task), len(model.moe_layers)
     return LoadPlan(
         name,
         per_token,
-        sent.received * tokens * layers,
-        round(_sent_per_token(model, config, sent) * tokens) * accumulation,
+        rows.received * tokens * layers,
+        round(_sent_per_token(model, config, rows) * tokens) * accumulation,
         dispatch * examples,
         (dispatch + others) * examples,
         None if left is None else max(0, left // (dispatch + others)) * ranks * accumulation,
     )
 
 
-def _sent_per_token(model: MoEModel, config: SupervisedConfig, sent: Sent) -> float:
-    """Bytes per token of the rank: rows there and gradients of results, results back and gradients of rows."""
+def _sent_per_token(model: MoEModel, config: SupervisedConfig, rows: RowsPerToken) -> float:
+    """Return the bytes sent per token of the rank: rows and results, and the gradients of both."""
     width, recompute = bytes_per_parameter(config), config.model.activation_checkpointing
     numbers = 0.0
     for layer in model.moe_layers.values():
         dim, out_dim = layer.experts.dim, layer.experts.out_dim
-        numbers += sent.leaving * (dim * (2 if recompute else 1) + out_dim) + sent.arriving * (dim + out_dim)
+        numbers += rows.leaving * (dim * (2 if recompute else 1) + out_dim) + rows.arriving * (dim + out_dim)
     return numbers * width
+
+
+def slice_elements(parameters: Sequence[nn.Parameter], share: int) -> int:
+    """Return how many numbers of ``parameters`` each rank holds at stage 3."""
+    return sum(_slice(parameter, share) for parameter in parameters)
+
+
+def gathered_elements(model: nn.Module, share: Share, zero: dict[str, Any]) -> tuple[int, int]:
+    """Return how many numbers are whole on a rank beside its slices: always, and at most during a step.
+
+    ``zero``: the section ``zero_optimization``. A parameter that is not shared is its own slice.
+    """
+    size = {name: int(zero.get(name, default)) for name, default in _DEFAULTS.items()}
+    whole = {id(p): _slice(p, share(p)) * share(p) for p in model.parameters() if share(p) > 1}
+    kept = {id(p) for p in _kept(model, size)} & whole.keys()
+    of_modules = sorted(
+        sum(whole.get(id(p), 0) for p in module.parameters(recurse=False) if id(p) not in kept)
+        for module in model.modules()
+    )
+    near = size["stage3_max_reuse_distance"] + size["stage3_prefetch_bucket_size"]
+    always = sum(whole[key] for key in kept)
+    return always, min(sum(whole.values()), always + sum(of_modules[-_AT_ONCE:]) + near)
+
+
+def _kept(model: nn.Module, size: dict[str, int]) -> list[nn.Parameter]:
+    """Those that DeepSpeed keeps whole, in the order of its choice, and the tables, which searches read."""
+    kept: list[nn.Parameter] = [p for m in model.modules() if isinstance(m, SlotTable) for p in m.parameters()]
+    total = 0
+    for parameter in model.parameters():
+        fits = parameter.numel() + total <= size["stage3_model_persistence_threshold"]
+        if fits and parameter.numel() <= size["stage3_param_persistence_threshold"]:
+            kept.append(parameter)
+            total += parameter.numel()
+    return kept
+
+
+def _slice(parameter: nn.Parameter, share: int) -> int:
+    return -(-parameter.numel() // share)

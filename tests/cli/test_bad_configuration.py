@@ -20,8 +20,8 @@ from .conftest import Refused
         ("train.batch_size=", ["train.batch_size=None", "integer"]),
         ("train.max_steps=0", ["train.max_steps=0", "greater than or equal to 1"]),
         ("train=[]", ["train=[]", "dictionary"]),
-        ("model.dropout=1", ["model.dropout=1", "less than 1"]),
-        ("model.dropout=high", ["model.dropout='high'", "number"]),
+        ("model.experts.dropout=1", ["model.experts.dropout=1", "less than 1"]),
+        ("model.experts.dropout=high", ["model.experts.dropout='high'", "number"]),
         ("model.num_experts=1", ["model.num_experts=1", "greater than or equal to 2"]),
         ("model.gate.gamma=0", ["model.gate.gamma=0", "greater than 0"]),
         ("model.gate.k=2.5", ["model.gate.k=2.5", "integer"]),
@@ -113,7 +113,7 @@ def test_a_run_away_from_the_module_that_it_imports(refused: Refused, tmp_path: 
 
 
 def test_all_faults_are_named_at_once(refused: Refused, config: Path) -> None:
-    refused(["train", config, "seed=-1", "model.dropout=2"], "seed=-1", "model.dropout=2")
+    refused(["train", config, "seed=-1", "model.experts.dropout=2"], "seed=-1", "model.experts.dropout=2")
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,15 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        "c.yaml --run-dir here seed=1 model.dropout=0",
-        "c.yaml seed=1 model.dropout=0 --run-dir here",
-        "--run-dir here c.yaml seed=1 model.dropout=0",
-        "c.yaml seed=1 --run-dir here model.dropout=0",
+        "c.yaml --run-dir here seed=1 model.experts.dropout=0",
+        "c.yaml seed=1 model.experts.dropout=0 --run-dir here",
+        "--run-dir here c.yaml seed=1 model.experts.dropout=0",
+        "c.yaml seed=1 --run-dir here model.experts.dropout=0",
     ],
 )
 def test_options_and_overrides_in_any_order(planned: list[tuple[Any, ...]], arguments: str) -> None:
     assert main(["train", *arguments.split()]) == 0
-    assert planned == [("new", Path("c.yaml"), ["seed=1", "model.dropout=0"], Path("here"))]
+    assert planned == [("new", Path("c.yaml"), ["seed=1", "model.experts.dropout=0"], Path("here"))]
 
 
 def test_what_the_deepspeed_launcher_adds(planned: list[tuple[Any, ...]]) -> None:
@@ -82,7 +82,7 @@ def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
         "overrides",
         "train.max_steps=",
         "train.batch_size=",
-        "model.dropout=",
+        "model.experts.dropout=",
         "parallel.expert_parallel_size=",
         "deepspeed.",
         "torchrun",
@@ -161,7 +161,7 @@ def test_schema_is_json_and_names_all_fields(capsys: pytest.CaptureFixture[str])
     assert schema["type"] == "object"
     named = {name for section in objects_of(schema) for name in section["properties"]}
     assert named == {field.name.rpartition(".")[2] for field in fields_of(SupervisedConfig)}
-    assert {"gamma", "null_slots", "noise", "until_epoch", "expert_channels", "patience"} <= named
+    assert {"gamma", "null_slots", "noise", "until_epoch", "channels", "patience"} <= named
     for section in objects_of(schema):
         assert section["additionalProperties"] is False
 

@@ -197,7 +197,7 @@ def test_a_checkpoint_without_all_experts(refused: Refused, run: Path, tmp_path:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ("model.expert_units=8", ["moe.experts.weight", "(16, 16)"]),
+        ("model.experts.units=8", ["moe.experts.weight", "(16, 16)"]),
         ("model.permutation=null", ["moe.permutation.step"]),
     ],
 )

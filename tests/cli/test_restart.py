@@ -29,7 +29,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
     return write_config(
         tmp_path_factory.mktemp("config"),
         tiny_data,
-        model={"dropout": 0.3},
+        model={"experts": {"units": 16, "dropout": 0.3}},
         train={"max_steps": STEPS, "log_every": 4, "checkpoint_every": EVERY},
     )
 

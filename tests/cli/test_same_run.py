@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> 
         ("target_weights=[0.9, 0.1]", "target_weights=[0.9, 0.1]"),
         ("data.negatives=per_user", "data.negatives='per_user'"),
         ("data.seed=3", "data.seed=3"),
-        ("model.dropout=0.1", "model.dropout=0.1"),
+        ("model.experts.dropout=0.1", "model.experts="),
         ("model.gate.k=3", "model.gate="),
         ("model.permutation.epochs=1", "model.permutation="),
         ("train.batch_size=32", "train.batch_size=32"),

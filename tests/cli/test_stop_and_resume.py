@@ -27,7 +27,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
     return write_config(
         tmp_path_factory.mktemp("config"),
         tiny_data,
-        model={"dropout": 0.3, "permutation": {"epochs": STAGE_STEPS / STEPS_PER_EPOCH}},
+        model={"experts": {"units": 16, "dropout": 0.3}, "permutation": {"epochs": STAGE_STEPS / STEPS_PER_EPOCH}},
         train={"max_steps": STEPS, "log_every": 5, "validate_every": 15},
         deepspeed={
             "optimizer": {"type": "AdamW", "params": {"lr": 0.005, "weight_decay": 0.01}},

@@ -19,7 +19,7 @@ def test_the_fields_of_every_kind_of_section_are_there() -> None:
     for gate, settings in GATES.by_name.items():
         assert {(f"model.gate.{name}", gate) for name in settings.model_fields} <= names
     assert ("data.negatives", "movielens-1m") in names
-    assert ("model.expert_channels", "two_image_classifier") in names
+    assert ("model.experts.channels", "conv") in names
     assert ("swap_search.every_epochs", None) in names
 
 
@@ -27,7 +27,7 @@ def test_the_fields_of_every_kind_of_section_are_there() -> None:
     ("prefix", "line"),
     [
         ("seed", "seed: int >= 0, default 0"),
-        ("model.dropout", "model.dropout: 0 <= float < 1, default 0.5  [recommender]"),
+        ("model.experts.dropout", "model.experts.dropout: 0 <= float < 1, default 0.5  [dense_relu]"),
         ("model.gate.max_active", "model.gate.max_active: int >= 1 | null, default null  [comet]"),
         ("model.gate.gamma", "model.gate.gamma: float > 0, default 1.0  [comet]"),
         ("data.negatives", "data.negatives: uniform | per_user, default uniform  [movielens-1m]"),
@@ -50,10 +50,10 @@ def test_fields_that_several_kinds_share_are_listed_once() -> None:
 
 def test_what_the_listing_calls_out_of_range_is_refused(tmp_path: Any) -> None:
     (tmp_path / "empty.yaml").write_text("{}")
-    assert "model.dropout: 0 <= float < 1," in field_listing([SupervisedConfig], "model.dropout")
-    load_config(tmp_path / "empty.yaml", ["model.dropout=0"])
-    with pytest.raises(UserError, match=r"model\.dropout=1"):
-        load_config(tmp_path / "empty.yaml", ["model.dropout=1"])
+    assert "model.experts.dropout: 0 <= float < 1," in field_listing([SupervisedConfig], "model.experts.dropout")
+    load_config(tmp_path / "empty.yaml", ["model.experts.dropout=0"])
+    with pytest.raises(UserError, match=r"model\.experts\.dropout=1"):
+        load_config(tmp_path / "empty.yaml", ["model.experts.dropout=1"])
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

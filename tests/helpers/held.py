@@ -42,7 +42,7 @@ def size_of(tensors: Any) -> int:
 def engines_of(config: Path, run: str, cases: list[list[str]]) -> Iterator[tuple[ExpertParallelEngine, Step]]:
     """Of each case its engine, and a function that does the training step of a given number. Collective."""
     plans = [plan_new_run(config, case, Path(run)) for case in cases]
-    with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
+    with process_groups(plans[0].start.environment, plans[0].config.parallel) as groups:
         for plan in plans:
             engine = ExpertParallelEngine(build_model(plan.config, plan.task, groups.world), plan.deepspeed, groups)
             loss = WeightedObjective(plan.task, plan.config.target_weights, groups.environment.world_size)

@@ -81,7 +81,7 @@ def small_model(world: World, **options: Any) -> Recommender:
     """The recommender with sparse routes from the start: some experts get no token, none gets all."""
     torch.manual_seed(3)
     gate = {"name": "comet", "k": 2, "gamma": 0.1, "entropy_weight": 0.05}
-    sizes = {"embedding_dim": 4, "num_experts": EXPERTS, "expert_units": 6, "tower_units": 5, "dropout": 0.0}
+    sizes = {"embedding_dim": 4, "num_experts": EXPERTS, "experts": {"units": 6, "dropout": 0.0}, "tower_units": 5}
     config = RecommenderConfig.model_validate(sizes | {"gate": gate} | options)
     model = config.build(USERS, ITEMS, RunShape(world, steps_per_epoch=100))
     with torch.no_grad():

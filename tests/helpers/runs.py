@@ -20,9 +20,8 @@ TINY_RUN: dict[str, Any] = {
     "model": {
         "embedding_dim": 8,
         "num_experts": 4,
-        "expert_units": 16,
+        "experts": {"units": 16, "dropout": 0.0},
         "tower_units": 16,
-        "dropout": 0.0,
         "gate": {"name": "comet", "k": 2, "gamma": 1.0, "entropy_weight": 0.05},
     },
     "train": {"epochs": 100, "max_steps": 50, "batch_size": 64, "log_every": 10, "checkpoint_every": 1000},

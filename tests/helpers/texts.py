@@ -22,7 +22,7 @@ TINY_LM: dict[str, Any] = {
         "kv_heads": 1,
         "moe_every": 2,
         "num_experts": 4,
-        "expert_hidden": 12,
+        "experts": {"hidden": 12},
         "dense_hidden": 20,
         "gate": {"name": "comet", "k": 2, "gamma": 1.0, "entropy_weight": 0.05},
     },

@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
     "heads": 4,
     "kv_heads": 2,
     "num_experts": 4,
-    "expert_hidden": 5,
+    "experts": {"hidden": 5},
     "dense_hidden": 6,
     "moe_every": 2,
 }

@@ -27,7 +27,7 @@ def test_check_g6_without_the_auxiliary_head_logits_are_bit_equal_and_parameters
     student, plain, batch = Student(SingleWorld(), auxiliary), Student(SingleWorld(), None), step_of_examples(0)
     with_head = student(batch.x_BD).predictions[0]
     assert student(batch.x_BD).auxiliary_BC is not None
-    student.head.discard_auxiliary()
+    student.head.auxiliary = None
     output = student(batch.x_BD)
     assert output.auxiliary_BC is None
     assert torch.equal(output.predictions[0], with_head)

@@ -17,7 +17,7 @@ MOVIELENS = (6040, 3706)
 
 def build(num_users: int = 20, num_items: int = 30, world: World | None = None, **options: Any) -> Recommender:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"embedding_dim": 4, "num_experts": 6, "expert_units": 5, "tower_units": 7}
+    sizes: dict[str, Any] = {"embedding_dim": 4, "num_experts": 6, "experts": {"units": 5}, "tower_units": 7}
     return RecommenderConfig(**(sizes | options)).build(num_users, num_items, RunShape(world or SingleWorld(), 10))
 
 
@@ -103,7 +103,7 @@ def test_user_and_item_both_matter() -> None:
 
 
 def test_initial_ranges() -> None:
-    model = build(num_users=500, num_items=500, tower_units=64, expert_units=64)
+    model = build(num_users=500, num_items=500, tower_units=64, experts={"units": 64})
     for embedding in (model.user_embedding, model.item_embedding):
         assert 0.049 < embedding.weight.abs().max() <= 0.05
     for tower in model.towers:
@@ -121,3 +121,21 @@ def test_share_of_every_rank_is_that_of_one_process() -> None:
             if name.startswith("moe.experts"):
                 expected = expected[2 * rank : 2 * rank + 2]
             assert torch.equal(parameter, expected), name
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+@pytest.mark.parametrize("experts", [{"name": "feed_forward", "hidden": 5}, {"name": "conv", "channels": [2, 3]}])
+def test_any_number_of_targets_and_any_type_of_expert(targets: int, experts: dict[str, Any]) -> None:
+    config = RecommenderConfig.model_validate({"embedding_dim": 128, "num_experts": 4, "experts": experts})
+    assert not list(config.validation_errors())
+    model = config.build(20, 30, RunShape(SingleWorld(), 10), num_targets=targets)
+    predictions = model(torch.arange(5), torch.arange(5)).predictions
+    assert [prediction.shape for prediction in predictions] == [(5,)] * targets
+
+
+def test_rows_that_are_no_images_are_refused() -> None:
+    config = RecommenderConfig.model_validate({"embedding_dim": 100, "experts": "conv"})
+    (error,) = config.validation_errors()
+    assert error.startswith(
+        "experts.name=conv: rows of 200 numbers are no square image of at least 16 x 16 pixels; use "
+    )

@@ -141,7 +141,7 @@ def test_tied_embeddings_are_one_matrix() -> None:
 
 def test_initial_deviations() -> None:
     torch.manual_seed(0)
-    sizes = {"layers": 8, "dim": 64, "expert_hidden": 256, "dense_hidden": 256, "tied_embeddings": False}
+    sizes = {"layers": 8, "dim": 64, "experts": {"hidden": 256}, "dense_hidden": 256, "tied_embeddings": False}
     config = TransformerConfig(gate=TOP_K, shared_hidden=256, **sizes)
     model = config.build(500, RunShape(SingleWorld(), 10))
     for name, parameter in model.named_parameters():
@@ -210,6 +210,7 @@ def test_layers_have_tables_of_their_own() -> None:
         ({"dim": 12}, "heads=4 leaves heads of width 3; allowed: an even width"),
         ({"kv_heads": 3}, "kv_heads=3 does not divide heads=4"),
         ({"moe_every": 3}, "moe_every=3 exceeds layers=2; allowed: 0 (dense) to 2"),
+        ({"experts": {"name": "dense_relu"}}, "experts.units=256: the model needs results of width 8; use 8"),
     ],
 )
 def test_faults_of_a_configuration(options: dict[str, Any], fault: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dist_moe.errors import UserError
 from dist_moe.gates import CometConfig, TopKConfig
 from dist_moe.models import ModelOutput, RunShape, TwoImageClassifier, TwoImageClassifierConfig
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
@@ -21,8 +22,7 @@ SIDE = 16
 NUM_CLASSES = 3
 SIZES: dict[str, Any] = {
     "num_experts": 6,
-    "expert_channels": (2, 3),
-    "expert_units": (5, 4),
+    "experts": {"channels": (2, 3), "units": (5, 4)},
     "head_units": (4, 6),
 }
 
@@ -215,7 +215,13 @@ def test_configuration_survives_a_round_trip() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_experts": 1}, {"expert_channels": [10]}, {"expert_units": [50, 0]}, {"head_units": [50, 0]}, {"name": "x"}],
+    [
+        {"num_experts": 1},
+        {"experts": {"channels": [10]}},
+        {"experts": {"units": [50, 0]}},
+        {"head_units": [50, 0]},
+        {"name": "x"},
+    ],
 )
 def test_impossible_sizes_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(options))):
@@ -225,3 +231,15 @@ def test_impossible_sizes_are_refused(options: dict[str, Any]) -> None:
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected tokens of shape \(T, 256\)"):
         build()(torch.rand(2, 100))
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+def test_any_number_of_targets(targets: int) -> None:
+    model = TwoImageClassifierConfig(**SIZES).build(SIDE, NUM_CLASSES, RunShape(SingleWorld(), 10), targets)
+    predictions = model(torch.rand(4, SIDE * SIDE)).predictions
+    assert [prediction.shape for prediction in predictions] == [(4, NUM_CLASSES)] * targets
+
+
+def test_images_that_are_too_small_for_convolutions_are_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.experts\.name=conv: rows of 225 numbers are no square image .*; use"):
+        TwoImageClassifierConfig(**SIZES).build(15, NUM_CLASSES, RunShape(SingleWorld(), 10))

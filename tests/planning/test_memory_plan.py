@@ -25,7 +25,7 @@ OPTIMIZERS = {
     "SGD": "{lr: 0.01, momentum: 0.9}",
     "RMSprop": "{lr: 0.01}",
 }
-UNEVEN = ["model.num_experts=6", "model.embedding_dim=7", "model.expert_units=13", "model.tower_units=5"]
+UNEVEN = ["model.num_experts=6", "model.embedding_dim=7", "model.experts.units=13", "model.tower_units=5"]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_stage_3_gathers_what_is_planned(config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gate", ["{name: top_k, k: 2}", "{name: softmax}", "{name: comet, k: 2}"])
 def test_activations_are_near_the_measured_peak(config: Path, tmp_path: Path, gate: str) -> None:
-    settings = [f"model.gate={gate}", "train.batch_size=2048", "model.embedding_dim=32", "model.expert_units=64"]
+    settings = [f"model.gate={gate}", "train.batch_size=2048", "model.embedding_dim=32", "model.experts.units=64"]
     ((peak, rows),) = on_ranks(1, peak_of_a_step, config, str(tmp_path / "run"), settings)
     plan = plan_of(config, 1, *settings)
     load = next((load for load in plan.loads if load.experts_per_token == rows // 2048), plan.loads[2])

@@ -25,7 +25,7 @@ from tests.helpers.texts import write_lm_config
 TOLERANCE = 1.3
 """By which the estimate of activations may miss what torch's profiler measures, upwards or downwards."""
 
-UNEVEN = ["model.num_experts=6", "model.heads=3", "model.kv_heads=3", "model.dim=18", "model.expert_hidden=13"]
+UNEVEN = ["model.num_experts=6", "model.heads=3", "model.kv_heads=3", "model.dim=18", "model.experts.hidden=13"]
 DENSE = ["model.moe_every=0"]
 EVERY_TOKEN = "model.gate={name: softmax}"
 
@@ -81,7 +81,7 @@ def check_activations(config: Path, run: Path, settings: list[str]) -> None:
     assert 1 / TOLERANCE < load.activations / peak < TOLERANCE
 
 
-LARGE = ["train.batch_size=64", "model.dim=32", "model.expert_hidden=48", "model.dense_hidden=96"]
+LARGE = ["train.batch_size=64", "model.dim=32", "model.experts.hidden=48", "model.dense_hidden=96"]
 TWO = "model.gate={name: top_k, k: 2}"
 
 

@@ -167,7 +167,7 @@ def test_old_checkpoints_go(interrupted: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ("model.expert_units=8", ["moe.experts.weight|", "(16, 16)", "(16, 8)"]),
+        ("model.experts.units=8", ["moe.experts.weight|", "(16, 16)", "(16, 8)"]),
         ("model.num_experts=8", ["moe."]),
         ("model.gate={name: top_k}", ["moe.gates.0.weight"]),
         ("model.embedding_dim=4", ["moe.gates.0.split_weight|", "(2, 3, 16)", "(2, 3, 8)"]),

@@ -21,7 +21,7 @@ from tests.helpers.texts import write_lm_config
 SIZES = {"layers": 2, "dim": 12, "heads": 2, "kv_heads": 1, "dense_hidden": 20}
 EXPERTS = [
     "model.moe_every=1",
-    "model.expert_hidden=20",
+    "model.experts.hidden=20",
     "model.gate={name: top_k, k: 2, bias: false}",
     "parallel.expert_parallel_size=2",
 ]
@@ -122,7 +122,7 @@ def test_refusals(
 ) -> None:
     begin = ["train", "--run-dir", tmp_path / "run", config, f"start.run={imported}"]
     assert f"start.run={imported}: model.dim=24, but the dense model has 12" in refusal(*begin, "model.dim=24")
-    assert "use model.expert_hidden=20" in refusal(*begin, "model.moe_every=1", "model.expert_hidden=21")
+    assert "use model.experts.hidden=20" in refusal(*begin, "model.moe_every=1", "model.experts.hidden=21")
     assert "was trained with other tokens" in refusal(*begin, "data.tokenizer=null")
     for other in ("data.seed=1", "data.held_out=0.3", "data.characters_per_domain=null"):
         field = other.partition("=")[0]

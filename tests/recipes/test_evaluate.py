@@ -28,7 +28,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> 
     """Two ranks, dropout while training, stopped within the permutation stage: the table counts, not the matrix."""
     root = tmp_path_factory.mktemp("evaluate")
     config = write_config(
-        root, tiny_data, model={"dropout": 0.3, "permutation": {"epochs": 1}}, train={"max_steps": 40}
+        root,
+        tiny_data,
+        model={"experts": {"units": 16, "dropout": 0.3}, "permutation": {"epochs": 1}},
+        train={"max_steps": 40},
     )
     succeed(2, "train", "--run-dir", root / "run", config, "parallel.expert_parallel_size=2")
     return root / "run"

@@ -125,7 +125,7 @@ def test_a_dense_run_is_up_cycled_and_trained_on_two_ranks(dense: Path, config: 
     succeed(2, "train", "--resume", tmp_path / "copies", "parallel.expert_parallel_size=2")
     assert len(losses_of(tmp_path / "copies")) == STEPS
     succeed(1, "import", dense, tmp_path / "split", "--config", config, "--experts", "split", *top_k)
-    assert load_config(tmp_path / "split/config.yaml").model.expert_hidden == 20 // 4
+    assert load_config(tmp_path / "split/config.yaml").model.experts.hidden == 20 // 4
     (said,) = succeed(1, "export", tmp_path / "copies", "--hf", tmp_path / "mixtral")
     assert said.out.startswith("MixtralForCausalLM of ")
     stock = load_file(tmp_path / "mixtral/model.safetensors")

@@ -35,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
     return write_config(
         tmp_path_factory.mktemp("exact"),
         tiny_data,
-        model={"dropout": 0.3},
+        model={"experts": {"units": 16, "dropout": 0.3}},
         train={"max_steps": STEPS, "log_every": 4, "validate_every": VALIDATE, "patience": 20, "checkpoint_every": 7},
         parallel={"expert_parallel_size": 2},
         deepspeed={

@@ -38,7 +38,9 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
     train = {"max_steps": STEPS, "checkpoint_every": EVERY, "keep_checkpoints": 9, "log_every": 1}
     stage = {"zero_optimization": {"stage": 0}}
     directory = tmp_path_factory.mktemp("saving")
-    return write_config(directory, tiny_data, model={"dropout": 0.3}, train=train, deepspeed=stage)
+    return write_config(
+        directory, tiny_data, model={"experts": {"units": 16, "dropout": 0.3}}, train=train, deepspeed=stage
+    )
 
 
 @pytest.fixture(scope="module")

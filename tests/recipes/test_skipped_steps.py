@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
     return write_config(
         tmp_path_factory.mktemp("skipped"),
         tiny_data,
-        model={"dropout": 0.3, "gate": GATE},
+        model={"experts": {"units": 16, "dropout": 0.3}, "gate": GATE},
         train={"max_steps": STEPS},
         deepspeed={"gradient_clipping": 1.0, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}},
     )

@@ -43,8 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "model": {
             "num_experts": 4,
-            "expert_channels": [2, 3],
-            "expert_units": [6, 5],
+            "experts": {"channels": [2, 3], "units": [6, 5]},
             "head_units": [7],
             "gate": {"name": "comet", "k": 2, "gamma": 0.3, "entropy_weight": 0.05},
             "permutation": {"epochs": 1.0},

@@ -18,7 +18,12 @@ WIRES = {"null": (4 * WIDTH, 4 * WIDTH), "bf16": (2 * WIDTH, 2 * WIDTH), "fp8_e4
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
     root = tmp_path_factory.mktemp("wire")
-    model = {"gate": {"name": "top_k", "k": 3}, "num_experts": 8, "embedding_dim": WIDTH // 2, "expert_units": WIDTH}
+    model = {
+        "gate": {"name": "top_k", "k": 3},
+        "num_experts": 8,
+        "embedding_dim": WIDTH // 2,
+        "experts": {"units": WIDTH},
+    }
     config = write_config(root, tiny_data, model=model, train={"max_steps": STEPS}, seed=1)
     for name in WIRES:
         overrides = ["parallel.expert_parallel_size=2", f"parallel.wire_dtype={name}"]

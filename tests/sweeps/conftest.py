@@ -25,7 +25,7 @@ SWEEP: dict[str, Any] = {
     "config": "base.yaml",
     "trials": 3,
     "best_fraction": 0.5,
-    "space": {LR: {"log_uniform": [1e-4, 1e-2]}, "model.dropout": {"uniform": [0.0, 0.5]}},
+    "space": {LR: {"log_uniform": [1e-4, 1e-2]}, "model.experts.dropout": {"uniform": [0.0, 0.5]}},
     "rows": {
         "COMET": {
             "set": {"model.gate": {"name": "comet", "k": 2}},

@@ -18,7 +18,7 @@ STEPS = 3
 def loss_of(config: SupervisedConfig) -> float:
     """Least at lr = 1e-3 and dropout = 0.2."""
     lr = config.deepspeed["optimizer"]["params"]["lr"]
-    return (math.log10(lr) + 3) ** 2 + (config.model.dropout - 0.2) ** 2 + 0.1
+    return (math.log10(lr) + 3) ** 2 + (config.model.experts.dropout - 0.2) ** 2 + 0.1
 
 
 def result_of(config: SupervisedConfig) -> TrialResult:
@@ -41,7 +41,7 @@ def _validate(i: int, config: SupervisedConfig, report: Report) -> TrialResult |
 def diverging(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
     """Trials with dropout above 0.3 come to nothing."""
     nothing = TrialResult({"loss": math.nan}, {"loss": math.nan}, STEPS)
-    return [nothing if config.model.dropout > 0.3 else result_of(config) for config in configs]
+    return [nothing if config.model.experts.dropout > 0.3 else result_of(config) for config in configs]
 
 
 def failing(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
@@ -51,7 +51,7 @@ def failing(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialRe
 
 def failing_together(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
     """Two do not fit, and no single one with dropout above 0.3 does either."""
-    if len(configs) > 1 or configs[0].model.dropout > 0.3:
+    if len(configs) > 1 or configs[0].model.experts.dropout > 0.3:
         raise MemoryError("too large")
     return analytic(configs, report)
 

@@ -38,7 +38,7 @@ def test_a_trial_has_the_fields_set_and_drawn(write: Write) -> None:
     made = config(write, row)
     assert made.train.epochs == 7
     assert made.model.gate.model_dump()["gamma"] == drawn["model.gate.gamma"]
-    assert made.model.dropout == drawn["model.dropout"]
+    assert made.model.experts.dropout == drawn["model.experts.dropout"]
     assert made.deepspeed["optimizer"] == {"type": "AdamW", "params": {"lr": drawn[LR]}}
 
 
@@ -47,12 +47,17 @@ def test_a_row_overrules_the_sweep(write: Write) -> None:
     row = rows(
         write,
         set={"train.epochs": 7, "seed": 1, "train.batch_size": 64},
-        rows={"A": {"set": {"model.dropout": 0.125, "seed": 2}, "space": {"train.epochs": {"int_uniform": [1, 3]}}}},
+        rows={
+            "A": {
+                "set": {"model.experts.dropout": 0.125, "seed": 2},
+                "space": {"train.epochs": {"int_uniform": [1, 3]}},
+            }
+        },
     )["A"]
     made = config(write, row)
-    assert (made.seed, made.model.dropout, made.train.batch_size) == (2, 0.125, 64)
+    assert (made.seed, made.model.experts.dropout, made.train.batch_size) == (2, 0.125, 64)
     assert made.train.epochs in (1, 2, 3)
-    assert "model.dropout" not in row.space
+    assert "model.experts.dropout" not in row.space
 
 
 def test_trials_do_not_share_what_a_row_sets(write: Write) -> None:

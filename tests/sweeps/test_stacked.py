@@ -184,7 +184,7 @@ def test_what_may_differ_within_a_stack(configured: Callable[..., SupervisedConf
         "seed=1",
         "train.batch_size=32",
         "model.permutation.epochs=1",
-        "model.dropout=0.1",
+        "model.experts.dropout=0.1",
     ):
         assert stack_key(configured(override)) != stack_key(base), override
 

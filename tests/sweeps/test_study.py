@@ -43,7 +43,7 @@ def test_results_are_kept_with_all_figures(bench: Bench) -> None:
         records = studies.records(row)
         assert [record.index for record in records] == [0, 1, 2]
         for record in records:
-            loss = (math.log10(record.params[LR]) + 3) ** 2 + (record.params["model.dropout"] - 0.2) ** 2 + 0.1
+            loss = (math.log10(record.params[LR]) + 3) ** 2 + (record.params["model.experts.dropout"] - 0.2) ** 2 + 0.1
             assert record.state == "complete"
             assert record.val == pytest.approx({"loss": loss, "auc": 1 - loss})
             assert record.test == pytest.approx({"loss": 2 * loss, "auc": 0.9 - loss})
@@ -114,11 +114,11 @@ def test_a_trial_taken_by_a_process_that_died_at_once_is_found(bench: Bench) -> 
     """Between Optuna's ask and the first heartbeat there is nothing but the state."""
     studies = bench.studies(**TOP_K, trials=1)
     study = studies._studies["Top-k"]
-    study.enqueue_trial({LR: 1e-3, "model.dropout": 0.25}, user_attrs={"index": 0})
+    study.enqueue_trial({LR: 1e-3, "model.experts.dropout": 0.25}, user_attrs={"index": 0})
     with study_module._without_optunas_remarks():
         study.ask()
     (again,) = studies.take("another", 1)
-    assert (again.index, again.values) == (0, {LR: 1e-3, "model.dropout": 0.25})
+    assert (again.index, again.values) == (0, {LR: 1e-3, "model.experts.dropout": 0.25})
 
 
 def test_a_result_that_comes_after_another_took_over_is_dropped(bench: Bench) -> None:
@@ -163,7 +163,7 @@ def test_a_diverged_trial_is_complete_with_an_infinite_loss(bench: Bench) -> Non
     studies = bench.studies(trials=4)
     bench.work(studies, runners.diverging)
     records = [record for row in ROWS for record in studies.records(row)]
-    diverged = [record for record in records if record.params["model.dropout"] > 0.3]
+    diverged = [record for record in records if record.params["model.experts.dropout"] > 0.3]
     assert 0 < len(diverged) < len(records) == 8
     assert all((record.state, record.loss) == ("diverged", math.inf) for record in diverged)
     assert all(math.isnan(record.val["loss"]) for record in diverged)

@@ -42,7 +42,7 @@ def test_what_fails_together_is_trained_alone(bench: Bench) -> None:
     studies = bench.studies(**TOP_K, trials=5)
     bench.work(studies, runners.failing_together, together=4)
     for record in studies.records("Top-k"):
-        fails = record.params["model.dropout"] > 0.3
+        fails = record.params["model.experts.dropout"] > 0.3
         assert record.state == ("failed" if fails else "complete")
         assert record.error == ("MemoryError: too large" if fails else "")
     assert {record.state for record in studies.records("Top-k")} == {"failed", "complete"}

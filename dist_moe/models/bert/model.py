@@ -37,7 +37,11 @@ AUXILIARY = ABOVE[-1]
 
 
 class BertConfig(MoEModelConfig):
-    """The encoder's part of a model's section."""
+    """The encoder's part of a model's section.
+
+    Experts are described by fields of its own, not by ``experts: {name: ...}``: their activation, epsilon and, by
+    default, width are those of the checkpoint, and their form decides where the residual and the LayerNorm are.
+    """
 
     one_layer: ClassVar[bool] = False
 
@@ -78,7 +82,7 @@ class BertConfig(MoEModelConfig):
 
     @property
     def num_moe_layers(self) -> int:
-        """At least so many: how many layers the encoder has, only its checkpoint says."""
+        """A lower bound of the number of MoE layers: how many layers the encoder has, only its checkpoint says."""
         return 2 if self.moe_every else 0
 
     def has_experts(self, layer: int) -> bool:
@@ -86,11 +90,11 @@ class BertConfig(MoEModelConfig):
         return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
 
     def fitted(self, shape: BertShape) -> BertShape:
-        """``shape`` with the dense width of this configuration."""
+        """Return ``shape`` with the dense width of this configuration."""
         return replace(shape, hidden=self.hidden or shape.hidden)
 
     def width_of_experts(self, shape: BertShape) -> int:
-        """Of each expert's network, for an encoder whose dense networks have ``shape.hidden``.
+        """Return the width of each expert's network, for an encoder whose dense networks have ``shape.hidden``.
 
         Raises UserError if that cannot be divided among the experts.
         """
@@ -102,7 +106,7 @@ class BertConfig(MoEModelConfig):
         return self.expert_hidden or shape.hidden // self.num_experts
 
     def feed_forwards(self, shape: BertShape, run: RunShape) -> list[FeedForward]:
-        """The blocks of all layers, with this rank's experts and random weights.
+        """Return the blocks of all layers, with this rank's experts and random weights.
 
         Raises UserError if ``moe_every`` leaves a model without the experts that it speaks of.
         """
@@ -113,7 +117,7 @@ class BertConfig(MoEModelConfig):
         return [self.feed_forward(shape, layer, run) for layer in range(shape.layers)]
 
     def feed_forward(self, shape: BertShape, layer: int, run: RunShape) -> FeedForward:
-        """The block of layer ``layer`` alone."""
+        """Return the block of layer ``layer`` alone."""
         if not self.has_experts(layer):
             return DenseFeedForward(self.fitted(shape), self.dropout)
         moe = self.build_layer(self._experts(shape, run), 1, run, layer=layer)
@@ -167,7 +171,7 @@ class BertModel(MoEModel):
 
     @abstractmethod
     def predictions_of(self, x_TD: Tensor, ragged: Ragged) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """From what the last layer gives, and the logits of an auxiliary head."""
+        """Return predictions from what the last layer gives, and the logits of an auxiliary head."""
 
     def forward(
         self, token_BS: Tensor, length_B: Tensor, segment_BS: Tensor | None = None, hidden_states: bool = False
@@ -184,6 +188,20 @@ class BertModel(MoEModel):
         predictions, auxiliary_BC = self.predictions_of(states[-1], ragged)
         return BertOutput(predictions, layers, ragged.real_BS, kept, auxiliary_BC)
 
+    def activation_bytes(self, value_bytes: int, tokens: float, places: int) -> tuple[float, float]:
+        """Return what autograd keeps of each operation on a CPU: attention keeps places, everything else tokens, and
+        scores are kept where there is dropout on them; the loss takes hardly anything."""
+        sizes, masks = self.shape, 1 if self.dropout else 0
+        scores = 3 * sizes.heads * places
+        attention = 3 * sizes.width + scores if self.dropout else 4 * sizes.width + sizes.heads
+        output = (3 + masks) * sizes.width + 2  # what goes into the output layer, its residual and its norm
+        kept = sizes.layers * (places / tokens * attention + output + sizes.width) + (2 + masks) * sizes.width
+        for layer in self.encoder.layers:
+            block = layer.get_submodule("feed_forward")
+            kept += 2 * sizes.hidden if isinstance(block, DenseFeedForward) else 0
+            kept += (1 + masks) * sizes.width + 2 if block.norm is not None else 0
+        return value_bytes * kept + 3 * torch.int64.itemsize, value_bytes * 4 * sizes.width
+
     def place(self, weights: Mapping[str, Tensor], fresh: Sequence[str] = ()) -> None:
         """Copy in weights by name, as :func:`place_weights` does; a pooler or head that ``weights`` lacks stays.
 
@@ -195,19 +213,16 @@ class BertModel(MoEModel):
         place_weights(self, fitting, (*fresh, *lacking))
 
     def dense_layers(self) -> dict[int, DenseFeedForward]:
-        """The feed-forward blocks that are not of experts, by layer."""
+        """Return the feed-forward blocks that are not of experts, by layer."""
         blocks = (layer.get_submodule("feed_forward") for layer in self.encoder.layers)
         return {i: block for i, block in enumerate(blocks) if isinstance(block, DenseFeedForward)}
 
     def num_parameters(self, experts_per_token: int | None = None) -> int:
-        """All of the model's, over all ranks; or those that a token meets that goes to so many experts of a layer.
+        """Return the number of all parameters, over all ranks; or those met by a token that goes to so many experts.
 
         The latter are MoEBERT's effective parameters, embeddings included; gates count in full.
         """
         banks = [layer.experts for layer in self.moe_layers.values()]
         of_banks = {id(parameter) for bank in banks for parameter in bank.parameters()}
         dense = sum(parameter.numel() for parameter in self.parameters() if id(parameter) not in of_banks)
-        return dense + sum(
-            sum(parameter[0].numel() for parameter in bank.parameters()) * (experts_per_token or bank.num_experts)
-            for bank in banks
-        )
+        return dense + sum(bank.parameters_per_expert * (experts_per_token or bank.num_experts) for bank in banks)

@@ -1,6 +1,6 @@
 """Up-cycling: a dense decoder's weights as those of one with experts, the same for every gate.
 
-    config = TransformerConfig(**sizes_of_the_dense_one, moe_every=2, num_experts=8, gate=..., expert_hidden=...)
+    config = TransformerConfig(**sizes_of_the_dense_one, moe_every=2, num_experts=8, gate=..., experts=...)
     weights = convert_decoder(checkpoint.weights, checkpoint.config, config, DecoderConversionConfig())
     place_weights(config.build(checkpoint.vocab_size, run), weights, ROUTERS)       # gates keep their first values
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dist_moe.config.settings import Settings
 from dist_moe.errors import UserError
+from dist_moe.experts import FeedForwardConfig
 from dist_moe.kernels import FeedForwardWeights
 from dist_moe.models.conversion.copies import copies
 from dist_moe.models.conversion.exact_split import split_exactly
@@ -30,7 +31,7 @@ OF_MIXTURES = {
     "permutation",
     "activation_checkpointing",
     "moe_every",
-    "expert_hidden",
+    "experts",
     "shared_hidden",
 }
 """Fields in which a converted model may differ from the dense one."""
@@ -61,7 +62,7 @@ def convert_decoder(
     ``dense``: weights by name of a model of ``dense_config``, without experts. Raises UserError naming the fields that
     do not fit together.
     """
-    for fault in conversion_faults(dense_config, config, conversion):
+    for fault in conversion_errors(dense_config, config, conversion):
         raise UserError(fault)
     weights = {name: tensor.detach() for name, tensor in dense.items()}
     for layer in range(config.layers):
@@ -80,14 +81,14 @@ def convert_decoder(
 
 
 def width_of_experts(dense_config: TransformerConfig, num_experts: int, conversion: DecoderConversionConfig) -> int:
-    """The ``expert_hidden`` that a conversion makes; of a split that does not divide it, the next lower one."""
+    """Return the hidden width of experts that a conversion makes; if a split does not divide it, the next lower one."""
     return dense_config.dense_hidden // (num_experts if conversion.method == "split" else 1)
 
 
-def conversion_faults(
+def conversion_errors(
     dense_config: TransformerConfig, config: TransformerConfig, conversion: DecoderConversionConfig
 ) -> Iterator[str]:
-    """What of the two models does not fit together, as "field=value: reason"."""
+    """Yield what of the two models does not fit together, as "field=value: reason"."""
     if dense_config.moe_every:
         yield f"model.moe_every={dense_config.moe_every}: only a dense model can be converted"
     for name in sorted(TransformerConfig.model_fields.keys() - OF_MIXTURES - {"kv_heads"}):
@@ -100,9 +101,11 @@ def conversion_faults(
         return
     if config.shared_hidden is not None:
         yield f"model.shared_hidden={config.shared_hidden}: a dense network has nothing to make it of; use null"
+    for field, value, wanted in config.expert_mismatches():
+        yield f"model.experts.{field}={value}: a conversion makes SwiGLU networks; use model.experts.{field}={wanted}"
     width = width_of_experts(dense_config, config.num_experts, conversion)
-    if config.expert_hidden != width:
+    if isinstance(config.experts, FeedForwardConfig) and config.experts.hidden != width:
         yield (
-            f"conversion.method={conversion.method} makes experts of width {width}, model.expert_hidden="
-            f"{config.expert_hidden} says otherwise; use model.expert_hidden={width}"
+            f"conversion.method={conversion.method} makes experts of width {width}, model.experts.hidden="
+            f"{config.experts.hidden} says otherwise; use model.experts.hidden={width}"
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from dist_moe.errors import UserError
+from dist_moe.experts import FeedForwardConfig
 from dist_moe.gates import TopKConfig
 from dist_moe.gates.top_k import Scores
 from dist_moe.models.hugging_face.fields import CONTEXT, MIXTURE, followed
@@ -88,7 +89,7 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
         fields |= {
             "moe_every": 1,
             "num_experts": content["num_local_experts"],
-            "expert_hidden": content["intermediate_size"],
+            "experts": FeedForwardConfig(hidden=content["intermediate_size"]),
             "gate": TopKConfig(k=content["num_experts_per_tok"], bias=False),
         }
     elif architecture == "olmoe":
@@ -96,7 +97,7 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
         fields |= {
             "moe_every": 1,
             "num_experts": content["num_experts"],
-            "expert_hidden": content["intermediate_size"],
+            "experts": FeedForwardConfig(hidden=content["intermediate_size"]),
             "gate": TopKConfig(k=content["num_experts_per_tok"], bias=False, scores=scores),
             "qk_norm": True,
         }
@@ -120,7 +121,11 @@ def write_decoder_config(
     Raises UserError naming what ``architecture`` has no place for.
     """
     for fault in _misfits(config, architecture):
-        raise UserError(f"{fault}: a model of this kind cannot be written as {CLASSES[architecture]}")
+        fitting = " or ".join(each for each in get_args(Architecture) if not list(_misfits(config, each)))
+        raise UserError(
+            f"{fault}: a model of this kind cannot be written as {CLASSES[architecture]}; architectures that have a "
+            f"place for it: {fitting or 'none'}"
+        )
     content: dict[str, Any] = {
         "model_type": architecture,
         "architectures": [CLASSES[architecture]],
@@ -137,16 +142,18 @@ def write_decoder_config(
     }
     if architecture == "mixtral":
         assert isinstance(config.gate, TopKConfig)
+        assert isinstance(config.experts, FeedForwardConfig)
         content |= {
-            "intermediate_size": config.expert_hidden,
+            "intermediate_size": config.experts.hidden,
             "num_local_experts": config.num_experts,
             "num_experts_per_tok": config.gate.k,
             "sliding_window": None,
         }
     elif architecture == "olmoe":
         assert isinstance(config.gate, TopKConfig)
+        assert isinstance(config.experts, FeedForwardConfig)
         content |= {
-            "intermediate_size": config.expert_hidden,
+            "intermediate_size": config.experts.hidden,
             "num_experts": config.num_experts,
             "num_experts_per_tok": config.gate.k,
             "norm_topk_prob": config.gate.scores == "softmax_after",
@@ -205,6 +212,7 @@ def _misfits(config: TransformerConfig, architecture: Architecture) -> Iterator[
         yield f"model.moe_every={config.moe_every}"
     if config.shared_hidden is not None:
         yield f"model.shared_hidden={config.shared_hidden}"
+    yield from (f"model.experts.{field}={value}" for field, value, _ in config.expert_mismatches())
     if config.slots_per_gate != config.num_experts:
         yield f"model.num_slots={config.num_slots}"
     gate = config.gate

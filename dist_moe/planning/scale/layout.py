@@ -35,20 +35,22 @@ class Layout:
 
     @property
     def ranks(self) -> int:
+        """Number of all ranks."""
         return self.nodes * self.per_node
 
     @property
     def nodes_of_group(self) -> int:
+        """Number of nodes over which a group is spread."""
         return max(1, self.group // self.per_node)
 
     @property
     def group_in_node(self) -> int:
-        """Ranks of a group on one node."""
+        """Number of a group's ranks on one node."""
         return min(self.group, self.per_node)
 
     @property
     def copies(self) -> int:
-        """Groups, each of which has all experts."""
+        """Number of groups, each of which has all experts."""
         return self.ranks // self.group
 
 

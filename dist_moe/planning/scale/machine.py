@@ -1,4 +1,4 @@
-"""What a machine can do, in numbers: measured on it, or taken from its data sheet."""
+"""Machines in numbers: rates that were measured, or taken from a data sheet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Link(Settings):
-    """What collectives reach over one kind of link, in one direction."""
+    """Rates of collectives over one kind of link, in one direction."""
 
     all_to_all_bytes_per_s: float = Field(
         gt=0, description="bytes that leave a rank (a node, for the links between nodes) in an all-to-all, per second"
@@ -60,7 +60,7 @@ class Machine(Settings):
         return dict(sorted(rates.items()))
 
     def flop_per_s(self, rows: float) -> float:
-        """Rate of products of so many rows: between two known ones on a straight line in log-log, as a
+        """Return the rate of products of so many rows: between two known ones on a straight line in log-log, as a
         product that waits for its weight is; below the least in proportion to the rows, above the most alike."""
         known = list(self.gemm_flop_per_s_by_rows.items())
         if rows <= known[0][0]:
@@ -72,12 +72,12 @@ class Machine(Settings):
         return known[-1][1]
 
     def write(self, path: Path) -> None:
-        """As YAML that :func:`read_machine` reads."""
+        """Write it as YAML that :func:`read_machine` reads."""
         path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False))
 
 
 def _gpu(name: str, memory: float, flop_per_s: float, hbm: float, nvlink: float, network: float) -> Machine:
-    """Eight GPUs of a data sheet. A product of bf16 reads its weight once: as many FLOP a byte as it has rows."""
+    """Return nodes of eight such GPUs. A product of bf16 reads its weight once: as many FLOP a byte as it has rows."""
     return Machine(
         name=name,
         source="data sheets, not measured: peak rates; latencies and fixed times are assumptions",
@@ -109,7 +109,7 @@ BUILTIN = {
 
 
 def read_machine(name: str) -> Machine:
-    """One of ``BUILTIN``, or a YAML file. Raises UserError for what is neither, or holds a wrong field."""
+    """Return one of ``BUILTIN``, or that of a YAML file. Raises UserError for what is neither, or a wrong field."""
     if name in BUILTIN:
         return BUILTIN[name]
     path = Path(name)

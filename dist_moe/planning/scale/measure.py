@@ -29,7 +29,7 @@ from dist_moe.planning.scale.step_time import small_collectives_seconds
 
 
 def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str = "") -> Machine:
-    """Measure the nodes of ``groups``. Collective over all ranks; the same result on all.
+    """Return the constants of the nodes of ``groups``. Collective over all ranks; the same result on all.
 
     Links are measured within the first node between ranks that have a processor each; between the first two by
     all of their ranks at once, because a single stream does not fill a link. A single rank, or a single node,
@@ -59,13 +59,15 @@ def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str
 
 
 def processors_here() -> int:
-    """GPUs of this node, or else the CPU cores that this process may use."""
+    """Return the number of this node's GPUs, or else of the CPU cores that this process may use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
 def _link(members: list[list[int]], groups: ProcessGroups) -> Link:
-    """Between the ranks of each group of ``members``, all groups at once; rates add up over those that share a
-    link: none within a node, all between two."""
+    """Return the link between the ranks of each group of ``members``, all groups at once.
+
+    Rates add up over the ranks that share a link: none within a node, all between two.
+    """
     wait_for_all()
     mine = None
     for ranks in members:
@@ -82,7 +84,7 @@ def _link(members: list[list[int]], groups: ProcessGroups) -> Link:
 
 
 def _alone(seconds: float, nodes: list[list[int]], processors: float, link: Link | None) -> float:
-    """Of a fixed step's ``seconds`` on all ranks, what one rank with a processor of its own would need."""
+    """Return what, of a fixed step's ``seconds`` on all ranks, one rank with a processor of its own would need."""
     layout = Layout(len(nodes), len(nodes[0]), 1)
     sharing = max(1.0, layout.per_node / processors)
     return max(0.0, seconds - small_collectives_seconds(link, layout, sharing)) / sharing

@@ -18,7 +18,7 @@ from dist_moe.tasks.task import Task
 
 @dataclass(frozen=True)
 class Assumed:
-    """What the configuration does not tell. ``experts_per_token``: of a gate, measured (None: the gate's k).
+    """Assumptions beside the configuration. ``experts_per_token``: of a gate, measured (None: the gate's k).
     ``skew``: rows of the heaviest rank over the mean. ``tokens_per_rank``: makes the batch grow with the ranks
     (None: ``train.batch_size`` at every size)."""
 
@@ -29,8 +29,9 @@ class Assumed:
 
 @dataclass(frozen=True)
 class PlannedSize:
-    """``predictions``: one per exchange. ``against_one``: by exchange, tokens per second and rank over those of one
-    rank that takes the same batch alone. ``memory``: bytes of a rank, states and activations, even load."""
+    """A step at one size. ``predictions``: one per exchange. ``against_one``: by exchange, tokens per second and rank
+    over those of one rank that takes the same batch alone. ``memory``: bytes of a rank, states and activations under
+    even load."""
 
     layout: Layout
     batch_size: int
@@ -39,6 +40,7 @@ class PlannedSize:
     memory: int
 
     def plain(self) -> dict[str, Any]:
+        """Return plain content for JSON."""
         return asdict(self)
 
 
@@ -51,7 +53,7 @@ def plan_sizes(
     assumed: Assumed,
     exchanges: Sequence[ExchangeName] = EXCHANGES,
 ) -> list[PlannedSize]:
-    """A training step on each number of ``nodes`` of ``per_node`` ranks.
+    """Return a training step on each number of ``nodes`` of ``per_node`` ranks.
 
     On fewer nodes than the most, experts are split over as many ranks as the configuration asks for and there are,
     and no more skew is assumed than they can have. Raises UserError where anything does not fit.
@@ -68,8 +70,10 @@ def plan_sizes(
 def configs_by_size(
     config: SupervisedConfig, nodes: Sequence[int], per_node: int, assumed: Assumed, task: Task
 ) -> list[SupervisedConfig]:
-    """``config`` for each number of ``nodes``: experts over as many ranks as are asked for and there are, and the batch
-    that ``assumed`` says."""
+    """Return ``config`` for each number of ``nodes``, with the batch that ``assumed`` says.
+
+    Experts are split over as many ranks as are asked for and there are.
+    """
     most, found = max(nodes), []
     for number in nodes:
         ranks = number * per_node
@@ -101,7 +105,7 @@ def _plan_size(
 
 
 def planned_work(config: SupervisedConfig, task: Task) -> Work:
-    """Of the whole model of ``config``, which is built without storage."""
+    """Return the work of the whole model of ``config``, which is built without storage."""
     return work_of_model(planned_model(config, task), config, optimizer_states(config)[0], bytes_per_parameter(config))
 
 
@@ -114,7 +118,7 @@ def check_experts_per_token(k: float, experts: int) -> None:
 
 
 def sizes_up_to(nodes: int) -> list[int]:
-    """1, 2, 4, ... nodes, and ``nodes``."""
+    """Return 1, 2, 4, ... nodes, and ``nodes``."""
     powers = [2**power for power in range(nodes.bit_length()) if 2**power < nodes]
     return [*powers, nodes]
 

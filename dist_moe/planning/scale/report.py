@@ -18,7 +18,7 @@ PARTS = tuple(field.name for field in fields(Seconds))
 
 
 def size_table(machine: Machine, sizes: Sequence[PlannedSize]) -> str:
-    """A row per size and exchange: where a step's time goes, bytes per rank, efficiency, memory."""
+    """Return a row per size and exchange: where a step's time goes, bytes per rank, efficiency, memory."""
     columns = [*PARTS, "step", "inside", "between", "gradients", "tokens/s", "efficiency", "of one", "memory"]
     lines = [
         f"machine {machine.name}: {machine.source}",
@@ -59,7 +59,7 @@ def _place(size: PlannedSize) -> str:
 
 
 def draw_sizes(machine: Machine, sizes: Sequence[PlannedSize], path: Path) -> None:
-    """A PNG: the parts of a step by number of ranks, a bar per exchange; and tokens per second, with the ideal."""
+    """Write a PNG: parts of a step by number of ranks, a bar per exchange; and tokens per second, with the ideal."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")

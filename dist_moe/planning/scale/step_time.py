@@ -24,21 +24,22 @@ BACKWARD = 2
 
 _KEY_BYTES, _WEIGHT_BYTES = 8, 4
 _COLLECTIVES_PER_LEVEL = 5
-"""The counts; rows there and back, forward and backward."""
+"""Collectives per level of an exchange: the counts; rows there and back, forward and backward."""
 _SMALL_COLLECTIVES = 4
-"""Of a training step, whatever its size: overflow, the norm of both kinds of gradients, one for the count."""
+"""Number of small collectives per training step, independent of its size: overflow flag, two gradient norms, one
+counter."""
 _SORTS_PER_PAIR = 2
 _INDEX_BYTES_PER_PAIR = 100
-"""Of int64 keys, places and counts that are read and written for a pair at each level."""
+"""Bytes of int64 keys, places and counts that are read and written for a pair at each level."""
 _GRADIENT_ACCESSES, _OPTIMIZER_ACCESSES, _STATE_ACCESSES = 16, 11, 7
-"""Of fp32 numbers, counted in DeepSpeed's ZeRO 1 and torch's Adam. Of every parameter: gradient written, copied into
-a bucket, divided, flattened, reduced in place, copied back, and the parameter gathered; of every parameter that a rank
-updates: gradient taken, normed, scaled, parameter updated and copied; and this often for each state."""
+"""Accesses of fp32 numbers, counted in DeepSpeed's ZeRO 1 and torch's Adam. Per parameter: gradient written, copied
+into a bucket, divided, flattened, reduced in place, copied back, and the parameter gathered. Per parameter that a rank
+updates: gradient taken, normed, scaled, parameter updated and copied. Then per state of such a parameter."""
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """That a rank sends in a step. ``rows``: token rows, results, sums, and their gradients; ``lists``: the pairs
+    """Bytes that a rank sends in a step. ``rows``: token rows, results, sums, and their gradients; ``lists``: the pairs
     that travel with them in two levels. ``inside``, ``between``: to ranks of the same node, of other nodes."""
 
     inside: float
@@ -48,12 +49,13 @@ class Bytes:
 
     @property
     def total(self) -> float:
+        """All of it, within nodes and between them."""
         return self.inside + self.between
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of a step, by what they are spent on. ``moves``: rows gathered, regrouped and mixed where they are;
+    """Step time in seconds, by component. ``moves``: rows gathered, regrouped and mixed where they are;
     ``wire``: the exchange's collectives; ``gradients``: their reduction and the gathering of parameters."""
 
     dense: float
@@ -66,12 +68,13 @@ class Seconds:
 
     @property
     def total(self) -> float:
+        """Seconds of the whole step."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one step on ``layout``. ``exchange_bytes``: per rank; ``gradient_bytes``: per rank, by a ring.
+    """One step on ``layout``. ``exchange_bytes``: per rank; ``gradient_bytes``: per rank, by a ring.
     ``efficiency``: share of the step in which products are computed that an even load would need, too."""
 
     layout: Layout
@@ -91,16 +94,16 @@ def predict(
     exchange: ExchangeName = "flat",
     *,
     skew: float = 1.0,
-    spread: Spread | None = None,
     training: bool = True,
 ) -> Prediction:
-    """A step of ``tokens`` per rank. ``skew``: rows of the heaviest rank over the mean. ``spread``: what was counted
-    (None: expected of uniform choices). ``training``: with gradients and optimizer; else the layer alone.
+    """Return a step of ``tokens`` per rank, of uniform choices. ``skew``: rows of the heaviest rank over the mean.
+
+    ``training``: with gradients and optimizer; else the layer alone.
 
     Raises UserError where the layout does not fit the model, or the machine has no links that it needs.
     """
     _check(machine, work, layout, skew)
-    spread = spread or expected_spread(work.experts, work.k, work.gates, tokens, layout)
+    spread = expected_spread(work.experts, work.k, work.gates, tokens, layout)
     sharing = max(1.0, layout.per_node / machine.processors_per_node)
     dense = sharing * _dense_seconds(machine, work, tokens)
     even = sharing * _expert_products(machine, work, layout, spread.pairs.all)
@@ -122,7 +125,7 @@ def predict(
 
 
 def exchange_bytes(work: Work, spread: Spread, exchange: ExchangeName) -> Bytes:
-    """What a rank sends in the exchange, forward and backward: as its layer counts it."""
+    """Return what a rank sends in the exchange, forward and backward: as its layer counts it."""
     row, result = work.dim * work.value_bytes, work.out_dim * work.value_bytes
     if exchange == "flat" or spread.across is None:
         pairs = spread.pairs
@@ -137,7 +140,7 @@ def exchange_bytes(work: Work, spread: Spread, exchange: ExchangeName) -> Bytes:
 
 
 def _level_bytes(work: Work, level: Level) -> tuple[float, float]:
-    """Of rows and sums; of lists: keys there, weights there and their gradients back."""
+    """Return bytes of rows and sums; and of lists: keys there, weights there and their gradients back."""
     rows = 2 * level.rows.away * work.dim * work.value_bytes + 2 * level.sums.away * work.out_dim * _WEIGHT_BYTES
     return rows, level.pairs.away * (_KEY_BYTES + 2 * _WEIGHT_BYTES * work.gates)
 
@@ -166,12 +169,12 @@ def _check(machine: Machine, work: Work, layout: Layout, skew: float) -> None:
 
 
 def _products(machine: Machine, flops: float, rows: float) -> float:
-    """Seconds of products, forward and backward, ``rows`` of which share each weight; ``flops``: of one row."""
+    """Return seconds of products, forward and backward, ``rows`` of which share each weight; ``flops``: of one row."""
     return (1 + BACKWARD) * flops * rows / machine.flop_per_s(max(rows, 1.0)) if rows else 0.0
 
 
 def _expert_products(machine: Machine, work: Work, layout: Layout, rows: float) -> float:
-    """``rows``: that a rank computes, evenly over its experts."""
+    """Return seconds of the experts' products; ``rows``: that a rank computes, evenly over its experts."""
     local = work.experts / layout.group
     return local * _products(machine, work.expert_flops, rows / local)
 
@@ -254,13 +257,13 @@ def _wire_seconds(
 
 
 def node_skew(layout: Layout, skew: float) -> float:
-    """Of the heaviest node over the mean, where ranks' loads differ independently: their excess averages out."""
+    """Return the heaviest node's load over the mean, if ranks' loads are independent: their excess averages out."""
     return float(min(1 + (skew - 1) / math.sqrt(layout.group_in_node), layout.nodes_of_group))
 
 
 def row_skew(work: Work, parts: int, skew: float) -> float:
-    """Of token rows that go to one of ``parts``, where ``skew`` times the mean of pairs goes there: a token that
-    needs several of its experts is sent once."""
+    """Return the skew of token rows that go to one of ``parts``, where ``skew`` times the mean of pairs goes there: a
+    token that needs several of its experts is sent once."""
     needed, mean = (1 - missed_by_draws(work.experts, parts, work.k, s) ** work.gates for s in (skew, 1.0))
     return needed / mean
 
@@ -276,7 +279,7 @@ def _latency(machine: Machine, peers: int, is_across: bool, sharing: float) -> f
 
 
 def gradient_bytes(stage: int, dense: float, experts: float, value_bytes: int, layout: Layout) -> float:
-    """That a rank sends in all reductions of a step; ``dense`` and ``experts``: parameters of the whole model."""
+    """Return what a rank sends in all reductions of a step; ``dense``, ``experts``: parameters of the whole model."""
     return sum(volume for volume, _ in _reductions(stage, dense, experts, value_bytes, layout))
 
 
@@ -315,7 +318,7 @@ def _gradient_seconds(machine: Machine, work: Work, layout: Layout, sharing: flo
 
 
 def small_collectives_seconds(link: Link | None, layout: Layout, sharing: float) -> float:
-    """Of a training step's reductions of a few numbers: up and down a tree of the ranks."""
+    """Return the seconds of a training step's reductions of a few numbers: up and down a tree of the ranks."""
     if link is None:
         return 0.0
     return sharing * _SMALL_COLLECTIVES * 2 * math.log2(layout.ranks) * link.latency_s

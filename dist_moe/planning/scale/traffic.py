@@ -1,4 +1,4 @@
-"""What a step of a model with attention computes and sends on many nodes: FLOPs, rows, bytes, memory; no seconds.
+"""The FLOPs, rows, bytes and memory of a step on many nodes, for models with attention: no seconds.
 
 The rates of a machine (machine.py) are of products, rows and elementwise operations. Attention, norms and the loss over
 a vocabulary have none there, so the time of a step of such a model is not predicted.
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_moe.engine.deepspeed.config import zero_stage
-from dist_moe.models import MoEModel, Transformer
+from dist_moe.models import MoEModel
 from dist_moe.planning.memory import bytes_per_parameter, plan_memory, planned_model
 from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.planned import Assumed, check_experts_per_token, configs_by_size
@@ -24,7 +24,7 @@ from dist_moe.tasks.task import Task
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """Of a step on ``layout``, uniform choices. ``tokens``: of a rank. ``expert_rows``: that a rank computes, all MoE
+    """A step on ``layout`` under uniform choices. ``tokens``: of a rank. ``expert_rows``: that a rank computes, all MoE
     layers. ``flops``: of a rank, forward and backward (None: not known of this model). ``sent``: by a rank in the
     exchanges of all MoE layers, by exchange. ``gradient_bytes``: sent by a rank in rings. ``memory``: bytes of a rank,
     states and activations."""
@@ -39,6 +39,7 @@ class StepTraffic:
     memory: int
 
     def plain(self) -> dict[str, Any]:
+        """Return plain content for JSON."""
         return asdict(self) | {"seconds": None}
 
 
@@ -50,7 +51,7 @@ def plan_traffic(
     assumed: Assumed,
     exchanges: Sequence[ExchangeName] = EXCHANGES,
 ) -> list[StepTraffic]:
-    """A training step on each number of ``nodes`` of ``per_node`` ranks. Raises UserError where it does not fit."""
+    """Return a training step on each number of ``nodes`` of ``per_node`` ranks. Raises UserError if it does not fit."""
     planned = []
     for number, sized in zip(nodes, configs_by_size(config, nodes, per_node, assumed, task), strict=True):
         layout = Layout(number, per_node, sized.parallel.expert_parallel_size)
@@ -68,6 +69,7 @@ def _plan_step(
     spreads = [expected_spread(work.experts, work.k, work.gates, tokens, layout) for work in works]
     layers = list(zip(works, spreads, strict=True))
     sent = {name: _sum([exchange_bytes(work, spread, name) for work, spread in layers]) for name in exchanges}
+    flops = model.training_flops_per_token(task.example_shape().places, works[0].k if works else 0.0)
     experts = {id(p) for layer in model.moe_layers.values() for p in layer.experts.parameters()}
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     expert_parameters = sum(count for key, count in trained.items() if key in experts)
@@ -76,7 +78,7 @@ def _plan_step(
         config.train.batch_size,
         tokens,
         sum(spread.pairs.all for spread in spreads),
-        _flops(model, works, task, tokens),
+        None if flops is None else tokens * flops,
         sent,
         gradient_bytes(
             zero_stage(config.deepspeed),
@@ -90,7 +92,7 @@ def _plan_step(
 
 
 def _works(model: MoEModel, config: SupervisedConfig, assumed: Assumed) -> list[Work]:
-    """Of each MoE layer."""
+    """Return the work of each MoE layer."""
     k = config.model.experts_per_token
     if assumed.experts_per_token is not None:
         check_experts_per_token(assumed.experts_per_token, config.model.num_experts if model.moe_layers else 0)
@@ -102,20 +104,13 @@ def _works(model: MoEModel, config: SupervisedConfig, assumed: Assumed) -> list[
     return works
 
 
-def _flops(model: MoEModel, works: Sequence[Work], task: Task, tokens: float) -> float | None:
-    if not isinstance(model, Transformer):
-        return None
-    k = works[0].k if works else 0.0
-    return tokens * model.size.training_flops_per_token(task.example_shape().places, k)
-
-
 def _sum(parts: Sequence[Bytes]) -> Bytes:
     names = ("inside", "between", "rows", "lists")
     return Bytes(*(sum(getattr(part, name) for part in parts) for name in names))
 
 
 def traffic_table(model: str, steps: Sequence[StepTraffic]) -> str:
-    """A row per size and exchange, and what is not predicted. ``model``: its name."""
+    """Return a row per size and exchange, and what is not predicted. ``model``: its name."""
     columns = ("tokens", "rows", "TFLOP", "inside", "between", "gradients", "memory")
     lines = [
         f"{'':31}{'':33}{' MB sent by a rank ':-^33}",

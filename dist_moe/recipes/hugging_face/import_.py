@@ -90,8 +90,9 @@ def _fitted(
         return content | {"model": section}
     given = dict(content.get("model") or {}) | {name: section[name] for name in ("name", *_SIZES)}
     experts = given.get("num_experts", TransformerConfig.model_fields["num_experts"].default)
-    if "model.expert_hidden" not in assignments and isinstance(experts, int) and experts > 0:
-        given["expert_hidden"] = width_of_experts(checkpoint.config, experts, conversion)
+    is_given = any(key.startswith("model.experts") for key in assignments)
+    if not is_given and isinstance(experts, int) and experts > 0:
+        given["experts"] = {"hidden": width_of_experts(checkpoint.config, experts, conversion)}
     return content | {"model": given}
 
 

@@ -214,4 +214,3 @@ def test_null_slots_need_a_residual_around_the_experts() -> None:
 def test_configuration_survives_a_round_trip() -> None:
     config = BertClassifierConfig(num_experts=8, gate=TopKConfig(k=3), expert_form="network", moe_every=2, hidden=64)
     assert BertClassifierConfig(**config.model_dump(mode="json")) == config
-    assert config.num_tasks == 1

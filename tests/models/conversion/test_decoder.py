@@ -26,7 +26,9 @@ def dense() -> Transformer:
 
 def upcycled(conversion: DecoderConversionConfig, gate: GateConfig, **options: Any) -> Transformer:
     width = 12 // (EXPERTS if conversion.method == "split" else 1)
-    model = make_transformer(**(DENSE | {"moe_every": 2, "expert_hidden": width, "gate": gate} | options)).double()
+    model = make_transformer(
+        **(DENSE | {"moe_every": 2, "experts": {"hidden": width}, "gate": gate} | options)
+    ).double()
     source = dense()
     weights = convert_decoder(dict(source.named_parameters()), source.config, model.config, conversion)
     with torch.no_grad():
@@ -89,9 +91,18 @@ def test_gates_differ_alone(conversion: DecoderConversionConfig) -> None:
 @pytest.mark.parametrize(
     ("conversion", "options", "message"),
     [
-        (DecoderConversionConfig(), {"expert_hidden": 5}, "experts of width 12, model.expert_hidden=5 says otherwise"),
-        (SPLIT, {"expert_hidden": 12}, "use model.expert_hidden=3"),
-        (SPLIT, {"num_experts": 5, "expert_hidden": 2}, "num_experts=5 does not divide the feed-forward width 12"),
+        (
+            DecoderConversionConfig(),
+            {"experts": {"hidden": 5}},
+            "experts of width 12, model.experts.hidden=5 says otherwise",
+        ),
+        (SPLIT, {"experts": {"hidden": 12}}, "use model.experts.hidden=3"),
+        (
+            SPLIT,
+            {"num_experts": 5, "experts": {"hidden": 2}},
+            "num_experts=5 does not divide the feed-forward width 12",
+        ),
+        (DecoderConversionConfig(), {"experts": {"hidden": 12, "bias": True}}, "use model.experts.bias=False"),
         (DecoderConversionConfig(), {"shared_hidden": 3}, "model.shared_hidden=3"),
         (DecoderConversionConfig(), {"dim": 16}, "model.dim=16, but the dense model has 8"),
         (DecoderConversionConfig(), {"kv_heads": 4}, "model.kv_heads=4, but the dense model has 2"),

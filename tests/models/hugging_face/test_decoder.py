@@ -246,7 +246,7 @@ def test_ours_to_theirs_and_back_is_equal_to_the_bit(
 
 def test_a_stock_mixtral_has_our_logits_and_our_permutation(tmp_path: Path) -> None:
     """softmax over the kept logits is Mixtral's share of the kept probabilities; slots are relabelled in its router."""
-    ours = make_transformer(moe_every=1, gate=ROUTER, expert_hidden=8).eval()
+    ours = make_transformer(moe_every=1, gate=ROUTER, experts={"hidden": 8}).eval()
     for table, order in zip(ours.tables.values(), ([2, 0, 3, 1], [1, 2, 3, 0]), strict=True):
         assert isinstance(table, SlotTable)
         table.table.copy_(torch.tensor(order))
@@ -268,6 +268,16 @@ def test_a_stock_mixtral_has_our_logits_and_our_permutation(tmp_path: Path) -> N
         ({"moe_every": 1, "gate": TopKConfig(k=2)}, "mixtral", "model.gate.bias=True"),
         ({"moe_every": 1, "gate": TopKConfig(bias=False, scores="sigmoid")}, "mixtral", "model.gate.scores=sigmoid"),
         ({"moe_every": 1, "gate": ROUTER, "shared_hidden": 3}, "mixtral", "model.shared_hidden=3"),
+        (
+            {"moe_every": 1, "gate": ROUTER, "experts": {"name": "dense_relu", "units": 8}},
+            "mixtral",
+            "model.experts.name=dense_relu: .* cannot be written as Mixtral.*; architectures that .* it: dist_moe",
+        ),
+        (
+            {"moe_every": 1, "gate": ROUTER, "experts": {"activation": "gelu"}},
+            "mixtral",
+            "model.experts.activation=gelu",
+        ),
         ({"moe_every": 1, "gate": ROUTER, "num_slots": 7}, "mixtral", "model.num_slots=7"),
     ],
 )
@@ -317,7 +327,7 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
 def test_a_gate_that_there_is_not_is_named(tmp_path: Path) -> None:
     write_decoder(make_transformer(), tmp_path)
     mixture = json.loads((tmp_path / "config.json").read_text())["mixture"]
-    with pytest.raises(UserError, match=r"cannot be followed: gate: .*gate\.name='oracle' is not a gate"):
+    with pytest.raises(UserError, match=r"cannot be followed: gate\.name='oracle' is not a gate"):
         read_decoder(reconfigure(tmp_path, mixture=mixture | {"gate": {"name": "oracle"}}))
 
 

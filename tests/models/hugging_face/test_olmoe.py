@@ -21,7 +21,7 @@ from tests.models.hugging_face.test_decoder import SIZES, logits, read_into_fres
 transformers = pytest.importorskip("transformers")
 
 EXPERTS = 4
-OURS: dict[str, Any] = {"moe_every": 1, "qk_norm": True, "tied_embeddings": False, "expert_hidden": 8}
+OURS: dict[str, Any] = {"moe_every": 1, "qk_norm": True, "tied_embeddings": False, "experts": {"hidden": 8}}
 
 
 def save_olmoe(directory: Path, **options: Any) -> Any:

@@ -66,7 +66,7 @@ def test_it_draws_no_random_numbers() -> None:
 
 
 def test_a_permutation_that_was_being_learnt_counts_rounded() -> None:
-    sizes = {"embedding_dim": 4, "num_experts": 4, "expert_units": 6, "tower_units": 5}
+    sizes = {"embedding_dim": 4, "num_experts": 4, "experts": {"units": 6}, "tower_units": 5}
     config = RecommenderConfig(**sizes, permutation=PermutationSearchConfig(epochs=1))
     model = config.build(10, 10, RunShape(SingleWorld(), steps_per_epoch=10))
     model.begin_step(0)

@@ -16,7 +16,7 @@ from dist_moe.errors import UserError
 from dist_moe.gates import GateContext
 from dist_moe.models import RunShape, Transformer, TransformerConfig
 from dist_moe.models.conversion import DecoderConversionConfig
-from dist_moe.models.conversion.decoder import conversion_faults, convert_decoder
+from dist_moe.models.conversion.decoder import conversion_errors, convert_decoder
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.supervised.runs import find_weights
 from dist_moe.recipes.supervised.start.settings import StartSettings
@@ -56,7 +56,7 @@ def check_decoder_start(start: DecoderStart, model: TransformerConfig, data: Tex
     theirs = _decoder_of(start, trained)
     _check_text(start, trained, data)
     if not theirs.moe_every:
-        for fault in conversion_faults(theirs, model, start.conversion):
+        for fault in conversion_errors(theirs, model, start.conversion):
             raise UserError(f"start.run={start.run}: {fault}")
         return
     for name in sorted(TransformerConfig.model_fields.keys() - _MAY_DIFFER):
