@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_moe.data.batches import ShuffledFeed, shard_batches, spread_over
-from dist_moe.data.movielens.table import PairBatch, PairTable
+from dist_moe.data.movielens import PairBatch, PairTable
 from dist_moe.errors import UserError
 
 PAIRS, BATCH = 103, 16
@@ -97,9 +97,9 @@ def test_fewer_pairs_than_a_batch() -> None:
 
 
 @given(st.integers(0, 60), st.integers(1, 70))
-def test_rows_spread_over_a_table(count: int, most: int) -> None:
-    rows = spread_over(count, most).tolist()
-    assert len(rows) == min(count, most)
+def test_rows_spread_over_a_table(count: int, limit: int) -> None:
+    rows = spread_over(count, limit).tolist()
+    assert len(rows) == min(count, limit)
     distances = {after - before for before, after in pairwise([*rows, count])}
     assert max(distances, default=0) - min(distances, default=0) <= 1
 

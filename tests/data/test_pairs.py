@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_moe.data.movielens.table import PairTable
+from dist_moe.data.movielens import PairTable
 
 
 def table(stars: list[float], dtype: type[np.int8] | type[np.float32]) -> PairTable:

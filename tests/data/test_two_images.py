@@ -13,15 +13,9 @@ import torch
 from pydantic import ValidationError
 
 from dist_moe.data.batches import ShuffledFeed
+from dist_moe.data.two_images import ImagePairs, TwoImages, TwoImagesConfig, prepare_two_images
 from dist_moe.data.two_images import prepare as two_images
-from dist_moe.data.two_images.prepare import (
-    ImagePairs,
-    TwoImages,
-    TwoImagesConfig,
-    compose,
-    draw_pairs,
-    prepare_two_images,
-)
+from dist_moe.data.two_images.prepare import compose, draw_pairs
 from dist_moe.errors import UserError
 
 from .checks import forbid_fetching

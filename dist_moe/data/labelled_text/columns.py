@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import math
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_moe.data.fetch.archives import File
 from dist_moe.errors import UserError
 
 SHOWN_CHARACTERS = 40
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """The bytes of a file, and where they come from, for messages. Those of ``*.gz`` are compressed."""
-
-    path: Path
-    content: bytes
-
-    def text(self, encoding: str = "utf-8-sig") -> str:
-        """Decoded and, where the name ends in ``.gz``, decompressed before. Raises `UserError`."""
-        try:
-            content = gzip.decompress(self.content) if self.path.suffix == ".gz" else self.content
-            return content.decode(encoding)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{self.path} is not an intact gzip file: {error}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.path} is not text in {error.encoding}: {error.reason} at byte {error.start}"
-            ) from error
-
-    def lines(self, encoding: str = "utf-8-sig") -> list[str]:
-        """Without line ends. Only newlines end a line: sentences hold other separators that Unicode knows."""
-        lines = [line.removesuffix("\r") for line in self.text(encoding).split("\n")]
-        return lines[:-1] if lines[-1] == "" else lines
 
 
 @dataclass(frozen=True)
@@ -52,12 +26,12 @@ class Table:
     broken: int = 0
 
     def texts(self, name: str) -> list[str]:
-        """The cells of a column. Raises `UserError` if there is no such column."""
+        """Return the cells of a column. Raises `UserError` if there is no such column."""
         place = self._place(name)
         return [row[place] for row in self.rows]
 
     def classes(self, name: str, numbers: Mapping[str, int]) -> list[float]:
-        """A column of labels as class numbers. Raises `UserError` for a label that ``numbers`` does not have."""
+        """Return a column of labels as class numbers. Raises `UserError` for a label that ``numbers`` does not have."""
         values = []
         for line, cell in zip(self.line_N, self.texts(name), strict=True):
             if cell not in numbers:
@@ -66,7 +40,7 @@ class Table:
         return values
 
     def numbers(self, name: str, low: float, high: float) -> list[float]:
-        """A column of numbers from ``low`` to ``high``. Raises `UserError` for anything else."""
+        """Return a column of numbers from ``low`` to ``high``. Raises `UserError` for anything else."""
         values = []
         for line, cell in zip(self.line_N, self.texts(name), strict=True):
             try:
@@ -88,13 +62,12 @@ class Table:
 
 
 def shown(cell: str) -> str:
-    """The cell in quotes, cut where it is long."""
+    """Return the cell in quotes, cut where it is long."""
     return repr(cell if len(cell) <= SHOWN_CHARACTERS else f"{cell[:SHOWN_CHARACTERS]}...")
 
 
-def tab_separated(file: TextFile, header: tuple[str, ...] | None = None, *, skip_broken: bool = False) -> Table:
-    """A table whose cells are separated by tabs; quotes have no meaning, as in GLUE's files. Empty lines
-    say nothing.
+def tab_separated(file: File, header: tuple[str, ...] | None = None, *, skip_broken: bool = False) -> Table:
+    """Read a table whose cells are separated by tabs; quotes have no meaning, and empty lines are no rows.
 
     Args:
         file: what to read.
@@ -108,8 +81,8 @@ def tab_separated(file: TextFile, header: tuple[str, ...] | None = None, *, skip
     return _table(file.path, lines, header, skip_broken)
 
 
-def comma_separated(file: TextFile) -> Table:
-    """A table as spreadsheets write it: a header, cells in double quotes where needed. Raises `UserError`."""
+def comma_separated(file: File) -> Table:
+    """Read a table as spreadsheets write it: a header, cells in double quotes where needed. Raises `UserError`."""
     reader = csv.reader(io.StringIO(file.text(), newline=""), strict=True)
 
     def lines() -> Iterator[tuple[int, list[str]]]:

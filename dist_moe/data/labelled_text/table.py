@@ -40,6 +40,7 @@ class LabelledBatch:
         return lengths if self.type_BS is None else (*lengths, self.type_BS)
 
     def to(self, device: torch.device) -> LabelledBatch:
+        """Return the batch on a device."""
         token_BS, length_B, label_B = (
             x.to(device, non_blocking=True) for x in (self.token_BS, self.length_B, self.label_B)
         )
@@ -52,7 +53,7 @@ class LabelledTable:
     """N tokenised examples, as read-only memory maps; see `TokenisedTexts` for ``token_M, start_P, first_N``.
 
     ``target_N``: int64 class numbers, fp32, or int64 [N, 2]. ``padding``: the id that rows are filled up with.
-    ``pairs``: an example is two texts.
+    ``has_pairs``: an example is two texts.
     """
 
     token_M: NDArray[np.int32]
@@ -60,7 +61,7 @@ class LabelledTable:
     first_N: NDArray[np.int32]
     target_N: NDArray[Any]
     padding: int
-    pairs: bool
+    has_pairs: bool
 
     def __len__(self) -> int:
         return len(self.target_N)
@@ -71,7 +72,7 @@ class LabelledTable:
         return np.diff(self.start_P)
 
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> LabelledBatch:
-        """The examples ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
+        """Return the examples ``index_B`` of a step that uses ``step_index`` over all ranks and micro-batches."""
         start_B, length_B = self.start_P[index_B], self._lengths(index_B)
         position_S = np.arange(length_B.max(initial=1))
         real_BS = position_S < length_B[:, None]
@@ -80,7 +81,7 @@ class LabelledTable:
         return LabelledBatch(
             torch.from_numpy(token_BS),
             torch.from_numpy(length_B),
-            torch.from_numpy(self._types(index_B, position_S, real_BS)) if self.pairs else None,
+            torch.from_numpy(self._types(index_B, position_S, real_BS)) if self.has_pairs else None,
             torch.from_numpy(np.array(self.target_N[index_B])),
             len(step_index),
             int(self._lengths(step_index).sum()),

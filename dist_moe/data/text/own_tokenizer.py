@@ -34,8 +34,11 @@ _SHOWN = 40
 
 @dataclass(frozen=True)
 class OwnTokenizer:
-    """``end_of_text``: id of the token between documents. ``vocab_size``: that a model needs; at least the tokens.
-    ``digest``: 16 hexadecimal digits of all that tokens depend on. ``path``: for messages alone."""
+    """A tokenizer of the user's own.
+
+    ``end_of_text``: id of the token between documents. ``vocab_size``: that a model needs; at least the tokens.
+    ``digest``: 16 hexadecimal digits of all that tokens depend on. ``path``: for messages alone.
+    """
 
     path: Path
     tokenizer: Tokenizer
@@ -44,7 +47,7 @@ class OwnTokenizer:
     digest: str
 
     def encode(self, name: str, documents: list[str]) -> tuple[TokenIds, NDArray[np.uint16]]:
-        """The stream of ``documents``, a separator before each and one at the end; and the bytes of each token.
+        """Return the stream of ``documents``, a separator before each and one at the end; and the bytes of each token.
 
         Raises UserError for a document of the domain ``name`` that its tokens do not give back.
         """
@@ -82,7 +85,9 @@ class OwnTokenizer:
 
 
 def open_own_tokenizer(path: Path, end_of_text: str | None) -> OwnTokenizer:
-    """``path``: a tokenizer.json, or a directory that has one; ``end_of_text``: None is what stands beside it.
+    """Open a tokenizer.
+
+    ``path``: a tokenizer.json, or a directory that has one; ``end_of_text``: None is what stands beside it.
 
     Raises UserError for a file that is no tokenizer, or has no end-of-text token, or several that could be it.
     """
@@ -149,13 +154,13 @@ def _named_beside(tokenizer: Tokenizer, directory: Path) -> tuple[list[str], str
 
 
 def _model_vocabulary(directory: Path) -> int:
-    """Of the model beside it, whose embedding may have more rows than there are tokens; 0 if there is none."""
+    """Vocabulary of the model beside it, whose embedding may have more rows than tokens; 0 if there is none."""
     size = _content(directory / MODEL_CONFIG).get("vocab_size", 0)
     return size if isinstance(size, int) else 0
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """Of a JSON file; nothing if it is not there."""
+    """Content of a JSON file; nothing if it is not there."""
     if not path.is_file():
         return {}
     try:
@@ -178,7 +183,7 @@ def _bytes_by_place(text: str, encoding: Encoding) -> NDArray[np.int64]:
 
 
 def _lost(path: Path, name: str, text: str, back: str) -> str:
-    """Where the first difference is."""
+    """Say where the first difference is."""
     pairs = zip(text, back, strict=False)
     place = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(text), len(back)))
     before = max(0, place - _SHOWN // 2)

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from dist_moe.data.fetch.cache import Prepared, prepared
-from dist_moe.data.fetch.locations import cache_directory, usable
 from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.prepared import PARTS, Prepared, prepare_data
 from dist_moe.data.text.config import TextConfig
-from dist_moe.data.text.documents import PARTS, Domain, Splitter
+from dist_moe.data.text.documents import Domain, Splitter
 from dist_moe.data.text.own_tokenizer import OwnTokenizer, open_own_tokenizer
 from dist_moe.data.text.sources import Corpus, choose
 from dist_moe.data.text.tokenizer import (
@@ -60,30 +59,42 @@ class Text:
     domains: tuple[str, ...]
     manifest: dict[str, Any]
 
+    def summary(self) -> str:
+        """Return a table with a line for each domain, and a last line for all."""
+        domains = self.manifest["domains"]
+        width = max(map(len, domains))
+        lines = [f"{'domain':{width}}  documents       MB  tokens: train        val       test"]
+        for name, entry in domains.items():
+            documents, size = sum(entry["documents"].values()), sum(entry["bytes"].values()) / 1e6
+            tokens = "".join(f"{entry['tokens'][part]:>11,}" for part in PARTS)
+            lines.append(f"{name:{width}}  {documents:>9,} {size:>8.2f}        {tokens}")
+        lines.append(
+            f"{self.manifest['name']}: {len(domains)} domains, {self.vocab_size:,} tokens in the vocabulary, "
+            f"sequences of {self.train.sequence_length} to train on {len(self.train):,}, "
+            f"to validate {len(self.val):,}, to test {len(self.test):,}"
+        )
+        return "\n".join(lines)
+
 
 def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
-    """The text, prepared once for its sources and settings, and from then on read from the cache.
+    """Return the text, prepared once for its sources and settings, and from then on read from the cache.
 
-    Safe to call from all ranks at once: one process prepares, the others wait for it. Sequences of another
-    length are cut from the same prepared tokens.
+    Sequences of another length are cut from the same prepared tokens.
 
     Args:
         config: what to prepare; see its fields.
         progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
 
     Raises:
-        UserError: anything the user can mend: a wrong data root, an unknown domain, no source within reach, a
+        UserError: anything the user can fix: a wrong data root, an unknown domain, no source within reach, a
             download with the wrong SHA-256, a cache that cannot be written, too few documents, a part of a
             domain that is shorter than one sequence, a tokenizer that does not give the text back or has no
             end-of-text token.
     """
     report = Progress(progress)
-    cache = cache_directory(config.cache)
     corpus = choose(config)
     own = None if config.tokenizer is None else open_own_tokenizer(config.tokenizer, config.end_of_text)
-    target = cache / config.name / _key(config, corpus, own)
-    with usable(cache):
-        content = prepared(target, partial(_build, config, corpus, own, cache / "downloads", report), report)
+    content = prepare_data(config, _key(config, corpus, own), partial(_build, config, corpus, own, report), report)
     return _as_text(content, config.sequence_length)
 
 
@@ -96,7 +107,7 @@ def _key(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None) -> str:
     return f"v{FORMAT_VERSION}-{vocabulary}-seed{config.seed}{limit}-{digest}"
 
 
-def _build(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None, downloads: Path, report: Progress) -> Prepared:
+def _build(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None, report: Progress, downloads: Path) -> Prepared:
     splitter = Splitter(config.seed, config.held_out, config.characters_per_domain)
     domains, sources = {}, {}
     for name in corpus.domains:

@@ -48,6 +48,7 @@ class TokenBatch:
         return (self.token_BS,)
 
     def to(self, device: torch.device) -> TokenBatch:
+        """Return the batch on a device."""
         tensors = (self.token_BS, self.target_BS, self.bytes_B, self.domain_B)
         token_BS, target_BS, bytes_B, domain_B = (x.to(device, non_blocking=True) for x in tensors)
         return TokenBatch(token_BS, target_BS, bytes_B, domain_B, self.examples_in_step)
@@ -73,7 +74,7 @@ class TokenTable:
         return len(self.start_N)
 
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> TokenBatch:
-        """The sequences ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
+        """Return the sequences ``index_B`` of a step that uses ``step_index`` over all ranks and micro-batches."""
         offset_S = np.arange(self.sequence_length + 1)
         place_BS = self.start_N[index_B][:, None] + offset_S
         window_BS = self.token_M[place_BS].astype(np.int64)

@@ -15,9 +15,9 @@ from dist_moe.config.listing import fields_of
 from dist_moe.config.overrides import Content, assign, parse_override, read_yaml
 from dist_moe.config.settings import Settings
 from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
-from dist_moe.data.movielens.prepare import MovieLensConfig
+from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.text import TextConfig
-from dist_moe.data.two_images.prepare import TwoImagesConfig
+from dist_moe.data.two_images import TwoImagesConfig
 from dist_moe.engine.deepspeed.checks import check_deepspeed_section
 from dist_moe.engine.deepspeed.gradient_alignment import check_alignment
 from dist_moe.engine.launch.process_groups import ParallelConfig
