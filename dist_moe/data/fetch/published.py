@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,28 +35,34 @@ class Remote(Generic[T]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedData(ABC, Generic[T]):
-    """A data set: the files of a directory that has it, each by its possible names, how they are read, other places."""
+class PublishedData(Generic[T]):
+    """A data set: the files of a directory that has it, how they are read, and the places that carry them too.
+
+    ``files``: each by its possible names. ``folders``: where they lie below a directory that is often given instead.
+    ``remedy``: what to do if they are not there; ``rescue``: if no place can be reached ({downloads} is where they go).
+    """
 
     title: str
     files: tuple[tuple[str, ...], ...]
     read: Reader[T]
     remotes: tuple[Remote[T], ...] = ()
+    folders: tuple[str, ...] = ()
+    remedy: str
+    rescue: str = ""
+    without_root: str = "none was given"
 
-    @abstractmethod
-    def expected_layout(self, root: Path | None) -> str:
-        """Return the remedy where ``root`` does not have the files."""
-
-    @abstractmethod
-    def out_of_reach(self, failures: tuple[str, ...], downloads: Path) -> str:
-        """Return the message where no place can be reached, for the reasons ``failures``."""
+    def check(self, root: Path | None) -> None:
+        """Raise `UserError` if no directory is named and no remote carries the files."""
+        if root is None and not self.remotes:
+            raise UserError(f"data.root is not given, and no package carries {self.title}. Remedy: {self.remedy}")
 
     def locate(self, root: Path | None) -> Located[T]:
         """Return where the data is read from: ``root``, or else the remotes.
 
         Raises:
-            UserError: the directory or a file of it is missing or cannot be read.
+            UserError: the directory or a file of it is missing or cannot be read, or there is neither it nor a remote.
         """
+        self.check(root)
         if root is None:
             return Located(self, None, {})
         root = root.expanduser().absolute()
@@ -67,13 +72,14 @@ class PublishedData(ABC, Generic[T]):
         """Return the SHA-256, by name, of the files of a directory. Raises as `locate`."""
         with readable(root):
             if not root.is_dir():
-                raise UserError(f"the data root {root} is not a directory. {self.expected_layout(root)}")
+                raise UserError(f"the data root {root} is not a directory. Remedy: {self.remedy}")
             found = {}
             for names in self.files:
                 name = next((name for name in names if (root / name).is_file()), None)
                 if name is None:
-                    missing = " or ".join(names)
-                    raise UserError(f"the data root {root} has no {missing}. {self.expected_layout(root)}")
+                    below = next((root / x for x in self.folders for y in names if (root / x / y).is_file()), None)
+                    remedy = self.remedy if below is None else f"give the directory {below} instead."
+                    raise UserError(f"the data root {root} has no {' or '.join(names)}. Remedy: {remedy}")
                 found[name] = digest_of(root / name)
             return found
 
@@ -112,7 +118,12 @@ class Located(Generic[T]):
         try:
             place = fetch_first(places, downloads, progress)
         except NetworkFailure as failure:
-            raise UserError(self.data.out_of_reach(failure.args, downloads)) from failure
+            reasons = (f"a directory of your own: {self.data.without_root}", *failure.args)
+            raise UserError(
+                f"{self.data.title} could not be had from any source:\n"
+                + "".join(f"  - {reason}\n" for reason in reasons)
+                + f"Remedy: {self.data.rescue.format(downloads=downloads)}"
+            ) from failure
         remote = self.data.remotes[places.index(place)]
         paths = [downloads / archive.filename for archive in place]
         if remote.members:

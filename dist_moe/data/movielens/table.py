@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_moe.data.batches import TensorBatch
+
 
 @dataclass(frozen=True)
-class PairBatch:
+class PairBatch(TensorBatch):
     """One rank's share of a step. ``user_B``, ``item_B``: int64; ``rating_B``: fp32, 0 = not rated.
 
     ``pairs_in_step``, ``rated_in_step``: sizes of the whole step over all ranks and micro-batches,
@@ -23,9 +25,6 @@ class PairBatch:
     rating_B: Tensor
     pairs_in_step: int
     rated_in_step: int
-
-    def __len__(self) -> int:
-        return len(self.user_B)
 
     @property
     def examples_in_step(self) -> int:
@@ -41,11 +40,6 @@ class PairBatch:
     def inputs(self) -> tuple[Tensor, Tensor]:
         """What the model takes."""
         return self.user_B, self.item_B
-
-    def to(self, device: torch.device) -> PairBatch:
-        """Return the batch on a device."""
-        user_B, item_B, rating_B = (x.to(device, non_blocking=True) for x in (self.user_B, self.item_B, self.rating_B))
-        return PairBatch(user_B, item_B, rating_B, self.pairs_in_step, self.rated_in_step)
 
 
 @dataclass(frozen=True)

