@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,38 +27,35 @@ class Table:
 
     def texts(self, name: str) -> list[str]:
         """Return the cells of a column. Raises `UserError` if there is no such column."""
-        place = self._place(name)
+        if name not in self.header:
+            raise UserError(f"{self.path} has no column {name!r}; its columns: {', '.join(map(repr, self.header))}")
+        place = self.header.index(name)
         return [row[place] for row in self.rows]
 
     def classes(self, name: str, numbers: Mapping[str, int]) -> list[float]:
         """Return a column of labels as class numbers. Raises `UserError` for a label that ``numbers`` does not have."""
-        values = []
-        for line, cell in zip(self.line_N, self.texts(name), strict=True):
-            if cell not in numbers:
-                raise self._fault(line, name, cell, f"allowed: {', '.join(numbers)}")
-            values.append(float(numbers[cell]))
-        return values
+        return self._values(name, lambda cell: numbers.get(cell, math.nan), f"allowed: {', '.join(numbers)}")
 
     def numbers(self, name: str, low: float, high: float) -> list[float]:
         """Return a column of numbers from ``low`` to ``high``. Raises `UserError` for anything else."""
-        values = []
-        for line, cell in zip(self.line_N, self.texts(name), strict=True):
+
+        def number(cell: str) -> float:
             try:
                 value = float(cell)
             except ValueError:
-                value = math.nan
-            if not low <= value <= high:
-                raise self._fault(line, name, cell, f"expected a number from {low:g} to {high:g}")
-            values.append(value)
+                return math.nan
+            return value if low <= value <= high else math.nan
+
+        return self._values(name, number, f"expected a number from {low:g} to {high:g}")
+
+    def _values(self, name: str, value_of: Callable[[str], float], remedy: str) -> list[float]:
+        """A column of numbers; NaN stands for a cell that has none, which is refused."""
+        cells = self.texts(name)
+        values = [float(value_of(cell)) for cell in cells]
+        for line, cell, value in zip(self.line_N, cells, values, strict=True):
+            if math.isnan(value):
+                raise UserError(f"{self.path}, line {line}: {name}={shown(cell)}; {remedy}")
         return values
-
-    def _place(self, name: str) -> int:
-        if name not in self.header:
-            raise UserError(f"{self.path} has no column {name!r}; its columns: {', '.join(map(repr, self.header))}")
-        return self.header.index(name)
-
-    def _fault(self, line: int, name: str, cell: str, remedy: str) -> UserError:
-        return UserError(f"{self.path}, line {line}: {name}={shown(cell)}; {remedy}")
 
 
 def shown(cell: str) -> str:

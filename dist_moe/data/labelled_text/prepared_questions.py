@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
-from dist_moe.data.encoder import ENCODER_DESCRIPTION, open_encoder
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
 from dist_moe.data.labelled_text.answers import AnswerTable, AnswerWindows, windows_of, written
 from dist_moe.data.labelled_text.squad import SQUAD_V2, Question
 from dist_moe.data.labelled_text.texts import dealt, identity
-from dist_moe.data.labelled_text.tokens import open_tokenizer, padding_of, tokenizer_digest
+from dist_moe.data.labelled_text.tokens import TokenisedSettings, padding_of, tokenizer_digest
 from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
-from dist_moe.data.settings import DataSettings
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 2
@@ -35,17 +33,12 @@ FEWEST_AROUND = 3
 COLUMNS = ("token_M", "start_P", "first_N", "span_N2", "question_N", "place_M2", "written_J")
 
 
-class QuestionsConfig(DataSettings):
+class QuestionsConfig(TokenisedSettings):
     """Questions whose answers are pieces of a text, and where their files are."""
 
     name: Literal["squad-v2"] = Field(default="squad-v2", description="SQuAD v2, which needs data.root.")
     root: Path | None = Field(
         default=None, description="Directory with train-v2.0.json and dev-v2.0.json; no package carries them."
-    )
-    encoder: Path | None = Field(default=None, description=ENCODER_DESCRIPTION)
-    tokenizer: Path | None = Field(
-        default=None,
-        description="A tokenizer.json of the library tokenizers. If not given, the one that belongs to the encoder.",
     )
     max_length: int = Field(
         default=384,
@@ -99,10 +92,8 @@ def prepare_questions(
 ) -> Questions:
     """Return the data set, prepared once for each seed, length, stride, tokenizer and directory, then from the cache.
 
-    Args:
-        config: what to prepare; see its fields. ``config.tokenizer`` comes before ``tokenizer``.
-        tokenizer: of the model, or the path of its tokenizer.json; None: that of ``config.encoder``.
-        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+    ``tokenizer``: of the model, or the path of its tokenizer.json; ``config.tokenizer`` comes before it, and
+    ``config.encoder`` after it. ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
 
     Raises:
         UserError: anything the user can fix: no data root or a wrong one, a malformed file in it, questions that
@@ -110,9 +101,7 @@ def prepare_questions(
     """
     config.check()
     report = Progress(progress)
-    if (given := config.tokenizer or tokenizer) is None:
-        given = open_encoder(config.encoder, config.cache, progress=progress).tokenizer
-    opened = open_tokenizer(given, config.max_length)
+    opened = config.open_tokenizer(tokenizer, progress=progress)
     located = SQUAD_V2.locate(config.root)
     key = f"v{FORMAT_VERSION}-seed{config.seed}-stride{config.stride}-{tokenizer_digest(opened)}{located.key}"
     content = prepare_data(config, key, partial(_build, config, opened, located, report), report)

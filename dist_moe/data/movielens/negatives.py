@@ -13,17 +13,12 @@ from numpy.typing import NDArray
 
 from dist_moe.data.fetch.progress import Progress
 
-UserItems = tuple[NDArray[np.int32], NDArray[np.int32]]
+IntN = NDArray[np.int32]
 
 
 def sample_uniform(
-    user_N: NDArray[np.int32],
-    item_N: NDArray[np.int32],
-    num_users: int,
-    num_items: int,
-    rng: np.random.Generator,
-    progress: Progress,
-) -> UserItems:
+    user_N: IntN, item_N: IntN, num_users: int, num_items: int, rng: np.random.Generator, progress: Progress
+) -> tuple[IntN, IntN]:
     """Draw as many unrated pairs as there are rated ones, uniformly over all unrated pairs, without replacement.
 
     How active a user is then tells much about "watched". If fewer unrated pairs exist, all are taken.
@@ -44,13 +39,8 @@ def sample_uniform(
 
 
 def sample_per_user(
-    user_N: NDArray[np.int32],
-    item_N: NDArray[np.int32],
-    num_users: int,
-    num_items: int,
-    rng: np.random.Generator,
-    progress: Progress,
-) -> UserItems:
+    user_N: IntN, item_N: IntN, num_users: int, num_items: int, rng: np.random.Generator, progress: Progress
+) -> tuple[IntN, IntN]:
     """Draw as many unrated items for each user as the user rated; arguments and result as `sample_uniform`.
 
     How active a user is then tells nothing. A user who rated more than half of the items gets all the

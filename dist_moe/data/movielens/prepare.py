@@ -87,9 +87,7 @@ class MovieLens:
 def prepare_movielens(config: MovieLensConfig, *, progress: bool = True) -> MovieLens:
     """Return the data set, prepared once for each seed and source directory, and from then on read from the cache.
 
-    Args:
-        config: what to prepare; see its fields.
-        progress: report on stderr: bars on a terminal, lines elsewhere.
+    ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
 
     Raises:
         UserError: anything the user can fix: a wrong data root, a malformed line in it, no source within

@@ -46,16 +46,6 @@ class Domain:
     dropped: Mapping[str, int]
     replaced_characters: int
 
-    @property
-    def characters(self) -> dict[str, int]:
-        """Characters by part."""
-        return {part: sum(map(len, texts)) for part, texts in self.documents.items()}
-
-    @property
-    def bytes(self) -> dict[str, int]:
-        """Bytes of UTF-8 by part."""
-        return {part: sum(len(text.encode()) for text in texts) for part, texts in self.documents.items()}
-
 
 @dataclass
 class Splitter:

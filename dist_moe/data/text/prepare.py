@@ -152,9 +152,7 @@ def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
 
     Sequences of another length are cut from the same prepared tokens.
 
-    Args:
-        config: what to prepare; see its fields.
-        progress: report on stderr: bars on a terminal, lines elsewhere.
+    ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
 
     Raises:
         UserError: anything the user can fix: a wrong data root, an unknown domain, no source within reach, a
@@ -166,7 +164,19 @@ def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
     corpus = choose(config.name, config.root, config.domains)
     own = None if config.tokenizer is None else open_own_tokenizer(config.tokenizer, config.end_of_text)
     content = prepare_data(config, _key(config, corpus, own), partial(_build, config, corpus, own, report), report)
-    return _as_text(content, config.sequence_length)
+    train, val, test = (_table(content, part, config.sequence_length) for part in PARTS)
+    return Text(
+        train,
+        val,
+        test,
+        vocab_size=content.manifest["vocab_size"],
+        tokenizer=tokenizer_from_bytes(content.arrays["tokenizer"]),
+        end_of_text=content.manifest.get("end_of_text", SEPARATOR_ID),
+        token_counts_V=content.arrays["token_counts"],
+        token_bytes_V=content.arrays["token_bytes"],
+        domains=tuple(content.manifest["domains"]),
+        manifest=content.manifest,
+    )
 
 
 def _key(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None) -> str:
@@ -195,7 +205,15 @@ def _build(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None, report:
         "characters_per_domain": config.characters_per_domain,
         **about,
         "domains": {
-            name: _entry(domain, {part: tokens[part][i] for part in PARTS}) | sources[name]
+            name: {
+                "documents": {part: len(texts) for part, texts in domain.documents.items()},
+                "characters": {part: sum(map(len, texts)) for part, texts in domain.documents.items()},
+                "bytes": {part: sum(len(text.encode()) for text in texts) for part, texts in domain.documents.items()},
+                "tokens": {part: tokens[part][i] for part in PARTS},
+                "dropped": dict(domain.dropped),
+                "replaced_characters": domain.replaced_characters,
+            }
+            | sources[name]
             for i, (name, domain) in enumerate(domains.items())
         },
     }
@@ -243,17 +261,6 @@ def _streams(
     }
 
 
-def _entry(domain: Domain, tokens: dict[str, int]) -> dict[str, Any]:
-    return {
-        "documents": {part: len(texts) for part, texts in domain.documents.items()},
-        "characters": domain.characters,
-        "bytes": domain.bytes,
-        "tokens": tokens,
-        "dropped": dict(domain.dropped),
-        "replaced_characters": domain.replaced_characters,
-    }
-
-
 def _tell(name: str, domain: Domain, report: Progress) -> None:
     """What a person might not expect: unreadable bytes, empty documents and doubles."""
     remarks = [f"{domain.dropped[kind]:,} {kind}" for kind in ("empty", "duplicate") if domain.dropped[kind]]
@@ -263,39 +270,17 @@ def _tell(name: str, domain: Domain, report: Progress) -> None:
         report.say(f"note: {name}: {domain.replaced_characters:,} places are no UTF-8 and became U+FFFD")
 
 
-def _as_text(content: Prepared, sequence_length: int) -> Text:
-    entries = content.manifest["domains"]
-    token_bytes_V = content.arrays["token_bytes"]
-    tables = {}
-    for part in PARTS:
-        stream_D = np.array([entry["tokens"][part] for entry in entries.values()], dtype=np.int64)
-        _check_lengths(part, dict(zip(entries, stream_D, strict=True)), sequence_length)
-        tables[part] = cut(
-            content.arrays[f"{part}_tokens"],
-            stream_D,
-            token_bytes_V,
-            sequence_length,
-            content.arrays.get(f"{part}_bytes"),
-        )
-    return Text(
-        **tables,
-        vocab_size=content.manifest["vocab_size"],
-        tokenizer=tokenizer_from_bytes(content.arrays["tokenizer"]),
-        end_of_text=content.manifest.get("end_of_text", SEPARATOR_ID),
-        token_counts_V=content.arrays["token_counts"],
-        token_bytes_V=token_bytes_V,
-        domains=tuple(entries),
-        manifest=content.manifest,
-    )
-
-
-def _check_lengths(part: str, stream: Mapping[str, int], sequence_length: int) -> None:
-    """Raises `UserError` if a domain has no sequence in a part: nothing could then be said of it."""
-    shortest = min(stream, key=lambda name: stream[name])
-    if stream[shortest] <= sequence_length:
+def _table(content: Prepared, part: str, sequence_length: int) -> TokenTable:
+    """The sequences of a part. Raises `UserError` if a domain has none: nothing could then be said of it."""
+    lengths = {name: entry["tokens"][part] for name, entry in content.manifest["domains"].items()}
+    shortest = min(lengths, key=lambda name: lengths[name])
+    if lengths[shortest] <= sequence_length:
         raise UserError(
             f"data.sequence_length={sequence_length}: the {part} part of the domain {shortest} has only "
-            f"{stream[shortest] - 1:,} tokens to predict.\n"
+            f"{lengths[shortest] - 1:,} tokens to predict.\n"
             f"Remedy: shorter sequences, a larger share held out (data.held_out), more text, or fewer domains "
             f"(data.domains)."
         )
+    token_M, byte_M = content.arrays[f"{part}_tokens"], content.arrays.get(f"{part}_bytes")
+    stream_D = np.array(list(lengths.values()), dtype=np.int64)
+    return cut(token_M, stream_D, content.arrays["token_bytes"], sequence_length, byte_M)
