@@ -40,7 +40,7 @@ STUDIED = (
     "sms-spam",
 )
 DENSE = ("model.moe_every=0", "model.permutation=null")
-TEACHER = (*DENSE, "start.run=null", "distillation=null")
+TEACHER = (*DENSE, "start.run=null", "recipe.name=supervised")
 HASH, BALANCED_HASH, TOP_1, COMET = "hash, random (MoEBERT)", "hash, balanced (MoEBERT)", "Top-1", "COMET"
 SINKHORN, SWAPS = "COMET+, Sinkhorn", "COMET+, swaps"
 STUDENTS: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,12 @@ STUDENTS: dict[str, tuple[str, ...]] = {
 SEARCH_STEPS = 20
 """Training steps of the permutation search, and those after which swaps are searched, once."""
 ORDERS = ("importance", "random", "inverse")
-UNTRAINED = ("distillation=null", "train.max_steps=1", "deepspeed.scheduler=null", "deepspeed.optimizer.params.lr=0")
+UNTRAINED = (
+    "recipe.name=supervised",
+    "train.max_steps=1",
+    "deepspeed.scheduler=null",
+    "deepspeed.optimizer.params.lr=0",
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class Study:
 
     def _taught(self, task: str, seed: int) -> tuple[str, ...]:
         teacher = self.teacher(task, seed).directory
-        return (f"start.run={teacher}", f"distillation.teacher={teacher}")
+        return (f"start.run={teacher}", "recipe.name=moebert", f"recipe.teacher={teacher}")
 
     def _ordered(self, task: str, seed: int, order: str) -> tuple[str, ...]:
         conversion = (f"start.conversion.order={order}", f"start.conversion.seed={seed}")

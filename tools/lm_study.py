@@ -31,9 +31,8 @@ from dist_moe.data.text import TextConfig
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.models.transformer import Transformer
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
+from dist_moe.recipes.recipe import load_config
+from dist_moe.tasks import build_model
 from tools.studies import StudyRun, command_given, directory_name, dist_moe, machine, spread, train_all, write_report
 
 _NO_SEARCH = "model.permutation=null"
@@ -126,8 +125,8 @@ def active(figures: dict[str, Any]) -> float:
 def built(directory: Path) -> tuple[Transformer, int]:
     """A model of the run's sizes, and the length of its sequences."""
     config = load_config(RunDirectory(directory).config, ["parallel.expert_parallel_size=1"])
-    problem = open_problem(config, progress=False)
-    model = build_model(config, problem, SingleWorld())
+    task = config.data.open(progress=False)
+    model = build_model(config, task, SingleWorld())
     assert isinstance(model, Transformer)
     assert isinstance(config.data, TextConfig)
     return model, config.data.sequence_length

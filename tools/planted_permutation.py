@@ -25,7 +25,7 @@ import torch
 from dist_moe.data.batches import shard_batches
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.recipes.callbacks.swap_search import in_double_precision, search_swaps
-from dist_moe.recipes.supervised.train import TrainedRun, trained_run
+from dist_moe.recipes.supervised.evaluate import TrainedRun, trained_run
 from dist_moe.search import SwapReport, SwapSearchConfig
 
 GATES = ("hash", "top_k", "dselect_k", "comet")
@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one is not None:
         measured = measure(options.one, options.seed)
-        if LaunchEnvironment.read().is_first:
+        if LaunchEnvironment.read().is_rank_zero:
             print(json.dumps(measured))
         return
     rows = []
@@ -80,16 +80,16 @@ def searched(run: Path, seed: int, ranks: int) -> dict[str, Any]:
 def measure(run_dir: Path, seed: int) -> dict[str, Any]:
     with trained_run(run_dir) as run:
         original = search_swaps(
-            run.problem,
+            run.task,
             run.model,
             CONFIG.model_copy(update={"max_swaps": 0}),
-            run.config.task_weights,
+            run.config.target_weights,
             LaunchEnvironment.read(),
         ).losses[0]
         table = run.model.table.table
         table.copy_(torch.randperm(table.shape[-1], generator=torch.Generator().manual_seed(seed)))
         started = time.perf_counter()
-        report = search_swaps(run.problem, run.model, CONFIG, run.config.task_weights, LaunchEnvironment.read())
+        report = search_swaps(run.task, run.model, CONFIG, run.config.target_weights, LaunchEnvironment.read())
         seconds = time.perf_counter() - started
         return summary(original, report, seconds, seconds_per_naive_candidate(run), table)
 
@@ -114,16 +114,16 @@ def summary(
 def seconds_per_naive_candidate(run: TrainedRun) -> float:
     """Of running the whole model, experts included, on the search's examples, in the search's precision."""
     environment = LaunchEnvironment.read()
-    examples = np.arange(min(CONFIG.examples, len(run.problem.val)))
+    examples = np.arange(min(CONFIG.examples, len(run.task.val)))
     parts = shard_batches(examples, CONFIG.batch_size, rank=environment.rank, world_size=environment.world_size)
-    batches = [run.problem.val.batch(index_B, examples) for index_B in parts]
+    batches = [run.task.val.batch(index_B, examples) for index_B in parts]
     run.model.eval()
     times = []
     with in_double_precision(run.model):
         for _ in range(NAIVE_SAMPLE):
             started = time.perf_counter()
             for batch in batches:
-                run.problem.task_losses(run.model(*batch.inputs), batch)
+                run.task.task_losses(run.model(*batch.inputs), batch)
             times.append(time.perf_counter() - started)
     return float(np.median(times))
 

@@ -20,7 +20,7 @@ import torch
 
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of
 from dist_moe.engine.monitor.run_directory import RunDirectory
-from dist_moe.recipes.supervised.config import load_config
+from dist_moe.recipes.recipe import load_config
 
 
 @dataclass(frozen=True)

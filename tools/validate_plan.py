@@ -45,7 +45,7 @@ from dist_moe.planning.scale.machine import Machine
 from dist_moe.planning.scale.measure import measure_machine, processors_here
 from dist_moe.planning.scale.step_time import ExchangeName, Prediction, predict
 from dist_moe.planning.scale.work import work_of_layer, work_of_model
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from tools.namespaces import cluster, why_not
 from tools.ranks import run_ranks
 
@@ -212,7 +212,7 @@ def training_case(exchange: ExchangeName, groups: ProcessGroups, layout: Layout,
     model_config = RecommenderConfig(
         embedding_dim=half, expert_units=options.width, tower_units=options.width, num_experts=EXPERTS, gate=gate
     )
-    config = RunConfig(model=model_config)
+    config = SupervisedConfig(model=model_config)
     model = model_config.build(USERS, ITEMS, RunShape(groups.world, 1000))
     model.train()
     ranks = layout.ranks

@@ -26,13 +26,21 @@ def _run(options: argparse.Namespace) -> int:
     import yaml
 
     from dist_moe.config.listing import field_listing
-    from dist_moe.recipes.supervised.config import RunConfig, load_config
+    from dist_moe.config.overrides import read_yaml
+    from dist_moe.config.validation import import_modules
+    from dist_moe.recipes import RECIPES, load_config
+    from dist_moe.recipes.recipe import configuration_of
 
+    content = read_yaml(options.config) if options.config is not None else {}
+    if options.fields is not None or options.schema:
+        import_modules(content.get("imports"))  # what they register is listed too
     if options.fields is not None:
-        print(field_listing(RunConfig, options.fields))
+        every = dict.fromkeys(recipe.configuration for recipe in RECIPES.classes)
+        chosen = [configuration_of(content["recipe"])] if "recipe" in content else list(every)
+        print(field_listing(chosen, options.fields))
         return 0
     if options.schema:
-        print(json.dumps(RunConfig.model_json_schema(), indent=2))
+        print(json.dumps(configuration_of(content.get("recipe")).model_json_schema(), indent=2))
         return 0
     if options.config is None:
         raise UserError("name a configuration to check, or ask for --fields")

@@ -5,27 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dist_moe.cli.commands import Commands
 from dist_moe.errors import UserError
-
-if TYPE_CHECKING:
-    from dist_moe.data.settings import DataSettings
 
 
 class DataSets:
     """The names of all data sets, looked up when they are asked for: that imports them all."""
 
     def __iter__(self) -> Iterator[str]:
-        return iter(settings_by_name())
+        from dist_moe.data import DATA
 
-
-def settings_by_name() -> dict[str, type[DataSettings]]:
-    """Return the configuration class of every data set."""
-    from dist_moe.data import DATA
-
-    return {name: settings for settings in DATA for name in settings.names()}
+        return iter(DATA.names)
 
 
 def add_to(commands: Commands) -> None:
@@ -45,7 +36,9 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    settings = settings_by_name()[options.name]
+    from dist_moe.data import DATA
+
+    settings = DATA.by_name[options.name]
     given = {"name": options.name, "root": options.data_root}
     if options.encoder is not None:
         if "encoder" not in settings.model_fields:

@@ -28,11 +28,11 @@ def add_to(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from dist_moe.engine.launch.environment import LaunchEnvironment
-    from dist_moe.recipes.supervised.report import figures_table, predictor_rows
-    from dist_moe.recipes.supervised.train import evaluate_run
+    from dist_moe.recipes.supervised.evaluate import evaluate_run
+    from dist_moe.recipes.supervised.report import metrics_table, predictor_rows
 
     result = evaluate_run(options.run_dir, options.overrides)
-    if LaunchEnvironment.read().is_first:
-        table = figures_table(result["test"], predictor_rows(result["baselines"]))
+    if LaunchEnvironment.read().is_rank_zero:
+        table = metrics_table(result["test"], predictor_rows(result["baselines"]))
         print(json.dumps(result, indent=2) if options.json else f"{result['checkpoint']}\n{table}")
     return 0

@@ -44,9 +44,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _run_hugging_face(options: argparse.Namespace) -> int:
+    from dist_moe.config.validation import validate_section
     from dist_moe.models.conversion import DecoderConversionConfig
     from dist_moe.recipes.hugging_face.import_ import import_hugging_face
-    from dist_moe.recipes.supervised.config import validate_section
 
     if options.config is None:
         raise UserError(f"{options.source} is a directory; say --config CONFIG for the rest of the run")

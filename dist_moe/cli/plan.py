@@ -52,8 +52,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _plan_memory(options: argparse.Namespace) -> int:
     from dist_moe.planning.memory import plan_memory
-    from dist_moe.recipes.supervised.config import load_config
-    from dist_moe.tasks.open import open_problem
+    from dist_moe.recipes.recipe import load_config
 
     ranks = 1 if options.ranks is None else options.ranks
     if ranks < 1:
@@ -63,7 +62,7 @@ def _plan_memory(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     config.fitted(ranks).check(ranks)
     memory = None if options.memory_gib is None else int(options.memory_gib * _GIB)
-    plan = plan_memory(config, open_problem(config, progress=True), ranks, memory)
+    plan = plan_memory(config, config.data.open(progress=True), ranks, memory)
     print(json.dumps(plan.plain(), indent=2) if options.json else _table(plan))
     return 0
 

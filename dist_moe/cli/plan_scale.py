@@ -64,24 +64,23 @@ def plan(options: argparse.Namespace) -> int:
     from dist_moe.planning.scale.report import draw_sizes, size_table
     from dist_moe.planning.scale.step_time import EXCHANGES
     from dist_moe.planning.scale.traffic import plan_traffic, traffic_table
-    from dist_moe.recipes.supervised.config import load_config
-    from dist_moe.tasks.open import open_problem
+    from dist_moe.recipes.recipe import load_config
 
     machine = read_machine(options.machine or "h100")
     config = load_config(options.config, options.overrides)
     if not config.model.one_layer:
         _check_without_time(options, config.model.name)
-    problem = open_problem(config, progress=True)
+    task = config.data.open(progress=True)
     skew = 1.0 if options.skew is None else options.skew
     assumed = Assumed(options.experts_per_token, skew, options.tokens_per_rank)
     exchanges = EXCHANGES if options.exchange is None else (options.exchange,)
     nodes = sizes_up_to(options.nodes) if options.sweep else [options.nodes]
     if not config.model.one_layer:
-        steps = plan_traffic(config, problem, nodes, options.gpus or 1, assumed, exchanges)
+        steps = plan_traffic(config, task, nodes, options.gpus or 1, assumed, exchanges)
         plain = [step.plain() for step in steps]
         print(json.dumps(plain, indent=2) if options.json else traffic_table(config.model.name, steps))
         return 0
-    sizes = plan_sizes(config, problem, machine, nodes, options.gpus or 1, assumed, exchanges)
+    sizes = plan_sizes(config, task, machine, nodes, options.gpus or 1, assumed, exchanges)
     print(json.dumps([size.plain() for size in sizes], indent=2) if options.json else size_table(machine, sizes))
     if options.png is not None:
         draw_sizes(machine, sizes, options.png)
@@ -114,7 +113,7 @@ def measure(options: argparse.Namespace) -> int:
     keep_freed_memory()
     with process_groups(environment, ParallelConfig()) as groups:
         machine = measure_machine(groups, processors_here())
-    if environment.is_first:
+    if environment.is_rank_zero:
         machine.write(options.measure)
         print(options.measure.read_text(), end="")
     return 0

@@ -28,9 +28,9 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from dist_moe.config.validation import validate_section
     from dist_moe.engine.launch.environment import LaunchEnvironment
-    from dist_moe.recipes.supervised.config import validate_section
-    from dist_moe.recipes.supervised.report import figures_table
+    from dist_moe.recipes.supervised.report import metrics_table
     from dist_moe.recipes.supervised.search import search_run
     from dist_moe.search import SwapSearchConfig
 
@@ -38,13 +38,13 @@ def _run(options: argparse.Namespace) -> int:
     run_dir = options.run_dir.resolve()
     output = options.output or run_dir.with_name(f"{run_dir.name}-search")
     report = search_run(run_dir, output, config)
-    if LaunchEnvironment.read().is_first:
+    if LaunchEnvironment.read().is_rank_zero:
         first, last = report["losses"][0], report["losses"][-1]
         ending = "no swap helps any more" if report["local_optimum"] else "the budget is spent"
         print(
             f"loss on {report['search']['examples']:,} validation examples {first:.6g} -> {last:.6g} by "
             f"{len(report['swaps'])} swap(s): {report['screened']} screened, {report['verified']} verified; {ending}"
         )
-        print(figures_table(report["test_after"], {"before the search": report["test_before"]}))
+        print(metrics_table(report["test_after"], {"before the search": report["test_before"]}))
         print(f"written to {output}")
     return 0

@@ -12,7 +12,7 @@ from dist_moe.cli.commands import Commands
 from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from dist_moe.recipes.supervised.plan import TrainingPlan
+    from dist_moe.recipes.recipe import Plan
 
 _EPILOG = """\
 overrides: any field of the configuration, by its dotted name; values are YAML.
@@ -62,7 +62,7 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.recipes.supervised.train import train
+    from dist_moe.recipes.recipe import train
 
     return _plan_and(train, options) if options.emulate is None else _emulate(options)
 
@@ -79,8 +79,8 @@ def _emulate(options: argparse.Namespace) -> int:
     return run_ranks(options.emulate, emulation.parse_known_args(options.arguments)[1])
 
 
-def _plan_and(train: Callable[[TrainingPlan], int], options: argparse.Namespace) -> int:
-    from dist_moe.recipes.supervised.plan import plan_new_run, plan_restartable_run, plan_resumed_run
+def _plan_and(train: Callable[[Plan], int], options: argparse.Namespace) -> int:
+    from dist_moe.recipes.recipe import plan_new_run, plan_restartable_run, plan_resumed_run
 
     overrides = list(options.overrides)
     if options.data_root is not None:

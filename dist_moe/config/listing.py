@@ -1,18 +1,18 @@
-"""All fields of a configuration, those of every data set, model and gate included: to look up, to list."""
+"""All fields of a configuration, those of every registered section included: to look up, to list."""
 
 from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from dist_moe.config.registry import Registry, names_of
 from dist_moe.errors import UserError
-from dist_moe.gates import GateSettings, gate_settings
 
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _NULL = "null"
@@ -20,7 +20,7 @@ _NULL = "null"
 
 @dataclass(frozen=True)
 class NamedField:
-    """``name``: dotted. ``owner``: the name of the data set, model or gate that has it; None if all have."""
+    """A field by its dotted ``name``. ``owner``: the registered name of the section that has it; None if all have."""
 
     name: str
     owner: str | None
@@ -48,24 +48,26 @@ class NamedField:
 
 
 def fields_of(model: type[BaseModel], prefix: str = "", owner: str | None = None) -> Iterator[NamedField]:
-    """The fields of ``model`` and, where a field is a section, those of each kind of section that it can be."""
+    """Yield the fields of ``model`` and, where a field is a section, those of each kind of section that it can be."""
     for name, info in model.model_fields.items():
         yield NamedField(prefix + name, owner, info)
-        kinds = _sections(info.annotation)
+        kinds = _sections(info)
         for kind in kinds:
-            named = str(kind.model_fields["name"].default) if "name" in kind.model_fields else None
-            yield from fields_of(kind, f"{prefix}{name}.", named if len(kinds) > 1 else owner)
+            named = str(kind.model_fields["name"].default) if names_of(kind) else None
+            inner = f"{prefix}{name}[]." if get_origin(info.annotation) is tuple else f"{prefix}{name}."
+            yield from fields_of(kind, inner, named if len(kinds) > 1 else owner)
 
 
-def field_listing(model: type[BaseModel], prefix: str = "") -> str:
-    """A paragraph for each field whose name begins with ``prefix``: name, type and range, default, meaning.
+def field_listing(models: Sequence[type[BaseModel]], prefix: str = "") -> str:
+    """Return a paragraph for each field whose name begins with ``prefix``: name, type and range, default, meaning.
 
-    Fields that not every kind of their section has are followed by the kinds that do. Raises UserError if
-    there is no such field.
+    ``models``: classes of configurations; what several of them have is listed once. Fields that not every kind of their
+    section has are followed by the kinds that do. Raises UserError if there is no such field.
     """
-    fields = [f for f in fields_of(model) if f.name.startswith(prefix) and not _sections(f.info.annotation)]
+    known = [field for model in models for field in fields_of(model)]
+    fields = [f for f in known if f.name.startswith(prefix) and not _sections(f.info)]
     if not fields:
-        near = difflib.get_close_matches(prefix, [f.name for f in fields_of(model)], n=1, cutoff=0)
+        near = difflib.get_close_matches(prefix, [f.name for f in known], n=1, cutoff=0)
         raise UserError(f"--fields {prefix}: no field begins so; did you mean {near[0]}?")
     names: dict[str, list[str]] = {}
     owners: dict[str, list[str]] = {}
@@ -86,12 +88,26 @@ def _with_owners(text: str, owners: list[str]) -> str:
     return text.replace("\n", f"  [{', '.join(owners)}]\n", 1) if owners else text
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The kinds of section that a field of this type can hold."""
-    kinds = _members(annotation)
-    if GateSettings in kinds:
-        return list(gate_settings().values())
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+def registry_of(info: FieldInfo) -> Registry[Any] | None:
+    """Return the registry that says what a field's section can be, None for a field of another kind."""
+    marks = [*info.metadata, *(mark for member in _annotated(info.annotation) for mark in get_args(member)[1:])]
+    return next((mark for mark in marks if isinstance(mark, Registry)), None)
+
+
+def _annotated(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Annotated:
+        yield annotation
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
+        for one in get_args(annotation):
+            yield from _annotated(one)
+
+
+def _sections(info: FieldInfo) -> list[type[BaseModel]]:
+    """Return the kinds of section that a field can hold."""
+    registry = registry_of(info)
+    if registry is not None:
+        return list(registry.classes)
+    return [kind for kind in _members(info.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

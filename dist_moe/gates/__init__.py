@@ -5,7 +5,7 @@ from dist_moe.gates.comet import Comet, CometConfig
 from dist_moe.gates.dselect_k import DSelectK, DSelectKConfig
 from dist_moe.gates.hash_routing import HashRouting, HashRoutingConfig
 from dist_moe.gates.null_slots import AdaMoEConfig, NullSlots, with_null
-from dist_moe.gates.registry import GateConfig, gate_settings, register_gate
+from dist_moe.gates.registry import GATES, GateConfig
 from dist_moe.gates.smoe_dropout import SMoEDropout, SMoEDropoutConfig
 from dist_moe.gates.softmax import Softmax, SoftmaxConfig
 from dist_moe.gates.top_k import TopK, TopKConfig
@@ -19,9 +19,10 @@ for _settings in (
     SoftmaxConfig,
     TopKConfig,
 ):
-    register_gate(_settings)
+    GATES.register(_settings)
 
 __all__ = [
+    "GATES",
     "AdaMoEConfig",
     "Comet",
     "CometConfig",
@@ -41,7 +42,5 @@ __all__ = [
     "SoftmaxConfig",
     "TopK",
     "TopKConfig",
-    "gate_settings",
-    "register_gate",
     "with_null",
 ]

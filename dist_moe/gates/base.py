@@ -115,7 +115,7 @@ class GateSettings(Settings, ABC):
         """At most, for plans; of a gate that becomes sparse while it learns, from then on."""
         return min(getattr(self, "k", num_experts), num_experts)
 
-    def faults(self, num_experts: int) -> Iterator[str]:
+    def validation_errors(self, num_experts: int) -> Iterator[str]:
         """What does not fit ``num_experts``, as "field=value: reason"."""
         k = getattr(self, "k", 1)
         if k > num_experts:

@@ -69,8 +69,8 @@ class CometConfig(GateSettings):
     def build(self, dim: int, num_experts: int, context: GateContext) -> Comet:
         return Comet(dim, num_experts, **self.model_dump(exclude={"name"}))
 
-    def faults(self, num_experts: int) -> Iterator[str]:
-        yield from super().faults(num_experts)
+    def validation_errors(self, num_experts: int) -> Iterator[str]:
+        yield from super().validation_errors(num_experts)
         if self.lazy and self.static:
             yield "lazy=true: a static tree (static=true) sees no tokens, by which it could be visited lazily"
 

@@ -39,7 +39,7 @@ class AdaMoEConfig(GateSettings):
     def build(self, dim: int, num_experts: int, context: GateContext) -> NullSlots:
         return with_null(TopK(dim, num_experts + self.null_slots, self.k), self.null_slots, self.balance_weight)
 
-    def faults(self, num_experts: int) -> Iterator[str]:
+    def validation_errors(self, num_experts: int) -> Iterator[str]:
         slots = num_experts + self.null_slots
         if self.k > slots:
             yield f"k={self.k} exceeds num_experts + null_slots={slots}; allowed: 1..{slots}"

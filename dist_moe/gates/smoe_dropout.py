@@ -59,7 +59,7 @@ class SMoEDropoutConfig(GateSettings):
             evaluation_k=self.evaluation_k,
         )
 
-    def faults(self, num_experts: int) -> Iterator[str]:
+    def validation_errors(self, num_experts: int) -> Iterator[str]:
         for field in ("k_min", "k_max", "evaluation_k"):
             k = getattr(self, field)
             if k is not None and k > num_experts:

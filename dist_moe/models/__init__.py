@@ -10,12 +10,30 @@ from dist_moe.models.bert import (
     BertOutput,
     BertShape,
 )
-from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
+from dist_moe.models.moe_model import (
+    MODELS,
+    ModelConfig,
+    ModelOutput,
+    MoEModel,
+    MoEModelConfig,
+    RunShape,
+    models_of_kind,
+)
 from dist_moe.models.recommender import Recommender, RecommenderConfig
 from dist_moe.models.transformer import Transformer, TransformerConfig
 from dist_moe.models.two_image_classifier import TwoImageClassifier, TwoImageClassifierConfig
 
+for _settings in (
+    RecommenderConfig,
+    TwoImageClassifierConfig,
+    TransformerConfig,
+    BertClassifierConfig,
+    BertAnswererConfig,
+):
+    MODELS.register(_settings)
+
 __all__ = [
+    "MODELS",
     "BertAnswerer",
     "BertAnswererConfig",
     "BertClassifier",
@@ -26,6 +44,7 @@ __all__ = [
     "BertShape",
     "MoEModel",
     "MoEModelConfig",
+    "ModelConfig",
     "ModelOutput",
     "Recommender",
     "RecommenderConfig",
@@ -34,4 +53,5 @@ __all__ = [
     "TransformerConfig",
     "TwoImageClassifier",
     "TwoImageClassifierConfig",
+    "models_of_kind",
 ]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
+from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.experts import ExpertBank
 from dist_moe.gates import CometConfig, GateConfig, GateContext
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import World, sum_over_ranks
 from dist_moe.search import PermutationSearchConfig, SlotTable
+from dist_moe.search.steps import begin_step, end_step, moe_layers, slot_tables
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,14 @@ class RunShape:
     gates: GateContext = field(default_factory=GateContext)
 
 
-class MoEModelConfig(Settings):
-    """The fields that every model has. ``num_tasks``: how many losses it is trained by. ``one_layer``: whether every
+class MoEModelConfig(Settings, ABC):
+    """The fields that every model has. ``kind``: tasks of the same kind fit. ``one_layer``: whether every
     example is one token, which meets one MoE layer; what plans and stacked training know."""
 
-    num_tasks: ClassVar[int] = 2
+    kind: ClassVar[str]
     one_layer: ClassVar[bool] = True
+
+    name: str
 
     num_experts: int = Field(16, ge=2, description="experts of a layer, over all ranks")
     gate: GateConfig = Field(
@@ -69,9 +74,16 @@ class MoEModelConfig(Settings):
         """MoE layers of the model."""
         return 1
 
-    def faults(self) -> Iterator[str]:
+    def validation_errors(self) -> Iterator[str]:
         """What does not fit together, as "field=value: reason"."""
         return iter(())
+
+    @abstractmethod
+    def build(self, *inputs: Any, **named: Any) -> MoEModel:
+        """Return the model with this rank's experts; all ranks must have seeded torch alike.
+
+        ``inputs``: the sizes that tasks of its kind give by name (see ``Task.model_inputs``), and ``run``, a RunShape.
+        """
 
     def build_layer(
         self, experts: ExpertBank, num_gates: int, run: RunShape, *, layer: int = 0, shared: nn.Module | None = None
@@ -98,16 +110,12 @@ class MoEModel(nn.Module):
     @property
     def moe_layers(self) -> dict[str, MoE]:
         """The layers by their names in the model, in order."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, MoE)}
+        return moe_layers(self)
 
     @property
     def tables(self) -> dict[str, SlotTable]:
         """The slot -> expert tables by their layers' names."""
-        return {
-            name: layer.permutation
-            for name, layer in self.moe_layers.items()
-            if isinstance(layer.permutation, SlotTable)
-        }
+        return slot_tables(self)
 
     @property
     def learning(self) -> bool:
@@ -121,20 +129,25 @@ class MoEModel(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Tell gates and tables that training step ``step`` (from 0) begins. On every rank."""
-        for layer in self.moe_layers.values():
-            layer.begin_step(step)
-        for table in self.tables.values():
-            table.begin_step()
+        begin_step(self.moe_layers.values(), step)
 
     def end_step(self, *, skipped: bool) -> None:
         """Tell the gates that a training step has ended, or was skipped. On every rank."""
-        for layer in self.moe_layers.values():
-            if skipped:
-                layer.drop_step()
-            else:
-                layer.end_step()
+        end_step(self.moe_layers.values(), skipped=skipped)
 
     def begin_evaluation(self) -> None:
         """Tell the tables that an evaluation begins. On every rank."""
         for table in self.tables.values():
             table.begin_evaluation()
+
+
+MODELS = Registry("model", MoEModelConfig)
+
+
+def models_of_kind(kind: str) -> str:
+    """Return the names of the registered models that fit tasks of a kind, for a sentence."""
+    return " or ".join(name for name, settings in MODELS.by_name.items() if settings.kind == kind)
+
+
+ModelConfig = Annotated[SerializeAsAny[MoEModelConfig], MODELS]
+"""The type of a configuration field that holds any registered model."""

@@ -7,7 +7,7 @@ defaults, which the authors used: U(-0.05, 0.05) for embeddings, glorot-uniform 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,12 +18,13 @@ from dist_moe.layer import MoE
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
 from dist_moe.parallel import experts_of_rank
 
-TASKS = ("watched", "rating")
 EMBEDDING_INIT_RANGE = 0.05
 
 
 class RecommenderConfig(MoEModelConfig):
-    """Two-task recommender over (user, item) pairs."""
+    """Recommender over (user, item) pairs, with a gate and a tower for each target."""
+
+    kind: ClassVar[str] = "recommendation"
 
     name: Literal["recommender"] = Field("recommender", description="which model this is")
     embedding_dim: int = Field(128, ge=1, description="width of each of the two embeddings")
@@ -31,8 +32,7 @@ class RecommenderConfig(MoEModelConfig):
     tower_units: int = Field(256, ge=1, description="units of each task's tower")
     dropout: float = Field(0.5, ge=0, lt=1, description="dropout on the experts' outputs")
 
-    def build(self, num_users: int, num_items: int, run: RunShape) -> Recommender:
-        """The model with this rank's experts; all ranks must have seeded torch alike."""
+    def build(self, num_users: int, num_items: int, run: RunShape, num_targets: int = 2) -> Recommender:
         experts = DenseReLUBank(
             2 * self.embedding_dim,
             self.expert_units,
@@ -40,20 +40,20 @@ class RecommenderConfig(MoEModelConfig):
             experts_of_rank(self.num_experts, run.world),
             self.dropout,
         )
-        moe = self.build_layer(experts, len(TASKS), run)
+        moe = self.build_layer(experts, num_targets, run)
         return Recommender(num_users, num_items, self.embedding_dim, moe, self.tower_units)
 
 
 class Recommender(MoEModel):
-    """``model(user_B, item_B)``: int64 indices of B pairs (B may be 0) -> (B,) logits of "watched" and
-    (B,) stars. Gates that route by identity see the user."""
+    """``model(user_B, item_B)``: int64 indices of B pairs (B may be 0) -> (B,) predictions of each
+    target: logits of "watched", then stars. Gates that route by identity see the user."""
 
     def __init__(self, num_users: int, num_items: int, embedding_dim: int, moe: MoE, tower_units: int) -> None:
         super().__init__()
         self.moe = moe
         self.user_embedding = _embedding(num_users, embedding_dim)
         self.item_embedding = _embedding(num_items, embedding_dim)
-        self.towers = nn.ModuleList(_tower(moe.experts.out_dim, tower_units) for _ in TASKS)
+        self.towers = nn.ModuleList(_tower(moe.experts.out_dim, tower_units) for _ in moe.gates)
 
     def forward(self, user_B: Tensor, item_B: Tensor) -> ModelOutput:
         x_BD = torch.cat([self.user_embedding(user_B), self.item_embedding(item_B)], dim=1)

@@ -26,7 +26,7 @@ from dist_moe.parallel import experts_of_rank
 class TransformerConfig(MoEModelConfig):
     """Decoder language model."""
 
-    num_tasks: ClassVar[int] = 1
+    kind: ClassVar[str] = "language"
     one_layer: ClassVar[bool] = False
 
     name: Literal["transformer"] = Field("transformer", description="which model this is")
@@ -66,7 +66,7 @@ class TransformerConfig(MoEModelConfig):
         """Of all key heads together, which is that of all value heads."""
         return self.dim // self.heads * (self.kv_heads or self.heads)
 
-    def faults(self) -> Iterator[str]:
+    def validation_errors(self) -> Iterator[str]:
         """What does not fit together, as "field=value: reason"."""
         if self.dim % self.heads:
             yield f"heads={self.heads} does not divide dim={self.dim}"
@@ -78,7 +78,6 @@ class TransformerConfig(MoEModelConfig):
             yield f"moe_every={self.moe_every} exceeds layers={self.layers}; allowed: 0 (dense) to {self.layers}"
 
     def build(self, vocab_size: int, run: RunShape) -> Transformer:
-        """The model with this rank's experts; all ranks must have seeded torch alike."""
         return Transformer(self, vocab_size, run)
 
     def has_experts(self, layer: int) -> bool:

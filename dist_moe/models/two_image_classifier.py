@@ -8,7 +8,7 @@ authors used: glorot-uniform kernels, zero biases.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -19,13 +19,14 @@ from dist_moe.layer import MoE
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
 from dist_moe.parallel import experts_of_rank
 
-TASKS = ("top_left", "bottom_right")
 NUM_IDS = 4096
 _GREY_LEVELS = 255
 
 
 class TwoImageClassifierConfig(MoEModelConfig):
-    """Two-task classifier of the two images that were added to one another."""
+    """Classifier of the two images that were added to one another, with a gate and a head for each."""
+
+    kind: ClassVar[str] = "two_images"
 
     name: Literal["two_image_classifier"] = Field("two_image_classifier", description="which model this is")
     num_experts: int = Field(5, ge=2, description="experts in all, over all ranks")
@@ -39,14 +40,11 @@ class TwoImageClassifierConfig(MoEModelConfig):
         (50, 50), description="units of the hidden layers of each task's head (empty: none)"
     )
 
-    def build(self, side: int, num_classes: int, run: RunShape) -> TwoImageClassifier:
-        """The model with this rank's experts; all ranks must have seeded torch alike.
-
-        ``side``: pixels along each edge of the image, 36 in the paper.
-        """
+    def build(self, side: int, num_classes: int, run: RunShape, num_targets: int = 2) -> TwoImageClassifier:
+        """Return the model; ``side``: pixels along each edge of the image, 36 in the paper."""
         expert_ids = experts_of_rank(self.num_experts, run.world)
         experts = ConvBank(side, self.num_experts, expert_ids, self.expert_channels, self.expert_units)
-        return TwoImageClassifier(self.build_layer(experts, len(TASKS), run), self.head_units, num_classes)
+        return TwoImageClassifier(self.build_layer(experts, num_targets, run), self.head_units, num_classes)
 
 
 class TwoImageClassifier(MoEModel):
@@ -58,7 +56,7 @@ class TwoImageClassifier(MoEModel):
     def __init__(self, moe: MoE, head_units: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.moe = moe
-        self.heads = nn.ModuleList(_head([moe.experts.out_dim, *head_units, num_classes]) for _ in TASKS)
+        self.heads = nn.ModuleList(_head([moe.experts.out_dim, *head_units, num_classes]) for _ in moe.gates)
 
     def forward(self, image_BD: Tensor) -> ModelOutput:
         mixed = self.moe(image_BD, pixel_ids(image_BD))

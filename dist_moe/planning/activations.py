@@ -15,7 +15,7 @@ from dist_moe.engine.deepspeed.precision import parameter_dtype
 from dist_moe.experts import BertFeedForwardBank, ConvBank, DenseReLUBank, ExpertBank, FeedForwardBank
 from dist_moe.layer import MoE
 from dist_moe.models import BertConfig, BertModel, MoEModel, Transformer, TransformerConfig
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.tasks.task import ExampleShape
 
 _FP32, _INT64 = 4, 8
@@ -47,7 +47,7 @@ class Sent:
 
 
 def bytes_per_example(
-    model: MoEModel, config: RunConfig, shape: ExampleShape, sent: Sent, size: int
+    model: MoEModel, config: SupervisedConfig, shape: ExampleShape, sent: Sent, size: int
 ) -> tuple[int, int]:
     """Of the exchange, there and back; and of everything else. ``size``: ranks over which the experts are split."""
     width = parameter_dtype(config.deepspeed).itemsize

@@ -23,9 +23,9 @@ from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.planning.activations import Sent, bytes_per_example
 from dist_moe.planning.sharded_memory import gathered_elements, slice_elements
-from dist_moe.recipes.supervised.config import RunConfig
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.task import Problem
+from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.tasks import build_model
+from dist_moe.tasks.task import Task
 
 STAGES = (0, 1, 2, 3)
 ALIGNMENT = 2
@@ -105,29 +105,29 @@ class _PlannedWorld(SingleWorld):
         self.size = size
 
 
-def plan_memory(config: RunConfig, problem: Problem, ranks: int, memory: int | None = None) -> MemoryPlan:
+def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | None = None) -> MemoryPlan:
     """For ``ranks`` processes, of ``memory`` bytes each. Raises UserError if the layout does not fit them."""
     config = config.fitted(ranks)
     config.check(ranks)
     size = config.parallel.expert_parallel_size
-    model = planned_model(config, problem, size)
+    model = planned_model(config, task, size)
     mark_experts(model, "experts")
     states = tuple(_states(model, config, stage, ranks, size) for stage in STAGES)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     stage = zero_stage(config.deepspeed)
     left = None if memory is None else memory - states[stage].total - buffers
     loads = tuple(
-        _load(name, model, config, problem, ranks, per_token, worst, left)
+        _load(name, model, config, task, ranks, per_token, worst, left)
         for name, per_token, worst in _cases(model, config)
     )
-    tokens = _tokens(config.train.batch_size // (ranks * config.accumulation), problem)
+    tokens = _tokens(config.train.batch_size // (ranks * config.accumulation), task)
     return MemoryPlan(ranks, size, tokens, len(model.moe_layers), stage, buffers, states, loads)
 
 
-def planned_model(config: RunConfig, problem: Problem, size: int = 1) -> MoEModel:
+def planned_model(config: SupervisedConfig, task: Task, size: int = 1) -> MoEModel:
     """A rank's part of the model, its experts over ``size`` ranks, without storage."""
     with torch.device("meta"):
-        return build_model(config, problem, _PlannedWorld(size))
+        return build_model(config, task, _PlannedWorld(size))
 
 
 def only_layer(model: MoEModel) -> MoE:
@@ -136,11 +136,11 @@ def only_layer(model: MoEModel) -> MoE:
     return layer
 
 
-def _tokens(examples: int, problem: Problem) -> int:
-    return round(examples * problem.example_shape().tokens)
+def _tokens(examples: int, task: Task) -> int:
+    return round(examples * task.example_shape().tokens)
 
 
-def _states(model: nn.Module, config: RunConfig, stage: int, ranks: int, size: int) -> StatePlan:
+def _states(model: nn.Module, config: SupervisedConfig, stage: int, ranks: int, size: int) -> StatePlan:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [[p for p in trained if is_expert_parameter(p) == expert] for expert in (False, True)]
     shares = (ranks, ranks // size)
@@ -183,7 +183,7 @@ def _states(model: nn.Module, config: RunConfig, stage: int, ranks: int, size: i
     )
 
 
-def _bucket_elements(config: RunConfig) -> int:
+def _bucket_elements(config: SupervisedConfig) -> int:
     section = config.deepspeed.get("zero_optimization", {})
     return int(section.get("reduce_bucket_size", 5e8)) * (2 if section.get("overlap_comm", False) else 1)
 
@@ -192,12 +192,12 @@ def _padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def bytes_per_parameter(config: RunConfig) -> int:
+def bytes_per_parameter(config: SupervisedConfig) -> int:
     """Of parameters as the model computes with them, and of activations: 2 with bf16 or fp16, else 4."""
     return parameter_dtype(config.deepspeed).itemsize
 
 
-def optimizer_states(config: RunConfig) -> tuple[int, int]:
+def optimizer_states(config: SupervisedConfig) -> tuple[int, int]:
     """States of a parameter's shape; and bytes of those without a shape, per tensor that the optimizer owns."""
     optimizer = optimizer_on_one_number(config.deepspeed)
     (number,) = optimizer.param_groups[0]["params"]
@@ -207,7 +207,7 @@ def optimizer_states(config: RunConfig) -> tuple[int, int]:
     return sum(t.dim() > 0 for t in tensors), sum(t.element_size() for t in tensors if t.dim() == 0)
 
 
-def _cases(model: MoEModel, config: RunConfig) -> list[tuple[str, int, bool]]:
+def _cases(model: MoEModel, config: SupervisedConfig) -> list[tuple[str, int, bool]]:
     """Name, experts per token, whether all go to one rank."""
     if not model.moe_layers:
         return [("no experts", 0, False)]
@@ -225,8 +225,8 @@ def _cases(model: MoEModel, config: RunConfig) -> list[tuple[str, int, bool]]:
 def _load(
     name: str,
     model: MoEModel,
-    config: RunConfig,
-    problem: Problem,
+    config: SupervisedConfig,
+    task: Task,
     ranks: int,
     per_token: int,
     worst: bool,
@@ -234,9 +234,9 @@ def _load(
 ) -> LoadPlan:
     size, accumulation = config.parallel.expert_parallel_size, config.accumulation
     sent = Sent.at_worst(per_token, config.model.num_experts // size, size) if worst else Sent.evenly(per_token, size)
-    dispatch, others = bytes_per_example(model, config, problem.example_shape(), sent, size)
+    dispatch, others = bytes_per_example(model, config, task.example_shape(), sent, size)
     examples = config.train.batch_size // (ranks * accumulation)
-    tokens, layers = _tokens(examples, problem), len(model.moe_layers)
+    tokens, layers = _tokens(examples, task), len(model.moe_layers)
     return LoadPlan(
         name,
         per_token,
@@ -248,7 +248,7 @@ def _load(
     )
 
 
-def _sent_per_token(model: MoEModel, config: RunConfig, sent: Sent) -> float:
+def _sent_per_token(model: MoEModel, config: SupervisedConfig, sent: Sent) -> float:
     """Bytes per token of the rank: rows there and gradients of results, results back and gradients of rows."""
     width, recompute = bytes_per_parameter(config), config.model.activation_checkpointing
     numbers = 0.0

@@ -1,0 +1,21 @@
+"""Recipes: whole methods, each a configuration, a sequence of stages and a result.
+
+Importing this package registers the recipes that come with it.
+"""
+
+from dist_moe.recipes.distillation import DHKDRecipe, MoEBERTRecipe
+from dist_moe.recipes.recipe import RECIPES, RecipeConfig, RecipeSettings, load_config, validate_config
+from dist_moe.recipes.supervised import SupervisedConfig, SupervisedRecipe
+
+for _settings in (SupervisedRecipe, MoEBERTRecipe, DHKDRecipe):
+    RECIPES.register(_settings)
+
+__all__ = [
+    "RECIPES",
+    "RecipeConfig",
+    "RecipeSettings",
+    "SupervisedConfig",
+    "SupervisedRecipe",
+    "load_config",
+    "validate_config",
+]

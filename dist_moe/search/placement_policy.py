@@ -85,8 +85,8 @@ class PlacementLook:
     moved: int = 0
     bytes: int = 0
 
-    def figures(self) -> dict[str, float]:
-        """What TensorBoard shows under ``placement/``."""
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers that trackers show under ``placement/``."""
         return {
             "imbalance_before": self.before,
             "imbalance_after": self.after,
@@ -96,7 +96,7 @@ class PlacementLook:
         }
 
     def sentence(self, step: int) -> str:
-        """The same for the progress line."""
+        """Return the look in words, for the progress line."""
         return (
             f"placement after step {step}: heaviest rank {self.before:.3f} -> {self.after:.3f} times the mean "
             f"(bound {self.bound:.3f}), {self.moved} expert(s) moved, {self.bytes / 1e6:.3g} MB"

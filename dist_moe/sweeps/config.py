@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,27 +49,12 @@ def load_sweep(path: Path) -> SweepConfig:
 
     Raises UserError that names the file, the row and the key, the value and what is allowed.
     """
-    content = _with_numbers(read_yaml(path))
     try:
-        sweep = SweepConfig.model_validate(content)
+        sweep = SweepConfig.model_validate(read_yaml(path))
     except ValidationError as error:
         lines = [_explain(fault) for fault in error.errors()]
         raise UserError(f"sweep {path} is not valid:\n  " + "\n  ".join(lines)) from error
     return sweep.model_copy(update={"config": path.parent / sweep.config})
-
-
-_EXPONENT_WITHOUT_POINT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
-
-
-def _with_numbers(content: Any) -> Any:
-    """YAML 1.1 takes 1e-3 for a string; people mean the number. Everything else as it is."""
-    if isinstance(content, dict):
-        return {key: _with_numbers(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_with_numbers(value) for value in content]
-    if isinstance(content, str) and _EXPONENT_WITHOUT_POINT.fullmatch(content):
-        return float(content)
-    return content
 
 
 def _explain(fault: Any) -> str:

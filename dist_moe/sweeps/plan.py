@@ -14,7 +14,8 @@ import yaml
 
 from dist_moe.config.overrides import read_yaml
 from dist_moe.errors import UserError
-from dist_moe.recipes.supervised.config import RunConfig, load_config
+from dist_moe.recipes.recipe import load_config
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps.config import Space, SweepConfig, load_sweep
 from dist_moe.sweeps.distributions import Stored
 
@@ -40,7 +41,7 @@ class Row:
         """What the configuration gets for a draw as the study stores it."""
         return {name: self.space[name].value(stored) for name, stored in draw.items()}
 
-    def config(self, base: Path, values: dict[str, Any]) -> RunConfig:
+    def config(self, base: Path, values: dict[str, Any]) -> SupervisedConfig:
         """The configuration of a trial; UserError if it is not valid."""
         overrides = [_override(name, value) for name, value in (*self.assignments, *values.items())]
         config = load_config(base, overrides)

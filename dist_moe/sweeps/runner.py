@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from dist_moe.recipes.supervised.config import RunConfig
+    from dist_moe.recipes.supervised.config import SupervisedConfig
 
 DEFAULT_RUNNER = "dist_moe.sweeps.trials:run_trials"
 OBJECTIVE = "loss"
@@ -38,7 +38,7 @@ class TrialRunner(Protocol):
     True, the trial is to stop, and its result is None.
     """
 
-    def __call__(self, configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]: ...
+    def __call__(self, configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]: ...
 
 
 def load_runner(name: str) -> TrialRunner:

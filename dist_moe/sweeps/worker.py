@@ -16,7 +16,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 
 from dist_moe.errors import UserError
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps.environment import describe_environment
 from dist_moe.sweeps.runner import OBJECTIVE, TrialResult, TrialRunner
 from dist_moe.sweeps.study import BEAT_EVERY_S, Studies, TakenTrial
@@ -94,7 +94,7 @@ class Worker:
         if trials:
             self._train_together(trials, configs)
 
-    def _train_together(self, trials: list[TakenTrial], configs: list[RunConfig]) -> None:
+    def _train_together(self, trials: list[TakenTrial], configs: list[SupervisedConfig]) -> None:
         """If several fail together, each is trained alone: the error is then that of one trial."""
         outcomes = self._attempt(trials, configs)
         if isinstance(outcomes, Failure) and len(trials) > 1:
@@ -104,7 +104,7 @@ class Worker:
         for trial, outcome in zip(trials, [outcomes] if isinstance(outcomes, Failure) else outcomes, strict=True):
             self._tell(trial, outcome)
 
-    def _attempt(self, trials: list[TakenTrial], configs: list[RunConfig]) -> list[TrialResult | None] | Failure:
+    def _attempt(self, trials: list[TakenTrial], configs: list[SupervisedConfig]) -> list[TrialResult | None] | Failure:
         reporter = Reporter(trials)
         try:
             with self._training():

@@ -13,28 +13,28 @@ from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.models import MoEModel
 from dist_moe.parallel import sum_over_ranks
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.task import Task
 
 
 @torch.no_grad()
 def evaluate(
-    problem: Problem, model: MoEModel, part: Any, weights: tuple[float, ...], groups: ProcessGroups
+    task: Task, model: MoEModel, part: Any, weights: tuple[float, ...], groups: ProcessGroups
 ) -> dict[str, Any]:
     """Figures over all of ``part``, the same on every rank. Collective over all ranks.
 
-    Besides the problem's own: ``active_experts``, assignments per token averaged over gates and layers, and for
+    Besides the task's own: ``active_experts``, assignments per token averaged over gates and layers, and for
     each gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate.
     """
     was_training = model.training
     model.eval()
     model.begin_evaluation()
-    columns, load_LGE, tokens = _observe(problem, model, part, groups)
+    columns, load_LGE, tokens = _observe(task, model, part, groups)
     model.train(was_training)
-    figures: dict[str, Any] = dict(problem.figures(columns.cpu().numpy(), part, weights))
+    figures: dict[str, Any] = dict(task.figures(columns.cpu().numpy(), part, weights))
     return figures | expert_figures(load_LGE, tokens)
 
 
-def _observe(problem: Problem, model: MoEModel, part: Any, groups: ProcessGroups) -> tuple[Tensor, Tensor, int]:
+def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> tuple[Tensor, Tensor, int]:
     """(C, N) observed columns; (L, G, E) tokens per layer, gate and expert; tokens of a gate; over all ranks."""
     rank, world_size = groups.environment.rank, groups.environment.world_size
     layers = list(model.moe_layers.values())
@@ -42,11 +42,11 @@ def _observe(problem: Problem, model: MoEModel, part: Any, groups: ProcessGroups
     load_LGE = torch.zeros(len(layers), gates, experts, device=groups.device)
     tokens = torch.zeros((), dtype=torch.int64, device=groups.device)
     columns = []
-    for index_B in shard_batches(part, problem.eval_batch, rank=rank, world_size=world_size):
+    for index_B in shard_batches(part, task.eval_batch, rank=rank, world_size=world_size):
         batch = part.batch(index_B, index_B).to(groups.device)
         output = model(*batch.inputs)
         ACTIVITY.beat()
-        columns.append(problem.observe(output, batch))
+        columns.append(task.observe(output, batch))
         for load_GE, layer in zip(load_LGE, output.layers, strict=True):
             load_GE += torch.stack([route.tokens_per_slot for route in layer.routes])
         if output.layers:

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_moe.engine.loop import StepLoss
 from dist_moe.engine.monitor.step_window import Sums
+from dist_moe.engine.training import StepLoss
 from dist_moe.models import ModelOutput
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.task import Task
 
 
 class WeightedObjective:
-    """The weighted sum of the tasks' losses + the auxiliary losses.
+    """The weighted sum of the targets' losses + the auxiliary losses.
 
     ``shares``: ranks times micro-batches per step. Every sum is divided by its size in the whole
     step, and multiplied by ``shares`` because the engine averages over exactly these.
     """
 
-    def __init__(self, problem: Problem, weights: tuple[float, ...], shares: int) -> None:
-        self._problem = problem
+    def __init__(self, task: Task, weights: tuple[float, ...], shares: int) -> None:
+        self._task = task
         self._weights = weights
         self.shares = shares
 
@@ -29,13 +29,13 @@ class WeightedObjective:
         return self.of_output(model(*batch.inputs), batch)
 
     def of_output(self, output: ModelOutput, batch: Any) -> StepLoss:
-        """The same from what the model gave."""
-        by_task = self._problem.task_losses(output, batch)
-        task = self._problem.weighted(by_task, self._weights)
+        """Return the loss of what the model gave for ``batch``."""
+        by_target = self._task.task_losses(output, batch)
+        weighted = self._task.weighted(by_target, self._weights)
         tokens_in_step = batch.tokens_in_step
         aux = {name: loss * (_tokens(output) / tokens_in_step) for name, loss in output.aux.items()}
-        total = torch.stack([task, *aux.values()]).sum()
-        losses: Sums = {"loss": task, "total_loss": total} | by_task | aux
+        total = torch.stack([weighted, *aux.values()]).sum()
+        losses: Sums = {"loss": weighted, "total_loss": total} | by_target | aux
         return StepLoss(total * self.shares, losses | _expert_counts(output, tokens_in_step))
 
 

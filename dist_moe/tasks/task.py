@@ -1,11 +1,11 @@
-"""What supervised training needs to know of a data set and the model that fits it."""
+"""Tasks: data, losses and metrics of what a model learns."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_moe.data.batches import Examples
-from dist_moe.models import ModelOutput, MoEModel, RunShape
+from dist_moe.engine.settings import TrainConfig
+from dist_moe.gates import GateContext
+from dist_moe.models import ModelOutput, MoEModelConfig, RunShape
+from dist_moe.parallel import World
 
 Figures = dict[str, float]
 Columns = NDArray[np.float64]
@@ -26,19 +29,22 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ExampleShape:
-    """Of one example, for plans. ``tokens``: rows that are routed, on average. ``places``: of the row that attention
-    sees, at most, with what shorter examples are filled up with."""
+    """The size of an example, for plans. ``tokens``: rows that are routed, on average. ``places``: length of the row
+    that attention sees, at most, with what shorter examples are filled up with."""
 
     tokens: float = 1.0
     places: int = 1
 
 
-class Problem(ABC):
-    """A data set of one or several tasks, its model, its losses and its figures.
+class Task(ABC):
+    """A data set with the losses and metrics of one or several targets. Knows no run and no recipe.
 
     ``train``, ``val``, ``test``: tables of examples. ``manifest``: where the data came from. ``eval_batch``:
-    examples that a rank evaluates at once. ``tokens_per_example``: rows that are routed for each.
+    examples that a rank evaluates at once. ``tokens_per_example``: rows that are routed for each. ``kind``: models of
+    the same kind fit.
     """
+
+    kind: ClassVar[str]
 
     eval_batch = 4096
     tokens_per_example = 1
@@ -49,51 +55,69 @@ class Problem(ABC):
     manifest: dict[str, Any]
 
     @abstractmethod
-    def build_model(self, model: Any, run: RunShape) -> MoEModel:
-        """This rank's part of the model that the section ``model`` describes; all ranks must have seeded
-        torch alike."""
+    def model_inputs(self) -> dict[str, Any]:
+        """Return the sizes that a model of the task's kind is built with: keyword arguments of its ``build``."""
 
-    def check_run(self, config: Any) -> None:  # noqa: B027 (most need nothing)
-        """Raise UserError for what a run of the configuration, new or resumed, could not train with."""
-
-    def check_new_run(self, config: Any) -> None:  # noqa: B027 (most begin anywhere)
-        """Raise UserError for what a new run of the configuration could not begin with."""
-
-    def first_weights(self, model: Any, settings: Any) -> None:  # noqa: B027 (most begin with random ones)
-        """Give the model of a new run, built from the section ``settings``, what it starts from. Collective."""
+    def build_model(self, model: MoEModelConfig, run: RunShape) -> Any:
+        """Return this rank's part of the model that ``model`` describes; all ranks must have seeded torch alike."""
+        return model.build(run=run, **self.model_inputs())
 
     def example_shape(self) -> ExampleShape:
-        """How large an example is."""
+        """Return how large an example is."""
         return ExampleShape(self.tokens_per_example, self.tokens_per_example)
 
     @abstractmethod
     def id_counts(self) -> Tensor:
-        """(ids,) how often each id that a gate can route by occurs in the training examples."""
+        """Return (ids,) int64: how often each id that a gate can route by occurs in the training examples."""
 
     @abstractmethod
     def task_losses(self, output: ModelOutput, batch: Any) -> dict[str, Tensor]:
-        """The tasks' losses by name, in order: sums over the batch divided by the size of the whole step."""
+        """Return the targets' losses by name, in order: sums over the batch divided by the size of the whole step."""
 
     @abstractmethod
     def observe(self, output: ModelOutput, batch: Any) -> Tensor:
-        """(C, B) fp64 columns from which :meth:`figures` can be computed exactly over a data set."""
+        """Return (C, B) fp64 columns from which :meth:`figures` can be computed exactly over a data set."""
 
     @abstractmethod
     def figures(self, columns: Columns, part: Any, weights: tuple[float, ...]) -> Figures:
-        """Figures of (C, N) observed columns of all rows of ``part``; "loss" is the weighted task loss."""
+        """Return the metrics of (C, N) observed columns of all rows of ``part``; "loss" is the weighted loss."""
 
     def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Figures]:
-        """Figures of predictors that a model must beat, by name."""
+        """Return the metrics of predictors that a model must beat, by name."""
         return {}
 
     def costs(self, model: Any, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """What a summary shall say of the model's size and of the work per token, given its test figures."""
+        """Return the model's size and work per token for the summary, given its test metrics."""
         return {}
 
-    def closing_words(self, model: Any) -> str:
-        """What to print when training has ended, beside the table of figures. Collective over all ranks."""
+    def final_report(self, model: Any) -> str:
+        """Return what to print when training has ended, beside the table of metrics. Collective over all ranks."""
         return ""
 
     def weighted(self, losses: dict[str, Tensor], weights: tuple[float, ...]) -> Tensor:
-        """The weighted sum of the tasks' losses."""
+        """Return the weighted sum of the targets' losses."""
         return torch.stack([w * loss for w, loss in zip(weights, losses.values(), strict=True)]).sum()
+
+
+class ModelRun(Protocol):
+    """The part of a configuration that a model is built from."""
+
+    @property
+    def model(self) -> MoEModelConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def build_model(config: ModelRun, task: Task, world: World) -> Any:
+    """Return this rank's part of the model for ``task``; dense parameters are alike on all ranks."""
+    torch.manual_seed(config.seed)
+    return task.build_model(config.model, run_shape(config, task, world))
+
+
+def run_shape(config: ModelRun, task: Task, world: World) -> RunShape:
+    """Return what the model of a run on ``task`` may need to know of it."""
+    steps_per_epoch = max(len(task.train) // config.train.batch_size, 1)
+    context = GateContext(task.id_counts(), config.train.total_steps(steps_per_epoch))
+    return RunShape(world, steps_per_epoch, context)

@@ -11,7 +11,7 @@ import yaml
 
 from dist_moe.cli import main as cli
 from dist_moe.cli.main import main
-from dist_moe.recipes.supervised import plan
+from dist_moe.recipes import recipe as plan
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -22,7 +22,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(plan, "plan_new_run", lambda *arguments: calls.append(("new", *arguments)))
     monkeypatch.setattr(plan, "plan_resumed_run", lambda *arguments: calls.append(("resume", *arguments)))
-    monkeypatch.setattr("dist_moe.recipes.supervised.train.train", lambda _: 0)
+    monkeypatch.setattr("dist_moe.recipes.recipe.train", lambda _: 0)
     return calls
 
 
@@ -154,13 +154,13 @@ def objects_of(schema: Any) -> list[dict[str, Any]]:
 
 def test_schema_is_json_and_names_all_fields(capsys: pytest.CaptureFixture[str]) -> None:
     from dist_moe.config.listing import fields_of
-    from dist_moe.recipes.supervised.config import RunConfig
+    from dist_moe.recipes.supervised.config import SupervisedConfig
 
     assert main(["config", "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert schema["type"] == "object"
     named = {name for section in objects_of(schema) for name in section["properties"]}
-    assert named == {field.name.rpartition(".")[2] for field in fields_of(RunConfig)}
+    assert named == {field.name.rpartition(".")[2] for field in fields_of(SupervisedConfig)}
     assert {"gamma", "null_slots", "noise", "until_epoch", "expert_channels", "patience"} <= named
     for section in objects_of(schema):
         assert section["additionalProperties"] is False

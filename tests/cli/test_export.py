@@ -25,9 +25,8 @@ from dist_moe.engine.checkpoint.files import (
 from dist_moe.engine.checkpoint.loading import load_model
 from dist_moe.errors import UserError
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
+from dist_moe.recipes.recipe import load_config
+from dist_moe.tasks import build_model
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, records_of, tensors_of, write_config
@@ -76,7 +75,7 @@ def test_what_the_file_holds(run: Path, exported: Path) -> None:
 def state_of(run: Path, path: Path | None) -> dict[str, Tensor]:
     """Of a model of one process, with the weights of an exported file or of the run's checkpoint."""
     config = load_config(run / "config.yaml")
-    model = build_model(config, open_problem(config, progress=False), SingleWorld())
+    model = build_model(config, config.data.open(progress=False), SingleWorld())
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.fill_(0)
@@ -214,7 +213,7 @@ def test_a_checkpoint_without_all_experts(refused: Refused, run: Path, tmp_path:
 )
 def test_a_file_of_another_model(run: Path, exported: Path, change: str, parts: list[str]) -> None:
     config = load_config(run / "config.yaml", [change])
-    model: Any = build_model(config, open_problem(config, progress=False), SingleWorld())
+    model: Any = build_model(config, config.data.open(progress=False), SingleWorld())
     with pytest.raises(UserError) as error:
         load_exported(model, exported)
     for part in (str(exported), *parts):

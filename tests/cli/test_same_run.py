@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> 
     ("override", "field"),
     [
         ("seed=5", "seed=5"),
-        ("task_weights=[0.9, 0.1]", "task_weights=[0.9, 0.1]"),
+        ("target_weights=[0.9, 0.1]", "target_weights=[0.9, 0.1]"),
         ("data.negatives=per_user", "data.negatives='per_user'"),
         ("data.seed=3", "data.seed=3"),
         ("model.dropout=0.1", "model.dropout=0.1"),
@@ -56,7 +56,7 @@ def test_length_may_change_and_is_recorded(run: Path) -> None:
         ("parallel.expert_parallel_size=3", "parallel.expert_parallel_size=3 does not divide"),
         ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization.stage"),
         ("model.name=two_image_classifier", "model"),
-        ("task_weights=[0, 0]", "task_weights=[0.0, 0.0]: one of them must be above 0"),
+        ("target_weights=[0, 0]", "target_weights=[0.0, 0.0]: one of them must be above 0"),
         ("model.gate={name: top_k, gamma: 1}", "model.gate.gamma=1: there is no such field with this model.gate.name"),
     ],
 )

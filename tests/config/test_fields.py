@@ -9,13 +9,14 @@ import pytest
 from dist_moe.cli.main import main
 from dist_moe.config.listing import field_listing, fields_of
 from dist_moe.errors import UserError
-from dist_moe.gates import gate_settings
-from dist_moe.recipes.supervised.config import RunConfig, load_config
+from dist_moe.gates import GATES
+from dist_moe.recipes.recipe import load_config
+from dist_moe.recipes.supervised.config import SupervisedConfig
 
 
 def test_the_fields_of_every_kind_of_section_are_there() -> None:
-    names = {(field.name, field.owner) for field in fields_of(RunConfig)}
-    for gate, settings in gate_settings().items():
+    names = {(field.name, field.owner) for field in fields_of(SupervisedConfig)}
+    for gate, settings in GATES.by_name.items():
         assert {(f"model.gate.{name}", gate) for name in settings.model_fields} <= names
     assert ("data.negatives", "movielens-1m") in names
     assert ("model.expert_channels", "two_image_classifier") in names
@@ -30,26 +31,26 @@ def test_the_fields_of_every_kind_of_section_are_there() -> None:
         ("model.gate.max_active", "model.gate.max_active: int >= 1 | null, default null  [comet]"),
         ("model.gate.gamma", "model.gate.gamma: float > 0, default 1.0  [comet]"),
         ("data.negatives", "data.negatives: uniform | per_user, default uniform  [movielens-1m]"),
-        ("task_weights", "task_weights: [float, ...], default [0.5, 0.5]"),
+        ("target_weights", "target_weights: [float, ...], default []"),
         ("train.patience", "train.patience: int >= 1 | null, default null"),
     ],
 )
 def test_a_line(prefix: str, line: str) -> None:
-    assert field_listing(RunConfig, prefix).splitlines()[0] == line
+    assert field_listing([SupervisedConfig], prefix).splitlines()[0] == line
 
 
 def test_fields_that_several_kinds_share_are_listed_once() -> None:
-    listing = field_listing(RunConfig)
+    listing = field_listing([SupervisedConfig])
     assert listing.count("train.batch_size:") == 1
     shared = "[movielens-1m, multi-fashion-mnist, text, sms-spam, squad-v2]"
     assert f"data.cache: path | null, default null  {shared}" in listing
     (gates,) = (line for line in listing.splitlines() if line.startswith("model.gate.name:"))
-    assert gates.removeprefix("model.gate.name: ").split(" | ") == list(gate_settings())
+    assert gates.removeprefix("model.gate.name: ").split(" | ") == list(GATES.by_name)
 
 
 def test_what_the_listing_calls_out_of_range_is_refused(tmp_path: Any) -> None:
     (tmp_path / "empty.yaml").write_text("{}")
-    assert "model.dropout: 0 <= float < 1," in field_listing(RunConfig, "model.dropout")
+    assert "model.dropout: 0 <= float < 1," in field_listing([SupervisedConfig], "model.dropout")
     load_config(tmp_path / "empty.yaml", ["model.dropout=0"])
     with pytest.raises(UserError, match=r"model\.dropout=1"):
         load_config(tmp_path / "empty.yaml", ["model.dropout=1"])

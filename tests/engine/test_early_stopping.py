@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_moe.config.settings import Settings
-from dist_moe.engine.early_stopping import EarlyStopping
-from dist_moe.engine.loop import TrainConfig
+from dist_moe.engine.callbacks import EarlyStopping
+from dist_moe.engine.settings import TrainConfig
 
 LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, math.inf, math.nan]), max_size=12)
 
@@ -35,42 +35,19 @@ def test_by_a_loop(losses: list[float], patience: int) -> None:
     assert not progress.exhausted
     is_best, is_exhausted = naive_course(losses, patience)
     for i, loss in enumerate(losses):
-        assert progress.add(10 * (i + 1), loss) == is_best[i]
+        assert progress.is_better(loss) == is_best[i]
         assert progress.exhausted == is_exhausted[i]
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(LOSSES, st.integers(0, 12), st.integers(1, 4))
-def test_a_history_in_any_order_is_as_good_as_having_seen_it(losses: list[float], seen: int, patience: int) -> None:
-    whole = EarlyStopping(patience)
-    steps = [7 * (i + 1) for i in range(len(losses))]
-    history = dict(zip(steps[:seen], losses[:seen], strict=True))
-    for step, loss in history.items():
-        whole.add(step, loss)
-    resumed = EarlyStopping(patience, dict(reversed(history.items())))
-    assert resumed.exhausted == whole.exhausted
-    for step, loss in zip(steps[seen:], losses[seen:], strict=True):
-        assert resumed.add(step, loss) == whole.add(step, loss)
-        assert resumed.exhausted == whole.exhausted
-    assert list(resumed.losses) == list(whole.losses) == steps
-
-
-def test_without_patience_nothing_is_best_and_nothing_ends() -> None:
-    progress = EarlyStopping(None)
-    assert [progress.add(step, 1.0 / step) for step in (1, 2, 3)] == [False] * 3
-    assert not progress.exhausted
-    assert progress.losses == {1: 1.0, 2: 0.5, 3: 1 / 3}
 
 
 def test_an_equal_loss_is_no_better() -> None:
     progress = EarlyStopping(2)
-    assert [progress.add(step, 0.5) for step in (1, 2, 3)] == [True, False, False]
+    assert [progress.is_better(0.5) for _ in range(3)] == [True, False, False]
     assert progress.exhausted
 
 
 def test_only_nans() -> None:
     progress = EarlyStopping(2)
-    assert [progress.add(step, math.nan) for step in (1, 2)] == [False, False]
+    assert [progress.is_better(math.nan) for _ in range(2)] == [False, False]
     assert progress.exhausted
 
 

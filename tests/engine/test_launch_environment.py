@@ -11,7 +11,7 @@ from dist_moe.engine.launch.environment import LaunchEnvironment
 def test_without_a_launcher() -> None:
     environment = LaunchEnvironment.read()
     assert (environment.rank, environment.world_size, environment.launched) == (0, 1, False)
-    assert environment.is_first
+    assert environment.is_rank_zero
 
 
 @pytest.mark.parametrize(("rank", "world_size", "local_rank"), [(0, 1, 0), (1, 2, 1), (5, 8, 1)])
@@ -20,7 +20,7 @@ def test_with_one(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int, l
         monkeypatch.setenv(name, str(value))
     environment = LaunchEnvironment.read()
     assert environment == LaunchEnvironment(rank, world_size, local_rank, launched=True)
-    assert environment.is_first == (rank == 0)
+    assert environment.is_rank_zero == (rank == 0)
 
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])

@@ -19,8 +19,9 @@ from dist_moe.engine.deepspeed.parameter_state import read_parameter_state
 from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.parallel import Placement
-from dist_moe.recipes.supervised.plan import TrainingPlan, plan_new_run
-from dist_moe.tasks.models import build_model
+from dist_moe.recipes.recipe import plan_new_run
+from dist_moe.recipes.supervised.recipe import SupervisedPlan
+from dist_moe.tasks import build_model
 from dist_moe.tasks.objective import WeightedObjective
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config
@@ -52,12 +53,12 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
     return write_config(tmp_path_factory.mktemp("migration"), tiny_data, model={"num_experts": EXPERTS})
 
 
-def engine_of(plan: TrainingPlan, groups: Any) -> ExpertParallelEngine:
-    return ExpertParallelEngine(build_model(plan.config, plan.problem, groups.world), plan.deepspeed, groups)
+def engine_of(plan: SupervisedPlan, groups: Any) -> ExpertParallelEngine:
+    return ExpertParallelEngine(build_model(plan.config, plan.task, groups.world), plan.deepspeed, groups)
 
 
-def train_steps(engine: ExpertParallelEngine, plan: TrainingPlan, steps: range) -> None:
-    loss = WeightedObjective(plan.problem, (0.5, 0.5), plan.environment.world_size)
+def train_steps(engine: ExpertParallelEngine, plan: SupervisedPlan, steps: range) -> None:
+    loss = WeightedObjective(plan.task, (0.5, 0.5), plan.start.environment.world_size)
     for step in steps:
         (batch,) = plan.feed.micro_batches(step)
         engine.backward(loss(engine, batch).loss)
@@ -158,9 +159,9 @@ def faulty_moves(config: Path, unused: Path) -> list[str]:
     """What is said on this rank when ranks disagree, and when a row is garbled on its way to rank 0."""
     plan = plan_new_run(config, ["parallel.expert_parallel_size=2"], unused)
     messages = []
-    with process_groups(plan.environment, plan.config.parallel) as groups:
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
         engine = engine_of(plan, groups)
-        layer, rank = engine.module.moe, plan.environment.rank
+        layer, rank = engine.module.moe, plan.start.environment.rank
         orders = [ORDER, ORDER[::-1]]
         for attempt in (lambda: migrate(engine, layer, Placement(orders[rank], 2)), lambda: garbled(engine, rank)):
             try:
@@ -202,9 +203,9 @@ def extreme_steps(config: Path, unused: Path) -> list[tuple[list[int], float]]:
     overrides = ["parallel.expert_parallel_size=2", "model.gate={name: top_k, k: 1}"]
     plan = plan_new_run(config, overrides, unused)
     results = []
-    with process_groups(plan.environment, plan.config.parallel) as groups:
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
         engine = engine_of(plan, groups)
-        loss = WeightedObjective(plan.problem, (0.5, 0.5), plan.environment.world_size)
+        loss = WeightedObjective(plan.task, (0.5, 0.5), plan.start.environment.world_size)
         train_steps(engine, plan, range(1))
         migrate(engine, engine.module.moe, Placement(ORDER, 2))
         examples = np.arange(6)
@@ -212,7 +213,7 @@ def extreme_steps(config: Path, unused: Path) -> list[tuple[list[int], float]]:
             index_B = examples[: here[0]] if groups.environment.rank == 0 else examples[len(examples) - here[1] :]
             if here == [3, 3]:
                 make_hot(engine, HOT)
-            result = loss(engine, plan.problem.train.batch(index_B, examples))
+            result = loss(engine, plan.task.train.batch(index_B, examples))
             engine.backward(result.loss)
             engine.step()
             load_E = groups.world.sum(result.sums["load"][0])

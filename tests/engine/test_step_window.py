@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
-from dist_moe.engine.loop import seed_step
 from dist_moe.engine.monitor.step_window import StepWindow, Sums, add_sums
+from dist_moe.engine.training import seed_step
 from tests.helpers.pool import on_ranks
 
 

@@ -20,7 +20,7 @@ from dist_moe.engine.health.stall_verdict import Sighting, Verdict, judge
 from dist_moe.engine.health.watchdog import EXIT_STALLED
 from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.errors import UserError
-from dist_moe.tasks.recommendation.task import RecommenderProblem
+from dist_moe.tasks.recommendation.task import RecommendationTask
 from tests.helpers.commands import run_here
 from tests.helpers.pool import RankPool, on_ranks
 from tests.helpers.runs import records_of, write_config
@@ -62,15 +62,15 @@ def at_a_step(rank: int, do: Callable[[], None]) -> None:
 
 def at_a_forward_pass(rank: int, do: Callable[[], None]) -> None:
     """From now on ``rank`` does something in its loss, between two collectives of a step."""
-    losses = RecommenderProblem.task_losses
+    losses = RecommendationTask.task_losses
     calls = iter(range(1, 1000))
 
-    def stall_then_compute(self: RecommenderProblem, output: Any, batch: Any) -> Any:
+    def stall_then_compute(self: RecommendationTask, output: Any, batch: Any) -> Any:
         if int(os.environ["RANK"]) == rank and next(calls) == AT_STEP:
             do()
         return losses(self, output, batch)
 
-    RecommenderProblem.task_losses = stall_then_compute
+    RecommendationTask.task_losses = stall_then_compute
 
 
 def train_until_it_stalls(arrange: Callable[..., None], do: Callable[[], None], arguments: list[str], log: str) -> None:
@@ -137,23 +137,23 @@ def test_the_rank_that_stalls_is_named(
 
 def slow_but_alive(arguments: list[str]) -> int:
     """The data of the first step, and one evaluation in all, take longer than a stall; nothing stands still."""
-    micro_batches, observe = ShuffledFeed.micro_batches, RecommenderProblem.observe
+    micro_batches, observe = ShuffledFeed.micro_batches, RecommendationTask.observe
 
     def slow_first_step(self: ShuffledFeed[Any], step: int) -> list[Any]:
         time.sleep(LONGER_S if step == 0 else 0.0)
         return micro_batches(self, step)
 
-    def slow_batch(self: RecommenderProblem, output: Any, batch: Any) -> Any:
+    def slow_batch(self: RecommendationTask, output: Any, batch: Any) -> Any:
         time.sleep(LONGER_S / 3)
         return observe(self, output, batch)
 
-    ShuffledFeed.micro_batches, RecommenderProblem.observe = slow_first_step, slow_batch
-    RecommenderProblem.eval_batch, before = 128, RecommenderProblem.eval_batch
+    ShuffledFeed.micro_batches, RecommendationTask.observe = slow_first_step, slow_batch
+    RecommendationTask.eval_batch, before = 128, RecommendationTask.eval_batch
     try:
         return run_here(arguments).code
     finally:
-        RecommenderProblem.eval_batch = before
-        ShuffledFeed.micro_batches, RecommenderProblem.observe = micro_batches, observe
+        RecommendationTask.eval_batch = before
+        ShuffledFeed.micro_batches, RecommendationTask.observe = micro_batches, observe
 
 
 def test_slow_phases_are_no_stalls(config: Path, tmp_path: Path) -> None:

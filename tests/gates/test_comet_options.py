@@ -188,9 +188,9 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
 
 
 def test_lazy_and_static_is_a_fault_of_the_configuration() -> None:
-    assert list(CometConfig().faults(4)) == []
-    assert list(CometConfig(k=5).faults(4)) == ["k=5 exceeds num_experts=4; allowed: 1..4"]
-    assert next(CometConfig(lazy=True, static=True).faults(4)).startswith("lazy=true: ")
+    assert list(CometConfig().validation_errors(4)) == []
+    assert list(CometConfig(k=5).validation_errors(4)) == ["k=5 exceeds num_experts=4; allowed: 1..4"]
+    assert next(CometConfig(lazy=True, static=True).validation_errors(4)).startswith("lazy=true: ")
 
 
 def test_config_passes_every_option() -> None:

@@ -245,7 +245,7 @@ def test_config_builds_top_k_over_experts_and_nulls() -> None:
 
 
 def test_config_names_its_fault() -> None:
-    assert list(AdaMoEConfig(k=9, null_slots=3).faults(6)) == []
-    assert list(AdaMoEConfig(k=10, null_slots=3).faults(6)) == [
+    assert list(AdaMoEConfig(k=9, null_slots=3).validation_errors(6)) == []
+    assert list(AdaMoEConfig(k=10, null_slots=3).validation_errors(6)) == [
         "k=10 exceeds num_experts + null_slots=9; allowed: 1..9"
     ]

@@ -212,8 +212,8 @@ def test_config_takes_the_length_of_the_run_unless_it_has_its_own() -> None:
 
 
 def test_config_names_every_fault() -> None:
-    assert list(SMoEDropoutConfig(k_min=2, k_max=6, evaluation_k=6).faults(6)) == []
-    assert list(SMoEDropoutConfig(k_min=9, k_max=8, evaluation_k=7).faults(6)) == [
+    assert list(SMoEDropoutConfig(k_min=2, k_max=6, evaluation_k=6).validation_errors(6)) == []
+    assert list(SMoEDropoutConfig(k_min=9, k_max=8, evaluation_k=7).validation_errors(6)) == [
         "k_min=9 exceeds num_experts=6; allowed: 1..6",
         "k_max=8 exceeds num_experts=6; allowed: 1..6",
         "evaluation_k=7 exceeds num_experts=6; allowed: 1..6",

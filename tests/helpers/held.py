@@ -14,11 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.planning.memory import MemoryPlan, plan_memory
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.recipes.supervised.plan import TrainingPlan, plan_new_run
-from dist_moe.tasks.models import build_model
+from dist_moe.recipes.recipe import load_config, plan_new_run
+from dist_moe.recipes.supervised.recipe import SupervisedPlan
+from dist_moe.tasks import build_model
 from dist_moe.tasks.objective import WeightedObjective
-from dist_moe.tasks.open import open_problem
 
 Step = Callable[[int], None]
 
@@ -45,13 +44,13 @@ def engines_of(config: Path, run: str, cases: list[list[str]]) -> Iterator[tuple
     plans = [plan_new_run(config, case, Path(run)) for case in cases]
     with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
         for plan in plans:
-            engine = ExpertParallelEngine(build_model(plan.config, plan.problem, groups.world), plan.deepspeed, groups)
-            loss = WeightedObjective(plan.problem, plan.config.task_weights, groups.environment.world_size)
+            engine = ExpertParallelEngine(build_model(plan.config, plan.task, groups.world), plan.deepspeed, groups)
+            loss = WeightedObjective(plan.task, plan.config.target_weights, groups.environment.world_size)
             yield engine, partial(_step, plan, engine, loss)
             engine.destroy()
 
 
-def _step(plan: TrainingPlan, engine: ExpertParallelEngine, loss: WeightedObjective, number: int) -> None:
+def _step(plan: SupervisedPlan, engine: ExpertParallelEngine, loss: WeightedObjective, number: int) -> None:
     for batch in plan.feed.micro_batches(number):
         engine.backward(loss(engine, batch).loss)
         engine.step()
@@ -91,15 +90,15 @@ def held_in_slices(engine: ExpertParallelEngine) -> Held:
 
 def plan_of(config: Path, ranks: int, *settings: str, memory: int | None = None) -> MemoryPlan:
     loaded = load_config(config, settings)
-    return plan_memory(loaded, open_problem(loaded, progress=False), ranks, memory)
+    return plan_memory(loaded, loaded.data.open(progress=False), ranks, memory)
 
 
 def peak_of_a_step(config: Path, run: str, settings: list[str]) -> tuple[int, int]:
     """Peak of what forward and backward allocate, by torch's profiler; and the experts' rows, of all layers."""
     plan = plan_new_run(config, settings, Path(run))
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.problem, groups.world)
-        objective = WeightedObjective(plan.problem, plan.config.task_weights, 1)
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
+        model = build_model(plan.config, plan.task, groups.world)
+        objective = WeightedObjective(plan.task, plan.config.target_weights, 1)
         (batch,) = plan.feed.micro_batches(0)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             step = objective(model, batch)

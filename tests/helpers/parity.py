@@ -23,7 +23,7 @@ from dist_moe.models import RecommenderConfig, RunShape
 from dist_moe.models.recommender import Recommender
 from dist_moe.parallel import SingleWorld, World
 from dist_moe.tasks.objective import WeightedObjective
-from dist_moe.tasks.recommendation.task import RecommenderProblem
+from dist_moe.tasks.recommendation.task import RecommendationTask
 
 EXPERTS, USERS, ITEMS = 8, 40, 30
 BATCH = 72  # divisible by 1, 2, 3, 4 and 8 ranks times 1 and 3 micro-batches
@@ -70,7 +70,7 @@ class Course:
     masters: Numbers = field(repr=False)
 
 
-class Objective(RecommenderProblem):
+class Objective(RecommendationTask):
     """The recommender's losses, without a data set."""
 
     def __init__(self) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor
 from dist_moe.engine.checkpoint.files import newest_checkpoint
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.engine.launch.stop_request import StopRequest
-from dist_moe.recipes.supervised.plan import plan_new_run
-from dist_moe.recipes.supervised.train import train_in_groups
+from dist_moe.recipes.recipe import plan_new_run
 
 TINY_RUN: dict[str, Any] = {
     "model": {
@@ -55,12 +54,14 @@ def stage_overrides(stage: int) -> list[str]:
 def train_all(config: Path, run_dirs: dict[str, list[str]]) -> None:
     """Train one run per entry (directory -> overrides), all in the same process groups."""
     plans = [plan_new_run(config, overrides, Path(run_dir)) for run_dir, overrides in run_dirs.items()]
-    with process_groups(plans[0].environment, plans[0].config.parallel) as groups:
+    with process_groups(plans[0].start.environment, plans[0].config.parallel) as groups:
         for plan in plans:
-            plan.run.create()
-            if plan.environment.is_first:
-                plan.run.describe(plan.config.plain(), plan.environment)
-            assert train_in_groups(plan, groups, StopRequest()) == 0
+            run, environment = plan.start.run, plan.start.environment
+            run.create()
+            if environment.is_rank_zero:
+                run.describe(plan.config.plain(), environment)
+            recipe = plan.config.recipe
+            assert not recipe.train_in_groups(plan, groups, StopRequest()).fit.interrupted
 
 
 def records_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dist_moe.engine import loop
+from dist_moe.engine import training as loop
 from tests.helpers.commands import Outcome, run_here
 
 

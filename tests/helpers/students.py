@@ -23,7 +23,7 @@ from dist_moe.models.dual_head import AuxiliaryHead, DualHead, DualHeadOutput
 from dist_moe.parallel import World, experts_of_rank, sum_over_ranks
 from dist_moe.recipes.distillation import DHKDConfig, DistillationObjective, Teacher
 from dist_moe.tasks.objective import WeightedObjective
-from dist_moe.tasks.recommendation.task import RecommenderProblem
+from dist_moe.tasks.recommendation.task import RecommendationTask
 
 DIM, EXPERTS, UNITS, CLASSES, BATCH = 5, 4, 6, 3, 24
 
@@ -45,7 +45,7 @@ class Labelled:
         return self.examples_in_step
 
 
-class Labels(RecommenderProblem):
+class Labels(RecommendationTask):
     """Cross-entropy of the main head, without a data set."""
 
     def __init__(self) -> None:

@@ -40,9 +40,8 @@ def write_encoder(directory: Path, **sizes: Any) -> Path:
 def write_text_config(directory: Path, encoder: Path, data: dict[str, Any], **sections: Any) -> Path:
     """A YAML file of a dense classifier that is trained for a few steps; sections merged one level deep."""
     content: dict[str, Any] = {
-        "data": {"cache": str(directory / "cache"), "max_length": 48} | data,
+        "data": {"cache": str(directory / "cache"), "max_length": 48, "encoder": str(encoder)} | data,
         "model": {"name": "bert_classifier", "moe_every": 0, "dropout": 0.0},
-        "start": {"encoder": str(encoder)},
         "train": {"max_steps": 6, "epochs": 9, "batch_size": 16, "validate_every": 3},
         "deepspeed": {
             "optimizer": {"type": "AdamW", "params": {"lr": 0.003, "eps": 1e-7}},
@@ -59,7 +58,7 @@ def write_text_config(directory: Path, encoder: Path, data: dict[str, Any], **se
 
 def taught(teacher: Path) -> list[str]:
     """Overrides of a run that starts from ``teacher`` and follows it."""
-    return [f"start.run={teacher}", f"distillation.teacher={teacher}", "distillation.weight=0.5"]
+    return [f"start.run={teacher}", "recipe.name=moebert", f"recipe.teacher={teacher}", "recipe.weight=0.5"]
 
 
 def train_teachers(config: Path) -> dict[int, Path]:

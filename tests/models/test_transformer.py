@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.gates import (
+    GATES,
     AdaMoEConfig,
     CometConfig,
     DSelectKConfig,
@@ -16,7 +17,6 @@ from dist_moe.gates import (
     SMoEDropoutConfig,
     SoftmaxConfig,
     TopKConfig,
-    gate_settings,
 )
 from dist_moe.models import RunShape, Transformer, TransformerConfig
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hash": {"gate": HashRoutingConfig(assignment="balanced")},
     "smoe_dropout": {"gate": SMoEDropoutConfig(k_min=1, k_max=4)},
 }
-GATES = {
+EACH_GATE = {
     "ada_moe": AdaMoEConfig(k=2, null_slots=2),
     "comet": CometConfig(k=2, gamma=1.0),
     "dselect_k": DSelectKConfig(k=2),
@@ -82,13 +82,13 @@ def test_every_parameter_learns_something(case: str) -> None:
 
 
 def test_every_registered_gate_is_tried() -> None:
-    ours = {name for name, settings in gate_settings().items() if settings.__module__.startswith("dist_moe.")}
-    assert ours == GATES.keys()
+    ours = {name for name, settings in GATES.by_name.items() if settings.__module__.startswith("dist_moe.")}
+    assert ours == EACH_GATE.keys()
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", EACH_GATE)
 def test_no_logit_knows_a_later_token(gate: str) -> None:
-    model = make_transformer(gate=GATES[gate], moe_every=1).double().eval()
+    model = make_transformer(gate=EACH_GATE[gate], moe_every=1).double().eval()
     token_BS = random_tokens(2, 7)
     before = model(token_BS).predictions[0]
     for position in range(7):
@@ -170,7 +170,7 @@ def build_share(world: World) -> dict[str, Tensor]:
 @pytest.mark.parametrize("gate", ["ada_moe", "comet", "hash", "top_k"])
 def test_two_ranks_compute_what_one_does(gate: str) -> None:
     """Each has half of the sequences and half of the experts."""
-    options: dict[str, Any] = {"gate": GATES[gate], "moe_every": 1}
+    options: dict[str, Any] = {"gate": EACH_GATE[gate], "moe_every": 1}
     token_BS = random_tokens(4, 6)
     whole = make_transformer(**options).double()
     output = whole(token_BS)
@@ -214,5 +214,5 @@ def test_layers_have_tables_of_their_own() -> None:
 )
 def test_faults_of_a_configuration(options: dict[str, Any], fault: str) -> None:
     sizes = {"layers": 2, "dim": 8, "heads": 4}
-    assert list(TransformerConfig(**(sizes | options)).faults()) == [fault]
-    assert list(TransformerConfig(**sizes).faults()) == []
+    assert list(TransformerConfig(**(sizes | options)).validation_errors()) == [fault]
+    assert list(TransformerConfig(**sizes).validation_errors()) == []

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from dist_moe.planning.memory import plan_memory
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.tasks.open import open_problem
+from dist_moe.recipes.recipe import load_config
 from tests.helpers.commands import run_here
 from tests.helpers.held import Held, engines_of, held_after_a_step, peak_of_a_step, plan_of, size_of
 from tests.helpers.pool import on_ranks
@@ -50,7 +49,7 @@ def test_parameters_masters_and_optimizer_are_exact(config: Path, tmp_path: Path
     for rank, held in enumerate(everyones):
         for case, measured in zip(cases, held, strict=True):
             loaded = load_config(config, case)
-            plan = plan_memory(loaded, open_problem(loaded, progress=False), ranks)
+            plan = plan_memory(loaded, loaded.data.open(progress=False), ranks)
             state = plan.state
             planned = Held(state.dense_parameters + state.expert_parameters, state.masters, state.optimizer)
             assert planned == measured, (rank, case)

@@ -10,10 +10,9 @@ import torch
 
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.errors import UserError
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.recipe import load_config, plan_new_run
 from dist_moe.sweeps.trials import run_trials
-from dist_moe.tasks.models import build_model
+from dist_moe.tasks import build_model
 from dist_moe.tasks.objective import WeightedObjective
 from tests.data.labelled_text.tiny_texts import write_messages
 from tests.helpers.commands import run_here
@@ -41,7 +40,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("texts")
     encoder, messages = write_encoder(root / "tiny", hidden=32), write_messages(root / "raw", count=200)
     model = {"moe_every": 1, "num_experts": 4, "expert_hidden": 32, "gate": {"name": "top_k", "k": 2}}
-    start = {"encoder": str(encoder), "conversion": {"method": "copies"}}
+    start = {"conversion": {"method": "copies"}}
     return write_text_config(root, encoder, {"name": "sms-spam", "root": str(messages)}, model=model, start=start)
 
 
@@ -128,9 +127,9 @@ def test_what_is_computed_again_is_not_kept_in_every_layer(decoder: Path) -> Non
 def bytes_sent(config: Path, run: str, settings: list[str], to_the_first: bool = False) -> int:
     """By this rank in one step, all MoE layers. ``to_the_first``: of their Top-k gates' experts, for all tokens."""
     plan = plan_new_run(config, settings, Path(run))
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.problem, groups.world)
-        objective = WeightedObjective(plan.problem, plan.config.task_weights, groups.environment.world_size)
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
+        model = build_model(plan.config, plan.task, groups.world)
+        objective = WeightedObjective(plan.task, plan.config.target_weights, groups.environment.world_size)
         for gate in (gate for layer in model.moe_layers.values() if to_the_first for gate in layer.each_gate):
             gate.weight.data.zero_()
             gate.bias.data.copy_(torch.arange(gate.num_experts, 0, -1))

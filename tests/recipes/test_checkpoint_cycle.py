@@ -13,8 +13,8 @@ from dist_moe.engine.checkpoint.files import checkpoints_of, newest_checkpoint, 
 from dist_moe.engine.checkpoint.loading import load_checkpoint, save_checkpoint
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.launch.process_groups import process_groups
-from dist_moe.recipes.supervised.plan import plan_resumed_run
-from dist_moe.tasks.models import build_model
+from dist_moe.recipes.recipe import plan_resumed_run
+from dist_moe.tasks import build_model
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, records_of, stage_overrides, tensors_of, write_config
@@ -46,8 +46,8 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
 def load_and_save(run: Path, target: Path, layout: Layout) -> None:
     """What ``layout`` has after loading the newest checkpoint of ``run``, as a checkpoint under ``target``."""
     plan = plan_resumed_run(run, overrides(layout, LAST))
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        engine = ExpertParallelEngine(build_model(plan.config, plan.problem, groups.world), plan.deepspeed, groups)
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
+        engine = ExpertParallelEngine(build_model(plan.config, plan.task, groups.world), plan.deepspeed, groups)
         assert plan.checkpoint is not None
         step = load_checkpoint(engine, plan.checkpoint).step
         save_checkpoint(engine, checkpoints_of(target), step, keep=1)

@@ -27,9 +27,8 @@ from dist_moe.engine.checkpoint.reader import expert_ids_by_parameter
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.process_groups import process_groups
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.recipes.supervised.plan import plan_resumed_run
-from dist_moe.tasks.models import build_model
+from dist_moe.recipes.recipe import load_config, plan_resumed_run
+from dist_moe.tasks import build_model
 from tests.helpers.commands import Outcome, dist_moe, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import (
@@ -103,8 +102,8 @@ def test_what_a_checkpoint_holds(uninterrupted: Path) -> None:
 def reload(source: Path, overrides: list[str], target: Path) -> list[str]:
     """Load the checkpoint of ``source``, write it again to ``target``; parameters that are not as they were."""
     plan = plan_resumed_run(source, overrides)
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.problem, groups.world)
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
+        model = build_model(plan.config, plan.task, groups.world)
         engine = ExpertParallelEngine(model, plan.deepspeed, groups)
         assert plan.checkpoint is not None
         step = load_checkpoint(engine, plan.checkpoint).step

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from dist_moe.models import BertClassifier
 from dist_moe.models.bert import read_hugging_face, write_hugging_face
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.plan import plan_new_run
-from dist_moe.tasks.labelled_text.classification import TextClassificationProblem
-from dist_moe.tasks.models import build_model
+from dist_moe.recipes.recipe import plan_new_run
+from dist_moe.tasks import build_model
+from dist_moe.tasks.labelled_text.classification import TextClassificationTask
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.runs import losses_of, records_of, summary_of
@@ -42,7 +42,7 @@ def teacher(config: Path) -> Path:
 
 def followed(teacher: Path, **options: Any) -> list[str]:
     """Overrides of a student that follows ``teacher``."""
-    return [f"distillation={json.dumps({'name': 'dhkd', 'teacher': str(teacher)} | options)}"]
+    return [f"recipe={json.dumps({'name': 'dhkd', 'teacher': str(teacher)} | options)}"]
 
 
 def test_without_weight_the_run_is_the_plain_one(config: Path, teacher: Path, tmp_path: Path) -> None:
@@ -75,11 +75,11 @@ def test_what_the_second_head_adds_by_a_loop(config: Path, teacher: Path, tmp_pa
     """The first step, one text at a time: T^2 sum of log cosh of half the difference over T, and nothing else."""
     overrides = [LINEAR, *followed(teacher, weight=0.5, temperature=3.0)]
     plan = plan_new_run(config, overrides, tmp_path / "planned")
-    assert isinstance(plan.problem, TextClassificationProblem)
+    assert isinstance(plan.task, TextClassificationTask)
     torch.manual_seed(plan.config.seed)
-    student = build_model(plan.config, plan.problem, SingleWorld())
-    plan.problem.first_weights(student, plan.config.model)
-    taught = plan.problem.trained(teacher, SingleWorld()).eval()
+    student = build_model(plan.config, plan.task, SingleWorld())
+    plan.task.first_weights(student, plan.config.model)
+    taught = plan.task.trained(teacher, SingleWorld()).eval()
     batch = plan.feed.micro_batches(0)[0]
     expected = 0.0
     for token_S, length in zip(batch.token_BS, batch.length_B, strict=True):
@@ -98,9 +98,9 @@ def test_a_student_starts_from_it_and_hugging_face_gets_it_without_the_head(
     weights = load_file(next((tmp_path / "run" / "checkpoints").glob("*/*.safetensors")))
     assert any("auxiliary" in name for name in weights)
     succeed(1, "train", "--run-dir", tmp_path / "next", config, f"start.run={tmp_path / 'run'}")
-    problem = plan_new_run(config, [], tmp_path / "planned").problem
-    assert isinstance(problem, TextClassificationProblem)
-    model = problem.trained(tmp_path / "run", SingleWorld())
+    task = plan_new_run(config, [], tmp_path / "planned").task
+    assert isinstance(task, TextClassificationTask)
+    model = task.trained(tmp_path / "run", SingleWorld())
     assert isinstance(model, BertClassifier)
     write_hugging_face(model, tmp_path / "written")
     plain = {name for name, _ in model.named_parameters() if "auxiliary" not in name}
@@ -110,18 +110,21 @@ def test_a_student_starts_from_it_and_hugging_face_gets_it_without_the_head(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([LINEAR], "model.auxiliary_head=linear: nothing trains it without distillation.name=dhkd; set it to null"),
-        (["distillation={name: dhkd, teacher: x}"], "distillation.name=dhkd: a second head learns the teacher's"),
+        ([LINEAR], "model.auxiliary_head=linear: nothing trains it without recipe.name=dhkd; set it to null"),
+        (["recipe={name: dhkd, teacher: x}"], "recipe.name=dhkd: a second head learns the teacher's"),
         (
             [
                 MLP,
-                "distillation={name: dhkd, teacher: x, align_gradients: true}",
+                "recipe={name: dhkd, teacher: x, align_gradients: true}",
                 "deepspeed.zero_optimization.stage=3",
             ],
             "deepspeed.zero_optimization.stage=3: aligning gradients needs whole parameters",
         ),
-        (["distillation={name: fitnets, teacher: x}"], "distillation.name='fitnets': there is no such one"),
-        (["distillation={teacher: x, temperature: 2}"], "distillation.temperature=2: there is no such field"),
+        (
+            ["recipe={name: fitnets, teacher: x}"],
+            "recipe.name='fitnets' is not a recipe; allowed: dhkd, moebert",
+        ),
+        (["recipe={name: moebert, teacher: x, temperature: 2}"], "recipe.temperature=2: there is no such field"),
     ],
 )
 def test_refusals(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:

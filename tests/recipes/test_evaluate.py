@@ -13,8 +13,8 @@ import torch
 from dist_moe.engine.checkpoint.files import newest_checkpoint
 from dist_moe.engine.checkpoint.loading import load_model
 from dist_moe.engine.launch.process_groups import process_groups
-from dist_moe.recipes.supervised.plan import plan_resumed_run
-from dist_moe.tasks.models import build_model
+from dist_moe.recipes.recipe import plan_resumed_run
+from dist_moe.tasks import build_model
 from dist_moe.tasks.recommendation.metrics import area_under_curve
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
@@ -81,11 +81,11 @@ def test_evaluating_changes_nothing(run: Path) -> None:
 def figures_by_hand(run: Path) -> dict[str, float | list[float]]:
     """The test pairs one by one through the model in evaluation mode, on one rank."""
     plan = plan_resumed_run(run, ["parallel.expert_parallel_size=1"])
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.problem, groups.world).eval()
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
+        model = build_model(plan.config, plan.task, groups.world).eval()
         load_model(model, newest_checkpoint(run))
         model.begin_evaluation()
-        test = plan.problem.test
+        test = plan.task.test
         probabilities, squares, entropies = [], [], []
         experts = torch.zeros(model.moe.experts.num_experts)
         active = [0, 0]

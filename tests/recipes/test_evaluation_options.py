@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from dist_moe.errors import UserError
-from dist_moe.gates import GateContext, gate_settings
-from dist_moe.recipes.supervised.config import RunConfig
-from dist_moe.recipes.supervised.evaluation_options import for_evaluation
+from dist_moe.gates import GATES, GateContext
+from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.recipes.supervised.runs import for_evaluation
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import train_all, write_config
 
 EXPERTS = 4
-GATES: dict[str, dict[str, Any]] = {
+EVALUATED: dict[str, dict[str, Any]] = {
     "smoe_dropout": {"name": "smoe_dropout", "k_min": 2, "k_max": 3},
     "top_k": {"name": "top_k", "k": 2},
     "ada_moe": {"name": "ada_moe", "k": 3, "null_slots": 2},
@@ -28,7 +28,7 @@ GATES: dict[str, dict[str, Any]] = {
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
     root = tmp_path_factory.mktemp("options")
     config = write_config(root, tiny_data, train={"max_steps": 6})
-    on_ranks(1, train_all, config, {str(root / name): [f"model.gate={gate}"] for name, gate in GATES.items()})
+    on_ranks(1, train_all, config, {str(root / name): [f"model.gate={gate}"] for name, gate in EVALUATED.items()})
     return root
 
 
@@ -62,8 +62,10 @@ def test_top_k_too_and_null_slots_spend_more_with_a_larger_k(runs: Path) -> None
     assert spent[0] < spent[1] < spent[2] == EXPERTS
 
 
-def config_of(gate: dict[str, Any]) -> RunConfig:
-    return RunConfig.model_validate({"data": {"name": "movielens-1m"}, "model": {"name": "recommender", "gate": gate}})
+def config_of(gate: dict[str, Any]) -> SupervisedConfig:
+    return SupervisedConfig.model_validate(
+        {"data": {"name": "movielens-1m"}, "model": {"name": "recommender", "gate": gate}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,11 +92,11 @@ def test_what_the_weights_belong_to_is_refused_with_what_is_allowed(
 def test_no_tensor_depends_on_what_may_be_changed() -> None:
     """Options that a gate offers exist, and leave its tensors as they are."""
     changed = {"k": 1, "evaluation_k": 1, "max_active": 1, "hard_evaluation": True, "lazy": True}
-    offered = {name: settings.evaluation_fields for name, settings in gate_settings().items()}
+    offered = {name: settings.evaluation_fields for name, settings in GATES.by_name.items()}
     assert offered["comet"] == ("max_active", "hard_evaluation", "lazy")
     for name, fields in offered.items():
         for field in fields:
-            settings = gate_settings()[name]()
+            settings = GATES.by_name[name]()
             other = settings.model_copy(update={field: changed[field]})
             tensors = [_tensors(gate) for gate in (settings, other)]
             assert tensors[0] == tensors[1], (name, field)

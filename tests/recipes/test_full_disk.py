@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.engine import loop
+from dist_moe.engine import training as loop
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
-from dist_moe.recipes.supervised import train as supervised
+from dist_moe.recipes.supervised import recipe as supervised
 from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import Outcome, run_here, succeed
 from tests.helpers.disks import fill, small_disk
@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Iterator[Path]:
 
 def train_on_a_full_disk(run: Path, config: Path, room_at: int | None, room_for_summary: bool) -> Outcome:
     """The disk is full from FULL_AT on; there is room again at a step (counted from 1), or for the summary only."""
-    seed_step, summarise = loop.seed_step, supervised._summarise
+    seed_step, summarise = loop.seed_step, supervised.summarise
     filler = run / "filler"
 
     def seed(seed: int, step: int, rank: int) -> None:
@@ -57,7 +57,7 @@ def train_on_a_full_disk(run: Path, config: Path, room_at: int | None, room_for_
             filler.unlink(missing_ok=True)
         summarise(*arguments)  # type: ignore[arg-type]
 
-    with replaced(loop, "seed_step", seed), replaced(supervised, "_summarise", make_room):
+    with replaced(loop, "seed_step", seed), replaced(supervised, "summarise", make_room):
         return run_here(["train", "--run-dir", str(run), str(config)])
 
 
@@ -91,7 +91,7 @@ def test_full_for_a_while(config: Path, undisturbed: Path, run: Path) -> None:
     assert validations_of(run) == validations_of(undisturbed)
     assert steps_of(read_board(run), "loss/task") == list(range(1, STEPS + 1))
     assert events_of(run) == events_of(undisturbed)
-    assert summary_of(run)["lost_records"] == {"metrics.jsonl": 0, "tensorboard": 0}
+    assert summary_of(run)["lost_records"] == {"jsonl": 0, "tensorboard": 0}
     assert summary_of(run)["test"] == summary_of(undisturbed)["test"]
 
 
@@ -100,10 +100,10 @@ def test_full_to_the_end(config: Path, undisturbed: Path, run: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert_trained_the_same(run, undisturbed, outcome)
     everything = {
-        "metrics.jsonl": len(records_of(undisturbed)) + len(validations_of(undisturbed)),
+        "jsonl": len(records_of(undisturbed)) + len(validations_of(undisturbed)),
         "tensorboard": events_of(undisturbed),
     }
-    written = {"metrics.jsonl": len(records_of(run)) + len(validations_of(run)), "tensorboard": events_of(run)}
+    written = {"jsonl": len(records_of(run)) + len(validations_of(run)), "tensorboard": events_of(run)}
     lost = {name: everything[name] - written[name] for name in written}
     assert all(lost.values())
     assert summary_of(run)["lost_records"] == lost

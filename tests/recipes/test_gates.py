@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dist_moe.gates import gate_settings
+from dist_moe.gates import GATES
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, records_of, stage_overrides, train_all, write_config
 
 STEPS = 6
-GATES: dict[str, dict[str, Any]] = {
+EACH_GATE: dict[str, dict[str, Any]] = {
     "ada_moe": {"name": "ada_moe", "k": 3, "null_slots": 4, "balance_weight": 0.1},
     "comet": {"name": "comet", "k": 2, "gamma": 0.1, "balance_weight": 0.01, "max_active": 3},
     "comet-lazy": {"name": "comet", "k": 2, "gamma": 0.1, "lazy": True},
@@ -40,13 +40,13 @@ PERMUTATIONS: dict[str, dict[str, Any]] = {
     "hard_top_k": {"forward": "hard", "per_gate": True},
     "hard_per_gate_and_branch": {"forward": "hard", "per_gate": True, "per_branch": True},
 }
-CASES = [*GATES, *PERMUTATIONS]
+CASES = [*EACH_GATE, *PERMUTATIONS]
 
 
 def overrides(case: str) -> list[str]:
-    if case in GATES:
-        return [f"model.gate={GATES[case]}"]
-    gate = GATES["top_k"] if case == "hard_top_k" else COMET
+    if case in EACH_GATE:
+        return [f"model.gate={EACH_GATE[case]}"]
+    gate = EACH_GATE["top_k"] if case == "hard_top_k" else COMET
     return [f"model.gate={gate}", f"model.permutation={PERMUTATIONS[case] | {'epochs': 4 / 90}}"]
 
 
@@ -63,8 +63,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
 
 
 def test_every_registered_gate_is_tried() -> None:
-    ours = {name for name, settings in gate_settings().items() if settings.__module__.startswith("dist_moe.")}
-    assert {gate["name"] for gate in GATES.values()} == ours
+    ours = {name for name, settings in GATES.by_name.items() if settings.__module__.startswith("dist_moe.")}
+    assert {gate["name"] for gate in EACH_GATE.values()} == ours
 
 
 @pytest.mark.parametrize("ranks", ["2", "sharded"])

@@ -15,10 +15,8 @@ from dist_moe.engine.checkpoint.loading import load_checkpoint, load_model, save
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.recipes.supervised.plan import plan_resumed_run
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
+from dist_moe.recipes.recipe import load_config, plan_resumed_run
+from dist_moe.tasks import build_model
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, tensors_of
@@ -61,8 +59,8 @@ def dense(config: Path) -> Path:
 def written_by_one_process(source: Path, target: Path) -> None:
     """The newest checkpoint of ``source`` again, as one process writes it."""
     plan = plan_resumed_run(source, ["parallel.expert_parallel_size=1"])
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        engine = ExpertParallelEngine(build_model(plan.config, plan.problem, groups.world), plan.deepspeed, groups)
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
+        engine = ExpertParallelEngine(build_model(plan.config, plan.task, groups.world), plan.deepspeed, groups)
         assert plan.checkpoint is not None
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints"))
         save_checkpoint(engine, checkpoints_of(target), load_checkpoint(engine, plan.checkpoint).step, keep=1)
@@ -91,10 +89,10 @@ def test_an_exported_run_has_its_weights_logits_and_tokens(sharded: Path, export
     expected = tensors_of(sharded)["layers.0.attention.key.weight|master"]
     assert torch.equal(theirs.model.layers[0].self_attn.k_proj.weight, expected)
     config = load_config(sharded / "config.yaml")
-    problem = open_problem(config, progress=False)
-    ours = build_model(config, problem, SingleWorld()).eval()
+    task = config.data.open(progress=False)
+    ours = build_model(config, task, SingleWorld()).eval()
     load_model(ours, newest_checkpoint(sharded))
-    batch = problem.val.batch(*[torch.arange(2).numpy()] * 2)
+    batch = task.val.batch(*[torch.arange(2).numpy()] * 2)
     with torch.no_grad():
         ours.begin_evaluation()
         torch.testing.assert_close(

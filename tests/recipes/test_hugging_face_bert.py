@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.recipes.supervised.plan import plan_new_run
-from dist_moe.tasks.labelled_text.task import TextProblem
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
+from dist_moe.recipes.recipe import load_config, plan_new_run
+from dist_moe.tasks import build_model
+from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from tests.data.labelled_text.tiny_texts import SAMPLES, read_squad, write_messages
 from tests.helpers.berts import mask_of
 from tests.helpers.commands import run_here, succeed
@@ -61,10 +59,10 @@ def load(directory: Path, kind: str = "SequenceClassification") -> tuple[Any, An
     return model.eval(), transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 
 
-def problem_of(run: Path) -> TextProblem:
-    problem = open_problem(load_config(run / "config.yaml"), progress=False)
-    assert isinstance(problem, TextProblem)
-    return problem
+def task_of(run: Path) -> LabelledTextTask:
+    task = load_config(run / "config.yaml").data.open(progress=False)
+    assert isinstance(task, LabelledTextTask)
+    return task
 
 
 def trained_with_experts(root: Path, data: dict[str, str | int], model: str) -> Path:
@@ -78,10 +76,10 @@ def trained_with_experts(root: Path, data: dict[str, str | int], model: str) -> 
 @torch.no_grad()
 def assert_same_answers(run: Path, directory: Path) -> None:
     """Of the test part's first texts, as our own data cuts and pads them."""
-    problem = problem_of(run)
-    ours, (theirs, tokenizer) = problem.trained(run, SingleWorld()).eval(), load(directory)
+    task = task_of(run)
+    ours, (theirs, tokenizer) = task.trained(run, SingleWorld()).eval(), load(directory)
     first = np.arange(8)
-    batch = problem.test.batch(first, first)
+    batch = task.test.batch(first, first)
     mask_BS = mask_of(batch.token_BS, batch.length_B)
     found = theirs(input_ids=batch.token_BS, attention_mask=mask_BS).logits
     torch.testing.assert_close(found, ours(*batch.inputs).predictions[0], rtol=1e-5, atol=1e-5)
@@ -118,10 +116,10 @@ def test_a_dense_run_is_a_plain_bert_from_which_another_run_can_begin(
     assert export(dense, tmp_path / "bert").startswith("BertForSequenceClassification of ")
     assert not list((tmp_path / "bert").glob("*.py"))
     assert_same_answers(dense, tmp_path / "bert")
-    plan = plan_new_run(config, [f"start.encoder={tmp_path / 'bert'}"], tmp_path / "run")
-    model = build_model(plan.config, plan.problem, SingleWorld())
-    plan.problem.first_weights(model, plan.config.model)
-    for name, parameter in plan.problem.trained(dense, SingleWorld()).named_parameters():
+    plan = plan_new_run(config, [f"data.encoder={tmp_path / 'bert'}"], tmp_path / "run")
+    model = build_model(plan.config, plan.task, SingleWorld())
+    plan.task.first_weights(model, plan.config.model)
+    for name, parameter in plan.task.trained(dense, SingleWorld()).named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
 
 
@@ -129,15 +127,15 @@ def test_a_dense_run_is_a_plain_bert_from_which_another_run_can_begin(
 def test_pairs_with_a_score(tmp_path: Path) -> None:
     run = trained_with_experts(tmp_path, {"name": "sts-b", "root": str(SAMPLES / "STS-B")}, "bert_classifier")
     assert export(run, tmp_path / "exported").startswith("DistMoEBertForSequenceClassification of ")
-    problem, (theirs, tokenizer) = problem_of(run), load(tmp_path / "exported")
+    task, (theirs, tokenizer) = task_of(run), load(tmp_path / "exported")
     pairs = [("A man cuts bread.", "A man is slicing bread."), ("A bird sings.", "A car stops.")]
     rows = tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
     first = np.arange(2)
-    batch = problem.test.batch(first, first)
+    batch = task.test.batch(first, first)
     assert batch.type_BS is not None
     assert torch.equal(rows["input_ids"], batch.token_BS)
     assert torch.equal(rows["token_type_ids"] * rows["attention_mask"], batch.type_BS * rows["attention_mask"])
-    expected_B1 = problem.trained(run, SingleWorld()).eval()(*batch.inputs).predictions[0]
+    expected_B1 = task.trained(run, SingleWorld()).eval()(*batch.inputs).predictions[0]
     torch.testing.assert_close(theirs(**rows).logits, expected_B1, rtol=1e-5, atol=1e-5)
     assert expected_B1.shape == (2, 1)
     assert theirs.config.problem_type == "regression"
@@ -148,16 +146,16 @@ def test_answers_in_windows(tmp_path: Path) -> None:
     data = {"name": "squad-v2", "root": str(SAMPLES / "SQuAD"), "max_length": 64, "stride": 8}
     run = trained_with_experts(tmp_path, data, "bert_answerer")
     assert export(run, tmp_path / "exported").startswith("DistMoEBertForQuestionAnswering of ")
-    problem, (theirs, tokenizer) = problem_of(run), load(tmp_path / "exported", "QuestionAnswering")
+    task, (theirs, tokenizer) = task_of(run), load(tmp_path / "exported", "QuestionAnswering")
     _, dev = read_squad(SAMPLES / "SQuAD")
     texts = [question.question for question in dev], [question.context for question in dev]
     cut = {"truncation": "only_second", "stride": 8, "return_overflowing_tokens": True}
     rows = tokenizer(*texts, padding=True, return_tensors="pt", **cut)
-    every = np.arange(len(problem.test))
+    every = np.arange(len(task.test))
     assert rows.pop("overflow_to_sample_mapping").bincount().max() > 1
-    batch = problem.test.batch(every, every)
+    batch = task.test.batch(every, every)
     assert torch.equal(rows["input_ids"], batch.token_BS)
-    expected = problem.trained(run, SingleWorld()).eval()(*batch.inputs)
+    expected = task.trained(run, SingleWorld()).eval()(*batch.inputs)
     found = theirs(**rows)
     for logits_BS, expected_BS in zip((found.start_logits, found.end_logits), expected.predictions, strict=True):
         torch.testing.assert_close(logits_BS[expected.real_BS], expected_BS[expected.real_BS], rtol=1e-5, atol=1e-5)

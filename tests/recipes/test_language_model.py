@@ -15,8 +15,8 @@ import torch
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_checkpoint
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.gates import SMoEDropout
-from dist_moe.recipes.supervised.plan import plan_new_run
-from dist_moe.tasks.models import build_model
+from dist_moe.recipes.recipe import plan_new_run
+from dist_moe.tasks import build_model
 from tests.helpers.board import last_image, read_board
 from tests.helpers.commands import dist_moe, succeed
 from tests.helpers.pool import on_ranks
@@ -272,9 +272,9 @@ def test_smoe_dropout_follows_its_schedule(config: Path, tmp_path: Path) -> None
 
 def closing_words(config: Path, options: list[str], directory: Path) -> str:
     plan = plan_new_run(config, options, directory)
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        model: Any = build_model(plan.config, plan.problem, groups.world)
-        return plan.problem.closing_words(model)
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
+        model: Any = build_model(plan.config, plan.task, groups.world)
+        return plan.task.closing_words(model)
 
 
 def test_samples_are_the_same_on_every_rank(config: Path, tmp_path: Path) -> None:

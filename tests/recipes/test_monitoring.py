@@ -17,9 +17,9 @@ from torch import Tensor
 from dist_moe.data.movielens import PairBatch
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.models import Recommender
-from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.recipe import plan_new_run
 from dist_moe.search import PermutationSearch
-from dist_moe.tasks.models import build_model
+from dist_moe.tasks import build_model
 from tests.helpers.board import last_image, read_board
 from tests.helpers.commands import Outcome, succeed
 from tests.helpers.pool import on_ranks
@@ -41,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
             "permutation": {"epochs": 0.1},
         },
         train={"max_steps": STEPS, "validate_every": 40, "log_every": 7},
-        task_weights=list(WEIGHTS),
+        target_weights=list(WEIGHTS),
     )
 
 
@@ -109,8 +109,8 @@ def test_traffic_falls_as_trees_harden(records: list[dict[str, Any]]) -> None:
 def first_batch(config: Path, run: Path) -> dict[str, Any]:
     """Loss and load of the first step by a loop over its pairs, in fp64, from the untrained model."""
     plan = plan_new_run(config, [], run)
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.problem, groups.world)
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
+        model = build_model(plan.config, plan.task, groups.world)
         (batch,) = plan.feed.micro_batches(0)
         model.tables["moe"].begin_step()
         with torch.no_grad():

@@ -15,13 +15,11 @@ from dist_moe.data.labelled_text.squad import Question
 from dist_moe.errors import UserError
 from dist_moe.models.bert import BertModel, read_hugging_face
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config, validate_config
-from dist_moe.recipes.supervised.plan import plan_new_run
-from dist_moe.tasks.labelled_text import task as text_problem
+from dist_moe.recipes.recipe import load_config, plan_new_run, validate_config
+from dist_moe.tasks import build_model
+from dist_moe.tasks.labelled_text import task as labelled_text_task
 from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
-from dist_moe.tasks.labelled_text.question_answering import QuestionAnsweringProblem
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
+from dist_moe.tasks.labelled_text.question_answering import QuestionAnsweringTask
 from tests.data.labelled_text.tiny_texts import SAMPLES, read_squad, tiny_tokenizer
 from tests.helpers.commands import succeed
 from tests.helpers.runs import losses_of, records_of, summary_of
@@ -77,17 +75,17 @@ def students(config: Path, teachers: dict[int, Path]) -> dict[int, Path]:
     return train_students(config, teachers[1], STUDENT)
 
 
-def problem_of(config: Path, *overrides: str) -> QuestionAnsweringProblem:
-    problem = open_problem(load_config(config, overrides), progress=False)
-    assert isinstance(problem, QuestionAnsweringProblem)
-    return problem
+def task_of(config: Path, *overrides: str) -> QuestionAnsweringTask:
+    task = load_config(config, overrides).data.open(progress=False)
+    assert isinstance(task, QuestionAnsweringTask)
+    return task
 
 
 def test_a_run_begins_with_the_encoder_and_without_its_pooler(config: Path, encoder: Path) -> None:
-    run_config, problem = load_config(config), problem_of(config)
-    model = build_model(run_config, problem, SingleWorld())
+    run_config, task = load_config(config), task_of(config)
+    model = build_model(run_config, task, SingleWorld())
     drawn = model.get_parameter("span.weight").clone()
-    problem.first_weights(model, run_config.model)
+    task.first_weights(model, run_config.model)
     weights = read_hugging_face(encoder).weights
     above = {"pooler.weight", "pooler.bias"}
     assert weights.keys() - above == {name for name, _ in model.named_parameters()} - {"span.weight", "span.bias"}
@@ -98,7 +96,7 @@ def test_a_run_begins_with_the_encoder_and_without_its_pooler(config: Path, enco
 
 def test_two_ranks_train_as_one(config: Path, teachers: dict[int, Path]) -> None:
     """Of one question of the test part each rank has windows."""
-    question_N = problem_of(config).test.question_N
+    question_N = task_of(config).test.question_N
     boundary = -(-len(question_N) // 2)
     assert question_N[boundary - 1] == question_N[boundary]
     losses = losses_of(teachers[1])
@@ -112,13 +110,13 @@ def test_two_ranks_train_as_one(config: Path, teachers: dict[int, Path]) -> None
 def test_figures_by_hand(learnt: tuple[Path, Path]) -> None:
     """One window at a time, without padding; every span of it, and its words from the tokenizer's own places."""
     config, run = learnt
-    problem, (_, dev) = problem_of(config), read_squad(SQUAD)
-    model = problem.trained(run, SingleWorld()).eval()
+    task, (_, dev) = task_of(config), read_squad(SQUAD)
+    model = task.trained(run, SingleWorld()).eval()
     losses: list[float] = []
     answers = []
     for number, question in enumerate(dev):
-        windows = np.flatnonzero(problem.test.question_N == number)
-        answers.append(answer_by_loops(problem, model, question, windows, losses))
+        windows = np.flatnonzero(task.test.question_N == number)
+        answers.append(answer_by_loops(task, model, question, windows, losses))
     assert any(answers)
     summary = summary_of(run)
     expected = answer_figures(answers, [[answer.text for answer in question.answers] for question in dev])
@@ -130,7 +128,7 @@ def test_figures_by_hand(learnt: tuple[Path, Path]) -> None:
 
 
 def answer_by_loops(
-    problem: QuestionAnsweringProblem, model: BertModel, question: Question, windows: Any, losses: list[float]
+    task: QuestionAnsweringTask, model: BertModel, question: Question, windows: Any, losses: list[float]
 ) -> str:
     head = len(tiny_tokenizer().encode(question.question).ids)
     places = tiny_tokenizer().encode(question.context, add_special_tokens=False).offsets
@@ -138,7 +136,7 @@ def answer_by_loops(
     spans: list[tuple[float, int, int]] = []
     none = []
     for window, begin in zip(windows, window_starts(len(places), room, STRIDE), strict=True):
-        batch = problem.test.batch(np.array([window]), np.array([window]))
+        batch = task.test.batch(np.array([window]), np.array([window]))
         with torch.no_grad():
             start_S, end_S = (logits[0].double() for logits in model(*batch.inputs).predictions)
         none.append(float(start_S[0] + end_S[0]))
@@ -157,13 +155,13 @@ def answer_by_loops(
 
 def test_the_sample_is_learnt_by_heart(learnt: tuple[Path, Path]) -> None:
     config, run = learnt
-    problem = problem_of(config)
-    model = problem.trained(run, SingleWorld()).eval()
-    every = np.arange(len(problem.train))
-    batch = problem.train.batch(every, every)
+    task = task_of(config)
+    model = task.trained(run, SingleWorld()).eval()
+    every = np.arange(len(task.train))
+    batch = task.train.batch(every, every)
     with torch.no_grad():
-        columns = problem.observe(model(*batch.inputs), batch).numpy()
-    figures = problem.figures(columns, problem.train, (1.0,))
+        columns = task.observe(model(*batch.inputs), batch).numpy()
+    figures = task.figures(columns, task.train, (1.0,))
     assert figures["ce"] < 0.05
     assert figures["exact_match"] == figures["f1"] == figures["exact_match_unanswerable"] == 1
 
@@ -185,10 +183,10 @@ def test_the_teachers_ends_are_followed_by_their_mean(
 ) -> None:
     """The first step, one window at a time, without padding."""
     plan = plan_new_run(config, [*STUDENT, *taught(teachers[1])], tmp_path / "run")
-    problem = plan.problem
-    assert isinstance(problem, QuestionAnsweringProblem)
-    student, teacher = build_model(plan.config, problem, SingleWorld()), problem.trained(teachers[1], SingleWorld())
-    problem.first_weights(student, plan.config.model)
+    task = plan.task
+    assert isinstance(task, QuestionAnsweringTask)
+    student, teacher = build_model(plan.config, task, SingleWorld()), task.trained(teachers[1], SingleWorld())
+    task.first_weights(student, plan.config.model)
     student.train().begin_step(0)
     teacher.eval()
     batch = plan.feed.micro_batches(0)[0]
@@ -226,6 +224,6 @@ def test_what_a_run_cannot_begin_with(config: Path, tmp_path: Path, overrides: l
 
 def test_a_classifiers_run_answers_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = SimpleNamespace(config=validate_config({"data": {"name": "rte"}}))
-    monkeypatch.setattr(text_problem, "find_weights", lambda _: other)
+    monkeypatch.setattr(labelled_text_task, "find_weights", lambda _: other)
     with pytest.raises(UserError, match=r"there is a run of model\.name=bert_classifier, not of bert_answerer"):
-        problem_of(config).trained(Path("there"), SingleWorld())
+        task_of(config).trained(Path("there"), SingleWorld())

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dist_moe.engine import loop
+from dist_moe.engine import training as loop
 from dist_moe.engine.checkpoint import saver as checkpoint_saver
 from dist_moe.engine.checkpoint import snapshot as checkpoint_snapshot
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint

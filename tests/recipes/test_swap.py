@@ -1,4 +1,4 @@
-"""Swap search on a problem: how its examples are shared out makes no difference."""
+"""Swap search on a task: how its examples are shared out makes no difference."""
 
 from __future__ import annotations
 
@@ -15,52 +15,51 @@ from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig, in_double_precision, search_swaps
-from dist_moe.recipes.supervised.config import RunConfig, load_config
-from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.recipe import load_config, plan_new_run
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.search import SwapReport, SwapSearchConfig
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks import build_model
+from dist_moe.tasks.task import Task
 from tests.helpers.runs import write_config
 
 LAUNCH = LaunchEnvironment()
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> RunConfig:
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> SupervisedConfig:
     return load_config(write_config(tmp_path_factory.mktemp("swap"), tiny_data, model={"num_experts": 8}))
 
 
 @pytest.fixture(scope="module")
-def problem(config: RunConfig) -> Problem:
-    return open_problem(config, progress=False)
+def task(config: SupervisedConfig) -> Task:
+    return config.data.open(progress=False)
 
 
-def scrambled(config: RunConfig, problem: Problem) -> MoEModel:
-    model = build_model(config, problem, SingleWorld())
+def scrambled(config: SupervisedConfig, task: Task) -> MoEModel:
+    model = build_model(config, task, SingleWorld())
     model.tables["moe"].table.copy_(torch.randperm(8, generator=torch.Generator().manual_seed(0)))
     return model
 
 
-def searched(config: RunConfig, problem: Problem, model: MoEModel, batch_size: int) -> SwapReport:
+def searched(config: SupervisedConfig, task: Task, model: MoEModel, batch_size: int) -> SwapReport:
     search = SwapSearchConfig(examples=512, batch_size=batch_size)
-    return search_swaps(problem, model, search, config.task_weights, LAUNCH)
+    return search_swaps(task, model, search, config.target_weights, LAUNCH)
 
 
-def test_the_size_of_a_batch_changes_the_last_bits_of_fp64_only(config: RunConfig, problem: Problem) -> None:
+def test_the_size_of_a_batch_changes_the_last_bits_of_fp64_only(config: SupervisedConfig, task: Task) -> None:
     """Products of other shapes round otherwise: in fp32 these losses differ by 1e-7."""
-    once, often = scrambled(config, problem), scrambled(config, problem)
-    expected = searched(config, problem, once, batch_size=512)
-    found = searched(config, problem, often, batch_size=37)
+    once, often = scrambled(config, task), scrambled(config, task)
+    expected = searched(config, task, once, batch_size=512)
+    found = searched(config, task, often, batch_size=37)
     assert len(expected.swaps) > 0
     assert found.swaps == expected.swaps
     assert found.losses == pytest.approx(expected.losses, rel=1e-13)
     assert torch.equal(often.tables["moe"].table, once.tables["moe"].table)
 
 
-def test_all_of_validation_is_looked_at(config: RunConfig, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_of_validation_is_looked_at(config: SupervisedConfig, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text's table goes from domain to domain: the first examples would be of the first domain."""
-    table, seen = type(problem.val), []
+    table, seen = type(task.val), []
     batch = table.batch
 
     def spied(self: object, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> object:
@@ -68,15 +67,15 @@ def test_all_of_validation_is_looked_at(config: RunConfig, problem: Problem, mon
         return batch(self, index_B, step_index)
 
     monkeypatch.setattr(table, "batch", spied)
-    search_swaps(problem, scrambled(config, problem), SwapSearchConfig(examples=20), config.task_weights, LAUNCH)
-    assert seen == spread_over(len(problem.val), 20).tolist()
-    assert seen[-1] > 0.9 * len(problem.val)
+    search_swaps(task, scrambled(config, task), SwapSearchConfig(examples=20), config.target_weights, LAUNCH)
+    assert seen == spread_over(len(task.val), 20).tolist()
+    assert seen[-1] > 0.9 * len(task.val)
 
 
-def test_weights_are_what_and_where_they_were(config: RunConfig, problem: Problem) -> None:
-    model = scrambled(config, problem)
+def test_weights_are_what_and_where_they_were(config: SupervisedConfig, task: Task) -> None:
+    model = scrambled(config, task)
     before = {name: (x.data_ptr(), x.clone()) for name, x in model.named_parameters()}
-    searched(config, problem, model, batch_size=512)
+    searched(config, task, model, batch_size=512)
     for name, x in model.named_parameters():
         address, value = before[name]
         assert x.data_ptr() == address

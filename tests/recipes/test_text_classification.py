@@ -18,12 +18,10 @@ from dist_moe.errors import UserError
 from dist_moe.models import BertClassifierConfig
 from dist_moe.models.bert import read_hugging_face
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config, validate_config
-from dist_moe.recipes.supervised.plan import plan_new_run, plan_resumed_run
-from dist_moe.tasks.labelled_text.classification import TextClassificationProblem
+from dist_moe.recipes.recipe import load_config, plan_new_run, plan_resumed_run, validate_config
+from dist_moe.tasks import build_model
+from dist_moe.tasks.labelled_text.classification import TextClassificationTask
 from dist_moe.tasks.labelled_text.classification_metrics import f1, matthews, pearson
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
 from tests.helpers.commands import succeed
 from tests.helpers.runs import losses_of, records_of, summary_of
@@ -36,6 +34,7 @@ from tests.helpers.text_runs import (
     write_text_config,
 )
 
+MOEBERT = ["recipe.name=moebert"]
 STUDENT = [
     "model={name: bert_classifier, num_experts: 2, dropout: 0.0, gate: {name: comet, k: 1, gamma: 1.0}}",
     "start.conversion.shared=4",
@@ -64,17 +63,17 @@ def students(config: Path, teachers: dict[int, Path]) -> dict[int, Path]:
     return train_students(config, teachers[1], STUDENT)
 
 
-def problem_of(config: Path, *overrides: str) -> TextClassificationProblem:
-    problem = open_problem(load_config(config, overrides), progress=False)
-    assert isinstance(problem, TextClassificationProblem)
-    return problem
+def task_of(config: Path, *overrides: str) -> TextClassificationTask:
+    task = load_config(config, overrides).data.open(progress=False)
+    assert isinstance(task, TextClassificationTask)
+    return task
 
 
 def test_a_run_begins_with_the_encoder(config: Path, encoder: Path) -> None:
-    run_config, problem = load_config(config), problem_of(config)
-    model = build_model(run_config, problem, SingleWorld())
+    run_config, task = load_config(config), task_of(config)
+    model = build_model(run_config, task, SingleWorld())
     drawn = model.get_parameter("classifier.weight").clone()
-    problem.first_weights(model, run_config.model)
+    task.first_weights(model, run_config.model)
     weights = read_hugging_face(encoder).weights
     assert len(weights) == len(list(model.parameters())) - 2
     for name, value in weights.items():
@@ -93,16 +92,16 @@ def test_two_ranks_fine_tune_as_one(teachers: dict[int, Path]) -> None:
 
 def test_figures_by_hand(config: Path, teachers: dict[int, Path]) -> None:
     """One text at a time, without padding."""
-    problem = problem_of(config)
-    model = problem.trained(teachers[1], SingleWorld()).eval()
+    task = task_of(config)
+    model = task.trained(teachers[1], SingleWorld()).eval()
     surprise, answers = [], []
-    for i in range(len(problem.test)):
-        batch = problem.test.batch(np.array([i]), np.array([i]))
+    for i in range(len(task.test)):
+        batch = task.test.batch(np.array([i]), np.array([i]))
         with torch.no_grad():
             row = model(*batch.inputs).predictions[0][0].double().tolist()
         surprise.append(math.log(sum(map(math.exp, row))) - row[int(batch.label_B)])
         answers.append(row.index(max(row)))
-    true_N, summary = np.asarray(problem.test.target_N), summary_of(teachers[1])
+    true_N, summary = np.asarray(task.test.target_N), summary_of(teachers[1])
     expected = {
         "ce": float(np.mean(surprise)),
         "loss": float(np.mean(surprise)),
@@ -112,7 +111,7 @@ def test_figures_by_hand(config: Path, teachers: dict[int, Path]) -> None:
     }
     for name, value in expected.items():
         assert summary["test"][name] == pytest.approx(value, abs=1e-5), name
-    spam = (float(np.sum(problem.train.target_N)) + 1) / (len(problem.train) + 2)
+    spam = (float(np.sum(task.train.target_N)) + 1) / (len(task.train) + 2)
     constant = summary["baselines"]["constant"]
     assert constant["ce"] == pytest.approx(float(np.mean([-math.log(spam if y else 1 - spam) for y in true_N])))
     assert (constant["accuracy"], constant["f1"]) == (pytest.approx(float(np.mean(true_N == 0))), 0)
@@ -136,10 +135,10 @@ def test_what_the_teacher_adds_by_a_loop(
 ) -> None:
     """The first step, one text at a time, without padding."""
     plan = plan_new_run(config, [*STUDENT, *taught(teachers[1])], tmp_path / "run")
-    problem = plan.problem
-    assert isinstance(problem, TextClassificationProblem)
-    student, teacher = build_model(plan.config, problem, SingleWorld()), problem.trained(teachers[1], SingleWorld())
-    problem.first_weights(student, plan.config.model)
+    task = plan.task
+    assert isinstance(task, TextClassificationTask)
+    student, teacher = build_model(plan.config, task, SingleWorld()), task.trained(teachers[1], SingleWorld())
+    task.first_weights(student, plan.config.model)
     student.train().begin_step(0)
     teacher.eval()
     batch = plan.feed.micro_batches(0)[0]
@@ -195,10 +194,10 @@ def test_importance_does_not_depend_on_padding(config: Path, teachers: dict[int,
     """One text at a time: the same conversion, neuron for neuron."""
     found = []
     for size in (64, 1):
-        problem = problem_of(config, f"start.run={teachers[1]}", *STUDENT)
-        problem.eval_batch = size
-        model = build_model(load_config(config, STUDENT), problem, SingleWorld())
-        problem.first_weights(model, load_config(config, STUDENT).model)
+        task = task_of(config, f"start.run={teachers[1]}", *STUDENT)
+        task.eval_batch = size
+        model = build_model(load_config(config, STUDENT), task, SingleWorld())
+        task.first_weights(model, load_config(config, STUDENT).model)
         found.append({name: value.detach().clone() for name, value in model.named_parameters()})
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
@@ -209,26 +208,26 @@ def test_a_number_is_predicted_by_its_squared_error(encoder: Path, tmp_path: Pat
     data = {"name": "sentiment-tweets", "root": str(root), "graded": True}
     path = write_text_config(tmp_path, encoder, data)
     succeed(1, "train", "--run-dir", tmp_path / "run", path)
-    summary, problem = summary_of(tmp_path / "run"), problem_of(path)
-    model = problem.trained(tmp_path / "run", SingleWorld()).eval()
-    every = np.arange(len(problem.test))
+    summary, task = summary_of(tmp_path / "run"), task_of(path)
+    model = task.trained(tmp_path / "run", SingleWorld()).eval()
+    every = np.arange(len(task.test))
     with torch.no_grad():
-        answers = model(*problem.test.batch(every, every).inputs).predictions[0][:, 0].double().numpy()
-    true_N = np.asarray(problem.test.target_N, dtype=np.float64)
+        answers = model(*task.test.batch(every, every).inputs).predictions[0][:, 0].double().numpy()
+    true_N = np.asarray(task.test.target_N, dtype=np.float64)
     assert summary["test"]["mse"] == pytest.approx(float(np.mean((answers - true_N) ** 2)), rel=1e-5)
     assert summary["test"]["pearson"] == pytest.approx(pearson(answers, true_N), abs=1e-5)
     constant = summary["baselines"]["constant"]
-    mean = float(np.mean(problem.train.target_N, dtype=np.float64))
+    mean = float(np.mean(task.train.target_N, dtype=np.float64))
     assert constant["mse"] == pytest.approx(float(np.mean((true_N - mean) ** 2)))
     assert (constant["pearson"], constant["spearman"]) == (0, 0)
 
 
 def test_the_ids_of_tokens_are_counted(config: Path) -> None:
-    problem = problem_of(config)
-    counts = problem.id_counts()
-    rows = [problem.train.batch(np.array([i]), np.array([i])).token_BS.flatten() for i in range(len(problem.train))]
+    task = task_of(config)
+    counts = task.id_counts()
+    rows = [task.train.batch(np.array([i]), np.array([i])).token_BS.flatten() for i in range(len(task.train))]
     assert torch.equal(counts, torch.bincount(torch.cat(rows), minlength=len(counts)))
-    assert len(counts) == read_hugging_face(load_config(config).start.encoder).shape.vocab  # type: ignore[union-attr]
+    assert len(counts) == read_hugging_face(load_config(config).data.encoder).shape.vocab  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -241,11 +240,17 @@ def test_the_ids_of_tokens_are_counted(config: Path) -> None:
         ),
         (["start.run={student}"], r"start\.run=.*its model has experts; name a run with model\.moe_every=0"),
         (["start.run={absent}"], r"absent"),
-        (["distillation.teacher={absent}"], r"absent"),
+        ([*MOEBERT, "recipe.teacher={absent}"], r"absent"),
         (["start.run={dense}", "data.seed=1"], r"start\.run=.* was trained with data\.seed=0, not 1"),
-        (["distillation.teacher={dense}", "data.seed=1"], r"distillation\.teacher=.* trained with data\.seed=0, not 1"),
-        (["start.run={dense}", "start.encoder={wider}"], r"start: .*has shape \(108, 12\) there and \(108, 24\) here"),
-        (["distillation.teacher={dense}", "start.encoder={wider}"], r"shape \(108, 12\) there and \(108, 24\) here"),
+        (
+            [*MOEBERT, "recipe.teacher={dense}", "data.seed=1"],
+            r"recipe\.teacher=.* trained with data\.seed=0, not 1",
+        ),
+        (["start.run={dense}", "data.encoder={wider}"], r"start: .*has shape \(108, 12\) there and \(108, 24\) here"),
+        (
+            [*MOEBERT, "recipe.teacher={dense}", "data.encoder={wider}"],
+            r"shape \(108, 12\) there and \(108, 24\) here",
+        ),
         ([*STUDENT, "start.run={dense}", "model.moe_every=3"], r"model\.moe_every=3: the encoder has 2 layers"),
         ([*STUDENT, "start.run={dense}", "model.num_experts=3"], r"model\.num_experts=3: .*give model\.expert_hidden"),
         (
@@ -254,9 +259,12 @@ def test_the_ids_of_tokens_are_counted(config: Path) -> None:
         ),
         ([*STUDENT, "start.run={dense}", "start.conversion.method=split"], r"start: conversion\.method=split: experts"),
         (["start.run={dense}", "model.hidden=17"], r"start: model\.hidden=17 exceeds the dense model's 16"),
-        (["distillation.teacher={dense}", "data.name=trec"], r"was trained with data\.name=sms-spam, not trec"),
+        (
+            [*MOEBERT, "recipe.teacher={dense}", "data.name=trec"],
+            r"was trained with data\.name=sms-spam, not trec",
+        ),
         ([f"data.max_length={POSITIONS + 1}"], rf"data\.max_length={POSITIONS + 1}: the encoder has {POSITIONS} pos"),
-        (["start.encoder={absent}"], r"absent has no config\.json"),
+        (["data.encoder={absent}"], r"absent has no config\.json"),
         (["data.tokenizer={larger}"], r"data\.tokenizer knows \d+ tokens, the encoder \d+; leave it out"),
     ],
 )
@@ -285,8 +293,8 @@ def test_what_a_run_cannot_begin_with(
 @pytest.mark.parametrize(
     ("override", "field"),
     [
-        ("distillation=null", "distillation=None"),
-        ("distillation.weight=2", "distillation={'weight': 2.0, 'name': 'moebert'}"),
+        ("recipe.name=supervised", "recipe.name='supervised'"),
+        ("recipe.weight=2", "recipe={'weight': 2.0, 'name': 'moebert'}"),
         ("start.conversion.shared=3", "start.conversion={"),
         ("start.importance_examples=7", "start.importance_examples=7"),
         ("start.run=null", "start.run=None"),
@@ -299,11 +307,11 @@ def test_a_run_that_goes_on_follows_its_teacher_as_before(students: dict[int, Pa
 
 def test_a_teacher_may_have_moved(students: dict[int, Path], teachers: dict[int, Path], tmp_path: Path) -> None:
     moved = shutil.copytree(teachers[1], tmp_path / "moved")
-    assert plan_resumed_run(students[1], [f"distillation.teacher={moved}"]).checkpoint
+    assert plan_resumed_run(students[1], [*MOEBERT, "recipe.teacher={moved}"]).checkpoint
     recorded = load_config(moved / "config.yaml", ["data.seed=1"])
     (moved / "config.yaml").write_text(yaml.safe_dump(recorded.plain()))
-    with pytest.raises(UserError, match=r"distillation\.teacher=.* was trained with data\.seed=1, not 0"):
-        plan_resumed_run(students[1], [f"distillation.teacher={moved}"])
+    with pytest.raises(UserError, match=r"recipe\.teacher=.* was trained with data\.seed=1, not 0"):
+        plan_resumed_run(students[1], [*MOEBERT, "recipe.teacher={moved}"])
 
 
 def test_a_model_that_is_asked_again_knows_how_long_its_run_was(
@@ -313,13 +321,13 @@ def test_a_model_that_is_asked_again_knows_how_long_its_run_was(
     gate = "model.gate={name: smoe_dropout, evaluation_k: null}"
     overrides = [*STUDENT, gate, f"start.run={teachers[1]}", "train.max_steps=2"]
     succeed(1, "train", "--run-dir", tmp_path / "run", config, *overrides)
-    for layer in problem_of(config).trained(tmp_path / "run", SingleWorld()).moe_layers.values():
+    for layer in task_of(config).trained(tmp_path / "run", SingleWorld()).moe_layers.values():
         assert layer.gates[0].schedule_steps == 2
         assert layer.gates[0].k_at(int(layer.gates[0].step)) == 1
 
 
 def test_only_text_classifiers_start_from_something() -> None:
-    for section in ({"start": {}}, {"distillation": {"teacher": "somewhere"}}):
+    for section in ({"start": {}}, {"recipe": {"name": "moebert", "teacher": "somewhere"}}):
         wanted = rf"{next(iter(section))}: for model\.name=bert_classifier or bert_answerer, not recommender"
         with pytest.raises(UserError, match=wanted):
             validate_config(section).check(1)
@@ -328,4 +336,4 @@ def test_only_text_classifiers_start_from_something() -> None:
 def test_a_model_of_text_is_found_by_its_data() -> None:
     config = validate_config({"data": {"name": "rte", "root": "somewhere"}})
     assert isinstance(config.model, BertClassifierConfig)
-    assert config.task_weights == (1.0,)
+    assert config.target_weights == (1.0,)

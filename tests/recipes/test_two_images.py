@@ -1,4 +1,4 @@
-"""The two-image problem, through the command line: equal on one and two ranks, and figures that a loop gives."""
+"""The two-image task, through the command line: equal on one and two ranks, and figures that a loop gives."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ from dist_moe.gates.hash_routing import HashRouting, balanced_assignment
 from dist_moe.models import TwoImageClassifier
 from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import load_config
-from dist_moe.recipes.supervised.plan import plan_resumed_run
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
+from dist_moe.recipes.recipe import load_config, plan_resumed_run
+from dist_moe.tasks import build_model
 from tests.data.tiny_images import write_tiny_images
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
@@ -51,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "gate": {"name": "comet", "k": 2, "gamma": 0.3, "entropy_weight": 0.05},
             "permutation": {"epochs": 1.0},
         },
-        "task_weights": list(WEIGHTS),
+        "target_weights": list(WEIGHTS),
         "train": {"max_steps": STEPS, "epochs": 9, "batch_size": BATCH, "validate_every": 3},
     }
     path = root / "config.yaml"
@@ -94,13 +92,13 @@ def test_evaluate_gives_the_same_figures_again(runs: dict[int, Path], world: int
 def by_hand(run: Path) -> tuple[Figures, Figures]:
     """Test figures of the model and of the constant predictor, one pair of images after the other."""
     plan = plan_resumed_run(run, ["parallel.expert_parallel_size=1"])
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        model = build_model(plan.config, plan.problem, groups.world).eval()
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
+        model = build_model(plan.config, plan.task, groups.world).eval()
         assert isinstance(model, TwoImageClassifier)
         load_model(model, newest_checkpoint(run))
         model.begin_evaluation()
-        rows = [model_row(model, plan.problem.test, i) for i in range(len(plan.problem.test))]
-        constant = [constant_row(plan.problem.train, plan.problem.test, i) for i in range(len(plan.problem.test))]
+        rows = [model_row(model, plan.task.test, i) for i in range(len(plan.task.test))]
+        constant = [constant_row(plan.task.train, plan.task.test, i) for i in range(len(plan.task.test))]
     return figures_of(rows), figures_of(constant)
 
 
@@ -161,14 +159,14 @@ def test_the_ids_of_images_are_counted(config: Path) -> None:
     """Balanced assignment deals out the training images' ids by how often they occur, not all ids alike."""
     options = ["model.gate={name: hash, assignment: balanced}", "model.permutation=null"]
     run_config = load_config(config, options)
-    problem = open_problem(run_config, progress=False)
-    images = [problem.train.batch(np.array([i]), np.array([i])).image_BD for i in range(len(problem.train))]
+    task = run_config.data.open(progress=False)
+    images = [task.train.batch(np.array([i]), np.array([i])).image_BD for i in range(len(task.train))]
     expected = Counter(int(pixel_ids(image_1D)) for image_1D in images)
-    counts = problem.id_counts()
+    counts = task.id_counts()
     assert counts.shape == (NUM_IDS,)
     assert {each: int(count) for each, count in enumerate(counts) if count} == expected
     assert expected.total() == 70
-    for gate in build_model(run_config, problem, SingleWorld()).moe.gates:
+    for gate in build_model(run_config, task, SingleWorld()).moe.gates:
         assert isinstance(gate, HashRouting)
         assert torch.equal(gate.table, balanced_assignment(counts, 4))
         loads = torch.zeros(4, dtype=torch.int64).index_add_(0, gate.table, counts)

@@ -9,59 +9,59 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps import Report, TrialResult
 
 STEPS = 3
 
 
-def loss_of(config: RunConfig) -> float:
+def loss_of(config: SupervisedConfig) -> float:
     """Least at lr = 1e-3 and dropout = 0.2."""
     lr = config.deepspeed["optimizer"]["params"]["lr"]
     return (math.log10(lr) + 3) ** 2 + (config.model.dropout - 0.2) ** 2 + 0.1
 
 
-def result_of(config: RunConfig) -> TrialResult:
+def result_of(config: SupervisedConfig) -> TrialResult:
     loss = loss_of(config)
     return TrialResult({"loss": loss, "auc": 1 - loss}, {"loss": 2 * loss, "auc": 0.9 - loss}, STEPS)
 
 
-def analytic(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]:
+def analytic(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
     """Reports a loss that falls to its last value in three validations, and obeys."""
     return [_validate(i, config, report) for i, config in enumerate(configs)]
 
 
-def _validate(i: int, config: RunConfig, report: Report) -> TrialResult | None:
+def _validate(i: int, config: SupervisedConfig, report: Report) -> TrialResult | None:
     for step in range(1, STEPS + 1):
         if report(i, step, loss_of(config) * STEPS / step):
             return None
     return result_of(config)
 
 
-def diverging(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]:
+def diverging(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
     """Trials with dropout above 0.3 come to nothing."""
     nothing = TrialResult({"loss": math.nan}, {"loss": math.nan}, STEPS)
     return [nothing if config.model.dropout > 0.3 else result_of(config) for config in configs]
 
 
-def failing(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]:
+def failing(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
     """Every training raises."""
     raise RuntimeError("the disk is full")
 
 
-def failing_together(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]:
+def failing_together(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
     """Two do not fit, and no single one with dropout above 0.3 does either."""
     if len(configs) > 1 or configs[0].model.dropout > 0.3:
         raise MemoryError("too large")
     return analytic(configs, report)
 
 
-def breaking_its_promise(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]:
+def breaking_its_promise(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
     """Gives up without having been told to."""
     return [None for _ in configs]
 
 
-def slow(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]:
+def slow(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
     """Waits for the file that DIST_MOE_TEST_GATE names; says that it waits by a file beside it."""
     gate = Path(os.environ["DIST_MOE_TEST_GATE"])
     gate.with_name(f"waiting-{os.getpid()}").touch()
@@ -70,7 +70,7 @@ def slow(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | Non
     return analytic(configs, report)
 
 
-def dying_once(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]:
+def dying_once(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
     """The first process that trains is killed, as if memory had run out."""
     died = Path(os.environ["DIST_MOE_TEST_GATE"])
     if not died.exists():
@@ -79,7 +79,7 @@ def dying_once(configs: Sequence[RunConfig], report: Report) -> list[TrialResult
     return analytic(configs, report)
 
 
-def always_dying(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]:
+def always_dying(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
     """Every process that trains is killed."""
     os.kill(os.getpid(), signal.SIGKILL)
     return []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps.plan import Row, plan_sweep
 
 from .conftest import LR, SWEEP, Write
@@ -18,7 +18,7 @@ def rows(write: Write, **changes: Any) -> dict[str, Row]:
     return {row.name: row for row in plan_sweep(write(**changes)).rows}
 
 
-def config(write: Write, row: Row, index: int = 0) -> RunConfig:
+def config(write: Write, row: Row, index: int = 0) -> SupervisedConfig:
     return row.config(write().parent / "base.yaml", row.values(row.draw(0, index)))
 
 

@@ -14,12 +14,12 @@ import yaml
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.recipes.callbacks.swap_search import search_swaps
-from dist_moe.recipes.supervised.config import RunConfig, load_config
+from dist_moe.recipes.recipe import load_config
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.search import SlotTable, SwapReport
 from dist_moe.sweeps.stacked import stack_fault, stack_key, train_stack, training
 from dist_moe.sweeps.trials import run_trials
-from dist_moe.tasks.open import open_problem
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.task import Task
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import train_all, write_config
 
@@ -34,18 +34,18 @@ def never(trial: int, step: int, loss: float) -> bool:
 
 
 @pytest.fixture
-def configured(tmp_path: Path, tiny_data: dict[str, str]) -> Callable[..., RunConfig]:
+def configured(tmp_path: Path, tiny_data: dict[str, str]) -> Callable[..., SupervisedConfig]:
     """A tiny run with overrides; patience is long enough for the best weights to matter."""
     train = {"max_steps": STEPS, "validate_every": VALIDATE_EVERY, "patience": 2}
     path = write_config(tmp_path, tiny_data, train=train)
 
-    def configure(*overrides: str) -> RunConfig:
+    def configure(*overrides: str) -> SupervisedConfig:
         return load_config(path, overrides)
 
     return configure
 
 
-def alone(config: RunConfig, root: Path) -> dict[str, Any]:
+def alone(config: SupervisedConfig, root: Path) -> dict[str, Any]:
     """The summary of a run of its own."""
     root.mkdir()
     (root / "config.yaml").write_text(yaml.safe_dump(config.plain()))
@@ -53,8 +53,8 @@ def alone(config: RunConfig, root: Path) -> dict[str, Any]:
     return json.loads((root / "run" / "summary.json").read_text())
 
 
-def stacked(configs: list[RunConfig], report: Callable[[int, int, float], bool] = never) -> list[Result | None]:
-    return train_stack(open_problem(configs[0], progress=False), configs, report)
+def stacked(configs: list[SupervisedConfig], report: Callable[[int, int, float], bool] = never) -> list[Result | None]:
+    return train_stack(configs[0].data.open(progress=False), configs, report)
 
 
 GATES = {
@@ -83,7 +83,7 @@ FAST = [(name, search) for name in GATES for search in SEARCHES if search == "si
     ],
 )
 def test_a_stack_is_its_trials_one_by_one(
-    configured: Callable[..., RunConfig], tmp_path: Path, name: str, search: str
+    configured: Callable[..., SupervisedConfig], tmp_path: Path, name: str, search: str
 ) -> None:
     of_search = {
         "none": [[], []],
@@ -99,7 +99,7 @@ def test_a_stack_is_its_trials_one_by_one(
     assert together[0] != together[1]
 
 
-def assert_as_alone(configs: list[RunConfig], directory: Path) -> list[Result | None]:
+def assert_as_alone(configs: list[SupervisedConfig], directory: Path) -> list[Result | None]:
     """Train ``configs`` as one stack, which must give what each gives in a run of its own."""
     together = stacked(configs)
     for i, (config, result) in enumerate(zip(configs, together, strict=True)):
@@ -113,14 +113,14 @@ def assert_as_alone(configs: list[RunConfig], directory: Path) -> list[Result | 
     return together
 
 
-def test_an_optimizer_with_its_defaults(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_an_optimizer_with_its_defaults(configured: Callable[..., SupervisedConfig], tmp_path: Path) -> None:
     """Neither the engine's Adam nor the stack's decays weights unless told to."""
     optimizers = [f"deepspeed.optimizer={{type: Adam, params: {{lr: {lr}}}}}" for lr in (0.02, 0.01)]
     assert_as_alone([configured(optimizer) for optimizer in optimizers], tmp_path)
 
 
 def test_no_swaps_are_searched_while_a_permutation_is_learnt(
-    configured: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configured: Callable[..., SupervisedConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stage of 27 steps, one that ends with a step that a search is due after, and one without an end."""
     steps_per_epoch = 90
@@ -133,9 +133,9 @@ def test_no_swaps_are_searched_while_a_permutation_is_learnt(
     assert together[0] != together[1] != together[2]
     searched: list[SlotTable] = []
 
-    def spy(problem: Problem, model: MoEModel, *arguments: Any) -> SwapReport:
+    def spy(task: Task, model: MoEModel, *arguments: Any) -> SwapReport:
         searched.append(model.tables["moe"])
-        return search_swaps(problem, model, *arguments)
+        return search_swaps(task, model, *arguments)
 
     monkeypatch.setattr(training, "search_swaps", spy)
     assert stacked(configs) == together
@@ -144,7 +144,7 @@ def test_no_swaps_are_searched_while_a_permutation_is_learnt(
 
 @pytest.mark.parametrize("permutation", ["null", "{epochs: 0.3}", "{epochs: 0.3, rounding: relaxed}"])
 def test_a_trial_that_leaves_does_not_disturb_the_others(
-    configured: Callable[..., RunConfig], permutation: str
+    configured: Callable[..., SupervisedConfig], permutation: str
 ) -> None:
     """One diverges at once, one is given up after the first validation, one stays."""
     configs = [configured(f"{LR}={lr}", f"model.permutation={permutation}") for lr in (1e30, 0.005, 0.01)]
@@ -167,7 +167,7 @@ def test_a_trial_that_leaves_does_not_disturb_the_others(
         assert stayed[1][figure] == pytest.approx(value, rel=1e-5, abs=1e-6), figure
 
 
-def test_patience_gives_each_trial_its_own_end(configured: Callable[..., RunConfig]) -> None:
+def test_patience_gives_each_trial_its_own_end(configured: Callable[..., SupervisedConfig]) -> None:
     configs = [configured(f"{LR}={lr}", "train.max_steps=300", "train.epochs=1000") for lr in (0.1, 0.002)]
     fast, slow = stacked(configs)
     assert fast is not None
@@ -175,7 +175,7 @@ def test_patience_gives_each_trial_its_own_end(configured: Callable[..., RunConf
     assert fast[2] < slow[2]
 
 
-def test_what_may_differ_within_a_stack(configured: Callable[..., RunConfig]) -> None:
+def test_what_may_differ_within_a_stack(configured: Callable[..., SupervisedConfig]) -> None:
     base = configured()
     for override in (f"{LR}=0.1", "model.gate.gamma=3", "model.gate.entropy_weight=2"):
         assert stack_key(configured(override)) == stack_key(base), override
@@ -199,7 +199,9 @@ def test_what_may_differ_within_a_stack(configured: Callable[..., RunConfig]) ->
         ("model.permutation={forward: hard}", "forward=hard"),
     ],
 )
-def test_what_cannot_be_stacked_is_said(configured: Callable[..., RunConfig], override: str, reason: str) -> None:
+def test_what_cannot_be_stacked_is_said(
+    configured: Callable[..., SupervisedConfig], override: str, reason: str
+) -> None:
     config = configured(override)
     fault = stack_fault(config)
     assert fault is not None
@@ -209,7 +211,7 @@ def test_what_cannot_be_stacked_is_said(configured: Callable[..., RunConfig], ov
     assert stack_fault(configured()) is None
 
 
-def test_trials_of_different_shapes_go_to_different_stacks(configured: Callable[..., RunConfig]) -> None:
+def test_trials_of_different_shapes_go_to_different_stacks(configured: Callable[..., SupervisedConfig]) -> None:
     configs = [configured(f"model.gate.k={k}", f"{LR}={lr}") for k, lr in ((1, 0.01), (2, 0.01), (1, 0.002))]
     together = run_trials(configs, never)
     for config, result in zip(configs, together, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps import Report, TrialResult
 from dist_moe.sweeps.runner import TrialRunner
 
@@ -19,7 +19,7 @@ TOP_K = {"rows": {"Top-k": SWEEP["rows"]["Top-k"]}}
 def test_trials_are_trained_together(bench: Bench) -> None:
     sizes = []
 
-    def run(configs: Sequence[RunConfig], report: Report) -> list[TrialResult | None]:
+    def run(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
         sizes.append(len(configs))
         return runners.analytic(configs, report)
 

@@ -29,7 +29,7 @@ NUMBERS = st.lists(st.tuples(st.integers(-9, 9), st.integers(-3, 3)), max_size=2
 
 
 def columns(pairs: list[tuple[int, int]]) -> tuple[Any, Any]:
-    """Predictions (fp64, as a problem has them) and truths."""
+    """Predictions (fp64, as a task has them) and truths."""
     return np.array([p for p, _ in pairs], dtype=np.float64), np.array([t for _, t in pairs], dtype=np.int64)
 
 

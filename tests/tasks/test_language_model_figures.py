@@ -14,7 +14,7 @@ from dist_moe.data.text import Text, TextConfig, prepare_text
 from dist_moe.models import ModelOutput, RunShape, Transformer, TransformerConfig
 from dist_moe.parallel import SingleWorld
 from dist_moe.tasks.language.samples import write_on
-from dist_moe.tasks.language.task import LanguageModelProblem
+from dist_moe.tasks.language.task import LanguageModelTask
 from tests.helpers.texts import DOMAINS, TINY_LM
 
 
@@ -26,29 +26,29 @@ def text(tiny_text: dict[str, str]) -> Text:
 
 
 @pytest.fixture(scope="module")
-def problem(text: Text) -> LanguageModelProblem:
-    return LanguageModelProblem(text)
+def task(text: Text) -> LanguageModelTask:
+    return LanguageModelTask(text)
 
 
-def random_logits(problem: LanguageModelProblem, count: int) -> torch.Tensor:
+def random_logits(task: LanguageModelTask, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = problem.id_counts().numel()
-    return torch.randn(count, problem.tokens_per_example, vocabulary, generator=generator)
+    vocabulary = task.id_counts().numel()
+    return torch.randn(count, task.tokens_per_example, vocabulary, generator=generator)
 
 
-def test_figures_of_random_logits(problem: LanguageModelProblem, text: Text) -> None:
-    part, tokens = problem.val, problem.tokens_per_example
-    logits_NSV = random_logits(problem, len(part))
+def test_figures_of_random_logits(task: LanguageModelTask, text: Text) -> None:
+    part, tokens = task.val, task.tokens_per_example
+    logits_NSV = random_logits(task, len(part))
     nats, size = Counter[str](), Counter[str]()
     columns = []
     for n in range(len(part)):
         batch = part.batch(np.array([n]), np.array([n]))
-        columns.append(problem.observe(ModelOutput((logits_NSV[n : n + 1],), ()), batch))
+        columns.append(task.observe(ModelOutput((logits_NSV[n : n + 1],), ()), batch))
         domain = text.domains[int(batch.domain_B[0])]
         for s, target in enumerate(batch.target_BS[0].tolist()):
             nats[domain] += math.log(sum(math.exp(x) for x in logits_NSV[n, s].tolist())) - logits_NSV[n, s, target]
             size[domain] += int(text.token_bytes_V[target])
-    figures = problem.figures(torch.cat(columns, dim=1).numpy(), part, (2.0,))
+    figures = task.figures(torch.cat(columns, dim=1).numpy(), part, (2.0,))
     ce = float(nats.total()) / (len(part) * tokens)
     assert figures["loss"] == pytest.approx(2 * ce, rel=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(ce), rel=1e-5)
@@ -58,38 +58,38 @@ def test_figures_of_random_logits(problem: LanguageModelProblem, text: Text) -> 
         assert figures[f"bits_per_byte_{domain}"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_that_has_diverged_has_figures_too(problem: LanguageModelProblem) -> None:
-    part = problem.val
-    columns = np.stack([np.full(len(part), 1000.0 * problem.tokens_per_example), np.ones(len(part))])
-    figures = problem.figures(columns, part, (1.0,))
+def test_a_model_that_has_diverged_has_figures_too(task: LanguageModelTask) -> None:
+    part = task.val
+    columns = np.stack([np.full(len(part), 1000.0 * task.tokens_per_example), np.ones(len(part))])
+    figures = task.figures(columns, part, (1.0,))
     assert (figures["loss"], figures["perplexity"]) == (pytest.approx(1000), math.inf)
 
 
-def test_the_loss_of_a_step_is_that_of_its_shares(problem: LanguageModelProblem) -> None:
+def test_the_loss_of_a_step_is_that_of_its_shares(task: LanguageModelTask) -> None:
     index = np.arange(6)
-    logits = random_logits(problem, 6)
-    whole = problem.train.batch(index, index)
+    logits = random_logits(task, 6)
+    whole = task.train.batch(index, index)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole.target_BS.flatten())
     shares = [
-        problem.task_losses(ModelOutput((logits[mine],), ()), problem.train.batch(index[mine], index))["ce"]
+        task.task_losses(ModelOutput((logits[mine],), ()), task.train.batch(index[mine], index))["ce"]
         for mine in (slice(0, 4), slice(4, 6), slice(6, 6))
     ]
     assert float(torch.stack(shares).sum()) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_the_unigram_predictor_counts_training_tokens(problem: LanguageModelProblem, text: Text) -> None:
+def test_the_unigram_predictor_counts_training_tokens(task: LanguageModelTask, text: Text) -> None:
     counts = Counter({v: int(count) + 1 for v, count in enumerate(text.token_counts_V)})
     assert len(counts) == text.vocab_size
     nats = size = 0.0
-    for n in range(len(problem.test)):
-        for target in problem.test.batch(np.array([n]), np.array([n])).target_BS[0].tolist():
+    for n in range(len(task.test)):
+        for target in task.test.batch(np.array([n]), np.array([n])).target_BS[0].tolist():
             nats -= math.log(counts[target] / counts.total())
             size += int(text.token_bytes_V[target])
-    figures = problem.baselines(problem.test, (1.0,))["unigram"]
+    figures = task.baselines(task.test, (1.0,))["unigram"]
     assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / size)
 
 
-def test_what_is_written_follows_the_model(problem: LanguageModelProblem, text: Text) -> None:
+def test_what_is_written_follows_the_model(task: LanguageModelTask, text: Text) -> None:
     """Cold: the likeliest token each time, from no more context than is allowed. Warm: by its own shares."""
     torch.manual_seed(0)
     model = TransformerConfig(**TINY_LM["model"]).build(text.vocab_size, RunShape(SingleWorld(), 10))

@@ -26,25 +26,24 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dist_moe.engine import loop as loop_module
+from dist_moe.engine import training as loop_module
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.engine.launch.stop_request import StopRequest
-from dist_moe.engine.loop import TrainingLoop
 from dist_moe.engine.monitor.monitor import Monitor
 from dist_moe.engine.monitor.step_window import StepWindow
+from dist_moe.engine.training import Trainer
 from dist_moe.layer import MoE
 from dist_moe.parallel import PhaseClock, Traffic
-from dist_moe.recipes import supervised
-from dist_moe.recipes.callbacks.placement import ExpertMover
+from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig
-from dist_moe.recipes.supervised.plan import plan_new_run
+from dist_moe.recipes.recipe import plan_new_run
 from dist_moe.search import SlotTable
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.pool import on_ranks
 
 RANKS = 2
 MONITORING: list[tuple[Any, str]] = [
-    (Monitor, "report"),
+    (Monitor, "steps"),
     (StepWindow, "add"),
     (StepWindow, "reduce"),
     (Traffic, "add"),
@@ -62,8 +61,8 @@ HOOKS: list[tuple[Any, str]] = [
     (MoE, "begin_step"),
     (MoE, "end_step"),
     (SlotTable, "begin_step"),
-    (ExpertMover, "before_step"),
-    (ExpertMover, "after_step"),
+    (PlacementCallback, "before_step"),
+    (PlacementCallback, "after_step"),
     (SwapScheduleConfig, "due"),
 ]
 NEVER = 10**6
@@ -163,18 +162,18 @@ def train_and_measure(config: Path, run: Path) -> dict[str, float]:
         for owner, name in places:
             setattr(owner, name, spent.within(getattr(owner, name)))
     marks: list[tuple[float, float, float, float]] = []
-    step, warm_up = TrainingLoop._train_step, 10
+    step, warm_up = Trainer._train_step, 10
 
-    def marked(self: TrainingLoop, number: int, stop: StopRequest) -> None:
-        if number >= warm_up:
+    def marked(self: Trainer) -> None:
+        if self.step >= warm_up:
             marks.append((time.thread_time(), time.process_time(), monitoring.seconds, hooks.seconds))
-        step(self, number, stop)
+        step(self)
 
-    TrainingLoop._train_step = marked  # type: ignore[method-assign]
+    Trainer._train_step = marked  # type: ignore[method-assign]
     plan = plan_new_run(config, [], run)
-    with process_groups(plan.environment, plan.config.parallel) as groups:
-        plan.run.create()
-        assert supervised.train_in_groups(plan, groups, StopRequest()) == 0
+    with process_groups(plan.start.environment, plan.config.parallel) as groups:
+        plan.start.run.create()
+        assert not plan.config.recipe.train_in_groups(plan, groups, StopRequest()).fit.interrupted
     of_thread, of_process, of_monitoring, of_hooks = np.subtract(marks[-1], marks[0])
     return {
         "step": float(of_thread),

@@ -40,7 +40,7 @@ def main(job_file: str) -> None:
         keep_freed_memory()
 
     def say(what: str) -> None:
-        if environment.is_first:
+        if environment.is_rank_zero:
             unfinished = files.with_suffix(".now.tmp")
             unfinished.write_text(what)
             unfinished.replace(files.with_suffix(".now"))
@@ -49,7 +49,7 @@ def main(job_file: str) -> None:
     try:
         with process_groups(environment, config) as groups:
             measured = STUDIES[job.study](job, Place(groups.world, say))
-            if environment.is_first:
+            if environment.is_rank_zero:
                 measured["threads"] = torch.get_num_threads()
                 files.with_suffix(".measured").write_text(json.dumps(measured))
     except BaseException as error:

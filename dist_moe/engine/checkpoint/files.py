@@ -16,7 +16,7 @@ from typing import Any
 from dist_moe.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _PREFIX = "step-"
 _OWN_DIGEST = "sha256"
 

@@ -30,7 +30,7 @@ from dist_moe.engine.checkpoint.files import Manifest, partial_directory, publis
 from dist_moe.engine.checkpoint.placements import restore_placements
 from dist_moe.engine.checkpoint.reader import BUFFER, CheckpointReader, expert_ids_by_parameter
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
-from dist_moe.engine.checkpoint.snapshot import DENSE_FILE, TRAINER_FILE, Course, TrainerState
+from dist_moe.engine.checkpoint.snapshot import DENSE_FILE, TRAINER_FILE, TrainerState, TrainingHistory
 from dist_moe.engine.checkpoint.tensor_file import write_tensors
 from dist_moe.engine.deepspeed.parameter_state import MASTER, ParameterState, write_parameter_state
 
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 
 def save_checkpoint(
-    engine: ExpertParallelEngine, root: Path, step: int, keep: int, course: Course | None = None
+    engine: ExpertParallelEngine, root: Path, step: int, keep: int, history: TrainingHistory | None = None
 ) -> None:
     """Write ``root/step-...``, here and now, and drop all but the newest ``keep``. Collective over all ranks.
 
     Raises UserError if it cannot be written.
     """
     saver = CheckpointSaver(engine, in_background=False, failures_allowed=0, say=print)
-    saver.save(root, step, keep, course or Course())
+    saver.save(root, step, keep, history or TrainingHistory())
 
 
 def read_trainer_state(directory: Path) -> TrainerState:

@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_moe.engine.checkpoint.files import (
     Manifest,
@@ -20,7 +20,7 @@ from dist_moe.engine.checkpoint.files import (
     publish,
     step_directory,
 )
-from dist_moe.engine.checkpoint.snapshot import Course, Snapshot, take_snapshot
+from dist_moe.engine.checkpoint.snapshot import Snapshot, TrainingHistory, take_snapshot
 from dist_moe.engine.collectives import gather_objects
 from dist_moe.errors import UserError
 
@@ -45,7 +45,7 @@ class CheckpointSaver:
         self._in_background = in_background
         self._failures_allowed = failures_allowed
         self._say = say
-        self._is_first = engine.process_groups.environment.is_first
+        self._is_first = engine.process_groups.environment.is_rank_zero
         self._job: _Job | None = None
         self._failures: list[str] = []
 
@@ -54,18 +54,25 @@ class CheckpointSaver:
         """Whether this rank's thread still writes."""
         return self._job is not None and self._job.is_alive()
 
-    def save(self, root: Path, step: int, keep: int, course: Course) -> None:
+    def save(
+        self,
+        root: Path,
+        step: int,
+        keep: int,
+        history: TrainingHistory,
+        callbacks: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
         """Save as ``root/step-...`` and then drop all but the newest ``keep``. Collective over all ranks.
 
         Waits for the save before it, then for a copy in host memory only. Raises UserError where more
-        than ``failures_allowed`` saves in a row have failed.
+        than ``failures_allowed`` saves in a row have failed. ``callbacks``: their states by name.
         """
         self.settle()
         directory = step_directory(root, step)
         if faults := _told(_fault_of(_prepare, directory) if self._is_first else None):
             self._failed(directory, faults)
             return
-        self._job = _Job(take_snapshot(self._engine, step, course), directory, keep)
+        self._job = _Job(take_snapshot(self._engine, step, history, callbacks or {}), directory, keep)
         if self._in_background:
             self._job.start()
         else:

@@ -23,7 +23,7 @@ TRAINER_FILE = "trainer.json"
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingHistory:
     """How the training went so far. ``validation_losses``: by step. ``seconds``: spent training, in all."""
 
     validation_losses: Mapping[int, float] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class TrainerState:
     ``learning_rates``: of its parameter groups, which a schedule sets only at its next step.
     ``validation_losses``: of the run so far, by step. ``training_seconds``: of the run so far.
     ``imported_from``: the exported file whose weights these are, where there is no optimizer state yet.
-    ``placements``: where experts do not lie in order."""
+    ``placements``: where experts do not lie in order. ``callbacks``: state by a callback's name."""
 
     step: int
     scalars: dict[str, float]
@@ -46,10 +46,12 @@ class TrainerState:
     training_seconds: float = 0.0
     imported_from: str | None = None
     placements: SavedPlacements = field(default_factory=dict)
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def course(self) -> Course:
-        return Course({int(step): loss for step, loss in self.validation_losses.items()}, self.training_seconds)
+    def history(self) -> TrainingHistory:
+        losses = {int(step): loss for step, loss in self.validation_losses.items()}
+        return TrainingHistory(losses, self.training_seconds)
 
     def write(self, directory: Path) -> dict[str, str]:
         """Write TRAINER_FILE; its digest by its name."""
@@ -74,15 +76,17 @@ class Snapshot:
         return digests | (self.trainer.write(directory) if self.trainer else {})
 
 
-def take_snapshot(engine: ExpertParallelEngine, step: int, course: Course) -> Snapshot:
+def take_snapshot(
+    engine: ExpertParallelEngine, step: int, history: TrainingHistory, callbacks: dict[str, dict[str, Any]]
+) -> Snapshot:
     """Copy what this rank is to write. Collective over all ranks."""
     state = read_parameter_state(engine)
     groups = engine.process_groups
     environment = groups.environment
     files, trainer = _experts(engine, state), None
-    if environment.is_first:
+    if environment.is_rank_zero:
         files[DENSE_FILE] = _dense(engine, state)
-        trainer = _trainer_state(engine, state, step, course)
+        trainer = _trainer_state(engine, state, step, history, callbacks)
     layout = {
         "world_size": environment.world_size,
         "expert_parallel_size": groups.expert_parallel_size,
@@ -124,9 +128,23 @@ def _host_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _trainer_state(engine: ExpertParallelEngine, state: ParameterState, step: int, course: Course) -> TrainerState:
+def _trainer_state(
+    engine: ExpertParallelEngine,
+    state: ParameterState,
+    step: int,
+    history: TrainingHistory,
+    callbacks: dict[str, dict[str, Any]],
+) -> TrainerState:
     schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
     learning_rates = [float(group["lr"]) for group in engine.optimizer.param_groups]
-    losses = {str(at): loss for at, loss in course.validation_losses.items()}
-    placements = placements_of(engine.module)
-    return TrainerState(step, state.scalars, learning_rates, schedule, losses, course.seconds, placements=placements)
+    losses = {str(at): loss for at, loss in history.validation_losses.items()}
+    return TrainerState(
+        step,
+        state.scalars,
+        learning_rates,
+        schedule,
+        losses,
+        history.seconds,
+        placements=placements_of(engine.module),
+        callbacks=callbacks,
+    )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.deepspeed.config import DeepSpeedSection
+from dist_moe.engine.deepspeed.parameter_state import MASTER, read_state
 from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.deepspeed.sharded_parameters import (
     check_groups,
@@ -59,7 +60,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         )
         if self.shards_parameters:
             check_groups(model.parameters(), self.group_of)
-            gather_for_backward(model)
+            self.__dict__["own_hooks"] = gather_for_backward(model)
             keep_tables_whole(self)
 
     @property
@@ -98,7 +99,13 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     def destroy(self) -> None:
         super().destroy()
         if self.shards_parameters:
+            for handle in self.own_hooks:
+                handle.remove()
             forget_module(self.module)
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """Return fp32 copies of all parameters by name: dense ones whole, experts those of this rank. Collective."""
+        return {name: read_state(self, p, MASTER).detach().clone() for name, p in self.module.named_parameters()}
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if not self.zero_optimization():

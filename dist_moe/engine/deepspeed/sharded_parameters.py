@@ -8,13 +8,14 @@ knows nothing of what is read between two steps. Both are put right here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.search import SlotTable
@@ -41,14 +42,16 @@ def own_slice(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return padded.narrow(0, size * dist.get_rank(group), size)
 
 
-def gather_for_backward(model: nn.Module) -> None:
+def gather_for_backward(model: nn.Module) -> list[RemovableHandle]:
     """Let DeepSpeed see the tensors inside the dataclasses that modules give; and keep the parameters of a
     module whose forward pass is repeated within the backward pass (activation checkpointing): DeepSpeed
-    would drop them after the repetition, when their gradients are still to come."""
+    would drop them after the repetition, when their gradients are still to come. Returns the hooks' handles."""
+    handles = []
     for module in model.modules():
-        module.register_forward_pre_hook(_hold)
-        module.register_forward_hook(_let_go)
-        module.register_forward_hook(_announce_backward)
+        handles.append(module.register_forward_pre_hook(_hold))
+        handles.append(module.register_forward_hook(_let_go))
+        handles.append(module.register_forward_hook(_announce_backward))
+    return handles
 
 
 def _in_backward_pass() -> bool:
@@ -118,6 +121,20 @@ def check_groups(parameters: Iterable[nn.Parameter], expected: Callable[[nn.Para
             for group in (expected(parameter), parameter.ds_process_group)  # type: ignore[attr-defined]
         )
         assert ours == theirs, f"a parameter is sharded over ranks {theirs} instead of {ours}"
+
+
+def restore_parameters(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Give ``model`` plain parameters with the values ``whole`` by name, once its engine is gone.
+
+    DeepSpeed leaves attributes on parameters, and at stage 3 other dictionaries in modules, for which a second engine
+    would take the model for one that it has sharded already. Tied parameters stay tied.
+    """
+    fresh = {
+        id(parameter): nn.Parameter(whole[name], requires_grad=parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    }
+    for module in model.modules():
+        module._parameters = {name: p if p is None else fresh[id(p)] for name, p in module._parameters.items()}
 
 
 def forget_module(model: nn.Module) -> None:

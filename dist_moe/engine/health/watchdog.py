@@ -48,7 +48,7 @@ def watchdog(run_dir: Path, environment: LaunchEnvironment, config: ParallelConf
         yield
     finally:
         thread.stop()
-        if environment.is_first:
+        if environment.is_rank_zero:
             shutil.rmtree(directory.parent, ignore_errors=True)
 
 
@@ -56,7 +56,7 @@ def _open_directory(run_dir: Path, environment: LaunchEnvironment) -> Path:
     """A directory that no earlier attempt at this run has written to, the same on all ranks."""
     root = run_dir / "heartbeats"
     mine = uuid.uuid4().hex
-    if environment.is_first:
+    if environment.is_rank_zero:
         shutil.rmtree(root, ignore_errors=True)
         (root / mine).mkdir(parents=True)
     return root / gather_objects(mine)[0]

@@ -57,7 +57,7 @@ class LaunchEnvironment:
         return "nccl" if self.device.type == "cuda" and not self.shares_gpu else "gloo"
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
 

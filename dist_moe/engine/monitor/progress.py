@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from dist_moe.engine.loop import StepRecord
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -26,7 +23,7 @@ class ProgressLine:
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def update(self, records: list[StepRecord]) -> None:
+    def update(self, records: list[dict[str, Any]]) -> None:
         latest = records[-1]
         text = (
             f"loss {latest['loss']:.4f}, {_count(latest['examples_per_second'])} examples/s, "

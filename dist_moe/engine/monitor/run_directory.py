@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from dist_moe.engine.checkpoint.files import replace_text, write_json
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, replace_text, write_json
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
 
@@ -67,6 +67,16 @@ class RunDirectory:
         """Raise UserError if the directory holds no run."""
         if not self.config.is_file():
             raise UserError(f"{self.root} is not a run directory: it has no {self.config.name}")
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether there is something from which a run can go on: a checkpoint, or a stage of a recipe."""
+        return bool(complete_directories(checkpoints_of(self.root))) or self.stages.is_dir()
+
+    @property
+    def stages(self) -> Path:
+        """The directory of a recipe's stages, each a run directory of its own."""
+        return self.root / "stages"
 
     def create(self) -> None:
         """Make the directory; UserError if that cannot be done."""

@@ -6,7 +6,7 @@ start_BS, end_BS = model(token_BS, length_B, segment_BS).predictions     # logit
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,10 +22,12 @@ from dist_moe.models.moe_model import RunShape
 class BertAnswererConfig(BertConfig):
     """Finder of answers within texts, as transformers' BertForQuestionAnswering is one."""
 
+    kind: ClassVar[str] = "question_answering"
+
     name: Literal["bert_answerer"] = Field("bert_answerer", description="which model this is")
 
     def build(self, shape: BertShape, run: RunShape) -> BertAnswerer:
-        """As :meth:`BertClassifierConfig.build`, without labels."""
+        """Return the model with this rank's experts and random weights; all ranks must have seeded torch alike."""
         return BertAnswerer(self.fitted(shape), self.feed_forwards(shape, run), self.dropout)
 
 

@@ -8,7 +8,7 @@ output.predictions[0]        # (B, num_labels) logits
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,15 +26,17 @@ from dist_moe.models.moe_model import RunShape
 class BertClassifierConfig(BertConfig):
     """Classifier of texts, or of pairs of texts; with one label, a regression."""
 
+    kind: ClassVar[str] = "text_classification"
+
     name: Literal["bert_classifier"] = Field("bert_classifier", description="which model this is")
     auxiliary_head: AuxiliaryHead | None = Field(
         None,
-        description="second head for the teacher's logits, of distillation.name=dhkd: linear, or mlp with 200 hidden "
+        description="second head for the teacher's logits, of recipe.name=dhkd: linear, or mlp with 200 hidden "
         "units; it is there while training alone (null: none)",
     )
 
     def build(self, shape: BertShape, num_labels: int, run: RunShape) -> BertClassifier:
-        """The model with this rank's experts and random weights; all ranks must have seeded torch alike.
+        """Return the model with this rank's experts and random weights; all ranks must have seeded torch alike.
 
         Raises UserError if ``moe_every`` leaves a model without the experts that it speaks of.
         """

@@ -16,6 +16,7 @@ import torch
 
 from dist_moe.errors import UserError
 from dist_moe.experts import FeedForwardBank
+from dist_moe.models.bert.answerer import BertAnswererConfig
 from dist_moe.models.bert.hugging_face import class_of, config_of, name_map, written_name
 from dist_moe.models.bert.model import AUXILIARY, BertConfig, BertModel
 from dist_moe.models.bert.shape import BertShape
@@ -68,7 +69,7 @@ def read_section(content: Mapping[str, Any]) -> tuple[BertShape, BertConfig]:
     """What a ``config.json`` of ours says. Raises UserError for values that cannot be followed."""
     shape = BertShape.from_hugging_face({**content, "model_type": "bert"})
     with followed():
-        return shape, BertConfig(**content[MIXTURE], dropout=content["hidden_dropout_prob"])
+        return shape, BertAnswererConfig(**content[MIXTURE], dropout=content["hidden_dropout_prob"])
 
 
 def _section(model: BertModel, config: BertConfig) -> dict[str, Any]:

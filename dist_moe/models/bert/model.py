@@ -39,7 +39,6 @@ AUXILIARY = ABOVE[-1]
 class BertConfig(MoEModelConfig):
     """The encoder's part of a model's section."""
 
-    num_tasks: ClassVar[int] = 1
     one_layer: ClassVar[bool] = False
 
     num_experts: int = Field(4, ge=2, description="experts of a layer, over all ranks")

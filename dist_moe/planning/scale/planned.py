@@ -12,8 +12,8 @@ from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import Machine
 from dist_moe.planning.scale.step_time import EXCHANGES, ExchangeName, Prediction, predict
 from dist_moe.planning.scale.work import Work, work_of_model
-from dist_moe.recipes.supervised.config import RunConfig
-from dist_moe.tasks.task import Problem
+from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class PlannedSize:
 
 
 def plan_sizes(
-    config: RunConfig,
-    problem: Problem,
+    config: SupervisedConfig,
+    task: Task,
     machine: Machine,
     nodes: Sequence[int],
     per_node: int,
@@ -57,17 +57,17 @@ def plan_sizes(
     and no more skew is assumed than they can have. Raises UserError where anything does not fit.
     """
     planned = []
-    for number, sized in zip(nodes, configs_by_size(config, nodes, per_node, assumed, problem), strict=True):
+    for number, sized in zip(nodes, configs_by_size(config, nodes, per_node, assumed, task), strict=True):
         reduced = number < max(nodes)
         skew = min(assumed.skew, float(sized.parallel.expert_parallel_size)) if reduced else assumed.skew
         there = replace(assumed, skew=skew)
-        planned.append(_plan_size(sized, problem, machine, number, per_node, there, exchanges))
+        planned.append(_plan_size(sized, task, machine, number, per_node, there, exchanges))
     return planned
 
 
 def configs_by_size(
-    config: RunConfig, nodes: Sequence[int], per_node: int, assumed: Assumed, problem: Problem
-) -> list[RunConfig]:
+    config: SupervisedConfig, nodes: Sequence[int], per_node: int, assumed: Assumed, task: Task
+) -> list[SupervisedConfig]:
     """``config`` for each number of ``nodes``: experts over as many ranks as are asked for and there are, and the batch
     that ``assumed`` says."""
     most, found = max(nodes), []
@@ -75,13 +75,13 @@ def configs_by_size(
         ranks = number * per_node
         parallel = config.parallel if number == most else config.parallel.nearest_for(ranks)
         parallel = parallel.model_copy(update={"ranks_per_node": per_node, "exchange": "auto"})
-        found.append(_sized(config.model_copy(update={"parallel": parallel}), ranks, assumed, problem))
+        found.append(_sized(config.model_copy(update={"parallel": parallel}), ranks, assumed, task))
     return found
 
 
 def _plan_size(
-    config: RunConfig,
-    problem: Problem,
+    config: SupervisedConfig,
+    task: Task,
     machine: Machine,
     nodes: int,
     per_node: int,
@@ -89,8 +89,8 @@ def _plan_size(
     exchanges: Sequence[ExchangeName],
 ) -> PlannedSize:
     layout = Layout(nodes, per_node, config.parallel.expert_parallel_size)
-    memory = plan_memory(config, problem, layout.ranks)  # checks the configuration, too
-    work = planned_work(config, problem).with_k(assumed.experts_per_token)
+    memory = plan_memory(config, task, layout.ranks)  # checks the configuration, too
+    work = planned_work(config, task).with_k(assumed.experts_per_token)
     check_experts_per_token(work.k, work.experts)
     tokens = config.train.batch_size / layout.ranks
     predictions = tuple(predict(machine, work, layout, tokens, name, skew=assumed.skew) for name in exchanges)
@@ -100,11 +100,9 @@ def _plan_size(
     return PlannedSize(layout, config.train.batch_size, predictions, against_one, held)
 
 
-def planned_work(config: RunConfig, problem: Problem) -> Work:
+def planned_work(config: SupervisedConfig, task: Task) -> Work:
     """Of the whole model of ``config``, which is built without storage."""
-    return work_of_model(
-        planned_model(config, problem), config, optimizer_states(config)[0], bytes_per_parameter(config)
-    )
+    return work_of_model(planned_model(config, task), config, optimizer_states(config)[0], bytes_per_parameter(config))
 
 
 def check_experts_per_token(k: float, experts: int) -> None:
@@ -121,10 +119,10 @@ def sizes_up_to(nodes: int) -> list[int]:
     return [*powers, nodes]
 
 
-def _sized(config: RunConfig, ranks: int, assumed: Assumed, problem: Problem) -> RunConfig:
+def _sized(config: SupervisedConfig, ranks: int, assumed: Assumed, task: Task) -> SupervisedConfig:
     if assumed.tokens_per_rank is None:
         return config
-    of_example = problem.example_shape().tokens
+    of_example = task.example_shape().tokens
     if assumed.tokens_per_rank < of_example:
         raise UserError(f"--tokens-per-rank={assumed.tokens_per_rank}: an example has {of_example:g}; give as many")
     examples = round(assumed.tokens_per_rank / of_example)

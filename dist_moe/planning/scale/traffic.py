@@ -18,8 +18,8 @@ from dist_moe.planning.scale.planned import Assumed, check_experts_per_token, co
 from dist_moe.planning.scale.spread import expected_spread
 from dist_moe.planning.scale.step_time import EXCHANGES, Bytes, ExchangeName, exchange_bytes, gradient_bytes
 from dist_moe.planning.scale.work import Work, work_of_layer
-from dist_moe.recipes.supervised.config import RunConfig
-from dist_moe.tasks.task import Problem
+from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class StepTraffic:
 
 
 def plan_traffic(
-    config: RunConfig,
-    problem: Problem,
+    config: SupervisedConfig,
+    task: Task,
     nodes: Sequence[int],
     per_node: int,
     assumed: Assumed,
@@ -52,19 +52,19 @@ def plan_traffic(
 ) -> list[StepTraffic]:
     """A training step on each number of ``nodes`` of ``per_node`` ranks. Raises UserError where it does not fit."""
     planned = []
-    for number, sized in zip(nodes, configs_by_size(config, nodes, per_node, assumed, problem), strict=True):
+    for number, sized in zip(nodes, configs_by_size(config, nodes, per_node, assumed, task), strict=True):
         layout = Layout(number, per_node, sized.parallel.expert_parallel_size)
-        planned.append(_plan_step(sized, problem, layout, assumed, exchanges))
+        planned.append(_plan_step(sized, task, layout, assumed, exchanges))
     return planned
 
 
 def _plan_step(
-    config: RunConfig, problem: Problem, layout: Layout, assumed: Assumed, exchanges: Sequence[ExchangeName]
+    config: SupervisedConfig, task: Task, layout: Layout, assumed: Assumed, exchanges: Sequence[ExchangeName]
 ) -> StepTraffic:
-    memory = plan_memory(config, problem, layout.ranks)  # checks the configuration, too
-    model = planned_model(config, problem)
+    memory = plan_memory(config, task, layout.ranks)  # checks the configuration, too
+    model = planned_model(config, task)
     works = _works(model, config, assumed)
-    tokens = config.train.batch_size / layout.ranks * problem.example_shape().tokens
+    tokens = config.train.batch_size / layout.ranks * task.example_shape().tokens
     spreads = [expected_spread(work.experts, work.k, work.gates, tokens, layout) for work in works]
     layers = list(zip(works, spreads, strict=True))
     sent = {name: _sum([exchange_bytes(work, spread, name) for work, spread in layers]) for name in exchanges}
@@ -76,7 +76,7 @@ def _plan_step(
         config.train.batch_size,
         tokens,
         sum(spread.pairs.all for spread in spreads),
-        _flops(model, works, problem, tokens),
+        _flops(model, works, task, tokens),
         sent,
         gradient_bytes(
             zero_stage(config.deepspeed),
@@ -89,7 +89,7 @@ def _plan_step(
     )
 
 
-def _works(model: MoEModel, config: RunConfig, assumed: Assumed) -> list[Work]:
+def _works(model: MoEModel, config: SupervisedConfig, assumed: Assumed) -> list[Work]:
     """Of each MoE layer."""
     k = config.model.gate.experts_per_token(config.model.num_experts)
     if assumed.experts_per_token is not None:
@@ -102,11 +102,11 @@ def _works(model: MoEModel, config: RunConfig, assumed: Assumed) -> list[Work]:
     return works
 
 
-def _flops(model: MoEModel, works: Sequence[Work], problem: Problem, tokens: float) -> float | None:
+def _flops(model: MoEModel, works: Sequence[Work], task: Task, tokens: float) -> float | None:
     if not isinstance(model, Transformer):
         return None
     k = works[0].k if works else 0.0
-    return tokens * model.size.training_flops_per_token(problem.example_shape().places, k)
+    return tokens * model.size.training_flops_per_token(task.example_shape().places, k)
 
 
 def _sum(parts: Sequence[Bytes]) -> Bytes:

@@ -11,7 +11,7 @@ from dist_moe.experts import ConvBank, ExpertBank
 from dist_moe.gates import Gate
 from dist_moe.models import MoEModel
 from dist_moe.planning.memory import only_layer
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def work_of_layer(
     )
 
 
-def work_of_model(model: MoEModel, config: RunConfig, states: int, value_bytes: int) -> Work:
+def work_of_model(model: MoEModel, config: SupervisedConfig, states: int, value_bytes: int) -> Work:
     """Of a whole training step of ``config``; ``model`` may be without storage. ``states``: of the optimizer."""
     k = config.model.gate.experts_per_token(config.model.num_experts)
     layer = work_of_layer(only_layer(model).experts, only_layer(model).each_gate, k)

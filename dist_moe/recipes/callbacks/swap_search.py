@@ -1,4 +1,4 @@
-"""Swap search on a problem's validation examples: while training, or on a finished run."""
+"""Swap search on a task's validation examples: while training, or on a finished run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.data.batches import shard_batches, spread_over
+from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.deepspeed.sharded_parameters import is_sharded
 from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.settings import TrainConfig
+from dist_moe.engine.training import Trainer
+from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.search import SwapReport, SwapSearch, SwapSearchConfig
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.task import Task
 
 
 class SwapScheduleConfig(SwapSearchConfig):
@@ -28,6 +32,16 @@ class SwapScheduleConfig(SwapSearchConfig):
         None, gt=0, description="no search after this epoch, but for the first one (null: until the end)"
     )
 
+    def check(self, train: TrainConfig, steps_per_epoch: int) -> None:
+        """Raise UserError if training ends before a search is due."""
+        first, steps = self.first_step(steps_per_epoch), train.total_steps(steps_per_epoch)
+        if first > steps:
+            raise UserError(
+                f"swap_search.every_epochs={self.every_epochs:g}: the first search would follow step {first} "
+                f"(an epoch has {steps_per_epoch}), but training ends after {steps}; give at most "
+                f"{steps / steps_per_epoch:.3g}"
+            )
+
     def due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether a search follows training step ``step`` (counted from 1)."""
         every = self.first_step(steps_per_epoch)
@@ -35,12 +49,33 @@ class SwapScheduleConfig(SwapSearchConfig):
         return step % every == 0 and step <= last
 
     def first_step(self, steps_per_epoch: int) -> int:
-        """The training step (counted from 1) that the first search follows, if no other search still goes on."""
+        """Return the training step (from 1) that the first search follows, if no other search still goes on."""
         return max(1, round(self.every_epochs * steps_per_epoch))
 
 
+class SwapSearchCallback(Callback):
+    """Searches by swaps at the steps of a schedule, but not while a permutation is being learnt."""
+
+    def __init__(self, task: Task, config: SwapScheduleConfig, weights: tuple[float, ...]) -> None:
+        self._task, self._config, self._weights = task, config, weights
+
+    def after_step(self, trainer: Trainer, step: int) -> None:
+        if trainer.model.learning or not self._config.due(step, trainer.steps_per_epoch):
+            return
+        ACTIVITY.enter("swap search")
+        environment = trainer.groups.environment
+        found = search_swaps(self._task, trainer.model, self._config, self._weights, environment)
+        before, after, swaps = found.losses[0], found.losses[-1], len(found.swaps)
+        metrics = {"loss_before": before, "loss_after": after, "swaps": swaps, "verified": found.verified}
+        trainer.monitor.metrics("swap_search", metrics, step)
+        trainer.monitor.say(
+            f"swap search after step {step}: loss {before:.4g} -> {after:.4g} by {swaps} swap(s), "
+            f"{found.screened} screened, {found.verified} verified"
+        )
+
+
 def search_swaps(
-    problem: Problem,
+    task: Task,
     model: MoEModel,
     config: SwapSearchConfig,
     weights: tuple[float, ...],
@@ -52,10 +87,10 @@ def search_swaps(
     shared out then makes no difference between tables, not even between nearly equal ones. (At ZeRO stage 3,
     where no rank holds the parameters, in their own precision.)
     """
-    examples = spread_over(len(problem.val), config.examples)
-    batch_size = min(config.batch_size, problem.eval_batch)
+    examples = spread_over(len(task.val), config.examples)
+    batch_size = min(config.batch_size, task.eval_batch)
     batches = [
-        problem.val.batch(examples[index_B], examples).to(environment.device)
+        task.val.batch(examples[index_B], examples).to(environment.device)
         for index_B in shard_batches(examples, batch_size, rank=environment.rank, world_size=environment.world_size)
     ]
 
@@ -63,7 +98,7 @@ def search_swaps(
         ACTIVITY.beat()
         precision = next(model.parameters()).dtype
         inputs = (x.to(precision) if x.is_floating_point() else x for x in batch.inputs)
-        return problem.weighted(problem.task_losses(model(*inputs), batch), weights)
+        return task.weighted(task.task_losses(model(*inputs), batch), weights)
 
     model.begin_evaluation()
     with in_double_precision(model):

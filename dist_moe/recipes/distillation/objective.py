@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.deepspeed.gradient_alignment import GradientAlignment
-from dist_moe.engine.loop import StepLoss
 from dist_moe.engine.monitor.step_window import Sums
+from dist_moe.engine.training import StepLoss, Trainer
 from dist_moe.recipes.distillation.teacher import Teacher
 from dist_moe.tasks.objective import WeightedObjective
 
@@ -19,10 +20,10 @@ Terms = Callable[[Any, Any, Any], dict[str, Tensor]]
 count of the whole step, as in :mod:`dist_moe.recipes.distillation.moebert`. Their names are recorded."""
 
 
-class DistillationObjective:
+class DistillationObjective(Callback):
     """``objective`` with the losses that ``terms`` makes of the student's output and the ``teacher``'s.
 
-    Takes the place of a :class:`~dist_moe.tasks.objective.WeightedObjective`. ``alignment``: what of the terms'
+    Takes the place of a :class:`~dist_moe.tasks.objective.WeightedObjective`. ``align``: what of the terms'
     gradient contradicts that of all other losses is taken out; the cosine of the two is recorded as ``teacher_cosine``.
     ``ask``: keyword arguments for both models beside the batch's inputs, such as ``{"hidden_states": True}``.
     """
@@ -32,14 +33,20 @@ class DistillationObjective:
         objective: WeightedObjective,
         teacher: Teacher,
         terms: Terms,
-        alignment: GradientAlignment | None = None,
         ask: Mapping[str, Any] | None = None,
+        *,
+        align: bool = False,
     ) -> None:
         self._objective = objective
         self._teacher = teacher
         self._terms = terms
-        self._alignment = alignment
+        self._align = align
+        self._alignment: GradientAlignment | None = None
         self._ask = dict(ask or {})
+
+    def on_start(self, trainer: Trainer) -> None:
+        if self._align:
+            self._alignment = GradientAlignment(trainer.engine)
 
     def __call__(self, model: nn.Module, batch: Any) -> StepLoss:
         taught = self._teacher(*batch.inputs, **self._ask)  # before the student's pass, whose activations are kept
@@ -57,7 +64,7 @@ class DistillationObjective:
         return StepLoss(loss, sums | {"teacher_cosine": self._cosine()})
 
     def _cosine(self) -> Tensor:
-        """This rank's part of it, in the micro-batch that ends the step: recorded numbers are added up."""
+        """Return this rank's part of the cosine, in the micro-batch that ends the step: recorded numbers add up."""
         assert self._alignment is not None
         ended = self._alignment.is_last
         return self._alignment.cosine / self._alignment.num_ranks if ended else torch.zeros_like(self._alignment.cosine)

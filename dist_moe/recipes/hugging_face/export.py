@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.data.labelled_text.tokens import PADDING_TOKENS, open_tokenizer, padding_of
 from dist_moe.errors import UserError
 from dist_moe.models import BertConfig, BertModel, MoEModel, Transformer, TransformerConfig
@@ -19,13 +18,12 @@ from dist_moe.models.hugging_face.decoder import write_decoder
 from dist_moe.models.hugging_face.decoder_config import CLASSES, Architecture
 from dist_moe.models.hugging_face.tokenizer_files import write_tokenizer
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.runs import find_weights
-from dist_moe.tasks.labelled_text.task import TextProblem
-from dist_moe.tasks.language.task import LanguageModelProblem
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks import build_model
+from dist_moe.tasks.labelled_text.task import LabelledTextTask
+from dist_moe.tasks.language.task import LanguageModelTask
+from dist_moe.tasks.task import Task
 
 SPECIAL_TOKENS = {
     "pad_token": PADDING_TOKENS,
@@ -60,18 +58,18 @@ def export_hugging_face(
     weights = find_weights(source)
     config = weights.config
     _check(config, architecture)
-    problem = open_problem(config, progress=True)
-    model = build_model(config, problem, SingleWorld())
+    task = config.data.open(progress=True)
+    model = build_model(config, task, SingleWorld())
     weights.load(model)
     if isinstance(model, Transformer):
-        written = _write_decoder(model, problem, config, directory, dtype, architecture)
+        written = _write_decoder(model, task, config, directory, dtype, architecture)
     else:
-        written = _write_bert(model, problem, config, directory, dtype)
+        written = _write_bert(model, task, config, directory, dtype)
     kept = (p.numel() for name, p in model.named_parameters() if not name.startswith(AUXILIARY))
     return HuggingFaceExport(directory, written, sum(kept))
 
 
-def _check(config: RunConfig, architecture: Architecture | None) -> None:
+def _check(config: SupervisedConfig, architecture: Architecture | None) -> None:
     if not isinstance(config.model, TransformerConfig | BertConfig):
         raise UserError(
             f"model.name={config.model.name} is none that transformers knows; a transformer, or a BERT, can be written"
@@ -84,38 +82,38 @@ def _check(config: RunConfig, architecture: Architecture | None) -> None:
 
 def _write_decoder(
     model: Transformer,
-    problem: Problem,
-    config: RunConfig,
+    task: Task,
+    config: SupervisedConfig,
     directory: Path,
     dtype: torch.dtype,
     architecture: Architecture | None,
 ) -> str:
-    assert isinstance(problem, LanguageModelProblem), "the configuration's checks know what fits"
+    assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
     written = write_decoder(
         model,
         directory,
         architecture=architecture,
         dtype=dtype,
-        positions=problem.tokens_per_example,
-        total_steps=_total_steps(problem, config),
-        tokenizer=problem.tokenizer,
-        end_of_text=problem.end_of_text,
+        positions=task.tokens_per_example,
+        total_steps=_total_steps(task, config),
+        tokenizer=task.tokenizer,
+        end_of_text=task.end_of_text,
         imports=config.imports,
     )
     return CLASSES[written]
 
 
-def _write_bert(model: MoEModel, problem: Problem, config: RunConfig, directory: Path, dtype: torch.dtype) -> str:
-    data, section = config.data, config.model
-    assert isinstance(data, LabelledTextConfig | QuestionsConfig)
-    assert isinstance(problem, TextProblem)
+def _write_bert(model: MoEModel, task: Task, config: SupervisedConfig, directory: Path, dtype: torch.dtype) -> str:
+    data: Any = config.data
+    section = config.model
+    assert isinstance(task, LabelledTextTask)
     assert isinstance(model, BertModel)
     assert isinstance(section, BertConfig)
-    tokenizer = open_tokenizer(data.tokenizer or problem.encoder.tokenizer, data.max_length)
+    tokenizer = open_tokenizer(data.tokenizer or task.encoder.tokenizer, data.max_length)
     tokenizer.no_truncation()  # whoever uses it says whether texts are cut
-    said: dict[str, Any] = {"labels": problem.classes, "dtype": dtype, "padding": padding_of(tokenizer)}
+    said: dict[str, Any] = {"labels": task.classes, "dtype": dtype, "padding": padding_of(tokenizer)}
     if model.moe_layers:
-        steps = _total_steps(problem, config)
+        steps = _total_steps(task, config)
         written = write_with_experts(model, section, directory, **said, total_steps=steps, imports=config.imports)
     else:
         written = write_hugging_face(model, directory, **said)
@@ -128,5 +126,5 @@ def _first_known(tokenizer: Tokenizer, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if tokenizer.token_to_id(name) is not None), None)
 
 
-def _total_steps(problem: Problem, config: RunConfig) -> int:
-    return config.train.total_steps(len(problem.train) // config.train.batch_size)
+def _total_steps(task: Task, config: SupervisedConfig) -> int:
+    return config.train.total_steps(len(task.train) // config.train.batch_size)

@@ -26,10 +26,10 @@ from dist_moe.models.hugging_face.decoder_config import CLASSES
 from dist_moe.models.hugging_face.tokenizer_files import TOKENIZER
 from dist_moe.models.placed_weights import ROUTERS, place_weights
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import RunConfig, override, validate_config
-from dist_moe.tasks.language.task import LanguageModelProblem
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.open import open_problem
+from dist_moe.recipes.recipe import set_fields, validate_config
+from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.tasks import build_model
+from dist_moe.tasks.language.task import LanguageModelTask
 
 _SIZES = TransformerConfig.model_fields.keys() - OF_MIXTURES - {"name"}
 
@@ -40,7 +40,7 @@ def import_hugging_face(
     config_path: Path,
     conversion: DecoderConversionConfig,
     overrides: Sequence[str] = (),
-) -> tuple[Path, RunConfig]:
+) -> tuple[Path, SupervisedConfig]:
     """``dist-moe import DIR RUN_DIR --config CONFIG``: step 0 of a run that has yet to train. Its checkpoint.
 
     The sizes of the model are those of the checkpoint, whatever CONFIG says. A dense checkpoint is up-cycled where
@@ -50,14 +50,14 @@ def import_hugging_face(
     run.check_unused("RUN_DIR")
     assignments = dict(parse_override(text) for text in overrides)
     content = read_yaml(config_path)
-    override(content, assignments)
+    set_fields(content, overrides)
     validate_config(content)  # and its modules are imported: a gate in the directory may be one of theirs
     checkpoint = read_decoder(source)
     config = validate_config(_fitted(content, assignments, checkpoint, conversion))
     assert isinstance(config.model, TransformerConfig)
     config.check(config.parallel.expert_parallel_size)  # the least number of ranks
-    problem, model = _open(config)
-    _check_tokens(source, checkpoint, problem)
+    task, model = _open(config)
+    _check_tokens(source, checkpoint, task)
     _fill(model, checkpoint, conversion)
     run.create()
     written = first_checkpoint(model, checkpoints_of(run_dir), f"{source.name} ({CLASSES[checkpoint.architecture]})")
@@ -65,13 +65,13 @@ def import_hugging_face(
     return written, config
 
 
-def _open(config: RunConfig) -> tuple[LanguageModelProblem, Transformer]:
+def _open(config: SupervisedConfig) -> tuple[LanguageModelTask, Transformer]:
     """The data and the whole model, in this process."""
-    problem = open_problem(config, progress=True)
-    assert isinstance(problem, LanguageModelProblem), "the configuration's checks know what fits"
-    model = build_model(config, problem, SingleWorld())
+    task = config.data.open(progress=True)
+    assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
+    model = build_model(config, task, SingleWorld())
     assert isinstance(model, Transformer)
-    return problem, model
+    return task, model
 
 
 def _fitted(
@@ -95,9 +95,9 @@ def _fitted(
     return content | {"model": given}
 
 
-def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, problem: LanguageModelProblem) -> None:
+def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, task: LanguageModelTask) -> None:
     """The data's tokens must be those of the checkpoint: as many, and where it has a tokenizer, the same."""
-    size, path = problem.vocab_size, source / TOKENIZER
+    size, path = task.vocab_size, source / TOKENIZER
     tokens = _tokens_of(path) if path.is_file() else None
     if tokens is not None and max(tokens.values()) >= checkpoint.vocab_size:
         raise UserError(
@@ -109,7 +109,7 @@ def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, problem: Language
             f"{source} has a vocabulary of {checkpoint.vocab_size} tokens, the data one of {size}; use data.tokenizer="
             f"{source}, or the data and data.vocab_size with which the checkpoint was trained"
         )
-    if tokens is not None and tokens != problem.tokenizer.get_vocab():
+    if tokens is not None and tokens != task.tokenizer.get_vocab():
         raise UserError(
             f"{path} is not the tokenizer of the data; use data.tokenizer={source}, or the data of the checkpoint"
         )

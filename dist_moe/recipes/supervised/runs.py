@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,10 @@ from dist_moe.engine.checkpoint.reshard import reshard_checkpoint
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.errors import UserError
-from dist_moe.recipes.supervised.config import RunConfig, load_config, override, validate_config
+from dist_moe.models import models_of_kind
+from dist_moe.parallel import SingleWorld, World
+from dist_moe.recipes.recipe import load_config, set_fields, validate_config
+from dist_moe.tasks.task import Task, run_shape
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Weights:
     """Intact weights with the configuration of their model. ``path``: the checkpoint or the exported file."""
 
     path: Path
-    config: RunConfig
+    config: Any
     load: Callable[[nn.Module], object]
 
 
@@ -61,6 +65,27 @@ def find_weights(path: Path) -> Weights:
     return Weights(found, config, lambda model: load_model(model, found))
 
 
+def trained_model(run: Path, task: Task, world: World, device: torch.device | None = None) -> Any:
+    """Return the model of a finished run for ``task``, fp32, with this rank's experts. Needs no process group.
+
+    Raises UserError if the run is not intact, or if its model is of another name than the task's.
+    """
+    weights = find_weights(run)
+    settings = weights.config.model
+    if settings.kind != task.kind:
+        wanted = models_of_kind(task.kind)
+        raise UserError(f"{run} is a run of model.name={settings.name}, not of {wanted}; name one of {wanted}")
+    with device or torch.device("cpu"):
+        model = task.build_model(settings, run_shape(weights.config, task, world))
+    weights.load(model)
+    return model
+
+
+def rehearsed_model(run: Path, task: Task) -> Any:
+    """Return the whole model of a finished run without storage: its weights are there and fit. Raises UserError."""
+    return trained_model(run, task, SingleWorld(), torch.device("meta"))
+
+
 def export_weights(source: Path, target: Path, dtype: torch.dtype) -> Exported:
     """``dist-moe export``: the weights of a run or checkpoint as one file. Raises UserError."""
     if source.is_file():
@@ -77,7 +102,7 @@ def import_weights(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -
     run = RunDirectory(run_dir)
     run.check_unused("RUN_DIR")
     content = read_exported(source).configuration
-    override(content, dict(parse_override(text) for text in overrides))
+    set_fields(content, overrides)
     config = validate_config(content)
     config.check(config.parallel.expert_parallel_size)  # the least number of ranks
     run.create()
@@ -109,3 +134,26 @@ def _run_and_checkpoint(path: Path) -> tuple[RunDirectory | None, Path | None]:
         return run, None
     run = RunDirectory(path.resolve().parent.parent)
     return (run if run.config.is_file() else None), path
+
+
+_GATE = "model.gate."
+
+
+def for_evaluation(config: Any, overrides: Sequence[str]) -> Any:
+    """Return ``config`` with ``model.gate.FIELD=VALUE`` overrides of options on which no weight depends.
+
+    They are the gate's ``evaluation_fields``. Raises UserError for any other field, and for a wrong value.
+    """
+    if not overrides:
+        return config
+    gate = config.model.gate
+    for key, value in dict(parse_override(text) for text in overrides).items():
+        if key.removeprefix(_GATE) not in gate.evaluation_fields or not key.startswith(_GATE):
+            allowed = ", ".join(_GATE + field for field in gate.evaluation_fields) or "none of this gate"
+            raise UserError(f"{key}={value}: the weights belong to what they were trained with; allowed: {allowed}")
+    content = config.plain()
+    set_fields(content, overrides)
+    changed = validate_config(content)
+    for fault in changed.model.gate.validation_errors(changed.model.num_experts):
+        raise UserError(f"{_GATE}{fault}")
+    return changed

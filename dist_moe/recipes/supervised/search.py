@@ -12,7 +12,7 @@ from dist_moe.engine.collectives import wait_for_all
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.recipes.callbacks.swap_search import search_swaps
-from dist_moe.recipes.supervised.train import TrainedRun, trained_run
+from dist_moe.recipes.supervised.evaluate import TrainedRun, trained_run
 from dist_moe.search import SwapSearchConfig
 from dist_moe.tasks.evaluation import evaluate
 
@@ -29,18 +29,18 @@ def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[st
     """
     environment = LaunchEnvironment.read()
     found = RunDirectory(output)
-    if environment.is_first:
+    if environment.is_rank_zero:
         found.check_unused("--output")
     with trained_run(run_dir) as run:
-        if environment.is_first:
+        if environment.is_rank_zero:
             found.create()
         run.model.end_learning()
         before = _figures(run)
-        swaps = search_swaps(run.problem, run.model, config, run.config.task_weights, environment)
+        swaps = search_swaps(run.task, run.model, config, run.config.target_weights, environment)
         after = _figures(run)
         report = {
             "checkpoint": run.checkpoint.name,
-            "search": config.model_dump() | {"examples": min(config.examples, len(run.problem.val))},
+            "search": config.model_dump() | {"examples": min(config.examples, len(run.task.val))},
             "losses": swaps.losses,
             "swaps": [{"layer": swap.layer, "row": swap.row, "slots": swap.slots} for swap in swaps.swaps],
             "screened": swaps.screened,
@@ -49,14 +49,14 @@ def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[st
             "test_before": before,
             "test_after": after,
         }
-        if environment.is_first:
+        if environment.is_rank_zero:
             _write(run, run_dir, found, report)
         wait_for_all()
     return report
 
 
 def _figures(run: TrainedRun) -> dict[str, Any]:
-    return evaluate(run.problem, run.model, run.problem.test, run.config.task_weights, run.groups)
+    return evaluate(run.task, run.model, run.task.test, run.config.target_weights, run.groups)
 
 
 def _write(run: TrainedRun, run_dir: Path, found: RunDirectory, report: dict[str, Any]) -> None:

@@ -20,20 +20,20 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dist_moe.data.batches import ShuffledFeed, shard_batches
+from dist_moe.engine.callbacks import EarlyStopping
 from dist_moe.engine.deepspeed.config import is_adam, lookup
-from dist_moe.engine.early_stopping import EarlyStopping
 from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.loop import seed_step
+from dist_moe.engine.training import seed_step
 from dist_moe.layer import DenseReplay
 from dist_moe.models import ModelOutput
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.callbacks.swap_search import search_swaps
-from dist_moe.recipes.supervised.config import RunConfig
+from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps.stacked.parameters import AdamSettings, StackedParameters
 from dist_moe.sweeps.stacked.permutations import LAYER, StackedPermutations
+from dist_moe.tasks import build_model
 from dist_moe.tasks.evaluation import expert_figures
-from dist_moe.tasks.models import build_model
-from dist_moe.tasks.task import Problem
+from dist_moe.tasks.task import Task
 
 VARYING = (
     "deepspeed.optimizer.params.lr",
@@ -52,7 +52,7 @@ Report = Callable[[int, int, float], bool]
 Figures = dict[str, float]
 
 
-def stack_key(config: RunConfig) -> str:
+def stack_key(config: SupervisedConfig) -> str:
     """Equal for configurations that can be trained in one stack."""
     content = config.plain()
     for dotted in VARYING:
@@ -65,7 +65,7 @@ def stack_key(config: RunConfig) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-def stack_fault(config: RunConfig) -> str | None:
+def stack_fault(config: SupervisedConfig) -> str | None:
     """Why this configuration cannot be trained in a stack; None if it can."""
     section, gate = config.deepspeed, config.model.gate
     if not config.model.one_layer:
@@ -86,31 +86,33 @@ def stack_fault(config: RunConfig) -> str | None:
 
 
 def train_stack(
-    problem: Problem, configs: Sequence[RunConfig], report: Report
+    task: Task, configs: Sequence[SupervisedConfig], report: Report
 ) -> list[tuple[Figures, Figures, int] | None]:
     """(validation figures, test figures, steps) of each configuration; None where ``report`` asked to stop.
 
     ``report(i, step, loss)`` is called after each validation of trial i. The configurations have one
     ``stack_key``, and no ``stack_fault``.
     """
-    return _StackedTraining(problem, configs, LaunchEnvironment.read()).run(report)
+    return _StackedTraining(task, configs, LaunchEnvironment.read()).run(report)
 
 
 class _StackedTraining:
-    def __init__(self, problem: Problem, configs: Sequence[RunConfig], environment: LaunchEnvironment) -> None:
-        self._problem = problem
+    def __init__(self, task: Task, configs: Sequence[SupervisedConfig], environment: LaunchEnvironment) -> None:
+        self._task = task
         self._configs = list(configs)
         self._environment = environment
         self._train = configs[0].train
-        self._weights = configs[0].task_weights
-        self._feed = ShuffledFeed(problem.train, self._train.batch_size, configs[0].seed, device=environment.device)
-        models = [build_model(config, problem, SingleWorld()) for config in configs]
+        self._weights = configs[0].target_weights
+        self._feed = ShuffledFeed(task.train, self._train.batch_size, configs[0].seed, device=environment.device)
+        models = [build_model(config, task, SingleWorld()) for config in configs]
         self._model = models[0].to(environment.device)
         self._layer = self._model.moe_layers[LAYER]
         self._stack = StackedParameters(models, environment.device)
         self._permutations = StackedPermutations([model.tables[LAYER] for model in models], self._stack)
         self._trials = list(range(len(configs)))
-        self._progress = [EarlyStopping(self._train.patience) for _ in configs]
+        self._progress = [
+            EarlyStopping(math.inf if self._train.patience is None else self._train.patience) for _ in configs
+        ]
         self._kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._val: dict[int, Figures] = {}
         self._steps: dict[int, int] = {}
@@ -141,7 +143,7 @@ class _StackedTraining:
         (batch,) = self._feed.micro_batches(step)
 
         def loss(output: ModelOutput, _: Tensor) -> Tensor:
-            task = self._problem.weighted(self._problem.task_losses(output, batch), self._weights)
+            task = self._task.weighted(self._task.task_losses(output, batch), self._weights)
             return torch.stack([task, *output.aux.values()]).sum()
 
         losses = self._over_trials(loss, matrices, batch).sum()
@@ -176,11 +178,11 @@ class _StackedTraining:
     def _validate(self, step: int, last: bool, report: Report) -> set[int]:
         """Validate all trials, and let those that have finished leave the stack; the pruned ones."""
         self._permutations.begin_evaluation(step)
-        figures = self._evaluate(self._problem.val)
+        figures = self._evaluate(self._task.val)
         staying, pruned = [], set()
         for place, trial in enumerate(self._trials):
             loss, progress = figures[place]["loss"], self._progress[trial]
-            if progress.add(step, loss) or progress.patience is None or trial not in self._kept:
+            if progress.is_better(loss) or self._train.patience is None or trial not in self._kept:
                 self._kept[trial] = self._stack.state_of(place)
                 self._val[trial] = figures[place]
             self._steps[trial] = step
@@ -201,7 +203,7 @@ class _StackedTraining:
         columns, loads = [], []
 
         def observe(output: ModelOutput, weight_GTE: Tensor) -> tuple[Tensor, Tensor]:
-            return self._problem.observe(output, batch), (weight_GTE > 0).sum(1)
+            return self._task.observe(output, batch), (weight_GTE > 0).sum(1)
 
         for index_B in shard_batches(part, _EVAL_BATCH, rank=0, world_size=1):
             batch = part.batch(index_B, index_B).to(self._environment.device)
@@ -211,7 +213,7 @@ class _StackedTraining:
         of_trials, load = torch.cat(columns, dim=-1).cpu().numpy(), torch.stack(loads).sum(0)
         found = []
         for trial_columns, load_GE in zip(of_trials, load, strict=True):
-            figures = self._problem.figures(trial_columns, part, self._weights)
+            figures = self._task.figures(trial_columns, part, self._weights)
             experts = expert_figures(load_GE.unsqueeze(0), len(part))
             found.append(figures | {name: float(x) for name, x in experts.items() if not isinstance(x, list)})
         return found
@@ -222,7 +224,7 @@ class _StackedTraining:
         for kind, tensors in enumerate((self._stack.values, self._stack.buffers)):
             for name in tensors:
                 tensors[name] = torch.stack([self._kept[trial][kind][name] for trial in self._trials])
-        return self._evaluate(self._problem.test)
+        return self._evaluate(self._task.test)
 
     def _search_swaps(self, step: int) -> None:
         for place, trial in enumerate(self._trials):
@@ -234,7 +236,7 @@ class _StackedTraining:
             self._stack.write(self._model, place)
             gate = self._configs[trial].model.gate
             _set_on_gates(self._layer.gates, {n: getattr(gate, n) for n in _GATE_NUMBERS if hasattr(gate, n)})
-            search_swaps(self._problem, self._model, search, self._weights, self._environment)
+            search_swaps(self._task, self._model, search, self._weights, self._environment)
             self._stack.buffers[f"{LAYER}.permutation.table"][place] = self._model.tables[LAYER].table
 
     def _say(self, step: int, losses: list[float], staying: int) -> None:
@@ -253,7 +255,7 @@ def _set_on_gates(gates: torch.nn.Module, numbers: dict[str, Any]) -> None:
             setattr(gate, name, value)
 
 
-def _adam_settings(config: RunConfig) -> AdamSettings:
+def _adam_settings(config: SupervisedConfig) -> AdamSettings:
     optimizer = config.deepspeed["optimizer"]
     params = optimizer.get("params") or {}
     first, second = params.get("betas", (0.9, 0.999))

@@ -1,0 +1,21 @@
+"""Images: which two images were added to one another? On MultiMNIST and MultiFashionMNIST."""
+
+from typing import ClassVar
+
+from dist_moe.data.two_images import TwoImagesConfig, prepare_two_images
+from dist_moe.tasks.images.task import TARGETS, TwoImagesTask
+from dist_moe.tasks.settings import TaskSettings
+
+
+class TwoImagesSettings(TwoImagesConfig, TaskSettings):
+    """MultiMNIST or MultiFashionMNIST, with the class of each of the two images as targets."""
+
+    kind: ClassVar[str] = "two_images"
+    default_model: ClassVar[str] = "two_image_classifier"
+    targets: ClassVar[tuple[str, ...]] = TARGETS
+
+    def open(self, *, progress: bool) -> TwoImagesTask:
+        return TwoImagesTask(prepare_two_images(self, progress=progress))
+
+
+__all__ = ["TwoImagesSettings", "TwoImagesTask"]

@@ -1,4 +1,4 @@
-"""MultiMNIST and MultiFashionMNIST as a problem: which two images were added to one another?"""
+"""MultiMNIST and MultiFashionMNIST as a task: which two images were added to one another?"""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from torch import Tensor
 
 from dist_moe.data.batches import shard_batches
 from dist_moe.data.two_images import FRAME_SIDE, ImageBatch, ImagePairs, TwoImages
-from dist_moe.models import ModelOutput, RunShape, TwoImageClassifier, TwoImageClassifierConfig
-from dist_moe.models.two_image_classifier import NUM_IDS, TASKS, pixel_ids
-from dist_moe.tasks.task import Columns, Figures, Problem, at_least_fp32
+from dist_moe.models import ModelOutput
+from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
+from dist_moe.tasks.task import Columns, Figures, Task, at_least_fp32
 
 NUM_CLASSES = 10
+TARGETS = ("top_left", "bottom_right")
 
 
-class TwoImagesProblem(Problem):
+class TwoImagesTask(Task):
     """One cross-entropy per image; gates that route by identity see a hash of the pixels."""
+
+    kind = "two_images"
 
     def __init__(self, data: TwoImages) -> None:
         self.train, self.val, self.test = data.train, data.val, data.test
         self._train_labels_NG = data.train.labels_NG
         self.manifest: dict[str, Any] = data.manifest
 
-    def build_model(self, model: TwoImageClassifierConfig, run: RunShape) -> TwoImageClassifier:
-        return model.build(FRAME_SIDE, NUM_CLASSES, run)
+    def model_inputs(self) -> dict[str, Any]:
+        return {"side": FRAME_SIDE, "num_classes": NUM_CLASSES, "num_targets": len(TARGETS)}
 
     def id_counts(self) -> Tensor:
         return self._pixel_id_counts
@@ -41,14 +44,14 @@ class TwoImagesProblem(Problem):
         return counts
 
     def task_losses(self, output: ModelOutput, batch: ImageBatch) -> dict[str, Tensor]:
-        """``ce_TASK``: cross-entropy of each image's class, a sum over the step's number of examples."""
+        """``ce_TARGET``: cross-entropy of each image's class, a sum over the step's number of examples."""
         return {
-            f"ce_{task}": F.cross_entropy(at_least_fp32(logit_BC), label_B, reduction="sum") / batch.examples_in_step
-            for task, logit_BC, label_B in zip(TASKS, output.predictions, batch.label_BG.unbind(1), strict=True)
+            f"ce_{target}": F.cross_entropy(at_least_fp32(logit_BC), label_B, reduction="sum") / batch.examples_in_step
+            for target, logit_BC, label_B in zip(TARGETS, output.predictions, batch.label_BG.unbind(1), strict=True)
         }
 
     def observe(self, output: ModelOutput, batch: ImageBatch) -> Tensor:
-        """Rows: cross-entropy of each task, then whether each task's class is right."""
+        """Rows: cross-entropy of each target, then whether each target's class is right."""
         pairs = list(zip(output.predictions, batch.label_BG.unbind(1), strict=True))
         surprise = [F.cross_entropy(logit_BC.double(), label_B, reduction="none") for logit_BC, label_B in pairs]
         right = [(logit_BC.argmax(1) == label_B).double() for logit_BC, label_B in pairs]
@@ -56,10 +59,10 @@ class TwoImagesProblem(Problem):
 
     def figures(self, columns: Columns, part: ImagePairs, weights: tuple[float, ...]) -> Figures:
         means = columns.mean(axis=1)
-        ce, accuracy = means[: len(TASKS)], means[len(TASKS) :]
+        ce, accuracy = means[: len(TARGETS)], means[len(TARGETS) :]
         return (
-            {f"accuracy_{task}": float(a) for task, a in zip(TASKS, accuracy, strict=True)}
-            | {f"ce_{task}": float(c) for task, c in zip(TASKS, ce, strict=True)}
+            {f"accuracy_{target}": float(a) for target, a in zip(TARGETS, accuracy, strict=True)}
+            | {f"ce_{target}": float(c) for target, c in zip(TARGETS, ce, strict=True)}
             | {"accuracy": float(accuracy.mean()), "loss": float(np.dot(weights, ce))}
         )
 

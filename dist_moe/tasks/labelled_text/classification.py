@@ -1,4 +1,4 @@
-"""Labelled texts as a problem: the class of a text or of a pair of texts, or a number about it."""
+"""Labelled texts as a task: the class of a text or of a pair of texts, or a number about it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_moe.data.labelled_text import LabelledBatch, LabelledTable, LabelledText
-from dist_moe.errors import UserError
-from dist_moe.models import BertClassifier, BertClassifierConfig, ModelOutput, RunShape
-from dist_moe.recipes.supervised.start.bert import Encoder
-from dist_moe.recipes.supervised.start.bert_config import TextStartConfig
+from dist_moe.models import ModelOutput
 from dist_moe.tasks.labelled_text.classification_metrics import METRICS
-from dist_moe.tasks.labelled_text.task import TextProblem
+from dist_moe.tasks.labelled_text.encoder import Encoder
+from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from dist_moe.tasks.task import Columns, Figures
 
 CROSS_ENTROPY, SQUARED_ERROR = "ce", "mse"
 
 
-class TextClassificationProblem(TextProblem):
+class TextClassificationTask(LabelledTextTask):
     """Cross-entropy of classes, or squared error of numbers."""
 
-    settings = BertClassifierConfig
+    kind = "text_classification"
 
-    def __init__(self, data: LabelledText, encoder: Encoder, start: TextStartConfig) -> None:
-        super().__init__(data, encoder, start)
+    def __init__(self, data: LabelledText, encoder: Encoder) -> None:
+        super().__init__(data, encoder)
         self._task = data.task
         self.classes = data.task.classes
 
@@ -46,16 +44,8 @@ class TextClassificationProblem(TextProblem):
     def loss_name(self) -> str:
         return SQUARED_ERROR if self.is_regression else CROSS_ENTROPY
 
-    def check_run(self, config: Any) -> None:
-        if self.is_regression and config.model.auxiliary_head is not None:
-            raise UserError(
-                f"model.auxiliary_head={config.model.auxiliary_head} follows the logits of classes, and "
-                f"data.name={config.data.name} has a number to predict; use distillation.name=moebert"
-            )
-        super().check_run(config)
-
-    def build_model(self, model: BertClassifierConfig, run: RunShape) -> BertClassifier:
-        return model.build(self.encoder.shape, self.num_outputs, run)
+    def model_inputs(self) -> dict[str, Any]:
+        return {"shape": self.encoder.shape, "num_labels": self.num_outputs}
 
     def losses(self, predictions: tuple[Tensor, ...], label_B: Tensor) -> Tensor:
         """Cross-entropy of class numbers, squared error of numbers."""
@@ -84,7 +74,7 @@ class TextClassificationProblem(TextProblem):
 
 
 def _mean(train_N: NDArray[Any], target_N: NDArray[Any]) -> Columns:
-    """Columns as `TextClassificationProblem.observe` gives them, of who always says the training mean."""
+    """Columns as `TextClassificationTask.observe` gives them, of who always says the training mean."""
     mean = train_N.astype(np.float64).mean()
     return np.stack([(target_N - mean) ** 2, np.full(len(target_N), mean)])
 

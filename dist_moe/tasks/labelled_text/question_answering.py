@@ -1,36 +1,38 @@
-"""Questions as a problem whose answers are pieces of a text: SQuAD v2."""
+"""Questions as a task whose answers are pieces of a text: SQuAD v2."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dist_moe.data.labelled_text import AnswerTable, LabelledBatch, Questions
-from dist_moe.models import BertAnswerer, BertAnswererConfig, ModelOutput, RunShape
-from dist_moe.recipes.supervised.start.bert import Encoder
-from dist_moe.recipes.supervised.start.bert_config import TextStartConfig
+from dist_moe.models import ModelOutput
 from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
 from dist_moe.tasks.labelled_text.answer_spans import NO_WINDOW, answering_windows, best_spans, span_losses
-from dist_moe.tasks.labelled_text.task import TextProblem
+from dist_moe.tasks.labelled_text.encoder import Encoder
+from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from dist_moe.tasks.task import Columns, Figures
 
 
-class QuestionAnsweringProblem(TextProblem):
+class QuestionAnsweringTask(LabelledTextTask):
     """Cross-entropies of the first and the last token of the answer; [CLS] is both where there is none.
 
     ``longest_answer``: tokens that a predicted answer may have.
     """
 
-    settings = BertAnswererConfig
+    kind = "question_answering"
+
     loss_name = "ce"
 
-    def __init__(self, data: Questions, encoder: Encoder, start: TextStartConfig, longest_answer: int) -> None:
-        super().__init__(data, encoder, start)
+    def __init__(self, data: Questions, encoder: Encoder, longest_answer: int) -> None:
+        super().__init__(data, encoder)
         self._longest = longest_answer
 
-    def build_model(self, model: BertAnswererConfig, run: RunShape) -> BertAnswerer:
-        return model.build(self.encoder.shape, run)
+    def model_inputs(self) -> dict[str, Any]:
+        return {"shape": self.encoder.shape}
 
     def losses(self, predictions: tuple[Tensor, ...], label_B: Tensor) -> Tensor:
         """See :func:`span_losses`."""

@@ -1,4 +1,4 @@
-"""Text as a problem: which token comes next?
+"""Text as a task: which token comes next?
 
 The loss is the cross-entropy of every token in nats. Models with other tokens are compared by bits per byte:
 all nats of a text, over ln 2, over the bytes of UTF-8 that its tokens stand for.
@@ -18,11 +18,9 @@ from torch import Tensor
 
 from dist_moe.data.batches import shard_batches
 from dist_moe.data.text import Text, TokenBatch, TokenTable
-from dist_moe.models import ModelOutput, RunShape, Transformer, TransformerConfig
-from dist_moe.recipes.supervised.start.decoder import check_decoder_start, fill_from_run
-from dist_moe.recipes.supervised.start.decoder_config import DecoderStartConfig
+from dist_moe.models import ModelOutput, Transformer
 from dist_moe.tasks.language.samples import sample_text
-from dist_moe.tasks.task import Columns, Figures, Problem, at_least_fp32
+from dist_moe.tasks.task import Columns, Figures, Task, at_least_fp32
 
 EVAL_TOKENS = 4096
 """Evaluated at once on a rank: their logits are V numbers each."""
@@ -31,10 +29,12 @@ _BASELINE_BATCH = 1024
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
-class LanguageModelProblem(Problem):
+class LanguageModelTask(Task):
     """One task on sequences of tokens; gates that route by identity see the token."""
 
-    def __init__(self, data: Text, start: DecoderStartConfig | None = None) -> None:
+    kind = "language"
+
+    def __init__(self, data: Text) -> None:
         self.train, self.val, self.test = data.train, data.val, data.test
         self.manifest: dict[str, Any] = data.manifest
         self.tokens_per_example = data.train.sequence_length
@@ -42,21 +42,10 @@ class LanguageModelProblem(Problem):
         self.vocab_size = data.vocab_size
         self.tokenizer = data.tokenizer
         self.end_of_text = data.end_of_text
-        self._data = data
-        self._start = start
+        self.data = data
 
-    def build_model(self, model: TransformerConfig, run: RunShape) -> Transformer:
-        return model.build(self._data.vocab_size, run)
-
-    def check_new_run(self, config: Any) -> None:
-        """The run that it starts from is there, and fits. Raises `UserError`."""
-        if self._start is not None:
-            check_decoder_start(self._start, config.model, self._data)
-
-    def first_weights(self, model: Transformer, settings: TransformerConfig) -> None:
-        """Those of the run that the configuration names, if it names one."""
-        if self._start is not None:
-            fill_from_run(model, self._start, self.id_counts())
+    def model_inputs(self) -> dict[str, Any]:
+        return {"vocab_size": self.vocab_size}
 
     def costs(self, model: Transformer, figures: Mapping[str, Any]) -> dict[str, Any]:
         """``parameters``, ``active_parameters`` and FLOPs of the forward pass, at the measured experts per token."""
@@ -68,7 +57,7 @@ class LanguageModelProblem(Problem):
         }
 
     def id_counts(self) -> Tensor:
-        return torch.tensor(self._data.token_counts_V, dtype=torch.int64)
+        return torch.tensor(self.data.token_counts_V, dtype=torch.int64)
 
     def task_losses(self, output: ModelOutput, batch: TokenBatch) -> dict[str, Tensor]:
         """``ce``: nats of all tokens over the number of tokens in the step."""
@@ -84,7 +73,7 @@ class LanguageModelProblem(Problem):
         ce = float(nats_N.sum()) / (len(part) * self.tokens_per_example)
         figures = {"loss": weights[0] * ce, "perplexity": _perplexity(ce), "bits_per_byte": _bits(nats_N, bytes_N)}
         domain_N = np.asarray(part.domain_N)
-        for number, name in enumerate(self._data.domains):
+        for number, name in enumerate(self.data.domains):
             mine_N = domain_N == number
             if mine_N.any():
                 figures[f"bits_per_byte_{name}"] = _bits(nats_N[mine_N], bytes_N[mine_N])
@@ -92,7 +81,7 @@ class LanguageModelProblem(Problem):
 
     def baselines(self, part: TokenTable, weights: tuple[float, ...]) -> dict[str, Figures]:
         """``unigram``: every token's share of the training tokens, each counted once more than it occurs."""
-        count_V = np.asarray(self._data.token_counts_V, dtype=np.float64) + 1
+        count_V = np.asarray(self.data.token_counts_V, dtype=np.float64) + 1
         nats_V = np.log(count_V.sum()) - np.log(count_V)
         columns = []
         for index_B in shard_batches(part, _BASELINE_BATCH, rank=0, world_size=1):
@@ -100,9 +89,9 @@ class LanguageModelProblem(Problem):
             columns.append(np.stack([nats_V[batch.target_BS.numpy()].sum(axis=1), batch.bytes_B.numpy()]))
         return {"unigram": self.figures(np.concatenate(columns, axis=1), part, weights)}
 
-    def closing_words(self, model: Transformer) -> str:
-        """How the model goes on from the beginnings of some validation sequences."""
-        return sample_text(model, self._data)
+    def final_report(self, model: Transformer) -> str:
+        """Return how the model goes on from the beginnings of some validation sequences."""
+        return sample_text(model, self.data)
 
 
 def _nats(output: ModelOutput, batch: TokenBatch) -> Tensor:

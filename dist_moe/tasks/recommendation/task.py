@@ -1,4 +1,4 @@
-"""MovieLens as a problem: was the item watched (cross-entropy), and how was it rated (squared error)?"""
+"""MovieLens as a task: was the item watched (cross-entropy), and how was it rated (squared error)?"""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_moe.data.movielens import MovieLens, PairBatch, PairTable
-from dist_moe.models import ModelOutput, RecommenderConfig, RunShape
-from dist_moe.models.recommender import Recommender
+from dist_moe.models import ModelOutput
 from dist_moe.tasks.recommendation.baselines import baseline_figures
 from dist_moe.tasks.recommendation.metrics import two_task_figures
-from dist_moe.tasks.task import Columns, Figures, Problem, at_least_fp32
+from dist_moe.tasks.task import Columns, Figures, Task, at_least_fp32
+
+TARGETS = ("watched", "rating")
 
 
-class RecommenderProblem(Problem):
+class RecommendationTask(Task):
     """Two tasks on (user, item) pairs; gates that route by identity see the user."""
+
+    kind = "recommendation"
 
     def __init__(self, data: MovieLens) -> None:
         self.train, self.val, self.test = data.train, data.val, data.test
         self.manifest: dict[str, Any] = data.manifest
         self._data = data
 
-    def build_model(self, model: RecommenderConfig, run: RunShape) -> Recommender:
-        return model.build(self._data.num_users, self._data.num_items, run)
+    def model_inputs(self) -> dict[str, Any]:
+        return {"num_users": self._data.num_users, "num_items": self._data.num_items, "num_targets": len(TARGETS)}
 
     def id_counts(self) -> Tensor:
         return torch.from_numpy(np.bincount(self._data.train.user_N, minlength=self._data.num_users))

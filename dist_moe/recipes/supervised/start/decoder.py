@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dist_moe.data.text import Text, TextConfig, prepare_text
+from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
 from dist_moe.gates import GateContext
 from dist_moe.models import RunShape, Transformer, TransformerConfig
+from dist_moe.models.conversion import DecoderConversionConfig
 from dist_moe.models.conversion.decoder import conversion_faults, convert_decoder
 from dist_moe.models.placed_weights import ROUTERS, place_weights
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.config import RunConfig
 from dist_moe.recipes.supervised.runs import find_weights
-from dist_moe.recipes.supervised.start.decoder_config import DecoderStartConfig
+from dist_moe.recipes.supervised.start.settings import StartSettings
+from dist_moe.tasks import Task
+from dist_moe.tasks.language import LanguageModelTask
 
 _MAY_DIFFER = {"activation_checkpointing"}
 _SPLIT = ("seed", "held_out", "characters_per_domain")
 """What decides in which part a document is."""
 
 
-def check_decoder_start(start: DecoderStartConfig, model: TransformerConfig, data: Text) -> None:
+class DecoderStart(StartSettings):
+    """The weights of a run of a decoder, the same model or a dense one's up-cycled into experts."""
+
+    models: ClassVar[tuple[str, ...]] = ("transformer",)
+
+    name: Literal["decoder"] = Field("decoder", description="which start this is")
+    run: Path = Field(
+        description="finished or imported run of a decoder with the same tokens, whose weights are taken (its best "
+        "checkpoint); those of a dense one become experts where the model has some"
+    )
+    conversion: DecoderConversionConfig = Field(
+        default_factory=lambda: DecoderConversionConfig(), description="how dense feed-forward networks become experts"
+    )
+
+    def check(self, config: Any, task: Task) -> None:
+        assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
+        check_decoder_start(self, config.model, task.data)
+
+    def fill(self, model: Transformer, config: Any, task: Task, environment: LaunchEnvironment) -> None:
+        fill_from_run(model, self, task.id_counts())
+
+
+def check_decoder_start(start: DecoderStart, model: TransformerConfig, data: Text) -> None:
     """Raises `UserError` for a run from which ``model`` cannot begin on ``data``, before any process group exists."""
     trained = find_weights(start.run).config
     theirs = _decoder_of(start, trained)
@@ -38,7 +67,7 @@ def check_decoder_start(start: DecoderStartConfig, model: TransformerConfig, dat
             )
 
 
-def fill_from_run(model: Transformer, start: DecoderStartConfig, id_counts: Tensor) -> None:
+def fill_from_run(model: Transformer, start: DecoderStart, id_counts: Tensor) -> None:
     """Give a new run's ``model`` its first weights; where dense networks become experts, gates keep theirs.
 
     ``id_counts``: of the data, for gates that route by them. Raises `UserError` for weights that do not fit.
@@ -57,7 +86,7 @@ def fill_from_run(model: Transformer, start: DecoderStartConfig, id_counts: Tens
         place_weights(model, convert_decoder(parameters, theirs, model.config, start.conversion), ROUTERS)
 
 
-def _decoder_of(start: DecoderStartConfig, trained: RunConfig) -> TransformerConfig:
+def _decoder_of(start: DecoderStart, trained: Any) -> TransformerConfig:
     if not isinstance(trained.model, TransformerConfig):
         raise UserError(
             f"start.run={start.run} is a run of model.name={trained.model.name}; name one of model.name=transformer"
@@ -65,7 +94,7 @@ def _decoder_of(start: DecoderStartConfig, trained: RunConfig) -> TransformerCon
     return trained.model
 
 
-def _check_text(start: DecoderStartConfig, trained: RunConfig, data: Text) -> None:
+def _check_text(start: DecoderStart, trained: Any, data: Text) -> None:
     """The same tokens; and of text that both have the same split, else the run learnt from what is tested on here."""
     assert isinstance(trained.data, TextConfig), "the configuration's checks know what fits"
     theirs = prepare_text(trained.data, progress=False)

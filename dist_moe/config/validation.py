@@ -1,0 +1,115 @@
+"""From plain YAML content to a validated section, and from what is wrong with it to sentences."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from dist_moe.config.listing import fields_of, registry_of
+from dist_moe.config.overrides import Content, assign, parse_override
+from dist_moe.config.registry import UNKNOWN_NAME, names_of
+from dist_moe.config.settings import Settings
+from dist_moe.errors import UserError
+
+S = TypeVar("S", bound=Settings)
+
+
+def validate(config: type[S], content: Content) -> S:
+    """Return ``content`` as a ``config``; UserError with a line per field that is unknown, mistyped or out of range."""
+    try:
+        return config.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(fault, config) for fault in error.errors()]
+        raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from error
+
+
+def validate_section(section: type[S], overrides: Sequence[str]) -> S:
+    """Return a single section from ``key=value`` overrides of its defaults; raises UserError as :func:`validate`."""
+    return validate(section, dict(parse_override(text) for text in overrides))
+
+
+def override(config: type[BaseModel], content: Content, assignments: Mapping[str, Any]) -> None:
+    """Set fields of ``content`` by their dotted names.
+
+    A registered section that is switched by its name alone keeps what fields it shares with the new one.
+    """
+    for key, value in assignments.items():
+        if key.endswith(".name"):
+            _drop_fields_of_another(config, content, key.removesuffix(".name"), value)
+    for key, value in assignments.items():
+        assign(content, key, value)
+
+
+def _drop_fields_of_another(config: type[BaseModel], content: Content, dotted: str, name: Any) -> None:
+    """Prepare the section ``dotted`` of ``content`` for being called ``name`` from now on."""
+    above, section, known = content, content, config
+    *_, last = parts = dotted.split(".")
+    for part in parts:
+        field, value = known.model_fields.get(part), section.get(part)
+        registry = registry_of(field) if field else None
+        if registry is None or value is None:
+            return
+        value = {"name": value} if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            return
+        above, section = section, value
+        found = registry.get(value.get("name", registry.default))
+        if part is not last and found is None:
+            return
+        known = found or registry.base
+    new = registry.get(name) if registry else None
+    if new is not None and section.get("name") != name:
+        above[last] = {key: value for key, value in section.items() if key in new.model_fields}
+
+
+def import_modules(names: Any) -> None:
+    """Import the modules under ``imports``, also from the working directory. Raises UserError if one cannot be."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return  # absent, or a mistake that validation explains
+    if names and "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:  # whatever the user's own module may do wrong
+            kind = type(error).__name__
+            raise UserError(
+                f"imports: the module {name!r} cannot be imported: {kind}: {error}; {_import_remedy(name, error)}"
+            ) from error
+
+
+def _import_remedy(name: str, error: BaseException) -> str:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is not None and f"{name}.".startswith(f"{missing}."):
+        return (
+            f"it is searched for in the working directory {Path.cwd()} and on PYTHONPATH: start from the directory "
+            f"that holds {missing}, or put that directory on PYTHONPATH"
+        )
+    return f"install {missing}" if missing is not None else "fix the module, or take it out of imports"
+
+
+def _explain(fault: Any, config: type[Settings]) -> str:
+    field, kind = ".".join(map(str, fault["loc"])), fault["type"]
+    if kind == "missing":
+        return f"{field}: required, but not given"
+    if kind == UNKNOWN_NAME:
+        return f"{field}.{fault['msg']}"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(field, [known.name for known in fields_of(config)], n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --fields'"
+        if near == [field]:  # of another member of a registry
+            hint = f" with this {field.rpartition('.')[0]}.name; see 'dist-moe config --fields'"
+        return f"{field}={fault['input']!r}: there is no such field{hint}"
+    message = fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list, for example '[a, b]'")
+    return f"{field}={fault['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def default_name(settings: type[BaseModel]) -> str:
+    """Return the ``name`` of a section class, the first where it has several."""
+    return names_of(settings)[0]

@@ -1,0 +1,175 @@
+"""Callbacks: what happens beside training. Searches, placement, validation, early stopping, the user's own.
+
+A callback is called on every rank at the same points of a fit, so that it may hold collectives. What it must remember
+over a restart it gives by ``state_dict``; that goes into every checkpoint and comes back by ``load_state_dict``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import SerializeAsAny
+
+from dist_moe.config.registry import Registry
+from dist_moe.config.settings import Settings
+from dist_moe.engine.checkpoint.files import best_of, checkpoints_of
+from dist_moe.engine.health.activity import ACTIVITY
+
+if TYPE_CHECKING:
+    from dist_moe.engine.training import Trainer
+
+
+class Callback(ABC):  # noqa: B024 (all hooks are optional)
+    """The base of all callbacks; override the hooks that are needed.
+
+    Steps are counted from 1 once they are done: ``before_step(s)`` comes before the step that ``after_step(s + 1)``
+    follows. ``name``: under which its state stands in checkpoints; two callbacks of a fit need different ones.
+    """
+
+    @property
+    def name(self) -> str:
+        """The class's name, unless a callback says another."""
+        return type(self).__name__
+
+    def on_start(self, trainer: Trainer) -> None:  # noqa: B027
+        """Training is about to begin or go on; state is loaded already."""
+
+    def before_step(self, trainer: Trainer, step: int) -> None:  # noqa: B027
+        """A training step is about to begin, ``step`` of them are done."""
+
+    def after_step(self, trainer: Trainer, step: int) -> None:  # noqa: B027
+        """Training step ``step`` is done."""
+
+    def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:  # noqa: B027
+        """The numbers of all ranks for the steps since the last call are there, the same on every rank."""
+
+    def on_validation(self, trainer: Trainer, step: int, metrics: Mapping[str, Any]) -> None:  # noqa: B027
+        """The model was validated after ``step`` steps; ``metrics["loss"]`` counts for early stopping."""
+
+    def on_end(self, trainer: Trainer) -> None:  # noqa: B027
+        """Training is over, not interrupted; the engine still stands, with the weights that were chosen."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold, taken on rank 0 and given back to every rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take back what :meth:`state_dict` gave when the checkpoint was written."""
+
+
+class Validation(Callback):
+    """Validates every ``every`` steps (None: at the end of each epoch) by ``evaluate(trainer, step)``: metrics by name.
+
+    ``at_end``: after the last step, too. ``evaluate`` is collective and must give the same on every rank.
+    """
+
+    def __init__(self, evaluate: Callable[[Trainer, int], dict[str, Any]], every: int | None, *, at_end: bool) -> None:
+        self._evaluate = evaluate
+        self._every = every
+        self._at_end = at_end
+
+    def on_start(self, trainer: Trainer) -> None:
+        step = trainer.step
+        known = step in trainer.history.validation_losses
+        if 0 < step < trainer.total_steps and self._is_due(trainer, step) and not known:
+            self._validate(trainer, step)  # the run once ended here, where a longer one validates
+
+    def after_step(self, trainer: Trainer, step: int) -> None:
+        last = step == trainer.total_steps
+        if self._at_end if last else self._is_due(trainer, step):
+            self._validate(trainer, step)
+
+    def _is_due(self, trainer: Trainer, step: int) -> bool:
+        return step % (self._every or trainer.steps_per_epoch) == 0
+
+    def _validate(self, trainer: Trainer, step: int) -> None:
+        ACTIVITY.enter("evaluation")
+        trainer.validated(step, self._evaluate(trainer, step))
+
+
+class EarlyStopping(Callback):
+    """Ends the training after ``patience`` validations in a row without a better loss, and keeps the best weights.
+
+    Validations before a restart count too. A NaN is never better.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._best = math.inf
+        self._since_best = 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        for _, loss in sorted(trainer.history.validation_losses.items()):
+            self.is_better(loss)
+        self._end_if_exhausted(trainer)
+
+    def on_validation(self, trainer: Trainer, step: int, metrics: Mapping[str, Any]) -> None:
+        if self.is_better(float(metrics["loss"])) and trainer.run is not None:
+            trainer.save(best_of(checkpoints_of(trainer.run.root)), keep=1)
+        self._end_if_exhausted(trainer)
+
+    def is_better(self, loss: float) -> bool:
+        """Take the next validation's loss; whether it is the best so far."""
+        better = loss < self._best
+        self._best, self._since_best = (loss, 0) if better else (self._best, self._since_best + 1)
+        return better
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether ``patience`` validations in a row brought nothing better."""
+        return self._since_best >= self._patience
+
+    def _end_if_exhausted(self, trainer: Trainer) -> None:
+        if self.exhausted:
+            trainer.end()
+
+
+class PeriodicCheckpoints(Callback):
+    """Asks for a checkpoint every ``every`` steps; one at the end is written anyway."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def after_step(self, trainer: Trainer, step: int) -> None:
+        if step % self._every == 0:
+            trainer.ask_for_checkpoint()
+
+
+class PermutationImages(Callback):
+    """Shows the slot -> expert matrices of every layer, soft or hard, about every ``every`` steps."""
+
+    def __init__(self, every: int = 50) -> None:
+        self._every = every
+
+    def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        before, after = records[0]["step"] - 1, records[-1]["step"]
+        if after // self._every == before // self._every:
+            return
+        tables = trainer.tables
+        for layer, table in tables.items():
+            tag = "permutation/slot_to_expert" + (f"/{layer}" if len(tables) > 1 else "")
+            matrix_PKEE = table.current_matrix()
+            several = matrix_PKEE.shape[:2].numel() > 1
+            for gate, of_gate in enumerate(matrix_PKEE):
+                for branch, matrix in enumerate(of_gate):
+                    suffix = f"/gate_{gate}_branch_{branch}" if several else ""
+                    trainer.monitor.image(f"{tag}{suffix}", matrix, after)
+
+
+class CallbackSettings(Settings, ABC):
+    """An entry of the section ``callbacks``: a callback of the user's own, and its fields."""
+
+    name: str
+
+    @abstractmethod
+    def build(self) -> Callback:
+        """Return the callback for one fit."""
+
+
+CALLBACKS = Registry("callback", CallbackSettings)
+
+CallbackConfig = Annotated[SerializeAsAny[CallbackSettings], CALLBACKS]
+"""The type of a configuration field that holds any registered callback."""

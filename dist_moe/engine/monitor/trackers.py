@@ -1,0 +1,115 @@
+"""Trackers: where the numbers and pictures of a run go, by name.
+
+To add one: derive a settings class from :class:`TrackerSettings` whose ``build`` gives a :class:`Tracker`, and register
+it, here or in a module under ``imports``. See docs/extending/tracker.md.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny
+from torch import Tensor
+
+from dist_moe.config.registry import Registry
+from dist_moe.config.settings import Settings
+from dist_moe.engine.monitor.record_file import RecordFile
+
+Say = Callable[[str], None]
+"""Takes a sentence for the user."""
+
+
+class Tracker(ABC):
+    """Takes in what a run shows, on rank 0. ``lost``: how much could not be written; final after :meth:`close`."""
+
+    lost = 0
+
+    @abstractmethod
+    def step(self, record: dict[str, Any]) -> None:
+        """Take the record of a finished step: numbers by name, ``step`` among them, and ``load``, (L, E) rows per layer
+        and expert, as nested lists."""
+
+    @abstractmethod
+    def metrics(self, part: str, metrics: dict[str, Any], step: int) -> None:
+        """Take numbers by name of an evaluation (``part``: validation, test) or of what else happens beside training
+        (swap_search, placement), after ``step`` steps. A validation comes before the records of its window of steps."""
+
+    def image(self, name: str, matrix: Tensor, step: int) -> None:  # noqa: B027 (most show none)
+        """Take an (H, W) picture with entries in 0..1: 0 is white, 1 is black."""
+
+    def flush(self) -> None:  # noqa: B027 (some write at once)
+        """Write what has been taken in so far."""
+
+    def close(self) -> None:  # noqa: B027 (some hold nothing)
+        """Write for the last time."""
+
+
+class TrackerSettings(Settings, ABC):
+    """An entry of the section ``trackers``: which tracker, and its own fields."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, root: Path, first_step: int, say: Say) -> Tracker:
+        """Return the tracker of the run in the directory ``root``.
+
+        ``first_step``: steps done before; what an earlier attempt wrote of later ones must count no more. ``say``:
+        where a disk that fails is reported.
+        """
+
+
+TRACKERS = Registry("tracker", TrackerSettings)
+
+TrackerConfig = Annotated[SerializeAsAny[TrackerSettings], TRACKERS]
+"""The type of a configuration field that holds any registered tracker."""
+
+
+@TRACKERS.register
+class MetricsFileSettings(TrackerSettings):
+    """metrics.jsonl: one object per step, and {"step": .., "validation": {..}} after a step that was validated."""
+
+    name: Literal["jsonl"] = Field("jsonl", description="which tracker this is")
+
+    def build(self, root: Path, first_step: int, say: Say) -> Tracker:
+        return MetricsFile(RecordFile(root / "metrics.jsonl", say), first_step)
+
+
+class MetricsFile(Tracker):
+    """Writes JSON lines into ``file``; a disk that is full does not end it, see :class:`RecordFile`."""
+
+    def __init__(self, file: RecordFile, first_step: int) -> None:
+        self._file = file
+        self._last_step = first_step
+        self._validations: list[dict[str, Any]] = []
+
+    @property
+    def lost(self) -> int:  # type: ignore[override]
+        return self._file.lost
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._write(record)
+        self._last_step = record["step"]
+        self._write_validations()
+
+    def metrics(self, part: str, metrics: dict[str, Any], step: int) -> None:
+        if part == "validation":
+            self._validations.append({"step": step, "validation": metrics})
+            self._write_validations()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write_validations(self) -> None:
+        """Write those of steps whose records stand in the file."""
+        while self._validations and self._validations[0]["step"] <= self._last_step:
+            self._write(self._validations.pop(0))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.add(f"{json.dumps(record)}\n".encode())

@@ -1,0 +1,277 @@
+"""Supervised training: one fit of one model on one task, validated on the way, tested at the end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from dist_moe.data.batches import ShuffledFeed
+from dist_moe.engine.callbacks import Callback, Validation
+from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint, write_json
+from dist_moe.engine.checkpoint.loading import read_trainer_state
+from dist_moe.engine.collectives import gather_objects
+from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.watchdog import watchdog
+from dist_moe.engine.launch.host_memory import keep_freed_memory
+from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
+from dist_moe.engine.launch.stop_request import StopRequest, stop_requests
+from dist_moe.engine.training import FitResult, Objective, Trainer, fit
+from dist_moe.errors import UserError
+from dist_moe.recipes.callbacks.placement import PlacementCallback
+from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
+from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart
+from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
+from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate
+
+OnValidation = Callable[[int, float], bool]
+"""Called after each validation with (steps done, validation loss); True gives the run up."""
+
+
+class Stopped(Exception):
+    """Whoever watched the validations has given the run up."""
+
+
+@dataclass(frozen=True)
+class SupervisedPlan:
+    """A run whose checks have passed. ``checkpoint``: where to go on from; None for a new run."""
+
+    start: RunStart
+    task: Task
+    feed: ShuffledFeed[Any]
+    checkpoint: Path | None
+
+    @property
+    def config(self) -> SupervisedConfig:
+        """The run's configuration."""
+        config: SupervisedConfig = self.start.config
+        return config
+
+    @property
+    def deepspeed(self) -> dict[str, Any]:
+        """The configuration that DeepSpeed gets."""
+        world_size = self.start.environment.world_size
+        return complete_deepspeed_section(self.config.deepspeed, self.config.train.batch_size, world_size)
+
+
+@dataclass
+class SupervisedResult:
+    """``fit``: how the training went. ``val``, ``test``: metrics of the weights that were chosen, after
+    ``tested_step`` steps; None if the training was interrupted."""
+
+    fit: FitResult
+    val: dict[str, Any] | None = None
+    test: dict[str, Any] | None = None
+    tested_step: int = 0
+
+
+class SupervisedRecipe(RecipeSettings):
+    """Train a model on a task by the labels."""
+
+    configuration: ClassVar[type[RecipeConfig]] = SupervisedConfig
+
+    name: Literal["supervised"] = Field("supervised", description="by the labels alone")
+
+    def plan(self, start: RunStart) -> SupervisedPlan:
+        config: SupervisedConfig = start.config
+        checkpoint = newest_checkpoint_of(start) if start.resumes else None
+        task = config.data.open(progress=start.environment.is_rank_zero)
+        self.check(config, task)
+        if checkpoint is None and config.start is not None:
+            config.start.check(config, task)
+        feed = feed_of(config, task, start)
+        if config.swap_search is not None:
+            config.swap_search.check(config.train, feed.steps_per_epoch)
+        return SupervisedPlan(start, task, feed, checkpoint)
+
+    def train(self, plan: SupervisedPlan) -> int:
+        keep_freed_memory()
+        start, config = plan.start, plan.config
+        if start.environment.is_rank_zero:
+            start.run.create()
+            if plan.checkpoint is None:
+                start.run.describe(config.plain(), start.environment)
+        # A signal while the groups open ends the process at once: there is nothing to save, and perhaps a dead peer.
+        with process_groups(start.environment, config.parallel) as groups, stop_requests() as stop:
+            result = self.train_in_groups(plan, groups, stop)
+        return 128 + (stop.signal_number or signal.SIGTERM) if result.fit.interrupted else 0
+
+    def train_in_groups(
+        self, plan: SupervisedPlan, groups: ProcessGroups, stop: StopRequest, on_validation: OnValidation | None = None
+    ) -> SupervisedResult:
+        """Train in existing process groups and an existing run directory. Collective over all ranks.
+
+        Raises Stopped where ``on_validation`` returned True, which it must do on all ranks alike.
+        """
+        start, config, task = plan.start, plan.config, plan.task
+        checkpoint = agree_on_checkpoint(start, plan.checkpoint)
+        model = build_model(config, task, groups.world)
+        if checkpoint is None and config.start is not None:
+            config.start.fill(model, config, task, start.environment)
+        if checkpoint is not None and start.environment.is_rank_zero:
+            start.run.describe(config.plain(), start.environment)
+        ending = FinalEvaluation(task, config.target_weights)
+        with watchdog(start.run.root, start.environment, config.parallel):
+            fitted = fit(
+                model,
+                plan.feed,
+                self.objective(config, task, groups),
+                config.train,
+                deepspeed=config.deepspeed,
+                seed=config.seed,
+                callbacks=[Opening(plan), *callbacks_of(config, task, on_validation), ending],
+                trackers=config.trackers,
+                run=start.run,
+                resume_from=checkpoint,
+                groups=groups,
+                stop=stop,
+                keep_model=False,
+            )
+        result = SupervisedResult(fitted, ending.val, ending.test, ending.tested_step)
+        if start.environment.is_rank_zero:
+            if fitted.interrupted:
+                hint = f"go on with: dist-moe train --resume {start.run.root}"
+                print(f"stopped after step {fitted.steps}; {hint}", file=sys.stderr)
+            else:
+                summarise(plan, result, ending)
+        return result
+
+    def check(self, config: SupervisedConfig, task: Task) -> None:
+        """Raise UserError for what a run, new or resumed, could not train with."""
+
+    def objective(self, config: SupervisedConfig, task: Task, groups: ProcessGroups) -> Objective:
+        """Return what the model is trained for. Raises UserError if what it needs is not there."""
+        return weighted_objective(config, task, groups)
+
+
+def weighted_objective(config: SupervisedConfig, task: Task, groups: ProcessGroups) -> WeightedObjective:
+    """Return the objective of the labels alone."""
+    return WeightedObjective(task, config.target_weights, groups.environment.world_size * config.accumulation)
+
+
+def newest_checkpoint_of(start: RunStart) -> Path:
+    """Return the newest intact checkpoint of a run; adds to its warnings what is wrong with newer ones.
+
+    Raises UserError if there is none.
+    """
+    checkpoint, faults = newest_good_checkpoint(start.run.root)
+    start.warnings.extend(f"warning: {fault}; going on from {checkpoint.name} instead" for fault in faults)
+    imported_from = read_trainer_state(checkpoint).imported_from
+    if imported_from is not None:
+        start.warnings.append(
+            f"{checkpoint.name} is imported from {imported_from}: the optimizer begins without moments"
+        )
+    return checkpoint
+
+
+def agree_on_checkpoint(start: RunStart, checkpoint: Path | None) -> Path | None:
+    """Return the first rank's choice, for all: to another machine a shared directory may look older. Collective."""
+    name = gather_objects(checkpoint.name if checkpoint else None)[0]
+    return checkpoints_of(start.run.root) / name if name else None
+
+
+def feed_of(config: SupervisedConfig, task: Task, start: RunStart) -> ShuffledFeed[Any]:
+    """Return the training examples in the order of the run's seed, this rank's share of every step.
+
+    Raises UserError if there are fewer examples than one batch.
+    """
+    return ShuffledFeed(
+        task.train,
+        config.train.batch_size,
+        config.seed,
+        rank=start.environment.rank,
+        world_size=start.environment.world_size,
+        accumulation=config.accumulation,
+        device=start.environment.device,
+    )
+
+
+def callbacks_of(config: SupervisedConfig, task: Task, on_validation: OnValidation | None) -> list[Callback]:
+    """Return what a configuration wants to happen beside training, in order."""
+    callbacks: list[Callback] = []
+    if config.swap_search is not None:
+        callbacks.append(SwapSearchCallback(task, config.swap_search, config.target_weights))
+    if config.placement is not None and config.parallel.expert_parallel_size > 1:
+        callbacks.append(PlacementCallback(config.placement))
+    callbacks += [one.build() for one in config.callbacks]
+
+    def validate(trainer: Trainer, step: int) -> dict[str, Any]:
+        metrics = evaluate(task, trainer.model, task.val, config.target_weights, trainer.groups)
+        if on_validation is not None and on_validation(step, metrics["loss"]):
+            raise Stopped(f"given up after step {step}")
+        return metrics
+
+    return [*callbacks, Validation(validate, config.train.validate_every, at_end=config.train.patience is not None)]
+
+
+class Opening(Callback):
+    """Prints what is about to be trained, and the run's warnings."""
+
+    def __init__(self, plan: SupervisedPlan) -> None:
+        self._plan = plan
+
+    def on_start(self, trainer: Trainer) -> None:
+        plan = self._plan
+        for line in (*plan.start.warnings, opening_line(plan.config, plan.task, trainer, plan.start.run.root)):
+            trainer.monitor.say(line)
+
+
+class FinalEvaluation(Callback):
+    """Evaluates the chosen weights on the validation and test examples, while the engine still stands.
+
+    ``val``, ``test``: their metrics, None before. ``tested_step``: after which the weights were taken. ``costs``,
+    ``report``: what the task says of the trained model, see :class:`Task`.
+    """
+
+    def __init__(self, task: Task, weights: tuple[float, ...]) -> None:
+        self._task, self._weights = task, weights
+        self.val: dict[str, Any] | None = None
+        self.test: dict[str, Any] | None = None
+        self.tested_step, self.costs, self.report = 0, dict[str, Any](), ""
+
+    def on_end(self, trainer: Trainer) -> None:
+        ACTIVITY.enter("evaluation")
+        trainer.monitor.say("evaluating on the validation and test examples ...")
+        task, model, groups = self._task, trainer.model, trainer.groups
+        self.val = evaluate(task, model, task.val, self._weights, groups)
+        self.test = evaluate(task, model, task.test, self._weights, groups)
+        self.tested_step = trainer.step
+        trainer.monitor.evaluation("test", self.test, trainer.step)
+        self.costs, self.report = task.costs(model, self.test), task.final_report(model)
+
+
+def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvaluation) -> None:
+    """Print the table of metrics and write the run's summary. Raises UserError if it cannot be written."""
+    task, run, fitted = plan.task, plan.start.run, result.fit
+    assert result.test is not None
+    baselines = task.baselines(task.test, plan.config.target_weights)
+    summary = {
+        "val": result.val,
+        "test": result.test,
+        "baselines": baselines,
+        "data": task.manifest,
+        "steps": fitted.steps,
+        "first_step": fitted.first_step,
+        "training_seconds": fitted.history.seconds,
+        "tested_step": result.tested_step,
+        "lost_records": fitted.lost_records,
+        **ending.costs,
+    }
+    print(metrics_table(result.test, predictor_rows(baselines)))
+    if ending.report:
+        print(ending.report)
+    try:
+        write_json(run.summary, summary)
+    except OSError as error:
+        raise UserError(
+            f"{run.summary} could not be written: {error}; the checkpoints are complete: make room, then let "
+            f"'dist-moe train --resume {run.root}' write it, or print the metrics by 'dist-moe evaluate'"
+        ) from error
+    print(f"everything about this run is in {run.root}; look at it with: tensorboard --logdir {run.root}")

@@ -1,0 +1,39 @@
+"""Telling the gates and tables of a model where training is. On every rank alike: searches agree here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from dist_moe.layer import MoE
+from dist_moe.search.slot_table import SlotTable
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """Return the MoE layers of ``model`` by name, in the order in which they were registered."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+def slot_tables(model: nn.Module) -> dict[str, SlotTable]:
+    """Return the slot -> expert tables of ``model`` by their layers' names."""
+    layers = moe_layers(model).items()
+    return {name: layer.permutation for name, layer in layers if isinstance(layer.permutation, SlotTable)}
+
+
+def begin_step(layers: Collection[MoE], step: int) -> None:
+    """Tell the gates and tables of ``layers`` that training step ``step`` (from 0) begins."""
+    for layer in layers:
+        layer.begin_step(step)
+    for layer in layers:
+        if isinstance(layer.permutation, SlotTable):
+            layer.permutation.begin_step()
+
+
+def end_step(layers: Collection[MoE], *, skipped: bool) -> None:
+    """Tell the gates of ``layers`` that a training step has ended, or was skipped."""
+    for layer in layers:
+        if skipped:
+            layer.drop_step()
+        else:
+            layer.end_step()

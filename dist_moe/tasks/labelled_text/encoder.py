@@ -1,0 +1,37 @@
+"""The BERT encoder whose tokenizer cuts the texts of a task and on whose sizes its models are built."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_moe.data.encoder import open_encoder
+from dist_moe.errors import UserError
+from dist_moe.models import BertShape
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A checkpoint directory, its sizes, and where it came from (never a path)."""
+
+    directory: Path
+    shape: BertShape
+    provenance: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer.json of the library tokenizers."""
+        return self.directory / "tokenizer.json"
+
+
+def find_encoder(directory: Path | None, cache: Path | None, *, progress: bool) -> Encoder:
+    """Return the encoder in ``directory``; None: all-MiniLM-L6-v2, fetched. Raises UserError if it cannot be had."""
+    source = open_encoder(directory, cache, progress=progress)
+    path = source.directory / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return Encoder(source.directory, BertShape.from_hugging_face(content), source.provenance)
