@@ -35,7 +35,7 @@ class Batch(Protocol):
 
 
 class TensorBatch:
-    """What the batches of all data sets do alike; a base of frozen dataclasses whose first field has B rows."""
+    """Base of batches: frozen dataclasses whose first field is a tensor with B rows."""
 
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))

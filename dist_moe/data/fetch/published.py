@@ -94,7 +94,7 @@ class Located(Generic[T]):
 
     @property
     def key(self) -> str:
-        """What the name of a prepared directory ends in; remotes all give the same, which needs no name."""
+        """End of the name of a prepared directory; empty for remotes, which all give the same."""
         return f"-{short_digest(self.files)}" if self.files else ""
 
     def read(self, downloads: Path, progress: Progress) -> tuple[T, dict[str, Any]]:

@@ -61,7 +61,7 @@ class LabelledTextConfig(TokenisedSettings):
 
     @property
     def task(self) -> TextTask:
-        """What is predicted. Raises `UserError` if ``graded`` is set for a task without ratings."""
+        """The task that the name stands for. Raises `UserError` if ``graded`` is set for a task without ratings."""
         if not self.graded:
             return TASKS[self.name]
         if self.name not in GRADED:

@@ -105,7 +105,7 @@ HIGHEST_SIMILARITY = 5.0
 
 @dataclass(frozen=True)
 class GlueColumns:
-    """Where a task's files keep their texts and targets.
+    """Columns of a task's files that hold its texts and targets.
 
     ``classes``: class number by label; None: the target is a similarity, 0 to 5. ``header``: names of the columns
     where the files have none. ``skip_broken``: line ends within questions have broken some lines of QQP's files.

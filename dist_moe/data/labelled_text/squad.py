@@ -78,6 +78,7 @@ class _Reader:
         self._path = path
 
     def question(self, item: Any, context: str, place: str) -> Question:
+        """Return the question that ``item`` is, at ``place`` in the file. Raises `UserError`."""
         answers = tuple(self._answer(answer, context, where) for answer, where in self.items(item, "answers", place))
         impossible = self._value(item, "is_impossible", bool, place)
         if impossible == bool(answers):
@@ -101,6 +102,7 @@ class _Reader:
         return [(value, f"{prefix}[{number}]") for number, value in enumerate(values)]
 
     def text(self, parent: Any, name: str, place: str) -> str:
+        """Return a text. Raises `UserError` if it is missing or no Unicode."""
         value = str(self._value(parent, name, str, place))
         try:
             value.encode()

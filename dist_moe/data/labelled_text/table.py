@@ -34,7 +34,7 @@ class LabelledBatch(TensorBatch):
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What the model takes."""
+        """Arguments of the model."""
         lengths = (self.token_BS, self.length_B)
         return lengths if self.type_BS is None else (*lengths, self.type_BS)
 

@@ -43,7 +43,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Parts:
-    """What is learnt from and what is judged by: no text of one is in another. ``left_out``: as in `Published`."""
+    """Examples to train, validate and test on: no text of one is in another. ``left_out``: as in `Published`."""
 
     train: LabelledTexts
     val: LabelledTexts

@@ -38,7 +38,7 @@ class PairBatch(TensorBatch):
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """What the model takes."""
+        """Arguments of the model."""
         return self.user_B, self.item_B
 
 

@@ -43,7 +43,7 @@ class TokenBatch(TensorBatch):
 
     @property
     def inputs(self) -> tuple[Tensor]:
-        """What the model takes."""
+        """Arguments of the model."""
         return (self.token_BS,)
 
 

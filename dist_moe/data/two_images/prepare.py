@@ -97,7 +97,7 @@ class ImageBatch(TensorBatch):
 
     @property
     def inputs(self) -> tuple[Tensor]:
-        """What the model takes."""
+        """Arguments of the model."""
         return (self.image_BD,)
 
 
