@@ -17,6 +17,8 @@ from dist_moe.data.movielens import sources as movielens_sources
 
 from .checks import files_in
 
+RATING_COLUMNS = ["userId", "movieId", "rating", "timestamp"]
+MOVIE_COLUMNS = ["movieId", "title", "genres"]
 SILENT = Progress(enabled=False)
 pytestmark = pytest.mark.network
 
@@ -68,10 +70,10 @@ def test_written_as_grouplens_lays_it_out_it_reads_the_same(cache: Path, tmp_pat
     movies = {}
     for movie, title, year in zip(columns["movieId"], columns["title"], columns["year"], strict=True):
         movies[int(movie)] = f"{title} ({int(year)})" if isinstance(title, str) else "A title without a year"
-    rows = zip(*(columns[name] for name in latest_small_readers.RATING_COLUMNS), strict=True)
+    rows = zip(*(columns[name] for name in RATING_COLUMNS), strict=True)
     for name, lines in {
-        "movies.csv": [latest_small_readers.MOVIE_COLUMNS, *((*movie, "Drama") for movie in movies.items())],
-        "ratings.csv": [latest_small_readers.RATING_COLUMNS, *rows],
+        "movies.csv": [MOVIE_COLUMNS, *((*movie, "Drama") for movie in movies.items())],
+        "ratings.csv": [RATING_COLUMNS, *rows],
     }.items():
         with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(lines)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.labelled_text.columns import Table, comma_separated, shown, tab_separated
+from dist_moe.data.fetch.tables import Table, comma_separated, shown, tab_separated
 from dist_moe.data.labelled_text.texts import LabelledTexts, Published
 from dist_moe.errors import UserError
 

@@ -14,7 +14,7 @@ from typing import Any
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import PublishedData
-from dist_moe.data.labelled_text.columns import shown
+from dist_moe.data.fetch.tables import shown
 from dist_moe.data.labelled_text.tasks import NO_PACKAGE
 from dist_moe.errors import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_moe.data.fetch.archives import File
-from dist_moe.data.labelled_text.columns import comma_separated, tab_separated
+from dist_moe.data.fetch.tables import comma_separated, tab_separated
 from dist_moe.errors import UserError
 
 

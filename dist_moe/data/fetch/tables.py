@@ -34,7 +34,7 @@ class Table:
 
     def classes(self, name: str, numbers: Mapping[str, int]) -> list[float]:
         """Return a column of labels as class numbers. Raises `UserError` for a label that ``numbers`` does not have."""
-        return self._values(name, lambda cell: numbers.get(cell, math.nan), f"allowed: {', '.join(numbers)}")
+        return self.values(name, lambda cell: numbers.get(cell, math.nan), f"allowed: {', '.join(numbers)}")
 
     def numbers(self, name: str, low: float, high: float) -> list[float]:
         """Return a column of numbers from ``low`` to ``high``. Raises `UserError` for anything else."""
@@ -46,10 +46,15 @@ class Table:
                 return math.nan
             return value if low <= value <= high else math.nan
 
-        return self._values(name, number, f"expected a number from {low:g} to {high:g}")
+        return self.values(name, number, f"expected a number from {low:g} to {high:g}")
 
-    def _values(self, name: str, value_of: Callable[[str], float], remedy: str) -> list[float]:
-        """A column of numbers; NaN stands for a cell that has none, which is refused."""
+    def integers(self, name: str) -> list[int]:
+        """Return a column of whole numbers from 0. Raises `UserError` for anything else."""
+        values = self.values(name, lambda cell: int(cell) if cell.isdecimal() else math.nan, "expected a whole number")
+        return list(map(int, values))
+
+    def values(self, name: str, value_of: Callable[[str], float], remedy: str) -> list[float]:
+        """Return a column of what ``value_of`` makes of its cells. Raises `UserError` with the ``remedy`` for NaN."""
         cells = self.texts(name)
         values = [float(value_of(cell)) for cell in cells]
         for line, cell, value in zip(self.line_N, cells, values, strict=True):
