@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_moe import experts, gates, parallel, routing
+    from dist_moe.engine.training import fit
     from dist_moe.layer import MoE, MoEOutput
+    from dist_moe.recording import record
     from dist_moe.routing import Route
 
-__all__ = ["MoE", "MoEOutput", "Route", "experts", "gates", "parallel", "routing"]
+__all__ = ["MoE", "MoEOutput", "Route", "experts", "fit", "gates", "parallel", "record", "routing"]
 
-_MODULE_OF = {"MoE": "layer", "MoEOutput": "layer", "Route": "routing"}
+_MODULE_OF = {
+    "MoE": "layer",
+    "MoEOutput": "layer",
+    "Route": "routing",
+    "fit": "engine.training",
+    "record": "recording",
+}
 
 
 def __getattr__(name: str) -> Any:

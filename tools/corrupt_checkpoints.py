@@ -24,13 +24,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from dist_moe.engine.checkpoint.files import (  # noqa: E402
-    MANIFEST,
     checkpoints_of,
     complete_directories,
     newest_good_checkpoint,
     tested_checkpoint,
     verify_checkpoint,
 )
+from dist_moe.engine.checkpoint.format import MANIFEST  # noqa: E402
 from dist_moe.errors import UserError  # noqa: E402
 
 

@@ -1,4 +1,4 @@
-"""Files: their digests, and replacing them so that a reader sees the old content or the new, never a part."""
+"""Small files written at once, and digests of files."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from typing import Any
 
 
 def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_text(content: Any) -> str:
+    """Return ``content`` as indented JSON with a final newline."""
+    return json.dumps(content, indent=2) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Replace a file by ``content`` as indented JSON."""
-    replace_text(path, json.dumps(content, indent=2) + "\n")
+    """Write ``content`` as JSON by :func:`replace_text`."""
+    replace_text(path, json_text(content))
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file at once: a process that is killed meanwhile leaves the old file, or none."""
+    """Write a text file in one rename: a process that is killed meanwhile leaves the old file, or none."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text)
     os.replace(partial, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dist_moe.engine.callbacks import Callback, EarlyStopping, PeriodicCheckpoints, PermutationImages
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, drop_after
+from dist_moe.engine.checkpoint.format import TrainingHistory
 from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
-from dist_moe.engine.checkpoint.snapshot import TrainingHistory
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.sharded_parameters import restore_parameters
@@ -32,6 +32,7 @@ from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.step_window import StepWindow, Sums, add_sums
 from dist_moe.engine.monitor.trackers import TrackerSettings
 from dist_moe.engine.settings import TrainConfig
+from dist_moe.engine.trainable import Trained, hold_still
 from dist_moe.errors import DivergedError
 from dist_moe.recording import Recorder, recording
 from dist_moe.search import SlotTable
@@ -59,11 +60,11 @@ class StepLoss:
     """What an objective makes of a micro-batch.
 
     ``loss``: 0-dim; its mean over ranks and micro-batches is what the step minimises. ``sums``: numbers to record,
-    which add up over micro-batches and ranks; the same names in every step.
+    which add up over micro-batches and ranks; the same names in every step. Without any the loss is recorded.
     """
 
     loss: Tensor
-    sums: Sums
+    sums: Sums = field(default_factory=dict)
 
 
 Objective = Callable[[nn.Module, Any], StepLoss]
@@ -94,6 +95,7 @@ def fit(
     *,
     deepspeed: Mapping[str, Any] = DEFAULT_DEEPSPEED,
     seed: int = 0,
+    trained: Trained | None = None,
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[TrackerSettings] = DEFAULT_TRACKERS,
     run: RunDirectory | None = None,
@@ -114,6 +116,8 @@ def fit(
             and a ``run``.
         deepspeed: DeepSpeed's own configuration: optimizer, ZeRO stage, precision, accumulation.
         seed: of the random numbers of every step, such as dropout's.
+        trained: names or patterns of the parameters that train, see :func:`~dist_moe.engine.trainable.hold_still`; the
+            rest of the model, buffers too, is bit-equal afterwards. None: all train.
         callbacks: what else happens; called in this order, after the objective and before monitoring.
         trackers: what takes down the numbers, into the directory of ``run``.
         run: where checkpoints and records go; None: nothing is written.
@@ -129,6 +133,8 @@ def fit(
         if groups is None:
             groups = stack.enter_context(process_groups(LaunchEnvironment.read(), ParallelConfig()))
         section = complete_deepspeed_section(dict(deepspeed), settings.batch_size, groups.environment.world_size)
+        if trained is not None:
+            stack.enter_context(hold_still(model, trained))
         engine = ExpertParallelEngine(model, section, groups)
         stack.callback(engine.destroy)  # else its hooks keep it, the model and the groups' threads alive
         trainer = Trainer(engine, feed, objective, settings, seed, callbacks, trackers, run, stop or StopRequest())
@@ -281,15 +287,17 @@ class Trainer:
 
         # DeepSpeed accumulates gradients itself: of its ``step`` calls only the last micro-batch's takes the step.
         sums, lr, recorder = [], engine.get_lr()[0], Recorder()
+        batches = self.feed.micro_batches(step)
+        shares = len(batches) * self.groups.environment.world_size
         with recording(recorder):
-            for batch in self.feed.micro_batches(step):
+            for batch in batches:
                 ACTIVITY.enter("forward")
                 result = self._objective(engine, batch)
                 ACTIVITY.enter("backward")
                 engine.backward(result.loss)
                 ACTIVITY.enter("optimizer")
                 engine.step()
-                sums.append(result.sums)
+                sums.append(result.sums or {"loss": result.loss.detach() / shares})
 
         # Nothing is read from the device here: the window keeps tensors until the ranks' numbers are collected.
         counts: Sums = {"stop": self._stop.signal_number, "writing": int(self._saver.writing)}

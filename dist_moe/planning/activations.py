@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dist_moe.engine.deepspeed.precision import parameter_dtype
+from dist_moe.engine.deepspeed.config import parameter_dtype
 from dist_moe.experts import BertFeedForwardBank, ConvBank, DenseReLUBank, ExpertBank, FeedForwardBank
 from dist_moe.layer import MoE
 from dist_moe.models import BertConfig, BertModel, MoEModel, Transformer, TransformerConfig

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.deepspeed.checks import optimizer_on_one_number
-from dist_moe.engine.deepspeed.config import zero_stage
+from dist_moe.engine.deepspeed.config import parameter_dtype, zero_stage
 from dist_moe.engine.deepspeed.engine import is_expert_parameter, mark_experts
-from dist_moe.engine.deepspeed.precision import parameter_dtype
 from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld

@@ -12,6 +12,7 @@ docs/extending/recipe.md.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,10 @@ class RecipeSettings(Settings, ABC):
     @abstractmethod
     def plan(self, start: RunStart) -> Plan:
         """Check, fetch and decide all that needs no process group. Raises UserError. On every rank."""
+
+    def result_of(self, root: Path) -> Path:
+        """Return the run directory that holds the recipe's result, for a run in ``root``; a stage's, for some."""
+        return root
 
     @abstractmethod
     def train(self, plan: Any) -> int:
@@ -107,6 +112,11 @@ class RunStart:
     environment: LaunchEnvironment
     resumes: bool = False
     warnings: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """Print a sentence for the user, on rank 0."""
+        if self.environment.is_rank_zero:
+            print(text, file=sys.stderr)
 
 
 class Plan(Protocol):

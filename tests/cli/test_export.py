@@ -13,16 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_moe.engine.checkpoint.export import load_exported
-from dist_moe.engine.checkpoint.files import (
-    checkpoints_of,
-    digest_of,
-    newest_checkpoint,
-    publish,
-    read_manifest,
-    write_json,
-)
-from dist_moe.engine.checkpoint.loading import load_model
+from dist_moe.config.files import digest_of, write_json
+from dist_moe.engine.checkpoint import place_weights, read_model
+from dist_moe.engine.checkpoint.files import checkpoints_of, newest_checkpoint, publish, read_manifest
 from dist_moe.errors import UserError
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import load_config
@@ -79,10 +72,7 @@ def state_of(run: Path, path: Path | None) -> dict[str, Tensor]:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.fill_(0)
-    if path is None:
-        load_model(model, newest_checkpoint(run))
-    else:
-        load_exported(model, path)
+    place_weights(model, read_model(path or newest_checkpoint(run)))
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
@@ -215,6 +205,6 @@ def test_a_file_of_another_model(run: Path, exported: Path, change: str, parts: 
     config = load_config(run / "config.yaml", [change])
     model: Any = build_model(config, config.data.open(progress=False), SingleWorld())
     with pytest.raises(UserError) as error:
-        load_exported(model, exported)
+        place_weights(model, read_model(exported))
     for part in (str(exported), *parts):
         assert part in str(error.value)

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from dist_moe.config.files import digest_of
 from dist_moe.engine.checkpoint import files as checkpoint_files
+from dist_moe.engine.checkpoint import format as checkpoint_format
 from dist_moe.engine.checkpoint.files import (
-    MANIFEST,
-    Manifest,
     best_of,
     checkpoints_of,
     complete_directories,
-    digest_of,
     drop_after,
     drop_old,
     newest_checkpoint,
@@ -26,6 +25,7 @@ from dist_moe.engine.checkpoint.files import (
     step_directory,
     verify_checkpoint,
 )
+from dist_moe.engine.checkpoint.format import MANIFEST, Manifest
 from dist_moe.errors import UserError
 
 
@@ -151,7 +151,7 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
             find(tmp_path)
 
 
-@pytest.mark.parametrize("last_call", ["_json", "_flush", "os.rename"])
+@pytest.mark.parametrize("last_call", ["format.json_text", "files._flush", "os.rename"])
 def test_a_process_that_dies_leaves_the_older_one(tmp_path: Path, last_call: str) -> None:
     """It is killed at the first such call while it publishes step 2."""
     root = checkpoints_of(tmp_path)
@@ -159,7 +159,8 @@ def test_a_process_that_dies_leaves_the_older_one(tmp_path: Path, last_call: str
     child = os.fork()
     if child == 0:
         owner, _, name = last_call.rpartition(".")
-        setattr(os if owner else checkpoint_files, name, lambda *_: os._exit(9))
+        modules = {"os": os, "files": checkpoint_files, "format": checkpoint_format}
+        setattr(modules[owner], name, lambda *_: os._exit(9))
         write(root, 2)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.engine.checkpoint.reader import expert_ids_by_parameter
+from dist_moe.engine.checkpoint.format import expert_ids_by_parameter
 from dist_moe.engine.deepspeed import migration
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.migration import migrate, state_bytes_per_expert

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_moe.engine.checkpoint import place_weights
 from dist_moe.gates import GateContext
 from dist_moe.models import (
     BertAnswerer,
@@ -19,7 +20,6 @@ from dist_moe.models import (
     RunShape,
 )
 from dist_moe.models.bert import write_hugging_face
-from dist_moe.models.placed_weights import place_weights
 from dist_moe.parallel import SingleWorld, World
 
 SHAPE = BertShape(vocab=40, width=12, layers=3, heads=3, hidden=16, positions=10)

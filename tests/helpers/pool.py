@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 PATIENCE_S = 240.0
 PRELOADED = [
-    "dist_moe.recipes.supervised.train",
+    "dist_moe.recipes",
     "deepspeed.runtime.zero.muon.original_muon",  # DeepSpeed imports it with the first engine: 7 s
     "tests.helpers.runs",
 ]

@@ -14,16 +14,16 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dist_moe.config.files import digest_of
 from dist_moe.engine.checkpoint.files import (
     checkpoints_of,
     complete_directories,
-    digest_of,
     newest_checkpoint,
     step_directory,
     verify_checkpoint,
 )
+from dist_moe.engine.checkpoint.format import expert_ids_by_parameter
 from dist_moe.engine.checkpoint.loading import load_checkpoint, save_checkpoint
-from dist_moe.engine.checkpoint.reader import expert_ids_by_parameter
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.process_groups import process_groups

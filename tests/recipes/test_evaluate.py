@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from dist_moe.engine.checkpoint import place_weights, read_model
 from dist_moe.engine.checkpoint.files import newest_checkpoint
-from dist_moe.engine.checkpoint.loading import load_model
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.recipes.recipe import plan_resumed_run
 from dist_moe.tasks import build_model
@@ -83,7 +83,7 @@ def figures_by_hand(run: Path) -> dict[str, float | list[float]]:
     plan = plan_resumed_run(run, ["parallel.expert_parallel_size=1"])
     with process_groups(plan.start.environment, plan.config.parallel) as groups:
         model = build_model(plan.config, plan.task, groups.world).eval()
-        load_model(model, newest_checkpoint(run))
+        place_weights(model, read_model(newest_checkpoint(run)))
         model.begin_evaluation()
         test = plan.task.test
         probabilities, squares, entropies = [], [], []

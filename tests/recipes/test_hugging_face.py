@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dist_moe.engine.checkpoint import place_weights, read_model
 from dist_moe.engine.checkpoint.files import checkpoints_of, newest_checkpoint
-from dist_moe.engine.checkpoint.loading import load_checkpoint, load_model, save_checkpoint
+from dist_moe.engine.checkpoint.loading import load_checkpoint, save_checkpoint
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.parallel import SingleWorld
@@ -91,7 +92,7 @@ def test_an_exported_run_has_its_weights_logits_and_tokens(sharded: Path, export
     config = load_config(sharded / "config.yaml")
     task = config.data.open(progress=False)
     ours = build_model(config, task, SingleWorld()).eval()
-    load_model(ours, newest_checkpoint(sharded))
+    place_weights(ours, read_model(newest_checkpoint(sharded)))
     batch = task.val.batch(*[torch.arange(2).numpy()] * 2)
     with torch.no_grad():
         ours.begin_evaluation()

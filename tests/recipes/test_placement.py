@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from dist_moe.config.files import digest_of
 from dist_moe.engine.checkpoint.files import (
     checkpoints_of,
     complete_directories,
-    digest_of,
     newest_checkpoint,
     publish,
     read_manifest,

@@ -14,13 +14,19 @@ from typing import Any
 import pytest
 
 from dist_moe.engine import training as loop
+from dist_moe.engine.checkpoint import format as checkpoint_format
 from dist_moe.engine.checkpoint import saver as checkpoint_saver
 from dist_moe.engine.checkpoint import snapshot as checkpoint_snapshot
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint
+from dist_moe.engine.checkpoint.format import TrainingHistory
+from dist_moe.engine.checkpoint.loading import load_checkpoint
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from tests.helpers.commands import Outcome, run_here, succeed
 from tests.helpers.disks import remount, small_disk
 from tests.helpers.pool import RankPool, on_ranks
 from tests.helpers.runs import losses_of, tensors_of, write_config
+from tests.helpers.toys import toy_engine
 
 STEPS, EVERY = 20, 5
 SPLIT = "parallel.expert_parallel_size=2"
@@ -133,7 +139,7 @@ FAILING: dict[str, tuple[Any, str, int]] = {
     "no directory": (checkpoint_saver, "_prepare", 0),
     "a file of the first rank": (checkpoint_snapshot, "write_tensors", 0),
     OF_THE_SECOND_RANK: (checkpoint_snapshot, "write_tensors", 1),
-    "the trainer's state": (checkpoint_snapshot, "write_json", 0),
+    "the trainer's state": (checkpoint_format, "write_json", 0),
     "publication": (checkpoint_saver, "publish", 0),
 }
 
@@ -268,3 +274,33 @@ def test_best_weights_are_saved_beside_the_training_too(config: Path, tmp_path: 
         assert file.read_bytes() == (other / file.name).read_bytes()
     ours, theirs = tensors_of(tmp_path / "true"), tensors_of(tmp_path / "false")
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+
+
+def save_with_callbacks(root: Path) -> dict[str, Any]:
+    """What callbacks hold changes once a checkpoint has been asked for, and its thread has not begun."""
+    states = {"search": {"moves": [1, 2], "best": 0.5}}
+    begin = threading.Event()
+    write = checkpoint_snapshot.write_tensors
+
+    def wait_and_write(path: Path, tensors: Any) -> str:
+        assert begin.wait(timeout=20)
+        return write(path, tensors)
+
+    section = {"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
+    with (
+        process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=1)) as groups,
+        toy_engine(groups, 4, **section) as engine,
+        replaced(checkpoint_snapshot, "write_tensors", wait_and_write),
+    ):
+        saver = checkpoint_saver.CheckpointSaver(engine, in_background=True, failures_allowed=0, say=print)
+        saver.save(root, 3, 1, TrainingHistory({2: 0.25}, 7.0), states)
+        states["search"]["moves"].append(3)
+        begin.set()
+        saver.finish()
+        loaded = load_checkpoint(engine, root / "step-00000003")
+        assert loaded.history == TrainingHistory({2: 0.25}, 7.0)
+        return loaded.callbacks
+
+
+def test_what_callbacks_hold_is_in_the_checkpoint(tmp_path: Path) -> None:
+    assert on_ranks(1, save_with_callbacks, tmp_path) == [{"search": {"moves": [1, 2], "best": 0.5}}]

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
+from dist_moe.engine.checkpoint import place_weights, read_model
 from dist_moe.engine.checkpoint.files import newest_checkpoint
-from dist_moe.engine.checkpoint.loading import load_model
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.gates.hash_routing import HashRouting, balanced_assignment
 from dist_moe.models import TwoImageClassifier
@@ -95,7 +95,7 @@ def by_hand(run: Path) -> tuple[Figures, Figures]:
     with process_groups(plan.start.environment, plan.config.parallel) as groups:
         model = build_model(plan.config, plan.task, groups.world).eval()
         assert isinstance(model, TwoImageClassifier)
-        load_model(model, newest_checkpoint(run))
+        place_weights(model, read_model(newest_checkpoint(run)))
         model.begin_evaluation()
         rows = [model_row(model, plan.task.test, i) for i in range(len(plan.task.test))]
         constant = [constant_row(plan.task.train, plan.task.test, i) for i in range(len(plan.task.test))]

@@ -26,7 +26,7 @@ FILE, TOKENIZER_CONFIG, MODEL_CONFIG = "tokenizer.json", "tokenizer_config.json"
 USUAL_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Of an end-of-text token, where nothing beside the tokenizer names it."""
 
-MOST_BYTES = np.iinfo(np.uint16).max
+BYTES_LIMIT = np.iinfo(np.uint16).max
 """That a token may stand for."""
 
 _SHOWN = 40
@@ -61,10 +61,10 @@ class OwnTokenizer:
 
     def _sizes(self, name: str, text: str, encoding: Encoding) -> NDArray[np.int64]:
         byte_N = _bytes_by_place(text, encoding)
-        if byte_N.max(initial=0) > MOST_BYTES:
+        if byte_N.max(initial=0) > BYTES_LIMIT:
             raise UserError(
                 f"data.tokenizer={self.path}: in a document of the domain {name} one token stands for "
-                f"{byte_N.max():,} bytes; at most {MOST_BYTES:,} are counted. Remedy: a tokenizer of shorter tokens"
+                f"{byte_N.max():,} bytes; at most {BYTES_LIMIT:,} are counted. Remedy: a tokenizer of shorter tokens"
             )
         return byte_N
 

@@ -238,12 +238,12 @@ def _given(own: OwnTokenizer, domains: Mapping[str, Domain], report: Progress) -
     report.say(f"cutting the text by {own.path}")
     streams = _streams(own.encode, domains, report)
     arrays: dict[str, NDArray[Any]] = {}
-    most_V = np.zeros(own.vocab_size, dtype=np.int64)
+    largest_V = np.zeros(own.vocab_size, dtype=np.int64)
     for part in PARTS:
         token_M, byte_M = (np.concatenate(columns) for columns in zip(*streams[part], strict=True))
         arrays |= {f"{part}_tokens": token_M, f"{part}_bytes": byte_M}
-        np.maximum.at(most_V, token_M, byte_M)
-    arrays |= {"token_bytes": most_V, "tokenizer": tokenizer_bytes(own.tokenizer)}
+        np.maximum.at(largest_V, token_M, byte_M)
+    arrays |= {"token_bytes": largest_V, "tokenizer": tokenizer_bytes(own.tokenizer)}
     about = {"vocab_size": own.vocab_size, "end_of_text": own.end_of_text, "tokenizer": {"digest": own.digest}}
     return arrays, about, {part: [len(token_M) for token_M, _ in streams[part]] for part in PARTS}
 

@@ -1,63 +1,44 @@
-"""The file side of checkpoints: names, digests, what counts as complete, which one is the newest good.
+"""Checkpoints on disk: where they lie, which are complete and intact, which one is the newest good.
 
 Nothing here needs a process group: a torn checkpoint is found before any exists.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from dist_moe.config.files import digest_of
+from dist_moe.engine.checkpoint.format import FORMAT_VERSION, MANIFEST, OWN_DIGEST, Manifest
 from dist_moe.errors import UserError
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 3
 _PREFIX = "step-"
-_OWN_DIGEST = "sha256"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """``files``: sha256 by file name, of every other file of the checkpoint. ``layout``: sizes and ZeRO
-    stage of the job that wrote it, which no reader needs."""
-
-    step: int
-    files: dict[str, str]
-    layout: dict[str, int] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def text(self) -> str:
-        """As it stands in the file, with a digest of all the rest."""
-        content = asdict(self)
-        return _json(content | {_OWN_DIGEST: hashlib.sha256(_json(content).encode()).hexdigest()})
 
 
 def checkpoints_of(run_dir: Path) -> Path:
+    """Return the directory of a run's checkpoints."""
     return run_dir / "checkpoints"
 
 
 def best_of(checkpoints: Path) -> Path:
-    """Where the checkpoint of the best validation loss is kept, beside the others."""
+    """Return the directory of the checkpoint of the best validation loss, beside the others."""
     return checkpoints.with_name("best")
 
 
 def step_directory(root: Path, step: int) -> Path:
+    """Return the directory of the checkpoint of ``step``."""
     return root / f"{_PREFIX}{step:08d}"
 
 
 def partial_directory(final: Path) -> Path:
-    """Where a checkpoint grows: beside its place, under a name that is never read."""
+    """Return where a checkpoint is being written: beside its place, under a name that is never read."""
     return final.with_name(f".{final.name}.partial")
 
 
 def complete_directories(root: Path) -> list[Path]:
-    """All checkpoints under ``root``, oldest first; those still being written are not among them."""
+    """Return all checkpoints under ``root``, oldest first, without those still being written."""
     return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
 
 
@@ -72,12 +53,13 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
 
 
 def drop_old(root: Path, keep: int) -> None:
+    """Remove all checkpoints under ``root`` but the newest ``keep``."""
     for old in complete_directories(root)[:-keep]:
         shutil.rmtree(old)
 
 
 def drop_after(root: Path, step: int) -> None:
-    """Drop the checkpoints of steps that a resumed run does again, and what a process that died left half written."""
+    """Remove the checkpoints of steps that a resumed run does again, and what a dead process left half written."""
     for directory in complete_directories(root):
         if directory > step_directory(root, step):
             shutil.rmtree(directory)
@@ -86,14 +68,17 @@ def drop_after(root: Path, step: int) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """UserError if it cannot be read, is of another format or is not, to the byte, as it was written."""
+    """Return the manifest of a checkpoint.
+
+    Raises UserError if it cannot be read, is of another format or is not, to the byte, as it was written.
+    """
     path = directory / MANIFEST
     try:
         text = path.read_bytes().decode()
         content = json.loads(text)
         version = content["format_version"]
         if version == FORMAT_VERSION:
-            del content[_OWN_DIGEST]
+            del content[OWN_DIGEST]
             manifest = Manifest(**content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"checkpoint {directory} has no readable {MANIFEST}: {error}") from error
@@ -108,7 +93,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify_checkpoint(directory: Path) -> Manifest:
-    """Compare every file with its digest; UserError names the file that is missing or altered."""
+    """Compare every file with its digest. Raises UserError naming the file that is missing or altered."""
     manifest = read_manifest(directory)
     if directory.name.startswith(_PREFIX) and directory.name != step_directory(directory.parent, manifest.step).name:
         raise UserError(f"checkpoint {directory} was moved or replaced: its {MANIFEST} is of step {manifest.step}")
@@ -125,7 +110,7 @@ def verify_checkpoint(directory: Path) -> Manifest:
 
 
 def tested_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint that speaks for a run: its best where one is kept, else its newest.
+    """Return the checkpoint that stands for a run: its best where one is kept, else its newest.
 
     Raises UserError if there is none or if it is not intact.
     """
@@ -134,7 +119,7 @@ def tested_checkpoint(run_dir: Path) -> Path:
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """The newest checkpoint of ``run_dir``; UserError if there is none or if it is not intact."""
+    """Return the newest checkpoint of ``run_dir``. Raises UserError if there is none or if it is not intact."""
     return _newest_in(checkpoints_of(run_dir))
 
 
@@ -147,7 +132,7 @@ def _newest_in(root: Path) -> Path:
 
 
 def newest_good_checkpoint(run_dir: Path) -> tuple[Path, list[UserError]]:
-    """The newest checkpoint of ``run_dir`` whose digests hold, and what is wrong with newer ones.
+    """Return the newest checkpoint of ``run_dir`` whose digests hold, and what is wrong with newer ones.
 
     Raises UserError if there is none.
     """
@@ -162,27 +147,6 @@ def newest_good_checkpoint(run_dir: Path) -> tuple[Path, list[UserError]]:
             return directory, faults
     reasons = "; ".join(map(str, faults)) or "none was written"
     raise UserError(f"no usable checkpoint in {root}: {reasons}. Start again with a new --run-dir")
-
-
-def digest_of(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    replace_text(path, _json(content))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file at once: who is killed meanwhile leaves the old one, or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _json(content: Any) -> str:
-    return json.dumps(content, indent=2) + "\n"
 
 
 def _flush(path: Path) -> None:

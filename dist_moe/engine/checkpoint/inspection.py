@@ -1,4 +1,4 @@
-"""What is inside run directories, checkpoints and exported files, as text. Needs no process group."""
+"""Descriptions of run directories, checkpoints and exported files, as text. Needs no process group."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
 
-from dist_moe.engine.checkpoint.catalog import Catalog
-from dist_moe.engine.checkpoint.export import read_exported
-from dist_moe.engine.checkpoint.files import (
-    MANIFEST,
-    Manifest,
-    best_of,
-    checkpoints_of,
-    complete_directories,
-    verify_checkpoint,
-)
+from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, verify_checkpoint
+from dist_moe.engine.checkpoint.format import BUFFER, MANIFEST, Manifest
 from dist_moe.engine.checkpoint.loading import read_trainer_state
+from dist_moe.engine.checkpoint.models import read_model
+from dist_moe.engine.checkpoint.reader import CheckpointReader
+from dist_moe.engine.checkpoint.safetensors_writer import DTYPE_NAMES
 from dist_moe.errors import UserError
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """``text``: for a person. ``faults``: what is damaged."""
+    """The result of looking into a path. ``text``: for a person. ``faults``: what is damaged."""
 
     text: str
     faults: list[str]
@@ -71,9 +66,10 @@ def _inspect_checkpoint(directory: Path) -> Inspection:
     except UserError as fault:
         return Inspection(f"{directory}: DAMAGED", [str(fault)])
     trainer = read_trainer_state(directory)
-    entries = Catalog(directory).entries.values()
-    parameters = sum(entry.numel for entry in entries if not entry.is_buffer)
-    expert_parameters = sum(entry.numel for entry in entries if entry.experts)
+    entries = CheckpointReader(directory).entries.values()
+    numels = [(entry, torch.Size(entry.stacked_shape).numel()) for entry in entries]
+    parameters = sum(numel for entry, numel in numels if entry.kind != BUFFER)
+    expert_parameters = sum(numel for entry, numel in numels if entry.experts)
     facts = [
         f"step {manifest.step}, format {manifest.format_version}, written at {_layout(manifest)}",
         f"{parameters:,} parameters, {expert_parameters:,} of them in experts; {len(trainer.validation_losses)} "
@@ -84,9 +80,9 @@ def _inspect_checkpoint(directory: Path) -> Inspection:
     rows = [
         [
             entry.name,
-            "buffer" if entry.is_buffer else f"{entry.experts} experts" if entry.experts else "dense",
-            str(entry.shape),
-            str(entry.dtype).removeprefix("torch."),
+            f"{entry.experts} experts" if entry.experts else entry.kind,
+            str(entry.spec.shape),
+            str(entry.spec.dtype).removeprefix("torch."),
             " ".join(entry.states),
             _size(entry.num_bytes),
         ]
@@ -106,19 +102,18 @@ def _inspect_checkpoint(directory: Path) -> Inspection:
 
 
 def _inspect_exported(path: Path) -> Inspection:
-    exported = read_exported(path)
-    with safe_open(path, framework="pt") as file:
-        rows = [
-            [name, kind, str(tuple(file.get_slice(name).get_shape())), file.get_slice(name).get_dtype()]
-            for name, kind in exported.kinds.items()
-        ]
+    exported = read_model(path)
+    specs = exported.specs
+    rows = [
+        [name, kind, str(specs[name].shape), DTYPE_NAMES[specs[name].dtype]] for name, kind in exported.kinds.items()
+    ]
     size, digest = _size(path.stat().st_size), exported.digest[:12]
     facts = f"weights of step {exported.step}, {exported.dtype}, {size}, sha256 {digest}: ok"
     return Inspection(f"{facts}\n\n{table(['tensor', 'kind', 'shape', 'dtype'], rows)}", [])
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """Columns as wide as they must be."""
+    """Return rows under a head, in columns as wide as they must be."""
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(

@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from dist_moe.engine.checkpoint.format import SavedPlacements
 from dist_moe.layer import MoE
 from dist_moe.parallel import Placement
 
-SavedPlacements = dict[str, dict[str, Any]]
-"""Layer name -> ``num_ranks`` and ``expert_of_position``; layers whose experts lie in order are absent."""
-
 
 def placements_of(model: nn.Module) -> SavedPlacements:
-    """As JSON can hold them."""
+    """Return the placements of a model's layers, as JSON can hold them."""
     return {
         name: {
             "num_ranks": layer.placement.num_ranks,

@@ -1,77 +1,115 @@
-"""Reading a checkpoint for a layout that may differ from the one that wrote it."""
+"""Reading checkpoints: what their tensors are, one tensor at a time, for any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dist_moe.engine.checkpoint.format import BUFFER, DENSE, EXPERTS, Key
+from dist_moe.engine.checkpoint.safetensors_writer import TensorSpec, spec_in_file
+from dist_moe.engine.deepspeed.parameter_state import MASTER
 from dist_moe.engine.deepspeed.sharded_parameters import whole_shape
 from dist_moe.errors import UserError
-from dist_moe.experts import ExpertBank
-
-BUFFER = "buffer"
 
 
-def expert_ids_by_parameter(
-    model: nn.Module,
-) -> Iterator[tuple[str, nn.Parameter, Sequence[int] | None]]:
-    """(name, parameter, global ids of the experts along axis 0, or None for a dense parameter)."""
-    ids = {
-        f"{bank_name}.{name}" if bank_name else name: bank.expert_ids
-        for bank_name, bank in model.named_modules()
-        if isinstance(bank, ExpertBank)
-        for name, _ in bank.named_parameters()
-    }
-    for name, parameter in model.named_parameters():
-        yield name, parameter, ids.get(name)
+@dataclass(frozen=True)
+class Entry:
+    """A dense parameter, a parameter of all experts, or a buffer of a checkpoint.
+
+    ``states``: MASTER and the optimizer's, or BUFFER alone. ``experts``: how many, None for what is no expert's.
+    ``spec``: of one expert's part of the first state, or of the whole. ``num_bytes``: of all states and experts.
+    """
+
+    name: str
+    states: tuple[str, ...]
+    experts: int | None
+    spec: TensorSpec
+    num_bytes: int
+
+    @property
+    def kind(self) -> str:
+        """DENSE, EXPERTS or BUFFER."""
+        return BUFFER if self.states == (BUFFER,) else DENSE if self.experts is None else EXPERTS
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """The shape of one state, with the experts as axis 0."""
+        return self.spec.shape if self.experts is None else (self.experts, *self.spec.shape)
+
+    def keys(self, state: str) -> list[Key]:
+        """Return the names of the tensors of one state, in the order of the experts."""
+        return [Key(self.name, state, e) for e in ([None] if self.experts is None else range(self.experts))]
 
 
 class CheckpointReader:
-    """Looks tensors up by parameter name and expert id, in whichever file they are."""
+    """The tensors of a verified checkpoint, in whichever file they are. ``entries``: by name.
+
+    Raises UserError where experts are missing: their ids must be 0 .. E - 1, in every state.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._files = [safe_open(path, framework="pt") for path in sorted(directory.glob("*.safetensors"))]
-        self._file_of_key = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118
-        self._states: dict[str, list[str]] = {}
-        for key in self._file_of_key:
-            name, state = key.split("|")[:2]
-            if state not in self._states.setdefault(name, []):
-                self._states[name].append(state)
+        self._files = {path.name: safe_open(path, framework="pt") for path in sorted(directory.glob("*.safetensors"))}
+        self._file_of = {Key.parse(k): name for name, file in self._files.items() for k in file.keys()}  # noqa: SIM118
+        self.entries = {entry.name: entry for entry in self._find_entries()}
 
-    def check_states(self, *, moments: bool) -> None:
-        """Raise UserError unless all parameters have the same states, and where ``moments``, more than masters."""
-        states = {name: sorted(of) for name, of in self._states.items() if BUFFER not in of}
-        expected = max(states.values(), key=len, default=[])
-        for name, of in states.items():
-            if of != expected or (moments and len(of) < 2):
-                raise self._misfit(f"{name} has no optimizer state but {of}")
+    def spec(self, key: Key) -> TensorSpec:
+        """Return dtype and shape of one tensor, without reading it."""
+        return spec_in_file(self._files[self._file_of[key]], str(key))
 
-    def parameter(self, name: str, like: nn.Parameter, expert_ids: Sequence[int] | None) -> dict[str, Tensor]:
-        """Master and optimizer states of a parameter, on its device, with its shape."""
-        if name not in self._states:
+    def read(self, key: Key) -> Tensor:
+        """Return one tensor. Raises UserError if there is none of that name."""
+        if key not in self._file_of:
+            raise self._misfit(f"it has no {key}")
+        tensor: Tensor = self._files[self._file_of[key]].get_tensor(str(key))
+        return tensor
+
+    def expert_files(self) -> set[str]:
+        """Return the names of the files that hold experts."""
+        return {name for key, name in self._file_of.items() if key.expert is not None}
+
+    def check_states(self, trained: Container[str], *, moments: bool) -> None:
+        """Raise UserError unless all ``trained`` parameters have the same states: with ``moments``, more than masters.
+
+        Of the others, which are held still, the masters suffice.
+        """
+        states = {name: entry.states for name, entry in self.entries.items() if name in trained}
+        expected = max(states.values(), key=len, default=())
+        for name, found in states.items():
+            if found != expected or (moments and len(found) < 2):
+                raise self._misfit(f"{name} has no optimizer state but {list(found)}")
+
+    def parameter(
+        self, name: str, like: nn.Parameter, expert_ids: Sequence[int] | None, *, moments: bool = True
+    ) -> dict[str, Tensor]:
+        """Return master and (where ``moments``) optimizer states of a parameter, on its device, in its whole shape.
+
+        Raises UserError if they are missing or have another shape.
+        """
+        if name not in self.entries:
             raise self._misfit(f"it has no parameter {name}")
-        return {state: self._assemble(name, state, like, expert_ids) for state in self._states[name]}
+        states = self.entries[name].states if moments else (MASTER,)
+        return {state: self._assemble(name, state, like, expert_ids) for state in states}
 
     def fill_buffers(self, model: nn.Module) -> None:
+        """Copy all buffers into ``model``. Raises UserError if one is missing or has another shape."""
         for name, buffer in model.named_buffers():
-            buffer.copy_(self._get(f"{name}|{BUFFER}", buffer.shape))
+            buffer.copy_(self._read_as(Key(name, BUFFER), buffer.shape))
 
     def _assemble(self, name: str, state: str, like: nn.Parameter, expert_ids: Sequence[int] | None) -> Tensor:
         shape = whole_shape(like)
         if expert_ids is None:
-            return self._get(f"{name}|{state}", shape).to(like.device)
-        experts = [self._get(f"{name}|{state}|{expert}", shape[1:]) for expert in expert_ids]
+            return self._read_as(Key(name, state), shape).to(like.device)
+        experts = [self._read_as(Key(name, state, expert), shape[1:]) for expert in expert_ids]
         return torch.stack(experts).to(like.device)
 
-    def _get(self, key: str, shape: torch.Size) -> Tensor:
-        if key not in self._file_of_key:
-            raise self._misfit(f"it has no {key}")
-        tensor = self._file_of_key[key].get_tensor(key)
+    def _read_as(self, key: Key, shape: torch.Size) -> Tensor:
+        tensor = self.read(key)
         if tensor.shape != shape:
             raise self._misfit(f"{key} has shape {tuple(tensor.shape)} there and {tuple(shape)} here")
         return tensor
@@ -81,3 +119,20 @@ class CheckpointReader:
             f"checkpoint {self._directory} is not one of this model: {reason}; "
             "use the configuration with which it was written"
         )
+
+    def _find_entries(self) -> Iterator[Entry]:
+        found: dict[str, dict[str, list[Key]]] = {}
+        for key in sorted(self._file_of, key=lambda key: (key.name, key.state != MASTER, key.state, key.expert or 0)):
+            found.setdefault(key.name, {}).setdefault(key.state, []).append(key)
+        for name, keys_of in found.items():
+            first, *_ = keys_of.values()
+            experts = None if first[0].expert is None else len(first)
+            num_bytes = sum(self.spec(key).num_bytes for keys in keys_of.values() for key in keys)
+            entry = Entry(name, tuple(keys_of), experts, self.spec(first[0]), num_bytes)
+            for state, keys in keys_of.items():
+                if keys != entry.keys(state):
+                    raise UserError(
+                        f"checkpoint {self._directory} is not whole: {name}|{state} is there for experts "
+                        f"{[key.expert for key in keys]} only"
+                    )
+            yield entry

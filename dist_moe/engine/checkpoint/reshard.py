@@ -1,4 +1,4 @@
-"""A checkpoint again with its experts in another number of files, one expert in memory at a time.
+"""Rewriting a checkpoint with its experts in another number of files, one expert in memory at a time.
 
 No layout needs this: every checkpoint loads at any number of ranks. It is for file systems that like
 few large files better, or many small ones.
@@ -14,16 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_moe.engine.checkpoint.catalog import Catalog
-from dist_moe.engine.checkpoint.files import (
-    MANIFEST,
-    partial_directory,
-    publish,
-    step_directory,
-    verify_checkpoint,
-)
-from dist_moe.engine.checkpoint.snapshot import expert_file
-from dist_moe.engine.checkpoint.tensor_file import write_pieces
+from dist_moe.engine.checkpoint.files import partial_directory, publish, step_directory, verify_checkpoint
+from dist_moe.engine.checkpoint.format import Key, expert_file
+from dist_moe.engine.checkpoint.reader import CheckpointReader
+from dist_moe.engine.checkpoint.safetensors_writer import write_pieces
 from dist_moe.errors import UserError
 
 
@@ -34,8 +28,8 @@ def reshard_checkpoint(source: Path, root: Path, expert_files: int) -> Path:
     alone. Raises UserError if ``source`` is not intact, the number does not fit, or writing fails.
     """
     manifest = verify_checkpoint(source)
-    catalog = Catalog(source)
-    experts = max((entry.experts or 0 for entry in catalog.entries.values()), default=0)
+    reader = CheckpointReader(source)
+    experts = max((entry.experts or 0 for entry in reader.entries.values()), default=0)
     if not 1 <= expert_files <= max(1, experts):
         raise UserError(f"--expert-files {expert_files}: the checkpoint has {experts} experts; 1 to {experts} files")
     final = step_directory(root, manifest.step)
@@ -45,48 +39,48 @@ def reshard_checkpoint(source: Path, root: Path, expert_files: int) -> Path:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        files = _copy_others(source, catalog, manifest.files, partial)
+        files = _copy_others(source, reader, manifest.files, partial)
         for index, ids in enumerate(torch.arange(experts).tensor_split(expert_files) if experts else ()):
-            files[expert_file(index)] = _write_experts(catalog, ids.tolist(), partial / expert_file(index))
+            files[expert_file(index)] = _write_experts(reader, ids.tolist(), partial / expert_file(index))
         publish(partial, final, replace(manifest, files=files))
     except OSError as error:
         raise UserError(f"{final} cannot be written: {error}") from error
-    _compare(catalog, final)
+    _compare(reader, final)
     return final
 
 
-def _copy_others(source: Path, catalog: Catalog, digests: Mapping[str, str], target: Path) -> dict[str, str]:
-    """All files without experts, as they are; their digests."""
-    kept = [name for name in digests if name not in catalog.expert_files() and name != MANIFEST]
+def _copy_others(source: Path, reader: CheckpointReader, digests: Mapping[str, str], target: Path) -> dict[str, str]:
+    """Copy all files without experts as they are; return their digests."""
+    kept = [name for name in digests if name not in reader.expert_files()]
     for name in kept:
         shutil.copyfile(source / name, target / name)
     return {name: digests[name] for name in kept}
 
 
-def _write_experts(catalog: Catalog, ids: list[int], path: Path) -> str:
+def _write_experts(reader: CheckpointReader, ids: list[int], path: Path) -> str:
     keys = [
-        f"{entry.name}|{state}|{expert}"
-        for entry in catalog.entries.values()
+        Key(entry.name, state, expert)
+        for entry in reader.entries.values()
         if entry.experts is not None
         for state in entry.states
         for expert in ids
     ]
 
     def piece(key: str) -> tuple[Tensor]:
-        return (catalog.read(key),)
+        return (reader.read(Key.parse(key)),)
 
-    return write_pieces(path, {key: catalog.spec(key) for key in keys}, piece)
+    return write_pieces(path, {str(key): reader.spec(key) for key in keys}, piece)
 
 
-def _compare(catalog: Catalog, written: Path) -> None:
-    """The digests, and every tensor by name; a fault here is ours or the disk's."""
+def _compare(reader: CheckpointReader, written: Path) -> None:
+    """Check the digests, and every tensor by name; an error here is ours or the disk's."""
     verify_checkpoint(written)
-    again = Catalog(written)
-    if again.entries != catalog.entries:
+    again = CheckpointReader(written)
+    if again.entries != reader.entries:
         raise UserError(f"{written} does not hold what its source holds; remove it, and check the disk")
-    for entry in catalog.entries.values():
+    for entry in reader.entries.values():
         for state in entry.states:
             for key in entry.keys(state):
-                ours, theirs = again.read(key), catalog.read(key)
+                ours, theirs = again.read(key), reader.read(key)
                 if not ours.reshape(-1).view(torch.uint8).equal(theirs.reshape(-1).view(torch.uint8)):
                     raise UserError(f"{written}: {key} is not what its source holds; remove it, and check the disk")

@@ -11,16 +11,11 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dist_moe.engine.checkpoint.files import (
-    Manifest,
-    drop_old,
-    partial_directory,
-    publish,
-    step_directory,
-)
-from dist_moe.engine.checkpoint.snapshot import Snapshot, TrainingHistory, take_snapshot
+from dist_moe.engine.checkpoint.files import drop_old, partial_directory, publish, step_directory
+from dist_moe.engine.checkpoint.format import CallbackStates, Manifest, TrainingHistory
+from dist_moe.engine.checkpoint.snapshot import Snapshot, take_snapshot
 from dist_moe.engine.collectives import gather_objects
 from dist_moe.errors import UserError
 
@@ -55,22 +50,18 @@ class CheckpointSaver:
         return self._job is not None and self._job.is_alive()
 
     def save(
-        self,
-        root: Path,
-        step: int,
-        keep: int,
-        history: TrainingHistory,
-        callbacks: dict[str, dict[str, Any]] | None = None,
+        self, root: Path, step: int, keep: int, history: TrainingHistory, callbacks: CallbackStates | None = None
     ) -> None:
         """Save as ``root/step-...`` and then drop all but the newest ``keep``. Collective over all ranks.
 
-        Waits for the save before it, then for a copy in host memory only. Raises UserError where more
-        than ``failures_allowed`` saves in a row have failed. ``callbacks``: their states by name.
+        ``callbacks``: what they hold, by their names; the first rank's is written. Waits for the save before it, then
+        for a copy in host memory only. Raises UserError where more than ``failures_allowed`` saves in a row have
+        failed.
         """
         self.settle()
         directory = step_directory(root, step)
-        if faults := _told(_fault_of(_prepare, directory) if self._is_first else None):
-            self._failed(directory, faults)
+        if errors := gather_errors(run_catching(_prepare, directory) if self._is_first else None):
+            self._failed(directory, errors)
             return
         self._job = _Job(take_snapshot(self._engine, step, history, callbacks or {}), directory, keep)
         if self._in_background:
@@ -86,12 +77,12 @@ class CheckpointSaver:
         job, self._job = self._job, None
         job.wait()
         written = gather_objects(job.digests)
-        faults = _told(job.fault)
-        if not faults:
+        errors = gather_errors(job.error)
+        if not errors:
             files = {name: digest for one in written for name, digest in one.items()}
-            faults = _told(_fault_of(job.publish, files) if self._is_first else None)
-        if faults:
-            self._failed(job.directory, faults)
+            errors = gather_errors(run_catching(job.publish, files) if self._is_first else None)
+        if errors:
+            self._failed(job.directory, errors)
         else:
             self._failures = []
 
@@ -107,10 +98,10 @@ class CheckpointSaver:
             self._job.wait(CLOSE_PATIENCE_S)
             self._job = None
 
-    def _failed(self, directory: Path, faults: list[str]) -> None:
+    def _failed(self, directory: Path, errors: list[str]) -> None:
         if self._is_first:
             shutil.rmtree(partial_directory(directory), ignore_errors=True)  # it may hold what the disk lacks
-        self._failures.append(f"checkpoint {directory} could not be written: {'; '.join(faults)}")
+        self._failures.append(f"checkpoint {directory} could not be written: {'; '.join(errors)}")
         if len(self._failures) > self._failures_allowed:
             raise UserError(
                 f"{self._failures[-1]}. That is {len(self._failures)} in a row, and "
@@ -120,24 +111,24 @@ class CheckpointSaver:
             self._say(f"warning: {self._failures[-1]}; going on, older ones stay as they are")
 
 
-_REMEDY = "older ones are untouched: mend the place, then go on with dist-moe train --resume"
+_REMEDY = "older ones are untouched: fix the place, then go on with dist-moe train --resume"
 
 
 class _Job(threading.Thread):
-    """One rank's share of one checkpoint. ``digests``: of its files, once written; ``fault``: why they are not."""
+    """One rank's share of one checkpoint. ``digests``: of its files, once written; ``error``: why they are not."""
 
     def __init__(self, snapshot: Snapshot, directory: Path, keep: int) -> None:
         super().__init__(name=f"write {directory.name}", daemon=True)
         self.directory = directory
         self.digests: dict[str, str] = {}
-        self.fault: str | None = None
+        self.error: str | None = None
         self._snapshot: Snapshot | None = snapshot
         self._step, self._layout = snapshot.step, snapshot.layout
         self._keep = keep
 
     def run(self) -> None:
         assert self._snapshot is not None
-        self.fault = _fault_of(self._write, self._snapshot)
+        self.error = run_catching(self._write, self._snapshot)
         self._snapshot = None  # its memory is free from here on
 
     def wait(self, timeout: float | None = None) -> None:
@@ -159,8 +150,11 @@ def _prepare(directory: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _fault_of(function: Callable[..., None], *arguments: object) -> str | None:
-    """Run it; what went wrong, in words. Nothing may escape on one rank while the others wait for it."""
+def run_catching(function: Callable[..., None], *arguments: object) -> str | None:
+    """Run ``function``; return its error in words, or None.
+
+    Nothing may escape on one rank while the others wait for it in the next collective.
+    """
     try:
         function(*arguments)
     except Exception as error:
@@ -168,6 +162,6 @@ def _fault_of(function: Callable[..., None], *arguments: object) -> str | None:
     return None
 
 
-def _told(fault: str | None) -> list[str]:
-    """The faults of all ranks, on every rank."""
-    return [f"rank {rank}: {fault}" for rank, fault in enumerate(gather_objects(fault)) if fault is not None]
+def gather_errors(error: str | None) -> list[str]:
+    """Return the errors of all ranks, on every rank. Collective over all ranks."""
+    return [f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(error)) if one is not None]

@@ -1,4 +1,4 @@
-"""The user's DeepSpeed configuration, completed: the sizes that follow from ours, what the CPU needs."""
+"""The user's DeepSpeed configuration, completed: the sizes that follow from ours, what the CPU needs, the precision."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 
 DeepSpeedSection = dict[str, Any]
 
 
 def complete_deepspeed_section(section: DeepSpeedSection, batch_size: int, world_size: int) -> DeepSpeedSection:
-    """The configuration that DeepSpeed gets; ``section`` is left as it is."""
+    """Return the configuration that DeepSpeed gets; ``section`` is left as it is."""
     completed = copy.deepcopy(section)
     accumulation = completed.setdefault("gradient_accumulation_steps", 1)
     completed["train_batch_size"] = batch_size
@@ -32,25 +33,48 @@ def complete_deepspeed_section(section: DeepSpeedSection, batch_size: int, world
 
 
 def uses_torch_adam(section: DeepSpeedSection) -> bool:
-    """Whether Adam steps on a CPU, where DeepSpeed's own would first be compiled: a minute and a C++ compiler."""
+    """Return whether Adam steps on a CPU, where DeepSpeed's own is compiled first: a minute and a C++ compiler."""
     return not torch.cuda.is_available() or offloads_optimizer(section)
 
 
 def offloads_optimizer(section: DeepSpeedSection) -> bool:
+    """Return whether optimizer state lies in host memory."""
     return lookup(section, "zero_optimization.offload_optimizer.device") == "cpu"
 
 
 def zero_stage(section: DeepSpeedSection) -> int:
+    """Return the ZeRO stage, 0 to 3."""
     return int(lookup(section, "zero_optimization.stage") or 0)
 
 
 def is_adam(optimizer_type: str) -> bool:
+    """Return whether DeepSpeed takes ``optimizer_type`` for Adam."""
     return optimizer_type.lower() in ("adam", "adamw")
 
 
 def lookup(section: DeepSpeedSection, dotted_key: str) -> Any:
-    """The value under a dotted key, None if it or a section above it is absent."""
+    """Return the value under a dotted key, None if it or a section above it is absent."""
     value: Any = section
     for key in dotted_key.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def parameter_dtype(section: DeepSpeedSection) -> torch.dtype:
+    """Return the dtype of the parameters that a run computes with; its masters are fp32."""
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        if lookup(section, f"{name}.enabled"):
+            return dtype
+    return torch.float32
+
+
+def cast_parameters(model: nn.Module, section: DeepSpeedSection, device: torch.device) -> None:
+    """Cast the parameters of a bare model as DeepSpeed would, as an evaluation has to; buffers stay as they are.
+
+    An fp16 run away from a GPU gets fp32: CPUs have no fp16 arithmetic to repeat it with.
+    """
+    dtype = parameter_dtype(section)
+    if dtype == torch.float16 and device.type == "cpu":
+        dtype = torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -40,14 +40,15 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
 
     def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups) -> None:
         mark_experts(model, groups.expert_group_name)
-        self.__dict__["process_groups"] = groups
+        self.__dict__["process_groups"] = groups  # before the base class is initialised, as its hooks need them
+        self.__dict__["held_masters"] = {}  # see _held_master of parameter_state.py
         config = _deepspeed.DeepSpeedConfig(section)
         _deepspeed.set_optimizer_flags(config, model)
         super().__init__(
             args=None,
             model=model,
             optimizer=None,
-            model_parameters=list(model.parameters()),
+            model_parameters=_trained_groups(model),
             training_data=None,
             lr_scheduler=None,
             mpu=None,
@@ -70,12 +71,12 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in this rank's model, whether it holds all of them or slices."""
+        """The number of elements of this rank's parameters, whether it holds all of them or slices."""
         return sum(whole_shape(parameter).numel() for parameter in self.module.parameters())
 
     @property
     def grad_norm(self) -> float:
-        """Norm of all gradients of the last step, dense and expert, before clipping."""
+        """The norm of all gradients of the last step, dense and expert, before clipping."""
         return float(self.get_global_grad_norm())
 
     @property
@@ -84,19 +85,23 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         return not math.isfinite(self.grad_norm)
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
-        self.has_moe_layers = any(map(is_expert_parameter, model.parameters()))  # else DeepSpeed misses their groups
+        experts = [parameter for parameter in model.parameters() if is_expert_parameter(parameter)]
+        self.has_moe_layers = bool(experts)  # else DeepSpeed misses their groups
         super()._configure_distributed_model(model)
+        if not self.shards_parameters and not any(parameter.requires_grad for parameter in experts):
+            self.has_moe_layers = False  # ZeRO stages 1 and 2 insist on a group of trained experts where it is set
 
     def _validate_zero3_moe_compatibility(self) -> None:
         """DeepSpeed's own check knows its own layers only; ours is :func:`check_groups`, afterwards."""
 
     def group_of(self, parameter: nn.Parameter) -> Any:
-        """The ranks that hold copies of ``parameter``, over which its gradients are summed."""
+        """Return the process group of the ranks that hold copies of ``parameter``, whose gradients are summed."""
         if is_expert_parameter(parameter):
             return self.expert_data_parallel_group[self.process_groups.expert_group_name]
         return self.seq_data_parallel_group
 
     def destroy(self) -> None:
+        """Free what DeepSpeed keeps of this engine beyond its own life."""
         super().destroy()
         if self.shards_parameters:
             for handle in self.own_hooks:
@@ -116,7 +121,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         super()._take_model_step(lr_kwargs)
 
     def _leave_out_step(self) -> None:
-        """What DeepSpeed does at ZeRO stages 1 and 2 when the norm is not finite, here for stage 0."""
+        """Skip a step whose norm is not finite at stage 0, as DeepSpeed does at ZeRO stages 1 and 2."""
         self.zero_grad()
         self.losses = None
         self.skipped_steps += 1
@@ -124,10 +129,24 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         self.global_samples += self.train_batch_size()
 
     def clip_fp32_gradients(self) -> None:
+        """Clip at ZeRO stage 0 by the norm of all gradients; DeepSpeed would take the mean of the ranks' norms."""
         scale = (self.gradient_clipping() / (self._global_grad_norm + 1e-6)).clamp(max=1.0)
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
+
+
+def _trained_groups(model: nn.Module) -> list[nn.Parameter] | list[dict[str, Any]]:
+    """Return what the optimizer is given: the parameters that train, where they are experts alone in groups.
+
+    DeepSpeed would split experts off itself, and fail at ZeRO stages 1 and 2 (0.19.8) on the group of dense
+    parameters that stays behind empty.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not all(map(is_expert_parameter, trained)):
+        return trained
+    split = _deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer
+    return [group for group in split({"params": trained, "name": "dense-params"}) if group["params"]]
 
 
 def mark_experts(model: nn.Module, group_name: str) -> None:
@@ -146,11 +165,12 @@ def mark_experts(model: nn.Module, group_name: str) -> None:
 
 
 def is_expert_parameter(parameter: nn.Parameter) -> bool:
+    """Return whether ``parameter`` is of experts, once :func:`mark_experts` has seen its bank."""
     return not getattr(parameter, "allreduce", True)
 
 
 def global_grad_norm(model: nn.Module, groups: ProcessGroups) -> Tensor:
-    """sqrt of the summed squares of all gradients: dense ones once, experts summed over EP ranks.
+    """Return the norm of all gradients: squares of dense ones summed once, of experts over EP ranks.
 
     Expects gradients that are reduced already, as at ZeRO stage 0 before the optimizer's step.
     """

@@ -1,4 +1,4 @@
-"""Two losses of one step: what of the second one's gradient contradicts the first one's is taken out.
+"""Alignment of the gradients of two losses: what of the second one's contradicts the first one's is taken out.
 
 Yang et al.: Dual-Head Knowledge Distillation (KDD 2025), as projecting conflicting gradients (Yu et al., NeurIPS
 2020) for two losses of which one leads. With g_1, g_2 the gradients of the whole step over all parameters,
@@ -67,7 +67,7 @@ class GradientAlignment:
 
     @property
     def is_last(self) -> bool:
-        """Whether the micro-batch that was given last has ended a step."""
+        """Whether the latest micro-batch has ended a step."""
         return self._done == 0
 
     def __call__(self, leading: Tensor, following: Tensor) -> Tensor:
@@ -84,6 +84,8 @@ class GradientAlignment:
         for part in self._parts:
             part.reduce()
         dense, experts = (part.products() for part in self._parts)
+        # Dense gradients are the same on all ranks after reduce(), experts' on the ranks that share them: a sum over
+        # the expert-parallel group counts every expert once.
         products_3 = dense + self._world.sum(experts)
         inner, square, other = products_3.unbind()
         self.cosine = (inner / (square * other).sqrt().clamp(min=torch.finfo(square.dtype).tiny)).to(self.cosine)
@@ -92,7 +94,7 @@ class GradientAlignment:
 
 
 class _Part:
-    """The dense parameters, or the experts, of a rank, and the two gradients of each: (2, numbers) in fp32.
+    """A rank's dense parameters, or its experts, and the two gradients of each: (2, numbers) in fp32.
 
     ``spread_over``: ranks that hold different ones of them. The engine adds up what those ranks give that share
     some, and divides by the number of all ranks.
@@ -108,12 +110,13 @@ class _Part:
         self._sums_2N: Tensor | None = None
 
     def add(self, gradients: list[Sequence[Tensor]]) -> None:
+        """Add the two gradients of a micro-batch."""
         rows = [torch.cat([g.float().flatten() for g in of_loss]) for of_loss in gradients if of_loss]
         now_2N = torch.stack(rows) if rows else torch.zeros(2, 0, device=self._device)
         self._sums_2N = now_2N if self._sums_2N is None else self._sums_2N + now_2N
 
     def reduce(self) -> None:
-        """As the engine does: the sum over those who share these parameters, divided by all."""
+        """Average over ranks and micro-batches, as the engine does: sum over those who share, divided by all."""
         assert self._sums_2N is not None
         if self._group is not None and dist.get_world_size(self._group) > 1:
             dist.all_reduce(self._sums_2N, group=self._group)
@@ -126,7 +129,12 @@ class _Part:
         return torch.stack([second_N @ first_N, first_N @ first_N, second_N @ second_N])
 
     def hand_over(self, share: Tensor, micro_batches: int) -> list[Tensor]:
-        """The merged gradients, multiplied by what the engine divides them by; forgets the sums."""
+        """Return the merged gradients, multiplied by what the engine divides them by; forget the sums.
+
+        Every rank hands the same g for a parameter, in the last micro-batch only. The engine divides a loss by the
+        number of micro-batches, sums over the R / S ranks that share the parameter (S = ``spread_over``: 1 for dense
+        ones, EP for experts) and divides by R: g arrives as g (R / S) / (micro_batches R).
+        """
         assert self._sums_2N is not None
         first_N, second_N = self._sums_2N
         self._sums_2N = None
@@ -136,7 +144,12 @@ class _Part:
 
 
 class _Handed(torch.autograd.Function):
-    """``value``, as if it were a loss whose gradient to each parameter is the one that is handed over."""
+    """Return ``value``, as if it were a loss whose gradient to each parameter is the one that is handed over.
+
+    DeepSpeed (0.19.8) reduces gradients in hooks of the backward pass of the loss that ``engine.backward`` gets, at
+    ZeRO stages 1 and 2 bucket by bucket: what is written to ``parameter.grad`` itself, it never sees. The other
+    micro-batches hand zeros, so that the same hooks run in every backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
@@ -149,7 +162,10 @@ class _Handed(torch.autograd.Function):
 
 
 def _gradients(loss: Tensor, parameters: list[nn.Parameter], *, keep: bool) -> list[Tensor]:
-    """One for each parameter, zero where the loss does not reach it. ``keep``: the graph is still needed."""
+    """Return one gradient for each parameter, zero where the loss does not reach it.
+
+    ``keep``: the graph is still needed.
+    """
     if not loss.requires_grad:
         return [torch.zeros_like(parameter) for parameter in parameters]
     found = torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)

@@ -1,11 +1,15 @@
 """Migration: experts change their ranks, with fp32 masters and optimizer state, bit for bit.
 
+    rank 0: e0 e1 e2   --e1-->   rank 0: e0 e4 e2      row i of every parameter of a bank, and of its master and
+    rank 1: e3 e4 e5   <--e4--   rank 1: e3 e1 e5      moments, is that of the i-th expert of ``expert_ids``
+
 Only experts whose rank changes travel, within their expert-parallel group, one state of one parameter at
 a time: a rank holds, beside what the engine holds, that state of its experts of that parameter twice,
 and the rows that leave and arrive. Every row travels with a checksum of its bits.
 
-At ZeRO stages 1 and 2 with copies of the experts, DeepSpeed assembles a state by a sum over its owners,
-in which -0.0 becomes 0.0; every other number, subnormal ones included, keeps its bits.
+At ZeRO stages 1 and 2 with copies of the experts, DeepSpeed (0.19.8, ``get_full_hp_param``) assembles a state by a
+sum over its owners, of which all but one bring zeros: -0.0 becomes 0.0; every other number, subnormal ones included,
+keeps its bits.
 """
 
 from __future__ import annotations
@@ -28,21 +32,25 @@ _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Migration:
-    """``experts``: those that changed their rank. ``bytes``: of their state, sent by all ranks together."""
+    """A move that was made. ``experts``: those that changed their rank. ``bytes``: sent by all ranks together."""
 
     experts: tuple[int, ...]
     bytes: int
 
 
 def state_bytes_per_expert(engine: ExpertParallelEngine, layer: MoE) -> int:
-    """Bytes that travel with one expert: masters and optimizer states of all of its parameters, in fp32."""
-    numbers = sum(whole_shape(parameter)[1:].numel() for parameter in layer.experts.parameters())
-    return numbers * len(state_keys(engine)) * torch.finfo(torch.float32).bits // 8
+    """Return the bytes that travel with one expert: masters and optimizer states of its parameters, in fp32."""
+    moments = len(state_keys(engine)) - 1
+    numbers = sum(
+        whole_shape(parameter)[1:].numel() * (1 + moments * parameter.requires_grad)
+        for parameter in layer.experts.parameters()
+    )
+    return numbers * torch.finfo(torch.float32).bits // 8
 
 
 @torch.no_grad()
 def migrate(engine: ExpertParallelEngine, layer: MoE, placement: Placement) -> Migration:
-    """Bring the experts of ``layer``, a layer of the engine's module, where ``placement`` says.
+    """Move the experts of ``layer``, a layer of the engine's module, to where ``placement`` says.
 
     Between two training steps. Collective over all ranks; nothing is sent where nothing changes. Raises, on
     every rank: RuntimeError if the ranks were given different placements, or had different ones before, or
@@ -55,14 +63,14 @@ def migrate(engine: ExpertParallelEngine, layer: MoE, placement: Placement) -> M
     moves = _Moves.between(layer.placement, placement, layer.world.rank)
     keys, faults, sent = state_keys(engine), [], 0
     for name, parameter in layer.experts.named_parameters():
-        for key in keys:
+        for key in keys if parameter.requires_grad else keys[:1]:  # the master alone of one that is held still
             state, arrived_well = moves.carry(read_state(engine, parameter, key), layer.world)
             write_state(engine, parameter, key, state)
             sent += len(moves.leaving) * state[0].numel() * state.element_size()
             if not arrived_well:
                 faults.append(f"{name}|{key}")
     if engine.shards_parameters:
-        gather_kept(engine)
+        gather_kept(engine)  # slices were written, and whole copies of small parameters are older than they are
     experts = layer.placement.moved_to(placement)
     layer.place(placement)
     results = gather_objects((faults, sent))
@@ -97,7 +105,7 @@ class _Moves:
         )
 
     def carry(self, state: Tensor, world: World) -> tuple[Tensor, bool]:
-        """(E_local, ...) before -> the same after the move, and whether all rows arrived as they were sent."""
+        """(E_local, ...) before -> (E_local, ...) after the move, and whether all rows arrived as they were sent."""
         rows = state[self.leaving].flatten(1)
         received = world.all_to_all(rows, self.send_rows, self.receive_rows)
         sums = world.all_to_all(_checksums(rows), self.send_rows, self.receive_rows)
@@ -109,7 +117,11 @@ class _Moves:
 
 
 def _checksums(rows: Tensor) -> Tensor:
-    """(N, numbers) -> (N, 1) int64: of the bits, with a weight for each place; one row at a time."""
+    """(N, numbers) -> (N, 1) int64: sum of the bits, with a weight for each place; one row at a time.
+
+    Weights are odd, so that no bit vanishes modulo 2^64, and differ, so that exchanged numbers are noticed. One row at
+    a time: the widened bits of all rows would take twice their memory.
+    """
     sums = torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
     weights = 2 * torch.arange(rows.shape[1], device=rows.device) + 1
     for index, row in enumerate(rows):

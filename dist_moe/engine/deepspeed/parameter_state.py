@@ -23,20 +23,23 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class ParameterState:
-    """``tensors[name]``: the fp32 master under MASTER, then each optimizer state of its shape (for
-    Adam ``exp_avg``, ``exp_avg_sq``). ``scalars``: states without a shape (Adam's ``step``), which
-    are the same for all parameters."""
+    """Masters and optimizer state of a model.
+
+    ``tensors[name]``: the fp32 master under MASTER, then each optimizer state of its shape (for Adam ``exp_avg``,
+    ``exp_avg_sq``), which a parameter that is held still has not. ``scalars``: states without a shape (Adam's
+    ``step``), which are the same for all parameters.
+    """
 
     tensors: dict[str, dict[str, Tensor]]
     scalars: dict[str, float]
 
 
 def read_parameter_state(engine: ExpertParallelEngine) -> ParameterState:
-    """Collective over all ranks. Every rank gets all dense parameters and its own experts."""
+    """Return the state of all dense parameters and of this rank's experts. Collective over all ranks."""
     keys, states = state_keys(engine), _optimizer_states(engine)
     scalars = {k: float(v) for k, v in states[0].items() if not _has_shape(v)} if states else {}
     tensors = {
-        name: {key: read_state(engine, parameter, key) for key in keys}
+        name: {key: read_state(engine, parameter, key) for key in keys if key == MASTER or parameter.requires_grad}
         for name, parameter in engine.module.named_parameters()
     }
     return ParameterState(tensors, scalars)
@@ -44,7 +47,10 @@ def read_parameter_state(engine: ExpertParallelEngine) -> ParameterState:
 
 @torch.no_grad()
 def write_parameter_state(engine: ExpertParallelEngine, state: ParameterState) -> None:
-    """The inverse; ``state`` must hold every parameter of this rank, in its shape."""
+    """Set masters, parameters and optimizer state to ``state``, which has every parameter of this rank, whole.
+
+    Collective over all ranks.
+    """
     keys = sorted({key for tensors in state.tensors.values() for key in tensors if key != MASTER})
     if keys or state.scalars:
         _create_optimizer_states(engine, keys, state.scalars)
@@ -56,7 +62,7 @@ def write_parameter_state(engine: ExpertParallelEngine, state: ParameterState) -
 
 
 def state_keys(engine: ExpertParallelEngine) -> list[str]:
-    """MASTER and the optimizer's states with a shape, as they are now; before the first step there are none."""
+    """Return MASTER and the optimizer's states with a shape; before the first step there are none of the latter."""
     states = _optimizer_states(engine)
     if states:
         _link_states(engine)
@@ -64,8 +70,10 @@ def state_keys(engine: ExpertParallelEngine) -> list[str]:
 
 
 def read_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) -> Tensor:
-    """One of :func:`state_keys` of one parameter, whole; collective over the ranks that share it."""
+    """Return one of :func:`state_keys` of one parameter, whole. Collective over the ranks that share it."""
     deepspeeds_key = None if key == MASTER else key
+    if not parameter.requires_grad:
+        return _held_master(engine, parameter)
     if engine.shards_parameters:
         return engine.optimizer.get_full_hp_param(parameter, deepspeeds_key)
     if engine.zero_optimization():
@@ -75,10 +83,17 @@ def read_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) 
 
 @torch.no_grad()
 def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    """The inverse, on every rank that shares it; the parameter follows its master."""
+    """Set one of :func:`state_keys` of one parameter to ``value``, whole, on every rank that shares it.
+
+    A parameter follows its master.
+    """
     deepspeeds_key = None if key == MASTER else key
     if engine.shards_parameters:
         value = own_slice(parameter, value)
+    if not parameter.requires_grad:
+        if parameter.dtype != value.dtype:
+            engine.held_masters[parameter] = value.clone()
+    elif engine.shards_parameters:
         engine.optimizer.set_local_hp_param(value, parameter, deepspeeds_key)
     elif engine.zero_optimization():
         parameter.set_full_hp_param(value, deepspeeds_key)  # type: ignore[attr-defined]
@@ -86,6 +101,17 @@ def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str,
         engine.optimizer.state[parameter][key].copy_(value)
     if key == MASTER:
         (parameter.ds_tensor if engine.shards_parameters else parameter).copy_(value)  # type: ignore[attr-defined]
+
+
+def _held_master(engine: ExpertParallelEngine, parameter: nn.Parameter) -> Tensor:
+    """The master of a parameter that is held still, of which the optimizer, and with it DeepSpeed, knows nothing.
+
+    Where parameters have less than fp32, it is what :func:`write_state` was given last, so that it does not lose bits.
+    """
+    if engine.shards_parameters:
+        own = engine.held_masters.get(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
+        return engine.optimizer._fp32_state_allgather(parameter, own)
+    return engine.held_masters.get(parameter, parameter.detach()).float()
 
 
 def _has_shape(value: Any) -> bool:
@@ -111,16 +137,21 @@ def _create_optimizer_states(engine: ExpertParallelEngine, keys: list[str], scal
 
 
 def _owned_tensors(engine: ExpertParallelEngine) -> list[Tensor]:
-    """What the optimizer steps; at stage 3 DeepSpeed lends it these one by one, within a step only."""
+    """Return the tensors that the optimizer steps.
+
+    At stage 3 (0.19.8) DeepSpeed puts its sub-groups into the optimizer's parameter groups one by one, within a step
+    only; between steps the groups there are not what has state.
+    """
     if engine.shards_parameters:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [owned for group in _torch_optimizer(engine).param_groups for owned in group["params"]]
 
 
 def _link_states(engine: ExpertParallelEngine) -> None:
-    """Tell DeepSpeed's per-parameter views of the states of all parameter groups.
+    """Let DeepSpeed's per-parameter views of optimizer states see those of all parameter groups.
 
-    DeepSpeed does this once, in its first step, when only the first group has any state.
+    ZeRO stages 1 and 2 (0.19.8) step one group after the other and link the views once, after the first group's first
+    step: the other groups have no state yet then. Linking again, once all have, is what it would do by itself.
     """
     if engine.zero_optimization() and not engine.shards_parameters:
         engine.optimizer._hp_optimizer_states_linked = False

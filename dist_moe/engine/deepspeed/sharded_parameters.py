@@ -3,7 +3,7 @@
 DeepSpeed gathers the parameters of a module before its forward pass and before its backward pass, and
 drops them after. It learns that a backward pass reaches a module from the module's outputs, but looks
 for tensors only in tuples, lists and dicts, whereas gates and permutations give dataclasses; and it
-knows nothing of what is read between two steps. Both are put right here.
+knows nothing of what is read between two steps. Both are put right here, for DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _REPEATED = -1
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether ``parameter`` is one of ZeRO stage 3, whose own data are empty most of the time."""
+    """Return whether ``parameter`` is one of ZeRO stage 3, whose own data are empty most of the time."""
     return hasattr(parameter, "ds_tensor")
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of ``parameter`` as the model declared it, sharded or not."""
+    """Return the shape of ``parameter`` as the model declared it, sharded or not."""
     return torch.Size(parameter.ds_shape) if is_sharded(parameter) else parameter.shape  # type: ignore[attr-defined]
 
 
 def own_slice(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """The part of ``value``, which has the whole shape, that this rank holds: flat, padded with zeros."""
+    """Return the part of ``value``, which has the whole shape, that this rank holds: flat, padded with zeros."""
     group, size = parameter.ds_process_group, parameter.partition_numel()  # type: ignore[attr-defined]
     flat = value.flatten()
     padded = nn.functional.pad(flat, (0, size * dist.get_world_size(group) - flat.numel()))
@@ -43,9 +43,15 @@ def own_slice(parameter: nn.Parameter, value: Tensor) -> Tensor:
 
 
 def gather_for_backward(model: nn.Module) -> list[RemovableHandle]:
-    """Let DeepSpeed see the tensors inside the dataclasses that modules give; and keep the parameters of a
-    module whose forward pass is repeated within the backward pass (activation checkpointing): DeepSpeed
-    would drop them after the repetition, when their gradients are still to come. Returns the hooks' handles."""
+    """Let DeepSpeed gather the parameters of our modules for the backward pass. Call it once DeepSpeed has its hooks.
+
+    Two things are added to its hooks. It sees the tensors inside the dataclasses that modules give: its own search,
+    ``apply_to_tensors_only``, leaves other objects out. And the parameters of a module whose forward pass is repeated
+    within the backward pass (activation checkpointing) are kept: DeepSpeed would drop them after the repetition, when
+    their gradients are still to come. It frees a parameter when no module is left in its ``ds_active_sub_modules``,
+    and its hook after the repeated forward pass discards the module although its backward pass has begun.
+    Returns the handles of the hooks.
+    """
     handles = []
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(_hold))
@@ -59,13 +65,17 @@ def _in_backward_pass() -> bool:
 
 
 def _hold(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Let nobody free the parameters during a repetition: DeepSpeed knows no module of this number."""
     if _in_backward_pass():
         for parameter in module.parameters(recurse=False):
             parameter.ds_active_sub_modules.add(_REPEATED)  # type: ignore[attr-defined]
 
 
 def _let_go(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """In use by the backward pass of ``module`` again, as before the repetition."""
+    """Mark parameters as in use by the backward pass of ``module`` again, as before the repetition.
+
+    Registered after DeepSpeed's hooks, hence it runs when theirs has discarded the module.
+    """
     if _in_backward_pass():
         for parameter in module.parameters(recurse=False):
             parameter.ds_active_sub_modules.add(module.ds_id)  # type: ignore[attr-defined]
@@ -73,11 +83,15 @@ def _let_go(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _announce_backward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    # An identity whose backward pass, which comes before that of the module, gathers the module's parameters.
     return _inside_dataclasses(module.pre_bwd_fn.apply, output)  # type: ignore[union-attr, arg-type]
 
 
 def _inside_dataclasses(function: Callable[[Tensor], Tensor], value: Any, inside: bool = False) -> Any:
-    """``value`` with ``function`` applied to every differentiable tensor that some dataclass in it holds."""
+    """Return ``value`` with ``function`` applied to every differentiable tensor that some dataclass in it holds.
+
+    Those outside of dataclasses DeepSpeed has found itself.
+    """
     if isinstance(value, Tensor):
         return function(value) if inside and value.requires_grad else value
     if is_dataclass(value) and not isinstance(value, type):
@@ -91,7 +105,11 @@ def _inside_dataclasses(function: Callable[[Tensor], Tensor], value: Any, inside
 
 
 def keep_tables_whole(engine: Any) -> None:
-    """Never drop the parameters of slot -> expert tables: their searches read them between two steps."""
+    """Never drop the parameters of slot -> expert tables: their searches read them between two steps.
+
+    DeepSpeed keeps parameters below a size whole (``ds_persist``) and gathers them anew after every step, from its
+    list ``persistent_parameters``; a table's parameters join them, whatever their size.
+    """
     kept = [
         parameter
         for module in engine.module.modules()
@@ -106,8 +124,9 @@ def keep_tables_whole(engine: Any) -> None:
 
 
 def gather_kept(engine: Any) -> None:
-    """Bring the parameters that are kept whole up to date with their slices."""
+    """Bring the parameters that are kept whole up to date with their slices. Collective over all ranks."""
     kept = engine.optimizer.persistent_parameters
+    # all_gather leaves alone what counts as gathered already: everything is dropped first.
     if kept:
         engine.optimizer._partition_all_parameters()
         kept[0].all_gather(kept)
@@ -138,8 +157,11 @@ def restore_parameters(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
 
 
 def forget_module(model: nn.Module) -> None:
-    """Take ``model`` out of a stack and a cache in DeepSpeed, in which it would live as long as the process, and
-    with it its engine and the threads of the process groups."""
+    """Take ``model`` out of a stack and a cache in DeepSpeed, in which it would live as long as the process.
+
+    And with it its engine and the threads of the process groups. ``FWD_MODULE_STACK`` is a global list, to which
+    every engine of stage 3 appends its module for good (0.19.8).
+    """
     zero = import_deepspeed().runtime.zero
     stack = zero.parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not model]

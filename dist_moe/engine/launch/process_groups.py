@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch.distributed.rendezvous import rendezvous
 
 from dist_moe.config.settings import Settings
 from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.job_store import store_of_this_attempt
 from dist_moe.engine.launch.node_layout import launched_ranks_per_node, node_of_every_rank
 from dist_moe.errors import UserError
 from dist_moe.parallel import WIRES, ProcessWorld, SingleWorld, WireName, World, open_levels, ranks_per_node
@@ -181,12 +181,16 @@ class ProcessGroups:
 
 
 @contextmanager
-def process_groups(environment: LaunchEnvironment, config: ParallelConfig) -> Iterator[ProcessGroups]:
+def process_groups(
+    environment: LaunchEnvironment, config: ParallelConfig, store: dist.Store | None = None
+) -> Iterator[ProcessGroups]:
     """Open all groups, through DeepSpeed so that its engine knows them; close them at the end.
+
+    ``store``: by which the ranks of ``environment`` find one another; None: as the launcher says.
 
     Raises UserError, on all ranks, if a two-level exchange is asked for on nodes that it does not fit.
     """
-    _init_torch(environment, config)
+    _init_torch(environment, config, store)
     try:
         yield _expert_groups(environment, config)
     finally:
@@ -194,31 +198,15 @@ def process_groups(environment: LaunchEnvironment, config: ParallelConfig) -> It
         gc.collect()  # engines are cycles, and hold the groups' threads and sockets until they are collected
 
 
-def _init_torch(environment: LaunchEnvironment, config: ParallelConfig) -> None:
+def _init_torch(environment: LaunchEnvironment, config: ParallelConfig, store: dist.Store | None) -> None:
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
     backend = environment.backend
     timeout = timedelta(seconds=config.timeout_s)
-    if environment.launched:
-        store = _store_of_this_attempt(environment, timeout)
-        rank, size = (environment.rank, environment.world_size) if store else (-1, -1)  # -1: from the environment
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def _store_of_this_attempt(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store | None:
-    """A part of the launcher's store into which no earlier attempt has written; None for the store as it is.
-
-    torchrun with a static rendezvous keeps its store when it restarts the ranks of a machine, and they would
-    look for one another at the addresses of those that were killed. Where several machines meet, it makes
-    a new store, and their counts of restarts may differ.
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return None
-    store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
-    return dist.PrefixStore(f"attempt-{attempt}", store)
+    if store is None:
+        store = store_of_this_attempt(environment, timeout) if environment.launched else dist.HashStore()
+    rank, size = environment.rank, environment.world_size
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
 
 
 def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> ProcessGroups:

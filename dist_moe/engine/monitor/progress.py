@@ -25,9 +25,10 @@ class ProgressLine:
 
     def update(self, records: list[dict[str, Any]]) -> None:
         latest = records[-1]
+        active = f"{latest['active_experts']:.2f} experts/token, " if "active_experts" in latest else ""
         text = (
             f"loss {latest['loss']:.4f}, {_count(latest['examples_per_second'])} examples/s, "
-            f"{latest['active_experts']:.2f} experts/token, {_count(latest['wire_bytes'])}B exchanged"
+            f"{active}{_count(latest['wire_bytes'])}B exchanged"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)

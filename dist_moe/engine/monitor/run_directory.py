@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import yaml
 
-from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, replace_text, write_json
+from dist_moe.config.files import replace_text, write_json
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
 

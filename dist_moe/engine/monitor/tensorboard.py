@@ -82,7 +82,7 @@ class TensorBoardTracker(Tracker):
         return self._file.lost
 
     def step(self, record: dict[str, Any]) -> None:
-        step, load_LE = record["step"], np.asarray(record["load"])
+        step, load_LE = record["step"], np.asarray(record.get("load", ()))
         scalars = {_tag(name): value for name, value in record.items() if isinstance(value, float) and name != "epoch"}
         if len(load_LE):
             scalars["experts/load_max_over_mean"] = max(map(_max_over_mean, load_LE))

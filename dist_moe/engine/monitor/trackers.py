@@ -30,8 +30,8 @@ class Tracker(ABC):
 
     @abstractmethod
     def step(self, record: dict[str, Any]) -> None:
-        """Take the record of a finished step: numbers by name, ``step`` among them, and ``load``, (L, E) rows per layer
-        and expert, as nested lists."""
+        """Take the record of a finished step: numbers by name, ``step`` among them, and, of models with experts,
+        ``load``: (L, E) rows per layer and expert, as nested lists."""
 
     @abstractmethod
     def metrics(self, part: str, metrics: dict[str, Any], step: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dist_moe.engine.checkpoint import place_weights
 from dist_moe.errors import UserError
 from dist_moe.experts import BertFeedForwardBank, ExpertBank, FeedForwardBank
 from dist_moe.models.bert.encoder import (
@@ -28,7 +29,6 @@ from dist_moe.models.bert.encoder import (
 from dist_moe.models.bert.ragged import Ragged
 from dist_moe.models.bert.shape import BertShape
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
-from dist_moe.models.placed_weights import place_weights
 from dist_moe.parallel import experts_of_rank
 
 ABOVE = ("pooler.", "classifier.", "span.", "auxiliary.")

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_moe.config.settings import Settings
+from dist_moe.engine.checkpoint import ROUTERS
 from dist_moe.errors import UserError
 from dist_moe.kernels import FeedForwardWeights
 from dist_moe.models.bert import BertConfig, BertModel, BertShape
@@ -25,7 +26,6 @@ from dist_moe.models.conversion.copies import copies
 from dist_moe.models.conversion.exact_split import split_exactly
 from dist_moe.models.conversion.neurons import take_neurons
 from dist_moe.models.conversion.partition import Order, partition, ranked
-from dist_moe.models.placed_weights import ROUTERS
 
 
 class BertConversionConfig(Settings):

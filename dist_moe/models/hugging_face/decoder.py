@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from dist_moe.engine.checkpoint import place_weights
 from dist_moe.errors import UserError
 from dist_moe.models.hugging_face.decoder_config import (
     CLASSES,
@@ -49,7 +50,6 @@ from dist_moe.models.hugging_face.files import (
 )
 from dist_moe.models.hugging_face.remote_code import DECODER
 from dist_moe.models.hugging_face.tokenizer_files import write_tokenizer
-from dist_moe.models.placed_weights import place_weights
 from dist_moe.models.transformer import Transformer, TransformerConfig
 
 

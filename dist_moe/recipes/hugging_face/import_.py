@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from dist_moe.config.overrides import Content, parse_override, read_yaml
-from dist_moe.engine.checkpoint.export import first_checkpoint
+from dist_moe.engine.checkpoint import ROUTERS, place_weights, write_first_checkpoint
 from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
@@ -24,7 +24,6 @@ from dist_moe.models.conversion.decoder import (
 from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, read_decoder
 from dist_moe.models.hugging_face.decoder_config import CLASSES
 from dist_moe.models.hugging_face.tokenizer_files import TOKENIZER
-from dist_moe.models.placed_weights import ROUTERS, place_weights
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import set_fields, validate_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
@@ -60,7 +59,8 @@ def import_hugging_face(
     _check_tokens(source, checkpoint, task)
     _fill(model, checkpoint, conversion)
     run.create()
-    written = first_checkpoint(model, checkpoints_of(run_dir), f"{source.name} ({CLASSES[checkpoint.architecture]})")
+    imported_from = f"{source.name} ({CLASSES[checkpoint.architecture]})"
+    written = write_first_checkpoint(model, checkpoints_of(run_dir), imported_from)
     run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
     return written, config
 

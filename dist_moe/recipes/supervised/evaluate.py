@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.engine.deepspeed.precision import cast_parameters
+from dist_moe.engine.deepspeed.config import cast_parameters
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
 from dist_moe.models import MoEModel

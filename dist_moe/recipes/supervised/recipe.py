@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from dist_moe.config.files import write_json
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.callbacks import Callback, Validation
-from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint, write_json
+from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint
 from dist_moe.engine.checkpoint.loading import read_trainer_state
 from dist_moe.engine.collectives import gather_objects
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
@@ -138,7 +138,7 @@ class SupervisedRecipe(RecipeSettings):
         if start.environment.is_rank_zero:
             if fitted.interrupted:
                 hint = f"go on with: dist-moe train --resume {start.run.root}"
-                print(f"stopped after step {fitted.steps}; {hint}", file=sys.stderr)
+                start.say(f"stopped after step {fitted.steps}; {hint}")
             else:
                 summarise(plan, result, ending)
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,9 @@ import torch
 from torch import nn
 
 from dist_moe.config.overrides import parse_override
-from dist_moe.engine.checkpoint.export import (
-    Exported,
-    export_checkpoint,
-    import_checkpoint,
-    load_exported,
-    read_exported,
-)
-from dist_moe.engine.checkpoint.files import (
-    MANIFEST,
-    checkpoints_of,
-    newest_checkpoint,
-    tested_checkpoint,
-    verify_checkpoint,
-)
-from dist_moe.engine.checkpoint.loading import load_model
+from dist_moe.engine.checkpoint import ModelWeights, place_weights, read_model, write_first_checkpoint, write_model
+from dist_moe.engine.checkpoint.files import checkpoints_of, newest_checkpoint, tested_checkpoint
+from dist_moe.engine.checkpoint.format import MANIFEST
 from dist_moe.engine.checkpoint.reshard import reshard_checkpoint
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
@@ -39,11 +27,20 @@ from dist_moe.tasks.task import Task, run_shape
 
 @dataclass(frozen=True)
 class Weights:
-    """Intact weights with the configuration of their model. ``path``: the checkpoint or the exported file."""
+    """Intact weights of a checkpoint or an exported file, with the configuration of their model."""
 
-    path: Path
+    stored: ModelWeights
     config: Any
-    load: Callable[[nn.Module], object]
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint or the exported file."""
+        assert self.stored.path is not None
+        return self.stored.path
+
+    def load(self, model: nn.Module) -> None:
+        """Copy them into a bare model with any share of the experts. Raises UserError if they are not of it."""
+        place_weights(model, self.stored)
 
 
 def find_weights(path: Path) -> Weights:
@@ -52,17 +49,16 @@ def find_weights(path: Path) -> Weights:
     Raises UserError if it is none of them or is not intact.
     """
     if path.is_file():
-        config = validate_config(read_exported(path).configuration)
-        return Weights(path, config, lambda model: load_exported(model, path))
+        exported = read_model(path)
+        return Weights(exported, validate_config(dict(exported.configuration)))
     run, checkpoint = _run_and_checkpoint(path)
     if run is None or not run.config.is_file():
         raise UserError(
             f"{path} is a checkpoint outside of a run directory: the configuration of its model is not known"
         )
     config = load_config(run.config)
-    found = checkpoint or tested_checkpoint(run.root)
-    verify_checkpoint(found)
-    return Weights(found, config, lambda model: load_model(model, found))
+    found = checkpoint or tested_checkpoint(config.recipe.result_of(run.root))
+    return Weights(read_model(found), config)
 
 
 def trained_model(run: Path, task: Task, world: World, device: torch.device | None = None) -> Any:
@@ -86,29 +82,31 @@ def rehearsed_model(run: Path, task: Task) -> Any:
     return trained_model(run, task, SingleWorld(), torch.device("meta"))
 
 
-def export_weights(source: Path, target: Path, dtype: torch.dtype) -> Exported:
+def export_weights(source: Path, target: Path, dtype: torch.dtype) -> ModelWeights:
     """``dist-moe export``: the weights of a run or checkpoint as one file. Raises UserError."""
     if source.is_file():
         raise UserError(f"{source} is a file; name a run directory or a checkpoint")
     weights = find_weights(source)
-    return export_checkpoint(weights.path, target, weights.config.plain(), weights.config.model.num_experts, dtype)
+    weights.stored.check_num_experts(weights.config.model.num_experts)
+    return write_model(weights.stored, target, weights.config.plain(), dtype)
 
 
-def import_weights(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> tuple[Path, Exported]:
+def import_weights(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> tuple[Path, ModelWeights]:
     """``dist-moe import``: an exported file as step 0 of a run that has yet to train. Its checkpoint, and the file.
 
     The configuration is the one in the file, with ``overrides``. Raises UserError.
     """
     run = RunDirectory(run_dir)
     run.check_unused("RUN_DIR")
-    content = read_exported(source).configuration
+    exported = read_model(source)
+    content = dict(exported.configuration)
     set_fields(content, overrides)
     config = validate_config(content)
     config.check(config.parallel.expert_parallel_size)  # the least number of ranks
     run.create()
-    imported = import_checkpoint(source, checkpoints_of(run_dir))
+    written = write_first_checkpoint(exported, checkpoints_of(run_dir), f"{source.name} ({exported.digest[:12]})")
     run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
-    return imported
+    return written, exported
 
 
 def reshard_run(source: Path, output: Path, expert_files: int) -> Path:

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dist_moe.engine.checkpoint.files import checkpoints_of, write_json
+from dist_moe.config.files import write_json
+from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.checkpoint.loading import copy_with_buffers
 from dist_moe.engine.collectives import wait_for_all
 from dist_moe.engine.launch.environment import LaunchEnvironment

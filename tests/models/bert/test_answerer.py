@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_moe.engine.checkpoint import place_weights
 from dist_moe.gates import CometConfig
 from dist_moe.models import BertAnswerer
 from dist_moe.models.bert.hugging_face import name_map
-from dist_moe.models.placed_weights import place_weights
 from dist_moe.parallel import EmulatedWorld, World
 from tests.helpers.berts import LENGTHS, SHAPE, answerer, mask_of, texts, twin_of
 from tests.helpers.oracle import assert_all_same, assert_same, gradients

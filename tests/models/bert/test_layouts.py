@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_moe.engine.checkpoint.reader import expert_ids_by_parameter
+from dist_moe.engine.checkpoint.format import expert_ids_by_parameter
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.parameter_state import MASTER, read_parameter_state

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_moe.engine.checkpoint import ROUTERS, place_weights
 from dist_moe.errors import UserError
 from dist_moe.gates import CometConfig, GateConfig, HashRoutingConfig, SoftmaxConfig, TopKConfig
 from dist_moe.models import Transformer
 from dist_moe.models.conversion import DecoderConversionConfig, convert_decoder
-from dist_moe.models.placed_weights import ROUTERS, place_weights
 from tests.helpers.transformers import SMALL, make_transformer, random_tokens
 
 DENSE: dict[str, Any] = {"moe_every": 0, "dense_hidden": 12, "layers": 3}

@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_moe.data.text import Text, TextConfig, prepare_text
+from dist_moe.engine.checkpoint import ROUTERS, place_weights
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
 from dist_moe.gates import GateContext
 from dist_moe.models import RunShape, Transformer, TransformerConfig
 from dist_moe.models.conversion import DecoderConversionConfig
 from dist_moe.models.conversion.decoder import conversion_faults, convert_decoder
-from dist_moe.models.placed_weights import ROUTERS, place_weights
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.supervised.runs import find_weights
 from dist_moe.recipes.supervised.start.settings import StartSettings

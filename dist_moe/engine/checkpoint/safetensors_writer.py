@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -38,22 +38,31 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor in a file is."""
+    """Dtype and shape of a tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
+        """Return those of ``tensor``."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
     def num_bytes(self) -> int:
+        """The size of the tensor in bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def spec_in_file(file: Any, name: str) -> TensorSpec:
+    """Return the spec of a tensor in an open safetensors file, without reading it."""
+    part = file.get_slice(name)
+    return TensorSpec(_DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
 
 Pieces = Callable[[str], Iterable[Tensor]]
@@ -61,7 +70,7 @@ Pieces = Callable[[str], Iterable[Tensor]]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write whole tensors (on the CPU) to disk for good; the file's sha256. Raises OSError."""
+    """Write whole tensors (on the CPU) and flush them to disk; return the file's sha256. Raises OSError."""
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     return write_pieces(path, specs, lambda name: (tensors[name],))
 
@@ -69,7 +78,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 def write_pieces(
     path: Path, specs: Mapping[str, TensorSpec], pieces: Pieces, metadata: Mapping[str, str] | None = None
 ) -> str:
-    """The same for tensors that come in pieces. Raises OSError, and ValueError for pieces that do not fit."""
+    """Write tensors that come in pieces and flush them to disk; return the file's sha256.
+
+    Raises OSError, and ValueError for pieces that do not fit.
+    """
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for block in _blocks(specs, pieces, metadata or {}):
@@ -91,7 +103,7 @@ def write_sealed(path: Path, specs: Mapping[str, TensorSpec], pieces: Pieces, me
 
 
 def check_sealed(path: Path) -> dict[str, str]:
-    """The metadata of a sealed file that is whole; UserError names a file that is not."""
+    """Return the metadata of a sealed file. Raises UserError naming the file unless it is whole."""
     try:
         with path.open("rb") as file:
             header = _read_header(file)

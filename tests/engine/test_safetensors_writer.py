@@ -14,7 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_moe.engine.checkpoint.tensor_file import TensorSpec, check_sealed, write_pieces, write_sealed, write_tensors
+from dist_moe.engine.checkpoint.safetensors_writer import (
+    TensorSpec,
+    check_sealed,
+    write_pieces,
+    write_sealed,
+    write_tensors,
+)
 from dist_moe.errors import UserError
 
 TENSORS = {
