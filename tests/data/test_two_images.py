@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.data.two_images import ImagePairs, TwoImages, TwoImagesConfig, prepare_two_images
+from dist_moe.data.two_images.prepare import compose, draw_pairs
 from dist_moe.errors import UserError
 
 from .tiny_images import TEST, TRAIN, arrays_of, write_tiny_images
