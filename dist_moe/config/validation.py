@@ -60,8 +60,6 @@ def _drop_fields_of_another(config: type[BaseModel], content: Content, dotted: s
             return
         above, section = section, value
         found = registry.get(value.get("name", registry.default))
-        if part is not last and found is None:
-            return
         known = found or registry.base
     new = registry.get(name) if registry else None
     if new is not None and section.get("name") != name:

@@ -1,7 +1,7 @@
 """The load-balance loss of softmax routers, with AdaMoE's bucket of null slots.
 
-Fedus, Zoph, Shazeer: Switch Transformers (JMLR 2022), eq. 4-6. With S slots, f_i the share of all
-selections that slot i gets and P_i the mean over tokens of its router probability:
+Fedus, Zoph, Shazeer: Switch Transformers (JMLR 2022), eq. 4-6. With S slots (excluded ones do not count), f_i
+the share of all selections that slot i gets and P_i the mean over tokens of its router probability:
 
     L = S sum_i f_i P_i                                   1 when routing is uniform
 
@@ -18,7 +18,7 @@ from dist_moe.gates.base import Gate
 
 
 def load_balance(gate: Gate, selected_TS: Tensor, probability_TS: Tensor, num_null: int = 0) -> Tensor:
-    """L over the tokens of all ranks; 0 without any token.
+    """Return L over the tokens of all ranks; 0 without any token.
 
     ``selected_TS`` (T, S) bool: which slots each token of this rank takes. ``probability_TS``: its
     router probabilities, through which alone the gradient flows. The last ``num_null`` slots are
@@ -31,4 +31,5 @@ def load_balance(gate: Gate, selected_TS: Tensor, probability_TS: Tensor, num_nu
     if num_null:
         true_S, null_S = share_S[:-num_null], share_S[-num_null:]
         share_S = torch.cat([true_S, null_S.mean().expand(num_null)])
-    return share_S.numel() * (share_S * mean_S).sum()
+    excluded = 0 if gate.allowed_E is None else (~gate.allowed_E).sum()
+    return (share_S.numel() - excluded) * (share_S * mean_S).sum()

@@ -1,10 +1,11 @@
-"""What every gate is, and the precision in which every gate computes."""
+"""The base class of gates, and the precision in which every gate computes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import ClassVar, Self
 
 import torch
@@ -16,7 +17,7 @@ from dist_moe.routing import Route
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a gate computes, dense: ``weight_TKE`` (T, branches, n), non-negative, differentiable.
+    """A gate's result, dense: ``weight_TKE`` (T, branches, n), non-negative, differentiable.
 
     The branches are the parts whose sum is the mixture: COMET's trees, DSelect-k's selectors; most
     gates have one. ``aux``: auxiliary losses by name, as in :class:`~dist_moe.routing.Route`.
@@ -33,12 +34,18 @@ class Gate(nn.Module, ABC):
     identity (hash routing); others ignore them. Arithmetic is fp32 under any autocast and for any
     input below fp64; an fp64 input is computed in fp64.
 
+    ``allowed_E``: None, or an (n,) bool buffer, in the checkpoint, of the slots that the gate may choose (see
+    :meth:`allow`). A gate that heeds it says so by ``can_exclude``.
+
     A gate implements :meth:`mixture`. One that can do without the dense matrix overrides
     :meth:`route` as well. A gate knows no ranks; whoever spreads tokens over ranks sets
-    ``sum_over_ranks``, by which statistics that are not a mean over tokens become global.
+    ``sum_over_ranks``, by which statistics that are not a mean over tokens become global. ``num_experts``: n, the
+    slots among which the gate chooses, which a layer maps to its experts.
     """
 
     num_branches = 1
+    can_exclude = False
+    allowed_E: Tensor | None
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
@@ -48,13 +55,35 @@ class Gate(nn.Module, ABC):
         self.num_experts = num_experts
         self.splits_branches = False
         self.sum_over_ranks: Callable[[Tensor], Tensor] = _alone
+        self.register_buffer("allowed_E", None)
 
     @property
     def num_slots(self) -> int:
-        """n, or branches * n when every branch has slots of its own (``splits_branches``)."""
+        """The slots of the routes: n, or branches * n when every branch has slots of its own (``splits_branches``)."""
         return self.num_experts * (self.num_branches if self.splits_branches else 1)
 
+    def allow(self, allowed_E: Tensor) -> None:
+        """Exclude the slots where ``allowed_E`` (n,) bool is false, in every branch: their weight is exactly 0.
+
+        The gate then chooses among the others as if there were no more, whatever the input, and the weights of a
+        token still have their sum. Raises ValueError if no slot is left, or if the gate cannot exclude slots.
+        """
+        if not self.can_exclude:
+            raise ValueError(f"{type(self).__name__} cannot exclude slots: it does not heed allowed_E")
+        if allowed_E.dtype != torch.bool or allowed_E.shape != (self.num_experts,) or not allowed_E.any():
+            raise ValueError(
+                f"allowed_E must be {self.num_experts} booleans, one for each slot, at least one of them true, "
+                f"got {allowed_E.tolist()}"
+            )
+        where = next(chain(self.parameters(), self.buffers()), allowed_E).device
+        self.allowed_E = allowed_E.to(where, copy=True)
+
+    def exclude(self, score_E: Tensor) -> Tensor:
+        """Set (..., n) logits or scores of excluded slots to -inf."""
+        return score_E if self.allowed_E is None else score_E.masked_fill(~self.allowed_E, -torch.inf)
+
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Route:
+        """Return the route of (T, D) tokens. Raises ValueError for tokens of another shape."""
         if x_TD.dim() != 2 or x_TD.shape[1] != self.dim:
             raise ValueError(f"expected tokens of shape (T, {self.dim}), got {tuple(x_TD.shape)}")
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -62,20 +91,20 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None) -> Mixture:
-        """The gate's mathematics, on tokens that have their final precision (fp32 or fp64)."""
+        """Return the dense mixture of tokens that have their final precision (fp32 or fp64)."""
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
-        """The non-zeros of :meth:`mixture`: of every branch, or of their sum."""
+        """Return the non-zeros of :meth:`mixture`: of every branch, or of their sum."""
         mixture = self.mixture(x_TD, ids_T)
         weight_TKE = mixture.weight_TKE
         weight_TS = weight_TKE.flatten(1) if self.splits_branches else weight_TKE.sum(dim=1)
         return Route.from_dense(weight_TS, mixture.aux)
 
     def begin_step(self, step: int) -> None:
-        """Called before training step ``step`` (from 0) on every rank; gates with a schedule use it."""
+        """Prepare for training step ``step`` (from 0), on every rank; for gates with a schedule."""
 
     def end_step(self) -> None:
-        """Called after each training step on every rank; gates with a feedback loop use it."""
+        """Conclude a training step, on every rank; for gates with a feedback loop."""
 
     def total(self, sums: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         """``sums`` over this rank's ``num_tokens`` tokens -> over those of all ranks; and their number.
@@ -105,18 +134,18 @@ class GateSettings(Settings, ABC):
 
     @abstractmethod
     def build(self, dim: int, num_experts: int, context: GateContext) -> Gate:
-        """The gate over ``num_experts`` experts for tokens of width ``dim``."""
+        """Return the gate over ``num_experts`` slots for tokens of width ``dim``."""
 
     def of_layer(self, layer: int) -> Self:
         """The settings of the gate of MoE layer ``layer`` (from 0) of a model that has several."""
         return self
 
     def experts_per_token(self, num_experts: int) -> int:
-        """At most, for plans; of a gate that becomes sparse while it learns, from then on."""
+        """Return the most slots that a token gets, for plans; of a gate that becomes sparse while it learns, then."""
         return min(getattr(self, "k", num_experts), num_experts)
 
     def validation_errors(self, num_experts: int) -> Iterator[str]:
-        """What does not fit ``num_experts``, as "field=value: reason"."""
+        """Yield whatever does not fit ``num_experts`` slots, as "field=value: reason"."""
         k = getattr(self, "k", 1)
         if k > num_experts:
             yield f"k={k} exceeds num_experts={num_experts}; allowed: 1..{num_experts}"
@@ -124,7 +153,7 @@ class GateSettings(Settings, ABC):
 
 @dataclass(frozen=True)
 class GateContext:
-    """What a gate may need to know of the run. ``id_counts``: (ids,) how often each id occurs in the
+    """Facts of the run that a gate may need. ``id_counts``: (ids,) how often each id occurs in the
     training data. ``total_steps``: of the run."""
 
     id_counts: Tensor | None = None
@@ -132,13 +161,13 @@ class GateContext:
 
 
 def check_k(k: int, num_experts: int) -> None:
-    """Raises ValueError unless 1 <= k <= num_experts."""
+    """Raise ValueError unless 1 <= k <= num_experts."""
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must lie in 1..num_experts={num_experts}, got {k}")
 
 
 def gate_dtype(x: Tensor) -> torch.dtype:
-    """fp64 stays fp64; anything lower is computed in fp32."""
+    """Return the precision in which a gate computes: fp64 for fp64, fp32 for anything lower."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

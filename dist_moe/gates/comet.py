@@ -10,6 +10,11 @@ of Experts with Trees and Local Search (KDD 2023). For a token x, tree j, split 
 
 A leaf that some ancestor excludes has v = 0 exactly, hence g = 0 exactly, with zero gradient to
 everything that made it 0: its expert can be skipped forward and backward.
+
+Slots that the gate may not choose are leaves that the trees do not have: a split of which one side leads to
+such leaves only goes to the other side, whatever the token. So every tree's leaf masses still sum to 1, however
+hard it is, and the entropy term draws no mass to where it would be lost, as it would if such leaves were
+zeroed and the others divided by their sum.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine
 from dist_moe.gates.lazy_tree import Visit, dense_rows, descend_lazily, roots_of
 from dist_moe.gates.smooth_step import smooth_step
 from dist_moe.gates.top_k import largest
-from dist_moe.gates.tree import descend
+from dist_moe.gates.tree import descend, one_sided_splits
 from dist_moe.kernels import DENSE_GAIN, Band, Pairs, dense_products, products_of_band, select, sparse_products
 from dist_moe.routing import Route
 
@@ -63,7 +68,7 @@ class CometConfig(GateSettings):
     )
 
     def experts_per_token(self, num_experts: int) -> int:
-        """Of hard trees."""
+        """Return the bound of hard trees: a leaf of each."""
         return min(self.k, self.max_active or self.k, num_experts)
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> Comet:
@@ -84,6 +89,8 @@ class Comet(Gate):
     over tokens of the trees' summed leaf entropies; ``aux["split_balance"]``, if it has a weight,
     see :func:`split_balance`. The other options are described in :class:`CometConfig`.
     """
+
+    can_exclude = True
 
     def __init__(
         self,
@@ -129,7 +136,7 @@ class Comet(Gate):
             nn.init.uniform_(parameter, -bound, bound)
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
-        left_TKQ, right_TKQ = self._split(self._affine(x_TD, "split"))
+        left_TKQ, right_TKQ = self._split(self._turn(self._affine(x_TD, "split")))
         split_mass_TKQ, mass_TKE = descend(left_TKQ, right_TKQ)
         weight_TKE = _joint_softmax(self._affine(x_TD, "leaf"), mass_TKE)
         if self.max_active is not None:
@@ -146,7 +153,15 @@ class Comet(Gate):
 
     def leaf_mass(self, x_TD: Tensor) -> Tensor:
         """v, of shape (T, k, n): how much of each token reaches each leaf; sums to 1 over leaves."""
-        return descend(*self._split(self._affine(x_TD, "split")))[1]
+        return descend(*self._split(self._turn(self._affine(x_TD, "split"))))[1]
+
+    def _turn(self, t: Tensor, node_N: Tensor | None = None) -> Tensor:
+        """Saturate the values (..., n-1), or (N,) of the splits ``node_N``, of splits that must go to one side."""
+        if self.allowed_E is None:
+            return t
+        must = one_sided_splits(self.allowed_E)
+        left, right = must if node_N is None else (mask_Q[node_N] for mask_Q in must)
+        return torch.where(left, self.gamma, torch.where(right, -self.gamma, t))
 
     def _split(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.hard_evaluation and not self.training:
@@ -180,8 +195,10 @@ class Comet(Gate):
 
         def products(pairs: Pairs, band: Band) -> Tensor:
             if band.last <= num_first:
-                return select(first_KTB, pairs, 0)
-            return products_of_band(x_TD, weight_KQD, bias_KQ, pairs, band)
+                t_N = select(first_KTB, pairs, 0)
+            else:
+                t_N = products_of_band(x_TD, weight_KQD, bias_KQ, pairs, band)
+            return self._turn(t_N, pairs.row_N)
 
         roots, gain = roots_of(len(x_TD), self.k, x_TD), DENSE_GAIN if self.lazy is None else 0
         return descend_lazily(roots, self.num_experts, products, self._split, gain)
@@ -217,7 +234,7 @@ class Comet(Gate):
         aux = {"entropy": self.entropy_weight * (entropy / max(num_tokens, 1))}
         if self.balance_weight and self.training:
             reached_2KQ, _ = self.total(reached(), num_tokens)
-            aux["split_balance"] = self.balance_weight * split_balance(reached_2KQ)
+            aux["split_balance"] = self.balance_weight * split_balance(reached_2KQ, self.allowed_E)
         return aux
 
 
@@ -226,15 +243,19 @@ def leaf_entropy(mass: Tensor) -> Tensor:
     return -(mass * (mass + ENTROPY_EPSILON).log()).sum()
 
 
-def split_balance(reached_2KQ: Tensor) -> Tensor:
+def split_balance(reached_2KQ: Tensor, allowed_E: Tensor | None = None) -> Tensor:
     """Penalty that is least when half of what reaches a split goes left, as in the authors' history.
 
     With alpha the share of the mass reaching a split that goes left, over all tokens:
     mean over trees of the sum over splits of -(log(alpha + 1e-6) + log(1 - alpha + 1e-6)) / 2.
+    Splits that must go to one side, because of the leaves that are allowed, do not count.
     """
     left_KQ, mass_KQ = reached_2KQ
     alpha_KQ = left_KQ / (mass_KQ + ENTROPY_EPSILON)
     penalty_KQ = -0.5 * ((alpha_KQ + ENTROPY_EPSILON).log() + (1 - alpha_KQ + ENTROPY_EPSILON).log())
+    if allowed_E is not None:
+        left_Q, right_Q = one_sided_splits(allowed_E)
+        penalty_KQ = penalty_KQ.masked_fill(left_Q | right_Q, 0)
     return penalty_KQ.sum(dim=1).mean()
 
 

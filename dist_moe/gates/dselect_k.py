@@ -11,7 +11,8 @@ m = ceil(log2 n) bits, S the smooth-step, selector j and expert i:
 A saturated selector picks exactly one of 2^m codes, so at most k experts remain. A code from n
 upwards is no expert's: unless n is a power of two, the weights of a token sum to the mass that
 reaches experts, which the reciprocal penalty 1 / (1e-6 + sum_{i<n} q_ij) keeps from vanishing.
-As in the paper the weights are not divided by that mass.
+As in the paper the weights are not divided by that mass. Slots that the gate may not choose lose nothing: a bit
+of which one value leads to such slots only takes the other, whatever the token.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class DSelectK(Gate):
     tokens of the selectors' summed penalties; only if n is not a power of two.
     """
 
+    can_exclude = True
+
     def __init__(
         self,
         dim: int,
@@ -98,12 +101,22 @@ class DSelectK(Gate):
         return Mixture(alpha_TK1 * code_TKE, self._aux(code_TKE))
 
     def selection(self, x_TD: Tensor) -> Tensor:
-        """q, of shape (T, k, n): how much of each selector each expert gets."""
+        """Return q, of shape (T, k, n): how much of each selector each expert gets."""
         one_TKM, zero_TKM = smooth_step(self._affine(x_TD, "bit"), self.gamma)
         code = torch.ones_like(one_TKM[..., :1])
         for bit in range(self.num_bits):  # every code so far, with this bit 0 and then with this bit 1
-            code = torch.cat([code * zero_TKM[..., bit : bit + 1], code * one_TKM[..., bit : bit + 1]], dim=-1)
+            zero, one = zero_TKM[..., bit : bit + 1], one_TKM[..., bit : bit + 1]
+            if self.allowed_E is not None:
+                zero_C, one_C = self._open_codes(bit + 1).chunk(2)
+                zero, one = zero.where(one_C, 1).where(zero_C, 0), one.where(zero_C, 1).where(one_C, 0)
+            code = torch.cat([code * zero, code * one], dim=-1)
         return code[..., : self.num_experts]
+
+    def _open_codes(self, bits: int) -> Tensor:
+        """(2^bits,) bool: whether these lowest bits may become a code that is not excluded, if no expert's either."""
+        assert self.allowed_E is not None
+        lost_C = self.allowed_E.new_ones(2**self.num_bits - self.num_experts)
+        return torch.cat([self.allowed_E, lost_C]).view(-1, 2**bits).any(dim=0)
 
     def _affine(self, x_TD: Tensor, part: str) -> Tensor:
         weight = None if self.static else getattr(self, f"{part}_weight")

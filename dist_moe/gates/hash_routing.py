@@ -34,11 +34,11 @@ class HashRoutingConfig(GateSettings):
     seed: int = Field(0, ge=0, description="seed of the random assignment, the same for every task's gate")
 
     def of_layer(self, layer: int) -> Self:
-        """With a seed of its own: every layer draws another table. The balanced one has no chance in it."""
+        """Return the settings with a seed of the layer's own, so that every layer draws another random table."""
         return self.model_copy(update={"seed": self.seed + SEEDS_APART * layer})
 
     def experts_per_token(self, num_experts: int) -> int:
-        """One."""
+        """Return 1: an id has one slot."""
         return HashRouting.k
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> HashRouting:
@@ -52,9 +52,10 @@ class HashRouting(Gate):
 
     ``id_counts``: (ids,) how often each id occurs in the training data. "balanced" deals the ids out
     in order of falling frequency (ties: the lower id), each to the least loaded expert (ties: the
-    lower expert).
+    lower expert). :meth:`allow` deals the ids of excluded slots out to the others, in turn.
     """
 
+    can_exclude = True
     table: Tensor
     k = 1
 
@@ -68,6 +69,13 @@ class HashRouting(Gate):
         else:
             table = balanced_assignment(id_counts, num_experts)
         self.register_buffer("table", table)
+
+    def allow(self, allowed_E: Tensor) -> None:
+        """Exclude slots, and deal their ids out to the others in turn; see :meth:`Gate.allow`."""
+        super().allow(allowed_E)
+        homeless_N = (~allowed_E.to(self.table.device))[self.table].nonzero().squeeze(1)
+        slots_A = allowed_E.nonzero().squeeze(1).to(self.table)
+        self.table[homeless_N] = slots_A[torch.arange(len(homeless_N), device=self.table.device) % len(slots_A)]
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
         expert_T11 = self._experts(x_TD, ids_T).view(-1, 1, 1)

@@ -42,7 +42,7 @@ class Nodes:
         return len(self.node_N)
 
     def at(self, place_M: Tensor) -> Nodes:
-        """Those at the indices ``place_M``."""
+        """Return the nodes at the indices ``place_M``."""
         return Nodes(*(x.index_select(0, place_M) for x in (self.token_N, self.tree_N, self.node_N, self.mass_N)))
 
     @property
@@ -84,7 +84,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Visit:
-    """What a lazy descent saw: its ``levels``, and the ``leaves``, whose ``node_N`` is their place from left
+    """Result of a lazy descent: its ``levels``, and the ``leaves``, whose ``node_N`` is their place from left
     to right; the last ``num_deepest`` of them lie on the deepest level."""
 
     levels: list[Level]
@@ -98,7 +98,7 @@ class Visit:
 
     @property
     def left_N(self) -> Tensor:
-        """Their probabilities of going left."""
+        """Probabilities of going left, of all visited splits."""
         return torch.cat([level.left_N for level in self.levels])
 
     @property

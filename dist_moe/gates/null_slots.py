@@ -70,6 +70,12 @@ class NullSlots(Gate):
         self.null_slots = null_slots
         self.balance_weight = balance_weight
         self.num_branches = gate.num_branches
+        self.can_exclude = gate.can_exclude
+
+    def allow(self, allowed_E: Tensor) -> None:
+        """Exclude experts, never the nulls; see :meth:`Gate.allow`."""
+        super().allow(allowed_E)
+        self.gate.allow(torch.cat([allowed_E, allowed_E.new_ones(self.null_slots)]))
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
         gate = self._informed()

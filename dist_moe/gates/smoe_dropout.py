@@ -75,6 +75,7 @@ class SMoEDropout(Gate):
     ``evaluation_k``: the k of evaluation, if it is not the schedule's.
     """
 
+    can_exclude = True
     weight: Tensor
     bias: Tensor
     step: Tensor
@@ -112,7 +113,7 @@ class SMoEDropout(Gate):
         self.step.fill_(step)
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
-        logit_TE = affine(x_TD, self.weight, self.bias)
+        logit_TE = self.exclude(affine(x_TD, self.weight, self.bias))
         slot_TK = largest(logit_TE, self._k())
         weight_TE = torch.zeros_like(logit_TE).scatter(1, slot_TK, logit_TE.gather(1, slot_TK).softmax(dim=-1))
         return Mixture(weight_TE.unsqueeze(1))

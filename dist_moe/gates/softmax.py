@@ -25,10 +25,12 @@ class SoftmaxConfig(GateSettings):
 class Softmax(Gate):
     """``weight`` (n, dim), glorot-uniform, and ``bias`` (n,), zero."""
 
+    can_exclude = True
+
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts)
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_experts, dim)))
         self.bias = nn.Parameter(torch.zeros(num_experts))
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
-        return Mixture(affine(x_TD, self.weight, self.bias).softmax(dim=-1).unsqueeze(1))
+        return Mixture(self.exclude(affine(x_TD, self.weight, self.bias)).softmax(dim=-1).unsqueeze(1))

@@ -37,7 +37,7 @@ def largest(score_TE: Tensor, k: int) -> Tensor:
 
 
 def largest_of_many(score_TE: Tensor, k: int) -> Tensor:
-    """The same without sorting all scores: tokens with ties among their k + 1 largest are looked at again.
+    """Return what :func:`largest` does without sorting all scores: tokens with ties in their k + 1 largest are redone.
 
     Under ``torch.vmap``, where nothing may depend on values, use :func:`largest`.
     """
@@ -86,6 +86,7 @@ class TopK(Gate):
     options are described in :class:`TopKConfig`.
     """
 
+    can_exclude = True
     selections: Tensor
     bias_steps: Tensor
 
@@ -119,34 +120,38 @@ class TopK(Gate):
 
     @property
     def selection_bias(self) -> Tensor:
-        """(n,) fp64, added to the scores for the selection; only with ``bias_update_rate``."""
+        """The (n,) fp64 biases that are added to the scores for the selection; only with ``bias_update_rate``."""
         return self.bias_update_rate * self.bias_steps.double()
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
         return self.mixture_of_logits(self.logits(x_TD))
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
-        """From the k choices: no (T, n) mixture is made, and on an accelerator the host waits for nothing."""
+        """Route by the k choices: no (T, n) mixture is made, and on an accelerator the host waits for nothing.
+
+        With excluded slots it does wait: where fewer than k are left, some of the k have no weight.
+        """
         logit_TE = self.logits(x_TD)
         slot_TK, kept_TK = self._choose(logit_TE, largest_of_many)
         route = Route.from_choices(slot_TK, kept_TK, self.num_slots, self._aux(logit_TE, slot_TK))
-        return route if kernels.on_device_path(x_TD) else route.keep(route.weight_N > 0)
+        waits = not kernels.on_device_path(x_TD) or self.allowed_E is not None
+        return route.keep(route.weight_N > 0) if waits else route
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """(T, n), with noise while training if there is any."""
+        """Return the (T, n) logits, with noise while training if there is any; -inf for excluded slots."""
         bias_E = self.weight.new_zeros(()).expand(self.num_experts) if self.bias is None else self.bias
         logit_TE = affine(x_TD, self.weight, bias_E)
-        if self.noise_weight is None or not self.training:
-            return logit_TE
-        deviation_TE = nn.functional.softplus(nn.functional.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
-        return logit_TE + torch.randn_like(logit_TE) * deviation_TE
+        if self.noise_weight is not None and self.training:
+            deviation_TE = nn.functional.softplus(nn.functional.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
+            logit_TE = logit_TE + torch.randn_like(logit_TE) * deviation_TE
+        return self.exclude(logit_TE)
 
     def probabilities(self, logit_TE: Tensor) -> Tensor:
-        """(T, n), over all slots: the softmax, or each sigmoid divided by the sum of all."""
+        """Return the (T, n) router probabilities over all slots: the softmax, or each sigmoid divided by their sum."""
         return self._log_scores(logit_TE).softmax(dim=-1)
 
     def mixture_of_logits(self, logit_TE: Tensor) -> Mixture:
-        """Selection, weights and auxiliary losses; one branch."""
+        """Select and weigh the slots of (T, n) logits; with the auxiliary losses, in one branch."""
         slot_TK, kept_TK = self._choose(logit_TE)
         weight_TE = torch.zeros_like(logit_TE).scatter(1, slot_TK, kept_TK)
         return Mixture(weight_TE.unsqueeze(1), self._aux(logit_TE, slot_TK))
@@ -155,7 +160,8 @@ class TopK(Gate):
         """Move the selection bias against the loads of all ranks since the last call."""
         if self.bias_update_rate:
             load_E = self.sum_over_ranks(self.selections)
-            self.bias_steps += torch.sign(load_E.sum() - self.num_experts * load_E)
+            share = self.num_experts if self.allowed_E is None else self.allowed_E.sum()
+            self.bias_steps += torch.sign(load_E.sum() - share * load_E)
             self.selections.zero_()
 
     def _choose(self, logit_TE: Tensor, select: Callable[[Tensor, int], Tensor] = largest) -> tuple[Tensor, Tensor]:
@@ -166,20 +172,22 @@ class TopK(Gate):
         return slot_TK, self._log_scores(logit_TE).gather(1, slot_TK).softmax(dim=-1)
 
     def _log_scores(self, logit_TE: Tensor) -> Tensor:
-        """Whose softmax over any set of slots are their scores divided by the set's sum."""
+        """Return logarithms of the scores: their softmax over any set of slots divides the scores by the set's sum."""
         return nn.functional.logsigmoid(logit_TE) if self.scores == "sigmoid" else logit_TE
 
     def _selection_scores(self, logit_TE: Tensor) -> Tensor:
         if not self.bias_update_rate:
             return logit_TE  # in the order of the scores, and without ties by underflow
         score_TE = logit_TE.sigmoid() if self.scores == "sigmoid" else logit_TE.softmax(dim=-1)
-        return score_TE + self.selection_bias.to(score_TE.dtype)
+        return self.exclude(score_TE + self.selection_bias.to(score_TE.dtype))
 
     def _aux(self, logit_TE: Tensor, slot_TK: Tensor) -> dict[str, Tensor]:
         """While training: count the selections and give the auxiliary losses."""
         if not self.training:
             return {}
         selected_TE = torch.zeros_like(logit_TE, dtype=torch.bool).scatter(1, slot_TK, True)
+        if self.allowed_E is not None:  # with fewer slots than k, some that are excluded come last among the k
+            selected_TE = selected_TE & self.allowed_E
         aux = {}
         if self.bias_update_rate:
             self.selections += selected_TE.sum(dim=0)

@@ -30,8 +30,25 @@ def descend(left_TKQ: Tensor, right_TKQ: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(splits, dim=-1), torch.cat([level, leaves_above], dim=-1)
 
 
+def one_sided_splits(allowed_E: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) bool leaves -> two (n-1,) bool masks of splits: those that must go left, those that must go right.
+
+    A split must go to one side where the other leads to leaves only that are not allowed; where both do, which
+    no mass can reach, it must go nowhere.
+    """
+    num_leaves = len(allowed_E)
+    leaf_N = torch.arange(num_leaves - 1, 2 * num_leaves - 1, device=allowed_E.device)
+    open_N = torch.cat([allowed_E.new_zeros(num_leaves - 1), allowed_E[places_of_leaves(leaf_N, num_leaves)]])
+    for _ in range(
+        (num_leaves - 1).bit_length()
+    ):  # as often as the tree is deep, so that leaves are heard of at the root
+        open_N[: num_leaves - 1] = open_N[1::2] | open_N[2::2]
+    left_Q, right_Q = open_N[1::2], open_N[2::2]
+    return left_Q & ~right_Q, right_Q & ~left_Q
+
+
 def places_of_leaves(node_N: Tensor, num_leaves: int) -> Tensor:
-    """Heap index of a leaf -> its place from left to right."""
+    """Heap indices of leaves -> their places from left to right."""
     deepest = (1 << ((2 * num_leaves - 1).bit_length() - 1)) - 1
     num_deepest = 2 * num_leaves - 1 - deepest
     return torch.where(node_N >= deepest, node_N - deepest, num_deepest + node_N - (num_leaves - 1))

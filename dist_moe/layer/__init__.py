@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: gate -> permutation -> dispatch -> experts -> combine."""
+"""The mixture-of-experts layer: gate -> slot map -> dispatch -> experts -> combine."""
 
 from dist_moe.layer.batch_norm import BatchNormOverRanks
 from dist_moe.layer.dense import DenseReplay

@@ -30,6 +30,7 @@ class BatchNormOverRanks(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, x_BF: Tensor) -> Tensor:
+        """Return the normalised (B, F) features of this rank's examples; B may be 0."""
         wide_BF = x_BF.to(torch.promote_types(x_BF.dtype, torch.float32))
         mean_F, var_F = self._of_batch(wide_BF) if self.training else (self.running_mean, self.running_var)
         scale_F = self.weight * (var_F + EPS).rsqrt()

@@ -18,22 +18,22 @@ from dist_moe.routing import Pairs, mix
 
 
 class DenseReplay:
-    """A :class:`~dist_moe.layer.moe.Replay` that mixes with ``matrices_GKEE``, one (K, n, n) slot -> expert
-    matrix per gate. Keeps the mixtures of the last call, (G, T, n), in ``weight_GTE``."""
+    """A :class:`~dist_moe.layer.moe.Replay` that mixes with ``matrices_GKSE``, one (K, S, E) slot -> expert
+    matrix per gate. Keeps the mixtures of the last call, (G, T, E), in ``weight_GTE``."""
 
-    def __init__(self, matrices_GKEE: Sequence[Tensor]) -> None:
-        self._matrices_GKEE = matrices_GKEE
+    def __init__(self, matrices_GKSE: Sequence[Tensor]) -> None:
+        self._matrices_GKSE = matrices_GKSE
         self.weight_GTE: Tensor | None = None
 
     def __call__(self, layer: MoE, x_TD: Tensor, ids_T: Tensor | None) -> MoEOutput:
         weights, aux = [], dict[str, Tensor]()
-        for gate, matrix_KEE in zip(layer.gates, self._matrices_GKEE, strict=True):
+        for gate, matrix_KSE in zip(layer.gates, self._matrices_GKSE, strict=True):
             assert isinstance(gate, Gate)
             mixture = gate.mixture(x_TD.to(gate_dtype(x_TD)), ids_T)
-            branches_TKE = mixture.weight_TKE
-            if len(matrix_KEE) == 1:
-                branches_TKE = branches_TKE.sum(dim=1, keepdim=True)
-            weights.append(mix(branches_TKE, matrix_KEE))
+            branches_TKS = mixture.weight_TKE
+            if len(matrix_KSE) == 1:
+                branches_TKS = branches_TKS.sum(dim=1, keepdim=True)
+            weights.append(mix(branches_TKS, matrix_KSE))
             for name, loss in mixture.aux.items():
                 aux[name] = aux[name] + loss if name in aux else loss
         self.weight_GTE = torch.stack(weights)

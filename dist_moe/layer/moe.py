@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,15 +24,29 @@ from dist_moe.parallel import (
     plan_dispatch,
     position_table,
 )
-from dist_moe.routing import Pairs, Permutation, Route, union_of_routes
+from dist_moe.routing import Pairs, Route, SlotMap, union_of_routes
 
 
-class PermutationSource(Protocol):
-    """Gives the permutation of the current step of each of ``num_gates`` gates, and named auxiliary losses."""
+class SlotMapSource(Protocol):
+    """Gives the slot map of the current step of each of ``num_gates`` gates, and named auxiliary losses.
+
+    The maps lead from ``num_slots`` slots, of each of ``branches`` branches, to ``num_experts`` experts.
+    """
 
     num_gates: int
+    num_experts: int
 
-    def __call__(self) -> tuple[Sequence[Permutation], dict[str, Tensor]]: ...
+    @property
+    def num_slots(self) -> int:
+        """Slots of a gate, or of each of its branches."""
+        ...
+
+    @property
+    def branches(self) -> int:
+        """Maps of each gate: 1, or one for each of its branches."""
+        ...
+
+    def __call__(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]: ...
 
 
 class Replay(Protocol):
@@ -44,9 +59,9 @@ class Replay(Protocol):
 class MoEOutput:
     """``outputs``: one (T, F) tensor per gate. ``aux``: the auxiliary losses, summed over gates.
 
-    ``routes``: one per gate, after the permutation. ``pairs``: their union, what was dispatched, in the order
-    of the experts' positions.
-    ``rows_computed``: expert rows that this rank computed, for itself and for others.
+    ``routes``: one per gate, after the slot map: their slots are experts. ``pairs``: their union, what was
+    dispatched, in the order of the experts' positions. ``rows_computed``: expert rows that this rank computed, for
+    itself and for others.
     """
 
     outputs: tuple[Tensor, ...]
@@ -60,13 +75,12 @@ class MoE(nn.Module):
     """``MoE(gates, experts, permutation=None, world=None, exchange=None, placement=None)``.
 
     ``gates``: one per task (a single gate may stand alone); a (token, expert) pair travels and is
-    computed once, however many gates want it. ``experts``: this rank's bank. ``replay``, set by a search
-    for a while, answers instead of the layer. ``permutation``:
-    slot -> expert, one for each gate; None is the identity. ``world``: the ranks over which the
-    experts are split; None is one rank. ``exchange``: how rows reach the experts and sums come back; None
-    is what the world asks for. ``placement``: which expert lives where; None: ranks have contiguous ids.
-    ``recompute_experts``: keep none of the dispatched rows and of the experts' activations for the backward
-    pass; dispatch and compute again there (an ``exchange`` that is given decides that itself). ``shared``: a
+    computed once, however many gates want it. ``experts``: this rank's bank. ``permutation``: the slot map of each
+    gate, which may be many to one; None is the identity, for gates with as many slots as there are experts.
+    ``world``: the ranks over which the experts are split; None is one rank. ``exchange``: how rows reach the experts
+    and sums come back; None is what the world asks for. ``placement``: which expert lives where; None: ranks have
+    contiguous ids. ``recompute_experts``: keep none of the dispatched rows and of the experts' activations for the
+    backward pass; dispatch and compute again there (an ``exchange`` that is given decides that itself). ``shared``: a
     network (T, D) -> (T, F) that every token goes through whatever the gates say (Dai et al., DeepSeekMoE, 2024);
     its result is added to that of each gate. Every rank has all of it, and computes it while rows travel.
 
@@ -77,7 +91,7 @@ class MoE(nn.Module):
         self,
         gates: Gate | Sequence[Gate],
         experts: ExpertBank,
-        permutation: PermutationSource | None = None,
+        permutation: SlotMapSource | None = None,
         world: World | None = None,
         *,
         exchange: Exchange | None = None,
@@ -93,14 +107,14 @@ class MoE(nn.Module):
         self.shared = shared
         self.exchange = exchange or exchange_over(self.world, recompute_experts, meanwhile=shared is not None)
         self.placement = placement or Placement.identity(experts.num_experts, self.world.size)
-        self.replay: Replay | None = None
+        self._replay: Replay | None = None
         self._before_step: list[tuple[Tensor, Tensor]] = []
         self._check_sizes()
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> MoEOutput:
         """(T, D) tokens (T may be 0) -> one weighted sum of experts per gate, of shape (T, F)."""
-        if self.replay is not None:
-            return _plus(self.replay(self, x_TD, ids_T), self._share(x_TD))
+        if self._replay is not None:
+            return _plus(self._replay(self, x_TD, ids_T), self._share(x_TD))
         clock = self.world.clock
         shared: list[Tensor | None] = []
         x_TD = clock.at_gates(x_TD)
@@ -113,8 +127,17 @@ class MoE(nn.Module):
         result = MoEOutput(outputs, aux, tuple(routes), self._by_id(pairs), mixed.rows_computed)
         return _plus(result, shared[0])
 
+    @contextmanager
+    def replayed_by(self, replay: Replay) -> Iterator[None]:
+        """Let ``replay`` answer instead of gates, slot maps and experts within the context."""
+        self._replay = replay
+        try:
+            yield
+        finally:
+            self._replay = None
+
     def place(self, placement: Placement) -> None:
-        """The experts live as ``placement`` says from now on. On every rank.
+        """Let the experts live as ``placement`` says from now on. On every rank.
 
         Whoever calls has brought the weights there: row i of the bank's parameters must be those of the
         expert ``placement.experts_of(rank)[i]``. Raises ValueError if it does not fit the layer.
@@ -149,7 +172,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def drop_step(self) -> None:
-        """In place of :meth:`end_step` where a step was skipped: the gates forget what they saw in it."""
+        """Let the gates forget a step that was skipped, in place of :meth:`end_step`."""
         for buffer, before in self._before_step:
             buffer.copy_(before)
 
@@ -163,9 +186,9 @@ class MoE(nn.Module):
             for name, loss in route.aux.items():
                 aux[name] = aux[name] + loss if name in aux else loss
         if self.permutation is not None:
-            permutations, permutation_aux = self.permutation()
-            routes = [p.apply(route) for p, route in zip(permutations, routes, strict=True)]
-            aux |= permutation_aux
+            maps, map_aux = self.permutation()
+            routes = [slot_map.apply(route) for slot_map, route in zip(maps, routes, strict=True)]
+            aux |= map_aux
         return routes, aux
 
     def _by_position(self, route: Route) -> Route:
@@ -180,7 +203,7 @@ class MoE(nn.Module):
 
     @property
     def each_gate(self) -> list[Gate]:
-        """``gates``, as what they are."""
+        """The ``gates``, typed."""
         return [gate for gate in self.gates if isinstance(gate, Gate)]
 
     def _check_fit(self, placement: Placement) -> None:
@@ -194,15 +217,20 @@ class MoE(nn.Module):
         bank = self.experts
         if not self.gates:
             raise ValueError("an MoE layer needs at least one gate")
-        for gate in self.gates:
-            if (gate.dim, gate.num_experts) != (bank.dim, bank.num_experts):
-                raise ValueError(
-                    f"a gate over {gate.num_experts} experts and tokens of width {gate.dim} does not fit "
-                    f"{bank.num_experts} experts of width {bank.dim}"
-                )
         table = self.permutation
-        if table is not None and table.num_gates != len(self.gates):
-            raise ValueError(f"permutations for {table.num_gates} gate(s) do not fit {len(self.gates)} gate(s)")
+        if table is not None and (table.num_gates, table.num_experts) != (len(self.gates), bank.num_experts):
+            raise ValueError(
+                f"slot maps for {table.num_gates} gate(s) onto {table.num_experts} experts do not fit "
+                f"{len(self.gates)} gate(s) and {bank.num_experts} experts"
+            )
+        slots, branches = (bank.num_experts, 1) if table is None else (table.num_slots, table.branches)
+        for gate in self.each_gate:
+            if (gate.dim, gate.num_experts, gate.num_slots) != (bank.dim, slots, slots * branches):
+                asked = f"{slots} slots" if branches == 1 else f"{slots} slots in each of {branches} branches"
+                raise ValueError(
+                    f"a gate over {gate.num_slots} slots and tokens of width {gate.dim} does not fit "
+                    f"{bank.num_experts} experts of width {bank.dim}, whose slot map is for {asked}"
+                )
         self._check_fit(self.placement)
         expected = self.placement.experts_of(self.world.rank)
         if bank.expert_ids != expected:

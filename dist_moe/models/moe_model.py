@@ -1,4 +1,4 @@
-"""What every model with MoE layers has in common: its configuration, its layers, its output."""
+"""Base of all models with MoE layers: configuration, layers, output."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class RunShape:
-    """What a model may need to know of the run: the ranks over which experts are split, its length in
+    """Facts of the run that a model may need: the ranks over which experts are split, its length in
     steps, and what its gates may need to know."""
 
     world: World
@@ -57,6 +57,12 @@ class MoEModelConfig(Settings, ABC):
     name: str
 
     num_experts: int = Field(16, ge=2, description="experts of a layer, over all ranks")
+    num_slots: int | None = Field(
+        None,
+        ge=2,
+        description="slots that each gate chooses among; slot i leads to expert i mod num_experts until its slot map "
+        "is changed, and slots of one expert add up their weights (null: as many as experts)",
+    )
     gate: GateConfig = Field(
         default_factory=lambda: CometConfig(), description="the gate; each task has one of its own"
     )
@@ -74,9 +80,28 @@ class MoEModelConfig(Settings, ABC):
         """MoE layers of the model."""
         return 1
 
+    @property
+    def slots_per_gate(self) -> int:
+        """How many slots each gate chooses among."""
+        return self.num_slots or self.num_experts
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that one gate gives a token, at most; once it is sparse, if it becomes so while it learns."""
+        return min(self.gate.experts_per_token(self.slots_per_gate), self.num_experts)
+
     def validation_errors(self) -> Iterator[str]:
-        """What does not fit together, as "field=value: reason"."""
-        return iter(())
+        """Yield whatever does not fit together, as "field=value: reason"."""
+        if self.permutation is not None and self.slots_per_gate != self.num_experts:
+            yield (
+                f"num_slots={self.num_slots} is not num_experts={self.num_experts}, and only as many slots as experts "
+                "can be permuted; set num_slots or permutation to null"
+            )
+
+    def gate_errors(self) -> Iterator[str]:
+        """Yield whatever of the gate does not fit the number of its slots, as "gate.field=value: reason"."""
+        for error in self.gate.validation_errors(self.slots_per_gate):
+            yield "gate." + (error if self.num_slots is None else error.replace("num_experts", "num_slots"))
 
     @abstractmethod
     def build(self, *inputs: Any, **named: Any) -> MoEModel:
@@ -88,19 +113,19 @@ class MoEModelConfig(Settings, ABC):
     def build_layer(
         self, experts: ExpertBank, num_gates: int, run: RunShape, *, layer: int = 0, shared: nn.Module | None = None
     ) -> MoE:
-        """One gate per task over the same ``experts``, with a slot -> expert table or the search for one.
+        """Return the layer of one gate per task over the same ``experts``, with a slot map or the search for one.
 
         ``layer``: its number, from 0, where the model has several. ``shared``: what every token goes through
         beside the experts.
         """
         settings = self.gate.of_layer(layer)
-        gates = [settings.build(experts.dim, self.num_experts, run.gates) for _ in range(num_gates)]
+        gates = [settings.build(experts.dim, self.slots_per_gate, run.gates) for _ in range(num_gates)]
         for gate in gates:
             gate.sum_over_ranks = sum_over_ranks
         if self.permutation is not None:
             table: SlotTable = self.permutation.build(gates, run.steps_per_epoch)
         else:
-            table = SlotTable(self.num_experts, num_gates)
+            table = SlotTable(self.num_experts, num_gates, num_slots=self.num_slots)
         return MoE(gates, experts, table, run.world, recompute_experts=self.activation_checkpointing, shared=shared)
 
 

@@ -67,7 +67,8 @@ class TransformerConfig(MoEModelConfig):
         return self.dim // self.heads * (self.kv_heads or self.heads)
 
     def validation_errors(self) -> Iterator[str]:
-        """What does not fit together, as "field=value: reason"."""
+        """Yield whatever does not fit together, as "field=value: reason"."""
+        yield from super().validation_errors()
         if self.dim % self.heads:
             yield f"heads={self.heads} does not divide dim={self.dim}"
         elif (self.dim // self.heads) % 2:

@@ -211,9 +211,8 @@ def _cases(model: MoEModel, config: SupervisedConfig) -> list[tuple[str, int, bo
     if not model.moe_layers:
         return [("no experts", 0, False)]
     experts = config.model.num_experts
-    per_gate = config.model.gate.experts_per_token(experts)
     gates = max(len(layer.gates) for layer in model.moe_layers.values())
-    hard = min(experts, per_gate * gates)
+    hard = min(experts, config.model.experts_per_token * gates)
     return [
         ("k experts per token, even load", hard, False),
         ("k experts per token, all to one rank", hard, True),

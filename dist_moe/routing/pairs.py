@@ -35,17 +35,18 @@ class Pairs:
         return cls(nothing, nothing, weight_GN, nothing.new_zeros(num_experts), 0)
 
     def renamed(self, name_E: Tensor) -> Pairs:
-        """The same pairs in the same order, with expert e called ``name_E[e]`` ((E,), a permutation)."""
+        """Return the pairs in their order, with expert e called ``name_E[e]`` ((E,), a permutation)."""
         rows_per_expert_E = torch.empty_like(self.rows_per_expert_E).index_copy(0, name_E, self.rows_per_expert_E)
         return replace(self, expert_N=name_E[self.expert_N], rows_per_expert_E=rows_per_expert_E)
 
     @property
     def num_pairs(self) -> int:
+        """How many (token, expert) pairs there are."""
         return self.token_N.numel()
 
 
 def union_of_routes(routes: list[Route]) -> Pairs:
-    """Merge routes whose slots are experts already (that is, after the permutation).
+    """Merge routes whose slots are experts already (that is, after the slot map).
 
     Raises ValueError when the routes speak of different tokens or experts.
     """

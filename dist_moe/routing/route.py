@@ -31,7 +31,7 @@ class Route:
 
     @classmethod
     def from_dense(cls, weight_TS: Tensor, aux: dict[str, Tensor] | None = None) -> Route:
-        """The route that holds exactly the non-zeros of ``weight_TS`` (T, S)."""
+        """Return the route that holds exactly the non-zeros of ``weight_TS`` (T, S)."""
         token_N, slot_N = weight_TS.detach().nonzero(as_tuple=True)
         num_tokens, num_slots = weight_TS.shape
         return cls(token_N, slot_N, weight_TS[token_N, slot_N], num_tokens, num_slots, aux or {})
@@ -40,7 +40,7 @@ class Route:
     def from_choices(
         cls, slot_TK: Tensor, weight_TK: Tensor, num_slots: int, aux: dict[str, Tensor] | None = None
     ) -> Route:
-        """The route of k different slots per token, ``slot_TK`` in any order, with their weights.
+        """Return the route of k different slots per token, ``slot_TK`` in any order, with their weights.
 
         Its size is known without a look at the values, so the host does not wait for a device. A weight that
         is 0 by underflow stays: it changes no sum and no gradient, but costs a row.
@@ -61,14 +61,14 @@ class Route:
         num_slots: int,
         aux: dict[str, Tensor] | None = None,
     ) -> Route:
-        """The route of assignments in any order, in which the weights of a repeated pair add up."""
+        """Return the route of assignments in any order, in which the weights of a repeated pair add up."""
         key_N, place_N = torch.unique(token_N * num_slots + slot_N, return_inverse=True)
         merged_N = weight_N.new_zeros(key_N.numel()).index_add(0, place_N, weight_N)
         token_N = torch.div(key_N, num_slots, rounding_mode="floor")
         return cls(token_N, key_N - token_N * num_slots, merged_N, num_tokens, num_slots, aux or {})
 
     def heaviest(self, most: int) -> Route:
-        """Each token's ``most`` heaviest assignments (ties: the lower slot), divided by their sum."""
+        """Keep each token's ``most`` heaviest assignments (ties: the lower slot), divided by their sum."""
         by_weight_N = self.weight_N.detach().argsort(descending=True, stable=True)
         order_N = by_weight_N[self.token_N[by_weight_N].argsort(stable=True)]
         count_T = torch.bincount(self.token_N, minlength=self.num_tokens)
@@ -78,18 +78,19 @@ class Route:
         return self.keep(kept_N).normalised()
 
     def keep(self, kept_N: Tensor) -> Route:
-        """The assignments where ``kept_N`` (N,) is true, with their weights."""
+        """Return the route of the assignments where ``kept_N`` (N,) is true, with their weights."""
         if kept_N.all():
             return self
         return replace(self, token_N=self.token_N[kept_N], slot_N=self.slot_N[kept_N], weight_N=self.weight_N[kept_N])
 
     def normalised(self) -> Route:
-        """Each token's weights divided by their sum."""
+        """Divide each token's weights by their sum."""
         sum_T = self.weight_N.new_zeros(self.num_tokens).index_add(0, self.token_N, self.weight_N)
         return replace(self, weight_N=self.weight_N / sum_T[self.token_N])
 
     @property
     def num_assignments(self) -> int:
+        """N, the number of (token, slot) pairs."""
         return self.token_N.numel()
 
     @property
@@ -98,6 +99,6 @@ class Route:
         return torch.bincount(self.slot_N, minlength=self.num_slots)
 
     def dense(self) -> Tensor:
-        """The (T, S) matrix of weights, zero where a token does not use a slot; differentiable."""
+        """Return the (T, S) matrix of weights, zero where a token does not use a slot; differentiable."""
         zeros_TS = self.weight_N.new_zeros(self.num_tokens, self.num_slots)
         return zeros_TS.index_put((self.token_N, self.slot_N), self.weight_N)

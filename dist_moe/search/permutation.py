@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dist_moe.config.settings import Settings
 from dist_moe.gates import Gate
-from dist_moe.routing import Permutation, SoftPermutation, StraightThroughPermutation
+from dist_moe.routing import SlotMap, SoftPermutation, StraightThroughPermutation
 from dist_moe.search.agreement import agree_on_tables
 from dist_moe.search.sinkhorn import permutation_entropy, sinkhorn
 from dist_moe.search.slot_table import SlotTable, give_branches_slots
@@ -63,7 +63,10 @@ class PermutationSearchConfig(Settings):
     )
 
     def build(self, gates: Sequence[Gate], steps_per_epoch: int) -> PermutationSearch:
-        """The search over ``gates`` of one layer, whose branches are told to have slots of their own if need be."""
+        """Return the search for the ``gates`` of one layer, whose branches get slots of their own if need be.
+
+        It permutes: the layer must have as many experts as a gate has slots, which the layer checks.
+        """
         options = self.model_dump(exclude={"epochs", "per_branch"})
         search = PermutationSearch(
             gates[0].num_experts,
@@ -147,11 +150,12 @@ class PermutationSearch(SlotTable):
         """Set ``table`` to the rounded permutation, the same on all ranks."""
         self.table.copy_(agree_on_tables(self.relaxed.detach() if self.rounds_relaxed else self.soft))
 
-    def forward(self) -> tuple[Sequence[Permutation], dict[str, Tensor]]:
+    def forward(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]:
+        """Return one slot map per gate, soft while training learns it, and the entropy term."""
         if not (self.training and self.learning):
             permutations, aux = super().forward()
             if self.training:
-                # R stays in the graph with a zero gradient, lest ranks or ZeRO stages treat it as absent.
+                # R stays in the graph with a zero gradient, so that no rank or ZeRO stage treats it as absent.
                 aux["permutation"] = 0.0 * self.relaxed.sum()
             return permutations, aux
         with torch.autocast(self.relaxed.device.type, enabled=False):
@@ -159,8 +163,8 @@ class PermutationSearch(SlotTable):
             self.soft.copy_(soft.detach())
             aux = {"permutation": self.entropy_weight * permutation_entropy(soft)}
         if self.straight_through:
-            tables = zip(soft, self.table, strict=True)
-            return self.for_gates([StraightThroughPermutation(*matrix_and_table) for matrix_and_table in tables]), aux
+            maps = zip(soft, self.hard_maps(), strict=True)
+            return self.for_gates([StraightThroughPermutation(*matrix_and_map) for matrix_and_map in maps]), aux
         return self.for_gates([SoftPermutation(matrix_KEE) for matrix_KEE in soft]), aux
 
     def current_matrix(self) -> Tensor:

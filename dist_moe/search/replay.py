@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dist_moe.kernels import TokenIndex, weighted_scatter
-from dist_moe.layer import MoE, MoEOutput
-from dist_moe.routing import HardPermutation, Pairs, Route
+from dist_moe.layer import MoE, MoEOutput, Replay
+from dist_moe.routing import Pairs, Route
 from dist_moe.search.slot_table import SlotTable
 
 
 @dataclass(frozen=True)
 class Recording:
-    """``routes``: of each gate, before the permutation. ``results_TEF``: of every expert, on every token."""
+    """``routes``: of each gate, before the slot map. ``results_TEF``: of every expert, on every token."""
 
     routes: tuple[Route, ...]
     results_TEF: Tensor
@@ -36,27 +36,24 @@ class Recorder:
 
 
 class Replayed:
-    """Answers from a recording, under the layer's present table or under ``matrix_PKEE``, of which the
+    """Answers from a recording, under the layer's present table or under ``matrix_PKSE``, of which the
     answer is then a differentiable (linear) function."""
 
-    def __init__(self, recording: Recording, matrix_PKEE: Tensor | None = None) -> None:
+    def __init__(self, recording: Recording, matrix_PKSE: Tensor | None = None) -> None:
         self._recording = recording
-        self._matrix_PKEE = matrix_PKEE
+        self._matrix_PKSE = matrix_PKSE
 
     def __call__(self, layer: MoE, x_TD: Tensor, ids_T: Tensor | None) -> MoEOutput:
         table = layer.permutation
         assert isinstance(table, SlotTable)
-        of_gate = range(len(self._recording.routes)) if table.per_gate else [0] * len(self._recording.routes)
-        if self._matrix_PKEE is None:
-            routes = tuple(
-                HardPermutation(table.table[p]).apply(route)
-                for p, route in zip(of_gate, self._recording.routes, strict=True)
-            )
+        recorded = self._recording.routes
+        if self._matrix_PKSE is None:
+            maps = table.for_gates(table.hard_maps())
+            routes = tuple(slot_map.apply(route) for slot_map, route in zip(maps, recorded, strict=True))
             return self._output(tuple(map(self._sparse, routes)), routes)
-        outputs = [
-            self._dense(route, self._matrix_PKEE[p]) for p, route in zip(of_gate, self._recording.routes, strict=True)
-        ]
-        return self._output(tuple(outputs), self._recording.routes)
+        of_gate = range(len(recorded)) if table.per_gate else [0] * len(recorded)
+        outputs = [self._dense(route, self._matrix_PKSE[p]) for p, route in zip(of_gate, recorded, strict=True)]
+        return self._output(tuple(outputs), recorded)
 
     def _sparse(self, route: Route) -> Tensor:
         rows_NF = self._recording.results_TEF[route.token_N, route.slot_N]
@@ -64,11 +61,11 @@ class Replayed:
         weight_1N = route.weight_N.unsqueeze(0)
         return weighted_scatter(rows_NF, weight_1N, index)[0].to(rows_NF.dtype)
 
-    def _dense(self, route: Route, matrix_KEE: Tensor) -> Tensor:
+    def _dense(self, route: Route, matrix_KSE: Tensor) -> Tensor:
         results_TEF = self._recording.results_TEF
-        branches, num_experts, _ = matrix_KEE.shape
-        slots_TKE = route.dense().view(-1, branches, num_experts)
-        weight_TE = torch.einsum("tks,kse->te", slots_TKE.to(matrix_KEE.dtype), matrix_KEE)
+        branches, num_slots, _ = matrix_KSE.shape
+        weight_TKS = route.dense().view(-1, branches, num_slots)
+        weight_TE = torch.einsum("tks,kse->te", weight_TKS.to(matrix_KSE.dtype), matrix_KSE)
         return torch.einsum("te,tef->tf", weight_TE.to(results_TEF.dtype), results_TEF)
 
     def _output(self, outputs: tuple[Tensor, ...], routes: tuple[Route, ...]) -> MoEOutput:
@@ -78,14 +75,9 @@ class Replayed:
 
 
 @contextmanager
-def replaying(
-    layers: Sequence[MoE], recordings: Sequence[Recording], matrix_PKEE: Tensor | None = None
-) -> Iterator[None]:
-    """Within, ``layers`` answer from their recordings; the last one under ``matrix_PKEE`` if it is given."""
-    try:
-        for i, (layer, recording) in enumerate(zip(layers, recordings, strict=False)):
-            layer.replay = Replayed(recording, matrix_PKEE if i == len(layers) - 1 else None)
+def replaying(layers: Sequence[MoE], replays: Iterable[Replay]) -> Iterator[None]:
+    """Let one of ``replays`` answer for each of ``layers`` within the context."""
+    with ExitStack() as stack:
+        for layer, replay in zip(layers, replays, strict=True):
+            stack.enter_context(layer.replayed_by(replay))
         yield
-    finally:
-        for layer in layers:
-            layer.replay = None

@@ -18,7 +18,7 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
 
 
 def sinkhorn_each(logits: Tensor, iterations: Sequence[int]) -> Tensor:
-    """The same for (B, ..., n, n), entry b of axis 0 ``iterations[b]`` times."""
+    """Return the :func:`sinkhorn` of (B, ..., n, n) logits, with ``iterations[b]`` iterations for entry b of axis 0."""
     wanted = torch.tensor(iterations, device=logits.device).view(-1, *[1] * (logits.dim() - 1))
     for done in range(max(iterations)):
         logits = torch.where(done < wanted, _normalise(logits), logits)

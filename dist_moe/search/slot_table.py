@@ -3,38 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_moe.gates import Gate
-from dist_moe.routing import HardPermutation, Permutation
+from dist_moe.routing import HardMap, SlotMap, check_tables
 
 
 class SlotTable(nn.Module):
-    """``table`` (P, K, n) int64, a buffer in the checkpoint: slot i of branch k is expert
-    ``table[p, k, i]``, the identity at first.
+    """``table`` (P, K, S) int64, a buffer in the checkpoint: slot i of branch k is expert ``table[p, k, i]``.
 
-    P is 1 when all gates share the table, else the number of gates; K is 1, or the number of
-    branches when each has a table of its own.
+    Slot i is expert i mod ``num_experts`` at first: the identity where there are as many slots as experts (the
+    default). Any map may be written into it: slots that have the same expert add up their weights, an expert that
+    no slot has gets no token. P is 1 when all gates share the table, else the number of gates; K is 1, or the
+    number of branches when each has a table of its own.
     """
 
     table: Tensor
 
-    def __init__(self, num_experts: int, num_gates: int = 1, *, per_gate: bool = False, branches: int = 1) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        num_gates: int = 1,
+        *,
+        num_slots: int | None = None,
+        per_gate: bool = False,
+        branches: int = 1,
+    ) -> None:
         super().__init__()
+        self.num_experts = num_experts
         self.num_gates = num_gates
         self.per_gate = per_gate
         tables = num_gates if per_gate else 1
-        self.register_buffer("table", torch.arange(num_experts).repeat(tables, branches, 1))
+        expert_S = torch.arange(num_slots or num_experts) % num_experts
+        self.register_buffer("table", expert_S.repeat(tables, branches, 1))
+        self._checked: tuple[Tensor, int] | None = None
+        self._merges: list[bool] = []
 
-    def forward(self) -> tuple[Sequence[Permutation], dict[str, Tensor]]:
-        """One permutation per gate, and auxiliary losses by name."""
-        return self.for_gates([HardPermutation(table_KE) for table_KE in self.table]), {}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._checked = None  # the changes of a copied tensor are counted anew
 
-    def for_gates(self, permutations: Sequence[Permutation]) -> list[Permutation]:
-        """One per table -> one per gate."""
-        return list(permutations) if self.per_gate else list(permutations) * self.num_gates
+    @property
+    def num_slots(self) -> int:
+        """S: the slots of a gate, or of each branch where branches have tables of their own."""
+        return self.table.shape[-1]
+
+    @property
+    def branches(self) -> int:
+        """K: the tables of each gate."""
+        return self.table.shape[1]
+
+    def forward(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]:
+        """Return one slot map per gate, and auxiliary losses by name."""
+        return self.for_gates(self.hard_maps()), {}
+
+    def hard_maps(self) -> list[HardMap]:
+        """Return the map of each of the P tables. Raises ValueError if one names an expert that does not exist."""
+        # Whether slots meet is a look at the values, for which the host waits for the device. So it is taken only
+        # after a change: torch counts the in-place changes of a tensor, by whomever (a search, a loaded checkpoint).
+        if self._checked is None or self._checked[0] is not self.table or self._checked[1] != self.table._version:
+            self._merges = check_tables(self.table, self.num_experts)
+            self._checked = self.table, self.table._version
+        return [HardMap(table, self.num_experts, m) for table, m in zip(self.table, self._merges, strict=True)]
+
+    def for_gates(self, maps: Sequence[SlotMap]) -> list[SlotMap]:
+        """Return one map per gate, given one per table."""
+        return list(maps) if self.per_gate else list(maps) * self.num_gates
 
     @property
     def learning(self) -> bool:
@@ -45,14 +82,18 @@ class SlotTable(nn.Module):
         """Keep the tables as they are from now on."""
 
     def begin_step(self) -> None:
-        """Called before each training step on every rank."""
+        """Prepare for a training step. On every rank."""
 
     def begin_evaluation(self) -> None:
-        """Called before each evaluation on every rank."""
+        """Prepare for an evaluation. On every rank."""
 
     def current_matrix(self) -> Tensor:
-        """(P, K, n, n), without gradient: the permutation matrices that are learnt now, else the tables'."""
-        return torch.eye(self.table.shape[-1], device=self.table.device)[self.table]
+        """Return the (P, K, S, E) matrices, without gradient, that are learnt now, else the tables'."""
+        return self.matrix_of(self.table)
+
+    def matrix_of(self, table: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(..., S) experts -> (..., S, E) matrices of zeros and ones."""
+        return torch.eye(self.num_experts, dtype=dtype, device=table.device)[table]
 
 
 def give_branches_slots(gates: Sequence[Gate], table: SlotTable) -> None:
@@ -60,10 +101,9 @@ def give_branches_slots(gates: Sequence[Gate], table: SlotTable) -> None:
 
     Raises ValueError if a gate has another number of branches.
     """
-    branches = table.table.shape[1]
-    if branches == 1:
+    if table.branches == 1:
         return
     for gate in gates:
-        if gate.num_branches != branches:
-            raise ValueError(f"{branches} tables per gate do not fit a gate of {gate.num_branches} branch(es)")
+        if gate.num_branches != table.branches:
+            raise ValueError(f"{table.branches} tables per gate do not fit a gate of {gate.num_branches} branch(es)")
         gate.splits_branches = True

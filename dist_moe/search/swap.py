@@ -4,7 +4,7 @@ The title of COMET (KDD 2023) promises local search; its code relaxes permutatio
 ``permutation.py``) but never swaps. Here the neighbourhood is explicit. For a layer with mixtures g
 and experts f, the output is y = sum_s g_s sum_e P[s, e] f_e(x), with P the matrix of the table. The
 gradient of the loss with respect to P, at the table, estimates to first order what a swap of slots a
-and b gains:
+and b gains, in any slot map (in one that is many to one, as many slots keep each expert):
 
     gain(a, b) = D[a, e_a] + D[b, e_b] - D[a, e_b] - D[b, e_a],     D = dL/dP
 
@@ -33,7 +33,7 @@ from dist_moe.config.settings import Settings
 from dist_moe.layer import MoE
 from dist_moe.parallel import sum_over_ranks
 from dist_moe.search.agreement import assert_same_on_all_ranks, take_from_first_rank
-from dist_moe.search.replay import Recorder, Recording, replaying
+from dist_moe.search.replay import Recorder, Recording, Replayed, replaying
 from dist_moe.search.slot_table import SlotTable
 
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-11}
@@ -94,6 +94,7 @@ class SwapSearch:
         self._layers = [m for m in model.modules() if isinstance(m, MoE) and isinstance(m.permutation, SlotTable)]
         if not self._layers:
             raise ValueError("the model has no MoE layer with a slot -> expert table to search")
+        self._slot_tables = [m.permutation for m in self._layers if isinstance(m.permutation, SlotTable)]
         self._batches = batches
         self._loss = loss
         self._config = config
@@ -102,8 +103,8 @@ class SwapSearch:
 
     @property
     def tables(self) -> list[Tensor]:
-        """The (P, K, n) tables, one per layer."""
-        return [layer.permutation.table for layer in self._layers if isinstance(layer.permutation, SlotTable)]
+        """The (P, K, S) tables, one per layer."""
+        return [table.table for table in self._slot_tables]
 
     def run(self) -> SwapReport:
         """Search; the model holds the best table found when this returns."""
@@ -162,12 +163,14 @@ class SwapSearch:
         return [swaps[i] for i in order.tolist()]
 
     def _gradients(self) -> list[Tensor]:
-        """dL/dP of each layer, (P, K, n, n), at the present tables, summed over batches and ranks."""
-        totals = [torch.zeros_like(_matrix(table)) for table in self.tables]
+        """dL/dP of each layer, (P, K, S, E) in fp64, at the present tables, summed over batches and ranks."""
+        matrices = [table.matrix_of(table.table, torch.float64) for table in self._slot_tables]
+        totals = [torch.zeros_like(matrix) for matrix in matrices]
         for batch, recordings in zip(self._batches, self._recordings, strict=True):
             for layer, total in enumerate(totals):
-                matrix = _matrix(self.tables[layer]).requires_grad_()
-                with torch.enable_grad(), replaying(self._layers[: layer + 1], recordings, matrix):
+                matrix = matrices[layer].detach().requires_grad_()
+                replays = [*map(Replayed, recordings[:layer]), Replayed(recordings[layer], matrix)]
+                with torch.enable_grad(), replaying(self._layers[: layer + 1], replays):
                     loss = self._loss(batch)
                     total += torch.autograd.grad(loss, matrix)[0]
         return [sum_over_ranks(total) for total in totals]
@@ -179,7 +182,7 @@ class SwapSearch:
         for batch, recordings in zip(self._batches, self._recordings, strict=True):
             for i, swap in enumerate(swaps):
                 replayed = len(self._layers) if swap is None else swap.layer + 1
-                with self._tried(swap), replaying(self._layers[:replayed], recordings):
+                with self._tried(swap), replaying(self._layers[:replayed], map(Replayed, recordings[:replayed])):
                     totals[i] += self._loss(batch).double()
         return take_from_first_rank(sum_over_ranks(totals)).tolist()
 
@@ -189,13 +192,8 @@ class SwapSearch:
         self._recordings = []
         for batch in self._batches:
             recorders = [Recorder() for _ in self._layers]
-            for layer, recorder in zip(self._layers, recorders, strict=True):
-                layer.replay = recorder
-            try:
+            with replaying(self._layers, recorders):
                 precision = self._loss(batch).dtype
-            finally:
-                for layer in self._layers:
-                    layer.replay = None
             self._resolution = RESOLUTION.get(precision, RESOLUTION[torch.float32])
             self._recordings.append([r.recording for r in recorders if r.recording is not None])
             if len(self._recordings[-1]) < len(self._layers):
@@ -218,16 +216,15 @@ class SwapSearch:
 
 
 def _swaps_of(layer: int, table: Tensor, gradient: Tensor) -> Iterator[tuple[list[Swap], Tensor]]:
-    """Per row (gate, branch) of a layer's table: all swaps, and what each gains to first order."""
+    """Yield, per row (gate, branch) of a layer's table, all swaps and what each gains to first order.
+
+    Two slots that have the same expert have nothing to exchange.
+    """
     for row in product(range(table.shape[0]), range(table.shape[1])):
-        d_SS = gradient[row][:, table[row]]  # of slot a with the expert of slot b
+        expert_S = table[row]
+        d_SS = gradient[row][:, expert_S]  # D of slot a with the expert of slot b
         own_S = d_SS.diagonal()
         gain_SS = own_S[:, None] + own_S[None, :] - d_SS - d_SS.T
-        first, second = torch.triu_indices(len(d_SS), len(d_SS), offset=1)
+        first, second = (expert_S[:, None] != expert_S[None, :]).triu(diagonal=1).nonzero(as_tuple=True)
         slots = zip(first.tolist(), second.tolist(), strict=True)
         yield [Swap(layer, row, pair) for pair in slots], gain_SS[first, second]
-
-
-def _matrix(table: Tensor) -> Tensor:
-    """(P, K, n) table -> (P, K, n, n) permutation matrices, fp64."""
-    return torch.eye(table.shape[-1], dtype=torch.float64, device=table.device)[table]

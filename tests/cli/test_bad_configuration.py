@@ -26,6 +26,12 @@ from .conftest import Refused
         ("model.gate.gamma=0", ["model.gate.gamma=0", "greater than 0"]),
         ("model.gate.k=2.5", ["model.gate.k=2.5", "integer"]),
         ("model.gate.k=5", ["model.gate.k=5", "num_experts=4", "1..4"]),
+        ("model.num_slots=1", ["model.num_slots=1", "greater than or equal to 2"]),
+        ("model={num_slots: 7, gate: {name: top_k, k: 8}}", ["model.gate.k=8", "num_slots=7", "1..7"]),
+        (
+            "model={num_slots: 7, permutation: {}}",
+            ["model.num_slots=7 is not num_experts=16", "set num_slots or permutation to null"],
+        ),
         ("model.gate.name=tree", ["model.gate", "model.gate.name='tree' is not a gate", "comet", "hash", "top_k"]),
         ("model.gate={name: smoe_dropout, k_max: 5}", ["model.gate.k_max=5", "num_experts=4", "1..4"]),
         ("model.gate={name: smoe_dropout, k_min: 3, k_max: 2}", ["model.gate.k_min=3", "k_max=2"]),

@@ -32,7 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
     """The ranks that would have been started."""
     calls: list[tuple[int, list[str]]] = []
     monkeypatch.setattr(emulation, "run_ranks", lambda *of: calls.append(of) or 7)
-    monkeypatch.setattr("dist_moe.recipes.supervised.plan.plan_new_run", lambda *_: LaunchEnvironment.read())
+    monkeypatch.setattr("dist_moe.recipes.recipe.plan_new_run", lambda *_: LaunchEnvironment.read())
     return calls
 
 

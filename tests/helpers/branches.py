@@ -1,4 +1,4 @@
-"""Naive permutations of gates whose branches have slots of their own: slot j * n + i is slot i of branch j."""
+"""Naive slot maps of gates whose branches have slots of their own: slot j * n + i is slot i of branch j."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 
-def naive_branch_relabel(mixture_TS: Tensor, table_KE: Tensor) -> Tensor:
-    """(T, K n) -> (T, n): slot i of branch j goes to expert ``table_KE[j, i]``; shares of an expert add up."""
-    branches, num_experts = table_KE.shape
-    relabelled_TE = mixture_TS.new_zeros(len(mixture_TS), num_experts)
+def naive_branch_relabel(mixture_TS: Tensor, table_KS: Tensor, num_experts: int | None = None) -> Tensor:
+    """(T, K S) -> (T, E): slot i of branch j goes to expert ``table_KS[j, i]``; shares of an expert add up.
+
+    There are as many experts as slots if ``num_experts`` is not given.
+    """
+    branches, num_slots = table_KS.shape
+    relabelled_TE = mixture_TS.new_zeros(len(mixture_TS), num_experts or num_slots)
     for t in range(len(mixture_TS)):
         for j in range(branches):
-            for i in range(num_experts):
-                relabelled_TE[t, int(table_KE[j, i])] += mixture_TS[t, j * num_experts + i]
+            for i in range(num_slots):
+                relabelled_TE[t, int(table_KS[j, i])] += mixture_TS[t, j * num_slots + i]
     return relabelled_TE
 
 

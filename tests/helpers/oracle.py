@@ -18,6 +18,37 @@ def naive_smooth_step(t: Tensor, gamma: float) -> Tensor:
     return -2 * t**3 / gamma**3 + 3 * t / (2 * gamma) + 0.5
 
 
+def naive_allowed(gate: Gate) -> list[bool]:
+    """Whether the gate may choose each of its slots."""
+    return [True] * gate.num_experts if gate.allowed_E is None else gate.allowed_E.tolist()
+
+
+def naive_one_sided(left_Q: list[Tensor], allowed: list[bool]) -> list[Tensor]:
+    """The probabilities of going left, 1 or 0 where one side alone has leaves that are allowed."""
+    has = [below > 0 for below in naive_open_leaves(len(left_Q), allowed)]
+    turned = []
+    for node, left in enumerate(left_Q):
+        first, second = has[2 * node + 1], has[2 * node + 2]
+        turned.append(left if first == second else torch.full_like(left, float(first)))
+    return turned
+
+
+def naive_open_leaves(num_splits: int, allowed: list[bool]) -> list[int]:
+    """Per node of the heap, how many allowed leaves are below it."""
+    leaves = iter(allowed)
+
+    def count(node: int, below: dict[int, int]) -> int:
+        if node >= num_splits:
+            below[node] = int(next(leaves))
+        else:
+            below[node] = count(2 * node + 1, below) + count(2 * node + 2, below)
+        return below[node]
+
+    below: dict[int, int] = {}
+    count(0, below)
+    return [below[node] for node in range(2 * num_splits + 1)]
+
+
 def naive_leaf_masses(left_Q: list[Tensor]) -> list[Tensor]:
     """Recursive descent of one heap-ordered tree; leaves from left to right."""
 
@@ -44,6 +75,7 @@ def _comet_branches(gate: Comet, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor
         shares = []
         for tree in range(gate.k):
             lefts = [_comet_left(gate, t) for t in _planes(gate, "split", x_D, tree)]
+            lefts = naive_one_sided(lefts, naive_allowed(gate))
             masses = naive_leaf_masses(lefts)
             logits = _planes(gate, "leaf", x_D, tree)
             shares.append(torch.stack([mass * logit.exp() for mass, logit in zip(masses, logits, strict=True)]))
@@ -54,7 +86,9 @@ def _comet_branches(gate: Comet, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor
         rows.append(_naive_cap(gate, torch.stack(shares)))
     aux = {"entropy": gate.entropy_weight * entropy / max(len(x_TD), 1)}
     if gate.balance_weight and gate.training:
-        aux["split_balance"] = gate.balance_weight * naive_split_balance(left_KQ, reached_KQ)
+        below = naive_open_leaves(gate.num_experts - 1, naive_allowed(gate))
+        free = [q for q in range(gate.num_experts - 1) if bool(below[2 * q + 1]) == bool(below[2 * q + 2])]
+        aux["split_balance"] = gate.balance_weight * naive_split_balance(left_KQ[:, free], reached_KQ[:, free])
     return _stacked(rows, x_TD, gate.k, gate.num_experts), aux
 
 
@@ -110,9 +144,10 @@ def _naive_entropy(masses: list[Tensor]) -> Tensor:
     return sum((-mass * (mass + 1e-6).log() for mass in masses), torch.zeros_like(masses[0]))
 
 
-def naive_largest(scores: Tensor | list[Tensor], k: int) -> list[int]:
-    """Places of the k largest, of equal ones the first."""
-    return sorted(range(len(scores)), key=lambda place: scores[place].item(), reverse=True)[:k]
+def naive_largest(scores: Tensor | list[Tensor], k: int, allowed: list[bool] | None = None) -> list[int]:
+    """Places of the k largest that are allowed, of equal ones the first."""
+    places = [place for place in range(len(scores)) if allowed is None or allowed[place]]
+    return sorted(places, key=lambda place: scores[place].item(), reverse=True)[:k]
 
 
 def naive_top_k(gate: TopK, x_TD: Tensor) -> Tensor:
@@ -123,7 +158,7 @@ def naive_top_k(gate: TopK, x_TD: Tensor) -> Tensor:
 def _top_k_branches(gate: TopK, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor], list[list[Tensor]]]:
     """Branches, losses, and the router probabilities of every token over all slots."""
     rows, chosen, probabilities, z = [], [], [], x_TD.new_zeros(())
-    noisy = gate.noise_weight is not None and gate.training
+    noisy, allowed = gate.noise_weight is not None and gate.training, naive_allowed(gate)
     noise_TE = torch.randn(len(x_TD), gate.num_experts, dtype=x_TD.dtype) if noisy else None
     for token, x_D in enumerate(x_TD):
         logits = [w_D @ x_D + b for w_D, b in zip(gate.weight, gate.bias, strict=True)]
@@ -131,16 +166,19 @@ def _top_k_branches(gate: TopK, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]
             deviations = [(1 + (w_D @ x_D).exp()).log() for w_D in gate.noise_weight]
             logits = [logit + n * d for logit, n, d in zip(logits, noise_TE[token], deviations, strict=True)]
         scores = [1 / (1 + (-logit).exp()) if gate.scores == "sigmoid" else logit.exp() for logit in logits]
+        scores = [score if open_ else 0 * score for score, open_ in zip(scores, allowed, strict=True)]
         probabilities.append([score / sum(scores) for score in scores])
-        kept = naive_largest(_top_k_preferences(gate, scores, probabilities[-1]), gate.k)
+        kept = naive_largest(_top_k_preferences(gate, scores, probabilities[-1]), gate.k, allowed)
         total = sum(scores) if gate.scores == "softmax_before" else sum(scores[e] for e in kept)
         zero = x_TD.new_zeros(())
         rows.append(torch.stack([scores[e] / total if e in kept else zero for e in range(len(logits))]).unsqueeze(0))
         chosen.append(kept)
-        z = z + sum(logit.exp() for logit in logits).log() ** 2
+        z = z + sum(logit.exp() for logit, open_ in zip(logits, allowed, strict=True) if open_).log() ** 2
     aux = {}
     if gate.training and gate.balance_weight:
-        aux["load_balance"] = gate.balance_weight * naive_load_balance(chosen, probabilities, gate.num_experts)
+        aux["load_balance"] = gate.balance_weight * naive_load_balance(
+            chosen, probabilities, gate.num_experts, excluded=allowed.count(False)
+        )
     if gate.training and gate.z_loss_weight:
         aux["z_loss"] = gate.z_loss_weight * z / max(len(x_TD), 1)
     return _stacked(rows, x_TD, 1, gate.num_experts), aux, probabilities
@@ -154,9 +192,9 @@ def _top_k_preferences(gate: TopK, scores: list[Tensor], probabilities: list[Ten
 
 
 def naive_load_balance(
-    chosen: list[list[int]], probabilities: list[list[Tensor]], num_slots: int, num_null: int = 0
+    chosen: list[list[int]], probabilities: list[list[Tensor]], num_slots: int, num_null: int = 0, excluded: int = 0
 ) -> Tensor:
-    """S sum_i f_i P_i; the nulls, the last slots, share f."""
+    """S sum_i f_i P_i, S without ``excluded`` slots; the nulls, the last slots, share f."""
     selections = sum(len(slots) for slots in chosen)
     share = [sum(slots.count(s) for slots in chosen) / max(selections, 1) for s in range(num_slots)]
     null = range(num_slots - num_null, num_slots)
@@ -165,7 +203,7 @@ def naive_load_balance(
     for row in probabilities:
         for slot, probability in enumerate(row):
             loss = loss + (bucket if slot in null else share[slot]) * probability / len(probabilities)
-    return num_slots * loss
+    return (num_slots - excluded) * loss
 
 
 def _dselect_k_branches(gate: DSelectK, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -177,7 +215,7 @@ def _dselect_k_branches(gate: DSelectK, x_TD: Tensor) -> tuple[Tensor, dict[str,
             bits = [naive_smooth_step(t, gate.gamma) for t in _planes(gate, "bit", x_D, j)]
             codes = []
             for expert in range(gate.num_experts):
-                factors = [z if (expert >> b) & 1 else 1 - z for b, z in enumerate(bits)]
+                factors = [_naive_bit(gate, expert, b, z) for b, z in enumerate(bits)]
                 code = factors[0]
                 for factor in factors[1:]:
                     code = code * factor
@@ -192,6 +230,17 @@ def _dselect_k_branches(gate: DSelectK, x_TD: Tensor) -> tuple[Tensor, dict[str,
     return _stacked(rows, x_TD, gate.k, gate.num_experts), aux
 
 
+def _naive_bit(gate: DSelectK, code: int, bit: int, one: Tensor) -> Tensor:
+    """The probability that a selector that chose the bits of ``code`` below ``bit`` chooses this one, too."""
+    allowed = naive_allowed(gate) + [True] * (2**gate.num_bits - gate.num_experts)
+    same = [c for c, open_ in enumerate(allowed) if open_ and c % 2**bit == code % 2**bit]
+    values = {(c >> bit) & 1 for c in same}
+    wanted = (code >> bit) & 1
+    if len(values) < 2:
+        return torch.full_like(one, float(wanted in values))
+    return one if wanted else 1 - one
+
+
 def _linear_branches(gate: Softmax | SMoEDropout, x_TD: Tensor) -> Tensor:
     k = gate.num_experts
     if isinstance(gate, SMoEDropout):
@@ -200,7 +249,7 @@ def _linear_branches(gate: Softmax | SMoEDropout, x_TD: Tensor) -> Tensor:
     rows = []
     for x_D in x_TD:
         logits = [w_D @ x_D + b for w_D, b in zip(gate.weight, gate.bias, strict=True)]
-        kept = naive_largest(logits, k)
+        kept = naive_largest(logits, k, naive_allowed(gate))
         total, zero = sum(logits[e].exp() for e in kept), x_TD.new_zeros(())
         rows.append(torch.stack([logits[e].exp() / total if e in kept else zero for e in range(len(logits))]))
     return _stacked([row.unsqueeze(0) for row in rows], x_TD, 1, gate.num_experts)
@@ -215,7 +264,8 @@ def _null_branches(gate: NullSlots, x_TD: Tensor, ids_T: Tensor | None) -> tuple
         probabilities = [list(row_S) for row_S in inner_TKS.sum(dim=1)]
     chosen = [row_S.nonzero().flatten().tolist() for row_S in inner_TKS.sum(dim=1)]
     if gate.balance_weight and gate.training:
-        loss = naive_load_balance(chosen, probabilities, num_slots, gate.null_slots)
+        excluded = naive_allowed(gate).count(False)
+        loss = naive_load_balance(chosen, probabilities, num_slots, gate.null_slots, excluded)
         aux = aux | {"null_balance": gate.balance_weight * loss}
     rows = []
     for row_KS, slots in zip(inner_TKS, chosen, strict=True):

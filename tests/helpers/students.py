@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
-from dist_moe.engine.deepspeed.gradient_alignment import GradientAlignment
 from dist_moe.engine.launch.process_groups import ProcessGroups
+from dist_moe.engine.training import Trainer
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Gate, TopK
 from dist_moe.layer import MoE
@@ -140,8 +141,9 @@ def objective_of(
     plain = WeightedObjective(Labels(), (1.0,), shares)
     if teacher is None:
         return plain
-    alignment = GradientAlignment(engine) if config.align_gradients else None
-    return DistillationObjective(plain, Teacher(teacher), auxiliary_terms(config), alignment)
+    objective = DistillationObjective(plain, Teacher(teacher), auxiliary_terms(config), align=config.align_gradients)
+    objective.on_start(cast(Trainer, SimpleNamespace(engine=engine)))
+    return objective
 
 
 def take_step(engine: ExpertParallelEngine, objective: Any, step: int) -> dict[str, Tensor]:

@@ -73,8 +73,7 @@ def test_a_replay_answers_instead_of_the_layer() -> None:
 
     with torch.no_grad():
         layer.experts.weight.fill_(torch.nan)
-    moe.replay = replay
-    assert moe(x_TD, ids_T) is answer
+    with moe.replayed_by(replay):
+        assert moe(x_TD, ids_T) is answer
     assert asked == [(moe, x_TD, ids_T)]
-    moe.replay = None
     assert moe(x_TD).outputs[0].isnan().any()

@@ -9,6 +9,7 @@ from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_
 from tests.layer.cases import (
     Case,
     build_cotangents,
+    build_ids,
     build_layer,
     build_tokens,
     cases,
@@ -31,12 +32,18 @@ from tests.layer.cases import (
 @example(Case(num_gates=2, num_experts=6, k=3, hardness=1.0, permutation="hard", per_gate=True, per_branch=True))
 @example(Case(num_gates=2, num_experts=6, k=3, hardness=1.0, permutation="through", per_gate=True, per_branch=True))
 @example(Case(tokens=0, num_gates=2, permutation="through", per_branch=True))
+@example(Case(num_gates=2, num_experts=3, num_slots=8, permutation="map", masked=True))
+@example(Case(num_gates=2, num_experts=3, num_slots=8, permutation="map", per_gate=True, per_branch=True, masked=True))
+@example(Case(gate="top_k", num_gates=2, num_experts=8, num_slots=3, permutation="map", per_gate=True))
+@example(Case(gate="hash", num_gates=2, num_experts=3, num_slots=7, permutation="map", masked=True))
+@example(Case(gate="dselect_k", num_experts=2, num_slots=8, permutation="map", per_branch=True, masked=True))
+@example(Case(gate="dselect_k", tokens=0, num_experts=2, num_slots=8, permutation="map"))
 def test_layer_equals_naive_loop(case: Case) -> None:
     layer, x_TD, cotangents = build_layer(case), build_tokens(case), build_cotangents(case)
     leaves = layer.leaves() | {"x": x_TD}
 
-    output = layer.moe()(x_TD)
-    expected_outputs, expected_aux = naive_layer(layer, x_TD)
+    output = layer.moe()(x_TD, build_ids(case))
+    expected_outputs, expected_aux = naive_layer(layer, x_TD, build_ids(case))
 
     assert len(output.outputs) == case.num_gates
     for actual, expected in zip(output.outputs, expected_outputs, strict=True):
@@ -51,13 +58,14 @@ def test_layer_equals_naive_loop(case: Case) -> None:
 @given(cases())
 def test_mixture_is_a_distribution_and_route_holds_its_non_zeros(case: Case) -> None:
     layer, x_TD = build_layer(case), build_tokens(case)
-    output = layer.moe()(x_TD)
-    expected_mixtures, _ = naive_mixtures(layer, x_TD)
+    output = layer.moe()(x_TD, build_ids(case))
+    expected_mixtures, _ = naive_mixtures(layer, x_TD, build_ids(case))
     wanted = torch.zeros(case.tokens, case.num_experts, dtype=torch.bool)
     for route, expected_TE in zip(output.routes, expected_mixtures, strict=True):
         dense_TE = route.dense()
         assert (route.weight_N > 0).all()
-        assert_same(dense_TE.sum(1), torch.ones(case.tokens, dtype=torch.float64), 1e-14)
+        if case.gate != "dselect_k":  # whose codes may be no slot's
+            assert_same(dense_TE.sum(1), torch.ones(case.tokens, dtype=torch.float64), 1e-14)
         assert_same(dense_TE, expected_TE)
         assert torch.equal(dense_TE != 0, expected_TE.abs() > 1e-200)
         assert route.num_assignments == int((dense_TE != 0).sum())

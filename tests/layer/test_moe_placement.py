@@ -121,8 +121,8 @@ def test_the_dense_layer_knows_where_experts_are() -> None:
     case, placement = Case(tokens=5), some_placement(1, seed=4)
     layer, x_TD = build_layer(case), build_tokens(case)
     moe = layer.of_rank(0, 1, placement).moe(placement=placement)
-    moe.replay = DenseReplay([torch.eye(8, dtype=torch.float64).unsqueeze(0)])
-    assert_same(moe(x_TD).outputs[0], layer.moe()(x_TD).outputs[0])
+    with moe.replayed_by(DenseReplay([torch.eye(8, dtype=torch.float64).unsqueeze(0)])):
+        assert_same(moe(x_TD).outputs[0], layer.moe()(x_TD).outputs[0])
 
 
 def test_a_placement_that_does_not_fit_is_refused() -> None:

@@ -24,6 +24,7 @@ from tests.layer.cases import (
     Case,
     Layer,
     build_cotangents,
+    build_ids,
     build_layer,
     build_tokens,
     loss_of,
@@ -62,14 +63,15 @@ def run_case(
     cotangents = [
         list(parts) for parts in zip(*(c.split(tokens_per_rank) for c in build_cotangents(case)), strict=True)
     ]
+    ids = build_ids(case).split(tokens_per_rank)
     layers = [layer.of_rank(rank, num_ranks) for rank in range(num_ranks)]
 
     def run_rank(world: World) -> RankResult:
         rank, x_TD = world.rank, tokens[world.rank]
-        output = layers[rank].moe(world)(x_TD)
+        output = layers[rank].moe(world)(x_TD, ids[rank])
         forward_traffic = replace(world.traffic)
         share = len(x_TD) / max(case.tokens, 1)
-        shares = {"entropy": share, "permutation": 1 / num_ranks}
+        shares = {"entropy": share, "reciprocal": share, "permutation": 1 / num_ranks}
         aux = {name: loss * shares[name] for name, loss in output.aux.items()}
         loss = loss_of(list(output.outputs), aux, cotangents[rank])
         grads = gradients(loss, layers[rank].leaves() | {"x": x_TD})
@@ -81,7 +83,7 @@ def run_case(
 def assert_equals_one_process(case: Case, tokens_per_rank: list[int], run: Run = emulated) -> None:
     case = replace(case, tokens=sum(tokens_per_rank))
     layer, x_TD = build_layer(case), build_tokens(case)
-    outputs, aux = naive_layer(layer, x_TD)
+    outputs, aux = naive_layer(layer, x_TD, build_ids(case))
     leaves = layer.leaves() | {"x": x_TD}
     expected = naive_gradients(loss_of(outputs, aux, build_cotangents(case)), leaves)
 
@@ -118,6 +120,13 @@ CASES = {
     "comet-straight-through": Case(num_gates=2, permutation="through", per_branch=True),
     "top-k": Case(gate="top_k", num_gates=2, permutation="hard"),
     "recomputed": Case(num_gates=2, hardness=1000.0, recompute=True),
+    "comet-many-to-one": Case(num_gates=2, permutation="map", num_slots=13, masked=True),
+    "comet-maps-per-gate-and-tree": Case(
+        num_gates=2, permutation="map", num_slots=5, per_gate=True, per_branch=True, masked=True
+    ),
+    "top-k-many-to-one": Case(gate="top_k", num_gates=2, k=3, permutation="map", num_slots=13, per_gate=True),
+    "dselect-k-many-to-one": Case(gate="dselect_k", permutation="map", num_slots=16, per_branch=True, masked=True),
+    "hash-many-to-one": Case(gate="hash", num_gates=2, permutation="map", num_slots=20, per_gate=True, masked=True),
 }
 
 

@@ -117,5 +117,5 @@ def test_a_replay_gets_it_too() -> None:
     layer, shared, x_TD = build_layer(CASE), make_shared(), build_tokens(CASE)
     moe = MoE(layer.gates, layer.experts, SlotTable(CASE.num_experts, CASE.num_gates), shared=shared)
     expected = torch.stack(moe(x_TD).outputs)
-    moe.replay = Recorder()
-    assert_same(torch.stack(moe(x_TD).outputs), expected, 1e-13)
+    with moe.replayed_by(Recorder()):
+        assert_same(torch.stack(moe(x_TD).outputs), expected, 1e-13)

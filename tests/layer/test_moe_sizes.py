@@ -13,12 +13,12 @@ from dist_moe.search import PermutationSearch, SlotTable
 
 
 def test_gates_of_another_size_than_the_bank() -> None:
-    with pytest.raises(ValueError, match="6 experts and tokens of width 3 does not fit 4 experts of width 3"):
+    with pytest.raises(ValueError, match=r"6 slots and tokens of width 3 does not fit 4 experts of width 3,"):
         MoE(Comet(3, 6), DenseReLUBank(3, 2, 4, range(4)))
 
 
 def test_gates_of_different_sizes() -> None:
-    with pytest.raises(ValueError, match="a gate over 6 experts"):
+    with pytest.raises(ValueError, match="a gate over 6 slots"):
         MoE([TopK(3, 4), TopK(3, 6)], DenseReLUBank(3, 2, 4, range(4)))
 
 
@@ -67,10 +67,31 @@ def test_tokens_of_another_width() -> None:
 
 
 @pytest.mark.parametrize("per_gate", [False, True])
-def test_permutations_for_another_number_of_gates(per_gate: bool) -> None:
+def test_slot_maps_for_another_number_of_gates(per_gate: bool) -> None:
     """One table that all gates share must know their number, too."""
     gates, bank = [TopK(3, 4), TopK(3, 4)], DenseReLUBank(3, 2, 4, range(4))
     for table in (SlotTable(4, 3, per_gate=per_gate), PermutationSearch(4, 5, 3, per_gate=per_gate)):
-        with pytest.raises(ValueError, match=r"permutations for 3 gate\(s\) do not fit 2 gate\(s\)"):
+        with pytest.raises(ValueError, match=r"slot maps for 3 gate\(s\) onto 4 experts do not fit 2 gate\(s\)"):
             MoE(gates, bank, table)
     assert len(MoE(gates, bank, SlotTable(4, 2, per_gate=per_gate))(torch.zeros(5, 3)).outputs) == 2
+
+
+def test_slot_maps_from_another_number_of_slots_or_onto_another_number_of_experts() -> None:
+    bank = DenseReLUBank(3, 2, 4, range(4))
+    with pytest.raises(ValueError, match=r"a gate over 6 slots .* does not fit 4 experts .* for 5 slots"):
+        MoE(TopK(3, 6), bank, SlotTable(4, num_slots=5))
+    with pytest.raises(ValueError, match=r"onto 6 experts do not fit 1 gate\(s\) and 4 experts"):
+        MoE(TopK(3, 6), bank, PermutationSearch(6, 5))
+    with pytest.raises(ValueError, match=r"a gate over 6 slots .* for 4 slots"):
+        MoE(TopK(3, 6), bank, PermutationSearch(4, 5))
+
+
+def test_branches_with_slots_of_their_own_need_a_table_for_each() -> None:
+    gate, bank = Comet(3, 4, k=2), DenseReLUBank(3, 2, 4, range(4))
+    with pytest.raises(ValueError, match=r"a gate over 4 slots .* for 4 slots in each of 2 branches"):
+        MoE(gate, bank, SlotTable(4, branches=2))
+    gate.splits_branches = True
+    assert len(MoE(gate, bank, SlotTable(4, branches=2))(torch.zeros(5, 3)).outputs) == 1
+    for table in (None, SlotTable(4)):
+        with pytest.raises(ValueError, match=r"a gate over 8 slots .* for 4 slots"):
+            MoE(gate, bank, table)

@@ -40,12 +40,16 @@ PERMUTATIONS: dict[str, dict[str, Any]] = {
     "hard_top_k": {"forward": "hard", "per_gate": True},
     "hard_per_gate_and_branch": {"forward": "hard", "per_gate": True, "per_branch": True},
 }
-CASES = [*EACH_GATE, *PERMUTATIONS]
+SLOTS = {"many_to_one": ("top_k", 9), "fewer_slots": ("comet", 3)}
+CASES = [*EACH_GATE, *PERMUTATIONS, *SLOTS]
 
 
 def overrides(case: str) -> list[str]:
     if case in EACH_GATE:
         return [f"model.gate={EACH_GATE[case]}"]
+    if case in SLOTS:
+        gate_name, slots = SLOTS[case]
+        return [f"model.gate={EACH_GATE[gate_name]}", f"model.num_slots={slots}"]
     gate = EACH_GATE["top_k"] if case == "hard_top_k" else COMET
     return [f"model.gate={gate}", f"model.permutation={PERMUTATIONS[case] | {'epochs': 4 / 90}}"]
 

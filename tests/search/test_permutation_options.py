@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.gates import Comet, Gate, TopK
-from dist_moe.routing import HardPermutation, Permutation, Route, SoftPermutation, StraightThroughPermutation
+from dist_moe.routing import HardMap, Route, SlotMap, SoftPermutation, StraightThroughPermutation
 from dist_moe.search import PermutationSearch, PermutationSearchConfig, SlotTable, give_branches_slots
 from dist_moe.search.agreement import round_to_table
 from tests.helpers.branches import naive_branch_mix, naive_branch_relabel, naive_branch_sum
@@ -39,7 +39,7 @@ def mixtures() -> list[Tensor]:
     return [w_TS.requires_grad_() for w_TS in sparse]
 
 
-def apply_all(permutations: list[Permutation], weights: list[Tensor]) -> list[Tensor]:
+def apply_all(permutations: list[SlotMap], weights: list[Tensor]) -> list[Tensor]:
     return [p.apply(Route.from_dense(w_TS)).dense() for p, w_TS in zip(permutations, weights, strict=True)]
 
 
@@ -124,7 +124,7 @@ def test_a_hard_forward_pass_is_the_hard_route_with_the_soft_gradient(per_gate: 
     ours, theirs = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
     for g, (route, w_TS) in enumerate(zip(routes, weights, strict=True)):
         p = g if per_gate else 0
-        hard = HardPermutation(search.table[p]).apply(Route.from_dense(w_TS))
+        hard = HardMap.of(search.table[p], N).apply(Route.from_dense(w_TS))
         for name in ("token_N", "slot_N", "weight_N"):
             assert torch.equal(getattr(route, name), getattr(hard, name)), name
         used_TE = naive_branch_relabel(w_TS.detach(), search.table[p]) != 0
@@ -149,12 +149,12 @@ def test_a_hard_forward_pass_rounds_the_soft_matrix_of_its_own_step() -> None:
             assert tables[-1] == [[round_to_table(m).tolist() for m in of_gate] for of_gate in search.soft]
         else:
             assert torch.equal(search.table, before)
-        kind = StraightThroughPermutation if step + 1 < STAGE else HardPermutation
+        kind = StraightThroughPermutation if step + 1 < STAGE else HardMap
         assert all(isinstance(p, kind) for p in permutations)
         with torch.no_grad():
             search.relaxed.normal_(std=0.1)
     assert all(one != next_one for one, next_one in pairwise(tables[: STAGE - 1]))
-    assert all(isinstance(p, HardPermutation) for p in search.eval()()[0])
+    assert all(isinstance(p, HardMap) for p in search.eval()()[0])
 
 
 def test_configuration_gives_branches_slots_of_their_own() -> None:

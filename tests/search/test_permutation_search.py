@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.gates import TopK
-from dist_moe.routing import HardPermutation, Route, SoftPermutation
+from dist_moe.routing import HardMap, Route, SoftPermutation
 from dist_moe.search import PermutationSearch, PermutationSearchConfig
 from dist_moe.search import permutation as module
 from dist_moe.search.agreement import round_to_table
@@ -118,7 +118,7 @@ def test_stage_ends_with_the_rounding_of_the_last_soft_matrix() -> None:
     assert torch.equal(search.soft, last_soft)
     assert search.table.tolist() != [[list(range(5))]]
     (permutation,), _ = search.train()()
-    assert isinstance(permutation, HardPermutation)
+    assert isinstance(permutation, HardMap)
     mixture_TS = torch.rand(3, 5)
     relabelled = permutation.apply(Route.from_dense(mixture_TS)).dense()
     assert torch.equal(relabelled, naive_relabel(mixture_TS, search.table[0, 0].tolist()))
@@ -144,8 +144,8 @@ def test_frozen_for_ever_after_the_stage(monkeypatch: pytest.MonkeyPatch) -> Non
     search.begin_evaluation()
     for training in (True, False):
         (permutation,), _ = search.train(training)()
-        assert isinstance(permutation, HardPermutation)
-        assert torch.equal(permutation.table_KE, table[0])
+        assert isinstance(permutation, HardMap)
+        assert torch.equal(permutation.table_KS, table[0])
     assert torch.equal(search.table, table)
     assert torch.equal(search.soft, soft)
 
@@ -166,16 +166,16 @@ def test_evaluation_in_the_stage_uses_the_rounding_of_the_last_soft_matrix() -> 
     first = round_to_table(search.soft[0, 0])
     search.begin_evaluation()
     (permutation,), aux = search.eval()()
-    assert isinstance(permutation, HardPermutation)
-    assert torch.equal(permutation.table_KE[0], first)
+    assert isinstance(permutation, HardMap)
+    assert torch.equal(permutation.table_KS[0], first)
     assert aux == {}
     with torch.no_grad():
         search.relaxed.copy_(torch.eye(5).roll(1, 0))
     train_steps(search, 1)
     search.begin_evaluation()
     (permutation,), _ = search.eval()()
-    assert isinstance(permutation, HardPermutation)
-    assert torch.equal(permutation.table_KE[0], round_to_table(search.soft[0, 0]))
+    assert isinstance(permutation, HardMap)
+    assert torch.equal(permutation.table_KS[0], round_to_table(search.soft[0, 0]))
     assert not torch.equal(search.table[0, 0], first)
     assert isinstance(search.train()()[0][0], SoftPermutation)
 
@@ -194,8 +194,8 @@ def test_evaluation_before_any_step_is_the_identity() -> None:
     search = make_search()
     search.begin_evaluation()
     (permutation,), _ = search.eval()()
-    assert isinstance(permutation, HardPermutation)
-    assert permutation.table_KE.tolist() == [[0, 1, 2, 3, 4]]
+    assert isinstance(permutation, HardMap)
+    assert permutation.table_KS.tolist() == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("steps", [3, STAGE - 1, STAGE, STAGE + 2])

@@ -15,7 +15,7 @@ from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, TopK
 from dist_moe.layer import MoE
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World, experts_of_rank
-from dist_moe.search import SlotTable, Swap, SwapSearch, SwapSearchConfig, give_branches_slots
+from dist_moe.search import SlotTable, Swap, SwapReport, SwapSearch, SwapSearchConfig, give_branches_slots
 from tests.helpers.clusters import Mixture, Tokens, make_tokens, trained_mixture
 from tests.helpers.worlds import on_real_worlds
 
@@ -178,7 +178,7 @@ def test_leaves_the_model_as_it_was_but_for_the_table_also_after_an_error() -> N
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     search(model, [tokens], model.loss).run()
     assert model.training
-    assert model.moe.replay is None
+    assert model.moe._replay is None
     after = model.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["moe.permutation.table"]
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -190,7 +190,7 @@ def test_leaves_the_model_as_it_was_but_for_the_table_also_after_an_error() -> N
     with pytest.raises(ArithmeticError, match="no loss"):
         search(model, [tokens], fail).run()
     assert model.training
-    assert model.moe.replay is None
+    assert model.moe._replay is None
     assert torch.equal(model.table, table)
 
 
@@ -251,16 +251,17 @@ def test_gradient_of_the_first_layer_flows_through_the_second() -> None:
         assert first[0, 0, slot, expert].item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize(("per_gate", "branches"), [(True, 1), (False, 2), (True, 2)])
-def test_tables_per_gate_and_per_branch(per_gate: bool, branches: int) -> None:
+def naive_against_search(slots: int, experts: int, per_gate: bool, branches: int) -> tuple[Tensor, SwapReport]:
+    """The table and the report of a search that ends where the naive one does."""
+
     def build() -> MoE:
         torch.manual_seed(10)
-        gates = [Comet(5, 4, k=2, gamma=0.1) for _ in range(2)]
+        gates = [Comet(5, slots, k=2, gamma=0.1) for _ in range(2)]
         for gate in gates:
             nn.init.normal_(gate.split_weight)
-        table = SlotTable(4, num_gates=2, per_gate=per_gate, branches=branches)
+        table = SlotTable(experts, num_gates=2, num_slots=slots, per_gate=per_gate, branches=branches)
         give_branches_slots(gates, table)
-        return MoE(gates, DenseReLUBank(5, 3, 4, range(4)), table).double()
+        return MoE(gates, DenseReLUBank(5, 3, experts, range(experts)), table).double()
 
     x_TD = torch.randn(40, 5, dtype=torch.float64)
     y_GTF = torch.randn(2, 40, 3, dtype=torch.float64)
@@ -271,10 +272,50 @@ def test_tables_per_gate_and_per_branch(per_gate: bool, branches: int) -> None:
 
     expected = naive_greedy(naive, [naive.permutation.table], [None], loss_of(naive))
     report = search(fast, [None], loss_of(fast), verified_per_round=100).run()
-    assert fast.permutation.table.shape == (2 if per_gate else 1, branches, 4)
+    assert fast.permutation.table.shape == (2 if per_gate else 1, branches, slots)
     assert report.losses[-1] == pytest.approx(expected, rel=1e-9)
     assert torch.equal(fast.permutation.table, naive.permutation.table)
+    return fast.permutation.table, report
+
+
+@pytest.mark.parametrize(("per_gate", "branches"), [(True, 1), (False, 2), (True, 2)])
+def test_tables_per_gate_and_per_branch(per_gate: bool, branches: int) -> None:
+    _, report = naive_against_search(4, 4, per_gate, branches)
     assert len({swap.row for swap in report.swaps}) > 1
+
+
+@pytest.mark.parametrize(("slots", "experts"), [(6, 3), (5, 2), (3, 5)])
+@pytest.mark.parametrize(("per_gate", "branches"), [(False, 1), (True, 2)])
+def test_slot_maps_that_are_many_to_one(slots: int, experts: int, per_gate: bool, branches: int) -> None:
+    """Every expert keeps as many slots, and slots of the same expert are no candidates."""
+    table, report = naive_against_search(slots, experts, per_gate, branches)
+    assert report.swaps
+    counts = torch.bincount(torch.arange(slots) % experts, minlength=experts)
+    for expert_S in table.flatten(0, 1):
+        assert torch.equal(torch.bincount(expert_S, minlength=experts), counts)
+    pairs = slots * (slots - 1) // 2 - int((counts * (counts - 1) // 2).sum())
+    assert report.screened == pairs * len(table) * branches * (len(report.swaps) + 1)
+    assert report.local_optimum
+
+
+@pytest.mark.parametrize("table", [[0, 1, 1, 2, 0], [2, 2, 2, 2, 2], [1, 0, 2, 0, 2]])
+def test_the_gradient_of_a_map_is_that_of_a_loop_over_slots_and_experts(table: list[int]) -> None:
+    torch.manual_seed(12)
+    slot_table = SlotTable(3, num_slots=5)
+    slot_table.table[0, 0] = torch.tensor(table)
+    moe = MoE(Comet(4, 5, k=2), DenseReLUBank(4, 2, 3, range(3)), slot_table).double()
+    x_TD = torch.randn(9, 4, dtype=torch.float64)
+    searching = search(moe, [None], lambda _: moe(x_TD).outputs[0].square().mean())
+    searching._record()
+    matrix = torch.zeros(5, 3, dtype=torch.float64)
+    matrix[range(5), table] = 1.0
+    matrix.requires_grad_()
+    with torch.no_grad():
+        g_TS = moe.gates[0](x_TD).dense()
+        f = [torch.relu(x_TD @ w + b) for w, b in zip(moe.experts.weight, moe.experts.bias, strict=True)]
+    y_TF = sum(g_TS[:, s, None] * matrix[s, e] * f[e] for s in range(5) for e in range(3))
+    (expected,) = torch.autograd.grad(y_TF.square().mean(), matrix)
+    torch.testing.assert_close(searching._gradients()[0][0, 0], expected, rtol=0, atol=1e-12)
 
 
 def test_a_model_without_a_table_is_refused() -> None:
@@ -287,7 +328,7 @@ def test_a_layer_that_the_loss_does_not_use_is_refused() -> None:
     x_TD = torch.randn(5, 6)
     with pytest.raises(ValueError, match="takes no part in the loss"):
         search(model, [None], lambda _: model.first(x_TD).outputs[0].square().mean()).run()
-    assert model.second.replay is None
+    assert model.second._replay is None
 
 
 def restore(name: str, num_experts: int, steps: int, num_ranks: int) -> tuple[float, float, list[list[int]]]:

@@ -25,6 +25,7 @@ from dist_moe.models.transformer import TransformerConfig
 
 OF_MIXTURES = {
     "num_experts",
+    "num_slots",
     "gate",
     "permutation",
     "activation_checkpointing",

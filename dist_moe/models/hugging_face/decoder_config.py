@@ -205,6 +205,8 @@ def _misfits(config: TransformerConfig, architecture: Architecture) -> Iterator[
         yield f"model.moe_every={config.moe_every}"
     if config.shared_hidden is not None:
         yield f"model.shared_hidden={config.shared_hidden}"
+    if config.slots_per_gate != config.num_experts:
+        yield f"model.num_slots={config.num_slots}"
     gate = config.gate
     if not isinstance(gate, TopKConfig):
         yield f"model.gate.name={gate.name}"

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dist_moe.models.hugging_face.decoder_config import Architecture
+from dist_moe.errors import UserError
+from dist_moe.models.hugging_face.decoder_config import CLASSES, Architecture
 from dist_moe.models.transformer import TransformerConfig
 
 Tensors = Mapping[str, Tensor]
@@ -100,7 +101,13 @@ def is_of_mixture(name: str, config: TransformerConfig) -> bool:
 
 
 def _to_stock(architecture: Architecture, block: dict[str, Tensor]) -> dict[str, Tensor]:
-    slot_of_E = block["permutation.table"].flatten().argsort()
+    table = block["permutation.table"].flatten()
+    slot_of_E = table.argsort()
+    if "gates.0.allowed_E" in block or table[slot_of_E].tolist() != list(range(len(table))):
+        raise UserError(
+            f"{CLASSES[architecture]} has no place for slots that share an expert or that a gate must not choose; "
+            "write the model with --architecture=dist_moe"
+        )
     tensors = {"gate.weight": block["gates.0.weight"][slot_of_E]}
     for ours, theirs in _OF_EXPERT[architecture].items():
         for expert, weight in enumerate(block[f"experts.{ours}"]):

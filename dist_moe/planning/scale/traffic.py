@@ -91,7 +91,7 @@ def _plan_step(
 
 def _works(model: MoEModel, config: SupervisedConfig, assumed: Assumed) -> list[Work]:
     """Of each MoE layer."""
-    k = config.model.gate.experts_per_token(config.model.num_experts)
+    k = config.model.experts_per_token
     if assumed.experts_per_token is not None:
         check_experts_per_token(assumed.experts_per_token, config.model.num_experts if model.moe_layers else 0)
     width, recompute = bytes_per_parameter(config), config.model.activation_checkpointing

@@ -86,7 +86,7 @@ def work_of_layer(
 
 def work_of_model(model: MoEModel, config: SupervisedConfig, states: int, value_bytes: int) -> Work:
     """Of a whole training step of ``config``; ``model`` may be without storage. ``states``: of the optimizer."""
-    k = config.model.gate.experts_per_token(config.model.num_experts)
+    k = config.model.experts_per_token
     layer = work_of_layer(only_layer(model).experts, only_layer(model).each_gate, k)
     experts = {id(parameter) for parameter in only_layer(model).experts.parameters()}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]

@@ -136,8 +136,8 @@ class SupervisedConfig(RecipeConfig):
         head = getattr(model, "auxiliary_head", None)
         if head is not None and self.recipe.name != "dhkd":
             raise UserError(f"model.auxiliary_head={head}: nothing trains it without recipe.name=dhkd; set it to null")
-        for fault in model.gate.validation_errors(model.num_experts):
-            raise UserError(f"model.gate.{fault}")
+        for fault in model.gate_errors():
+            raise UserError(f"model.{fault}")
         for field, remedy in [] if model.num_moe_layers else self._needing_experts():
             raise UserError(f"{field} needs experts, and model.moe_every=0 leaves none; set it to {remedy}")
         self.parallel.check(world_size, model.num_experts)

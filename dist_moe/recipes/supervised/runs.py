@@ -152,6 +152,6 @@ def for_evaluation(config: Any, overrides: Sequence[str]) -> Any:
     content = config.plain()
     set_fields(content, overrides)
     changed = validate_config(content)
-    for fault in changed.model.gate.validation_errors(changed.model.num_experts):
-        raise UserError(f"{_GATE}{fault}")
+    for fault in changed.model.gate_errors():
+        raise UserError(f"model.{fault}")
     return changed

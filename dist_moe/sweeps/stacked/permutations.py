@@ -28,7 +28,7 @@ class StackedPermutations:
     def __init__(self, tables: Sequence[SlotTable], stack: StackedParameters) -> None:
         self._stack = stack
         self._searches = [table for table in tables if isinstance(table, PermutationSearch)]
-        self._per_gate, self._num_gates = tables[0].per_gate, tables[0].num_gates
+        self._first = tables[0]
 
     def keep(self, trials: Sequence[int]) -> None:
         """Go on with these trials only."""
@@ -48,9 +48,8 @@ class StackedPermutations:
         self._round([0 < steps < search.stage_steps for search in self._searches])
 
     def hard(self) -> list[Tensor]:
-        """One (B, K, n, n) tensor of permutation matrices per gate."""
-        table = self._stack.buffers[_PREFIX + "table"]
-        return self._by_gate(torch.eye(table.shape[-1], device=table.device)[table])
+        """Return one (B, K, S, E) tensor of the tables' matrices per gate."""
+        return self._by_gate(self._first.matrix_of(self._stack.buffers[_PREFIX + "table"]))
 
     def training(self, step: int) -> tuple[list[Tensor], Tensor | None]:
         """The matrices of training step ``step`` (from 0), and the (B,) penalties if any stage lasts."""
@@ -62,8 +61,7 @@ class StackedPermutations:
         with torch.no_grad():
             kept = self._stack.buffers[_PREFIX + "soft"]
             kept.copy_(torch.where(lasts, soft, kept))
-        table = self._stack.buffers[_PREFIX + "table"]
-        matrices = torch.where(lasts, soft, torch.eye(table.shape[-1], device=table.device)[table])
+        matrices = torch.where(lasts, soft, self._first.matrix_of(self._stack.buffers[_PREFIX + "table"]))
         weights = torch.tensor([s.entropy_weight * on for s, on in zip(self._searches, lasting, strict=True)])
         penalties = torch.stack([permutation_entropy(of_trial) for of_trial in soft]) * weights.to(soft.device)
         return self._by_gate(matrices), penalties
@@ -85,6 +83,6 @@ class StackedPermutations:
                 self._stack.buffers[_PREFIX + "table"][trial] = round_to_tables(relaxed)
 
     def _by_gate(self, matrices: Tensor) -> list[Tensor]:
-        """(B, P, K, n, n) -> one (B, K, n, n) per gate."""
+        """(B, P, K, S, E) -> one (B, K, S, E) per gate."""
         tables = list(matrices.unbind(1))
-        return tables if self._per_gate else tables * self._num_gates
+        return tables if self._first.per_gate else tables * self._first.num_gates

@@ -159,17 +159,14 @@ class _StackedTraining:
         def one_trial(
             values: dict[str, Tensor], buffers: dict[str, Tensor], numbers: dict[str, Tensor], of_gates: list[Tensor]
         ) -> Any:
-            moe.replay = replay = DenseReplay(of_gates)
             _set_on_gates(moe.gates, numbers)
-            output = functional_call(self._model, values | buffers, batch.inputs)
+            with moe.replayed_by(replay := DenseReplay(of_gates)):
+                output = functional_call(self._model, values | buffers, batch.inputs)
             assert replay.weight_GTE is not None
             return function(output, replay.weight_GTE)
 
-        try:
-            vectorised = torch.vmap(one_trial, randomness="different")
-            return vectorised(self._stack.values, self._stack.buffers, numbers, matrices)
-        finally:
-            moe.replay = None
+        vectorised = torch.vmap(one_trial, randomness="different")
+        return vectorised(self._stack.values, self._stack.buffers, numbers, matrices)
 
     def _gate_numbers(self, name: str) -> Tensor:
         numbers = [getattr(self._configs[i].model.gate, name) for i in self._trials]

@@ -224,6 +224,7 @@ def test_a_rank_takes_its_experts(tmp_path: Path) -> None:
         ({"moe_every": 2, "gate": ROUTER}, "dist_moe"),
         ({"moe_every": 1, "gate": TopKConfig(k=2)}, "dist_moe"),
         ({"moe_every": 1, "gate": ROUTER, "shared_hidden": 3}, "dist_moe"),
+        ({"moe_every": 1, "gate": ROUTER, "num_slots": 7}, "dist_moe"),
         ({"moe_every": 2, "gate": HashRoutingConfig()}, "dist_moe"),
         ({"moe_every": 2, "gate": CometConfig(k=2), "tied_embeddings": False}, "dist_moe"),
     ],
@@ -267,6 +268,7 @@ def test_a_stock_mixtral_has_our_logits_and_our_permutation(tmp_path: Path) -> N
         ({"moe_every": 1, "gate": TopKConfig(k=2)}, "mixtral", "model.gate.bias=True"),
         ({"moe_every": 1, "gate": TopKConfig(bias=False, scores="sigmoid")}, "mixtral", "model.gate.scores=sigmoid"),
         ({"moe_every": 1, "gate": ROUTER, "shared_hidden": 3}, "mixtral", "model.shared_hidden=3"),
+        ({"moe_every": 1, "gate": ROUTER, "num_slots": 7}, "mixtral", "model.num_slots=7"),
     ],
 )
 def test_what_an_architecture_has_no_place_for(
@@ -275,6 +277,22 @@ def test_what_an_architecture_has_no_place_for(
     with pytest.raises(UserError, match=message):
         write_decoder(make_transformer(**options), tmp_path / "x", architecture=architecture)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["slots that share an expert", "slots that a gate must not choose"])
+def test_what_a_router_of_mixtral_cannot_say(tmp_path: Path, kind: str) -> None:
+    """Our own architecture can."""
+    ours = make_transformer(moe_every=1, gate=ROUTER).eval()
+    if kind == "slots that share an expert":
+        next(iter(ours.tables.values())).table.copy_(torch.tensor([0, 1, 1, 2]))
+    else:
+        next(iter(ours.moe_layers.values())).each_gate[0].allow(torch.tensor([True, True, False, True]))
+    with pytest.raises(UserError, match=r"MixtralForCausalLM has no place for .* --architecture=dist_moe"):
+        write_decoder(ours, tmp_path / "x", architecture="mixtral")
+    assert not (tmp_path / "x").exists()
+    if kind == "slots that share an expert":
+        assert write_decoder(ours, tmp_path / "x", architecture="dist_moe") == "dist_moe"
+        assert logits(read_into_fresh(tmp_path / "x")[1]).equal(logits(ours))
 
 
 def test_our_own_checkpoint_without_one_tensor(tmp_path: Path) -> None:

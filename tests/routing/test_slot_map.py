@@ -1,4 +1,4 @@
-"""Hard, soft and straight-through permutations: P[s, e] = 1 relabels slot s as expert e, branch by branch."""
+"""Slot maps, many to one, and relaxed permutations: P[s, e] = 1 relabels slot s as expert e, branch by branch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.routing import HardPermutation, Permutation, Route, SoftPermutation, StraightThroughPermutation, mix
+from dist_moe.routing import HardMap, Route, SlotMap, SoftPermutation, StraightThroughPermutation, mix
 from tests.helpers.branches import naive_branch_mix, naive_branch_relabel, naive_branch_sum
 from tests.helpers.oracle import assert_same, gradients, naive_gradients, naive_sinkhorn
 
@@ -48,7 +48,7 @@ def unconverged_matrices(branches: int, n: int = N) -> Tensor:
 def test_hard_relabels_and_equals_a_soft_one_that_is_hard(tokens: int, branches: int, seed: int) -> None:
     mixture_TS = random_mixture(tokens, branches * N, seed)
     table_KE = random_tables(branches)
-    route = HardPermutation(table_KE).apply(Route.from_dense(mixture_TS))
+    route = HardMap.of(table_KE, N).apply(Route.from_dense(mixture_TS))
     expected_TE = naive_branch_relabel(mixture_TS, table_KE)
     assert (route.num_tokens, route.num_slots) == (tokens, N)
     assert route.num_assignments == int((expected_TE != 0).sum())
@@ -60,16 +60,47 @@ def test_hard_relabels_and_equals_a_soft_one_that_is_hard(tokens: int, branches:
 
 def test_hard_keeps_weights_aux_and_number_of_assignments() -> None:
     route = Route.from_dense(random_mixture(4, 3, 0), {"entropy": torch.ones(())})
-    relabelled = HardPermutation(torch.tensor([[2, 0, 1]])).apply(route)
+    relabelled = HardMap.of(torch.tensor([[2, 0, 1]]), 3).apply(route)
     assert relabelled.weight_N is route.weight_N
     assert relabelled.aux is route.aux
     assert relabelled.num_assignments == route.num_assignments
 
 
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.integers(0, 5), st.integers(1, 3), st.integers(1, 7), st.integers(1, 6), st.integers(0, 1000))
+def test_any_table_gives_the_dense_mixture_times_its_matrix(
+    tokens: int, branches: int, slots: int, experts: int, seed: int
+) -> None:
+    """Values and gradients; pairs in order, none twice; and no merging only where no slots meet."""
+    mixture_TS = random_mixture(tokens, branches * slots, seed).requires_grad_()
+    table_KS = torch.randint(experts, (branches, slots))
+    matrix_SE = torch.zeros(branches * slots, experts, dtype=torch.float64)
+    for slot, expert in enumerate(table_KS.flatten().tolist()):
+        matrix_SE[slot, expert] = 1.0
+    slot_map = HardMap.of(table_KS, experts)
+    assert slot_map.merges == (branches > 1 or len(set(table_KS[0].tolist())) < slots)
+
+    route = slot_map.apply(Route.from_dense(mixture_TS))
+    assert (route.num_tokens, route.num_slots) == (tokens, experts)
+    key_N = route.token_N * experts + route.slot_N
+    assert len(key_N.unique()) == len(key_N) == int(((mixture_TS.detach() @ matrix_SE) != 0).sum())
+    assert bool((route.token_N.diff() >= 0).all())
+    assert_same(route.dense(), mixture_TS @ matrix_SE, 1e-14)
+    cotangent_TE = torch.randn(tokens, experts, dtype=torch.float64)
+    actual = gradients((route.dense() * cotangent_TE).sum(), {"mixture": mixture_TS})["mixture"]
+    assert_same(actual, (cotangent_TE @ matrix_SE.T) * (mixture_TS.detach() != 0), 1e-14)
+
+
+@pytest.mark.parametrize("expert", [-1, 3])
+def test_a_table_that_names_no_expert_is_refused(expert: int) -> None:
+    with pytest.raises(ValueError, match=rf"names expert {expert}; allowed: 0\.\.2"):
+        HardMap.of(torch.tensor([[0, 1, expert, 2]]), 3)
+
+
 def test_branches_that_choose_the_same_expert_add_up() -> None:
     """Two trees of two leaves: both reach expert 1 with token 0; with token 1 they part."""
     weight_TS = torch.tensor([[0.25, 0.0, 0.0, 0.75], [0.5, 0.0, 0.5, 0.0]], requires_grad=True)
-    route = HardPermutation(torch.tensor([[1, 0], [0, 1]])).apply(
+    route = HardMap.of(torch.tensor([[1, 0], [0, 1]]), 2).apply(
         Route.from_dense(weight_TS, {"entropy": torch.ones(())})
     )
     assert route.token_N.tolist() == [0, 1, 1]
@@ -123,10 +154,10 @@ def test_every_kind_works_without_tokens_and_keeps_aux(branches: int) -> None:
     aux = {"entropy": torch.ones(())}
     table_KE = torch.arange(3).repeat(branches, 1)
     matrix_KEE = torch.eye(3).repeat(branches, 1, 1).requires_grad_()
-    kinds: list[Permutation] = [
-        HardPermutation(table_KE),
+    kinds: list[SlotMap] = [
+        HardMap.of(table_KE, 3),
         SoftPermutation(matrix_KEE),
-        StraightThroughPermutation(matrix_KEE, table_KE),
+        StraightThroughPermutation(matrix_KEE, HardMap.of(table_KE, 3)),
     ]
     for kind in kinds:
         route = kind.apply(Route.from_dense(torch.zeros(0, 3 * branches), aux))
@@ -140,8 +171,8 @@ def test_straight_through_has_the_values_of_the_table_and_the_gradients_of_the_m
 ) -> None:
     mixture_TS = random_mixture(tokens, branches * N, seed).requires_grad_()
     matrix_KEE, table_KE = unconverged_matrices(branches).requires_grad_(), random_tables(branches)
-    hard = HardPermutation(table_KE).apply(Route.from_dense(mixture_TS))
-    route = StraightThroughPermutation(matrix_KEE, table_KE).apply(Route.from_dense(mixture_TS))
+    hard = HardMap.of(table_KE, N).apply(Route.from_dense(mixture_TS))
+    route = StraightThroughPermutation(matrix_KEE, HardMap.of(table_KE, N)).apply(Route.from_dense(mixture_TS))
     for name in ("token_N", "slot_N", "weight_N"):
         assert torch.equal(getattr(route, name), getattr(hard, name)), name
 
