@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from copy import copy
 from functools import lru_cache
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -23,12 +24,28 @@ class Batch(Protocol):
 
     @property
     def tokens_in_step(self) -> int:
-        """Tokens of the step likewise: rows that are routed, one per example unless an example has several."""
+        """Tokens of the step over all ranks and micro-batches: rows that are routed, one per example or several."""
         ...
 
     def __len__(self) -> int: ...
 
-    def to(self, device: torch.device) -> Self: ...
+    def to(self, device: torch.device) -> Self:
+        """Return the batch on a device."""
+        ...
+
+
+class TensorBatch:
+    """Base of batches: frozen dataclasses whose first field is a tensor with B rows."""
+
+    def __len__(self) -> int:
+        return len(next(iter(vars(self).values())))
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch with its tensors on a device."""
+        moved = copy(self)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        vars(moved).update({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return moved
 
 
 B = TypeVar("B", bound=Batch)
@@ -41,7 +58,7 @@ class Examples(Protocol[B_co]):
     def __len__(self) -> int: ...
 
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> B_co:
-        """The rows ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
+        """Return the rows ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
         ...
 
 
@@ -75,29 +92,31 @@ class ShuffledFeed(Generic[B]):
 
     @property
     def steps_per_epoch(self) -> int:
+        """Whole batches in the examples."""
         return len(self._examples) // self._batch_size
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """The (batch_size,) rows of ``examples`` that step ``step`` (from 0) uses, over all ranks."""
+        """Return the (batch_size,) rows of ``examples`` that step ``step`` (from 0) uses, over all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self._batch_size
         order: NDArray[np.int64] = self._order(epoch)
         return order[start : start + self._batch_size]
 
     def micro_batches(self, step: int) -> list[B]:
+        """Return this rank's share of step ``step`` (from 0), on the device, one batch per accumulation."""
         index = self.indices(step)
         mine = index.reshape(self._shape)[:, self._rank]
         return [self._examples.batch(index_B, index).to(self._device) for index_B in mine]
 
 
-def spread_over(count: int, most: int) -> NDArray[np.int64]:
-    """``most`` of ``count`` rows, or all if there are fewer, at equal distances: some of every part of a table."""
-    taken = min(count, most)
+def spread_over(count: int, limit: int) -> NDArray[np.int64]:
+    """Return ``limit`` of ``count`` rows, or all if there are fewer, at equal distances: a sample of all parts."""
+    taken = min(count, limit)
     return np.arange(taken, dtype=np.int64) * count // max(taken, 1)
 
 
 def shard_batches(examples: Sized, batch_size: int, *, rank: int, world_size: int) -> list[NDArray[np.int64]]:
-    """Rows of ``examples`` for this rank, in order, in batches; as many (some empty) on every rank."""
+    """Return rows of ``examples`` for this rank, in order, in batches; as many (some empty) on every rank."""
     per_rank = -(-len(examples) // world_size)
     mine = np.arange(rank * per_rank, min((rank + 1) * per_rank, len(examples)), dtype=np.int64)
     count = -(-per_rank // batch_size)

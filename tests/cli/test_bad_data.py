@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data.movielens import sources as movielens_sources
+from dist_moe.data.fetch.packages import Archive
+from dist_moe.data.movielens.sources import EDITIONS, GROUPLENS_ARCHIVE, RECBOLE
+from tests.data.checks import change_archives, only_source
 
 from .conftest import Refused
 
@@ -17,7 +19,8 @@ def offline(monkeypatch: pytest.MonkeyPatch, closed_port: int, tmp_path: Path) -
     """Nobody answers, neither GroupLens nor a package index; the empty cache is returned."""
     for variable in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(variable)
-    monkeypatch.setattr(movielens_sources, "GROUPLENS_URL", f"http://127.0.0.1:{closed_port}/ml-1m.zip")
+    url = f"http://127.0.0.1:{closed_port}/ml-1m.zip"
+    change_archives(monkeypatch, EDITIONS, "movielens-1m", 0, sources=only_source(f"GroupLens ({url})", url))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{closed_port}/simple")
@@ -36,9 +39,8 @@ def test_no_data_and_no_network(refused: Refused, config: Path, offline: Path) -
     assert not any(path.suffix == ".zip" for path in offline.rglob("*"))
 
 
-@pytest.mark.parametrize("archive", ["GROUPLENS_ARCHIVE", "WHEEL_ARCHIVE"])
-def test_a_corrupt_archive(refused: Refused, config: Path, offline: Path, archive: str) -> None:
-    pinned = getattr(movielens_sources, archive)
+@pytest.mark.parametrize("pinned", [GROUPLENS_ARCHIVE, RECBOLE])
+def test_a_corrupt_archive(refused: Refused, config: Path, offline: Path, pinned: Archive) -> None:
     (downloads := offline / "downloads").mkdir(parents=True)
     (downloads / pinned.filename).write_bytes(b"half of it")
     refused(

@@ -6,17 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from dist_moe.cli.data import DATA_SETS
+from dist_moe.cli.data import DataSets
 from dist_moe.cli.main import main
-from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
+from dist_moe.data import DATA
 from dist_moe.data.labelled_text.squad import DEV_FILE
-from dist_moe.data.movielens.prepare import MovieLensConfig
-from dist_moe.data.text import TextConfig
-from dist_moe.data.two_images.prepare import TwoImagesConfig
+from dist_moe.tasks import TASKS
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
 from tests.data.text.tiny_text import write_tiny_text
 from tests.data.tiny_images import write_tiny_images
@@ -24,12 +21,9 @@ from tests.data.tiny_latest_small import write_tiny_latest_small
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.text_runs import write_encoder
 
-CONFIGS = (MovieLensConfig, TwoImagesConfig, TextConfig, LabelledTextConfig, QuestionsConfig)
-
 
 def test_all_data_sets_can_be_fetched() -> None:
-    named = [get_args(config.model_fields["name"].annotation) for config in CONFIGS]
-    assert tuple(name for names in named for name in names) == DATA_SETS
+    assert sorted(DataSets()) == TASKS.names == DATA.names
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from dist_moe.data.movielens import sources as movielens_sources
 
+from .checks import change_archives, only_source
 from .tiny_movielens import write_tiny_movielens
 
 
@@ -54,4 +55,6 @@ def pip_sees_only(monkeypatch: pytest.MonkeyPatch, closed_port: int) -> Callable
 
 @pytest.fixture
 def grouplens_out_of_reach(monkeypatch: pytest.MonkeyPatch, closed_port: int) -> None:
-    monkeypatch.setattr(movielens_sources, "GROUPLENS_URL", f"http://127.0.0.1:{closed_port}/ml-1m.zip")
+    url = f"http://127.0.0.1:{closed_port}/ml-1m.zip"
+    sources = only_source(f"GroupLens ({url})", url)
+    change_archives(monkeypatch, movielens_sources.EDITIONS, "movielens-1m", 0, sources=sources)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_moe.data.batches import ShuffledFeed, shard_batches, spread_over
-from dist_moe.data.movielens.table import PairBatch, PairTable
+from dist_moe.data.movielens import PairBatch, PairTable
 from dist_moe.errors import UserError
 
 PAIRS, BATCH = 103, 16
@@ -97,9 +97,9 @@ def test_fewer_pairs_than_a_batch() -> None:
 
 
 @given(st.integers(0, 60), st.integers(1, 70))
-def test_rows_spread_over_a_table(count: int, most: int) -> None:
-    rows = spread_over(count, most).tolist()
-    assert len(rows) == min(count, most)
+def test_rows_spread_over_a_table(count: int, limit: int) -> None:
+    rows = spread_over(count, limit).tolist()
+    assert len(rows) == min(count, limit)
     distances = {after - before for before, after in pairwise([*rows, count])}
     assert max(distances, default=0) - min(distances, default=0) <= 1
 
@@ -111,3 +111,26 @@ def test_shards_cover_everything_once_in_order(count: int, batch_size: int, worl
     assert [i for shard in shards for batch in shard for i in batch.tolist()] == list(range(count))
     assert len({len(shard) for shard in shards}) == 1
     assert all(len(batch) <= batch_size for shard in shards for batch in shard)
+
+
+def rated(stars: list[float], dtype: type[np.int8] | type[np.float32]) -> PairTable:
+    index_N = np.arange(len(stars), dtype=np.int32)
+    return PairTable(index_N, 10 + index_N, np.array(stars, dtype=dtype))
+
+
+@pytest.mark.parametrize(("stars", "dtype"), [([0, 3, 5, 0], np.int8), ([0, 0.5, 4.5, 0], np.float32)])
+def test_a_batch_is_a_share_of_its_step(stars: list[float], dtype: type[np.int8] | type[np.float32]) -> None:
+    pairs = rated(stars, dtype)
+    assert pairs.watched.tolist() == [False, True, True, False]
+    batch = pairs.batch(np.array([2, 0]), np.array([2, 0, 1]))
+    assert (batch.user_B.tolist(), batch.item_B.tolist()) == ([2, 0], [12, 10])
+    assert batch.rating_B.tolist() == [stars[2], 0]
+    assert {batch.user_B.dtype, batch.item_B.dtype} == {torch.int64}
+    assert batch.rating_B.dtype == torch.float32
+    assert (len(batch), batch.pairs_in_step, batch.examples_in_step, batch.rated_in_step) == (2, 3, 3, 2)
+
+
+def test_no_rows_give_an_empty_batch() -> None:
+    batch = rated([1, 2], np.int8).batch(np.arange(0), np.arange(0))
+    assert (len(batch), batch.pairs_in_step, batch.rated_in_step) == (0, 0, 0)
+    assert batch.to(torch.device("cpu")).user_B.shape == (0,)

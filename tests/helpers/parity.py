@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_moe.data.movielens.table import PairBatch
+from dist_moe.data.movielens import PairBatch
 from dist_moe.engine.checkpoint.format import expert_ids_by_parameter
 from dist_moe.engine.deepspeed.checks import check_deepspeed_section
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section

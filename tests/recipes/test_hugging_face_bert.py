@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dist_moe.data.labelled_text.squad import read_squad
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import load_config, plan_new_run
 from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
-from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
+from tests.data.labelled_text.tiny_texts import SAMPLES, read_squad, write_messages
 from tests.helpers.berts import mask_of
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.pool import on_ranks

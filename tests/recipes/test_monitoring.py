@@ -14,7 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dist_moe.data.movielens.table import PairBatch
+from dist_moe.data.movielens import PairBatch
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.models import Recommender
 from dist_moe.recipes.recipe import plan_new_run

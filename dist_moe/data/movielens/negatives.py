@@ -13,18 +13,13 @@ from numpy.typing import NDArray
 
 from dist_moe.data.fetch.progress import Progress
 
-Pairs = tuple[NDArray[np.int32], NDArray[np.int32]]
+IntN = NDArray[np.int32]
 
 
 def sample_uniform(
-    user_N: NDArray[np.int32],
-    item_N: NDArray[np.int32],
-    num_users: int,
-    num_items: int,
-    rng: np.random.Generator,
-    progress: Progress,
-) -> Pairs:
-    """As many unrated pairs as rated ones, uniform over all unrated pairs, without replacement.
+    user_N: IntN, item_N: IntN, num_users: int, num_items: int, rng: np.random.Generator, progress: Progress
+) -> tuple[IntN, IntN]:
+    """Draw as many unrated pairs as there are rated ones, uniformly over all unrated pairs, without replacement.
 
     How active a user is then tells much about "watched". If fewer unrated pairs exist, all are taken.
 
@@ -44,14 +39,9 @@ def sample_uniform(
 
 
 def sample_per_user(
-    user_N: NDArray[np.int32],
-    item_N: NDArray[np.int32],
-    num_users: int,
-    num_items: int,
-    rng: np.random.Generator,
-    progress: Progress,
-) -> Pairs:
-    """As many unrated items for each user as the user rated; arguments and result as `sample_uniform`.
+    user_N: IntN, item_N: IntN, num_users: int, num_items: int, rng: np.random.Generator, progress: Progress
+) -> tuple[IntN, IntN]:
+    """Draw as many unrated items for each user as the user rated; arguments and result as `sample_uniform`.
 
     How active a user is then tells nothing. A user who rated more than half of the items gets all the
     others. The COMET authors' data were made so: their committed MovieLens split counts 1,999,496 rows,
@@ -78,14 +68,14 @@ def _unrated_subset(rated: NDArray[Any], size: int, rng: np.random.Generator) ->
 
 
 def held_out(count: int) -> int:
-    """Rows of a class of ``count`` rows that go to validation, and again to test: a tenth, halves up."""
+    """Return how many of ``count`` rows go to validation, and again to test: a tenth, halves up."""
     return (count + 5) // 10
 
 
 def stratified_split(
     watched_N: NDArray[np.bool_], rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Row numbers of train, val and test: 80/10/10 within the watched rows and within the others.
+    """Return the row numbers of train, val and test: 80/10/10 within the watched rows and within the others.
 
     Of a class with c rows, ``held_out(c)`` go to test, as many to val, the rest to train. The three are
     disjoint and exhaustive, and each is in random order, so that any prefix of it is a fair sample.

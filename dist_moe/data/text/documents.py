@@ -1,4 +1,4 @@
-"""What becomes of the documents of a corpus: cleaned, without doubles, in random order, in three parts.
+"""Documents of a corpus on their way to a model: cleaned, without doubles, in random order, in three parts.
 
 Cleaning is slight: line ends become ``\\n``, a byte order mark and white space around a document go. Bytes
 that are no text in the expected encoding become U+FFFD and are counted.
@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dist_moe.data.prepared import PARTS
 from dist_moe.errors import UserError
-
-PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Document:
 
 
 def decoded(name: str, content: bytes) -> Document:
-    """The document that ``content`` is in UTF-8; what is no UTF-8 becomes U+FFFD and is counted."""
+    """Return the document that ``content`` is in UTF-8; what is no UTF-8 becomes U+FFFD and is counted."""
     try:
         return Document(name, content.decode())
     except UnicodeDecodeError:
@@ -47,16 +46,6 @@ class Domain:
     dropped: Mapping[str, int]
     replaced_characters: int
 
-    @property
-    def characters(self) -> dict[str, int]:
-        """Characters by part."""
-        return {part: sum(map(len, texts)) for part, texts in self.documents.items()}
-
-    @property
-    def bytes(self) -> dict[str, int]:
-        """Bytes of UTF-8 by part."""
-        return {part: sum(len(text.encode()) for text in texts) for part, texts in self.documents.items()}
-
 
 @dataclass
 class Splitter:
@@ -73,7 +62,7 @@ class Splitter:
     _seen: set[bytes] = field(default_factory=set)
 
     def split(self, name: str, documents: Iterable[Document]) -> Domain:
-        """Raises `UserError` if there are fewer than three documents to deal out."""
+        """Clean, choose and deal out the documents of a domain. Raises `UserError` if there are fewer than three."""
         found = list(documents)
         cleaned = [text for text in (clean(document.text) for document in found) if text]
         unique = [text for text in cleaned if self._is_new(text)]
@@ -110,7 +99,7 @@ class Splitter:
 
 
 def clean(text: str) -> str:
-    """``text`` with line ends as ``\\n``, without a byte order mark and white space around it."""
+    """Return ``text`` with line ends as ``\\n``, without a byte order mark and white space around it."""
     return text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff").strip()
 
 

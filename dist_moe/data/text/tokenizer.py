@@ -19,7 +19,7 @@ CHARACTERS_AT_ONCE = 1 << 20
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer with at most ``vocab_size`` tokens; a function of the documents, in whatever order they come.
+    """Learn a tokenizer with at most ``vocab_size`` tokens; a function of the documents, in whatever order they come.
 
     Pairs that come up once are not merged, so that little text gives fewer tokens.
     """
@@ -38,23 +38,23 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_bytes(tokenizer: Tokenizer) -> NDArray[np.uint8]:
-    """The tokenizer as JSON in UTF-8, as an array that can be kept beside others."""
+    """Return the tokenizer as JSON in UTF-8, as an array that can be kept beside others."""
     return np.frombuffer(tokenizer.to_str().encode(), dtype=np.uint8)
 
 
 def tokenizer_from_bytes(content: NDArray[np.uint8]) -> Tokenizer:
-    """The tokenizer that :func:`tokenizer_bytes` wrote."""
+    """Return the tokenizer that :func:`tokenizer_bytes` wrote."""
     return literal(Tokenizer.from_str(content.tobytes().decode()))
 
 
 def literal(tokenizer: Tokenizer) -> Tokenizer:
-    """A document that spells out the separator is encoded as the text that it is; JSON does not keep this."""
+    """Have a document that spells out the separator encoded as the text that it is; JSON does not keep this."""
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes of text that each token stands for; 0 for the separator."""
+    """Return the bytes of text that each token stands for; 0 for the separator."""
     size = tokenizer.get_vocab_size()
     # Byte-level BPE writes every byte as one character.
     bytes_V = np.array([len(tokenizer.id_to_token(token) or "") for token in range(size)], dtype=np.int64)
@@ -63,7 +63,7 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
 
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> NDArray[np.uint16]:
-    """The stream of ``documents``: a separator before each, and one at the end."""
+    """Return the stream of ``documents``: a separator before each, and one at the end."""
     pieces = [np.array([SEPARATOR_ID], dtype=np.uint16)]
     for some in batches(documents):
         encodings = tokenizer.encode_batch_fast(some, add_special_tokens=False)
@@ -72,7 +72,7 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> NDArray[np.uint16]:
 
 
 def batches(documents: list[str]) -> Iterator[list[str]]:
-    """``documents``, so many at a time as have about `CHARACTERS_AT_ONCE` characters."""
+    """Yield ``documents``, so many at a time as have about `CHARACTERS_AT_ONCE` characters."""
     batch: list[str] = []
     characters = 0
     for document in documents:

@@ -15,12 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_moe.data.batches import TensorBatch
+
 TokenIds = NDArray[np.unsignedinteger[Any]]
 """uint16, or uint32 where a tokenizer has more tokens than that can number."""
 
 
 @dataclass(frozen=True)
-class TokenBatch:
+class TokenBatch(TensorBatch):
     """One rank's share of a step: B sequences.
 
     ``token_BS``, ``target_BS``: int64, a token and the one that follows it. ``bytes_B``: int64, bytes of UTF-8
@@ -34,9 +36,6 @@ class TokenBatch:
     domain_B: Tensor
     examples_in_step: int
 
-    def __len__(self) -> int:
-        return len(self.token_BS)
-
     @property
     def tokens_in_step(self) -> int:
         """Tokens of the whole step: S for each of its sequences."""
@@ -44,13 +43,8 @@ class TokenBatch:
 
     @property
     def inputs(self) -> tuple[Tensor]:
-        """What the model takes."""
+        """Arguments of the model."""
         return (self.token_BS,)
-
-    def to(self, device: torch.device) -> TokenBatch:
-        tensors = (self.token_BS, self.target_BS, self.bytes_B, self.domain_B)
-        token_BS, target_BS, bytes_B, domain_B = (x.to(device, non_blocking=True) for x in tensors)
-        return TokenBatch(token_BS, target_BS, bytes_B, domain_B, self.examples_in_step)
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class TokenTable:
         return len(self.start_N)
 
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> TokenBatch:
-        """The sequences ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
+        """Return the sequences ``index_B`` of a step that uses ``step_index`` over all ranks and micro-batches."""
         offset_S = np.arange(self.sequence_length + 1)
         place_BS = self.start_N[index_B][:, None] + offset_S
         window_BS = self.token_M[place_BS].astype(np.int64)

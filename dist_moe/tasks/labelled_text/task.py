@@ -85,6 +85,6 @@ def _check_fit(data: TextData, encoder: Encoder) -> None:
             f"data.tokenizer knows {data.vocabulary} tokens, the encoder {shape.vocab}; leave it out to have the "
             f"encoder's own"
         )
-    if data.train.pairs and shape.segments < 2:
+    if data.train.has_pairs and shape.segments < 2:
         name = data.manifest["name"]
         raise UserError(f"data.encoder knows {shape.segments} segment(s); the pairs of data.name={name} need 2")

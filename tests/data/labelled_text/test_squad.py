@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from dist_moe.data.labelled_text.squad import DEV_FILE, TRAIN_FILE, Answer, Question, read_squad
+from dist_moe.data.labelled_text.squad import DEV_FILE, TRAIN_FILE, Answer, Question
 from dist_moe.errors import UserError
 
-from .tiny_texts import SAMPLES
+from .tiny_texts import SAMPLES, read_squad
 
 
 def test_questions_and_their_answers() -> None:

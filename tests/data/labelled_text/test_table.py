@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text import LabelledTable
-from dist_moe.data.labelled_text.texts import Text
+from dist_moe.data.labelled_text.texts import TextOrPair
 from dist_moe.data.labelled_text.tokens import TokenisedTexts, open_tokenizer, padding_of, tokenised
 from dist_moe.errors import UserError
 
@@ -31,14 +31,14 @@ def read_back(tokens: TokenisedTexts, row: int) -> list[int]:
     return [int(x) for x in tokens.token_M[tokens.start_P[row] : tokens.start_P[row + 1]]]
 
 
-def table(tokenizer: Tokenizer, texts: list[Text], max_length: int = 32) -> LabelledTable:
+def table(tokenizer: Tokenizer, texts: list[TextOrPair], max_length: int = 32) -> LabelledTable:
     found = tokenised(open_tokenizer(tokenizer, max_length), texts, "train", SILENT)
     target_N = np.arange(len(texts), dtype=np.int64) % 3
     return LabelledTable(found.token_M, found.start_P, found.first_N, target_N, PADDING, len(texts[0]) == 2)
 
 
 def test_each_text_by_itself_and_cut_where_it_is_long(tokenizer: Tokenizer) -> None:
-    texts: list[Text] = [(text,) for text in sentences(2500)]  # several blocks
+    texts: list[TextOrPair] = [(text,) for text in sentences(2500)]  # several blocks
     found = tokenised(open_tokenizer(tokenizer, 20), texts, "train", SILENT)
     for row in (0, 1, 1023, 1024, 2499):
         alone = tokenizer.encode(texts[row][0]).ids
@@ -89,7 +89,7 @@ def test_a_text_without_tokens_is_refused(tokenizer: Tokenizer) -> None:
 
 
 def test_rows_are_filled_up_to_the_longest_of_their_batch(tokenizer: Tokenizer) -> None:
-    texts: list[Text] = [(text,) for text in sentences(30)]
+    texts: list[TextOrPair] = [(text,) for text in sentences(30)]
     examples = table(tokenizer, texts, max_length=64)
     index = np.array([7, 0, 3])
     step = np.array([7, 0, 3, 9, 11])
@@ -106,7 +106,7 @@ def test_rows_are_filled_up_to_the_longest_of_their_batch(tokenizer: Tokenizer) 
 
 
 def test_pairs_say_which_text_a_token_is_of(tokenizer: Tokenizer) -> None:
-    texts: list[Text] = [("ab", "c"), ("d", "efgh"), ("a", "b")]
+    texts: list[TextOrPair] = [("ab", "c"), ("d", "efgh"), ("a", "b")]
     batch = table(tokenizer, texts).batch(np.arange(3), np.arange(3))
     assert batch.type_BS is not None
     longest = batch.token_BS.shape[1]

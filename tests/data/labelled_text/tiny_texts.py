@@ -6,14 +6,15 @@ import csv
 import gzip
 import io
 import string
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from dist_moe.data.labelled_text.package_readers import NEWSGROUPS, QUESTION_CLASSES
+from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.labelled_text.readers import NEWSGROUPS, QUESTION_CLASSES
+from dist_moe.data.labelled_text.squad import SQUAD_V2, Question
 
 SAMPLES = Path(__file__).parent / "samples"
 GLUE_FOLDERS = {
@@ -106,20 +107,12 @@ def write_task(name: str, root: Path) -> Path:
     return WRITERS[name](root) if name in WRITERS else SAMPLES / GLUE_FOLDERS[name]
 
 
-def write_wheel(root: Path, folder: str, path: Path) -> Path:
-    """Pack a directory into ``folder`` of a wheel that pip takes for the one of that name."""
-    name, version = path.name.split("-")[:2]
-    info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in root.iterdir():
-            archive.write(file, f"{folder}/{file.name}")
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
-
-
 def _csv(rows: list[list[str]]) -> bytes:
     written = io.StringIO(newline="")
     csv.writer(written).writerows(rows)
     return written.getvalue().encode()
+
+
+def read_squad(root: Path) -> tuple[list[Question], list[Question]]:
+    """The training and the development questions of a directory that holds the two official files."""
+    return SQUAD_V2.locate(root).read(root, Progress(enabled=False))[0]

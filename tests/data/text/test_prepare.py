@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_moe.data.batches import ShuffledFeed
-from dist_moe.data.fetch.cache import MANIFEST
+from dist_moe.data.prepared import MANIFEST
 from dist_moe.data.text import Text, TextConfig, TokenTable, prepare_text
 from dist_moe.errors import UserError
 from tests.data.checks import PARTS

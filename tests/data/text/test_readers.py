@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data.text import dictd, osis
-from dist_moe.data.text.archives import debian_files, npm_files, wheel_files
+from dist_moe.data.fetch.archives import debian_files, npm_files, wheel_files
+from dist_moe.data.text import formats
 from dist_moe.data.text.brown import running_text
 from dist_moe.data.text.domains import read_code, read_manuals
-from dist_moe.data.text.r_strings import character_vectors
+from dist_moe.data.text.formats import character_vectors
 from tests.data.tiny_images import ar
 
 
@@ -43,16 +43,16 @@ def test_osis_without_notes_and_numbers() -> None:
         '<chapter n="2" osisID="Gen.2" sID="Gen.2"/>Second.<chapter eID="Gen.2"/>'
     )
     expected = [("Gen.1", "Genesis\nIn God created & so,\na line"), ("Gen.2", "Second.")]
-    assert list(osis.chapters(book)) == expected
+    assert list(formats.chapters(book)) == expected
     packed = zlib.compress(book.encode())
-    assert list(osis.books(struct.pack("<III", 3, len(packed), len(book)), b"..." + packed)) == [book]
-    assert list(osis.chapters("<title>Only front matter</title>")) == []
+    assert list(formats.books(struct.pack("<III", 3, len(packed), len(book)), b"..." + packed)) == [book]
+    assert list(formats.chapters("<title>Only front matter</title>")) == []
 
 
 def test_dictionary_entries_once_in_order() -> None:
     index = b"00-database-info\tA\tB\nbee\tF\tE\nant\tB\tE\nemmet\tB\tE\nbig\tBA\tB\n"
     text = b"?ant.bee\xff" + b" " * 55 + b"!"
-    found = [(entry.name, entry.text, entry.replaced) for entry in dictd.entries(index, text)]
+    found = [(entry.name, entry.text, entry.replaced) for entry in formats.entries(index, text)]
     assert found == [("ant", "ant.", 0), ("bee", "bee\ufffd", 1), ("big", "!", 0)]
 
 

@@ -30,7 +30,7 @@ def test_brown_has_its_500_texts(brown: Text) -> None:
 
 
 def test_brown_comes_back_byte_by_byte(brown: Text, cache: Path) -> None:
-    path = cache / "downloads" / PACKAGE.archive.filename
+    path = cache / "downloads" / PACKAGE.filename
     total = 0
     for index, (genre, letter) in enumerate(LETTERS.items()):
         originals = {document.text.strip() for document in read_genre(letter, [path])}

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.data.fetch import cache
-from dist_moe.data.fetch.cache import MANIFEST, Prepared, prepared
+from dist_moe.data import prepared as cache
 from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.prepared import MANIFEST, Prepared, prepared
 
 SILENT = Progress(enabled=False)
 REPOSITORY = Path(cache.__file__).parents[3]
@@ -135,7 +135,7 @@ KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from dist_moe.data.fetch.cache import Prepared, prepared
+from dist_moe.data.prepared import Prepared, prepared
 from dist_moe.data.fetch.progress import Progress
 
 save, written = np.save, []
@@ -171,7 +171,7 @@ SLOW_BUILD = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from dist_moe.data.fetch.cache import Prepared, prepared
+from dist_moe.data.prepared import Prepared, prepared
 from dist_moe.data.fetch.progress import Progress
 
 target, start, log = map(Path, sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Reading a Debian package without dpkg."""
+"""Files out of archives, Debian packages among them without dpkg."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data.fetch.debian import read_members
+from dist_moe.data.fetch.archives import File, read_members
 
 from .tiny_images import ar
 
@@ -46,7 +46,9 @@ def package(path: Path, compression: str = "xz") -> Path:
 @pytest.mark.parametrize("compression", COMPRESS)
 def test_files_come_in_the_order_asked_for(tmp_path: Path, compression: str) -> None:
     names = list(reversed(CONTENT))
-    assert read_members(package(tmp_path / "some.deb", compression), names) == [CONTENT[name] for name in names]
+    assert read_members(package(tmp_path / "some.deb", compression), names) == [
+        File(tmp_path / "some.deb" / name, CONTENT[name]) for name in names
+    ]
 
 
 @pytest.mark.parametrize("name", ["usr/share/absent", "usr/share/folder"])
@@ -78,4 +80,4 @@ def test_a_package_made_by_dpkg(tmp_path: Path) -> None:
     (tree / "DEBIAN" / "control").write_text(control)
     built = tmp_path / "tiny.deb"
     subprocess.run(["dpkg-deb", "-Zxz", "--build", tree, built], check=True, capture_output=True)
-    assert read_members(built, list(CONTENT)) == list(CONTENT.values())
+    assert [file.content for file in read_members(built, list(CONTENT))] == list(CONTENT.values())

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data.labelled_text.columns import TextFile, comma_separated, tab_separated
+from dist_moe.data.fetch.archives import File
+from dist_moe.data.fetch.tables import comma_separated, tab_separated
 from dist_moe.errors import UserError
 
 
-def file(content: str | bytes, name: str = "f.tsv") -> TextFile:
-    return TextFile(Path(name), content.encode() if isinstance(content, str) else content)
+def file(content: str | bytes, name: str = "f.tsv") -> File:
+    return File(Path(name), content.encode() if isinstance(content, str) else content)
 
 
 def test_only_newlines_end_a_line_and_quotes_have_no_meaning() -> None:

@@ -9,19 +9,22 @@ loading, and as everything in it can be made again, it is made again.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.data.fetch.files import locked, scratch, sha256_of
+from dist_moe.config.files import digest_of, write_json
+from dist_moe.data.fetch.files import cache_directory, locked, replacing, usable
 from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.settings import DataSettings
 
 MANIFEST = "manifest.json"
+PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,43 @@ class Prepared:
     arrays: Mapping[str, NDArray[Any]]
     manifest: dict[str, Any]
 
+    def columns(self, part: str, names: Sequence[str]) -> list[NDArray[Any]]:
+        """Return the arrays of a part of the data, in the order of ``names``."""
+        return [self.arrays[f"{part}_{name}"] for name in names]
+
+
+def by_part(names: Sequence[str], columns: Mapping[str, Sequence[NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Return arrays under the names by which `Prepared.columns` finds them: of each part its ``columns``."""
+    return {
+        f"{part}_{name}": column for part, arrays in columns.items() for name, column in zip(names, arrays, strict=True)
+    }
+
 
 class NotUsable(Exception):
     """A prepared directory is absent or damaged; the message says in what way."""
 
 
+def prepare_data(settings: DataSettings, key: str, build: Callable[[Path], Prepared], progress: Progress) -> Prepared:
+    """Return the arrays of a data set from the cache, prepared by this process or another if they are not there.
+
+    Safe to call from all ranks at once: one process prepares, the others wait for it.
+
+    Args:
+        settings: which data set, and its cache.
+        key: all that the arrays depend on; names their directory.
+        build: makes them; it is given the directory for downloads.
+        progress: tells the person who waits.
+
+    Raises:
+        UserError: the cache cannot be read or written. Whatever ``build`` raises passes through.
+    """
+    cache = cache_directory(settings.cache)
+    with usable(cache):
+        return prepared(cache / settings.name / key, partial(build, cache / "downloads"), progress)
+
+
 def prepared(target: Path, build: Callable[[], Prepared], progress: Progress) -> Prepared:
-    """The prepared directory ``target``, built by this process or another if it is absent or damaged.
+    """Return the content of the directory ``target``, built by this process or another if it is absent or damaged.
 
     Raises:
         OSError: the cache cannot be written. Whatever ``build`` raises passes through, and leaves nothing.
@@ -52,7 +85,10 @@ def prepared(target: Path, build: Callable[[], Prepared], progress: Progress) ->
         except NotUsable as reason:
             if target.exists():
                 progress.say(f"the prepared data {target} is damaged ({reason}): preparing it again")
-        publish(target, build())
+        content = build()
+        with replacing(target) as directory:
+            files = {name: _write_array(directory / f"{name}.npy", array) for name, array in content.arrays.items()}
+            write_json(directory / MANIFEST, content.manifest | {"files": files})
         return load(target)
 
 
@@ -71,28 +107,14 @@ def load(target: Path) -> Prepared:
 
 
 def _load_array(path: Path, entry: Mapping[str, Any]) -> NDArray[Any]:
-    size = path.stat().st_size
-    if size != entry["bytes"]:
+    if (size := path.stat().st_size) != entry["bytes"]:
         raise NotUsable(f"{path.name} has {size:,} bytes, not {entry['bytes']:,}")
-    if sha256_of(path) != entry["sha256"]:
+    if digest_of(path) != entry["sha256"]:
         raise NotUsable(f"{path.name} does not have its recorded SHA-256")
     array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
 
-def publish(target: Path, content: Prepared) -> None:
-    """Make ``target`` appear complete, in place of whatever is there. Needs the lock of ``target``."""
-    with scratch(target) as directory:
-        new = directory / "new"
-        new.mkdir()
-        files = {name: _write_array(new / f"{name}.npy", array) for name, array in content.arrays.items()}
-        manifest = json.dumps(content.manifest | {"files": files}, indent=2)
-        (new / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-        if target.exists():
-            os.rename(target, directory / "old")
-        os.rename(new, target)
-
-
 def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
     np.save(path, array, allow_pickle=False)
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"bytes": path.stat().st_size, "sha256": digest_of(path)}

@@ -7,8 +7,11 @@ the answer (Devlin et al. 2019; Rajpurkar, Jia and Liang 2018).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +19,8 @@ from tokenizers import Encoding, Tokenizer
 
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.squad import Answer, Question
-from dist_moe.data.labelled_text.texts import Text
+from dist_moe.data.labelled_text.table import LabelledTable
+from dist_moe.data.labelled_text.texts import TextOrPair
 from dist_moe.data.labelled_text.tokens import TokenisedTexts, encodings
 from dist_moe.errors import UserError
 
@@ -42,7 +46,7 @@ class AnswerWindows:
 def windows_of(
     tokenizer: Tokenizer, questions: list[Question], max_length: int, stride: int, part: str, progress: Progress
 ) -> AnswerWindows:
-    """Windows of rows of up to ``max_length`` tokens; each two neighbours share ``stride`` tokens of the text.
+    """Cut questions into windows of rows of up to ``max_length`` tokens; neighbours share ``stride`` tokens.
 
     ``tokenizer``: one that cuts nothing. Raises `UserError` for a question that leaves no more than ``stride`` tokens
     for its text, and for a tokenizer that writes pairs in another way than BERT's.
@@ -51,7 +55,7 @@ def windows_of(
     first: list[int] = []
     numbers: list[int] = []
     spans: list[tuple[int, int]] = []
-    texts: list[Text] = [(question.question, question.context) for question in questions]
+    texts: list[TextOrPair] = [(question.question, question.context) for question in questions]
     for number, encoding in enumerate(encodings(tokenizer, texts, part, progress)):
         head = _tokens_before_the_text(encoding)
         room = max_length - head - 1
@@ -81,7 +85,7 @@ def windows_of(
 
 
 def window_starts(count: int, room: int, stride: int) -> Iterator[int]:
-    """Where windows of ``room`` tokens begin in a text of ``count``, the last one reaching its end; at least one."""
+    """Yield where windows of ``room`` tokens begin in a text of ``count``, the last one reaching its end."""
     yield from range(0, max(count - stride, 1), room - stride)
 
 
@@ -103,3 +107,43 @@ def _tokens_before_the_text(encoding: Encoding) -> int:
             "leave it out to have the encoder's own"
         )
     return head
+
+
+@dataclass(frozen=True)
+class AnswerTable(LabelledTable):
+    """N windows of Q questions; see `AnswerWindows` for ``question_N`` and ``place_M2``.
+
+    ``target_N``: int64 [N, 2], ``span_N2``. ``written_J``: the questions' texts, as `written` packs them.
+    """
+
+    question_N: NDArray[np.int64]
+    place_M2: NDArray[np.int32]
+    written_J: NDArray[np.uint8]
+
+    @cached_property
+    def _texts(self) -> dict[str, Any]:
+        texts: dict[str, Any] = json.loads(self.written_J.tobytes())
+        return texts
+
+    @property
+    def references(self) -> list[list[str]]:
+        """The right answers to each question, none where its text has none."""
+        answers: list[list[str]] = self._texts["answers"]
+        return answers
+
+    def text(self, window: int, start: int, end: int) -> str:
+        """Return what the context has where the tokens ``start`` to ``end`` (included) of a window's row stand."""
+        context: str = self._texts["contexts"][self._texts["context_of"][self.question_N[window]]]
+        row = self.start_P[window]
+        return context[self.place_M2[row + start, 0] : self.place_M2[row + end, 1]]
+
+
+def written(questions: Sequence[Question]) -> NDArray[np.uint8]:
+    """Return contexts and answers as bytes of JSON, each context once."""
+    contexts = {context: number for number, context in enumerate(dict.fromkeys(q.context for q in questions))}
+    content = {
+        "contexts": list(contexts),
+        "context_of": [contexts[question.context] for question in questions],
+        "answers": [[answer.text for answer in question.answers] for question in questions],
+    }
+    return np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)

@@ -1,0 +1,122 @@
+"""Tables in text files: comma- or tab-separated, with a header or without; faults name file, line and column."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_moe.data.fetch.archives import File
+from dist_moe.errors import UserError
+
+SHOWN_CHARACTERS = 40
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of equally many cells; ``line_N``: where each begins in its file, from 1; ``broken``: lines left out."""
+
+    path: Path
+    header: tuple[str, ...]
+    rows: list[list[str]]
+    line_N: list[int]
+    broken: int = 0
+
+    def texts(self, name: str) -> list[str]:
+        """Return the cells of a column. Raises `UserError` if there is no such column."""
+        if name not in self.header:
+            raise UserError(f"{self.path} has no column {name!r}; its columns: {', '.join(map(repr, self.header))}")
+        place = self.header.index(name)
+        return [row[place] for row in self.rows]
+
+    def classes(self, name: str, numbers: Mapping[str, int]) -> list[float]:
+        """Return a column of labels as class numbers. Raises `UserError` for a label that ``numbers`` does not have."""
+        return self.values(name, lambda cell: numbers.get(cell, math.nan), f"allowed: {', '.join(numbers)}")
+
+    def numbers(self, name: str, low: float, high: float) -> list[float]:
+        """Return a column of numbers from ``low`` to ``high``. Raises `UserError` for anything else."""
+
+        def number(cell: str) -> float:
+            try:
+                value = float(cell)
+            except ValueError:
+                return math.nan
+            return value if low <= value <= high else math.nan
+
+        return self.values(name, number, f"expected a number from {low:g} to {high:g}")
+
+    def integers(self, name: str) -> list[int]:
+        """Return a column of whole numbers from 0. Raises `UserError` for anything else."""
+        values = self.values(name, lambda cell: int(cell) if cell.isdecimal() else math.nan, "expected a whole number")
+        return list(map(int, values))
+
+    def values(self, name: str, value_of: Callable[[str], float], remedy: str) -> list[float]:
+        """Return a column of what ``value_of`` makes of its cells. Raises `UserError` with the ``remedy`` for NaN."""
+        cells = self.texts(name)
+        values = [float(value_of(cell)) for cell in cells]
+        for line, cell, value in zip(self.line_N, cells, values, strict=True):
+            if math.isnan(value):
+                raise UserError(f"{self.path}, line {line}: {name}={shown(cell)}; {remedy}")
+        return values
+
+
+def shown(cell: str) -> str:
+    """Return the cell in quotes, cut where it is long."""
+    return repr(cell if len(cell) <= SHOWN_CHARACTERS else f"{cell[:SHOWN_CHARACTERS]}...")
+
+
+def tab_separated(file: File, header: tuple[str, ...] | None = None, *, skip_broken: bool = False) -> Table:
+    """Read a table whose cells are separated by tabs; quotes have no meaning, and empty lines are no rows.
+
+    Args:
+        file: what to read.
+        header: the names of the columns where the file has no line for them.
+        skip_broken: leave out lines with another number of cells than the header has, instead of refusing them.
+
+    Raises:
+        UserError: a line has another number of cells, or there is none.
+    """
+    lines = ((number, line.split("\t")) for number, line in enumerate(file.lines(), 1) if line)
+    return _table(file.path, lines, header, skip_broken)
+
+
+def comma_separated(file: File) -> Table:
+    """Read a table as spreadsheets write it: a header, cells in double quotes where needed. Raises `UserError`."""
+    reader = csv.reader(io.StringIO(file.text(), newline=""), strict=True)
+
+    def lines() -> Iterator[tuple[int, list[str]]]:
+        begin = 1
+        try:
+            for cells in reader:
+                if cells:
+                    yield begin, cells
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{file.path}, line {reader.line_num}: {error}") from error
+
+    return _table(file.path, lines(), None, skip_broken=False)
+
+
+def _table(
+    path: Path, lines: Iterable[tuple[int, list[str]]], header: tuple[str, ...] | None, skip_broken: bool
+) -> Table:
+    rows: list[list[str]] = []
+    numbers: list[int] = []
+    broken = 0
+    for number, cells in lines:
+        if header is None:
+            header = tuple(cells)
+        elif len(cells) == len(header):
+            rows.append(cells)
+            numbers.append(number)
+        elif skip_broken:
+            broken += 1
+        else:
+            names = ", ".join(header)
+            raise UserError(f"{path}, line {number}: {len(cells)} columns; expected {len(header)}: {names}")
+    if header is None or not rows:
+        raise UserError(f"{path} holds no rows")
+    return Table(path, header, rows, numbers, broken)
