@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dist_moe.engine.checkpoint.export import first_checkpoint
 from safetensors.torch import load_file
 
+from dist_moe.engine.checkpoint import place_weights, read_model, write_first_checkpoint
 from dist_moe.engine.checkpoint.files import newest_checkpoint
-from dist_moe.engine.checkpoint.loading import load_model
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
@@ -83,12 +82,12 @@ def masked_model(run: Path, allowed_E: list[bool]) -> MoEModel:
 def test_masks_are_saved_and_loaded(run: Path, tmp_path: Path) -> None:
     allowed_E = [slot % 3 == 1 for slot in range(SLOTS)]
     ours = masked_model(run, allowed_E)
-    path = first_checkpoint(ours, tmp_path / "checkpoints", "a test")
+    path = write_first_checkpoint(ours, tmp_path / "checkpoints", "a test")
     theirs = masked_model(run, [True] * SLOTS)
-    load_model(theirs, path)
+    place_weights(theirs, read_model(path))
     assert [gate.allowed_E.tolist() for gate in theirs.moe_layers["moe"].each_gate if gate.allowed_E is not None] == [
         allowed_E
     ] * 2
     assert all(tensor.equal(theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
     with pytest.raises(UserError, match="allowed_E"):
-        load_model(theirs, newest_checkpoint(run))
+        place_weights(theirs, read_model(newest_checkpoint(run)))
