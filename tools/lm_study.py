@@ -107,7 +107,7 @@ def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
         return Row(label, test[BITS], per_token, flops / 1e6, trained, model.size.num_params())
 
     yield row(name, run.summary["test"])
-    for k in powers_of_two(model.size.config.num_experts) if name == SELF_SLIMMABLE else ():
+    for k in powers_of_two(model.config.num_experts) if name == SELF_SLIMMABLE else ():
         told = json.loads(dist_moe("evaluate", run.directory, f"model.gate.evaluation_k={k}", "--json"))
         yield row(f"{name}, evaluated at k = {k}", told["test"])
 

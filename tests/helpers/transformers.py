@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from dist_moe.gates import GateContext
 from dist_moe.layer import MoE
 from dist_moe.models import RunShape, Transformer, TransformerConfig
-from dist_moe.models.attention import CausalAttention
-from dist_moe.models.dense import SwiGLU
+from dist_moe.models.transformer import CausalAttention, SwiGLU
 from dist_moe.parallel import SingleWorld, World
 from dist_moe.search import PermutationSearch
 from tests.helpers.oracle import naive_gate, naive_mix, naive_permutation_entropy, naive_relabel
