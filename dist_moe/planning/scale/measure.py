@@ -23,8 +23,8 @@ from dist_moe.engine.launch.machine_probe import (
 )
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.parallel import gather_objects, wait_for_all
-from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import Link, Machine
+from dist_moe.planning.scale.spread import Layout
 from dist_moe.planning.scale.step_time import small_collectives_seconds
 
 

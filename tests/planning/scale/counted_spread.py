@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.planning.scale.layout import Layout
-from dist_moe.planning.scale.spread import Level, Sent, Spread
+from dist_moe.planning.scale.spread import Layout, Level, Sent, Spread
 
 Choices = NDArray[np.bool_]
 """(R, G, T, E): whether gate g of rank r gives token t's expert e a weight that is not 0."""

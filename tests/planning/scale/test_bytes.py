@@ -13,8 +13,7 @@ from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK
 from dist_moe.layer import MoE
 from dist_moe.parallel import ProcessWorld, World, experts_of_rank
-from dist_moe.planning.scale.layout import Layout
-from dist_moe.planning.scale.spread import Spread, expected_spread
+from dist_moe.planning.scale.spread import Layout, Spread, expected_spread
 from dist_moe.planning.scale.step_time import ExchangeName, exchange_bytes
 from dist_moe.planning.scale.work import Work, work_of_layer
 from tests.helpers.worlds import in_nodes, on_real_worlds, run_worlds
