@@ -99,7 +99,7 @@ def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
     records = [json.loads(line) for line in RunDirectory(run.directory).metrics.read_text().splitlines()]
     steps = [record for record in records if "validation" not in record]
     tokens = load_config(RunDirectory(run.directory).config).train.batch_size * sequence_length
-    trained = sum(tokens * model.size.training_flops_per_token(sequence_length, active(step)) for step in steps)
+    trained = sum(tokens * model.training_flops_per_token(sequence_length, active(step)) for step in steps)
 
     def row(label: str, test: dict[str, Any]) -> Row:
         per_token = active(test)

@@ -174,10 +174,6 @@ class TransformerSize:
         scores = 2 * self.config.layers * sequence_length * self.config.dim  # with keys, then with values
         return 2.0 * (self.products + scores) + experts_per_token * self.expert_flops
 
-    def training_flops_per_token(self, sequence_length: int, experts_per_token: float) -> float:
-        """Return the FLOPs of forward and backward pass, the latter being twice the former."""
-        return 3 * self.flops_per_token(sequence_length, experts_per_token)
-
 
 def linear(dim: int, out_dim: int, std: float = INIT_STD) -> nn.Linear:
     """Return a layer without bias, its weights from N(0, std)."""
@@ -326,5 +322,5 @@ class Transformer(MoEModel):
         return value_bytes * kept + _FP32 * vocabulary + 3 * _INT64, 2 * _FP32 * vocabulary + logits
 
     def training_flops_per_token(self, sequence_length: int, experts_per_token: float) -> float:
-        """Return the FLOPs of forward and backward pass: see :class:`TransformerSize`."""
-        return self.size.training_flops_per_token(sequence_length, experts_per_token)
+        """Return the FLOPs of forward and backward pass, the latter being twice the former."""
+        return 3 * self.size.flops_per_token(sequence_length, experts_per_token)

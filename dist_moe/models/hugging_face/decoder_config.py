@@ -38,18 +38,12 @@ _SIZES = {
     "norm_eps": "rms_norm_eps",
     "tied_embeddings": "tie_word_embeddings",
 }
-_LEFT_OUT: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0},
-    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 1e6},
-    "olmoe": {
-        "num_key_value_heads": None,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "rope_theta": 10_000.0,
-        "norm_topk_prob": False,
-    },
+_LEFT_OUT = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0}
+"""transformers' own values for fields that a config.json does not have: Llama's, and where others differ."""
+_LEFT_OUT_OF: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    "olmoe": {"rms_norm_eps": 1e-5, "norm_topk_prob": False},
 }
-"""transformers' own values for fields that a config.json does not have."""
 
 _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
@@ -76,7 +70,7 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
     if content.get("model_type") not in known:
         raise UserError(f"model_type={content.get('model_type')!r}: there is no such decoder here; known: {known}")
     architecture: Architecture = content["model_type"]
-    content = _LEFT_OUT.get(architecture, _LEFT_OUT["llama"]) | dict(content)
+    content = {**_LEFT_OUT, **_LEFT_OUT_OF.get(architecture, {}), **content}
     for error in _errors(content):
         raise UserError(f"the Hugging Face configuration cannot be followed: {error}")
     fields = {ours: content[theirs] for ours, theirs in _SIZES.items()} | {"rope_theta": _rope(content)["rope_theta"]}
