@@ -8,7 +8,7 @@ Yang et al.: Dual-Head Knowledge Distillation (KDD 2025). With temperature T, st
 
 per example. Unlike a softmax, they tell logits apart that differ by a constant. The labels' cross-entropy and
 BinaryKL-Norm agree on the backbone and contradict each other in one linear classifier, hence the two heads: see
-:class:`~dist_moe.models.dual_head.DualHead`; the auxiliary one is discarded after training. What remains of the
+:mod:`dist_moe.models.dual_head`; the auxiliary one is discarded after training. What remains of the
 contradiction :mod:`dist_moe.engine.deepspeed.gradient_alignment` takes out.
 """
 
