@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data.movielens import sources as movielens_sources
-
-from .checks import change_archives, only_source
 from .tiny_movielens import write_tiny_movielens
 
 
@@ -51,10 +48,3 @@ def pip_sees_only(monkeypatch: pytest.MonkeyPatch, closed_port: int) -> Callable
             monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
 
     return set_environment
-
-
-@pytest.fixture
-def grouplens_out_of_reach(monkeypatch: pytest.MonkeyPatch, closed_port: int) -> None:
-    url = f"http://127.0.0.1:{closed_port}/ml-1m.zip"
-    sources = only_source(f"GroupLens ({url})", url)
-    change_archives(monkeypatch, movielens_sources.EDITIONS, "movielens-1m", 0, sources=sources)

@@ -1,4 +1,4 @@
-"""Tables in text files: comma- or tab-separated, with a header or without; faults name file, line and column."""
+"""Tables in text files: comma- or tab-separated, with a header or without; errors name file, line and column."""
 
 from __future__ import annotations
 
@@ -71,13 +71,8 @@ def shown(cell: str) -> str:
 def tab_separated(file: File, header: tuple[str, ...] | None = None, *, skip_broken: bool = False) -> Table:
     """Read a table whose cells are separated by tabs; quotes have no meaning, and empty lines are no rows.
 
-    Args:
-        file: what to read.
-        header: the names of the columns where the file has no line for them.
-        skip_broken: leave out lines with another number of cells than the header has, instead of refusing them.
-
-    Raises:
-        UserError: a line has another number of cells, or there is none.
+    ``header``: names of the columns where the file has no line for them. ``skip_broken``: leave out lines with another
+    number of cells than the header has. Raises `UserError` for such a line otherwise, and for a file without rows.
     """
     lines = ((number, line.split("\t")) for number, line in enumerate(file.lines(), 1) if line)
     return _table(file.path, lines, header, skip_broken)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dist_moe.data.text.own_tokenizer import open_own_tokenizer
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dist_moe.data.text import Text, TextConfig, prepare_text
-from dist_moe.data.text.own_tokenizer import open_own_tokenizer
 from dist_moe.errors import UserError
 from tests.data.checks import PARTS
 
