@@ -30,8 +30,8 @@ DATA = PublishedData(
     remedy="give the right directory.",
     rescue="put the files into {downloads}",
 )
-FAR = Remote((archive("far.zip", b""),), ("one", "two"))
-NEAR = Remote((archive("near-1", b"a", b"a"), archive("near-2", b"b", b"b")))
+FAR: Remote[str] = Remote((archive("far.zip", b""),), ("one", "two"))
+NEAR: Remote[str] = Remote((archive("near-1", b"a", b"a"), archive("near-2", b"b", b"b")))
 
 
 @pytest.fixture

@@ -121,9 +121,10 @@ def test_fewer_examples_are_the_first_of_all(root: Path, tmp_path: Path) -> None
         assert part.left_N.tolist() == all_of_it.left_N[: len(part)].tolist()
         assert part.right_N.tolist() == all_of_it.right_N[: len(part)].tolist()
     assert len(list((tmp_path / "cache").glob("multi-fashion-mnist/*/manifest.json"))) == 1
-    for field, count, there in (("train_examples", 51, "50"), ("eval_examples", 11, "10")):
-        with pytest.raises(UserError, match=rf"data\.{field}={count} .* {there} pairs .* 1\.\.{there}"):
-            prepare(tmp_path / "cache", root, **{field: count})
+    with pytest.raises(UserError, match=r"data\.train_examples=51 .* 50 pairs .* 1\.\.50"):
+        prepare(tmp_path / "cache", root, train_examples=51)
+    with pytest.raises(UserError, match=r"data\.eval_examples=11 .* 10 pairs .* 1\.\.10"):
+        prepare(tmp_path / "cache", root, eval_examples=11)
 
 
 def test_the_seed_and_only_the_seed_changes_the_draw(root: Path, tmp_path: Path) -> None:

@@ -30,12 +30,12 @@ from .tiny_texts import WRITERS, tiny_tokenizer, write_messages, write_task
 TOKENIZER = tiny_tokenizer()
 
 
-def prepare(tmp_path: Path, given: Tokenizer = TOKENIZER, **fields: Any) -> LabelledText:
-    """Prepare a task, SMS spam if none is named, from tiny files."""
-    fields = {"name": "sms-spam", "cache": tmp_path / "cache"} | fields
+def prepare(tmp_path: Path, given: Tokenizer = TOKENIZER, name: str = "sms-spam", **fields: Any) -> LabelledText:
+    """Prepare a task from tiny files."""
     if "root" not in fields:
-        fields["root"] = write_task(fields["name"], tmp_path / fields["name"])
-    return prepare_labelled_text(LabelledTextConfig.model_validate(fields), given, progress=False)
+        fields["root"] = write_task(name, tmp_path / name)
+    config = LabelledTextConfig.model_validate({"name": name, "cache": tmp_path / "cache"} | fields)
+    return prepare_labelled_text(config, given, progress=False)
 
 
 def parts_of(data: LabelledText) -> list[LabelledTable]:

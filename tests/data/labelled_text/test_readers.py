@@ -77,31 +77,19 @@ def test_newsgroups_keep_their_division() -> None:
 
 SHOP = ("The shop opens at nine.", "The shop is closed at eight.")
 LIBRARY = ("The mayor opened the new library on Monday .", "On Monday the new library was opened by the mayor .")
+KNIFE = ("How do I sharpen a knife?", "What is the best way to sharpen a knife?")
+CEILING = ("Who painted the ceiling?", "The ceiling was painted by two brothers.")
+COUNCIL = ("The council, which met on Friday, raised the fee.", "The fee was raised.")
 GLUE: dict[str, tuple[tuple[str, ...], float | str, float | str, tuple[int, int]]] = {
     "cola": (("The gardener watered the roses.",), "acceptable", "acceptable", (9, 3)),
     "sst-2": (("a warm and clever little film ",), "positive", "negative", (10, 2)),
     "mrpc": (LIBRARY, "equivalent", "different", (7, 2)),
     "sts-b": (("A boy throws a ball.", "A boy is throwing a ball."), 5.0, 2.4, (6, 3)),
-    "qqp": (
-        ("How do I sharpen a knife?", "What is the best way to sharpen a knife?"),
-        "duplicate",
-        "different",
-        (8, 2),
-    ),
+    "qqp": (KNIFE, "duplicate", "different", (8, 2)),
     "mnli": (SHOP, "neutral", "neutral", (15, 3)),
     "mnli-mm": (SHOP, "neutral", "contradiction", (15, 2)),
-    "qnli": (
-        ("Who painted the ceiling?", "The ceiling was painted by two brothers."),
-        "entailment",
-        "not_entailment",
-        (7, 2),
-    ),
-    "rte": (
-        ("The council, which met on Friday, raised the fee.", "The fee was raised."),
-        "entailment",
-        "not_entailment",
-        (9, 2),
-    ),
+    "qnli": (CEILING, "entailment", "not_entailment", (7, 2)),
+    "rte": (COUNCIL, "entailment", "not_entailment", (9, 2)),
 }
 """The first text to train on and its target, the last target to test on, and how many texts there are."""
 
