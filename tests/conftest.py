@@ -21,15 +21,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "LOCAL_SIZE",
-        "DIST_MOE_DATA_ROOT",
-        "DIST_MOE_CACHE",
-    ):
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    for name in (*launcher, "DIST_MOE_DATA_ROOT", "DIST_MOE_CACHE"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -68,13 +68,20 @@ def shown(cell: str) -> str:
     return repr(cell if len(cell) <= SHOWN_CHARACTERS else f"{cell[:SHOWN_CHARACTERS]}...")
 
 
-def tab_separated(file: File, header: tuple[str, ...] | None = None, *, skip_broken: bool = False) -> Table:
-    """Read a table whose cells are separated by tabs; quotes have no meaning, and empty lines are no rows.
+def separated(
+    file: File,
+    header: tuple[str, ...] | None = None,
+    *,
+    separator: str = "\t",
+    encoding: str = "utf-8-sig",
+    skip_broken: bool = False,
+) -> Table:
+    """Read a table whose cells are parted by a ``separator``; quotes have no meaning, and empty lines are no rows.
 
     ``header``: names of the columns where the file has no line for them. ``skip_broken``: leave out lines with another
     number of cells than the header has. Raises `UserError` for such a line otherwise, and for a file without rows.
     """
-    lines = ((number, line.split("\t")) for number, line in enumerate(file.lines(), 1) if line)
+    lines = ((number, line.split(separator)) for number, line in enumerate(file.lines(encoding), 1) if line)
     return _table(file.path, lines, header, skip_broken)
 
 

@@ -19,7 +19,7 @@ from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.packages import Archive, wheel
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import PublishedData, Reader, Remote
-from dist_moe.data.fetch.tables import Table, comma_separated, shown, tab_separated
+from dist_moe.data.fetch.tables import Table, comma_separated, separated, shown
 from dist_moe.data.labelled_text.texts import LabelledTexts, Published
 from dist_moe.errors import UserError
 
@@ -83,7 +83,7 @@ def read_newsgroups(files: list[File], progress: Progress) -> Published:
 
 
 def _posts(file: File) -> LabelledTexts:
-    whole = tab_separated(file)
+    whole = separated(file)
     orange = HEADER_LINES_OF_ORANGE - 1  # the first line has become the header
     table = Table(whole.path, whole.header, whole.rows[orange:], whole.line_N[orange:])
     groups = {group: number for number, group in enumerate(NEWSGROUPS)}
@@ -119,7 +119,7 @@ class GlueColumns:
 
     def read(self, files: list[File], progress: Progress) -> Published:
         """Read the training file and the development file. Raises `UserError` for another layout."""
-        train, development = (tab_separated(file, self.header, skip_broken=self.skip_broken) for file in files)
+        train, development = (separated(file, self.header, skip_broken=self.skip_broken) for file in files)
         broken = {"broken_lines": train.broken + development.broken} if self.skip_broken else {}
         return Published(self._labelled(train), self._labelled(development), broken)
 

@@ -64,7 +64,8 @@ class Splitter:
     def split(self, name: str, documents: Iterable[Document]) -> Domain:
         """Clean, choose and deal out the documents of a domain. Raises `UserError` if there are fewer than three."""
         found = list(documents)
-        cleaned = [text for text in (clean(document.text) for document in found) if text]
+        line_ends = (document.text.replace("\r\n", "\n").replace("\r", "\n") for document in found)
+        cleaned = list(filter(None, (text.removeprefix("\ufeff").strip() for text in line_ends)))
         unique = []
         for text in cleaned:
             if (digest := hashlib.sha256(text.encode()).digest()) not in self._seen:
@@ -99,8 +100,3 @@ class Splitter:
             return shuffled
         total_N = np.cumsum([len(text) for text in shuffled])
         return shuffled[: int(np.searchsorted(total_N, self.limit, side="right"))]
-
-
-def clean(text: str) -> str:
-    """Return ``text`` with line ends as ``\\n``, without a byte order mark and white space around it."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff").strip()

