@@ -20,7 +20,7 @@ def test_only_newlines_end_a_line_and_quotes_have_no_meaning() -> None:
     table = separated(file('\ufefftext\tlabel\r\n"a\u2028b\x85\t1\r\nc "d" \t0\r\n'))
     assert table.header == ("text", "label")
     assert table.texts("text") == ['"a\u2028b\x85', 'c "d" ']
-    assert table.classes("label", {"0": 0, "1": 1}) == [1.0, 0.0]
+    assert table.classes("label", ("0", "1")) == [1.0, 0.0]
 
 
 def test_cells_of_a_spreadsheet_may_span_lines() -> None:
@@ -60,7 +60,7 @@ def test_broken_lines_are_left_out_only_where_they_are_expected() -> None:
 )
 def test_a_class_that_cannot_be_read(content: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        separated(file(content)).classes("label", {"0": 0, "1": 1})
+        separated(file(content)).classes("label", ("0", "1"))
 
 
 @pytest.mark.parametrize("cell", ["", "much", "nan", "5.01", "-0.1"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,10 @@ class Table:
         place = self.header.index(name)
         return [row[place] for row in self.rows]
 
-    def classes(self, name: str, numbers: Mapping[str, int]) -> list[float]:
-        """Return a column of labels as class numbers. Raises `UserError` for a label that ``numbers`` does not have."""
-        return self.values(name, lambda cell: numbers.get(cell, math.nan), f"allowed: {', '.join(numbers)}")
+    def classes(self, name: str, labels: Sequence[str]) -> list[float]:
+        """Return a column of labels as their places in ``labels``. Raises `UserError` for a label that is none of them."""
+        numbers = {label: number for number, label in enumerate(labels)}
+        return self.values(name, lambda cell: numbers.get(cell, math.nan), f"allowed: {', '.join(labels)}")
 
     def numbers(self, name: str, low: float, high: float) -> list[float]:
         """Return a column of numbers from ``low`` to ``high``. Raises `UserError` for anything else."""

@@ -12,7 +12,6 @@ is cut from the training file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dist_moe.data.fetch.archives import File
@@ -73,7 +72,7 @@ def read_questions(files: list[File], progress: Progress) -> Published:
 def read_messages(files: list[File], progress: Progress) -> Published:
     """Read SMS messages, spam or not. Raises `UserError`."""
     table = comma_separated(files[0])
-    return Published(LabelledTexts(_single(table.texts("text")), table.classes("spam", {"0": 0, "1": 1})))
+    return Published(LabelledTexts(_single(table.texts("text")), table.classes("spam", NO_YES)))
 
 
 def read_newsgroups(files: list[File], progress: Progress) -> Published:
@@ -86,8 +85,7 @@ def _posts(file: File) -> LabelledTexts:
     whole = separated(file)
     orange = HEADER_LINES_OF_ORANGE - 1  # the first line has become the header
     table = Table(whole.path, whole.header, whole.rows[orange:], whole.line_N[orange:])
-    groups = {group: number for number, group in enumerate(NEWSGROUPS)}
-    return LabelledTexts(_single(table.texts("Text")), table.classes("Category", groups))
+    return LabelledTexts(_single(table.texts("Text")), table.classes("Category", NEWSGROUPS))
 
 
 def _single(texts: list[str]) -> list[tuple[str, ...]]:
@@ -99,7 +97,7 @@ COLA_COLUMNS = ("source", "label", "mark", "sentence")
 
 ENTAILMENT = ("entailment", "not_entailment")
 INFERENCE = ("contradiction", "entailment", "neutral")
-NO_YES = {"0": 0, "1": 1}
+NO_YES = ("0", "1")
 HIGHEST_SIMILARITY = 5.0
 
 
@@ -107,13 +105,13 @@ HIGHEST_SIMILARITY = 5.0
 class GlueColumns:
     """Columns of a task's files that hold its texts and targets.
 
-    ``classes``: class number by label; None: the target is a similarity, 0 to 5. ``header``: names of the columns
+    ``classes``: labels in the order of their numbers; None: the target is a similarity, 0 to 5. ``header``: names of the columns
     where the files have none. ``skip_broken``: line ends within questions have broken some lines of QQP's files.
     """
 
     texts: tuple[str, ...]
     target: str
-    classes: Mapping[str, int] | None
+    classes: tuple[str, ...] | None
     header: tuple[str, ...] | None = None
     skip_broken: bool = False
 
@@ -198,8 +196,7 @@ _TWO_SENTENCES = ("sentence1", "sentence2")
 _COLA = GlueColumns(("sentence",), "label", NO_YES, header=COLA_COLUMNS)
 _MRPC = GlueColumns(("#1 String", "#2 String"), "Quality", NO_YES)
 _QQP = GlueColumns(("question1", "question2"), "is_duplicate", NO_YES, skip_broken=True)
-_MNLI = GlueColumns(_TWO_SENTENCES, "gold_label", {label: number for number, label in enumerate(INFERENCE)})
-_ENTAILED = {label: number for number, label in enumerate(ENTAILMENT)}
+_MNLI = GlueColumns(_TWO_SENTENCES, "gold_label", INFERENCE)
 
 TASKS = {
     "sentiment-movies": _sentiment("film reviews", "movieReviewSnippets"),
@@ -234,8 +231,8 @@ TASKS = {
     "qqp": _glue("QQP", _QQP, ("different", "duplicate"), "f1", "accuracy"),
     "mnli": _glue("MNLI, matched", _MNLI, INFERENCE, "accuracy", dev="dev_matched"),
     "mnli-mm": _glue("MNLI, mismatched", _MNLI, INFERENCE, "accuracy", dev="dev_mismatched"),
-    "qnli": _glue("QNLI", GlueColumns(("question", "sentence"), "label", _ENTAILED), ENTAILMENT, "accuracy"),
-    "rte": _glue("RTE", GlueColumns(_TWO_SENTENCES, "label", _ENTAILED), ENTAILMENT, "accuracy"),
+    "qnli": _glue("QNLI", GlueColumns(("question", "sentence"), "label", ENTAILMENT), ENTAILMENT, "accuracy"),
+    "rte": _glue("RTE", GlueColumns(_TWO_SENTENCES, "label", ENTAILMENT), ENTAILMENT, "accuracy"),
 }
 
 GRADED = {
