@@ -99,6 +99,6 @@ def test_a_batch_is_a_share_of_its_step(stars: list[float], dtype: type[np.int8]
     assert (batch.user_B.tolist(), batch.item_B.tolist()) == ([2, 0], [12, 10])
     assert batch.rating_B.tolist() == [stars[2], 0]
     assert [x.dtype for x in (*batch.inputs, batch.rating_B)] == [torch.int64, torch.int64, torch.float32]
-    assert (len(batch), batch.pairs_in_step, batch.examples_in_step, batch.rated_in_step) == (2, 3, 3, 2)
+    assert (len(batch), batch.examples_in_step, batch.rated_in_step) == (2, 3, 2)
     empty = pairs.batch(np.arange(0), np.arange(0)).to(torch.device("cpu"))
-    assert (len(empty), empty.pairs_in_step, empty.rated_in_step, empty.user_B.shape) == (0, 0, 0, (0,))
+    assert (len(empty), empty.examples_in_step, empty.rated_in_step, empty.user_B.shape) == (0, 0, 0, (0,))

@@ -33,7 +33,7 @@ class Table:
         return [row[place] for row in self.rows]
 
     def classes(self, name: str, labels: Sequence[str]) -> list[float]:
-        """Return a column of labels as their places in ``labels``. Raises `UserError` for a label that is none of them."""
+        """Return a column of labels as their places in ``labels``. Raises `UserError` for any other label."""
         numbers = {label: number for number, label in enumerate(labels)}
         return self.values(name, lambda cell: numbers.get(cell, math.nan), f"allowed: {', '.join(labels)}")
 

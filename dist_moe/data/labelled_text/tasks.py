@@ -105,8 +105,9 @@ HIGHEST_SIMILARITY = 5.0
 class GlueColumns:
     """Columns of a task's files that hold its texts and targets.
 
-    ``classes``: labels in the order of their numbers; None: the target is a similarity, 0 to 5. ``header``: names of the columns
-    where the files have none. ``skip_broken``: line ends within questions have broken some lines of QQP's files.
+    ``classes``: labels in the order of their numbers; None: the target is a similarity, 0 to 5. ``header``: names of
+    the columns where the files have none. ``skip_broken``: line ends within questions have broken some lines of QQP's
+    files.
     """
 
     texts: tuple[str, ...]

@@ -87,16 +87,6 @@ class ImageBatch(TensorBatch):
     label_BG: Tensor
     examples_in_step: int
 
-    @property
-    def tokens_in_step(self) -> int:
-        """Tokens of the whole step: one per example."""
-        return self.examples_in_step
-
-    @property
-    def inputs(self) -> tuple[Tensor]:
-        """Arguments of the model."""
-        return (self.image_BD,)
-
 
 @dataclass(frozen=True)
 class ImagePairs:
