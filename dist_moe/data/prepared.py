@@ -98,7 +98,11 @@ def prepared(target: Path, build: Callable[[], Prepared], progress: Progress) ->
                 progress.say(f"the prepared data {target} is damaged ({reason}): preparing it again")
         content = build()
         with replacing(target) as directory:
-            files = {name: _write_array(directory / f"{name}.npy", array) for name, array in content.arrays.items()}
+            files = {}
+            for name, array in content.arrays.items():
+                path = directory / f"{name}.npy"
+                np.save(path, array, allow_pickle=False)
+                files[name] = {"bytes": path.stat().st_size, "sha256": digest_of(path)}
             write_json(directory / MANIFEST, content.manifest | {"files": files})
         return load(target)
 
@@ -120,11 +124,6 @@ def _load_array(path: Path, entry: Mapping[str, Any]) -> NDArray[Any]:
         raise NotUsable(f"{path.name} does not have its recorded SHA-256")
     array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
-
-
-def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
-    np.save(path, array, allow_pickle=False)
-    return {"bytes": path.stat().st_size, "sha256": digest_of(path)}
 
 
 def split_off_tenths(classes_N: NDArray[Any], held_out: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:

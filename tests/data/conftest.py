@@ -12,3 +12,9 @@ from .tiny_movielens import write_tiny_movielens
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return write_tiny_movielens(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests of real data."""
+    return tmp_path_factory.mktemp("cache")

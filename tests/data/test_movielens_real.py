@@ -29,11 +29,6 @@ KEYS = [(name, kind) for name in ("movielens-1m", "movielens-latest-small") for 
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def data(cache: Path) -> dict[Key, MovieLens]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("DIST_MOE_DATA_ROOT", raising=False)

@@ -27,9 +27,6 @@ from dist_moe.errors import UserError
 FORMAT_VERSION = 2
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
 
-FEWEST_AROUND = 3
-"""Tokens of a row that are not its text's: [CLS], [SEP] and [SEP]."""
-
 
 class QuestionsConfig(TokenisedSettings):
     """Questions whose answers are pieces of a text, and where their files are."""
@@ -49,7 +46,7 @@ class QuestionsConfig(TokenisedSettings):
 
     @model_validator(mode="after")
     def _windows_move_on(self) -> Self:
-        limit = self.max_length - FEWEST_AROUND - 1
+        limit = self.max_length - 4  # [CLS], [SEP], [SEP] and one token that is new
         if self.stride > limit:
             raise ValueError(
                 f"stride={self.stride}: a window of max_length={self.max_length} tokens can share at most {limit} with "

@@ -85,11 +85,9 @@ def read_mnist_pickle(files: list[File], progress: Progress) -> BaseImages:
     (file,) = files
     parts = read_arrays(gzip.decompress(file.content), encoding="latin1")
     (train, train_labels), (val, val_labels), (test, test_labels) = parts
-    train, test = (_grey_levels(pixels) for pixels in (np.concatenate([train, val]), test))
-    train_labels, test_labels = (
-        labels.astype(np.uint8) for labels in (np.concatenate([train_labels, val_labels]), test_labels)
-    )
-    return _checked([file.path] * 4, [train, train_labels, test, test_labels])
+    images = [_grey_levels(pixels) for pixels in (np.concatenate([train, val]), test)]
+    labels = [each.astype(np.uint8) for each in (np.concatenate([train_labels, val_labels]), test_labels)]
+    return _checked([file.path] * 4, [images[0], labels[0], images[1], labels[1]])
 
 
 def parse_idx(file: File, dimensions: int) -> NDArray[np.uint8]:
