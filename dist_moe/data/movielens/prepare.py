@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from dist_moe.data.batches import TensorBatch
+from dist_moe.data.batches import ExampleBatch
 from dist_moe.data.fetch.files import given_or_environment
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
@@ -73,7 +73,7 @@ class MovieLensConfig(DataSettings):
 
 
 @dataclass(frozen=True)
-class PairBatch(TensorBatch):
+class PairBatch(ExampleBatch):
     """One rank's share of a step. ``user_B``, ``item_B``: int64; ``rating_B``: fp32, 0 = not rated.
 
     ``examples_in_step``, ``rated_in_step``: sizes of the whole step over all ranks and micro-batches, by which sums are

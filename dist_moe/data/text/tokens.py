@@ -41,6 +41,11 @@ class TokenBatch(TensorBatch):
         """Tokens of the whole step: S for each of its sequences."""
         return self.examples_in_step * self.token_BS.shape[1]
 
+    @property
+    def inputs(self) -> tuple[Tensor]:
+        """Arguments of the model."""
+        return (self.token_BS,)
+
 
 @dataclass(frozen=True)
 class TokenTable:

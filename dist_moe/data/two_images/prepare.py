@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from dist_moe.data.batches import TensorBatch
+from dist_moe.data.batches import ExampleBatch
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
 from dist_moe.data.prepared import PARTS, DataSettings, Prepared, by_part, prepare_data
@@ -75,7 +75,7 @@ class TwoImagesConfig(DataSettings):
 
 
 @dataclass(frozen=True)
-class ImageBatch(TensorBatch):
+class ImageBatch(ExampleBatch):
     """One rank's share of a step.
 
     ``image_BD``: fp32 [B, 1296], frames of 36 x 36 row by row, 0 to 2 (1 is white). ``label_BG``: int64 [B, 2],
