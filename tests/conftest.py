@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "DIST_MOE_DATA_ROOT"):
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    for name in (*launcher, "DIST_MOE_DATA_ROOT", "DIST_MOE_CACHE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -37,3 +41,30 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """``root`` of a tiny corpus of two domains, and a ``cache`` for what is prepared from it."""
     directory: Path = tmp_path_factory.mktemp("text")
     return {"root": str(write_tiny_text(directory / "raw")), "cache": str(directory / "cache")}
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A local TCP port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def pip_sees_only(monkeypatch: pytest.MonkeyPatch, closed_port: int) -> Callable[[Path | None], None]:
+    """Call it with a folder of wheels that pip shall find, or with None for an index out of reach."""
+
+    def set_environment(wheels: Path | None) -> None:
+        for variable in [name for name in os.environ if name.startswith("PIP_")]:
+            monkeypatch.delenv(variable)
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_RETRIES", "0")
+        if wheels is None:
+            monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{closed_port}/simple")
+        else:
+            monkeypatch.setenv("PIP_NO_INDEX", "1")
+            monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+
+    return set_environment

@@ -7,7 +7,7 @@ what is made of them; ``batches`` deals out rows to steps, micro-batches and ran
 from dist_moe.config.registry import Registry
 from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.data.movielens import MovieLensConfig
-from dist_moe.data.settings import DataSettings
+from dist_moe.data.prepared import DataSettings
 from dist_moe.data.text import TextConfig
 from dist_moe.data.two_images import TwoImagesConfig
 

@@ -30,7 +30,7 @@ SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
-"""Of the files that are read; the weights are those that the Hugging Face Hub publishes."""
+"""SHA-256 of the files that are read; the weights are those that the Hugging Face Hub publishes."""
 FILES = tuple(SHA256)
 BESIDE = ("LICENSE", "NOTICE", "special_tokens_map.json", "tokenizer_config.json", "vocab.txt")
 
@@ -61,9 +61,14 @@ def open_encoder(root: Path | None = None, cache: Path | None = None, *, progres
     """
     if root is not None:
         return _from_directory(root.expanduser().absolute())
-    directory = cache_directory(cache)
+    directory, report = cache_directory(cache), Progress(progress)
+    target = directory / f"{MINILM}-{ARCHIVE.sha256[:16]}"
     with usable(directory):
-        return _minilm(directory, Progress(progress))
+        if not _is_whole(target):
+            with locked(target, report):
+                if not _is_whole(target):
+                    _fetch(target, directory / "downloads", report)
+        return EncoderSource(target, provenance((ARCHIVE,)))
 
 
 def _from_directory(root: Path) -> EncoderSource:
@@ -75,15 +80,6 @@ def _from_directory(root: Path) -> EncoderSource:
                 f"checkpoint with {', '.join(FILES)}, or none to have {MINILM} fetched."
             )
         return EncoderSource(root, {"name": "directory", "sha256": {name: digest_of(root / name) for name in FILES}})
-
-
-def _minilm(cache: Path, progress: Progress) -> EncoderSource:
-    target = cache / f"{MINILM}-{ARCHIVE.sha256[:16]}"
-    if not _is_whole(target):
-        with locked(target, progress):
-            if not _is_whole(target):
-                _fetch(target, cache / "downloads", progress)
-    return EncoderSource(target, provenance((ARCHIVE,)))
 
 
 def _fetch(target: Path, downloads: Path, progress: Progress) -> None:
@@ -102,5 +98,5 @@ def _fetch(target: Path, downloads: Path, progress: Progress) -> None:
 
 
 def _is_whole(directory: Path) -> bool:
-    """Whether an unpacked checkpoint has the files that were published, to the bit."""
+    """Return whether an unpacked checkpoint has the files that were published, to the bit."""
     return all((directory / name).is_file() and digest_of(directory / name) == SHA256[name] for name in FILES)

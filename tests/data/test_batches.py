@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -39,13 +38,6 @@ def test_an_epoch_uses_no_pair_twice(seed: int, batch_size: int, epoch: int) -> 
     assert set(used) <= set(range(PAIRS))
 
 
-def test_every_pair_comes_up_in_the_end() -> None:
-    feed = ShuffledFeed(numbered(PAIRS), BATCH, 0)
-    used = Counter(i for step in range(20 * feed.steps_per_epoch) for i in feed.indices(step).tolist())
-    assert set(used) == set(range(PAIRS))
-    assert max(used.values()) <= 20
-
-
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     feeds = [ShuffledFeed(numbered(PAIRS), BATCH, seed) for seed in (0, 1)]
     steps = (0, feeds[0].steps_per_epoch, 2 * feeds[0].steps_per_epoch)
@@ -75,21 +67,6 @@ def test_every_layout_shares_out_the_same_global_batch(world_size: int, accumula
         assert users_of(in_turn) == users_of(whole.micro_batches(step)) == whole.indices(step).tolist()
 
 
-def test_a_batch_carries_its_pairs_and_the_sizes_of_its_step() -> None:
-    feed = ShuffledFeed(numbered(PAIRS), BATCH, 3, rank=1, world_size=2, accumulation=2)
-    rated = int((numbered(PAIRS).rating_N[feed.indices(4)] > 0).sum())
-    for batch in feed.micro_batches(4):
-        assert (batch.user_B.dtype, batch.item_B.dtype, batch.rating_B.dtype) == (
-            torch.int64,
-            torch.int64,
-            torch.float32,
-        )
-        assert batch.item_B.tolist() == (2 * batch.user_B).tolist()
-        assert batch.rating_B.tolist() == (batch.user_B % 6).tolist()
-        assert (batch.examples_in_step, batch.rated_in_step) == (BATCH, rated)
-        assert (batch.examples_in_step, len(batch)) == (BATCH, BATCH // 4)
-
-
 def test_fewer_pairs_than_a_batch() -> None:
     with pytest.raises(UserError, match=r"train\.batch_size=104.*103"):
         ShuffledFeed(numbered(PAIRS), PAIRS + 1, 0)
@@ -113,24 +90,15 @@ def test_shards_cover_everything_once_in_order(count: int, batch_size: int, worl
     assert all(len(batch) <= batch_size for shard in shards for batch in shard)
 
 
-def rated(stars: list[float], dtype: type[np.int8] | type[np.float32]) -> PairTable:
-    index_N = np.arange(len(stars), dtype=np.int32)
-    return PairTable(index_N, 10 + index_N, np.array(stars, dtype=dtype))
-
-
 @pytest.mark.parametrize(("stars", "dtype"), [([0, 3, 5, 0], np.int8), ([0, 0.5, 4.5, 0], np.float32)])
 def test_a_batch_is_a_share_of_its_step(stars: list[float], dtype: type[np.int8] | type[np.float32]) -> None:
-    pairs = rated(stars, dtype)
+    index_N = np.arange(len(stars), dtype=np.int32)
+    pairs = PairTable(index_N, 10 + index_N, np.array(stars, dtype=dtype))
     assert pairs.watched.tolist() == [False, True, True, False]
     batch = pairs.batch(np.array([2, 0]), np.array([2, 0, 1]))
     assert (batch.user_B.tolist(), batch.item_B.tolist()) == ([2, 0], [12, 10])
     assert batch.rating_B.tolist() == [stars[2], 0]
-    assert {batch.user_B.dtype, batch.item_B.dtype} == {torch.int64}
-    assert batch.rating_B.dtype == torch.float32
-    assert (len(batch), batch.examples_in_step, batch.examples_in_step, batch.rated_in_step) == (2, 3, 3, 2)
-
-
-def test_no_rows_give_an_empty_batch() -> None:
-    batch = rated([1, 2], np.int8).batch(np.arange(0), np.arange(0))
-    assert (len(batch), batch.examples_in_step, batch.rated_in_step) == (0, 0, 0)
-    assert batch.to(torch.device("cpu")).user_B.shape == (0,)
+    assert [x.dtype for x in (*batch.inputs, batch.rating_B)] == [torch.int64, torch.int64, torch.float32]
+    assert (len(batch), batch.examples_in_step, batch.rated_in_step) == (2, 3, 2)
+    empty = pairs.batch(np.arange(0), np.arange(0)).to(torch.device("cpu"))
+    assert (len(empty), empty.examples_in_step, empty.rated_in_step, empty.user_B.shape) == (0, 0, 0, (0,))

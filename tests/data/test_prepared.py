@@ -1,4 +1,4 @@
-"""A prepared directory is whole or absent, whoever dies and however many ask at once."""
+"""A prepared directory is whole or absent, whoever dies and however many ask at once; splits are fair."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dist_moe.data import prepared as cache
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.prepared import MANIFEST, Prepared, prepared
+from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
+from dist_moe.data.movielens import MovieLensConfig
+from dist_moe.data.prepared import MANIFEST, DataSettings, Prepared, prepare_data, prepared, split_off_tenths
+from dist_moe.data.text import TextConfig
+from dist_moe.data.two_images import TwoImagesConfig
+from dist_moe.errors import UserError
 
 SILENT = Progress(enabled=False)
 REPOSITORY = Path(cache.__file__).parents[3]
@@ -55,37 +65,24 @@ def test_a_prepared_cache_need_not_be_writable(tmp_path: Path, monkeypatch: pyte
     assert prepared(tmp_path / "key", no_build, SILENT).manifest["answer"] == 42
 
 
-def truncate(target: Path) -> None:
-    os.truncate(target / "a.npy", 400)
-
-
 def flip_a_bit(target: Path) -> None:
     content = bytearray((target / "a.npy").read_bytes())
     content[-3] ^= 1
     (target / "a.npy").write_bytes(content)
 
 
-def lose_an_array(target: Path) -> None:
-    (target / "b.npy").unlink()
-
-
-def lose_the_manifest(target: Path) -> None:
-    (target / MANIFEST).unlink()
-
-
-def tear_the_manifest(target: Path) -> None:
-    os.truncate(target / MANIFEST, 20)
-
-
-def replace_the_manifest(target: Path) -> None:
-    (target / MANIFEST).write_text("[]")
-
-
 @pytest.mark.parametrize(
     "damage",
-    [truncate, flip_a_bit, lose_an_array, lose_the_manifest, tear_the_manifest, replace_the_manifest],
+    [
+        flip_a_bit,
+        lambda target: os.truncate(target / "a.npy", 400),
+        lambda target: (target / "b.npy").unlink(),
+        lambda target: (target / MANIFEST).unlink(),
+        lambda target: os.truncate(target / MANIFEST, 20),
+        lambda target: (target / MANIFEST).write_text("[]"),
+    ],
 )
-def test_damage_is_noticed_said_and_mended(
+def test_damage_is_noticed_said_and_fixed(
     tmp_path: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "key"
@@ -98,31 +95,68 @@ def test_damage_is_noticed_said_and_mended(
     assert leftovers(target) == ["key"]
 
 
-def test_an_error_while_building_leaves_nothing(tmp_path: Path) -> None:
+def test_an_error_while_building_or_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Prepared:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepared(tmp_path / "key", fail, SILENT)
     assert leftovers(tmp_path / "key") == []
-    prepared(tmp_path / "key", build, SILENT)
+    written: list[Path] = []
 
+    def second_fails(path: Path, array: object, **_: object) -> None:
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        path.write_bytes(b"half")
 
-def test_an_error_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        written: list[Path] = []
-
-        def second_fails(path: Path, array: object, **_: object) -> None:
-            if written:
-                raise OSError(28, "No space left on device")
-            written.append(path)
-            path.write_bytes(b"half")
-
         patch.setattr(np, "save", second_fails)
         with pytest.raises(OSError, match="No space left"):
             prepared(tmp_path / "key", build, SILENT)
     assert leftovers(tmp_path / "key") == []
     prepared(tmp_path / "key", build, SILENT)
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        *((MovieLensConfig, wrong) for wrong in ({"seed": -1}, {"name": "movielens-20m"}, {"sead": 1})),
+        *((TwoImagesConfig, wrong) for wrong in ({"name": "multi-cifar"}, {"train_examples": 0})),
+        *((LabelledTextConfig, wrong) for wrong in ({"max_length": 7}, {"name": "imdb"}, {"seed": -1})),
+        (TextConfig, {"end_of_text": "</s>"}),
+        (QuestionsConfig, {"max_length": 60, "stride": 57}),
+    ],
+)
+def test_a_wrong_configuration_is_refused(config: type[DataSettings], wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=list(wrong)[-1]):
+        config.model_validate(wrong)
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) -> None:
+    (blocked := tmp_path / "a-file").write_text("")
+    with pytest.raises(UserError, match=f"the cache {blocked} cannot be used[\\s\\S]*DIST_MOE_CACHE"):
+        prepare_data(MovieLensConfig(cache=blocked), "key", lambda downloads: build(), SILENT)
+
+
+@pytest.mark.parametrize("held_out", [1, 2])
+@given(st.lists(st.integers(0, 3), max_size=80), st.integers(0, 5))
+def test_a_tenth_of_each_class_is_split_off_for_each_part(held_out: int, classes: list[int], seed: int) -> None:
+    classes_N = np.array(classes, dtype=np.int64)
+    parts = split_off_tenths(classes_N, held_out, np.random.default_rng(seed))
+    assert len(parts) == held_out + 1
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(classes)))
+    for rows in parts[1:]:
+        got = Counter(classes_N[rows].tolist())
+        assert got == Counter({each: (n + 5) // 10 for each, n in Counter(classes).items() if n >= 5})
+    again = split_off_tenths(classes_N, held_out, np.random.default_rng(seed))
+    assert [rows.tolist() for rows in again] == [rows.tolist() for rows in parts]
+
+
+def test_every_part_is_in_random_order() -> None:
+    classes_N = np.arange(10_000) < 5_000
+    for part in split_off_tenths(classes_N, 2, np.random.default_rng(0)):
+        assert 0.4 < classes_N[part[: len(part) // 2]].mean() < 0.6
 
 
 def run_python(source: str, *arguments: Path) -> subprocess.Popen[str]:

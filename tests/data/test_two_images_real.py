@@ -31,11 +31,6 @@ FASHION_IDX_SHA256 = {
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def fashion(cache: Path) -> TwoImages:
     return prepare_two_images(TwoImagesConfig(cache=cache), progress=False)
 

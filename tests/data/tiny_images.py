@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 
 from dist_moe.data.two_images.sources import DEBIAN_FOLDER, PICKLE_MEMBER, STEMS
 
-from .packing import write_wheel
+from .packing import write_debian_package, write_wheel
 
 TRAIN, TEST = 30, 7
 
@@ -44,23 +42,11 @@ def arrays_of(directory: Path) -> list[NDArray[np.uint8]]:
     return [array for pair in zip(images, labels, strict=True) for array in pair]
 
 
-def write_debian_package(root: Path, path: Path) -> Path:
+def write_fashion_package(root: Path, path: Path) -> Path:
     """Pack a directory of `write_tiny_images` as Debian's dataset-fashion-mnist has it."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:xz") as archive:
-        for stem in STEMS:
-            archive.add(root / f"{stem}.gz", f"./{DEBIAN_FOLDER}/{stem}.gz")
-    path.write_bytes(ar([("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", data.getvalue())]))
-    return path
-
-
-def ar(members: list[tuple[str, bytes]]) -> bytes:
-    """An ``ar`` archive: headers of 60 characters, contents padded to an even length."""
-    archive = b"!<arch>\n"
-    for name, content in members:
-        archive += f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n".encode()
-        archive += content + b"\n" * (len(content) % 2)
-    return archive
+    return write_debian_package(
+        path, {f"{DEBIAN_FOLDER}/{stem}.gz": (root / f"{stem}.gz").read_bytes() for stem in STEMS}
+    )
 
 
 def write_mnist_wheel(root: Path, path: Path) -> Path:

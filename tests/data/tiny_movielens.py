@@ -16,7 +16,7 @@ ACCENTS = "\u00c9\u00e9\u00c0\u00e7\u00f8\u00b3"
 
 
 def write_tiny_movielens(directory: Path, users: int = 60, items: int = 40, seed: int = 0) -> Path:
-    """Write ratings.dat, movies.dat and users.dat to ``directory`` (made if absent) and return it.
+    """Write ratings.dat and movies.dat to ``directory`` (made if absent) and return it.
 
     Each user has 3 latent factors, each item 3 and a popularity; a user rates the items of the highest
     noisy affinity, 20% to 45% of all, the better the more stars. User 1 rates 70%, more than half. Every
@@ -44,8 +44,7 @@ def write_tiny_movielens(directory: Path, users: int = 60, items: int = 40, seed
         f"{3 * user + 1}::{movie_ids[item]}::{stars[user, item]}::{978300000 + user}"
         for user, item in zip(*np.nonzero(rated), strict=True)
     ]
-    people = [f"{3 * user + 1}::F::25::{user % 20}::48067" for user in range(users)]
-    for name, lines in (("movies.dat", movies), ("ratings.dat", ratings), ("users.dat", people)):
+    for name, lines in (("movies.dat", movies), ("ratings.dat", ratings)):
         (directory / name).write_bytes("".join(f"{line}\n" for line in lines).encode("latin-1"))
     return directory
 
@@ -53,7 +52,7 @@ def write_tiny_movielens(directory: Path, users: int = 60, items: int = 40, seed
 def write_grouplens_zip(root: Path, path: Path) -> Path:
     """Pack a directory of `write_tiny_movielens` as GroupLens packs ml-1m.zip."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in ("ratings.dat", "movies.dat", "users.dat"):
+        for name in ("ratings.dat", "movies.dat"):
             archive.write(root / name, f"ml-1m/{name}")
     return path
 

@@ -50,9 +50,7 @@ class File:
 def read_members(archive: Path, members: Sequence[str]) -> list[File]:
     """Return files of a zip file, a wheel or a Debian package, by path inside of it.
 
-    Raises:
-        KeyError: there is no such file.
-        ValueError: a Debian package is none.
+    Raises KeyError if there is no such file, ValueError if a Debian package is none.
     """
     if archive.suffix == ".deb":
         with _debian_data(archive) as tar:
@@ -63,36 +61,25 @@ def read_members(archive: Path, members: Sequence[str]) -> list[File]:
     return [File(archive / member, content) for member, content in zip(members, contents, strict=True)]
 
 
-def npm_files(package: Path, pattern: str) -> dict[str, bytes]:
-    """Return the files of an npm package by the paths inside of it that ``pattern`` matches in full, in order.
+def matching_files(package: Path, pattern: str) -> dict[str, bytes]:
+    """Return the files of a wheel, an npm package (.tgz) or a Debian package whose paths ``pattern`` matches in full.
 
-    Those that end in .gz are decompressed, under the path without the ending.
+    In order of their paths inside of the package. Those of tar archives that end in .gz are decompressed, under the
+    path without the ending.
     """
-    with tarfile.open(package) as archive:
-        return _matching(archive, "package/", pattern)
-
-
-def debian_files(package: Path, pattern: str) -> dict[str, bytes]:
-    """Return the files of a Debian package by path from the root, chosen and decompressed as by `npm_files`."""
-    with _debian_data(package) as archive:
-        return _matching(archive, "./", pattern)
-
-
-def wheel_files(package: Path, pattern: str) -> dict[str, bytes]:
-    """Return the files of a wheel by the paths that ``pattern`` matches in full, in order."""
-    with zipfile.ZipFile(package) as archive:
-        names = sorted(name for name in archive.namelist() if re.fullmatch(pattern, name))
-        return {name: archive.read(name) for name in names}
-
-
-def _matching(archive: tarfile.TarFile, root: str, pattern: str) -> dict[str, bytes]:
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as zipped:
+            return {name: zipped.read(name) for name in sorted(zipped.namelist()) if re.fullmatch(pattern, name)}
+    is_debian = package.suffix == ".deb"
+    root = "./" if is_debian else "package/"
     files = {}
-    # In the order of the archive: going back in a compressed one means to read it from its start.
-    for member in archive:
-        name = member.name.removeprefix(root)
-        if member.isfile() and re.fullmatch(pattern, name):
-            content = _content(archive, member)
-            files[name.removesuffix(".gz")] = gzip.decompress(content) if name.endswith(".gz") else content
+    with _debian_data(package) if is_debian else tarfile.open(package) as archive:
+        # In the order of the archive: going back in a compressed one means to read it from its start.
+        for member in archive:
+            name = member.name.removeprefix(root)
+            if member.isfile() and re.fullmatch(pattern, name):
+                content = _content(archive, member)
+                files[name.removesuffix(".gz")] = gzip.decompress(content) if name.endswith(".gz") else content
     return dict(sorted(files.items()))
 
 
@@ -103,7 +90,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:
 
 
 def _debian_data(package: Path) -> tarfile.TarFile:
-    """The tar archive of what a package installs: the member data.tar.* of an ``ar`` archive (see deb(5))."""
+    """Return the tar archive of what a package installs: the member data.tar.* of an ``ar`` archive (see deb(5))."""
     content = package.read_bytes()
     if not content.startswith(AR_MAGIC):
         raise ValueError("not a Debian package: it is not an ar archive")

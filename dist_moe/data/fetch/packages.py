@@ -95,20 +95,13 @@ def debian_package(name: str, version: str, sha256: str, built_from: str | None 
 
     def sources() -> list[Source]:
         url = f"{DEBIAN_ARCHIVE}/pool/main/{folder[0]}/{folder}/{filename}"
-        return [
-            Source(origin, partial(download_debian_package, requirement)),
-            Source(url, partial(download_url, url)),
-        ]
+        return [Source(origin, partial(download_debian_package, requirement)), Source(url, partial(download_url, url))]
 
     return Archive(filename, sha256, origin, sources, requirement)
 
 
 def cached(archive: Archive, downloads: Path) -> Path | None:
-    """Return the archive in ``downloads``, verified again; None if it is not there.
-
-    Raises:
-        UserError: the cached file's SHA-256 is not the pinned one.
-    """
+    """Return the archive in ``downloads``, None if it is not there. Raises `UserError` for a wrong SHA-256."""
     path = downloads / archive.filename
     if not path.exists():
         return None
@@ -123,9 +116,8 @@ def cached(archive: Archive, downloads: Path) -> Path | None:
 def fetch(archive: Archive, downloads: Path, progress: Progress) -> Path:
     """Return the path of the verified archive in ``downloads``, downloaded if it is not there yet.
 
-    Raises:
-        NetworkFailure: none of its sources is within reach; nothing is left behind.
-        UserError: the SHA-256 is wrong (the file is deleted), or a cached file is corrupt.
+    Raises `NetworkFailure` if none of its sources is within reach (nothing is left behind), `UserError` if the SHA-256
+    is wrong (the file is deleted) or a cached file is corrupt.
     """
     target = downloads / archive.filename
     with locked(target, progress):
@@ -164,9 +156,7 @@ Place = tuple[Archive, ...]
 def fetch_first(places: Sequence[Place], downloads: Path, progress: Progress) -> Place:
     """Return the first of several places whose archives are all cached, or else can all be fetched into ``downloads``.
 
-    Raises:
-        NetworkFailure: none is cached and none can be reached.
-        UserError: a cached or a downloaded file has the wrong SHA-256.
+    Raises `NetworkFailure` if none is cached and none can be reached, `UserError` for a file with the wrong SHA-256.
     """
     for place in places:
         if None not in [cached(archive, downloads) for archive in place]:

@@ -40,12 +40,7 @@ class Progress:
         if not self._bars:
             size = "" if total_bytes is None else f": {total_bytes / 1e6:.1f} MB"
             self.say(f"{what}{size}")
+        hidden = not self._bars
         return tqdm(
-            desc=what,
-            total=total_bytes,
-            unit="B",
-            unit_scale=True,
-            file=sys.stderr,
-            leave=False,
-            disable=not self._bars,
+            desc=what, total=total_bytes, unit="B", unit_scale=True, file=sys.stderr, leave=False, disable=hidden
         )

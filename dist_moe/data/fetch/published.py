@@ -59,8 +59,8 @@ class PublishedData(Generic[T]):
     def locate(self, root: Path | None) -> Located[T]:
         """Return where the data is read from: ``root``, or else the remotes.
 
-        Raises:
-            UserError: the directory or a file of it is missing or cannot be read, or there is neither it nor a remote.
+        Raises `UserError` if the directory or a file of it is missing or cannot be read, or there is neither it nor a
+        remote.
         """
         self.check(root)
         if root is None:
@@ -100,8 +100,7 @@ class Located(Generic[T]):
     def read(self, downloads: Path, progress: Progress) -> tuple[T, dict[str, Any]]:
         """Return the content, and its provenance: a name and the SHA-256 of each file (never a path).
 
-        Raises:
-            UserError: a file is malformed, changed meanwhile, is not what was published, or cannot be had.
+        Raises `UserError` if a file is malformed, changed meanwhile, is not what was published, or cannot be had.
         """
         if self.root is None:
             return self._fetched(downloads, progress)

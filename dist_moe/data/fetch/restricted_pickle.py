@@ -15,15 +15,10 @@ Allowed = Mapping[tuple[str, str], Any]
 
 
 def read_arrays(content: bytes, *, encoding: str = "ASCII", allowed: Allowed | None = None) -> Any:
-    """Return the content of a pickle of NumPy arrays and plain containers.
+    """Return the content of a pickle of NumPy arrays and plain containers, of any protocol.
 
-    Args:
-        content: the pickle, of any protocol.
-        encoding: of the byte strings of Python 2; "latin1" for arrays that it pickled.
-        allowed: stand-ins for further names; they come before NumPy's.
-
-    Raises:
-        pickle.UnpicklingError: it refers to anything else, which is not imported.
+    ``encoding``: that of the byte strings of Python 2; "latin1" for arrays that it pickled. ``allowed``: stand-ins for
+    further names; they come before NumPy's. Raises pickle.UnpicklingError for any other name, which is not imported.
     """
     return _Restricted(content, encoding, {**_NUMPY, **(allowed or {})}).load()
 

@@ -1,11 +1,11 @@
-"""Tables in text files: comma- or tab-separated, with a header or without; faults name file, line and column."""
+"""Tables in text files: comma- or tab-separated, with a header or without; errors name file, line and column."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,10 @@ class Table:
         place = self.header.index(name)
         return [row[place] for row in self.rows]
 
-    def classes(self, name: str, numbers: Mapping[str, int]) -> list[float]:
-        """Return a column of labels as class numbers. Raises `UserError` for a label that ``numbers`` does not have."""
-        return self.values(name, lambda cell: numbers.get(cell, math.nan), f"allowed: {', '.join(numbers)}")
+    def classes(self, name: str, labels: Sequence[str]) -> list[float]:
+        """Return a column of labels as their places in ``labels``. Raises `UserError` for any other label."""
+        numbers = {label: number for number, label in enumerate(labels)}
+        return self.values(name, lambda cell: numbers.get(cell, math.nan), f"allowed: {', '.join(labels)}")
 
     def numbers(self, name: str, low: float, high: float) -> list[float]:
         """Return a column of numbers from ``low`` to ``high``. Raises `UserError` for anything else."""
@@ -68,18 +69,20 @@ def shown(cell: str) -> str:
     return repr(cell if len(cell) <= SHOWN_CHARACTERS else f"{cell[:SHOWN_CHARACTERS]}...")
 
 
-def tab_separated(file: File, header: tuple[str, ...] | None = None, *, skip_broken: bool = False) -> Table:
-    """Read a table whose cells are separated by tabs; quotes have no meaning, and empty lines are no rows.
+def separated(
+    file: File,
+    header: tuple[str, ...] | None = None,
+    *,
+    separator: str = "\t",
+    encoding: str = "utf-8-sig",
+    skip_broken: bool = False,
+) -> Table:
+    """Read a table whose cells are parted by a ``separator``; quotes have no meaning, and empty lines are no rows.
 
-    Args:
-        file: what to read.
-        header: the names of the columns where the file has no line for them.
-        skip_broken: leave out lines with another number of cells than the header has, instead of refusing them.
-
-    Raises:
-        UserError: a line has another number of cells, or there is none.
+    ``header``: names of the columns where the file has no line for them. ``skip_broken``: leave out lines with another
+    number of cells than the header has. Raises `UserError` for such a line otherwise, and for a file without rows.
     """
-    lines = ((number, line.split("\t")) for number, line in enumerate(file.lines(), 1) if line)
+    lines = ((number, line.split(separator)) for number, line in enumerate(file.lines(encoding), 1) if line)
     return _table(file.path, lines, header, skip_broken)
 
 

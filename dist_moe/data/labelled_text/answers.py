@@ -19,9 +19,8 @@ from tokenizers import Encoding, Tokenizer
 
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.squad import Answer, Question
-from dist_moe.data.labelled_text.table import LabelledTable
 from dist_moe.data.labelled_text.texts import TextOrPair
-from dist_moe.data.labelled_text.tokens import TokenisedTexts, encodings
+from dist_moe.data.labelled_text.tokens import LabelledTable, TokenisedTexts, encodings
 from dist_moe.errors import UserError
 
 NO_ANSWER = (0, 0)
@@ -90,14 +89,14 @@ def window_starts(count: int, room: int, stride: int) -> Iterator[int]:
 
 
 def _tokens_of(answer: Answer, place_C2: NDArray[np.int32]) -> tuple[int, int] | None:
-    """The first and the last token that has a character of the answer, if there is any."""
+    """Return the first and the last token that has a character of the answer, if there is any."""
     begin_C, end_C = place_C2.T
     touched = np.flatnonzero((begin_C < answer.start + len(answer.text)) & (end_C > answer.start))
     return (int(touched[0]), int(touched[-1])) if len(touched) else None
 
 
 def _tokens_before_the_text(encoding: Encoding) -> int:
-    """[CLS], question and [SEP], if that is what stands there, and one token after the text."""
+    """Return how many [CLS], question and [SEP] are; raise `UserError` if a pair is written otherwise."""
     count = encoding.sequence_ids.count(1)
     head = len(encoding) - count - 1
     written = [None, *[0] * (head - 2), None, *[1] * count, None]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
@@ -20,17 +19,13 @@ from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
 from dist_moe.data.labelled_text.answers import AnswerTable, AnswerWindows, windows_of, written
 from dist_moe.data.labelled_text.squad import SQUAD_V2, Question
-from dist_moe.data.labelled_text.texts import dealt, identity
+from dist_moe.data.labelled_text.texts import identity
 from dist_moe.data.labelled_text.tokens import TokenisedSettings, padding_of, tokenizer_digest
-from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
+from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data, split_off_tenths
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 2
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
-
-FEWEST_AROUND = 3
-"""Tokens of a row that are not its text's: [CLS], [SEP] and [SEP]."""
-COLUMNS = ("token_M", "start_P", "first_N", "span_N2", "question_N", "place_M2", "written_J")
 
 
 class QuestionsConfig(TokenisedSettings):
@@ -51,7 +46,7 @@ class QuestionsConfig(TokenisedSettings):
 
     @model_validator(mode="after")
     def _windows_move_on(self) -> Self:
-        limit = self.max_length - FEWEST_AROUND - 1
+        limit = self.max_length - 4  # [CLS], [SEP], [SEP] and one token that is new
         if self.stride > limit:
             raise ValueError(
                 f"stride={self.stride}: a window of max_length={self.max_length} tokens can share at most {limit} with "
@@ -93,11 +88,9 @@ def prepare_questions(
     """Return the data set, prepared once for each seed, length, stride, tokenizer and directory, then from the cache.
 
     ``tokenizer``: of the model, or the path of its tokenizer.json; ``config.tokenizer`` comes before it, and
-    ``config.encoder`` after it. ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
-
-    Raises:
-        UserError: anything the user can fix: no data root or a wrong one, a malformed file in it, questions that
-            ``max_length`` has no room for, a cache that cannot be written, a file that is not a tokenizer.
+    ``config.encoder`` after it. ``progress``: report on stderr. Raises `UserError` for anything the user can fix: no
+    data root or a wrong one, a malformed file in it, questions that ``max_length`` has no room for, a cache that cannot
+    be written, a file that is not a tokenizer.
     """
     config.check()
     report = Progress(progress)
@@ -110,8 +103,8 @@ def prepare_questions(
 
 
 def _table(content: Prepared, part: str, padding: int) -> AnswerTable:
-    token_M, start_P, first_N, span_N2, *others = content.columns(part, COLUMNS)
-    return AnswerTable(token_M, start_P, first_N, span_N2, padding, True, *others)
+    columns = content.columns(part)
+    return AnswerTable(target_N=columns.pop("span_N2"), padding=padding, has_pairs=True, **columns)
 
 
 def _build(
@@ -144,18 +137,17 @@ def _build(
         "left_out": {"in_test": repeated},
         "tokens": {part: len(found.rows.token_M) for part, found in windows.items()},
     }
-    columns: dict[str, tuple[NDArray[Any], ...]] = {
-        part: (
-            *(found.rows.token_M, found.rows.start_P, found.rows.first_N),
-            *(found.span_N2, found.question_N, found.place_M2, written(parts[part])),
-        )
+    columns = {
+        part: found.rows.columns
+        | {"span_N2": found.span_N2, "question_N": found.question_N, "place_M2": found.place_M2}
+        | {"written_J": written(parts[part])}
         for part, found in windows.items()
     }
-    return Prepared(by_part(COLUMNS, columns), manifest)
+    return Prepared(by_part(columns), manifest)
 
 
 def _parts(train: list[Question], dev: list[Question], seed: int) -> tuple[dict[str, list[Question]], int]:
-    """The questions of each part, and how many of the training file ask about a text of the test part.
+    """Return the questions of each part, and how many of the training file ask about a text of the test part.
 
     The files go from article to article; the questions to train and to validate on are in random order, so that the
     first ones are a sample of all. Raises UserError if a part has none.
@@ -165,8 +157,8 @@ def _parts(train: list[Question], dev: list[Question], seed: int) -> tuple[dict[
     fresh = [question for question in train if texts[question.context] not in known]
     distinct = list(dict.fromkeys(texts[question.context] for question in fresh))
     random = np.random.Generator(np.random.PCG64(seed))
-    _, val_V = dealt(np.zeros(len(distinct), dtype=np.int64), 1, random)
-    (order_N,) = dealt(np.zeros(len(fresh), dtype=np.int64), 0, random)
+    _, val_V = split_off_tenths(np.zeros(len(distinct)), 1, random)
+    (order_N,) = split_off_tenths(np.zeros(len(fresh)), 0, random)
     held_out = {distinct[i] for i in val_V}
     parts: dict[str, list[Question]] = {part: [] for part in PARTS}
     for question in (fresh[i] for i in order_N):
@@ -179,6 +171,6 @@ def _parts(train: list[Question], dev: list[Question], seed: int) -> tuple[dict[
 
 
 def _in_no_window(questions: list[Question], windows: AnswerWindows) -> int:
-    """Questions with an answer that no window holds as a whole: it is too long, or has no tokens."""
+    """Count questions with an answer that no window holds as a whole: it is too long, or has no tokens."""
     holding = set(windows.question_N[windows.span_N2.any(axis=1)].tolist())
     return sum(bool(question.answers) and number not in holding for number, question in enumerate(questions))

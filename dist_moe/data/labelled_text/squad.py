@@ -6,13 +6,11 @@ paragraph, or it has none.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dist_moe.data.fetch.archives import File
-from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import PublishedData
 from dist_moe.data.fetch.tables import shown
 from dist_moe.data.labelled_text.tasks import NO_PACKAGE
@@ -42,76 +40,69 @@ class Question:
     answers: tuple[Answer, ...]
 
 
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _AnswerEntry(_Strict):
+    text: str
+    answer_start: int
+
+
+class _QuestionEntry(_Strict):
+    id: str
+    question: str
+    is_impossible: bool
+    answers: list[_AnswerEntry]
+
+
+class _Paragraph(_Strict):
+    context: str
+    qas: list[_QuestionEntry]
+
+
+class _Article(_Strict):
+    paragraphs: list[_Paragraph]
+
+
+class _File(_Strict):
+    data: list[_Article]
+
+
 def read_questions(file: File) -> list[Question]:
     """Return the questions of one official file, in its order. Raises `UserError`."""
     try:
-        content = json.loads(file.text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file.path} is not JSON: {error}") from error
-    reader = _Reader(file.path)
+        content = _File.model_validate_json(file.text())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in first["loc"]).removeprefix(".")
+        raise UserError(f"{file.path}: {place or 'the file'}: {first['msg']}; expected SQuAD v2's layout") from error
     return [
-        reader.question(item, context, f"{place}.qas[{number}]")
-        for article, where in reader.items(content, "data", "the file")
-        for paragraph, place in reader.items(article, "paragraphs", where)
-        for context in [reader.text(paragraph, "context", place)]
-        for number, (item, _) in enumerate(reader.items(paragraph, "qas", place))
+        _question(entry, paragraph.context, f"{file.path}: data[{a}].paragraphs[{p}].qas[{q}]")
+        for a, article in enumerate(content.data)
+        for p, paragraph in enumerate(article.paragraphs)
+        for q, entry in enumerate(paragraph.qas)
     ]
 
 
-def _read_both(files: list[File], progress: Progress) -> tuple[list[Question], list[Question]]:
-    train, dev = map(read_questions, files)
-    return train, dev
+def _question(entry: _QuestionEntry, context: str, place: str) -> Question:
+    if entry.is_impossible == bool(entry.answers):
+        raise UserError(f"{place} has is_impossible={entry.is_impossible} and {len(entry.answers)} answer(s)")
+    for number, answer in enumerate(entry.answers):
+        start = answer.answer_start
+        found = context[start : start + len(answer.text)] if start >= 0 else ""
+        if found != answer.text or not found:
+            raise UserError(
+                f"{place}.answers[{number}]: at answer_start={start} the context has {shown(found)}, "
+                f"not {shown(answer.text)}"
+            )
+    answers = tuple(Answer(answer.text, answer.answer_start) for answer in entry.answers)
+    return Question(entry.id, entry.question, context, answers)
 
 
 SQUAD_V2 = PublishedData(
     title="SQuAD v2",
     files=((TRAIN_FILE,), (DEV_FILE,)),
-    read=_read_both,
+    read=lambda files, progress: (read_questions(files[0]), read_questions(files[1])),
     remedy=NO_PACKAGE.format(f"{TRAIN_FILE} and {DEV_FILE}"),
 )
-
-
-class _Reader:
-    """Takes values out of JSON; what is missing or of another type is named with its place in ``path``."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def question(self, item: Any, context: str, place: str) -> Question:
-        """Return the question that ``item`` is, at ``place`` in the file. Raises `UserError`."""
-        answers = tuple(self._answer(answer, context, where) for answer, where in self.items(item, "answers", place))
-        impossible = self._value(item, "is_impossible", bool, place)
-        if impossible == bool(answers):
-            raise UserError(f"{self._path}: {place} has is_impossible={impossible} and {len(answers)} answer(s)")
-        return Question(self.text(item, "id", place), self.text(item, "question", place), context, answers)
-
-    def _answer(self, item: Any, context: str, place: str) -> Answer:
-        answer = Answer(self.text(item, "text", place), self._value(item, "answer_start", int, place))
-        found = context[answer.start : answer.start + len(answer.text)] if answer.start >= 0 else ""
-        if found != answer.text or not found:
-            raise UserError(
-                f"{self._path}: {place}: at answer_start={answer.start} the context has {shown(found)}, "
-                f"not {shown(answer.text)}"
-            )
-        return answer
-
-    def items(self, parent: Any, name: str, place: str) -> list[tuple[Any, str]]:
-        """Return the members of a list, each with its place."""
-        values = self._value(parent, name, list, place)
-        prefix = name if place == "the file" else f"{place}.{name}"
-        return [(value, f"{prefix}[{number}]") for number, value in enumerate(values)]
-
-    def text(self, parent: Any, name: str, place: str) -> str:
-        """Return a text. Raises `UserError` if it is missing or no Unicode."""
-        value = str(self._value(parent, name, str, place))
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{self._path}: {place}.{name} is no Unicode text: {error}") from error
-        return value
-
-    def _value(self, parent: Any, name: str, kind: type, place: str) -> Any:
-        value = parent.get(name) if isinstance(parent, dict) else None
-        if type(value) is not kind:
-            raise UserError(f"{self._path}: {place} has no {name!r} of type {kind.__name__}, as SQuAD v2 has")
-        return value

@@ -1,4 +1,4 @@
-"""Texts as token ids: a tokenizer of any kind, all texts in one array."""
+"""Texts as token ids, all in one array, and examples as a model takes them: rows padded to the longest of a batch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Encoding, Tokenizer
+from torch import Tensor
 
+from dist_moe.data.batches import TensorBatch
 from dist_moe.data.encoder import ENCODER_DESCRIPTION, open_encoder
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.texts import TextOrPair
-from dist_moe.data.settings import DataSettings
+from dist_moe.data.prepared import DataSettings
 from dist_moe.errors import UserError
 
 TEXTS_AT_ONCE = 1024
@@ -24,7 +28,7 @@ PADDING_TOKENS = ("[PAD]", "<pad>", "<|padding|>")
 
 @dataclass(frozen=True)
 class TokenisedTexts:
-    """N texts one after the other. TextOrPair i is ``token_M[start_P[i] : start_P[i + 1]]`` (P = N + 1).
+    """N texts one after the other. Text or pair i is ``token_M[start_P[i] : start_P[i + 1]]`` (P = N + 1).
 
     ``first_N``: how many of its tokens belong to the first text, with special tokens; the others belong
     to the second of a pair. ``cut``: texts that were longer than allowed.
@@ -41,6 +45,11 @@ class TokenisedTexts:
         start_P = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         return cls(np.concatenate([np.zeros(0, np.int32), *ids]), start_P, np.array(first, dtype=np.int32), cut)
 
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The arrays by the names under which they are kept."""
+        return {"token_M": self.token_M, "start_P": self.start_P, "first_N": self.first_N}
+
 
 class TokenisedSettings(DataSettings):
     """Texts that a BERT reads, and the encoder whose tokenizer cuts them."""
@@ -55,8 +64,7 @@ class TokenisedSettings(DataSettings):
     def open_tokenizer(self, given: Tokenizer | Path | None, *, progress: bool) -> Tokenizer:
         """Return the tokenizer of the configuration, else the ``given`` one, else the encoder's, which is fetched.
 
-        Raises:
-            UserError: the encoder cannot be had, or a file is missing or is not a tokenizer.
+        Raises `UserError` if the encoder cannot be had, or a file is missing or is not a tokenizer.
         """
         found = self.tokenizer or given or open_encoder(self.encoder, self.cache, progress=progress).tokenizer
         return open_tokenizer(found, self.max_length)
@@ -65,8 +73,7 @@ class TokenisedSettings(DataSettings):
 def open_tokenizer(given: Tokenizer | Path, max_length: int) -> Tokenizer:
     """Return a copy that cuts at ``max_length`` tokens and does not pad; ``given`` may be the path of a tokenizer.json.
 
-    Raises:
-        UserError: the file is missing or is not a tokenizer.
+    Raises `UserError` if the file is missing or is not a tokenizer.
     """
     if isinstance(given, Tokenizer):
         tokenizer = Tokenizer.from_str(given.to_str())
@@ -119,3 +126,73 @@ def encodings(tokenizer: Tokenizer, texts: list[TextOrPair], part: str, progress
     blocks = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
     for block in progress.track(blocks, f"tokenising {part}", total=len(blocks), unit=f"x {TEXTS_AT_ONCE} texts"):
         yield from tokenizer.encode_batch([text[0] if len(text) == 1 else text for text in block])
+
+
+@dataclass(frozen=True)
+class LabelledBatch(TensorBatch):
+    """One rank's share of a step.
+
+    ``token_BS``: int64 [B, S], S the longest row's tokens, shorter rows filled up. ``length_B``: int64 [B], the
+    tokens of each row. ``type_BS``: int64 [B, S], 0 for the first text of a pair and 1 for the second; None where
+    an example is one text. ``label_B``: int64 [B] class numbers, fp32 [B] numbers to be predicted, or int64 [B, 2] the
+    first and the last token of an answer.
+    ``examples_in_step``, ``tokens_in_step``: the size of the whole step over all ranks and micro-batches, without
+    what rows are filled up with.
+    """
+
+    token_BS: Tensor
+    length_B: Tensor
+    type_BS: Tensor | None
+    label_B: Tensor
+    examples_in_step: int
+    tokens_in_step: int
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Arguments of the model."""
+        lengths = (self.token_BS, self.length_B)
+        return lengths if self.type_BS is None else (*lengths, self.type_BS)
+
+
+@dataclass(frozen=True)
+class LabelledTable:
+    """N tokenised examples, as read-only memory maps; see `TokenisedTexts` for ``token_M, start_P, first_N``.
+
+    ``target_N``: int64 class numbers, fp32, or int64 [N, 2]. ``padding``: the id that rows are filled up with.
+    ``has_pairs``: an example is two texts.
+    """
+
+    token_M: NDArray[np.int32]
+    start_P: NDArray[np.int64]
+    first_N: NDArray[np.int32]
+    target_N: NDArray[Any]
+    padding: int
+    has_pairs: bool
+
+    def __len__(self) -> int:
+        return len(self.target_N)
+
+    @property
+    def length_N(self) -> NDArray[np.int64]:
+        """Tokens of each example."""
+        return np.diff(self.start_P)
+
+    def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> LabelledBatch:
+        """Return the examples ``index_B`` of a step that uses ``step_index`` over all ranks and micro-batches."""
+        start_B, length_B = self.start_P[index_B], self._lengths(index_B)
+        position_S = np.arange(length_B.max(initial=1))
+        real_BS = position_S < length_B[:, None]
+        token_BS = np.full(real_BS.shape, self.padding, dtype=np.int64)
+        token_BS[real_BS] = self.token_M[(start_B[:, None] + position_S)[real_BS]]
+        type_BS = (position_S >= self.first_N[index_B][:, None]) & real_BS if self.has_pairs else None
+        return LabelledBatch(
+            torch.from_numpy(token_BS),
+            torch.from_numpy(length_B),
+            None if type_BS is None else torch.from_numpy(type_BS.astype(np.int64)),
+            torch.from_numpy(np.array(self.target_N[index_B])),
+            len(step_index),
+            int(self._lengths(step_index).sum()),
+        )
+
+    def _lengths(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.asarray(self.start_P[index_B + 1] - self.start_P[index_B])

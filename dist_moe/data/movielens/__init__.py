@@ -1,6 +1,5 @@
 """MovieLens: did a user watch a movie, and how was it rated? `prepare_movielens` gives tables of pairs."""
 
-from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, prepare_movielens
-from dist_moe.data.movielens.table import PairBatch, PairTable
+from dist_moe.data.movielens.prepare import MovieLens, MovieLensConfig, PairBatch, PairTable, prepare_movielens
 
 __all__ = ["MovieLens", "MovieLensConfig", "PairBatch", "PairTable", "prepare_movielens"]

@@ -1,7 +1,7 @@
-"""Negative sampling and the split: the two random steps between a ratings table and a binary task.
+"""Negative sampling: unrated pairs beside the rated ones make a binary task.
 
-Both draw nothing but the generator's uniform doubles and order them, so the result depends on the bit
-generator's stream alone, not on how a NumPy version implements ``choice`` or ``shuffle``.
+Nothing but the generator's uniform doubles are drawn and ordered, so the result depends on the bit generator's stream
+alone, not on how a NumPy version implements ``choice`` or ``shuffle``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,8 @@ def sample_uniform(
     """Draw as many unrated pairs as there are rated ones, uniformly over all unrated pairs, without replacement.
 
     How active a user is then tells much about "watched". If fewer unrated pairs exist, all are taken.
-
-    Args:
-        user_N, item_N: the rated pairs, without repeats.
-        num_users, num_items: users are 0..num_users-1, items 0..num_items-1.
-        rng: consumed by exactly ``num_users * num_items`` doubles.
-
-    Returns:
-        ``user_M, item_M``, ordered by user, then item.
+    ``user_N, item_N``: the rated pairs, without repeats. ``rng``: consumed by exactly ``num_users * num_items``
+    doubles. Returns ``user_M, item_M``, ordered by user, then item.
     """
     progress.say(f"sampling negatives: {len(user_N):,} of {num_users * num_items:,} pairs")
     rated = user_N.astype(np.int64) * num_items + item_N
@@ -59,31 +53,9 @@ def sample_per_user(
 
 
 def _unrated_subset(rated: NDArray[Any], size: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """As many of 0..size-1 as ``rated`` holds, none of them in it, or all others if these are fewer."""
+    """Return as many of 0..size-1 as ``rated`` holds, none of them in it, or all others if these are fewer."""
     wanted = min(len(rated), size - len(rated))
     priority = rng.random(size)
     priority[rated] = np.inf
     # The `wanted` smallest of independent uniforms are a uniform subset of that size.
     return np.sort(np.argpartition(priority, max(wanted - 1, 0))[:wanted])
-
-
-def held_out(count: int) -> int:
-    """Return how many of ``count`` rows go to validation, and again to test: a tenth, halves up."""
-    return (count + 5) // 10
-
-
-def stratified_split(
-    watched_N: NDArray[np.bool_], rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return the row numbers of train, val and test: 80/10/10 within the watched rows and within the others.
-
-    Of a class with c rows, ``held_out(c)`` go to test, as many to val, the rest to train. The three are
-    disjoint and exhaustive, and each is in random order, so that any prefix of it is a fair sample.
-    """
-    order_N = np.argsort(rng.random(len(watched_N)), kind="stable")
-    watched = watched_N[order_N]
-    rank_N = np.where(watched, np.cumsum(watched), np.cumsum(~watched)) - 1
-    share_N = np.where(watched, held_out(int(watched.sum())), held_out(int((~watched).sum())))
-    test = rank_N < share_N
-    val = ~test & (rank_N < 2 * share_N)
-    return order_N[~test & ~val], order_N[val], order_N[test]

@@ -22,23 +22,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
+from dist_moe.data.batches import ExampleBatch
 from dist_moe.data.fetch.files import given_or_environment
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
-from dist_moe.data.movielens.negatives import held_out, sample_per_user, sample_uniform, stratified_split
+from dist_moe.data.movielens.negatives import sample_per_user, sample_uniform
 from dist_moe.data.movielens.readers import Ratings
 from dist_moe.data.movielens.sources import EDITIONS, ROOT_ENV
-from dist_moe.data.movielens.table import PairTable
-from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
-from dist_moe.data.settings import DataSettings
+from dist_moe.data.prepared import PARTS, DataSettings, Prepared, by_part, prepare_data, split_off_tenths
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
-
-COLUMNS = ("user_N", "item_N", "rating_N")
 
 
 class MovieLensConfig(DataSettings):
@@ -73,6 +73,54 @@ class MovieLensConfig(DataSettings):
 
 
 @dataclass(frozen=True)
+class PairBatch(ExampleBatch):
+    """One rank's share of a step. ``user_B``, ``item_B``: int64; ``rating_B``: fp32, 0 = not rated.
+
+    ``examples_in_step``, ``rated_in_step``: sizes of the whole step over all ranks and micro-batches, by which sums are
+    divided so that a loss does not depend on how the step is shared out.
+    """
+
+    user_B: Tensor
+    item_B: Tensor
+    rating_B: Tensor
+    examples_in_step: int
+    rated_in_step: int
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Arguments of the model."""
+        return self.user_B, self.item_B
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """N (user, item) pairs in random order, as read-only memory maps.
+
+    ``user_N, item_N`` are int32 indices; ``rating_N`` holds stars, or 0 for a pair that was not rated (a
+    sampled negative): int8 where all stars are whole, fp32 where there are halves.
+    """
+
+    user_N: NDArray[np.int32]
+    item_N: NDArray[np.int32]
+    rating_N: NDArray[np.int8 | np.float32]
+
+    def __len__(self) -> int:
+        return len(self.rating_N)
+
+    @property
+    def watched(self) -> NDArray[np.bool_]:
+        """True where the pair was rated; a new array of shape [N]."""
+        return np.asarray(self.rating_N) > 0
+
+    def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> PairBatch:
+        """Return the pairs ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
+        columns = (self.user_N, self.item_N, self.rating_N)
+        user_B, item_B, rating_B = (torch.from_numpy(np.asarray(column[index_B])) for column in columns)
+        rated = int((self.rating_N[step_index] > 0).sum())
+        return PairBatch(user_B.long(), item_B.long(), rating_B.float(), len(step_index), rated)
+
+
+@dataclass(frozen=True)
 class MovieLens:
     """The prepared data set. ``manifest`` records source, SHA-256 sums, counts, seed and format version."""
 
@@ -87,11 +135,8 @@ class MovieLens:
 def prepare_movielens(config: MovieLensConfig, *, progress: bool = True) -> MovieLens:
     """Return the data set, prepared once for each seed and source directory, and from then on read from the cache.
 
-    ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
-
-    Raises:
-        UserError: anything the user can fix: a wrong data root, a malformed line in it, no source within
-            reach, a download with the wrong SHA-256, a cache that cannot be written.
+    ``progress``: report on stderr. Raises `UserError` for anything the user can fix: a wrong data root, a malformed
+    line in it, no source within reach, a download with the wrong SHA-256, a cache that cannot be written.
     """
     report = Progress(progress)
     edition = EDITIONS[config.name]
@@ -105,7 +150,7 @@ def prepare_movielens(config: MovieLensConfig, *, progress: bool = True) -> Movi
             f"note: this is not the official {edition.title}: {counts['ratings']:,} ratings, "
             f"{counts['users']:,} users, {counts['items']:,} rated items (official: {official})"
         )
-    train, val, test = (PairTable(*content.columns(part, COLUMNS)) for part in PARTS)
+    train, val, test = (PairTable(**content.columns(part)) for part in PARTS)
     return MovieLens(train, val, test, counts["users"], counts["items"], content.manifest)
 
 
@@ -128,13 +173,12 @@ def _build(config: MovieLensConfig, located: Located[Ratings], report: Progress,
             **{part: len(table) for part, table in tables.items()},
         },
     }
-    columns = {part: (table.user_N, table.item_N, table.rating_N) for part, table in tables.items()}
-    return Prepared(by_part(COLUMNS, columns), manifest)
+    return Prepared(by_part({part: vars(table) for part, table in tables.items()}), manifest)
 
 
 def _tables(ratings: Ratings, config: MovieLensConfig, report: Progress) -> dict[str, PairTable]:
-    """The three parts, not yet written; negatives and split draw from independent streams of the seed."""
-    if held_out(len(ratings.rating_N)) == 0:
+    """Return the three parts, not yet written; negatives and split draw from independent streams of the seed."""
+    if len(ratings.rating_N) < 5:  # a tenth, halves up, would be none
         raise UserError(f"{len(ratings.rating_N)} ratings are too few to split 80/10/10: at least 5 are needed")
     for_negatives, for_split = (
         np.random.Generator(np.random.PCG64(stream)) for stream in np.random.SeedSequence(config.seed).spawn(2)
@@ -145,7 +189,8 @@ def _tables(ratings: Ratings, config: MovieLensConfig, report: Progress) -> dict
     user = np.concatenate([ratings.user_N, user_M])
     item = np.concatenate([ratings.item_N, item_M])
     rating = np.concatenate([ratings.rating_N, np.zeros(len(item_M), dtype=ratings.rating_N.dtype)])
-    rows_of_parts = stratified_split(rating > 0, for_split)
+    train, test, val = split_off_tenths(rating > 0, 2, for_split)
     return {
-        part: PairTable(user[rows], item[rows], rating[rows]) for part, rows in zip(PARTS, rows_of_parts, strict=True)
+        part: PairTable(user[rows], item[rows], rating[rows])
+        for part, rows in zip(PARTS, (train, val, test), strict=True)
     }

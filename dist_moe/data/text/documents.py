@@ -64,11 +64,21 @@ class Splitter:
     def split(self, name: str, documents: Iterable[Document]) -> Domain:
         """Clean, choose and deal out the documents of a domain. Raises `UserError` if there are fewer than three."""
         found = list(documents)
-        cleaned = [text for text in (clean(document.text) for document in found) if text]
-        unique = [text for text in cleaned if self._is_new(text)]
+        line_ends = (document.text.replace("\r\n", "\n").replace("\r", "\n") for document in found)
+        cleaned = list(filter(None, (text.removeprefix("\ufeff").strip() for text in line_ends)))
+        unique = []
+        for text in cleaned:
+            if (digest := hashlib.sha256(text.encode()).digest()) not in self._seen:
+                self._seen.add(digest)
+                unique.append(text)
         chosen = self._chosen(name, unique)
         if len(chosen) < len(PARTS):
-            raise UserError(_too_few(name, len(chosen), len(found), self.limit))
+            limit = "" if self.limit is None else f" within data.characters_per_domain={self.limit}"
+            raise UserError(
+                f"the domain {name} has {len(chosen)} documents that differ and are not empty (of {len(found)}){limit}"
+                "; at least 3 are needed, one each to train, validate and test on.\n"
+                "Remedy: give it more documents or a higher limit, or leave it out (data.domains)."
+            )
         held_out = max(1, round(self.held_out * len(chosen)))
         # Where half is nearly held out of few documents, training still has one.
         held_out = min(held_out, (len(chosen) - 1) // 2)
@@ -80,14 +90,8 @@ class Splitter:
         ends = (chosen[2 * held_out :], chosen[:held_out], chosen[held_out : 2 * held_out])
         return Domain(dict(zip(PARTS, ends, strict=True)), dropped, sum(document.replaced for document in found))
 
-    def _is_new(self, text: str) -> bool:
-        digest = hashlib.sha256(text.encode()).digest()
-        new = digest not in self._seen
-        self._seen.add(digest)
-        return new
-
     def _chosen(self, name: str, texts: list[str]) -> list[str]:
-        """The documents in random order, up to the limit of characters."""
+        """Return the documents in random order, up to the limit of characters."""
         stream = np.random.SeedSequence((self.seed, *name.encode()))
         # Only uniform doubles are drawn, so the order does not hang on how a NumPy version shuffles.
         order = np.argsort(np.random.Generator(np.random.PCG64(stream)).random(len(texts)), kind="stable")
@@ -96,18 +100,3 @@ class Splitter:
             return shuffled
         total_N = np.cumsum([len(text) for text in shuffled])
         return shuffled[: int(np.searchsorted(total_N, self.limit, side="right"))]
-
-
-def clean(text: str) -> str:
-    """Return ``text`` with line ends as ``\\n``, without a byte order mark and white space around it."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff").strip()
-
-
-def _too_few(name: str, count: int, found: int, limit: int | None) -> str:
-    message = f"the domain {name} has {count} documents that differ and are not empty (of {found})"
-    if limit is not None:
-        message += f" within data.characters_per_domain={limit}"
-    return (
-        f"{message}; at least 3 are needed, one each to train, validate and test on.\n"
-        f"Remedy: give it more documents or a higher limit, or leave it out (data.domains)."
-    )

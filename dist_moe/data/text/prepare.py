@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,33 +15,23 @@ from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.prepared import PARTS, Prepared, prepare_data
-from dist_moe.data.settings import DataSettings
+from dist_moe.data.prepared import PARTS, DataSettings, Prepared, prepare_data
 from dist_moe.data.text.documents import Domain, Splitter
-from dist_moe.data.text.own_tokenizer import OwnTokenizer, open_own_tokenizer
 from dist_moe.data.text.sources import Corpus, choose
 from dist_moe.data.text.tokenizer import (
     SEPARATOR_ID,
+    OwnTokenizer,
     encode,
+    literal,
+    open_own_tokenizer,
     token_bytes,
-    tokenizer_bytes,
-    tokenizer_from_bytes,
     train_tokenizer,
 )
 from dist_moe.data.text.tokens import TokenTable, cut
 from dist_moe.errors import UserError
 
-S = TypeVar("S")
-
 FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays, of a reader or of the manifest."""
-
-
-SMALLEST_VOCABULARY = 257
-"""256 bytes and the separator."""
-
-LARGEST_VOCABULARY = 1 << 16
-"""Tokens are kept as uint16."""
 
 
 class TextConfig(DataSettings):
@@ -74,8 +64,8 @@ class TextConfig(DataSettings):
     )
     vocab_size: int = Field(
         default=4096,
-        ge=SMALLEST_VOCABULARY,
-        le=LARGEST_VOCABULARY,
+        ge=257,  # 256 bytes and the separator
+        le=1 << 16,  # tokens are kept as uint16
         description="Tokens of the vocabulary, which is learned from the training documents: 256 bytes, the "
         "separator of documents, and merged pairs (byte-level BPE). Fewer if the text has no more pairs to merge. "
         "Not used with 'tokenizer'.",
@@ -150,15 +140,11 @@ class Text:
 def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
     """Return the text, prepared once for its sources and settings, and from then on read from the cache.
 
-    Sequences of another length are cut from the same prepared tokens.
+    Sequences of another length are cut from the same prepared tokens. ``progress``: report on stderr.
 
-    ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
-
-    Raises:
-        UserError: anything the user can fix: a wrong data root, an unknown domain, no source within reach, a
-            download with the wrong SHA-256, a cache that cannot be written, too few documents, a part of a
-            domain that is shorter than one sequence, a tokenizer that does not give the text back or has no
-            end-of-text token.
+    Raises `UserError` for anything the user can fix: a wrong data root, an unknown domain, no source within reach, a
+    download with the wrong SHA-256, a cache that cannot be written, too few documents, a part of a domain that is
+    shorter than one sequence, a tokenizer that does not give the text back or has no end-of-text token.
     """
     report = Progress(progress)
     corpus = choose(config.name, config.root, config.domains)
@@ -170,7 +156,7 @@ def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
         val,
         test,
         vocab_size=content.manifest["vocab_size"],
-        tokenizer=tokenizer_from_bytes(content.arrays["tokenizer"]),
+        tokenizer=literal(Tokenizer.from_str(content.arrays["tokenizer"].tobytes().decode())),
         end_of_text=content.manifest.get("end_of_text", SEPARATOR_ID),
         token_counts_V=content.arrays["token_counts"],
         token_bytes_V=content.arrays["token_bytes"],
@@ -180,7 +166,7 @@ def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
 
 
 def _key(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None) -> str:
-    """Name of the prepared directory: all that its content depends on."""
+    """Return the name of the prepared directory: all that its content depends on."""
     limit = "" if config.characters_per_domain is None else f"-limit{config.characters_per_domain}"
     rest = f"{config.held_out!r} {','.join(corpus.domains)} {corpus.digest}"
     digest = hashlib.sha256(rest.encode()).hexdigest()[:16]
@@ -195,7 +181,7 @@ def _build(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None, report:
         documents, sources[name] = read(downloads, report)
         domains[name] = splitter.split(name, documents)
         _tell(name, domains[name], report)
-    arrays, about, tokens = _learned(config, domains, report) if own is None else _given(own, domains, report)
+    arrays, about, tokens = _cut_into_tokens(config, own, domains, report)
     arrays["token_counts"] = np.bincount(arrays["train_tokens"], minlength=about["vocab_size"]).astype(np.int64)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -220,49 +206,43 @@ def _build(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None, report:
     return Prepared(arrays, manifest)
 
 
-Built = tuple[dict[str, NDArray[Any]], dict[str, Any], dict[str, list[int]]]
-"""Arrays, what the manifest shall say of the tokens, and tokens by part and domain."""
-
-
-def _learned(config: TextConfig, domains: Mapping[str, Domain], report: Progress) -> Built:
-    report.say(f"learning a vocabulary of {config.vocab_size:,} tokens")
-    tokenizer = train_tokenizer((text for d in domains.values() for text in d.documents["train"]), config.vocab_size)
-    streams = _streams(lambda name, documents: encode(tokenizer, documents), domains, report)
-    arrays: dict[str, NDArray[Any]] = {f"{part}_tokens": np.concatenate(streams[part]) for part in PARTS}
-    arrays |= {"token_bytes": token_bytes(tokenizer), "tokenizer": tokenizer_bytes(tokenizer)}
-    lengths = {part: [len(token_M) for token_M in streams[part]] for part in PARTS}
-    return arrays, {"vocab_size": tokenizer.get_vocab_size()}, lengths
-
-
-def _given(own: OwnTokenizer, domains: Mapping[str, Domain], report: Progress) -> Built:
-    report.say(f"cutting the text by {own.path}")
-    streams = _streams(own.encode, domains, report)
+def _cut_into_tokens(
+    config: TextConfig, own: OwnTokenizer | None, domains: Mapping[str, Domain], report: Progress
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any], dict[str, list[int]]]:
+    """Return the arrays, what the manifest shall say of the tokens, and numbers of tokens by part and domain."""
+    about: dict[str, Any]
+    if own is None:
+        report.say(f"learning a vocabulary of {config.vocab_size:,} tokens")
+        texts = (text for domain in domains.values() for text in domain.documents["train"])
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+        about = {"vocab_size": tokenizer.get_vocab_size()}
+        largest_V = token_bytes(tokenizer)
+    else:
+        report.say(f"cutting the text by {own.path}")
+        tokenizer = own.tokenizer
+        about = {"vocab_size": own.vocab_size, "end_of_text": own.end_of_text, "tokenizer": {"digest": own.digest}}
+        largest_V = np.zeros(own.vocab_size, dtype=np.int64)
     arrays: dict[str, NDArray[Any]] = {}
-    largest_V = np.zeros(own.vocab_size, dtype=np.int64)
+    tokens = {}
     for part in PARTS:
-        token_M, byte_M = (np.concatenate(columns) for columns in zip(*streams[part], strict=True))
-        arrays |= {f"{part}_tokens": token_M, f"{part}_bytes": byte_M}
-        np.maximum.at(largest_V, token_M, byte_M)
-    arrays |= {"token_bytes": largest_V, "tokenizer": tokenizer_bytes(own.tokenizer)}
-    about = {"vocab_size": own.vocab_size, "end_of_text": own.end_of_text, "tokenizer": {"digest": own.digest}}
-    return arrays, about, {part: [len(token_M) for token_M, _ in streams[part]] for part in PARTS}
-
-
-def _streams(
-    encode_documents: Callable[[str, list[str]], S], domains: Mapping[str, Domain], report: Progress
-) -> dict[str, list[S]]:
-    """By part, one of each domain."""
-    return {
-        part: [
-            encode_documents(name, domains[name].documents[part])
-            for name in report.track(list(domains), f"tokens of {part}", total=len(domains), unit="domains")
-        ]
-        for part in PARTS
-    }
+        names = report.track(list(domains), f"tokens of {part}", total=len(domains), unit="domains")
+        documents = ((name, domains[name].documents[part]) for name in names)
+        if own is None:
+            streams = [encode(tokenizer, texts) for _, texts in documents]
+        else:
+            both = [own.encode(name, texts) for name, texts in documents]
+            streams = [token_M for token_M, _ in both]
+            arrays[f"{part}_bytes"] = np.concatenate([byte_M for _, byte_M in both])
+        arrays[f"{part}_tokens"] = np.concatenate(streams)
+        tokens[part] = [len(token_M) for token_M in streams]
+        if own is not None:
+            np.maximum.at(largest_V, arrays[f"{part}_tokens"], arrays[f"{part}_bytes"])
+    packed = np.frombuffer(tokenizer.to_str().encode(), dtype=np.uint8)
+    return arrays | {"token_bytes": largest_V, "tokenizer": packed}, about, tokens
 
 
 def _tell(name: str, domain: Domain, report: Progress) -> None:
-    """What a person might not expect: unreadable bytes, empty documents and doubles."""
+    """Report what a person might not expect: unreadable bytes, empty documents and doubles."""
     remarks = [f"{domain.dropped[kind]:,} {kind}" for kind in ("empty", "duplicate") if domain.dropped[kind]]
     if remarks:
         report.say(f"note: {name}: documents left out: {', '.join(remarks)}")
@@ -271,7 +251,7 @@ def _tell(name: str, domain: Domain, report: Progress) -> None:
 
 
 def _table(content: Prepared, part: str, sequence_length: int) -> TokenTable:
-    """The sequences of a part. Raises `UserError` if a domain has none: nothing could then be said of it."""
+    """Return the sequences of a part. Raises `UserError` if a domain has none: nothing could then be said of it."""
     lengths = {name: entry["tokens"][part] for name, entry in content.manifest["domains"].items()}
     shortest = min(lengths, key=lambda name: lengths[name])
     if lengths[shortest] <= sequence_length:

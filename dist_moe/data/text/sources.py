@@ -15,8 +15,7 @@ from dist_moe.data.fetch.files import readable, short_digest
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.text.brown import GENRES
 from dist_moe.data.text.documents import Document, decoded
-from dist_moe.data.text.domains import DOMAINS
-from dist_moe.data.text.packaged import PackagedDomain
+from dist_moe.data.text.domains import DOMAINS, PackagedDomain
 from dist_moe.errors import UserError
 
 T = TypeVar("T")
@@ -40,8 +39,7 @@ class Corpus:
 def choose(name: str, root: Path | None, domains: Collection[str] | None) -> Corpus:
     """Return ``domains``, or all, of the corpus ``name`` or of the directory ``root``.
 
-    Raises:
-        UserError: there is no such domain, or the directory has another layout.
+    Raises `UserError` if there is no such domain, or the directory has another layout.
     """
     if root is None:
         packaged = _selected(domains, CORPORA[name])
@@ -65,8 +63,7 @@ def _selected(domains: Collection[str] | None, known: Mapping[str, T]) -> dict[s
 def directory_files(root: Path) -> dict[str, dict[str, str]]:
     """Return the SHA-256 of every file by domain and name; hidden directories, and files but .txt, are passed over.
 
-    Raises:
-        UserError: it is no directory or cannot be read; text lies outside a domain; a domain has no text.
+    Raises `UserError` for what is no directory or cannot be read, text outside a domain, and a domain without text.
     """
     with readable(root):
         if not root.is_dir():
@@ -91,7 +88,7 @@ def _texts(root: Path, folder: Path) -> dict[str, str]:
 def _read_own(
     root: Path, domain: str, files: dict[str, str], downloads: Path, report: Progress
 ) -> tuple[list[Document], dict[str, Any]]:
-    """The documents of a domain, whose files must still be those of ``files``."""
+    """Return the documents of a domain, whose files must still be those of ``files``."""
     report.say(f"reading the text in {root / domain}")
     with readable(root):
         documents = [decoded(f"{domain}/{name}", (root / domain / name).read_bytes()) for name in files]

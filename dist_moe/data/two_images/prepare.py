@@ -14,7 +14,7 @@ Only base images and pairs of indices are kept: the frames are put together when
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +28,8 @@ from torch import Tensor
 from dist_moe.data.batches import ExampleBatch
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
-from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
-from dist_moe.data.settings import DataSettings
-from dist_moe.data.two_images.readers import SIDE, BaseImages
-from dist_moe.data.two_images.sources import BASE_SETS
+from dist_moe.data.prepared import PARTS, DataSettings, Prepared, by_part, prepare_data
+from dist_moe.data.two_images.sources import BASE_SETS, SIDE, BaseImages
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 1
@@ -40,7 +38,6 @@ FORMAT_VERSION = 1
 SHIFT = 8
 FRAME_SIDE = SIDE + SHIFT
 WHITE = 255
-COLUMNS = ("images", "labels", "left_N", "right_N")
 
 
 class TwoImagesConfig(DataSettings):
@@ -110,20 +107,13 @@ class ImagePairs:
     @property
     def labels_NG(self) -> NDArray[np.int64]:
         """Classes of both tasks, top-left first; a new array of shape [N, 2]."""
-        return self._labels(self.left_N, self.right_N)
-
-    def first(self, count: int) -> ImagePairs:
-        """Return the first ``count`` pairs; as their order is random, a fair sample."""
-        return ImagePairs(self.images, self.labels, self.left_N[:count], self.right_N[:count])
+        return np.stack([self.labels[self.left_N], self.labels[self.right_N]], axis=1).astype(np.int64)
 
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> ImageBatch:
         """Return the pairs ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
-        left_B, right_B = self.left_N[index_B], self.right_N[index_B]
-        image_BD = compose(*(torch.from_numpy(np.asarray(self.images[x])) for x in (left_B, right_B)))
-        return ImageBatch(image_BD, torch.from_numpy(self._labels(left_B, right_B)), len(step_index))
-
-    def _labels(self, left_N: NDArray[np.int32], right_N: NDArray[np.int32]) -> NDArray[np.int64]:
-        return np.stack([self.labels[left_N], self.labels[right_N]], axis=1).astype(np.int64)
+        mine = replace(self, left_N=self.left_N[index_B], right_N=self.right_N[index_B])
+        image_BD = compose(*(torch.from_numpy(np.asarray(self.images[x])) for x in (mine.left_N, mine.right_N)))
+        return ImageBatch(image_BD, torch.from_numpy(mine.labels_NG), len(step_index))
 
 
 def compose(left_BHW: Tensor, right_BHW: Tensor) -> Tensor:
@@ -147,12 +137,9 @@ class TwoImages:
 def prepare_two_images(config: TwoImagesConfig, *, progress: bool = True) -> TwoImages:
     """Return the data set, prepared once for each seed and source directory, and from then on read from the cache.
 
-    ``progress``: report on stderr, by bars on a terminal, by lines elsewhere.
-
-    Raises:
-        UserError: anything the user can fix: a wrong data root, a malformed file in it, no source within
-            reach, a download with the wrong SHA-256, a cache that cannot be written, more examples asked for
-            than there are.
+    ``progress``: report on stderr. Raises `UserError` for anything the user can fix: a wrong data root, a malformed
+    file in it, no source within reach, a download with the wrong SHA-256, a cache that cannot be written, more examples
+    asked for than there are.
     """
     report = Progress(progress)
     base = BASE_SETS[config.name]
@@ -162,7 +149,7 @@ def prepare_two_images(config: TwoImagesConfig, *, progress: bool = True) -> Two
     content = prepare_data(config, key, partial(_build, config, located, report), report)
     if not content.manifest["official"]:
         report.say(f"note: these are not the official images of {base.title}")
-    train, val, test = (ImagePairs(*content.columns(part, COLUMNS)) for part in PARTS)
+    train, val, test = (ImagePairs(**content.columns(part)) for part in PARTS)
     return TwoImages(
         train=_shortened(train, "train", "train_examples", config.train_examples),
         val=_shortened(val, "val", "eval_examples", config.eval_examples),
@@ -176,7 +163,7 @@ def _shortened(pairs: ImagePairs, part: str, field: str, count: int | None) -> I
         return pairs
     if count > len(pairs):
         raise UserError(f"data.{field}={count} is more than the {len(pairs)} pairs of {part}; allowed: 1..{len(pairs)}")
-    return pairs.first(count)
+    return replace(pairs, left_N=pairs.left_N[:count], right_N=pairs.right_N[:count])  # a fair sample: order is random
 
 
 def _build(config: TwoImagesConfig, located: Located[BaseImages], report: Progress, downloads: Path) -> Prepared:
@@ -196,12 +183,11 @@ def _build(config: TwoImagesConfig, located: Located[BaseImages], report: Progre
         "seed": config.seed,
         "counts": {part: len(table) for part, table in tables.items()},
     }
-    columns = {part: (table.images, table.labels, table.left_N, table.right_N) for part, table in tables.items()}
-    return Prepared(by_part(COLUMNS, columns), manifest)
+    return Prepared(by_part({part: vars(table) for part, table in tables.items()}), manifest)
 
 
 def _tables(images: BaseImages, seed: int, *, shuffled: bool) -> dict[str, ImagePairs]:
-    """The three parts, not yet written; the split and the pairs of each part draw from independent streams."""
+    """Return the three parts, not yet written; the split and the pairs of each part draw from independent streams."""
     for_split, *for_pairs = (
         np.random.Generator(np.random.PCG64(stream)) for stream in np.random.SeedSequence(seed).spawn(1 + len(PARTS))
     )
@@ -220,14 +206,10 @@ def _tables(images: BaseImages, seed: int, *, shuffled: bool) -> dict[str, Image
 
 
 def draw_pairs(count: int, rng: np.random.Generator) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Pair each of ``count`` images twice, in random order, with two different others.
+    """Pair each of ``count`` images twice, in random order, with two different others; return ``left_N, right_N``.
 
-    Returns:
-        ``left_N, right_N`` with N = 2 * count. Only the generator's uniform doubles are drawn, so the result
-        depends on its stream alone, not on how a NumPy version implements ``choice`` or ``shuffle``.
-
-    Raises:
-        UserError: there are fewer than 3 images.
+    Only the generator's uniform doubles are drawn, so the result depends on its stream alone, not on how a NumPy
+    version implements ``choice`` or ``shuffle``. Raises `UserError` if there are fewer than 3 images.
     """
     if count < 3:
         raise UserError(f"{count} images are too few to pair: each part needs at least 3, the training file 18")

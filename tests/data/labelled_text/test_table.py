@@ -9,7 +9,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from dist_moe.data.batches import ShuffledFeed
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text import LabelledTable
 from dist_moe.data.labelled_text.texts import TextOrPair
@@ -124,25 +123,3 @@ def test_no_rows_give_an_empty_batch(tokenizer: Tokenizer) -> None:
     batch = table(tokenizer, [("a", "b")]).batch(np.arange(0), np.arange(0))
     assert (batch.token_BS.shape, batch.length_B.shape, batch.label_B.shape) == ((0, 1), (0,), (0,))
     assert (len(batch), batch.examples_in_step, batch.tokens_in_step) == (0, 0, 0)
-
-
-def test_a_feed_deals_out_the_same_rows_to_any_number_of_ranks(tokenizer: Tokenizer) -> None:
-    examples = table(tokenizer, [(text,) for text in sentences(40)])
-    whole = ShuffledFeed(examples, 16, 3).micro_batches(1)[0]
-    shares = [
-        batch
-        for rank in range(2)
-        for batch in ShuffledFeed(examples, 16, 3, rank=rank, world_size=2, accumulation=2).micro_batches(1)
-    ]
-    rows = {
-        (tuple(row[:n].tolist()), int(y))
-        for row, n, y in zip(whole.token_BS, whole.length_B, whole.label_B, strict=True)
-    }
-    dealt = [
-        (tuple(row[:n].tolist()), int(y))
-        for share in shares
-        for row, n, y in zip(share.token_BS, share.length_B, share.label_B, strict=True)
-    ]
-    assert len(dealt) == 16
-    assert set(dealt) == rows
-    assert {share.tokens_in_step for share in shares} == {whole.tokens_in_step} == {int(whole.length_B.sum())}

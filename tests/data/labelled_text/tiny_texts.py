@@ -13,8 +13,8 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.labelled_text.readers import NEWSGROUPS, QUESTION_CLASSES
 from dist_moe.data.labelled_text.squad import SQUAD_V2, Question
+from dist_moe.data.labelled_text.tasks import NEWSGROUPS, QUESTION_CLASSES
 
 SAMPLES = Path(__file__).parent / "samples"
 GLUE_FOLDERS = {

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dist_moe.data.text import Text, TextConfig, prepare_text
-from dist_moe.data.text.own_tokenizer import open_own_tokenizer
+from dist_moe.data.text.tokenizer import open_own_tokenizer
 from dist_moe.errors import UserError
 from tests.data.checks import PARTS
 
@@ -150,11 +149,6 @@ def test_a_token_of_more_bytes_than_are_counted(tmp_path: Path) -> None:
             assert byte_M.tolist() == [0, letters, 0]
         else:
             assert "in a document of the domain sea one token stands for 65,536 bytes" in refusal(tmp_path, None, word)
-
-
-def test_an_end_of_text_of_no_tokenizer() -> None:
-    with pytest.raises(ValidationError, match="end_of_text='</s>' is to be a token of tokenizer, which is not given"):
-        TextConfig(end_of_text="</s>")
 
 
 def test_refusals(tmp_path: Path) -> None:

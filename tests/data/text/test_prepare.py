@@ -12,7 +12,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dist_moe.data.batches import ShuffledFeed
 from dist_moe.data.prepared import MANIFEST
 from dist_moe.data.text import Text, TextConfig, TokenTable, prepare_text
 from dist_moe.errors import UserError
@@ -145,26 +144,6 @@ def test_another_seed_splits_otherwise(root: Path, text: Text, tmp_path: Path) -
     assert set(documents_of(other, "val", 0)) != set(documents_of(text, "val", 0))
 
 
-def test_tokens_are_memory_mapped_and_read_only(text: Text) -> None:
-    for part in PARTS:
-        token_M = getattr(text, part).token_M
-        assert isinstance(token_M, np.memmap)
-        assert token_M.dtype == np.uint16
-        with pytest.raises(ValueError, match="read-only"):
-            token_M[0] = 1
-
-
-def test_a_damaged_cache_is_made_again(root: Path, text: Text, tmp_path: Path) -> None:
-    config = TextConfig(root=root, cache=tmp_path, **SMALL)
-    prepare_text(config, progress=False)
-    (path,) = (tmp_path / "text").glob("*/train_tokens.npy")
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    again = prepare_text(config, progress=False)
-    np.testing.assert_array_equal(again.train.token_M, text.train.token_M)
-
-
 def test_length_of_sequences_needs_no_new_preparation(root: Path, tmp_path: Path) -> None:
     for length in (8, 32):
         prepared = prepare_text(
@@ -172,18 +151,6 @@ def test_length_of_sequences_needs_no_new_preparation(root: Path, tmp_path: Path
         )
         assert prepared.train.batch(np.arange(3), np.arange(3)).token_BS.shape == (3, length)
     assert len(list((tmp_path / "text").glob(f"*/{MANIFEST}"))) == 1
-
-
-def test_steps_do_not_depend_on_ranks_or_on_what_came_before(text: Text) -> None:
-    """A step read first, as after a resume, is that of a run from the start, on 1 rank or on 4."""
-    one = ShuffledFeed(text.train, 8, seed=3)
-    for step in range(5):
-        (all_BS,) = (batch.token_BS for batch in one.micro_batches(step))
-    ranks = [ShuffledFeed(text.train, 8, seed=3, rank=rank, world_size=4) for rank in range(4)]
-    batches = [feed.micro_batches(4)[0] for feed in ranks]
-    assert torch.equal(torch.cat([batch.token_BS for batch in batches]), all_BS)
-    assert {batch.examples_in_step for batch in batches} == {8}
-    assert {batch.tokens_in_step for batch in batches} == {8 * SMALL["sequence_length"]}
 
 
 def test_empty_batches_have_their_shapes(text: Text) -> None:

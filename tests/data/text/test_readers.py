@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import io
 import struct
-import tarfile
-import zipfile
 import zlib
 from pathlib import Path
 
 import pytest
 
-from dist_moe.data.fetch.archives import debian_files, npm_files, wheel_files
 from dist_moe.data.text import formats
 from dist_moe.data.text.brown import running_text
 from dist_moe.data.text.domains import read_code, read_manuals
 from dist_moe.data.text.formats import character_vectors
-from tests.data.tiny_images import ar
+from tests.data.packing import write_debian_package, write_wheel
 
 
 @pytest.mark.parametrize(
@@ -72,41 +68,15 @@ def test_r_strings_of_all_encodings() -> None:
         list(character_vectors(struct.pack(">I", len(content)) + zlib.compress(content)))
 
 
-def tar(path: Path, files: dict[str, bytes], mode: str = "w:gz") -> Path:
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        link = tarfile.TarInfo(f"{next(iter(files))}.alias")
-        link.type, link.linkname = tarfile.SYMTYPE, "x"
-        archive.addfile(link)
-    return path
-
-
-def test_files_of_packages_by_pattern(tmp_path: Path) -> None:
-    files = {"package/b.txt": b"2", "package/a.txt": b"1", "package/no.js": b"3"}
-    assert npm_files(tar(tmp_path / "p.tgz", files), r"[^/]+\.txt(\.alias)?") == {"a.txt": b"1", "b.txt": b"2"}
-    data = tar(tmp_path / "data.tar.xz", {"./usr/x.gz": gzip.compress(b"x")}, "w:xz").read_bytes()
-    package = tmp_path / "p.deb"
-    package.write_bytes(ar([("debian-binary", b"2.0\n"), ("data.tar.xz", data)]))
-    assert debian_files(package, r"usr/x\.gz.*") == {"usr/x": b"x"}
-
-
 def test_manual_pages_without_comments_and_aliases(tmp_path: Path) -> None:
     page, alias = b'.\\" Copyright\n\'\\" t\n.TH x 1\ntext \\" kept', b".so man3/x.3\n"
-    pages = {f"./usr/share/man/man3/{n}.3.gz": gzip.compress(c) for n, c in (("x", page), ("y", alias))}
-    data = tar(tmp_path / "data.tar.xz", pages, "w:xz").read_bytes()
-    package = tmp_path / "p.deb"
-    package.write_bytes(ar([("data.tar.xz", data)]))
+    pages = {f"usr/share/man/man3/{n}.3.gz": gzip.compress(c) for n, c in (("x", page), ("y", alias))}
+    package = write_debian_package(tmp_path / "p.deb", pages)
     assert [document.text for document in read_manuals([package])] == ['.TH x 1\ntext \\" kept']
 
 
 def test_code_without_tests_and_empty_modules(tmp_path: Path) -> None:
-    wheel = tmp_path / "p.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ("p/b.py", "p/a.py", "p/tests/test_a.py", "p/conf/locale/de/formats.py", "p/data.txt"):
-            archive.writestr(name, f"# {name}")
-        archive.writestr("p/__init__.py", "\n")
-    assert wheel_files(wheel, r"p/data\.txt") == {"p/data.txt": b"# p/data.txt"}
+    names = ("p/b.py", "p/a.py", "p/tests/test_a.py", "p/conf/locale/de/formats.py", "p/data.txt")
+    files = {name: f"# {name}".encode() for name in names} | {"p/__init__.py": b"\n"}
+    wheel = write_wheel(tmp_path / "p-1-py3-none-any.whl", files)
     assert [document.name for document in read_code([wheel])] == ["p/a.py", "p/b.py"]

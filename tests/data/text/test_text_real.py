@@ -14,11 +14,6 @@ pytestmark = pytest.mark.network
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def brown(cache: Path) -> Text:
     return prepare_text(TextConfig(name="brown", cache=cache, sequence_length=1), progress=False)
 
