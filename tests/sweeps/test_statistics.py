@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dist_moe.sweeps.statistics import (
-    best_fraction_mean,
     best_trials,
     budget_curve,
     budget_to_reach,
@@ -46,14 +45,14 @@ def test_mean_and_standard_error_of_the_best_by_validation_loss() -> None:
     generator = np.random.default_rng(0)
     val, test = generator.random(40), generator.random(40)
     chosen = [test[i] for i in sorted(range(40), key=lambda i: val[i])[:8]]
-    best = best_fraction_mean(val, test, 0.2)
+    best = mean_of(test[best_trials(val, 0.2)])
     assert best.count == 8
     assert best.mean == pytest.approx(std.mean(chosen))
     assert best.standard_error == pytest.approx(std.stdev(chosen) / math.sqrt(8))
 
 
 def test_one_best_trial_has_no_standard_error() -> None:
-    best = best_fraction_mean(VAL, TEST, 0.05)
+    best = mean_of([TEST[i] for i in best_trials(VAL, 0.05)])
     assert (best.mean, best.count) == (2.0, 1)
     assert math.isnan(best.standard_error)
 
@@ -130,7 +129,7 @@ def test_what_cannot_be_computed_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\], got 0"):
         best_trials(VAL, 0)
     with pytest.raises(ValueError, match="differ in number"):
-        best_fraction_mean(VAL, TEST[1:], 0.5)
+        expected_best(VAL, TEST[1:], [1])
     with pytest.raises(ValueError, match="budgets must be"):
         budget_curve(VAL, TEST, [0, 1])
     with pytest.raises(ValueError, match="resamples must be positive"):

@@ -12,7 +12,7 @@ import pytest
 
 from dist_moe.errors import UserError
 from dist_moe.sweeps import study as study_module
-from dist_moe.sweeps.records import MOST_DEATHS, TrialRecord
+from dist_moe.sweeps.records import DEATH_LIMIT, TrialRecord
 from dist_moe.sweeps.runner import TrialResult
 from dist_moe.sweeps.study import Studies
 
@@ -133,7 +133,7 @@ def test_a_result_that_comes_after_another_took_over_is_dropped(bench: Bench) ->
 
 def test_a_trial_that_kills_its_workers_fails_in_the_end(bench: Bench) -> None:
     studies = bench.studies(**TOP_K, trials=1)
-    for _ in range(MOST_DEATHS):
+    for _ in range(DEATH_LIMIT):
         assert studies.records("Top-k") == []
         assert len(studies.take("dying", 1)) == 1
         studies.release("dying", died=True)
@@ -144,7 +144,7 @@ def test_a_trial_that_kills_its_workers_fails_in_the_end(bench: Bench) -> None:
 
 def test_interruptions_are_not_deaths(bench: Bench) -> None:
     studies = bench.studies(**TOP_K, trials=1)
-    for _ in range(2 * MOST_DEATHS):
+    for _ in range(2 * DEATH_LIMIT):
         studies.take("interrupted", 1)
         studies.release("interrupted", died=False)
     assert studies.left() == 1
