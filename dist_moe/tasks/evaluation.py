@@ -19,7 +19,7 @@ from dist_moe.tasks.task import Task
 def evaluate(
     task: Task, model: MoEModel, part: Any, weights: tuple[float, ...], groups: ProcessGroups
 ) -> dict[str, Any]:
-    """Metrics over all of ``part``, the same on every rank. Collective over all ranks.
+    """Return metrics over all of ``part``, the same on every rank. Collective over all ranks.
 
     Besides the task's own: ``active_experts``, assignments per token averaged over gates and layers, and for
     each gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate.
@@ -34,7 +34,7 @@ def evaluate(
 
 
 def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> tuple[Tensor, Tensor, int]:
-    """(C, N) observed columns; (L, G, E) tokens per layer, gate and expert; tokens of a gate; over all ranks."""
+    """Return (C, N) observed columns; (L, G, E) tokens per layer, gate and expert; tokens of a gate; over all ranks."""
     world = current_world()
     layers = list(model.moe_layers.values())
     gates, experts = (len(layers[0].gates), layers[0].experts.num_experts) if layers else (0, 0)
@@ -56,9 +56,9 @@ def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> t
 
 
 def expert_metrics(load_LGE: Tensor, tokens: int) -> dict[str, Any]:
-    """From (L, G, E) tokens per layer, gate and expert, of ``tokens`` tokens; see :func:`evaluate`.
+    """Return the metrics of experts, see :func:`evaluate`; for a dense model all are 0.
 
-    Of a dense model, without layers, all are 0.
+    ``load_LGE``: (L, G, E) tokens per layer, gate and expert. ``tokens``: of a gate.
     """
     by_gate = (load_LGE.flatten(0, 1).sum(dim=1) / max(tokens, 1)).tolist()
     return {

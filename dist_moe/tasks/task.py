@@ -23,7 +23,7 @@ Columns = NDArray[np.float64]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """``x`` in the precision in which losses are computed: its own, or fp32 if that is narrower."""
+    """Return ``x`` in the precision in which losses are computed: its own, or fp32 if that is narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -103,11 +103,16 @@ class ModelRun(Protocol):
     """The part of a configuration that a model is built from."""
 
     @property
-    def model(self) -> MoEModelConfig: ...
+    def model(self) -> MoEModelConfig:
+        """The section of the model."""
+
     @property
-    def train(self) -> TrainConfig: ...
+    def train(self) -> TrainConfig:
+        """Length and batch size."""
+
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """The seed of the initial weights."""
 
 
 def build_model(config: ModelRun, task: Task, world: World) -> Any:

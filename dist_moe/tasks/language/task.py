@@ -45,10 +45,11 @@ class LanguageModelTask(Task):
         self.data = data
 
     def model_inputs(self) -> dict[str, Any]:
+        """Return the size of the vocabulary."""
         return {"vocab_size": self.vocab_size}
 
     def costs(self, model: Transformer, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """``parameters``, ``active_parameters`` and FLOPs of the forward pass, at the measured experts per token."""
+        """Return ``parameters``, ``active_parameters`` and forward FLOPs, at the measured experts per token."""
         size, experts = model.size, float(metrics["active_experts"])
         return {
             "parameters": size.num_params(),
@@ -57,21 +58,24 @@ class LanguageModelTask(Task):
         }
 
     def id_counts(self) -> Tensor:
+        """Return how often each token occurs."""
         return torch.tensor(self.data.token_counts_V, dtype=torch.int64)
 
     def task_losses(self, output: ModelOutput, batch: TokenBatch) -> dict[str, Tensor]:
-        """``ce``: nats of all tokens over the number of tokens in the step."""
+        """Return ``ce``: nats of all tokens over the number of tokens in the step."""
         return {"ce": _nats(output, batch).sum() / batch.tokens_in_step}
 
     def observe(self, output: ModelOutput, batch: TokenBatch) -> Tensor:
-        """Rows: nats of each sequence, and its bytes."""
+        """Return the nats of each sequence, and its bytes."""
         return torch.stack([_nats(output, batch).double().sum(dim=1), batch.bytes_B.double()])
 
     def metrics(self, columns: Columns, part: TokenTable, weights: tuple[float, ...]) -> Metrics:
-        """``loss``: nats per token; its exponential; bits per byte, of all and of each domain that ``part`` has."""
+        """Return ``loss``, nats per token; its exponential; bits per byte of all and of each domain in ``part``."""
         nats_N, bytes_N = columns
         ce = float(nats_N.sum()) / (len(part) * self.tokens_per_example)
-        metrics = {"loss": weights[0] * ce, "perplexity": _perplexity(ce), "bits_per_byte": _bits(nats_N, bytes_N)}
+        # The metrics of a model that has diverged are wanted too.
+        perplexity = math.exp(ce) if ce < _LARGEST_EXPONENT else math.inf
+        metrics = {"loss": weights[0] * ce, "perplexity": perplexity, "bits_per_byte": _bits(nats_N, bytes_N)}
         domain_N = np.asarray(part.domain_N)
         for number, name in enumerate(self.data.domains):
             mine_N = domain_N == number
@@ -80,7 +84,7 @@ class LanguageModelTask(Task):
         return metrics
 
     def baselines(self, part: TokenTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
-        """``unigram``: every token's share of the training tokens, each counted once more than it occurs."""
+        """Return ``unigram``: every token's share of the training tokens, each counted once more than it occurs."""
         count_V = np.asarray(self.data.token_counts_V, dtype=np.float64) + 1
         nats_V = np.log(count_V.sum()) - np.log(count_V)
         columns = []
@@ -99,11 +103,6 @@ def _nats(output: ModelOutput, batch: TokenBatch) -> Tensor:
     (logits_BSV,) = output.predictions
     nats_T = F.cross_entropy(at_least_fp32(logits_BSV).flatten(0, 1), batch.target_BS.flatten(), reduction="none")
     return nats_T.view_as(batch.target_BS)
-
-
-def _perplexity(ce: float) -> float:
-    """Of a model that has diverged it may be too large for a number; its metrics are wanted all the same."""
-    return math.exp(ce) if ce < _LARGEST_EXPONENT else math.inf
 
 
 def _bits(nats_N: Columns, bytes_N: Columns) -> float:
