@@ -19,6 +19,7 @@ from dist_moe.models import BertClassifierConfig
 from dist_moe.models.bert import read_hugging_face
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import load_config, plan_new_run, plan_resumed_run, validate_config
+from dist_moe.recipes.supervised.runs import trained_model
 from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.classification import TextClassificationTask
 from dist_moe.tasks.labelled_text.classification_metrics import f1, matthews, pearson
@@ -27,6 +28,7 @@ from tests.helpers.commands import succeed
 from tests.helpers.runs import losses_of, records_of, summary_of
 from tests.helpers.text_runs import (
     POSITIONS,
+    begun_model,
     taught,
     train_students,
     train_teachers,
@@ -71,9 +73,8 @@ def task_of(config: Path, *overrides: str) -> TextClassificationTask:
 
 def test_a_run_begins_with_the_encoder(config: Path, encoder: Path) -> None:
     run_config, task = load_config(config), task_of(config)
-    model = build_model(run_config, task, SingleWorld())
-    drawn = model.get_parameter("classifier.weight").clone()
-    task.first_weights(model, run_config.model)
+    drawn = build_model(run_config, task, SingleWorld()).get_parameter("classifier.weight")
+    model = begun_model(run_config, task)
     weights = read_hugging_face(encoder).weights
     assert len(weights) == len(list(model.parameters())) - 2
     for name, value in weights.items():
@@ -93,7 +94,7 @@ def test_two_ranks_fine_tune_as_one(teachers: dict[int, Path]) -> None:
 def test_metrics_by_hand(config: Path, teachers: dict[int, Path]) -> None:
     """One text at a time, without padding."""
     task = task_of(config)
-    model = task.trained(teachers[1], SingleWorld()).eval()
+    model = trained_model(teachers[1], task, SingleWorld()).eval()
     surprise, answers = [], []
     for i in range(len(task.test)):
         batch = task.test.batch(np.array([i]), np.array([i]))
@@ -137,8 +138,7 @@ def test_what_the_teacher_adds_by_a_loop(
     plan = plan_new_run(config, [*STUDENT, *taught(teachers[1])], tmp_path / "run")
     task = plan.task
     assert isinstance(task, TextClassificationTask)
-    student, teacher = build_model(plan.config, task, SingleWorld()), task.trained(teachers[1], SingleWorld())
-    task.first_weights(student, plan.config.model)
+    student, teacher = begun_model(plan.config, task), trained_model(teachers[1], task, SingleWorld())
     student.train().begin_step(0)
     teacher.eval()
     batch = plan.feed.micro_batches(0)[0]
@@ -194,10 +194,10 @@ def test_importance_does_not_depend_on_padding(config: Path, teachers: dict[int,
     """One text at a time: the same conversion, neuron for neuron."""
     found = []
     for size in (64, 1):
-        task = task_of(config, f"start.run={teachers[1]}", *STUDENT)
+        overrides = [f"start.run={teachers[1]}", *STUDENT]
+        task = task_of(config, *overrides)
         task.eval_batch = size
-        model = build_model(load_config(config, STUDENT), task, SingleWorld())
-        task.first_weights(model, load_config(config, STUDENT).model)
+        model = begun_model(load_config(config, overrides), task)
         found.append({name: value.detach().clone() for name, value in model.named_parameters()})
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
@@ -209,7 +209,7 @@ def test_a_number_is_predicted_by_its_squared_error(encoder: Path, tmp_path: Pat
     path = write_text_config(tmp_path, encoder, data)
     succeed(1, "train", "--run-dir", tmp_path / "run", path)
     summary, task = summary_of(tmp_path / "run"), task_of(path)
-    model = task.trained(tmp_path / "run", SingleWorld()).eval()
+    model = trained_model(tmp_path / "run", task, SingleWorld()).eval()
     every = np.arange(len(task.test))
     with torch.no_grad():
         answers = model(*task.test.batch(every, every).inputs).predictions[0][:, 0].double().numpy()
@@ -321,7 +321,7 @@ def test_a_model_that_is_asked_again_knows_how_long_its_run_was(
     gate = "model.gate={name: smoe_dropout, evaluation_k: null}"
     overrides = [*STUDENT, gate, f"start.run={teachers[1]}", "train.max_steps=2"]
     succeed(1, "train", "--run-dir", tmp_path / "run", config, *overrides)
-    for layer in task_of(config).trained(tmp_path / "run", SingleWorld()).moe_layers.values():
+    for layer in trained_model(tmp_path / "run", task_of(config), SingleWorld()).moe_layers.values():
         assert layer.gates[0].schedule_steps == 2
         assert layer.gates[0].k_at(int(layer.gates[0].step)) == 1
 
