@@ -44,7 +44,14 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    _make_importable(Path(dist_moe.__file__).resolve().parents[1])
+    checkout = Path(dist_moe.__file__).resolve().parents[1]
+    if not (checkout / "tools" / "bench" / "main.py").exists():
+        raise UserError(
+            f"dist-moe bench: benchmarks live in the repository, and {checkout} is no checkout of it; clone it and "
+            f"run the command there"
+        )
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
     from tools.bench import main as bench
 
     chosen = bench.Options(
@@ -61,14 +68,3 @@ def _run(options: argparse.Namespace) -> int:
     if options.check:
         return bench.check(chosen)
     return bench.commit_ratios(chosen) if options.commit_ratios else bench.run(chosen)
-
-
-def _make_importable(checkout: Path) -> None:
-    """Raises UserError where the package was installed without the repository."""
-    if not (checkout / "tools" / "bench" / "main.py").exists():
-        raise UserError(
-            f"dist-moe bench: benchmarks live in the repository, and {checkout} is no checkout of it; clone it and "
-            f"run the command there"
-        )
-    if str(checkout) not in sys.path:
-        sys.path.insert(0, str(checkout))

@@ -1,4 +1,4 @@
-"""What a command adds itself to."""
+"""The parser's list of commands."""
 
 from __future__ import annotations
 

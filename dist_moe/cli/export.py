@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from dist_moe.cli.commands import Commands
 from dist_moe.errors import UserError
@@ -43,19 +42,15 @@ def _run(options: argparse.Namespace) -> int:
     if (options.file is None) == (options.hf is None):
         raise UserError("name either FILE.safetensors or --hf DIR, to which the weights are to be written")
     if options.hf is not None:
-        return _run_hugging_face(options, dtype)
+        from dist_moe.recipes.hugging_face.export import export_hugging_face
+
+        written = export_hugging_face(options.source, options.hf, dtype, options.architecture)
+        print(f"{written.architecture} of {written.parameters:,} parameters in {written.directory}")
+        return 0
     if options.architecture is not None:
         raise UserError(f"--architecture={options.architecture} goes with --hf DIR; a file has none")
     exported = export_weights(options.source, options.file, dtype)
     kinds = list(exported.kinds.values())
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))
     print(f"weights of step {exported.step} in {exported.path}: tensors {counts}; sha256 {exported.digest[:12]}")
-    return 0
-
-
-def _run_hugging_face(options: argparse.Namespace, dtype: Any) -> int:
-    from dist_moe.recipes.hugging_face.export import export_hugging_face
-
-    written = export_hugging_face(options.source, options.hf, dtype, options.architecture)
-    print(f"{written.architecture} of {written.parameters:,} parameters in {written.directory}")
     return 0

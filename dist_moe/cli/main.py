@@ -14,6 +14,7 @@ COMMANDS = (train, evaluate, search, sweep, plan, config, data, inspect, export,
 
 
 def console_script() -> None:
+    """Run the command line, and end the process with its exit code."""
     sys.exit(main())
 
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may stand before and after options, which argparse alone does not allow."""
+    """Parse; overrides may stand before and after options, which argparse alone does not allow."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     stray = [argument for argument in rest if argument.startswith("-") or "overrides" not in options]

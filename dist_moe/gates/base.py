@@ -126,9 +126,15 @@ class GateSettings(Settings, ABC):
 
     ``evaluation_fields``: options that a trained gate may be evaluated with other values of, as no tensor of it
     depends on them.
+    ``stackable``: whether trials of a sweep can be trained as one stack, by ``torch.vmap`` over :meth:`Gate.mixture`:
+    no operation of it may depend on values, and no state change between steps.
+    ``varying``: numbers that may differ between the trials of a stack: attributes of that name of the gate, which may
+    be 0-dim tensors. What the gate is built with, such as initial weights, may depend on them.
     """
 
     evaluation_fields: ClassVar[tuple[str, ...]] = ()
+    stackable: ClassVar[bool] = False
+    varying: ClassVar[tuple[str, ...]] = ()
 
     name: str
 
@@ -143,6 +149,10 @@ class GateSettings(Settings, ABC):
     def experts_per_token(self, num_experts: int) -> int:
         """Return the most slots that a token gets, for plans; of a gate that becomes sparse while it learns, then."""
         return min(getattr(self, "k", num_experts), num_experts)
+
+    def stacking_errors(self) -> Iterator[str]:
+        """Yield which options keep trials of a stackable gate from being stacked, as "field=value: reason"."""
+        yield from ()
 
     def validation_errors(self, num_experts: int) -> Iterator[str]:
         """Yield whatever does not fit ``num_experts`` slots, as "field=value: reason"."""

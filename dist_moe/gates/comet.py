@@ -44,6 +44,8 @@ class CometConfig(GateSettings):
     """The COMET gate: k trees whose splits harden while training, so that k experts remain."""
 
     evaluation_fields: ClassVar[tuple[str, ...]] = ("max_active", "hard_evaluation", "lazy")
+    stackable: ClassVar[bool] = True
+    varying: ClassVar[tuple[str, ...]] = ("gamma", "entropy_weight")
 
     name: Literal["comet"] = "comet"
     k: int = Field(2, ge=1, description="number of trees: the experts per token once the trees are hard")

@@ -17,7 +17,7 @@ of which one value leads to such slots only takes the other, whatever the token.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -33,6 +33,9 @@ SELECTOR_INIT_RANGE = 0.05
 
 class DSelectKConfig(GateSettings):
     """The DSelect-k gate: k selectors that harden while training, so that k experts remain."""
+
+    stackable: ClassVar[bool] = True
+    varying: ClassVar[tuple[str, ...]] = ("gamma", "entropy_weight")
 
     name: Literal["dselect_k"] = "dselect_k"
     k: int = Field(2, ge=1, description="number of selectors: the experts per token once they are hard")

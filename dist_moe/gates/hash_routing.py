@@ -7,7 +7,7 @@ comparison ("Hash-r") the id is the user's and the expert of each id is drawn un
 from __future__ import annotations
 
 import heapq
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -24,6 +24,8 @@ SEEDS_APART = 1_000_003
 
 class HashRoutingConfig(GateSettings):
     """The hash gate: one expert per token, by the token's id; nothing to learn."""
+
+    stackable: ClassVar[bool] = True
 
     name: Literal["hash"] = "hash"
     assignment: Assignment = Field(

@@ -5,7 +5,7 @@ Jacobs, Jordan, Nowlan, Hinton: Adaptive Mixtures of Local Experts (Neural Compu
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine
 
 class SoftmaxConfig(GateSettings):
     """The softmax gate: every token uses every expert."""
+
+    stackable: ClassVar[bool] = True
 
     name: Literal["softmax"] = "softmax"
 

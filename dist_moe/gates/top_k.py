@@ -16,7 +16,7 @@ logits: the mean of logsumexp(l)^2 (Zoph et al.: ST-MoE, 2022, eq. 5).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -53,6 +53,7 @@ class TopKConfig(GateSettings):
     """The Top-k gate: the k experts with the largest router logits, for every token alike."""
 
     evaluation_fields: ClassVar[tuple[str, ...]] = ("k",)
+    stackable: ClassVar[bool] = True
 
     name: Literal["top_k"] = "top_k"
     k: int = Field(2, ge=1, description="experts per token")
@@ -75,6 +76,11 @@ class TopKConfig(GateSettings):
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> TopK:
         return TopK(dim, num_experts, **self.model_dump(exclude={"name"}))
+
+    def stacking_errors(self) -> Iterator[str]:
+        """Yield an error for a feedback loop, whose state would change between steps."""
+        if self.bias_update_rate:
+            yield f"bias_update_rate={self.bias_update_rate:g}: a gate with a feedback loop cannot be stacked"
 
 
 class TopK(Gate):

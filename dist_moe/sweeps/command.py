@@ -32,7 +32,7 @@ def run_sweep(
         raise UserError(f"--workers {workers}: at least one is needed")
     plan = plan_sweep(path)
     load_runner(runner)
-    directory = _directory(path, sweep_dir)
+    directory = SweepDirectory(sweep_dir or Path("runs") / "sweeps" / path.stem)
     directory.create()
     with ExitStack() as stack:
         with directory.taking():
@@ -52,7 +52,7 @@ def run_sweep(
 def report_sweep(path: Path, sweep_dir: Path | None = None) -> int:
     """Write the report anew from what the studies hold. Raises UserError if there are none."""
     plan = plan_sweep(path)
-    directory = _directory(path, sweep_dir)
+    directory = SweepDirectory(sweep_dir or Path("runs") / "sweeps" / path.stem)
     directory.check_exists()
     _report(plan, directory, Studies(directory, plan))
     return 0
@@ -61,10 +61,6 @@ def report_sweep(path: Path, sweep_dir: Path | None = None) -> int:
 def _report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -> None:
     print(write_report(plan, directory, studies))
     say(f"table, curves and all trials are in {directory.report}")
-
-
-def _directory(path: Path, sweep_dir: Path | None) -> SweepDirectory:
-    return SweepDirectory(sweep_dir or Path("runs") / "sweeps" / path.stem)
 
 
 def _begin(plan: SweepPlan, directory: SweepDirectory, alone: bool, retry_failed: bool) -> Studies:

@@ -52,29 +52,26 @@ def load_sweep(path: Path) -> SweepConfig:
     try:
         sweep = SweepConfig.model_validate(read_yaml(path))
     except ValidationError as error:
-        lines = [_explain(fault) for fault in error.errors()]
+        lines = [_explain(wrong) for wrong in error.errors()]
         raise UserError(f"sweep {path} is not valid:\n  " + "\n  ".join(lines)) from error
     return sweep.model_copy(update={"config": path.parent / sweep.config})
 
 
-def _explain(fault: Any) -> str:
-    place, message = _place(fault["loc"]), fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "missing":
+def _explain(wrong: Any) -> str:
+    place, message = _place(wrong["loc"]), wrong["msg"].removeprefix("Value error, ")
+    if wrong["type"] == "missing":
         return f"{place}: required, but not given (a sweep file names a base 'config', 'trials' and 'rows')"
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(fault["loc"][-1]), [*SweepConfig.model_fields], n=1)
+    if wrong["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(wrong["loc"][-1]), [*SweepConfig.model_fields], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{place}={_short(fault['input'])}: there is no such field of a sweep{hint}"
-    return f"{place}={fault['input']!r}: {message[0].lower() + message[1:]}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+        value = repr(wrong["input"])
+        value = value if len(value) <= SHOWN_CHARACTERS else f"{value[:SHOWN_CHARACTERS]}..."
+        return f"{place}={value}: there is no such field of a sweep{hint}"
+    return f"{place}={wrong['input']!r}: {message[0].lower() + message[1:]}"
 
 
 def _place(location: tuple[Any, ...]) -> str:
-    """("rows", "A", "space", "model.k", "uniform", "uniform", 0) -> "row 'A', space, model.k, uniform.0"."""
+    """Return ("rows", "A", "space", "model.k", "uniform", "uniform", 0) as "row 'A', space, model.k, uniform.0"."""
     parts = [str(part) for part in location]
     names = []
     if parts[:1] == ["rows"] and len(parts) > 1:

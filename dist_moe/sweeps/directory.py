@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from dist_moe.errors import UserError
 
@@ -26,18 +25,21 @@ class SweepDirectory:
 
     @property
     def database(self) -> Path:
+        """Optuna's studies."""
         return self.root / "studies.db"
 
     @property
     def base(self) -> Path:
+        """The base configuration."""
         return self.root / "base.yaml"
 
     @property
     def report(self) -> Path:
+        """The directory of the report."""
         return self.root / "report"
 
     def create(self) -> None:
-        """Make the directory; UserError if that cannot be done."""
+        """Make the directory. Raises UserError if that cannot be done."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -50,23 +52,19 @@ class SweepDirectory:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Alone among all processes while trials change hands; not to be nested."""
+        """Exclude all other processes while trials change hands; not to be nested."""
         with (self.root / "taking.lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     @contextmanager
     def working(self) -> Iterator[bool]:
-        """Present while inside; True if no other living process is. Enter it within ``taking``."""
+        """Be present while inside; gives True if no other living process is. Enter it within ``taking``."""
         with (self.root / "working.lock").open("a") as file:
-            alone = _lock_at_once(file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+            except BlockingIOError:
+                alone = False
             fcntl.flock(file, fcntl.LOCK_SH)
             yield alone
-
-
-def _lock_at_once(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

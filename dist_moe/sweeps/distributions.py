@@ -1,11 +1,11 @@
-"""What a hyper-parameter is drawn from, as a sweep file writes it: ``{log_uniform: [5.0e-5, 5.0e-4]}``."""
+"""Distributions of hyper-parameters, as a sweep file writes them: ``{log_uniform: [5.0e-5, 5.0e-4]}``."""
 
 from __future__ import annotations
 
 import json
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -21,18 +21,18 @@ class Drawn(Settings, ABC):
 
     @abstractmethod
     def draw(self, generator: np.random.Generator) -> Stored:
-        """One stored value."""
+        """Return one stored value."""
 
     @abstractmethod
     def optuna(self) -> BaseDistribution:
-        """The same for Optuna's own samplers."""
+        """Return the distribution for Optuna's own samplers."""
 
     @abstractmethod
     def extremes(self) -> list[Any]:
-        """Values (not stored ones) such that, if these are all allowed, any is."""
+        """Return values (not stored ones) such that, if these are all allowed, any is."""
 
     def value(self, stored: Stored) -> Any:
-        """What the configuration gets for a stored value."""
+        """Return what the configuration gets for a stored value."""
         return stored
 
 
@@ -51,15 +51,19 @@ class Choice(Drawn):
         return self
 
     def draw(self, generator: np.random.Generator) -> Stored:
+        """Return a choice, as it is stored."""
         return _store(self.choice[int(generator.integers(len(self.choice)))])
 
     def optuna(self) -> BaseDistribution:
+        """Return the categories, as they are stored."""
         return CategoricalDistribution([_store(value) for value in self.choice])
 
     def extremes(self) -> list[Any]:
+        """Return all choices."""
         return self.choice
 
     def value(self, stored: Stored) -> Any:
+        """Return the choice that was stored."""
         return next(value for value in self.choice if _store(value) == stored)
 
 
@@ -67,89 +71,80 @@ Ends = tuple[float, float]
 WholeEnds = tuple[StrictInt, StrictInt]
 
 
-class Uniform(Drawn):
+class Between(Drawn):
+    """A number between two ends, which are the only field. ``log``: evenly in its logarithm, the ends are positive."""
+
+    log: ClassVar[bool] = False
+
+    @property
+    def ends(self) -> Any:
+        """The lowest and the highest value."""
+        return next(iter(vars(self).values()))
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.ends
+        if not low < high:
+            raise ValueError(f"the lowest value {low} must be below the highest, {high}; for one value use set")
+        if self.log and low <= 0:
+            raise ValueError(f"the lowest value {low} must be positive, for its logarithm is taken")
+        return self
+
+    def optuna(self) -> BaseDistribution:
+        """Return the distribution over floats, or over whole numbers where the ends are whole."""
+        low, high = self.ends
+        return (IntDistribution if isinstance(low, int) else FloatDistribution)(low, high, log=self.log)
+
+    def extremes(self) -> list[Any]:
+        """Return both ends."""
+        return list(self.ends)
+
+
+class Uniform(Between):
     """A number between two ends, evenly."""
 
     uniform: Ends = Field(description="lowest and highest value")
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Uniform:
-        _check_ends(self.uniform)
-        return self
-
     def draw(self, generator: np.random.Generator) -> Stored:
+        """Return a float."""
         return float(generator.uniform(*self.uniform))
 
-    def optuna(self) -> BaseDistribution:
-        return FloatDistribution(*self.uniform)
 
-    def extremes(self) -> list[Any]:
-        return list(self.uniform)
-
-
-class LogUniform(Drawn):
+class LogUniform(Between):
     """A number between two positive ends, evenly in its logarithm."""
 
+    log: ClassVar[bool] = True
     log_uniform: Ends = Field(description="lowest and highest value, both positive")
 
-    @model_validator(mode="after")
-    def _ordered(self) -> LogUniform:
-        _check_ends(self.log_uniform, positive=True)
-        return self
-
     def draw(self, generator: np.random.Generator) -> Stored:
+        """Return a float, within the ends whatever the rounding."""
         low, high = self.log_uniform
         return min(max(math.exp(generator.uniform(math.log(low), math.log(high))), low), high)
 
-    def optuna(self) -> BaseDistribution:
-        return FloatDistribution(*self.log_uniform, log=True)
 
-    def extremes(self) -> list[Any]:
-        return list(self.log_uniform)
-
-
-class IntUniform(Drawn):
+class IntUniform(Between):
     """A whole number between two ends, both included, each equally likely."""
 
     int_uniform: WholeEnds = Field(description="lowest and highest value, whole numbers")
 
-    @model_validator(mode="after")
-    def _ordered(self) -> IntUniform:
-        _check_ends(self.int_uniform)
-        return self
-
     def draw(self, generator: np.random.Generator) -> Stored:
+        """Return an int."""
         low, high = self.int_uniform
         return int(generator.integers(low, high, endpoint=True))
 
-    def optuna(self) -> BaseDistribution:
-        return IntDistribution(*self.int_uniform)
 
-    def extremes(self) -> list[Any]:
-        return list(self.int_uniform)
-
-
-class IntLogUniform(Drawn):
+class IntLogUniform(Between):
     """A whole number between two positive ends, both included: a log-uniform number in
     [low - 1/2, high + 1/2], rounded."""
 
+    log: ClassVar[bool] = True
     int_log_uniform: WholeEnds = Field(description="lowest and highest value, positive whole numbers")
 
-    @model_validator(mode="after")
-    def _ordered(self) -> IntLogUniform:
-        _check_ends(self.int_log_uniform, positive=True)
-        return self
-
     def draw(self, generator: np.random.Generator) -> Stored:
+        """Return an int."""
         low, high = self.int_log_uniform
         number = math.exp(generator.uniform(math.log(low - 0.5), math.log(high + 0.5)))
         return min(max(round(number), low), high)
-
-    def optuna(self) -> BaseDistribution:
-        return IntDistribution(*self.int_log_uniform, log=True)
-
-    def extremes(self) -> list[Any]:
-        return list(self.int_log_uniform)
 
 
 KINDS: dict[str, type[Drawn]] = {
@@ -183,16 +178,6 @@ Distribution = Annotated[
 ]
 
 
-def _check_ends(ends: tuple[float, float], positive: bool = False) -> None:
-    low, high = ends
-    if not low < high:
-        raise ValueError(f"the lowest value {low} must be below the highest, {high}; for one value use set")
-    if positive and low <= 0:
-        raise ValueError(f"the lowest value {low} must be positive, for its logarithm is taken")
-
-
 def _store(value: Any) -> Stored:
-    """Optuna holds scalars; anything else goes as JSON."""
-    if isinstance(value, Stored):
-        return value
-    return json.dumps(value, sort_keys=True)
+    """Return ``value`` if Optuna can hold it, which is so for scalars, else JSON."""
+    return value if isinstance(value, Stored) else json.dumps(value, sort_keys=True)

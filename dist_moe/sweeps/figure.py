@@ -20,21 +20,29 @@ DOTS_PER_INCH = 150
 
 
 def draw_budget_curves(path: Path, title: str, curves: dict[str, BudgetCurve]) -> None:
-    """One line per row, with its 5-95 % band. A row and its "+" share a colour; the "+" is dashed."""
+    """Draw one line per row, with its 5-95 % band. A row and its "+" share a colour; the "+" is dashed."""
     figure = Figure(figsize=INCHES, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     groups = list(dict.fromkeys(group_of(name) for name in curves))
     for name in sorted(curves, key=lambda name: groups.index(group_of(name))):
         _draw(axes, name, curves[name], groups.index(group_of(name)))
-    _label(axes, title)
+    axes.set_title(title)
+    axes.set_xlabel("trials")
+    axes.set_ylabel("expected test loss of the trial best by validation (band: 5-95 %)")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.grid(alpha=0.3)
     if curves:
         figure.legend(loc="outside right upper", frameon=False)
     canvas.print_figure(path, dpi=DOTS_PER_INCH)
 
 
 def group_of(name: str) -> str:
-    """'COMET+' -> 'COMET'."""
+    """Return the name without its plus: 'COMET' of 'COMET+'."""
     return name.rstrip("+").rstrip()
 
 
@@ -52,15 +60,3 @@ def _draw(axes: Axes, name: str, curve: BudgetCurve, group: int) -> None:
         markevery=MARK_EVERY,
         color=colour,
     )
-
-
-def _label(axes: Axes, title: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel("trials")
-    axes.set_ylabel("expected test loss of the trial best by validation (band: 5-95 %)")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(MaxNLocator(8))
-    axes.grid(alpha=0.3)

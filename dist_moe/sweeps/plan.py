@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps.config import Space, SweepConfig, load_sweep
 from dist_moe.sweeps.distributions import Stored
 
-MOST_CORNERS = 256
+CORNER_LIMIT = 256
+SHOWN_CHANGES = 3
+_NOTHING = "nothing"
 Draw = dict[str, Stored]
 
 
@@ -32,18 +35,19 @@ class Row:
     space: Space
 
     def draw(self, seed: int, index: int) -> Draw:
-        """Trial ``index``: a function of ``seed``, the row's name and ``index`` alone, whoever asks and when."""
+        """Return trial ``index``: a function of ``seed``, the row's name and ``index`` alone, whoever asks and when."""
         key = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
         generator = np.random.default_rng([seed, key, index])
         return {name: self.space[name].draw(generator) for name in sorted(self.space)}
 
     def values(self, draw: Draw) -> dict[str, Any]:
-        """What the configuration gets for a draw as the study stores it."""
+        """Return fields of the configuration by dotted name, for a draw as the study stores it."""
         return {name: self.space[name].value(stored) for name, stored in draw.items()}
 
     def config(self, base: Path, values: dict[str, Any]) -> SupervisedConfig:
-        """The configuration of a trial; UserError if it is not valid."""
-        overrides = [_override(name, value) for name, value in (*self.assignments, *values.items())]
+        """Return the configuration of a trial. Raises UserError if it is not valid."""
+        assignments = (*self.assignments, *values.items())
+        overrides = [f"{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in assignments]
         config = load_config(base, overrides)
         config.check(world_size=1)
         return config
@@ -59,22 +63,27 @@ class SweepPlan:
     base: dict[str, Any]
 
     def settings(self) -> dict[str, Any]:
-        """All on which a trial depends, flat: not ``trials``, which may grow, nor what only the report asks for."""
+        """Return all on which a trial depends, flat: not ``trials``, which may grow, nor what only the report uses."""
         sweep = self.sweep.model_dump(mode="json", exclude={"config", "trials", "best_fraction"})
         return dict(_flat("base", self.base)) | dict(_flat("", sweep))
 
 
 def plan_sweep(path: Path) -> SweepPlan:
-    """Raises UserError for a wrong sweep file, and for a row one of whose trials could not be trained."""
+    """Read a sweep file. Raises UserError if it is wrong, and for a row one of whose trials could not be trained."""
     sweep = load_sweep(path)
     rows = tuple(_row(path, sweep, name) for name in sweep.rows)
     for row in rows:
-        _check_corners(path, sweep.config, row)
+        for values in _corners(row.space):
+            try:
+                row.config(sweep.config, values)
+            except UserError as error:
+                drawn = ", ".join(f"{name}={value!r}" for name, value in values.items())
+                raise UserError(f"sweep {path}: row {row.name!r} cannot be trained with {drawn}: {error}") from error
     return SweepPlan(path, sweep, rows, read_yaml(sweep.config))
 
 
 def _row(path: Path, sweep: SweepConfig, name: str) -> Row:
-    """What a row says goes before what the sweep says of the same field."""
+    """Return a row of its own fields and of those of the sweep that it does not set or draw itself."""
     own = sweep.rows[name]
     for where, fixed, space in ((f"row {name!r}", own.set, own.space), ("the sweep", sweep.set, sweep.space)):
         for key in fixed.keys() & space.keys():
@@ -82,34 +91,21 @@ def _row(path: Path, sweep: SweepConfig, name: str) -> Row:
     shared_space = {key: drawn for key, drawn in sweep.space.items() if key not in own.set}
     shared_set = {key: value for key, value in sweep.set.items() if key not in own.space}
     row = Row(name, (*shared_set.items(), *own.set.items()), shared_space | own.space)
-    _check_keys(path, row)
-    return row
-
-
-def _check_keys(path: Path, row: Row) -> None:
     if not row.space:
         raise UserError(
-            f"sweep {path}: row {row.name!r} draws nothing, so that all its trials would be the same; give it a space"
+            f"sweep {path}: row {name!r} draws nothing, so that all its trials would be the same; give it a space"
         )
     names = [*(key for key, _ in row.assignments), *row.space]
     for section, key in itertools.product(row.space, names):
         if key.startswith(f"{section}."):
-            raise UserError(f"sweep {path}: row {row.name!r}: drawing {section} as a whole overwrites {key}")
-
-
-def _check_corners(path: Path, base: Path, row: Row) -> None:
-    for values in _corners(row.space):
-        try:
-            row.config(base, values)
-        except UserError as error:
-            drawn = ", ".join(f"{name}={value!r}" for name, value in values.items())
-            raise UserError(f"sweep {path}: row {row.name!r} cannot be trained with {drawn}: {error}") from error
+            raise UserError(f"sweep {path}: row {name!r}: drawing {section} as a whole overwrites {key}")
+    return row
 
 
 def _corners(space: Space) -> Iterator[dict[str, Any]]:
-    """All combinations of extreme values and choices; where they are too many, each value at least once."""
+    """Yield all combinations of extreme values and choices; where they are too many, each value at least once."""
     extremes = {name: drawn.extremes() for name, drawn in space.items()}
-    if np.prod([len(values) for values in extremes.values()], dtype=float) <= MOST_CORNERS:
+    if np.prod([len(values) for values in extremes.values()], dtype=float) <= CORNER_LIMIT:
         for combination in itertools.product(*extremes.values()):
             yield dict(zip(extremes, combination, strict=True))
         return
@@ -120,13 +116,42 @@ def _corners(space: Space) -> Iterator[dict[str, Any]]:
         yield from (first | {name: value} for value in values)
 
 
-def _override(name: str, value: Any) -> str:
-    return f"{name}={yaml.safe_dump(value, default_flow_style=True)}"
-
-
 def _flat(prefix: str, content: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(content, dict) and content:
         for name, value in content.items():
             yield from _flat(f"{prefix}/{name}" if prefix else str(name), value)
     else:
         yield prefix, content
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Return the SHA-256 of settings, whatever the order of their fields."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def check_unchanged(plan: SweepPlan, directory: Path, attributes: dict[str, Any]) -> None:
+    """Raise UserError if a study with these attributes belongs to another sweep than ``plan``.
+
+    ``trials`` may have grown, and ``best_fraction`` may be another; nothing else may have changed, since old
+    and new trials would be reported as one sample.
+    """
+    remedy = f"put it back as it was, or name another directory by --sweep-dir (this one is {directory})"
+    settings = plan.settings()
+    if "digest" in attributes and attributes["digest"] != digest(settings):
+        changes = "; ".join(_changes(attributes["settings"], json.loads(json.dumps(settings))))
+        raise UserError(f"sweep {plan.path} is not what it was when its trials began: {changes}. {remedy.capitalize()}")
+    if attributes.get("trials", 0) > plan.sweep.trials:
+        raise UserError(
+            f"sweep {plan.path}: trials={plan.sweep.trials} is less than the {attributes['trials']} with which "
+            f"it began; {remedy}"
+        )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    names = [name for name in (before | now) if before.get(name, _NOTHING) != now.get(name, _NOTHING)]
+    shown = [
+        f"{name.replace('/', ', ')} was {before.get(name, _NOTHING)!r} and is {now.get(name, _NOTHING)!r}"
+        for name in names[:SHOWN_CHANGES]
+    ]
+    more = len(names) - len(shown)
+    return [*shown, f"and {more} more"] if more else shown

@@ -1,18 +1,18 @@
-"""What the study holds of a trial, in the words of the report."""
+"""Trials as the report sees them, read from a study."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 State = Literal["complete", "diverged", "pruned", "failed"]
 
 # A trial whose process died is tried again; one that takes its process with it every time is not.
-MOST_DEATHS = 3
+DEATH_LIMIT = 3
 
 
 @dataclass(frozen=True)
@@ -36,32 +36,41 @@ class TrialRecord:
 
 
 def index_of(trial: FrozenTrial) -> int:
-    """The trial's number within its row; Optuna's number differs where trials were tried again."""
+    """Return the trial's number within its row; Optuna's number differs where trials were tried again."""
     return int(trial.user_attrs["index"])
 
 
-def latest_attempts(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
-    """The newest attempt at each index, by index."""
-    newest = {index_of(trial): trial for trial in sorted(trials, key=lambda trial: trial.number)}
+def latest_attempts(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """Return the newest attempt at each index, by index."""
+    trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
+    newest = {index_of(trial): trial for trial in trials}
     return dict(sorted(newest.items()))
 
 
 def deaths_of(trial: FrozenTrial) -> int:
-    """Earlier attempts at this trial whose process died."""
+    """Return how many earlier attempts at this trial ended with the death of their process."""
     return int(trial.user_attrs.get("deaths", 0))
 
 
 def is_lost(trial: FrozenTrial) -> bool:
-    """Whether an attempt ended without a result or an error of its own, and may be made again."""
-    return trial.state == TrialState.FAIL and "failure" not in trial.user_attrs and deaths_of(trial) + 1 < MOST_DEATHS
+    """Return whether an attempt ended without a result or an error of its own, and may be made again."""
+    return trial.state == TrialState.FAIL and "failure" not in trial.user_attrs and deaths_of(trial) + 1 < DEATH_LIMIT
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord | None:
-    """None while the trial is not finished."""
+    """Return the record of a trial, None while it is not finished."""
     if not trial.state.is_finished() or is_lost(trial):
         return None
-    result = trial.user_attrs.get("result", {})
-    state = _state_of(trial)
+    result, failure = trial.user_attrs.get("result", {}), trial.user_attrs.get("failure", {})
+    state: State
+    if trial.state == TrialState.FAIL:
+        state = "failed"
+    elif trial.state == TrialState.PRUNED:
+        state = "pruned"
+    else:
+        assert trial.value is not None
+        state = "complete" if math.isfinite(trial.value) else "diverged"
+    death = f"the process that trained it died, {DEATH_LIMIT} times"
     return TrialRecord(
         index=index_of(trial),
         state=state,
@@ -71,20 +80,6 @@ def record_of(trial: FrozenTrial) -> TrialRecord | None:
         test=result.get("test", {}),
         steps=result.get("steps", max(trial.intermediate_values, default=0)),
         seconds=trial.duration.total_seconds() if trial.duration else 0.0,
-        error=_error_of(trial) if state == "failed" else "",
+        error=str(failure.get("error", death)) if state == "failed" else "",
         environment=result.get("environment", ""),
     )
-
-
-def _state_of(trial: FrozenTrial) -> State:
-    if trial.state == TrialState.FAIL:
-        return "failed"
-    if trial.state == TrialState.PRUNED:
-        return "pruned"
-    assert trial.value is not None
-    return "complete" if math.isfinite(trial.value) else "diverged"
-
-
-def _error_of(trial: FrozenTrial) -> str:
-    failure = trial.user_attrs.get("failure", {})
-    return str(failure.get("error", f"the process that trained it died, {MOST_DEATHS} times"))

@@ -1,6 +1,6 @@
 """The report of a sweep, from its studies alone.
 
-trials.csv    every finished trial: what was drawn, all its figures, why it failed
+trials.csv    every finished trial: what was drawn, all its metrics, why it failed
 table.md      the paper's table, and the trials that each row needs to reach each other
 table.csv     the same table
 budget.csv    expected test loss of the chosen trial against the number of trials
@@ -21,9 +21,7 @@ from dist_moe.errors import UserError
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.figure import draw_budget_curves
 from dist_moe.sweeps.plan import SweepPlan
-from dist_moe.sweeps.records import TrialRecord
 from dist_moe.sweeps.runner import OBJECTIVE
-from dist_moe.sweeps.statistics import BestMean
 from dist_moe.sweeps.study import Studies
 from dist_moe.sweeps.summary import Rows, RowSummary, summarise, trials_to_reach
 
@@ -31,12 +29,12 @@ Cells = dict[str, Any]
 
 
 def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -> str:
-    """Write all files of the report; the text of table.md. Raises UserError while no trial is finished."""
+    """Write all files of the report; returns the text of table.md. Raises UserError while no trial is finished."""
     rows = {row.name: studies.records(row.name) for row in plan.rows}
     if not any(rows.values()):
         raise UserError(f"no trial of {directory.root} is finished yet, so that there is nothing to report")
     summaries = summarise(rows, plan.sweep.best_fraction, plan.sweep.seed)
-    text = table_text(plan, rows, summaries)
+    text = "\n\n".join([_opening(plan, rows), _main_table(plan, summaries), _reach_table(summaries)]) + "\n"
     directory.report.mkdir(exist_ok=True)
     (directory.report / "table.md").write_text(text)
     _write_csv(directory.report / "table.csv", (_table_cells(summary) for summary in summaries))
@@ -45,11 +43,6 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
     curves = {summary.name: summary.curve for summary in summaries if summary.curve is not None}
     draw_budget_curves(directory.report / "budget.png", plan.path.stem, curves)
     return text
-
-
-def table_text(plan: SweepPlan, rows: Rows, summaries: list[RowSummary]) -> str:
-    """table.md."""
-    return "\n\n".join([_opening(plan, rows), _main_table(plan, summaries), _reach_table(summaries)]) + "\n"
 
 
 def _opening(plan: SweepPlan, rows: Rows) -> str:
@@ -68,32 +61,28 @@ def _opening(plan: SweepPlan, rows: Rows) -> str:
 
 def _main_table(plan: SweepPlan, summaries: list[RowSummary]) -> str:
     share = f"{100 * plan.sweep.best_fraction:g} %"
-    others = next((list(summary.figures)[1:] for summary in summaries if summary.figures), [])
+    others = next((list(summary.metrics)[1:] for summary in summaries if summary.metrics), [])
     head = ["row", "trials", f"test loss, best {share}", "best single", *others]
-    body = [[summary.name, _trials(summary), *_figures(summary, others)] for summary in summaries]
+    body = []
+    for summary in summaries:
+        remarks = [f"{count} {state}" for state, count in summary.states.items() if count and state != "complete"]
+        trials = f"{summary.trials} ({', '.join(remarks)})" if remarks else str(summary.trials)
+        body.append([summary.name, trials, *_metrics(summary, others)])
     return (
-        f"Test figures are means over the best {share} of trials by validation loss, the loss with its standard "
+        f"Test metrics are means over the best {share} of trials by validation loss, the loss with its standard "
         "error;\nbest single: test loss of the trial with the least validation loss. Diverged and pruned trials "
         "count as the\nworst, failed ones do not count.\n\n" + _markdown([head, *body])
     )
 
 
-def _trials(summary: RowSummary) -> str:
-    remarks = [f"{count} {state}" for state, count in summary.states.items() if count and state != "complete"]
-    return f"{summary.trials} ({', '.join(remarks)})" if remarks else str(summary.trials)
-
-
-def _figures(summary: RowSummary, others: list[str]) -> list[str]:
+def _metrics(summary: RowSummary, others: list[str]) -> list[str]:
     if summary.best is None:
         return ["-"] * (2 + len(others))
+    loss = summary.metrics[OBJECTIVE]
+    error = f" ± {loss.standard_error:.4f}" if loss.count > 1 else ""
     single = f"{summary.best.test.get(OBJECTIVE, math.nan):.4f}"
-    means = [f"{summary.figures[name].mean:.4f}" for name in others]
-    return [_with_error(summary.figures[OBJECTIVE]), single, *means]
-
-
-def _with_error(mean: BestMean) -> str:
-    error = f" ± {mean.standard_error:.4f}" if mean.count > 1 else ""
-    return f"{mean.mean:.4f}{error} (of {mean.count})"
+    means = [f"{summary.metrics[name].mean:.4f}" for name in others]
+    return [f"{loss.mean:.4f}{error} (of {loss.count})", single, *means]
 
 
 def _reach_table(summaries: list[RowSummary]) -> str:
@@ -117,11 +106,11 @@ def _table_cells(summary: RowSummary) -> Cells:
     cells: Cells = {"row": summary.name, "trials": summary.trials}
     cells |= dict(summary.states.items())
     if summary.best is not None:
-        loss = summary.figures[OBJECTIVE]
+        loss = summary.metrics[OBJECTIVE]
         cells |= {"averaged": loss.count, "test_loss": loss.mean, "test_loss_standard_error": loss.standard_error}
         cells |= {"best_trial": summary.best.index, "best_val_loss": summary.best.loss}
         cells |= {"best_test_loss": summary.best.test.get(OBJECTIVE, math.nan)}
-        cells |= {f"test_{name}": mean.mean for name, mean in summary.figures.items() if name != OBJECTIVE}
+        cells |= {f"test_{name}": mean.mean for name, mean in summary.metrics.items() if name != OBJECTIVE}
     return cells
 
 
@@ -129,15 +118,11 @@ def _trial_cells(plan: SweepPlan, rows: Rows) -> Iterable[Cells]:
     spaces = {row.name: row.values for row in plan.rows}
     for name, records in rows.items():
         for record in records:
-            yield _cells_of(name, record, spaces[name](record.params))
-
-
-def _cells_of(row: str, record: TrialRecord, values: dict[str, Any]) -> Cells:
-    cells: Cells = {"row": row, "trial": record.index, "state": record.state}
-    cells |= {"steps": record.steps, "seconds": round(record.seconds, 3)}
-    cells |= {f"val_{name}": value for name, value in record.val.items()}
-    cells |= {f"test_{name}": value for name, value in record.test.items()}
-    return cells | values | {"error": record.error}
+            cells: Cells = {"row": name, "trial": record.index, "state": record.state}
+            cells |= {"steps": record.steps, "seconds": round(record.seconds, 3)}
+            cells |= {f"val_{metric}": value for metric, value in record.val.items()}
+            cells |= {f"test_{metric}": value for metric, value in record.test.items()}
+            yield cells | spaces[name](record.params) | {"error": record.error}
 
 
 def _budget_cells(summaries: list[RowSummary]) -> Iterable[Cells]:
@@ -152,7 +137,7 @@ def _budget_cells(summaries: list[RowSummary]) -> Iterable[Cells]:
 
 
 def _write_csv(path: Path, lines: Iterable[Cells]) -> None:
-    """A column for every name that occurs; empty where a line has no such cell."""
+    """Write a column for every name that occurs; empty where a line has no such cell."""
     cells = list(lines)
     columns = list(dict.fromkeys(name for line in cells for name in line))
     with path.open("w", newline="") as file:

@@ -1,4 +1,4 @@
-"""What trains the trials of a sweep: a function of this signature, named as 'module:function'."""
+"""Runners, which train the trials of a sweep: functions of one signature, named as 'module:function'."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Report = Callable[[int, int, float], bool]
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What one training came to. ``val`` and ``test``: figures by name, "loss" among them.
+    """The result of one training. ``val`` and ``test``: metrics by name, "loss" among them.
 
     ``val["loss"]`` is what the study minimises; a trial that diverged has nan or inf there.
     ``steps``: optimiser steps taken.
@@ -42,7 +42,7 @@ class TrialRunner(Protocol):
 
 
 def load_runner(name: str) -> TrialRunner:
-    """The function 'module:function'; UserError if there is none."""
+    """Return the function 'module:function'. Raises UserError if there is none."""
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
         raise UserError(f"--runner {name!r} is not of the form module:function, for example {DEFAULT_RUNNER}")

@@ -20,7 +20,7 @@ LOW, HIGH = 0.05, 0.95
 
 @dataclass(frozen=True)
 class BestMean:
-    """Mean of a figure over the ``count`` best trials. ``standard_error``: sd(ddof=1) / sqrt(count); nan
+    """Mean of a metric over the ``count`` best trials. ``standard_error``: sd(ddof=1) / sqrt(count); nan
     for a single value, and where one is not finite."""
 
     mean: float
@@ -30,8 +30,8 @@ class BestMean:
 
 @dataclass(frozen=True)
 class BudgetCurve:
-    """What a search of b trials can expect, for each b in ``budgets``: the test loss of the trial that it
-    would choose, its mean (``expected``) and the 5 % and 95 % quantiles over resamples (``low``, ``high``)."""
+    """Expectations of a search of b trials, for each b in ``budgets``: of the test loss of the trial that it
+    would choose, the mean (``expected``) and the 5 % and 95 % quantiles over resamples (``low``, ``high``)."""
 
     budgets: Ints
     expected: Floats
@@ -40,7 +40,7 @@ class BudgetCurve:
 
 
 def best_trials(val_N: ArrayLike, fraction: float) -> Ints:
-    """Indices of the ceil(fraction * N) trials with the least validation loss, best first; the earlier of equals.
+    """Return the ceil(fraction * N) trials of the least validation loss, best first; of equals the earlier first.
 
     Raises ValueError for no trials, or a fraction outside (0, 1].
     """
@@ -52,16 +52,8 @@ def best_trials(val_N: ArrayLike, fraction: float) -> Ints:
     return np.argsort(val, kind="stable")[: max(count, 1)]
 
 
-def best_fraction_mean(val_N: ArrayLike, test_N: ArrayLike, fraction: float) -> BestMean:
-    """The paper's figure: the mean test figure of the best ``fraction`` of trials by validation loss.
-
-    Raises ValueError for lengths that differ, and as ``best_trials``.
-    """
-    return mean_of(_alike(val_N, test_N)[1][best_trials(val_N, fraction)])
-
-
 def mean_of(values_M: ArrayLike) -> BestMean:
-    """Mean and standard error of at least one value."""
+    """Return mean and standard error of at least one value."""
     values = np.asarray(values_M, dtype=np.float64)
     count = len(values)
     known = count > 1 and bool(np.isfinite(values).all())
@@ -72,7 +64,7 @@ def mean_of(values_M: ArrayLike) -> BestMean:
 def budget_curve(
     val_N: ArrayLike, test_N: ArrayLike, budgets: Sequence[int], resamples: int = 2000, seed: int = 0
 ) -> BudgetCurve:
-    """By bootstrap: draw b of the N trials with replacement, take the test loss of the best by validation.
+    """Return the curve by bootstrap: draw b of N trials with replacement, take the test loss of the best by validation.
 
     The resamples of a smaller budget are the beginnings of those of a larger one. Among drawn trials with
     equal validation loss the first drawn wins. Raises ValueError for budgets below 1 or no resamples.
@@ -93,7 +85,7 @@ def budget_curve(
 
 
 def expected_best(val_N: ArrayLike, test_N: ArrayLike, budgets: Sequence[int]) -> Floats:
-    """The expectation that ``budget_curve`` estimates, in closed form.
+    """Return the expectation that ``budget_curve`` estimates, in closed form.
 
     With c(r) of N trials of rank r or worse, the best of b draws has rank r with probability
     (c(r) / N)^b - (c(r+1) / N)^b; trials of equal validation loss are equally likely to be it.
@@ -107,7 +99,7 @@ def expected_best(val_N: ArrayLike, test_N: ArrayLike, budgets: Sequence[int]) -
 
 
 def budget_to_reach(curve: BudgetCurve, level: float) -> int | None:
-    """The least budget at which the expected test loss is at most ``level``; None if no budget reaches it.
+    """Return the least budget at which the expected test loss is at most ``level``; None if no budget reaches it.
 
     With the level that another row reaches at its full budget, this is the paper's "x times fewer trials".
     """
@@ -116,7 +108,7 @@ def budget_to_reach(curve: BudgetCurve, level: float) -> int | None:
 
 
 def with_bounded_losses(val_N: ArrayLike, test_N: ArrayLike) -> tuple[Floats, Floats]:
-    """For budget curves: a trial that diverged keeps the last rank, and gets the row's worst finite test loss.
+    """Return losses for budget curves: a trial that diverged keeps the last rank, with the worst finite test loss.
 
     Any chance, however small, of drawing only such trials would else make the expectation infinite.
     Raises ValueError if no trial has a finite test loss.
@@ -138,7 +130,7 @@ def _losses(val_N: ArrayLike) -> Floats:
 def _alike(val_N: ArrayLike, test_N: ArrayLike) -> tuple[Floats, Floats]:
     val, test = _losses(val_N), np.asarray(test_N, dtype=np.float64)
     if val.shape != test.shape:
-        raise ValueError(f"validation and test figures differ in number: {val.shape} and {test.shape}")
+        raise ValueError(f"validation and test metrics differ in number: {val.shape} and {test.shape}")
     return val, test
 
 

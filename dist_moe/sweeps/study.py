@@ -25,10 +25,9 @@ from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from dist_moe.sweeps.directory import SweepDirectory
-from dist_moe.sweeps.identity import check_unchanged, digest
-from dist_moe.sweeps.plan import Row, SweepPlan
+from dist_moe.sweeps.plan import Row, SweepPlan, check_unchanged, digest
 from dist_moe.sweeps.records import (
-    MOST_DEATHS,
+    DEATH_LIMIT,
     TrialRecord,
     deaths_of,
     index_of,
@@ -39,8 +38,8 @@ from dist_moe.sweeps.records import (
 from dist_moe.sweeps.runner import OBJECTIVE, TrialResult
 
 BEAT_EVERY_S = 15
-SILENCE_OF_THE_DEAD_S = 120
-PATIENCE_WITH_SQLITE_S = 60
+STALE_AFTER_S = 120
+SQLITE_TIMEOUT_S = 60
 PRUNERS: dict[str, type[BasePruner]] = {
     "none": NopPruner,
     "median": MedianPruner,
@@ -60,6 +59,7 @@ class TakenTrial:
 
     @property
     def index(self) -> int:
+        """The trial's number within its row."""
         return int(self.trial.user_attrs["index"])
 
 
@@ -76,9 +76,9 @@ class Studies:
         with _without_optunas_remarks():
             self._storage = RDBStorage(
                 f"sqlite:///{directory.database}",
-                engine_kwargs={"connect_args": {"timeout": PATIENCE_WITH_SQLITE_S}},
+                engine_kwargs={"connect_args": {"timeout": SQLITE_TIMEOUT_S}},
                 heartbeat_interval=BEAT_EVERY_S,
-                grace_period=SILENCE_OF_THE_DEAD_S,
+                grace_period=STALE_AFTER_S,
                 heartbeat_stale_trial_callback=_try_again_after_death,
             )
         for summary in optuna.get_all_study_summaries(self._storage):
@@ -104,21 +104,22 @@ class Studies:
         """Queue the trials that were lost before, and failed ones where wanted. Within ``directory.taking()``."""
         for study in self._studies.values():
             study.set_user_attr("trials", self._plan.sweep.trials)
-            for trial in _attempts(study).values():
+            for trial in latest_attempts(study).values():
                 if is_lost(trial):
                     _enqueue_again(study, trial, deaths_of(trial))
                 elif retry_failed and trial.state == TrialState.FAIL:
                     _enqueue_again(study, trial, deaths=0)
 
     def take(self, owner: str, count: int) -> list[TakenTrial]:
-        """The next trials, at most ``count``, of the row that is least complete; [] when none waits."""
+        """Return the next trials, at most ``count``, of the row that has begun fewest; [] when none waits."""
         # SQLite lets two processes pop the same trial from Optuna's queue, hence the lock.
         with self._directory.taking(), _without_optunas_remarks():
-            self._look_for_the_dead()
-            row, left = self._least_complete_row()
-            return [self._ask(row, owner) for _ in range(min(count, left))] if row else []
+            self._release_stale_trials()
+            row = min(self._plan.rows, key=lambda row: self._begun(row.name))
+            left = self._plan.sweep.trials - self._begun(row.name)
+            return [self._ask(row, owner) for _ in range(min(count, left))]
 
-    def _look_for_the_dead(self) -> None:
+    def _release_stale_trials(self) -> None:
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + BEAT_EVERY_S
@@ -129,64 +130,51 @@ class Studies:
                     _give_up(study, trial, died=True)
 
     def left(self) -> int:
-        """Trials of all rows that nobody has begun, or that are to be begun again."""
-        return sum(self._left_of(row.name)[0] for row in self._plan.rows)
+        """Return how many trials of all rows nobody has begun, or are to be begun again."""
+        return sum(self._plan.sweep.trials - self._begun(row.name) for row in self._plan.rows)
 
-    def _left_of(self, row: str) -> tuple[int, int]:
-        """Trials of a row that are left, and those that are done or being done."""
-        attempts = _attempts(self._studies[row]).values()
-        begun = sum(trial.state != TrialState.WAITING for trial in attempts)
-        return self._plan.sweep.trials - begun, begun
-
-    def _least_complete_row(self) -> tuple[Row | None, int]:
-        """Of the rows with trials left, the one that has begun fewest; and how many are left there."""
-        best: tuple[int, Row | None, int] = (self._plan.sweep.trials, None, 0)
-        for row in self._plan.rows:
-            left, begun = self._left_of(row.name)
-            if begun < best[0]:
-                best = (begun, row, left)
-        return best[1:]
+    def _begun(self, row: str) -> int:
+        attempts = latest_attempts(self._studies[row]).values()
+        return sum(trial.state != TrialState.WAITING for trial in attempts)
 
     def _ask(self, row: Row, owner: str) -> TakenTrial:
         study = self._studies[row.name]
         if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            self._enqueue_next(study, row)
+            attempts = latest_attempts(study)
+            index = next(index for index in itertools.count() if index not in attempts)
+            draw = row.draw(self._plan.sweep.seed, index) if self._plan.sweep.sampler == "random" else {}
+            study.enqueue_trial(draw, user_attrs={"index": index})
         study.sampler = self._sampler(row, study)
         trial = study.ask({name: drawn.optuna() for name, drawn in sorted(row.space.items())})
         self.beat(trial)
         trial.set_user_attr("owner", owner)
         return TakenTrial(trial, row, row.values(trial.params))
 
-    def _enqueue_next(self, study: optuna.Study, row: Row) -> None:
-        attempts = _attempts(study)
-        index = next(index for index in itertools.count() if index not in attempts)
-        draw = row.draw(self._plan.sweep.seed, index) if self._plan.sweep.sampler == "random" else {}
-        study.enqueue_trial(draw, user_attrs={"index": index})
-
     def _sampler(self, row: Row, study: optuna.Study) -> BaseSampler:
-        """TPE is seeded anew for every trial, so that one worker alone repeats itself."""
+        """Return the next trial's sampler. TPE is seeded anew each time, so that one worker alone repeats itself."""
         if self._plan.sweep.sampler == "random":
             return RandomSampler()  # draws nothing: all parameters are fixed in the queue
-        begun = len(study.get_trials(deepcopy=False, states=_BEGUN))
+        states = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        begun = len(study.get_trials(deepcopy=False, states=states))
         key = f"{self._plan.sweep.seed}/{row.name}/{begun}"
         return TPESampler(seed=int(hashlib.sha256(key.encode()).hexdigest()[:8], 16), constant_liar=True)
 
     def beat(self, trial: optuna.Trial) -> None:
-        """Tell that the process which trains ``trial`` lives."""
+        """Record that the process which trains ``trial`` lives."""
         self._storage.record_heartbeat(trial._trial_id)
 
     def tell_result(self, taken: TakenTrial, result: TrialResult, environment: str) -> bool:
-        """A loss that is not finite counts as inf. False if the trial was given to another process meanwhile."""
+        """Store a result, a loss that is not finite as inf; returns False if another process has the trial by now."""
         loss = float(result.val[OBJECTIVE])
         content = {**asdict(result), "environment": environment}
         return self._tell(taken, "result", content, TrialState.COMPLETE, loss if math.isfinite(loss) else math.inf)
 
     def tell_pruned(self, taken: TakenTrial, environment: str) -> bool:
-        """The study's own pruner stopped it."""
+        """Store that the study's own pruner stopped a trial; see :meth:`tell_result`."""
         return self._tell(taken, "result", {"environment": environment}, TrialState.PRUNED)
 
     def tell_failure(self, taken: TakenTrial, error: str, traceback: str) -> bool:
-        """An exception ended it."""
+        """Store that an exception ended a trial; see :meth:`tell_result`."""
         return self._tell(taken, "failure", {"error": error, "traceback": traceback}, TrialState.FAIL)
 
     def _tell(
@@ -200,7 +188,7 @@ class Studies:
         return study.tell(taken.trial, value, state=state, skip_if_finished=True).state == state
 
     def release(self, owner: str | None, died: bool) -> int:
-        """Put the running trials of ``owner`` (None: all) in the queue again; how many there were.
+        """Put the running trials of ``owner`` (None: all) in the queue again; returns how many there were.
 
         Within ``directory.taking()``, and when the owner is no more. ``died``: whether by itself.
         """
@@ -213,21 +201,14 @@ class Studies:
         return released
 
     def running(self) -> int:
-        """Trials of all rows that are being trained."""
+        """Return how many trials of all rows are being trained."""
         states = (TrialState.RUNNING,)
         return sum(len(study.get_trials(deepcopy=False, states=states)) for study in self._studies.values())
 
     def records(self, row: str) -> list[TrialRecord]:
-        """Finished trials of a row, by index."""
-        attempts = _attempts(self._studies[row]).values()
+        """Return the finished trials of a row, by index."""
+        attempts = latest_attempts(self._studies[row]).values()
         return [record for trial in attempts if (record := record_of(trial)) is not None]
-
-
-_BEGUN = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-
-
-def _attempts(study: optuna.Study) -> dict[int, FrozenTrial]:
-    return latest_attempts(study.get_trials(deepcopy=False))
 
 
 def _give_up(study: optuna.Study, trial: FrozenTrial, died: bool) -> None:
@@ -241,19 +222,19 @@ def _give_up(study: optuna.Study, trial: FrozenTrial, died: bool) -> None:
 
 def _try_again_after_death(study: optuna.Study, trial: FrozenTrial) -> None:
     deaths = deaths_of(trial) + 1
-    if deaths < MOST_DEATHS:
+    if deaths < DEATH_LIMIT:
         _enqueue_again(study, trial, deaths)
 
 
 def _enqueue_again(study: optuna.Study, trial: FrozenTrial, deaths: int) -> None:
-    """With the same parameters, whether they came from the queue or from a sampler."""
+    """Queue a trial with its parameters, whether they came from the queue or from a sampler."""
     params = trial.system_attrs.get("fixed_params", {}) | trial.params
     study.enqueue_trial(params, user_attrs={"index": index_of(trial), "deaths": deaths})
 
 
 @contextmanager
 def _without_optunas_remarks() -> Iterator[None]:
-    """Heartbeats are called experimental, and meant for Study.optimize; here they are sent by ``Heart``."""
+    """Silence warnings that heartbeats are experimental, and meant for Study.optimize; here ``beating`` sends them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")

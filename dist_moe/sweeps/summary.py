@@ -28,27 +28,33 @@ Rows = dict[str, list[TrialRecord]]
 class RowSummary:
     """A row of the report. ``trials``: all but failed ones, which say something of the machine or the code.
 
-    ``figures``: test figures over the best trials by validation loss, "loss" first; empty, and ``best``
+    ``metrics``: test metrics over the best trials by validation loss, "loss" first; empty, and ``best``
     and ``curve`` None, where no trial is complete. ``exact``: the closed form of ``curve.expected``.
     """
 
     name: str
     trials: int
     states: dict[State, int]
-    figures: dict[str, BestMean]
+    metrics: dict[str, BestMean]
     best: TrialRecord | None
     curve: BudgetCurve | None
     exact: Floats | None
 
 
 def summarise(rows: Rows, fraction: float, seed: int) -> list[RowSummary]:
-    """``fraction``: share of trials, best by validation loss, to average. ``seed``: of the bootstrap."""
-    names = _shared_figures(rows)
+    """Return a summary of each row.
+
+    ``fraction``: share of trials, best by validation loss, to average. ``seed``: of the bootstrap. Only those metrics
+    are averaged that all complete trials of all rows have: the loss, then the others by name.
+    """
+    complete = [record.test.keys() for records in rows.values() for record in records if record.state == "complete"]
+    shared = set.intersection(*map(set, complete)) if complete else set()
+    names = [OBJECTIVE, *sorted(shared - {OBJECTIVE})]
     return [_summarise_row(name, records, names, fraction, seed) for name, records in rows.items()]
 
 
 def trials_to_reach(rows: list[RowSummary]) -> dict[str, dict[str, int | None]]:
-    """[A][B]: the trials after which row A can expect what row B can expect of all its trials; None for never."""
+    """Return in [A][B] after how many trials A can expect what B can expect of all its trials; None for never."""
     curves = {row.name: row.curve for row in rows if row.curve is not None}
     return {
         one: {other: budget_to_reach(curve, float(target.expected[-1])) for other, target in curves.items()}
@@ -56,7 +62,7 @@ def trials_to_reach(rows: list[RowSummary]) -> dict[str, dict[str, int | None]]:
     }
 
 
-def _summarise_row(name: str, records: list[TrialRecord], figures: list[str], fraction: float, seed: int) -> RowSummary:
+def _summarise_row(name: str, records: list[TrialRecord], metrics: list[str], fraction: float, seed: int) -> RowSummary:
     states: dict[State, int] = {"complete": 0, "diverged": 0, "pruned": 0, "failed": 0}
     for record in records:
         states[record.state] += 1
@@ -65,25 +71,13 @@ def _summarise_row(name: str, records: list[TrialRecord], figures: list[str], fr
         return RowSummary(name, len(counted), states, {}, None, None, None)
     val_N = np.array([record.loss for record in counted])
     best_M = best_trials(val_N, fraction)
-    means = {figure: mean_of(_test(counted, figure)[best_M]) for figure in figures}
-    curve, exact = _curve(val_N, _test(counted, OBJECTIVE), seed)
+    means = {metric: mean_of(_test(counted, metric)[best_M]) for metric in metrics}
+    curve, exact, test_N = None, None, _test(counted, OBJECTIVE)
+    if np.isfinite(test_N).any():
+        losses, budgets = with_bounded_losses(val_N, test_N), range(1, len(val_N) + 1)
+        curve, exact = budget_curve(*losses, budgets, seed=seed), expected_best(*losses, budgets)
     return RowSummary(name, len(counted), states, means, counted[best_M[0]], curve, exact)
 
 
-def _curve(val_N: Floats, test_N: Floats, seed: int) -> tuple[BudgetCurve | None, Floats | None]:
-    if not np.isfinite(test_N).any():
-        return None, None
-    budgets = range(1, len(val_N) + 1)
-    losses = with_bounded_losses(val_N, test_N)
-    return budget_curve(*losses, budgets, seed=seed), expected_best(*losses, budgets)
-
-
-def _test(records: list[TrialRecord], figure: str) -> Floats:
-    return np.array([record.test.get(figure, math.nan) for record in records], dtype=np.float64)
-
-
-def _shared_figures(rows: Rows) -> list[str]:
-    """Test figures that all complete trials of all rows have: the loss, then the others by name."""
-    complete = [record.test.keys() for records in rows.values() for record in records if record.state == "complete"]
-    shared = set.intersection(*map(set, complete)) if complete else set()
-    return [OBJECTIVE, *sorted(shared - {OBJECTIVE})]
+def _test(records: list[TrialRecord], metric: str) -> Floats:
+    return np.array([record.test.get(metric, math.nan) for record in records], dtype=np.float64)

@@ -17,8 +17,7 @@ from dist_moe.recipes.recipe import RunStart
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.recipe import Stopped, SupervisedRecipe
 from dist_moe.sweeps.runner import Report, TrialResult
-from dist_moe.sweeps.stacked import stack_fault, stack_key, train_stack
-from dist_moe.tasks.task import Task
+from dist_moe.sweeps.stacked import stack_error, stack_key, train_stack
 
 
 def run_trials(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
@@ -30,31 +29,22 @@ def run_trials(configs: Sequence[SupervisedConfig], report: Report) -> list[Tria
     if len(configs) == 1:
         return [_run_alone(configs[0], report)]
     for config in configs:
-        if fault := stack_fault(config):
-            raise UserError(f"trials_together={len(configs)}: {fault}; set trials_together: 1")
-    return _run_in_stacks(configs, report)
-
-
-def _run_in_stacks(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
+        if error := stack_error(config):
+            raise UserError(f"trials_together={len(configs)}: {error}; set trials_together: 1")
     stacks: dict[str, list[int]] = defaultdict(list)
     for i, config in enumerate(configs):
         stacks[stack_key(config)].append(i)
     results: list[TrialResult | None] = [None] * len(configs)
     for members in stacks.values():
+
+        def report_member(place: int, step: int, loss: float, members: list[int] = members) -> bool:
+            return report(members[place], step, loss)
+
         task = configs[members[0]].data.open(progress=True)
-        for i, result in zip(members, _run_stack(task, configs, members, report), strict=True):
+        found = train_stack(task, [configs[i] for i in members], report_member)
+        for i, result in zip(members, found, strict=True):
             results[i] = result
     return results
-
-
-def _run_stack(
-    task: Task, configs: Sequence[SupervisedConfig], members: list[int], report: Report
-) -> list[TrialResult | None]:
-    def report_member(place: int, step: int, loss: float) -> bool:
-        return report(members[place], step, loss)
-
-    found = train_stack(task, [configs[i] for i in members], report_member)
-    return [None if one is None else TrialResult(*one) for one in found]
 
 
 def _run_alone(config: SupervisedConfig, report: Report) -> TrialResult | None:
@@ -79,8 +69,8 @@ def _run_alone(config: SupervisedConfig, report: Report) -> TrialResult | None:
             return None
         if result.val is None:
             raise KeyboardInterrupt
-        return TrialResult(_numbers(result.val), _numbers(result.test or {}), result.fit.steps)
-
-
-def _numbers(figures: dict[str, object]) -> dict[str, float]:
-    return {name: float(value) for name, value in figures.items() if isinstance(value, (int, float))}
+        val, test = (
+            {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+            for metrics in (result.val, result.test or {})
+        )
+        return TrialResult(val, test, result.fit.steps)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import sys
 import threading
 import traceback
@@ -10,16 +12,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 
 from dist_moe.errors import UserError
 from dist_moe.recipes.supervised.config import SupervisedConfig
-from dist_moe.sweeps.environment import describe_environment
 from dist_moe.sweeps.runner import OBJECTIVE, TrialResult, TrialRunner
 from dist_moe.sweeps.study import BEAT_EVERY_S, Studies, TakenTrial
+
+_PACKAGES = ("torch", "deepspeed", "optuna", "numpy", "comet-dist-moe")
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Worker:
             self._train_together(trials, configs)
 
     def _train_together(self, trials: list[TakenTrial], configs: list[SupervisedConfig]) -> None:
-        """If several fail together, each is trained alone: the error is then that of one trial."""
+        """Train trials at once; if several fail together, each alone, so that the error is that of one trial."""
         outcomes = self._attempt(trials, configs)
         if isinstance(outcomes, Failure) and len(trials) > 1:
             for trial, config in zip(trials, configs, strict=True):
@@ -124,17 +129,15 @@ class Worker:
             told = self._studies.tell_result(trial, outcome, self._environment)
             what = f"val loss {outcome.val[OBJECTIVE]:.4f}"
         if told:
-            self._announce(self._finished(trial, what, outcome.error if isinstance(outcome, Failure) else ""))
-
-    def _finished(self, trial: TakenTrial, what: str, error: str) -> Finished:
-        records = self._studies.records(trial.row.name)
-        failed = sum(record.state == "failed" for record in records)
-        best = min((record.loss for record in records), default=math.inf)
-        return Finished(trial.row.name, trial.index, what, error, len(records), failed, best)
+            records = self._studies.records(trial.row.name)
+            failed = sum(record.state == "failed" for record in records)
+            best = min((record.loss for record in records), default=math.inf)
+            error = outcome.error if isinstance(outcome, Failure) else ""
+            self._announce(Finished(trial.row.name, trial.index, what, error, len(records), failed, best))
 
 
 class Reporter:
-    """What a runner calls after each validation."""
+    """Tells a study of validations: called by a runner after each, with True as the answer where a trial is to stop."""
 
     def __init__(self, trials: list[TakenTrial]) -> None:
         self._trials = [taken.trial for taken in trials]
@@ -158,12 +161,12 @@ class Reporter:
             if result is None and i not in self._stopped:
                 raise RuntimeError("the runner gave no result for a trial that was not to stop")
             if result is not None and OBJECTIVE not in result.val:
-                raise RuntimeError(f"the runner's validation figures have no {OBJECTIVE!r}: {sorted(result.val)}")
+                raise RuntimeError(f"the runner's validation metrics have no {OBJECTIVE!r}: {sorted(result.val)}")
 
 
 @contextmanager
 def beating(studies: Studies, taken: list[TakenTrial]) -> Iterator[None]:
-    """While inside, a thread tells the studies that this process lives."""
+    """Have a thread tell the studies, while inside, that this process lives."""
     end = threading.Event()
 
     def beat() -> None:
@@ -186,3 +189,17 @@ def beating(studies: Studies, taken: list[TakenTrial]) -> Iterator[None]:
 def _failure(error: Exception) -> Failure:
     text = str(error)
     return Failure(text if isinstance(error, UserError) else f"{type(error).__name__}: {text}", traceback.format_exc())
+
+
+def describe_environment() -> str:
+    """Return what a trial is trained on, without names of hosts or paths.
+
+    'AMD EPYC, 2 cores, no GPU; Python 3.11.2, torch 2.13.0, ...'.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    processor = next(models, "") or platform.machine()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    return f"{processor}, {os.cpu_count()} cores, {gpu}; Python {platform.python_version()}, {packages}"

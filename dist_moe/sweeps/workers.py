@@ -22,20 +22,21 @@ from dist_moe.sweeps.runner import load_runner
 from dist_moe.sweeps.study import Studies
 from dist_moe.sweeps.worker import Finished, Worker
 
-MOST_FAILURES_IN_A_ROW = 3
-LOOK_AT_SIGNALS_EVERY_S = 0.2
+FAILURE_LIMIT = 3
+POLL_S = 0.2
 GRACE_BEFORE_KILL_S = 20.0
 
 Say = Callable[[str], None]
 
 
 def say(text: str) -> None:
+    """Print a line on stderr at once."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def _deaf_to_the_keyboard() -> Iterator[None]:
-    """A process started inside does not hear Ctrl-C, which is for the one that started it."""
+def _ignore_sigint() -> Iterator[None]:
+    """Have processes that are started inside ignore Ctrl-C, which is for the one that starts them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -65,11 +66,11 @@ class Team:
         self._tally = Tally(plan)
 
     def work(self, request: StopRequest) -> None:
-        """Until no trial waits any more, or a signal comes. Raises UserError where going on is of no use."""
+        """Work until no trial waits any more, or a signal comes. Raises UserError where going on is of no use."""
         try:
             self._fill()
             while self._members and not request.signal_number:
-                for connection in wait([member.connection for member in self._members], LOOK_AT_SIGNALS_EVERY_S):
+                for connection in wait([member.connection for member in self._members], POLL_S):
                     self._hear(next(member for member in self._members if member.connection is connection))
         finally:
             self._end()
@@ -85,7 +86,7 @@ class Team:
         owner = secrets.token_hex(8)
         arguments = (self._plan, self._directory, self._runner, owner, theirs)
         process = context.Process(target=serve, args=arguments)
-        with _deaf_to_the_keyboard():
+        with _ignore_sigint():
             process.start()
         theirs.close()
         return Member(process, ours, owner)
@@ -94,10 +95,10 @@ class Team:
         try:
             self._tally.count(member.connection.recv())
         except EOFError:
-            self._bury(member)
+            self._reap(member)
             self._fill()
 
-    def _bury(self, member: Member) -> None:
+    def _reap(self, member: Member) -> None:
         self._members.remove(member)
         member.process.join()
         member.connection.close()
@@ -122,7 +123,7 @@ class Team:
 
 
 class Tally:
-    """Says what has become of each trial, and stops a sweep that only fails."""
+    """Prints what has become of each trial, and stops a sweep that only fails."""
 
     def __init__(self, plan: SweepPlan, speak: Say = say) -> None:
         self._rows = [row.name for row in plan.rows]
@@ -132,7 +133,7 @@ class Tally:
         self._deaths = 0
 
     def count(self, news: Finished) -> None:
-        """Raises UserError at the third failure of a row without a success between."""
+        """Print the outcome of a trial. Raises UserError at the third failure of a row without a success between."""
         failed = f", {news.failed} failed" if news.failed else ""
         self._say(
             f"row {self._rows.index(news.row) + 1}/{len(self._rows)} {news.row}: trial {news.done}/{self._trials} "
@@ -140,26 +141,26 @@ class Tally:
         )
         self._deaths = 0
         self._failures[news.row] = self._failures[news.row] + 1 if news.error else 0
-        if self._failures[news.row] == MOST_FAILURES_IN_A_ROW:
+        if self._failures[news.row] == FAILURE_LIMIT:
             raise UserError(
-                f"row {news.row}: {MOST_FAILURES_IN_A_ROW} trials failed one after the other, the last of them, "
-                f"trial {news.index}, with: {news.error}. Its traceback is in the study; after mending it, "
+                f"row {news.row}: {FAILURE_LIMIT} trials failed one after the other, the last of them, "
+                f"trial {news.index}, with: {news.error}. Its traceback is in the study; after fixing it, "
                 "go on with --retry-failed"
             )
 
     def count_death(self, exit_code: int | None, released: int) -> None:
-        """The same for workers that died with no trial finished between."""
+        """Print that a worker died. Raises UserError at the third death with no trial finished between."""
         self._say(f"a worker died (exit code {exit_code}); {released} trial(s) of it will be tried again")
         self._deaths += 1
-        if self._deaths == MOST_FAILURES_IN_A_ROW:
+        if self._deaths == FAILURE_LIMIT:
             raise UserError(
-                f"{MOST_FAILURES_IN_A_ROW} workers died one after the other (exit code {exit_code}; -9 often means "
+                f"{FAILURE_LIMIT} workers died one after the other (exit code {exit_code}; -9 often means "
                 "that memory ran out: try fewer --workers or fewer trials_together)"
             )
 
 
 def work_together(plan: SweepPlan, directory: SweepDirectory, studies: Studies, runner: str, size: int) -> int:
-    """Do all trials that wait with ``size`` processes; the signal that ended it early, 0 if none did."""
+    """Do all trials that wait with ``size`` processes; returns the signal that ended it early, 0 if none did."""
     with stop_requests() as request:
         Team(plan, directory, studies, runner, size).work(request)
         return request.signal_number
@@ -194,7 +195,7 @@ class _Interruption:
 
 
 def serve(plan: SweepPlan, directory: SweepDirectory, runner: str, owner: str, connection: Connection) -> None:
-    """What a worker process does."""
+    """Train trials until none waits or SIGTERM comes: the main function of a worker process."""
     interruption = _Interruption()
     with ExitStack() as stack:
         with directory.taking():

@@ -20,7 +20,7 @@ from dist_moe.tasks.task import Task
 def evaluate(
     task: Task, model: MoEModel, part: Any, weights: tuple[float, ...], groups: ProcessGroups
 ) -> dict[str, Any]:
-    """Figures over all of ``part``, the same on every rank. Collective over all ranks.
+    """Return metrics over all of ``part``, the same on every rank. Collective over all ranks.
 
     Besides the task's own: ``active_experts``, assignments per token averaged over gates and layers, and for
     each gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate.
@@ -31,12 +31,12 @@ def evaluate(
     with recording(None):  # gates record training steps only
         columns, load_LGE, tokens = _observe(task, model, part, groups)
     model.train(was_training)
-    figures: dict[str, Any] = dict(task.figures(columns.cpu().numpy(), part, weights))
-    return figures | expert_figures(load_LGE, tokens)
+    metrics: dict[str, Any] = dict(task.metrics(columns.cpu().numpy(), part, weights))
+    return metrics | expert_metrics(load_LGE, tokens)
 
 
 def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> tuple[Tensor, Tensor, int]:
-    """(C, N) observed columns; (L, G, E) tokens per layer, gate and expert; tokens of a gate; over all ranks."""
+    """Return (C, N) observed columns; (L, G, E) tokens per layer, gate and expert; tokens of a gate; over all ranks."""
     world = current_world()
     layers = list(model.moe_layers.values())
     gates, experts = (len(layers[0].gates), layers[0].experts.num_experts) if layers else (0, 0)
@@ -57,10 +57,10 @@ def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> t
     return gathered[:, : len(part)], sum_over_ranks(load_LGE), int(sum_over_ranks(tokens))
 
 
-def expert_figures(load_LGE: Tensor, tokens: int) -> dict[str, Any]:
-    """From (L, G, E) tokens per layer, gate and expert, of ``tokens`` tokens; see :func:`evaluate`.
+def expert_metrics(load_LGE: Tensor, tokens: int) -> dict[str, Any]:
+    """Return the metrics of experts, see :func:`evaluate`; for a dense model all are 0.
 
-    Of a dense model, without layers, all are 0.
+    ``load_LGE``: (L, G, E) tokens per layer, gate and expert. ``tokens``: of a gate.
     """
     by_gate = (load_LGE.flatten(0, 1).sum(dim=1) / max(tokens, 1)).tolist()
     return {

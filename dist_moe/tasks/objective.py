@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_moe.engine.monitor.step_window import Sums
 from dist_moe.engine.training import StepLoss
@@ -30,24 +30,26 @@ class WeightedObjective:
 
     def of_output(self, output: ModelOutput, batch: Any) -> StepLoss:
         """Return the loss of what the model gave for ``batch``."""
+        losses = self.losses(output, batch)
+        sums: Sums = {**losses, **_expert_counts(output, batch.tokens_in_step)}
+        return StepLoss(losses["total_loss"] * self.shares, sums)
+
+    def losses(self, output: ModelOutput, batch: Any) -> dict[str, Tensor]:
+        """Return the summands of the step that ``batch`` adds: ``loss``, weighted; ``total_loss``, with the auxiliary
+        ones; then each target's loss and each auxiliary one by name."""
         by_target = self._task.task_losses(output, batch)
         weighted = self._task.weighted(by_target, self._weights)
-        tokens_in_step = batch.tokens_in_step
-        aux = {name: loss * (_tokens(output) / tokens_in_step) for name, loss in output.aux.items()}
+        # An auxiliary loss is a mean over this rank's tokens: it counts with their share of the step's.
+        aux = {
+            name: loss * (len(output.layers[0].outputs[0]) / batch.tokens_in_step) for name, loss in output.aux.items()
+        }
         total = torch.stack([weighted, *aux.values()]).sum()
-        losses: Sums = {"loss": weighted, "total_loss": total} | by_target | aux
-        return StepLoss(total * self.shares, losses | _expert_counts(output, tokens_in_step))
-
-
-def _tokens(output: ModelOutput) -> int:
-    return output.layers[0].routes[0].num_tokens
+        return {"loss": weighted, "total_loss": total} | by_target | aux
 
 
 def _expert_counts(output: ModelOutput, tokens_in_step: int) -> Sums:
-    """``active_experts``: assignments per token, averaged over gates and layers. ``load``: (L, E) rows.
-
-    Of a dense model: 0, and (0, 0).
-    """
+    """Return ``active_experts``, assignments per token averaged over gates and layers, ``rows_computed``, and
+    ``load``, (L, E) rows; 0, 0 and (0, 0) for a dense model."""
     layers = output.layers
     if not layers:
         load_LE = torch.zeros(0, 0, dtype=torch.int64, device=output.predictions[0].device)

@@ -18,12 +18,12 @@ from dist_moe.gates import GateContext
 from dist_moe.models import ModelOutput, MoEModelConfig, RunShape
 from dist_moe.parallel import World
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 Columns = NDArray[np.float64]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """``x`` in the precision in which losses are computed: its own, or fp32 if that is narrower."""
+    """Return ``x`` in the precision in which losses are computed: its own, or fp32 if that is narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -76,17 +76,17 @@ class Task(ABC):
 
     @abstractmethod
     def observe(self, output: ModelOutput, batch: Any) -> Tensor:
-        """Return (C, B) fp64 columns from which :meth:`figures` can be computed exactly over a data set."""
+        """Return (C, B) fp64 columns from which :meth:`metrics` can be computed exactly over a data set."""
 
     @abstractmethod
-    def figures(self, columns: Columns, part: Any, weights: tuple[float, ...]) -> Figures:
+    def metrics(self, columns: Columns, part: Any, weights: tuple[float, ...]) -> Metrics:
         """Return the metrics of (C, N) observed columns of all rows of ``part``; "loss" is the weighted loss."""
 
-    def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Figures]:
+    def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """Return the metrics of predictors that a model must beat, by name."""
         return {}
 
-    def costs(self, model: Any, figures: Mapping[str, Any]) -> dict[str, Any]:
+    def costs(self, model: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the model's size and work per token for the summary, given its test metrics."""
         return {}
 
@@ -103,11 +103,16 @@ class ModelRun(Protocol):
     """The part of a configuration that a model is built from."""
 
     @property
-    def model(self) -> MoEModelConfig: ...
+    def model(self) -> MoEModelConfig:
+        """The section of the model."""
+
     @property
-    def train(self) -> TrainConfig: ...
+    def train(self) -> TrainConfig:
+        """Length and batch size."""
+
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """The seed of the initial weights."""
 
 
 def build_model(config: ModelRun, task: Task, world: World) -> Any:

@@ -40,7 +40,7 @@ def faults(gate: Any) -> list[ErrorDetails]:
 
 
 def test_the_gates_of_the_package() -> None:
-    assert set(GATES.by_name) == NAMES
+    assert {name for name, one in GATES.by_name.items() if one.__module__.startswith("dist_moe.")} == NAMES
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.models import BertClassifierConfig, BertShape, RunShape
 from dist_moe.models.bert import write_hugging_face
 from dist_moe.parallel import SingleWorld
+from dist_moe.tasks import Task, build_model
 from tests.data.labelled_text.tiny_texts import tiny_tokenizer
 from tests.helpers.commands import succeed
 from tests.helpers.runs import write_yaml
@@ -71,3 +73,10 @@ def train_students(config: Path, teacher: Path, student: list[str]) -> dict[int,
         overrides = [*student, *taught(teacher), f"parallel.expert_parallel_size={world}"]
         succeed(world, "train", "--run-dir", run, config, *overrides)
     return runs
+
+
+def begun_model(config: Any, task: Task) -> Any:
+    """The model of a new run, with the weights that the configuration's start gives it."""
+    model = build_model(config, task, SingleWorld())
+    config.start.fill(model, config, task, LaunchEnvironment.read())
+    return model

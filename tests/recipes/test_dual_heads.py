@@ -15,12 +15,11 @@ from dist_moe.models.bert import read_hugging_face, write_hugging_face
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import plan_new_run
 from dist_moe.recipes.supervised.runs import trained_model
-from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.classification import TextClassificationTask
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.runs import losses_of, records_of, summary_of
-from tests.helpers.text_runs import write_encoder, write_text_config
+from tests.helpers.text_runs import begun_model, write_encoder, write_text_config
 
 LINEAR, MLP = ("model.auxiliary_head=linear", "model.auxiliary_head=mlp")
 EXPERTS = ["model.moe_every=1", "model.num_experts=2", "model.gate={name: top_k, k: 1}"]
@@ -78,8 +77,7 @@ def test_what_the_second_head_adds_by_a_loop(config: Path, teacher: Path, tmp_pa
     plan = plan_new_run(config, overrides, tmp_path / "planned")
     assert isinstance(plan.task, TextClassificationTask)
     torch.manual_seed(plan.config.seed)
-    student = build_model(plan.config, plan.task, SingleWorld())
-    plan.config.start.fill(student, plan.config, plan.task, plan.start.environment)
+    student = begun_model(plan.config, plan.task)
     taught = trained_model(teacher, plan.task, SingleWorld()).eval()
     batch = plan.feed.micro_batches(0)[0]
     expected = 0.0

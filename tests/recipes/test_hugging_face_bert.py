@@ -12,14 +12,13 @@ import torch
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import load_config, plan_new_run
 from dist_moe.recipes.supervised.runs import trained_model
-from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from tests.data.labelled_text.tiny_texts import SAMPLES, read_squad, write_messages
 from tests.helpers.berts import mask_of
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import tensors_of
-from tests.helpers.text_runs import write_encoder, write_text_config
+from tests.helpers.text_runs import begun_model, write_encoder, write_text_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -118,8 +117,7 @@ def test_a_dense_run_is_a_plain_bert_from_which_another_run_can_begin(
     assert not list((tmp_path / "bert").glob("*.py"))
     assert_same_answers(dense, tmp_path / "bert")
     plan = plan_new_run(config, [f"data.encoder={tmp_path / 'bert'}"], tmp_path / "run")
-    model = build_model(plan.config, plan.task, SingleWorld())
-    plan.config.start.fill(model, plan.config, plan.task, plan.start.environment)
+    model = begun_model(plan.config, plan.task)
     for name, parameter in trained_model(dense, plan.task, SingleWorld()).named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
 

@@ -12,21 +12,21 @@ import torch
 
 from dist_moe.data.labelled_text.answers import window_starts
 from dist_moe.data.labelled_text.squad import Question
-from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
 from dist_moe.models.bert import BertModel, read_hugging_face
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import load_config, plan_new_run, validate_config
-from dist_moe.recipes.supervised import runs as runs_module
+from dist_moe.recipes.supervised import runs as run_files
 from dist_moe.recipes.supervised.runs import trained_model
 from dist_moe.tasks import build_model
-from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
+from dist_moe.tasks.labelled_text.answer_metrics import answer_metrics
 from dist_moe.tasks.labelled_text.question_answering import QuestionAnsweringTask
 from tests.data.labelled_text.tiny_texts import SAMPLES, read_squad, tiny_tokenizer
 from tests.helpers.commands import succeed
 from tests.helpers.runs import losses_of, records_of, summary_of
 from tests.helpers.text_runs import (
     POSITIONS,
+    begun_model,
     taught,
     train_students,
     train_teachers,
@@ -85,9 +85,8 @@ def task_of(config: Path, *overrides: str) -> QuestionAnsweringTask:
 
 def test_a_run_begins_with_the_encoder_and_without_its_pooler(config: Path, encoder: Path) -> None:
     run_config, task = load_config(config), task_of(config)
-    model = build_model(run_config, task, SingleWorld())
-    drawn = model.get_parameter("span.weight").clone()
-    run_config.start.fill(model, run_config, task, LaunchEnvironment.read())
+    drawn = build_model(run_config, task, SingleWorld()).get_parameter("span.weight")
+    model = begun_model(run_config, task)
     weights = read_hugging_face(encoder).weights
     above = {"pooler.weight", "pooler.bias"}
     assert weights.keys() - above == {name for name, _ in model.named_parameters()} - {"span.weight", "span.bias"}
@@ -109,7 +108,7 @@ def test_two_ranks_train_as_one(config: Path, teachers: dict[int, Path]) -> None
         assert one[name] == pytest.approx(two[name], abs=1e-5), name
 
 
-def test_figures_by_hand(learnt: tuple[Path, Path]) -> None:
+def test_metrics_by_hand(learnt: tuple[Path, Path]) -> None:
     """One window at a time, without padding; every span of it, and its words from the tokenizer's own places."""
     config, run = learnt
     task, (_, dev) = task_of(config), read_squad(SQUAD)
@@ -121,7 +120,7 @@ def test_figures_by_hand(learnt: tuple[Path, Path]) -> None:
         answers.append(answer_by_loops(task, model, question, windows, losses))
     assert any(answers)
     summary = summary_of(run)
-    expected = answer_figures(answers, [[answer.text for answer in question.answers] for question in dev])
+    expected = answer_metrics(answers, [[answer.text for answer in question.answers] for question in dev])
     expected |= {"ce": float(np.mean(losses)), "loss": float(np.mean(losses))}
     for name, value in expected.items():
         assert summary["test"][name] == pytest.approx(value, abs=1e-5), name
@@ -163,9 +162,9 @@ def test_the_sample_is_learnt_by_heart(learnt: tuple[Path, Path]) -> None:
     batch = task.train.batch(every, every)
     with torch.no_grad():
         columns = task.observe(model(*batch.inputs), batch).numpy()
-    figures = task.figures(columns, task.train, (1.0,))
-    assert figures["ce"] < 0.05
-    assert figures["exact_match"] == figures["f1"] == figures["exact_match_unanswerable"] == 1
+    metrics = task.metrics(columns, task.train, (1.0,))
+    assert metrics["ce"] < 0.05
+    assert metrics["exact_match"] == metrics["f1"] == metrics["exact_match_unanswerable"] == 1
 
 
 def test_two_ranks_teach_as_one(students: dict[int, Path]) -> None:
@@ -176,8 +175,8 @@ def test_two_ranks_teach_as_one(students: dict[int, Path]) -> None:
             assert ours[name] == pytest.approx(theirs[name], abs=2e-5), name
         assert ours["load"] == theirs["load"]
     for name in ("ce", "exact_match", "f1"):
-        figures = [summary_of(run)["test"][name] for run in students.values()]
-        assert figures[0] == pytest.approx(figures[1], abs=1e-4), name
+        metrics = [summary_of(run)["test"][name] for run in students.values()]
+        assert metrics[0] == pytest.approx(metrics[1], abs=1e-4), name
 
 
 def test_the_teachers_ends_are_followed_by_their_mean(
@@ -187,8 +186,7 @@ def test_the_teachers_ends_are_followed_by_their_mean(
     plan = plan_new_run(config, [*STUDENT, *taught(teachers[1])], tmp_path / "run")
     task = plan.task
     assert isinstance(task, QuestionAnsweringTask)
-    student, teacher = build_model(plan.config, task, SingleWorld()), trained_model(teachers[1], task, SingleWorld())
-    plan.config.start.fill(student, plan.config, task, plan.start.environment)
+    student, teacher = begun_model(plan.config, task), trained_model(teachers[1], task, SingleWorld())
     student.train().begin_step(0)
     teacher.eval()
     batch = plan.feed.micro_batches(0)[0]
@@ -226,6 +224,6 @@ def test_what_a_run_cannot_begin_with(config: Path, tmp_path: Path, overrides: l
 
 def test_a_classifiers_run_answers_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = SimpleNamespace(config=validate_config({"data": {"name": "rte"}}))
-    monkeypatch.setattr(runs_module, "find_weights", lambda _: other)
+    monkeypatch.setattr(run_files, "find_weights", lambda _: other)
     with pytest.raises(UserError, match=r"there is a run of model\.name=bert_classifier, not of bert_answerer"):
         trained_model(Path("there"), task_of(config), SingleWorld())

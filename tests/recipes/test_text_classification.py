@@ -14,7 +14,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
 from dist_moe.models import BertClassifierConfig
 from dist_moe.models.bert import read_hugging_face
@@ -29,6 +28,7 @@ from tests.helpers.commands import succeed
 from tests.helpers.runs import losses_of, records_of, summary_of
 from tests.helpers.text_runs import (
     POSITIONS,
+    begun_model,
     taught,
     train_students,
     train_teachers,
@@ -73,9 +73,8 @@ def task_of(config: Path, *overrides: str) -> TextClassificationTask:
 
 def test_a_run_begins_with_the_encoder(config: Path, encoder: Path) -> None:
     run_config, task = load_config(config), task_of(config)
-    model = build_model(run_config, task, SingleWorld())
-    drawn = model.get_parameter("classifier.weight").clone()
-    run_config.start.fill(model, run_config, task, LaunchEnvironment.read())
+    drawn = build_model(run_config, task, SingleWorld()).get_parameter("classifier.weight")
+    model = begun_model(run_config, task)
     weights = read_hugging_face(encoder).weights
     assert len(weights) == len(list(model.parameters())) - 2
     for name, value in weights.items():
@@ -92,7 +91,7 @@ def test_two_ranks_fine_tune_as_one(teachers: dict[int, Path]) -> None:
         assert one[name] == pytest.approx(two[name], abs=1e-5), name
 
 
-def test_figures_by_hand(config: Path, teachers: dict[int, Path]) -> None:
+def test_metrics_by_hand(config: Path, teachers: dict[int, Path]) -> None:
     """One text at a time, without padding."""
     task = task_of(config)
     model = trained_model(teachers[1], task, SingleWorld()).eval()
@@ -139,8 +138,7 @@ def test_what_the_teacher_adds_by_a_loop(
     plan = plan_new_run(config, [*STUDENT, *taught(teachers[1])], tmp_path / "run")
     task = plan.task
     assert isinstance(task, TextClassificationTask)
-    student, teacher = build_model(plan.config, task, SingleWorld()), trained_model(teachers[1], task, SingleWorld())
-    plan.config.start.fill(student, plan.config, task, plan.start.environment)
+    student, teacher = begun_model(plan.config, task), trained_model(teachers[1], task, SingleWorld())
     student.train().begin_step(0)
     teacher.eval()
     batch = plan.feed.micro_batches(0)[0]
@@ -196,11 +194,10 @@ def test_importance_does_not_depend_on_padding(config: Path, teachers: dict[int,
     """One text at a time: the same conversion, neuron for neuron."""
     found = []
     for size in (64, 1):
-        loaded = load_config(config, [f"start.run={teachers[1]}", *STUDENT])
-        task = loaded.data.open(progress=False)
+        overrides = [f"start.run={teachers[1]}", *STUDENT]
+        task = task_of(config, *overrides)
         task.eval_batch = size
-        model = build_model(loaded, task, SingleWorld())
-        loaded.start.fill(model, loaded, task, LaunchEnvironment.read())
+        model = begun_model(load_config(config, overrides), task)
         found.append({name: value.detach().clone() for name, value in model.named_parameters()})
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name

@@ -35,6 +35,8 @@ SWEEP: dict[str, Any] = {
     },
 }
 
+TOP_K = {"rows": {"Top-k": SWEEP["rows"]["Top-k"]}}
+
 Write = Callable[..., Path]
 
 
@@ -45,7 +47,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def writer(root: Path) -> Write:
-    """The same below any directory."""
+    """A function that writes below ``root``."""
 
     def write_files(base: dict[str, Any] = BASE, **changes: Any) -> Path:
         (root / "base.yaml").write_text(yaml.safe_dump(base))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dist_moe.sweeps.distributions import Choice, Drawn, IntLogUniform, IntUniform, LogUniform, Uniform
+from dist_moe.sweeps.distributions import Between, Choice, Drawn, IntLogUniform, IntUniform, LogUniform, Uniform
 
 DRAWS = 4000
 
@@ -19,15 +19,18 @@ def draws(drawn: Drawn) -> list[float]:
     return [drawn.draw(generator) for _ in range(DRAWS)]  # type: ignore[misc]
 
 
-def test_uniform() -> None:
-    values = draws(Uniform(uniform=(-1.0, 3.0)))
-    assert stats.kstest(values, stats.uniform(-1, 4).cdf).pvalue > 0.01
-
-
-def test_log_uniform_is_uniform_in_the_logarithm() -> None:
-    values = draws(LogUniform(log_uniform=(5e-5, 5e-4)))
-    assert stats.kstest(values, stats.loguniform(5e-5, 5e-4).cdf).pvalue > 0.01
-    assert 5e-5 <= min(values) < max(values) <= 5e-4
+@pytest.mark.parametrize(
+    ("drawn", "expected"),
+    [
+        (Uniform(uniform=(-1.0, 3.0)), stats.uniform(-1, 4)),
+        (LogUniform(log_uniform=(5e-5, 5e-4)), stats.loguniform(5e-5, 5e-4)),
+    ],
+)
+def test_numbers_follow_their_distribution(drawn: Between, expected: stats.rv_continuous) -> None:
+    values = draws(drawn)
+    assert stats.kstest(values, expected.cdf).pvalue > 0.01
+    low, high = drawn.ends
+    assert low <= min(values) < max(values) <= high
 
 
 def test_int_uniform_includes_both_ends() -> None:

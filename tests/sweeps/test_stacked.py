@@ -17,13 +17,13 @@ from dist_moe.recipes.callbacks.swap_search import search_swaps
 from dist_moe.recipes.recipe import load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.search import SlotTable, SwapReport
-from dist_moe.sweeps.stacked import stack_fault, stack_key, train_stack, training
+from dist_moe.sweeps import TrialResult
+from dist_moe.sweeps.stacked import stack_error, stack_key, train_stack, training
 from dist_moe.sweeps.trials import run_trials
 from dist_moe.tasks.task import Task
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import train_all, write_config
 
-Result = tuple[dict[str, float], dict[str, float], int]
 LR = "deepspeed.optimizer.params.lr"
 STEPS = 45
 VALIDATE_EVERY = 15
@@ -53,7 +53,9 @@ def alone(config: SupervisedConfig, root: Path) -> dict[str, Any]:
     return json.loads((root / "run" / "summary.json").read_text())
 
 
-def stacked(configs: list[SupervisedConfig], report: Callable[[int, int, float], bool] = never) -> list[Result | None]:
+def stacked(
+    configs: list[SupervisedConfig], report: Callable[[int, int, float], bool] = never
+) -> list[TrialResult | None]:
     return train_stack(configs[0].data.open(progress=False), configs, report)
 
 
@@ -66,6 +68,11 @@ GATES = {
     "top_k": [[f"{LR}=0.005"], [f"{LR}=0.02"]],
     "softmax": [[f"{LR}=0.005"], [f"{LR}=0.02"]],
     "hash": [[f"{LR}=0.005"], [f"{LR}=0.02"]],
+    # Registered by a module of the user's own, which the configuration names.
+    "nearest_test_gate": [
+        [f"{LR}=0.005", "imports=[tests.sweeps.outside_gate]", f"model.gate.temperature={temperature}"]
+        for temperature in (0.1, 0.7)
+    ],
 }
 
 
@@ -99,17 +106,16 @@ def test_a_stack_is_its_trials_one_by_one(
     assert together[0] != together[1]
 
 
-def assert_as_alone(configs: list[SupervisedConfig], directory: Path) -> list[Result | None]:
+def assert_as_alone(configs: list[SupervisedConfig], directory: Path) -> list[TrialResult | None]:
     """Train ``configs`` as one stack, which must give what each gives in a run of its own."""
     together = stacked(configs)
     for i, (config, result) in enumerate(zip(configs, together, strict=True)):
         summary = alone(config, directory / str(i))
         assert result is not None
-        val, test, steps = result
-        assert steps == summary["steps"]
-        for ours, expected in ((val, summary["val"]), (test, summary["test"])):
-            for figure in ("loss", "bce", "mse", "auc", "active_experts", "dead_experts"):
-                assert ours[figure] == pytest.approx(expected[figure], rel=1e-4, abs=2e-5), figure
+        assert result.steps == summary["steps"]
+        for ours, expected in ((result.val, summary["val"]), (result.test, summary["test"])):
+            for metric in ("loss", "bce", "mse", "auc", "active_experts", "dead_experts"):
+                assert ours[metric] == pytest.approx(expected[metric], rel=1e-4, abs=2e-5), metric
     return together
 
 
@@ -156,15 +162,15 @@ def test_a_trial_that_leaves_does_not_disturb_the_others(
 
     diverged, given_up, stayed = stacked(configs, report)
     assert diverged is not None
-    assert not torch.isfinite(torch.tensor(diverged[0]["loss"]))
-    assert diverged[2] == VALIDATE_EVERY
+    assert not torch.isfinite(torch.tensor(diverged.val["loss"]))
+    assert diverged.steps == VALIDATE_EVERY
     assert given_up is None
     assert seen == [(0, 15), (1, 15), (2, 15), (2, 30), (2, 45)]
     (on_its_own,) = stacked([configs[2]])
     assert stayed is not None
     assert on_its_own is not None
-    for figure, value in on_its_own[1].items():
-        assert stayed[1][figure] == pytest.approx(value, rel=1e-5, abs=1e-6), figure
+    for metric, value in on_its_own.test.items():
+        assert stayed.test[metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
 
 
 def test_patience_gives_each_trial_its_own_end(configured: Callable[..., SupervisedConfig]) -> None:
@@ -172,7 +178,7 @@ def test_patience_gives_each_trial_its_own_end(configured: Callable[..., Supervi
     fast, slow = stacked(configs)
     assert fast is not None
     assert slow is not None
-    assert fast[2] < slow[2]
+    assert fast.steps < slow.steps
 
 
 def test_what_may_differ_within_a_stack(configured: Callable[..., SupervisedConfig]) -> None:
@@ -187,6 +193,9 @@ def test_what_may_differ_within_a_stack(configured: Callable[..., SupervisedConf
         "model.experts.dropout=0.1",
     ):
         assert stack_key(configured(override)) != stack_key(base), override
+    outside = [configured("model.gate.name=nearest_test_gate", *more) for more in GATES["nearest_test_gate"]]
+    assert stack_key(outside[0]) == stack_key(outside[1])
+    assert [stack_error(config) for config in outside] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -203,12 +212,12 @@ def test_what_cannot_be_stacked_is_said(
     configured: Callable[..., SupervisedConfig], override: str, reason: str
 ) -> None:
     config = configured(override)
-    fault = stack_fault(config)
-    assert fault is not None
-    assert reason in fault
+    error = stack_error(config)
+    assert error is not None
+    assert reason in error
     with pytest.raises(UserError, match="set trials_together: 1"):
         run_trials([config, config], never)
-    assert stack_fault(configured()) is None
+    assert stack_error(configured()) is None
 
 
 def test_trials_of_different_shapes_go_to_different_stacks(configured: Callable[..., SupervisedConfig]) -> None:
@@ -218,4 +227,4 @@ def test_trials_of_different_shapes_go_to_different_stacks(configured: Callable[
         (expected,) = stacked([config])
         assert result is not None
         assert expected is not None
-        assert result.test["loss"] == pytest.approx(expected[1]["loss"], rel=1e-5)
+        assert result.test["loss"] == pytest.approx(expected.test["loss"], rel=1e-5)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dist_moe.sweeps.statistics import (
-    best_fraction_mean,
     best_trials,
     budget_curve,
     budget_to_reach,
@@ -46,32 +45,19 @@ def test_mean_and_standard_error_of_the_best_by_validation_loss() -> None:
     generator = np.random.default_rng(0)
     val, test = generator.random(40), generator.random(40)
     chosen = [test[i] for i in sorted(range(40), key=lambda i: val[i])[:8]]
-    best = best_fraction_mean(val, test, 0.2)
+    best = mean_of(test[best_trials(val, 0.2)])
     assert best.count == 8
     assert best.mean == pytest.approx(std.mean(chosen))
     assert best.standard_error == pytest.approx(std.stdev(chosen) / math.sqrt(8))
-
-
-def test_one_best_trial_has_no_standard_error() -> None:
-    best = best_fraction_mean(VAL, TEST, 0.05)
-    assert (best.mean, best.count) == (2.0, 1)
-    assert math.isnan(best.standard_error)
-
-
-def test_a_diverged_trial_among_the_best_is_not_hidden() -> None:
-    assert mean_of([1.0, INF]).mean == INF
-    assert math.isnan(mean_of([1.0, INF]).standard_error)
+    alone, diverged = mean_of([2.0]), mean_of([1.0, INF])
+    assert (alone.mean, alone.count, diverged.mean) == (2.0, 1, INF)
+    assert math.isnan(alone.standard_error)
+    assert math.isnan(diverged.standard_error)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 5])
 def test_closed_form_is_the_mean_over_all_draws(budget: int) -> None:
     assert expected_best(VAL, TEST, [budget])[0] == pytest.approx(std.mean(outcomes(VAL, TEST, budget)), rel=1e-12)
-
-
-def test_closed_form_of_one_trial_and_of_many() -> None:
-    one, many = expected_best(VAL, TEST, [1, 1000])
-    assert one == pytest.approx(std.mean(TEST))
-    assert many == pytest.approx(5.0)  # either of the two with the least validation loss
 
 
 def test_bootstrap_agrees_with_the_closed_form() -> None:
@@ -103,11 +89,6 @@ def test_a_budget_does_not_depend_on_the_others_asked_for() -> None:
     assert alone.expected[0] == among.expected[1]
 
 
-def test_selection_is_by_validation_alone() -> None:
-    curve = budget_curve([1.0, 2.0], [9.0, 0.0], [200], 100)
-    assert curve.expected[0] == 9.0
-
-
 def test_least_budget_that_reaches_a_level() -> None:
     curve = budget_curve([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1, 2, 4, 8, 64], 4000)
     assert budget_to_reach(curve, 3.0) == 1
@@ -130,7 +111,7 @@ def test_what_cannot_be_computed_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\], got 0"):
         best_trials(VAL, 0)
     with pytest.raises(ValueError, match="differ in number"):
-        best_fraction_mean(VAL, TEST[1:], 0.5)
+        expected_best(VAL, TEST[1:], [1])
     with pytest.raises(ValueError, match="budgets must be"):
         budget_curve(VAL, TEST, [0, 1])
     with pytest.raises(ValueError, match="resamples must be positive"):

@@ -11,9 +11,7 @@ from dist_moe.sweeps import Report, TrialResult
 from dist_moe.sweeps.runner import TrialRunner
 
 from . import runners
-from .conftest import SWEEP, Bench
-
-TOP_K = {"rows": {"Top-k": SWEEP["rows"]["Top-k"]}}
+from .conftest import TOP_K, Bench
 
 
 def test_trials_are_trained_together(bench: Bench) -> None:
@@ -27,15 +25,6 @@ def test_trials_are_trained_together(bench: Bench) -> None:
     bench.work(studies, run, together=3)
     assert sizes == [3, 2]
     assert [record.state for record in studies.records("Top-k")] == ["complete"] * 5
-
-
-def test_every_trial_is_told_its_own_result(bench: Bench) -> None:
-    studies = bench.studies(**TOP_K, trials=3)
-    bench.work(studies, runners.analytic, together=3)
-    row = studies._plan.rows[0]
-    for record in studies.records("Top-k"):
-        config = row.config(bench.directory.base, row.values(row.draw(0, record.index)))
-        assert record.val["loss"] == runners.loss_of(config)
 
 
 def test_what_fails_together_is_trained_alone(bench: Bench) -> None:
@@ -56,7 +45,7 @@ def test_what_fails_together_is_trained_alone(bench: Bench) -> None:
         (lambda configs, report: [], "RuntimeError: the runner gave 0 results for 1 trials"),
         (
             lambda configs, report: [TrialResult({"auc": 1.0}, {}, 1)],
-            "RuntimeError: the runner's validation figures have no 'loss': ['auc']",
+            "RuntimeError: the runner's validation metrics have no 'loss': ['auc']",
         ),
     ],
 )

@@ -18,10 +18,9 @@ from dist_moe.sweeps.workers import Tally
 from tests.helpers.commands import PATIENCE_S, finish, start
 
 from . import runners
-from .conftest import SWEEP, Bench, Write
+from .conftest import TOP_K, Bench, Write
 
 RUNNERS = "tests.sweeps.runners"
-TOP_K = {"rows": {"Top-k": SWEEP["rows"]["Top-k"]}}
 
 
 def test_a_killed_worker_is_replaced_and_its_trial_is_done(

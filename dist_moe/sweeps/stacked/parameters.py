@@ -15,7 +15,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """Of all trials; ``decoupled`` tells AdamW from Adam. The learning rates are the trials' own."""
+    """Settings that all trials share, their learning rates apart; ``decoupled`` tells AdamW from Adam."""
 
     betas: tuple[float, float]
     eps: float
@@ -27,8 +27,12 @@ class StackedParameters:
     """``values``: parameters by name, (B, ...); leaves that take gradients. ``buffers``: (B, ...)."""
 
     def __init__(self, models: Sequence[nn.Module], device: torch.device) -> None:
-        self.values = _stack([dict(model.named_parameters()) for model in models], device)
-        self.buffers = _stack([dict(model.named_buffers()) for model in models], device)
+        def stacked(of_models: list[Tensors]) -> Tensors:
+            first = of_models[0]
+            return {name: torch.stack([one[name].detach() for one in of_models]).to(device) for name in first}
+
+        self.values = stacked([dict(model.named_parameters()) for model in models])
+        self.buffers = stacked([dict(model.named_buffers()) for model in models])
         for value in self.values.values():
             value.requires_grad_()
         self._first = {name: torch.zeros_like(value) for name, value in self.values.items()}
@@ -44,11 +48,17 @@ class StackedParameters:
         self._second = {name: v[index] for name, v in self._second.items()}
 
     def state_of(self, trial: int) -> tuple[Tensors, Tensors]:
-        """Copies of the parameters and buffers of one trial."""
+        """Return copies of the parameters and buffers of one trial."""
         return (
             {name: v.detach()[trial].clone() for name, v in self.values.items()},
             {name: v[trial].clone() for name, v in self.buffers.items()},
         )
+
+    def restore(self, states: Sequence[tuple[Tensors, Tensors]]) -> None:
+        """Take parameters and buffers of trials as :meth:`state_of` gave them, to be evaluated."""
+        parameters, buffers = zip(*states, strict=True)
+        self.values = {name: torch.stack([one[name] for one in parameters]) for name in self.values}
+        self.buffers = {name: torch.stack([one[name] for one in buffers]) for name in self.buffers}
 
     def write(self, model: nn.Module, trial: int) -> None:
         """Put one trial's parameters and buffers into ``model``."""
@@ -57,17 +67,17 @@ class StackedParameters:
 
     @torch.no_grad()
     def step(self, learning_rates: Sequence[float], settings: AdamSettings) -> None:
-        """One step of Adam for each trial from the gradients of ``values``, which are cleared."""
-        names = [name for name, value in self.values.items() if value.grad is not None]
+        """Take one step of Adam for each trial from the gradients of ``values``, which are cleared."""
+        gradients = {name: value.grad for name, value in self.values.items() if value.grad is not None}
         update = adamw if settings.decoupled else adam
         for trial, learning_rate in enumerate(learning_rates):
             update(
-                [self.values[name].detach()[trial] for name in names],
-                [_gradient(self.values[name])[trial] for name in names],
-                [self._first[name][trial] for name in names],
-                [self._second[name][trial] for name in names],
+                [self.values[name].detach()[trial] for name in gradients],
+                [gradient[trial] for gradient in gradients.values()],
+                [self._first[name][trial] for name in gradients],
+                [self._second[name][trial] for name in gradients],
                 [],
-                [torch.tensor(float(self._steps), device=self.values[name].device) for name in names],
+                [torch.tensor(float(self._steps), device=gradient.device) for gradient in gradients.values()],
                 fused=True,
                 amsgrad=False,
                 beta1=settings.betas[0],
@@ -80,12 +90,3 @@ class StackedParameters:
         self._steps += 1
         for value in self.values.values():
             value.grad = None
-
-
-def _gradient(value: Tensor) -> Tensor:
-    assert value.grad is not None
-    return value.grad
-
-
-def _stack(of_models: Sequence[Tensors], device: torch.device) -> Tensors:
-    return {name: torch.stack([tensors[name].detach() for tensors in of_models]).to(device) for name in of_models[0]}

@@ -19,7 +19,7 @@ _PREFIX = f"{LAYER}.permutation."
 
 
 class StackedPermutations:
-    """What ``SlotTable`` and ``PermutationSearch`` do in each of the B ``models``, for all at once.
+    """The slot tables and permutation searches of B models, for all at once.
 
     The tables are buffers and the relaxed matrices parameters of ``stack``; the schedules, of stages of
     different lengths, are kept here.
@@ -31,20 +31,20 @@ class StackedPermutations:
         self._first = tables[0]
 
     def keep(self, trials: Sequence[int]) -> None:
-        """Go on with these trials only."""
+        """Go on with these trials only, by their places in the stack."""
         if self._searches:
             self._searches = [self._searches[i] for i in trials]
 
     def learning(self, place: int, steps: int) -> bool:
-        """Whether the stage of the trial at ``place`` lasts after ``steps`` steps."""
+        """Return whether the stage of the trial at ``place`` lasts after ``steps`` steps."""
         return bool(self._searches) and steps < self._searches[place].stage_steps
 
     def begin_step(self, step: int) -> None:
-        """Before training step ``step`` (from 0): a stage that ends is rounded."""
+        """Round the stages that end before training step ``step`` (from 0)."""
         self._round([step + 1 == search.stage_steps for search in self._searches])
 
     def begin_evaluation(self, steps: int) -> None:
-        """After ``steps`` steps: the stages that last are rounded."""
+        """Round the stages that last after ``steps`` steps."""
         self._round([0 < steps < search.stage_steps for search in self._searches])
 
     def hard(self) -> list[Tensor]:
@@ -52,7 +52,7 @@ class StackedPermutations:
         return self._by_gate(self._first.matrix_of(self._stack.buffers[_PREFIX + "table"]))
 
     def training(self, step: int) -> tuple[list[Tensor], Tensor | None]:
-        """The matrices of training step ``step`` (from 0), and the (B,) penalties if any stage lasts."""
+        """Return the matrices of training step ``step`` (from 0), and the (B,) penalties if any stage lasts."""
         lasting = [step + 1 < search.stage_steps for search in self._searches]
         if not any(lasting):
             return self.hard(), None

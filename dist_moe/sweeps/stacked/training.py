@@ -2,8 +2,8 @@
 
 Every trial computes every expert on every example (the dense form of the layer), so that the stack is
 one batched computation. Worth it where a trial alone leaves the device idle. Trials of one stack differ
-in what :data:`VARYING` names and agree in everything else; each has its own patience and its own best
-weights, and leaves the stack when it has finished, or when its validation loss is no longer finite.
+in what :data:`VARYING` and their gate's ``varying`` name and agree in everything else; each has its own patience and
+its own best weights, and leaves the stack when it has finished, or when its validation loss is no longer finite.
 But for dropout's random numbers, a trial comes out as it would alone.
 """
 
@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,38 +25,29 @@ from dist_moe.engine.callbacks import EarlyStopping
 from dist_moe.engine.deepspeed.config import is_adam, lookup
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.training import seed_step
+from dist_moe.gates import GATES
 from dist_moe.layer import DenseReplay
 from dist_moe.models import ModelOutput
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.callbacks.swap_search import search_swaps
 from dist_moe.recipes.supervised.config import SupervisedConfig
-from dist_moe.sweeps.stacked.parameters import AdamSettings, StackedParameters
+from dist_moe.sweeps.runner import Report, TrialResult
+from dist_moe.sweeps.stacked.parameters import AdamSettings, StackedParameters, Tensors
 from dist_moe.sweeps.stacked.permutations import LAYER, StackedPermutations
-from dist_moe.tasks import build_model
-from dist_moe.tasks.evaluation import expert_figures
-from dist_moe.tasks.task import Task
+from dist_moe.tasks import Task, WeightedObjective, build_model
+from dist_moe.tasks.evaluation import expert_metrics
+from dist_moe.tasks.task import Metrics
 
-VARYING = (
-    "deepspeed.optimizer.params.lr",
-    "model.gate.gamma",
-    "model.gate.entropy_weight",
-    "model.permutation.epochs",
-    "model.permutation.entropy_weight",
-)
-"""What may differ between the trials of a stack."""
+VARYING = ("deepspeed.optimizer.params.lr", "model.permutation.epochs", "model.permutation.entropy_weight")
+"""What may differ between the trials of a stack, whatever their gate; see :class:`~dist_moe.gates.GateSettings`."""
 
-_GATE_NUMBERS = ("gamma", "entropy_weight")
-_STACKABLE_GATES = ("comet", "dselect_k", "hash", "softmax", "top_k")
 _EVAL_BATCH = 1024
-
-Report = Callable[[int, int, float], bool]
-Figures = dict[str, float]
 
 
 def stack_key(config: SupervisedConfig) -> str:
-    """Equal for configurations that can be trained in one stack."""
+    """Return a text that is equal for configurations which can be trained in one stack."""
     content = config.plain()
-    for dotted in VARYING:
+    for dotted in (*VARYING, *(f"model.gate.{name}" for name in config.model.gate.varying)):
         *sections, last = dotted.split(".")
         section: Any = content
         for name in sections:
@@ -65,15 +57,16 @@ def stack_key(config: SupervisedConfig) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-def stack_fault(config: SupervisedConfig) -> str | None:
-    """Why this configuration cannot be trained in a stack; None if it can."""
+def stack_error(config: SupervisedConfig) -> str | None:
+    """Return why this configuration cannot be trained in a stack, None if it can."""
     section, gate = config.deepspeed, config.model.gate
     if not config.model.one_layer:
         return f"model.name={config.model.name} cannot be stacked"
-    if gate.name not in _STACKABLE_GATES:
-        return f"model.gate.name={gate.name}: only {', '.join(_STACKABLE_GATES)} can be stacked"
-    if getattr(gate, "bias_update_rate", 0):
-        return "model.gate.bias_update_rate: a gate with a feedback loop cannot be stacked"
+    if not gate.stackable:
+        stackable = ", ".join(name for name in GATES.names if GATES.by_name[name].stackable)
+        return f"model.gate.name={gate.name}: only {stackable} can be stacked"
+    for error in gate.stacking_errors():
+        return f"model.gate.{error}"
     if not is_adam(str(lookup(section, "optimizer.type"))):
         return "deepspeed.optimizer.type: only Adam and AdamW can be stacked"
     unknown = set(section) - {"optimizer", "zero_optimization"}
@@ -85,81 +78,90 @@ def stack_fault(config: SupervisedConfig) -> str | None:
     return None
 
 
-def train_stack(
-    task: Task, configs: Sequence[SupervisedConfig], report: Report
-) -> list[tuple[Figures, Figures, int] | None]:
-    """(validation figures, test figures, steps) of each configuration; None where ``report`` asked to stop.
+def train_stack(task: Task, configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
+    """Return the result of each configuration, None where ``report`` asked to stop.
 
     ``report(i, step, loss)`` is called after each validation of trial i. The configurations have one
-    ``stack_key``, and no ``stack_fault``.
+    ``stack_key``, and no ``stack_error``.
     """
-    return _StackedTraining(task, configs, LaunchEnvironment.read()).run(report)
+    return _StackedTraining(task, configs).run(report)
+
+
+@dataclass
+class _Trial:
+    """``kept``: the parameters and buffers to test, the best or the last; ``val``: their validation metrics."""
+
+    number: int
+    config: SupervisedConfig
+    stopping: EarlyStopping
+    kept: tuple[Tensors, Tensors] | None = None
+    val: Metrics = field(default_factory=dict)
+    steps: int = 0
+    pruned: bool = False
 
 
 class _StackedTraining:
-    def __init__(self, task: Task, configs: Sequence[SupervisedConfig], environment: LaunchEnvironment) -> None:
-        self._task = task
-        self._configs = list(configs)
-        self._environment = environment
-        self._train = configs[0].train
-        self._weights = configs[0].target_weights
-        self._feed = ShuffledFeed(task.train, self._train.batch_size, configs[0].seed, device=environment.device)
-        models = [build_model(config, task, SingleWorld()) for config in configs]
-        self._model = models[0].to(environment.device)
-        self._layer = self._model.moe_layers[LAYER]
-        self._stack = StackedParameters(models, environment.device)
-        self._permutations = StackedPermutations([model.tables[LAYER] for model in models], self._stack)
-        self._trials = list(range(len(configs)))
-        self._progress = [
-            EarlyStopping(math.inf if self._train.patience is None else self._train.patience) for _ in configs
-        ]
-        self._kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-        self._val: dict[int, Figures] = {}
-        self._steps: dict[int, int] = {}
+    """``_trials``: all of them; ``_present``: those that are still trained, in the order of the stack's axis 0."""
 
-    def run(self, report: Report) -> list[tuple[Figures, Figures, int] | None]:
+    def __init__(self, task: Task, configs: Sequence[SupervisedConfig]) -> None:
+        self._environment = LaunchEnvironment.read()
+        device = self._environment.device
+        self._task, self._first = task, configs[0]
+        self._train, self._weights = self._first.train, self._first.target_weights
+        self._feed = ShuffledFeed(task.train, self._train.batch_size, self._first.seed, device=device)
+        self._objective = WeightedObjective(task, self._weights, shares=1)
+        models = [build_model(config, task, SingleWorld()) for config in configs]
+        self._model = models[0].to(device)
+        self._layer = self._model.moe_layers[LAYER]
+        self._stack = StackedParameters(models, device)
+        self._permutations = StackedPermutations([model.tables[LAYER] for model in models], self._stack)
+        patience = math.inf if self._train.patience is None else self._train.patience
+        self._trials = [_Trial(i, config, EarlyStopping(patience)) for i, config in enumerate(configs)]
+        self._present = list(self._trials)
+
+    def run(self, report: Report) -> list[TrialResult | None]:
         total = self._train.total_steps(self._feed.steps_per_epoch)
         every = self._train.validate_every or self._feed.steps_per_epoch
-        pruned: set[int] = set()
-        for step in range(total):
-            self._train_step(step)
-            done = step + 1
-            self._search_swaps(done)
-            if done % every == 0 or done == total:
-                pruned |= self._validate(done, done == total, report)
-            if not self._trials:
+        for step in range(1, total + 1):
+            self._train_step(step - 1)
+            self._search_swaps(step)
+            if step % every == 0 or step == total:
+                self._validate(step, step == total, report)
+            if not self._present:
                 break
-        tests = self._test()
+        self._present = self._trials
+        self._stack.restore([trial.kept for trial in self._trials if trial.kept is not None])
+        tests = self._evaluate(self._task.test)
         return [
-            None if trial in pruned else (self._val[trial], tests[trial], self._steps[trial])
-            for trial in range(len(self._configs))
+            None if trial.pruned else TrialResult(trial.val, test, trial.steps)
+            for trial, test in zip(self._trials, tests, strict=True)
         ]
 
     def _train_step(self, step: int) -> None:
-        seed_step(self._configs[0].seed, step, self._environment.rank)
+        seed_step(self._first.seed, step, self._environment.rank)
         self._model.train()
         self._permutations.begin_step(step)
         matrices, penalties = self._permutations.training(step)
         (batch,) = self._feed.micro_batches(step)
 
         def loss(output: ModelOutput, _: Tensor) -> Tensor:
-            task = self._task.weighted(self._task.task_losses(output, batch), self._weights)
-            return torch.stack([task, *output.aux.values()]).sum()
+            return self._objective.losses(output, batch)["total_loss"]
 
+        # A trial's parameters have gradients from its own loss alone, so that one sum serves all of them.
         losses = self._over_trials(loss, matrices, batch).sum()
         (losses if penalties is None else losses + penalties.sum()).backward()
-        rates = [float(lookup(self._configs[i].deepspeed, "optimizer.params.lr")) for i in self._trials]
-        self._stack.step(rates, _adam_settings(self._configs[0]))
+        rates = [float(lookup(trial.config.deepspeed, "optimizer.params.lr")) for trial in self._present]
+        self._stack.step(rates, _adam_settings(self._first))
 
     def _over_trials(self, function: Callable[[ModelOutput, Tensor], Any], matrices: list[Tensor], batch: Any) -> Any:
         """``function(output, weight_GTE)`` of every trial's model on ``batch``, vectorised over trials."""
         moe = self._layer
-        numbers = {name: self._gate_numbers(name) for name in _GATE_NUMBERS if hasattr(moe.gates[0], name)}
+        gates = [trial.config.model.gate for trial in self._present]
+        varying = {name: [getattr(gate, name) for gate in gates] for name in gates[0].varying}
+        numbers = {name: torch.tensor(values, device=self._environment.device) for name, values in varying.items()}
 
-        def one_trial(
-            values: dict[str, Tensor], buffers: dict[str, Tensor], numbers: dict[str, Tensor], of_gates: list[Tensor]
-        ) -> Any:
-            _set_on_gates(moe.gates, numbers)
+        def one_trial(values: Tensors, buffers: Tensors, numbers: Tensors, of_gates: list[Tensor]) -> Any:
+            self._set_on_gates(numbers)
             with moe.replayed_by(replay := DenseReplay(of_gates)):
                 output = functional_call(self._model, values | buffers, batch.inputs)
             assert replay.weight_GTE is not None
@@ -168,34 +170,36 @@ class _StackedTraining:
         vectorised = torch.vmap(one_trial, randomness="different")
         return vectorised(self._stack.values, self._stack.buffers, numbers, matrices)
 
-    def _gate_numbers(self, name: str) -> Tensor:
-        numbers = [getattr(self._configs[i].model.gate, name) for i in self._trials]
-        return torch.tensor(numbers, device=self._environment.device)
+    def _set_on_gates(self, numbers: dict[str, Any]) -> None:
+        for gate in self._layer.gates:
+            for name, value in numbers.items():
+                setattr(gate, name, value)
 
-    def _validate(self, step: int, last: bool, report: Report) -> set[int]:
-        """Validate all trials, and let those that have finished leave the stack; the pruned ones."""
+    def _validate(self, step: int, last: bool, report: Report) -> None:
+        """Validate all trials, and let those that have finished or are pruned leave the stack."""
         self._permutations.begin_evaluation(step)
-        figures = self._evaluate(self._task.val)
-        staying, pruned = [], set()
-        for place, trial in enumerate(self._trials):
-            loss, progress = figures[place]["loss"], self._progress[trial]
-            if progress.is_better(loss) or self._train.patience is None or trial not in self._kept:
-                self._kept[trial] = self._stack.state_of(place)
-                self._val[trial] = figures[place]
-            self._steps[trial] = step
-            if report(trial, step, loss):
-                pruned.add(trial)
-            elif not (last or progress.exhausted or not math.isfinite(loss)):
+        metrics = self._evaluate(self._task.val)
+        losses = [one["loss"] for one in metrics]
+        staying = []
+        for place, (trial, loss) in enumerate(zip(self._present, losses, strict=True)):
+            if trial.stopping.is_better(loss) or self._train.patience is None or trial.kept is None:
+                trial.kept, trial.val = self._stack.state_of(place), metrics[place]
+            trial.steps, trial.pruned = step, report(trial.number, step, loss)
+            if not (trial.pruned or last or trial.stopping.exhausted or not math.isfinite(loss)):
                 staying.append(place)
-        self._say(step, [figure["loss"] for figure in figures], len(staying))
-        if staying and len(staying) < len(self._trials):
+        epoch, ending = step / self._feed.steps_per_epoch, f"{len(staying)} go on" if staying else "the last of these"
+        print(
+            f"{self._first.gate_label}, epoch {epoch:.4g} of {self._train.epochs:g}: {len(losses)} trials together, "
+            f"best validation loss {min(losses):.4f}, {ending}",
+            file=sys.stderr,
+        )
+        if staying and len(staying) < len(self._present):
             self._stack.keep(staying)
             self._permutations.keep(staying)
-        self._trials = [self._trials[place] for place in staying]
-        return pruned
+        self._present = [self._present[place] for place in staying]
 
     @torch.no_grad()
-    def _evaluate(self, part: Any) -> list[Figures]:
+    def _evaluate(self, part: Any) -> list[Metrics]:
         self._model.eval()
         columns, loads = [], []
 
@@ -210,46 +214,22 @@ class _StackedTraining:
         of_trials, load = torch.cat(columns, dim=-1).cpu().numpy(), torch.stack(loads).sum(0)
         found = []
         for trial_columns, load_GE in zip(of_trials, load, strict=True):
-            figures = self._task.figures(trial_columns, part, self._weights)
-            experts = expert_figures(load_GE.unsqueeze(0), len(part))
-            found.append(figures | {name: float(x) for name, x in experts.items() if not isinstance(x, list)})
+            experts = expert_metrics(load_GE.unsqueeze(0), len(part))
+            numbers = {name: float(x) for name, x in experts.items() if not isinstance(x, list)}
+            found.append(self._task.metrics(trial_columns, part, self._weights) | numbers)
         return found
 
-    def _test(self) -> list[Figures]:
-        """Test figures of the weights that were kept of every trial."""
-        self._trials = list(range(len(self._configs)))
-        for kind, tensors in enumerate((self._stack.values, self._stack.buffers)):
-            for name in tensors:
-                tensors[name] = torch.stack([self._kept[trial][kind][name] for trial in self._trials])
-        return self._evaluate(self._task.test)
-
     def _search_swaps(self, step: int) -> None:
-        for place, trial in enumerate(self._trials):
-            search = self._configs[trial].swap_search
+        for place, trial in enumerate(self._present):
+            search, gate = trial.config.swap_search, trial.config.model.gate
             if search is None or not search.due(step, self._feed.steps_per_epoch):
                 continue
             if self._permutations.learning(place, step):
                 continue
             self._stack.write(self._model, place)
-            gate = self._configs[trial].model.gate
-            _set_on_gates(self._layer.gates, {n: getattr(gate, n) for n in _GATE_NUMBERS if hasattr(gate, n)})
+            self._set_on_gates({name: getattr(gate, name) for name in gate.varying})
             search_swaps(self._task, self._model, search, self._weights, self._environment)
             self._stack.buffers[f"{LAYER}.permutation.table"][place] = self._model.tables[LAYER].table
-
-    def _say(self, step: int, losses: list[float], staying: int) -> None:
-        epoch = step / self._feed.steps_per_epoch
-        label, ending = self._configs[0].gate_label, f"{staying} go on" if staying else "the last of these"
-        print(
-            f"{label}, epoch {epoch:.4g} of {self._train.epochs:g}: {len(losses)} trials together, "
-            f"best validation loss {min(losses):.4f}, {ending}",
-            file=sys.stderr,
-        )
-
-
-def _set_on_gates(gates: torch.nn.Module, numbers: dict[str, Any]) -> None:
-    for gate in gates.children():
-        for name, value in numbers.items():
-            setattr(gate, name, value)
 
 
 def _adam_settings(config: SupervisedConfig) -> AdamSettings:

@@ -14,6 +14,7 @@ class TwoImagesSettings(TwoImagesConfig, TaskSettings):
     targets: ClassVar[tuple[str, ...]] = TARGETS
 
     def open(self, *, progress: bool) -> TwoImagesTask:
+        """Prepare the images and return the task."""
         return TwoImagesTask(prepare_two_images(self, progress=progress))
 
 

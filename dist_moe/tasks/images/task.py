@@ -14,7 +14,7 @@ from dist_moe.data.batches import shard_batches
 from dist_moe.data.two_images import FRAME_SIDE, ImageBatch, ImagePairs, TwoImages
 from dist_moe.models import ModelOutput
 from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
-from dist_moe.tasks.task import Columns, Figures, Task, at_least_fp32
+from dist_moe.tasks.task import Columns, Metrics, Task, at_least_fp32
 
 NUM_CLASSES = 10
 TARGETS = ("top_left", "bottom_right")
@@ -31,33 +31,36 @@ class TwoImagesTask(Task):
         self.manifest: dict[str, Any] = data.manifest
 
     def model_inputs(self) -> dict[str, Any]:
+        """Return side of the frame, number of classes, number of targets."""
         return {"side": FRAME_SIDE, "num_classes": NUM_CLASSES, "num_targets": len(TARGETS)}
 
     def id_counts(self) -> Tensor:
-        return self._pixel_id_counts
+        """Return how often each hash of pixels occurs."""
+        return self._id_counts
 
     @cached_property
-    def _pixel_id_counts(self) -> Tensor:
+    def _id_counts(self) -> Tensor:
         counts = torch.zeros(NUM_IDS, dtype=torch.int64)
         for index_B in shard_batches(self.train, 1024, rank=0, world_size=1):
             counts += torch.bincount(pixel_ids(self.train.batch(index_B, index_B).image_BD), minlength=NUM_IDS)
         return counts
 
     def task_losses(self, output: ModelOutput, batch: ImageBatch) -> dict[str, Tensor]:
-        """``ce_TARGET``: cross-entropy of each image's class, a sum over the step's number of examples."""
+        """Return ``ce_TARGET``: cross-entropy of each image's class, a sum over the step's number of examples."""
         return {
             f"ce_{target}": F.cross_entropy(at_least_fp32(logit_BC), label_B, reduction="sum") / batch.examples_in_step
             for target, logit_BC, label_B in zip(TARGETS, output.predictions, batch.label_BG.unbind(1), strict=True)
         }
 
     def observe(self, output: ModelOutput, batch: ImageBatch) -> Tensor:
-        """Rows: cross-entropy of each target, then whether each target's class is right."""
+        """Return the cross-entropy of each target, then whether each target's class is right."""
         pairs = list(zip(output.predictions, batch.label_BG.unbind(1), strict=True))
         surprise = [F.cross_entropy(logit_BC.double(), label_B, reduction="none") for logit_BC, label_B in pairs]
         right = [(logit_BC.argmax(1) == label_B).double() for logit_BC, label_B in pairs]
         return torch.stack(surprise + right)
 
-    def figures(self, columns: Columns, part: ImagePairs, weights: tuple[float, ...]) -> Figures:
+    def metrics(self, columns: Columns, part: ImagePairs, weights: tuple[float, ...]) -> Metrics:
+        """Return accuracy and cross-entropy of each target, their mean accuracy and weighted loss."""
         means = columns.mean(axis=1)
         ce, accuracy = means[: len(TARGETS)], means[len(TARGETS) :]
         return (
@@ -66,11 +69,11 @@ class TwoImagesTask(Task):
             | {"accuracy": float(accuracy.mean()), "loss": float(np.dot(weights, ce))}
         )
 
-    def baselines(self, part: ImagePairs, weights: tuple[float, ...]) -> dict[str, Figures]:
-        """``constant``: the share of each class among the training labels."""
+    def baselines(self, part: ImagePairs, weights: tuple[float, ...]) -> dict[str, Metrics]:
+        """Return ``constant``: the share of each class among the training labels."""
         columns = []
         for train_N, label_N in zip(self._train_labels_NG.T, part.labels_NG.T, strict=True):
             share_C = np.bincount(train_N, minlength=NUM_CLASSES) / len(train_N)
             columns.append((-np.log(share_C[label_N]), label_N == share_C.argmax()))
         stacked = np.array([c for c, _ in columns] + [right for _, right in columns], dtype=np.float64)
-        return {"constant": self.figures(stacked, part, weights)}
+        return {"constant": self.metrics(stacked, part, weights)}

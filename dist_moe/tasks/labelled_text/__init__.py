@@ -17,6 +17,7 @@ class TextClassificationSettings(LabelledTextConfig, TaskSettings):
     targets: ClassVar[tuple[str, ...]] = ("label",)
 
     def open(self, *, progress: bool) -> TextClassificationTask:
+        """Find the encoder, prepare the texts and return the task."""
         self.check()  # before an encoder is fetched
         encoder = find_encoder(self.encoder, self.cache, progress=progress)
         return TextClassificationTask(prepare_labelled_text(self, encoder.tokenizer, progress=progress), encoder)
@@ -29,6 +30,7 @@ class QuestionAnsweringSettings(QuestionsConfig, TaskSettings):
     targets: ClassVar[tuple[str, ...]] = ("answer",)
 
     def open(self, *, progress: bool) -> QuestionAnsweringTask:
+        """Find the encoder, prepare the questions and return the task."""
         self.check()  # before an encoder is fetched
         encoder = find_encoder(self.encoder, self.cache, progress=progress)
         questions = prepare_questions(self, encoder.tokenizer, progress=progress)

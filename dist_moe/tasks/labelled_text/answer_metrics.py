@@ -16,23 +16,23 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(answer: str) -> str:
-    """What of an answer is compared. Punctuation goes before articles do: "a.b" is one word."""
+    """Return the part of an answer that is compared. Punctuation goes before articles do: "a.b" is one word."""
     words = answer.lower().translate(_WITHOUT_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", words).split())
 
 
 def exact_match(predicted: str, references: Sequence[str]) -> float:
-    """1 if the answer is one of the references, else 0. No references: the question has no answer."""
+    """Return 1 if the answer is one of the references, else 0. No references: the question has no answer."""
     return max(float(normalised(predicted) == normalised(reference)) for reference in _usable(references))
 
 
 def answer_f1(predicted: str, references: Sequence[str]) -> float:
-    """The best F1 of words, counted with repetitions; where one side is empty, 1 if both are, else 0."""
+    """Return the best F1 of words, counted with repetitions; where one side is empty, 1 if both are, else 0."""
     return max(_f1(normalised(predicted).split(), normalised(reference).split()) for reference in _usable(references))
 
 
-def answer_figures(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Means over N questions: ``exact_match`` and ``f1``, of all and of those with and without an answer.
+def answer_metrics(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return means over N questions: ``exact_match`` and ``f1``, of all and of those with and without an answer.
 
     Args:
         predicted: N answers, empty where the question is taken to have none.
@@ -45,17 +45,16 @@ def answer_figures(predicted: Sequence[str], references: Sequence[Sequence[str]]
         (exact_match(ours, theirs), answer_f1(ours, theirs), bool(theirs))
         for ours, theirs in zip(predicted, references, strict=True)
     ]
-    answered = [score for score in scores if score[2]]
-    without = [score for score in scores if not score[2]]
-    figures = {}
-    for suffix, group in (("", scores), ("_answered", answered), ("_unanswerable", without)):
+    metrics = {}
+    for suffix, kinds in (("", (True, False)), ("_answered", (True,)), ("_unanswerable", (False,))):
+        group = [score for score in scores if score[2] in kinds]
         for place, name in enumerate(("exact_match", "f1")):
-            figures[name + suffix] = sum(score[place] for score in group) / len(group) if group else 0.0
-    return figures
+            metrics[name + suffix] = sum(score[place] for score in group) / len(group) if group else 0.0
+    return metrics
 
 
 def _usable(references: Sequence[str]) -> Sequence[str]:
-    """Those of which something is left; the empty answer if there is none."""
+    """Return the references of which something is left; the empty answer if there is none."""
     return [reference for reference in references if normalised(reference)] or [""]
 
 

@@ -17,7 +17,7 @@ NO_WINDOW = -1
 
 
 def span_losses(start_BS: Tensor, end_BS: Tensor, span_B2: Tensor) -> Tensor:
-    """(B,): the mean of the cross-entropies of the first and of the last token of the answer."""
+    """Return (B,): the mean of the cross-entropies of the first and of the last token of the answer."""
     losses = [
         F.cross_entropy(logits_BS, label_B, reduction="none")
         for logits_BS, label_B in zip((start_BS, end_BS), span_B2.unbind(1), strict=True)
@@ -26,7 +26,7 @@ def span_losses(start_BS: Tensor, end_BS: Tensor, span_B2: Tensor) -> Tensor:
 
 
 def best_spans(start_BS: Tensor, end_BS: Tensor, text_BS: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best span of each window: its score, -inf if there is none, and its first and last token; (B,) each.
+    """Return each window's best span: its score, -inf if there is none, and its first and last token; (B,) each.
 
     ``text_BS``: bool, the tokens of which a span may consist; they are neighbours. ``longest``: tokens of a span,
     at most. Of equal scores a shorter span wins.
@@ -48,7 +48,7 @@ def best_spans(start_BS: Tensor, end_BS: Tensor, text_BS: Tensor, longest: int) 
 def answering_windows(
     question_N: NDArray[np.int64], none_N: NDArray[np.float64], score_N: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """(Q,): the window whose best span answers each question; `NO_WINDOW` where none does.
+    """Return (Q,): the window whose best span answers each question; `NO_WINDOW` where none does.
 
     ``question_N``: the question of each of N windows, 0 to Q - 1, each with one or more. ``none_N``, ``score_N``: the
     scores of [CLS] and of the best span.

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_moe.data.labelled_text import LabelledBatch, LabelledTable, LabelledText
@@ -15,9 +14,7 @@ from dist_moe.models import ModelOutput
 from dist_moe.tasks.labelled_text.classification_metrics import METRICS
 from dist_moe.tasks.labelled_text.encoder import Encoder
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
-from dist_moe.tasks.task import Columns, Figures
-
-CROSS_ENTROPY, SQUARED_ERROR = "ce", "mse"
+from dist_moe.tasks.task import Columns, Metrics
 
 
 class TextClassificationTask(LabelledTextTask):
@@ -42,45 +39,41 @@ class TextClassificationTask(LabelledTextTask):
 
     @property
     def loss_name(self) -> str:
-        return SQUARED_ERROR if self.is_regression else CROSS_ENTROPY
+        """``ce``, or ``mse`` where a number is predicted."""
+        return "mse" if self.is_regression else "ce"
 
     def model_inputs(self) -> dict[str, Any]:
+        """Return the encoder's sizes and the width of the prediction."""
         return {"shape": self.encoder.shape, "num_labels": self.num_outputs}
 
     def losses(self, predictions: tuple[Tensor, ...], label_B: Tensor) -> Tensor:
-        """Cross-entropy of class numbers, squared error of numbers."""
+        """Return the cross-entropy of class numbers, or the squared error of numbers."""
         (predicted_BC,) = predictions
         if self.is_regression:
             return (predicted_BC[:, 0] - label_B).square()
         return F.cross_entropy(predicted_BC, label_B, reduction="none")
 
     def observe(self, output: ModelOutput, batch: LabelledBatch) -> Tensor:
-        """Rows: the loss of each example, and the class or the number that is predicted."""
+        """Return the loss of each example, and the class or the number that is predicted."""
         predicted_BC = output.predictions[0].double()
         answer_B = predicted_BC[:, 0] if self.is_regression else predicted_BC.argmax(1).double()
         return torch.stack([self.losses((predicted_BC,), batch.label_B), answer_B])
 
-    def figures(self, columns: Columns, part: LabelledTable, weights: tuple[float, ...]) -> Figures:
+    def metrics(self, columns: Columns, part: LabelledTable, weights: tuple[float, ...]) -> Metrics:
+        """Return the data set's own metrics, and the loss."""
         loss_N, answer_N = columns
         mean = float(loss_N.mean())
         metrics = {name: METRICS[name](answer_N, np.asarray(part.target_N)) for name in self._task.metrics}
         return metrics | {self.loss_name: mean, "loss": weights[0] * mean}
 
-    def baselines(self, part: LabelledTable, weights: tuple[float, ...]) -> dict[str, Figures]:
-        """``constant``: the share of each class among the training examples, or the mean of their numbers."""
+    def baselines(self, part: LabelledTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
+        """Return ``constant``: the share of each class among the training examples, or the mean of their numbers."""
         train_N, target_N = np.asarray(self.train.target_N), np.asarray(part.target_N)
-        columns = _mean(train_N, target_N) if self.is_regression else _shares(train_N, target_N, self.num_outputs)
-        return {"constant": self.figures(columns, part, weights)}
-
-
-def _mean(train_N: NDArray[Any], target_N: NDArray[Any]) -> Columns:
-    """Columns as `TextClassificationTask.observe` gives them, of who always says the training mean."""
-    mean = train_N.astype(np.float64).mean()
-    return np.stack([(target_N - mean) ** 2, np.full(len(target_N), mean)])
-
-
-def _shares(train_N: NDArray[Any], target_N: NDArray[Any], classes: int) -> Columns:
-    """The same of the training shares; one count is added to each class, so that one without training examples
-    costs much but not everything."""
-    share_C = (np.bincount(train_N, minlength=classes) + 1) / (len(train_N) + classes)
-    return np.stack([-np.log(share_C[target_N]), np.full(len(target_N), float(share_C.argmax()))])
+        if self.is_regression:
+            answer = train_N.astype(np.float64).mean()
+            loss_N = (target_N - answer) ** 2
+        else:
+            # One count more for each class: one without training examples costs much, but not everything.
+            share_C = (np.bincount(train_N, minlength=self.num_outputs) + 1) / (len(train_N) + self.num_outputs)
+            answer, loss_N = float(share_C.argmax()), -np.log(share_C[target_N])
+        return {"constant": self.metrics(np.stack([loss_N, np.full(len(target_N), answer)]), part, weights)}

@@ -1,4 +1,4 @@
-"""Figures by which labelled-text tasks are judged, exact over a data set.
+"""Metrics by which labelled-text tasks are judged, exact over a data set.
 
 Where a quotient would be 0/0 it is 0: a predictor of whom nothing can be said has earned nothing. So it is with
 the correlations of a predictor that always says the same, which others define as nan.
@@ -18,23 +18,23 @@ Values = NDArray[Any]
 
 
 def accuracy(predicted_N: Ints, true_N: Ints) -> float:
-    """The share of examples whose class is right; 0 of none."""
+    """Return the share of examples whose class is right; 0 of none."""
     return _ratio(_count(predicted_N == true_N), len(true_N))
 
 
 def f1(predicted_N: Ints, true_N: Ints) -> float:
-    """Harmonic mean of precision and recall of class 1; 0 where it neither occurs nor is predicted."""
+    """Return the harmonic mean of precision and recall of class 1; 0 where it neither occurs nor is predicted."""
     return _f1_of(1, predicted_N, true_N)
 
 
 def macro_f1(predicted_N: Ints, true_N: Ints) -> float:
-    """The mean of the F1 of every class that occurs or is predicted; 0 of none."""
+    """Return the mean of the F1 of every class that occurs or is predicted; 0 of none."""
     classes = np.union1d(predicted_N, true_N)
     return _ratio(sum(_f1_of(int(each), predicted_N, true_N) for each in classes), len(classes))
 
 
 def matthews(predicted_N: Ints, true_N: Ints) -> float:
-    """Matthews' correlation coefficient, for any number of classes (Gorodkin 2004); 0 where one side is constant."""
+    """Return Matthews' correlation of any number of classes (Gorodkin 2004); 0 where one side is constant."""
     classes = np.union1d(predicted_N, true_N)
     predicted_C, true_C = (
         np.array([_count(x == each) for each in classes], dtype=np.float64) for x in (predicted_N, true_N)
@@ -46,7 +46,7 @@ def matthews(predicted_N: Ints, true_N: Ints) -> float:
 
 
 def pearson(predicted_N: Values, true_N: Values) -> float:
-    """Pearson's correlation coefficient; 0 where one side is constant, or there are no examples."""
+    """Return Pearson's correlation coefficient; 0 where one side is constant, or there are no examples."""
     if len(true_N) == 0 or any(np.all(x == x[0]) for x in (predicted_N, true_N)):
         return 0.0
     x_N, y_N = (_centred(np.asarray(values, dtype=np.float64)) for values in (predicted_N, true_N))
@@ -54,7 +54,7 @@ def pearson(predicted_N: Values, true_N: Values) -> float:
 
 
 def spearman(predicted_N: Values, true_N: Values) -> float:
-    """Spearman's: Pearson's of the ranks, equal values sharing the mean of theirs."""
+    """Return Spearman's correlation: Pearson's of the ranks, equal values sharing the mean of theirs."""
     return pearson(rankdata(predicted_N), rankdata(true_N))
 
 
@@ -79,7 +79,7 @@ def _count(chosen_N: NDArray[np.bool_]) -> float:
 
 
 def _centred(x_N: Values) -> Values:
-    """Deviations from the mean, scaled so that their squares neither vanish nor overflow."""
+    """Return deviations from the mean, scaled so that their squares neither vanish nor overflow."""
     deviation_N = x_N - x_N.mean()
     return deviation_N / max(float(np.abs(deviation_N).max()), np.finfo(np.float64).tiny)
 

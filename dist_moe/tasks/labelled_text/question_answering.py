@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dist_moe.data.labelled_text import AnswerTable, LabelledBatch, Questions
 from dist_moe.models import ModelOutput
-from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
+from dist_moe.tasks.labelled_text.answer_metrics import answer_metrics
 from dist_moe.tasks.labelled_text.answer_spans import NO_WINDOW, answering_windows, best_spans, span_losses
 from dist_moe.tasks.labelled_text.encoder import Encoder
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
-from dist_moe.tasks.task import Columns, Figures
+from dist_moe.tasks.task import Columns, Metrics
 
 
 class QuestionAnsweringTask(LabelledTextTask):
@@ -32,22 +32,27 @@ class QuestionAnsweringTask(LabelledTextTask):
         self._longest = longest_answer
 
     def model_inputs(self) -> dict[str, Any]:
+        """Return the encoder's sizes."""
         return {"shape": self.encoder.shape}
 
     def losses(self, predictions: tuple[Tensor, ...], label_B: Tensor) -> Tensor:
-        """See :func:`span_losses`."""
+        """Return the loss of each window, see :func:`span_losses`."""
         start_BS, end_BS = predictions
         return span_losses(start_BS, end_BS, label_B)
 
     def observe(self, output: ModelOutput, batch: LabelledBatch) -> Tensor:
-        """Rows: the loss of each window, the score of [CLS], and the best span's score, first and last token."""
+        """Return the loss of each window, the score of [CLS], and the best span's score, first and last token."""
         start_BS, end_BS = (logits_BS.double() for logits_BS in output.predictions)
         loss_B = self.losses((start_BS, end_BS), batch.label_B)
-        best = best_spans(start_BS, end_BS, _text_of(batch), self._longest)
+        assert batch.type_BS is not None, "a question and its text are a pair"
+        position_S = torch.arange(batch.token_BS.shape[1], device=batch.token_BS.device)
+        # Not the question's tokens, nor the [SEP] at the end, nor padding.
+        text_BS = (batch.type_BS == 1) & (position_S < batch.length_B.unsqueeze(1) - 1)
+        best = best_spans(start_BS, end_BS, text_BS, self._longest)
         return torch.stack([loss_B, start_BS[:, 0] + end_BS[:, 0], *(row_B.double() for row_B in best)])
 
-    def figures(self, columns: Columns, part: AnswerTable, weights: tuple[float, ...]) -> Figures:
-        """``ce`` over windows; exact match and F1 over questions, of all and of those with and without an answer."""
+    def metrics(self, columns: Columns, part: AnswerTable, weights: tuple[float, ...]) -> Metrics:
+        """Return ``ce`` over windows; exact match and F1 over questions: all, those with and without an answer."""
         loss_N, none_N, score_N, first_N, last_N = columns
         mean = float(loss_N.mean())
         windows = answering_windows(np.asarray(part.question_N), none_N, score_N)
@@ -55,15 +60,8 @@ class QuestionAnsweringTask(LabelledTextTask):
             "" if window == NO_WINDOW else part.text(int(window), int(first_N[window]), int(last_N[window]))
             for window in windows
         ]
-        return answer_figures(answers, part.references) | {self.loss_name: mean, "loss": weights[0] * mean}
+        return answer_metrics(answers, part.references) | {self.loss_name: mean, "loss": weights[0] * mean}
 
-    def baselines(self, part: AnswerTable, weights: tuple[float, ...]) -> dict[str, Figures]:
-        """``no answer``: whoever says of every question that its text has none."""
-        return {"no answer": answer_figures([""] * len(part.references), part.references)}
-
-
-def _text_of(batch: LabelledBatch) -> Tensor:
-    """(B, S) bool: the tokens of the text; not the question's, nor the [SEP] at the end, nor padding."""
-    assert batch.type_BS is not None, "a question and its text are a pair"
-    position_S = torch.arange(batch.token_BS.shape[1], device=batch.token_BS.device)
-    return (batch.type_BS == 1) & (position_S < batch.length_B.unsqueeze(1) - 1)
+    def baselines(self, part: AnswerTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
+        """Return ``no answer``: whoever says of every question that its text has none."""
+        return {"no answer": answer_metrics([""] * len(part.references), part.references)}

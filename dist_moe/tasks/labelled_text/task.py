@@ -18,18 +18,27 @@ from dist_moe.tasks.task import ExampleShape, Task, at_least_fp32
 
 
 class TextData(Protocol):
-    """A prepared data set. ``vocabulary``: how many ids the tokenizer has."""
+    """A prepared data set."""
 
     @property
-    def train(self) -> LabelledTable: ...
+    def train(self) -> LabelledTable:
+        """Training examples."""
+
     @property
-    def val(self) -> LabelledTable: ...
+    def val(self) -> LabelledTable:
+        """Validation examples."""
+
     @property
-    def test(self) -> LabelledTable: ...
+    def test(self) -> LabelledTable:
+        """Test examples."""
+
     @property
-    def vocabulary(self) -> int: ...
+    def vocabulary(self) -> int:
+        """How many ids the tokenizer has."""
+
     @property
-    def manifest(self) -> dict[str, Any]: ...
+    def manifest(self) -> dict[str, Any]:
+        """Where the data came from."""
 
 
 class LabelledTextTask(Task):
@@ -57,18 +66,20 @@ class LabelledTextTask(Task):
 
     @property
     @abstractmethod
-    def loss_name(self) -> str: ...
+    def loss_name(self) -> str:
+        """The name of the target's loss."""
 
     @abstractmethod
     def losses(self, predictions: tuple[Tensor, ...], label_B: Tensor) -> Tensor:
-        """(B,): the loss of each example, in the precision of ``predictions``."""
+        """Return (B,): the loss of each example, in the precision of ``predictions``."""
 
     def task_losses(self, output: ModelOutput, batch: LabelledBatch) -> dict[str, Tensor]:
-        """A sum over the step's number of examples."""
+        """Return the sum of the losses over the step's number of examples."""
         loss_B = self.losses(tuple(map(at_least_fp32, output.predictions)), batch.label_B)
         return {self.loss_name: loss_B.sum() / batch.examples_in_step}
 
     def id_counts(self) -> Tensor:
+        """Return how often each token occurs."""
         return self._token_counts
 
     @cached_property

@@ -14,6 +14,7 @@ class LanguageModelSettings(TextConfig, TaskSettings):
     targets: ClassVar[tuple[str, ...]] = ("next_token",)
 
     def open(self, *, progress: bool) -> LanguageModelTask:
+        """Prepare the text and return the task."""
         return LanguageModelTask(prepare_text(self, progress=progress))
 
 

@@ -20,7 +20,7 @@ _WIDTH = 110
 
 
 def sample_text(model: Transformer, data: Text, seed: int = 0) -> str:
-    """How ``model`` goes on from the beginnings of some validation sequences, as lines of text.
+    """Return how ``model`` goes on from the beginnings of some validation sequences, as lines of text.
 
     The same on every rank. Collective over all ranks.
     """
@@ -46,7 +46,7 @@ def write_on(
     context: int,
     temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """(B, S) tokens -> (B, count) tokens drawn one after another, each from the ``context`` tokens before it.
+    """Return (B, count) tokens drawn after (B, S) given ones, each from the ``context`` tokens before it.
 
     The same on every rank, whatever rounding makes of the ranks' logits. Collective over all ranks.
     """
@@ -65,7 +65,7 @@ def write_on(
 
 
 def _readable(data: Text, tokens: list[int]) -> str:
-    """On one line, until the text ends."""
+    """Return the text on one line, until it ends."""
     inside = tokens[1:] if tokens[0] == data.end_of_text else tokens
     until = inside.index(data.end_of_text) if data.end_of_text in inside else len(inside)
     return " ".join(data.tokenizer.decode(inside[:until]).split())

@@ -20,7 +20,7 @@ from dist_moe.data.batches import shard_batches
 from dist_moe.data.text import Text, TokenBatch, TokenTable
 from dist_moe.models import ModelOutput, Transformer
 from dist_moe.tasks.language.samples import sample_text
-from dist_moe.tasks.task import Columns, Figures, Task, at_least_fp32
+from dist_moe.tasks.task import Columns, Metrics, Task, at_least_fp32
 
 EVAL_TOKENS = 4096
 """Evaluated at once on a rank: their logits are V numbers each."""
@@ -45,11 +45,12 @@ class LanguageModelTask(Task):
         self.data = data
 
     def model_inputs(self) -> dict[str, Any]:
+        """Return the size of the vocabulary."""
         return {"vocab_size": self.vocab_size}
 
-    def costs(self, model: Transformer, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """``parameters``, ``active_parameters`` and FLOPs of the forward pass, at the measured experts per token."""
-        size, experts = model.size, float(figures["active_experts"])
+    def costs(self, model: Transformer, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ``parameters``, ``active_parameters`` and forward FLOPs, at the measured experts per token."""
+        size, experts = model.size, float(metrics["active_experts"])
         return {
             "parameters": size.num_params(),
             "active_parameters": size.active_params(experts),
@@ -57,37 +58,40 @@ class LanguageModelTask(Task):
         }
 
     def id_counts(self) -> Tensor:
+        """Return how often each token occurs."""
         return torch.tensor(self.data.token_counts_V, dtype=torch.int64)
 
     def task_losses(self, output: ModelOutput, batch: TokenBatch) -> dict[str, Tensor]:
-        """``ce``: nats of all tokens over the number of tokens in the step."""
+        """Return ``ce``: nats of all tokens over the number of tokens in the step."""
         return {"ce": _nats(output, batch).sum() / batch.tokens_in_step}
 
     def observe(self, output: ModelOutput, batch: TokenBatch) -> Tensor:
-        """Rows: nats of each sequence, and its bytes."""
+        """Return the nats of each sequence, and its bytes."""
         return torch.stack([_nats(output, batch).double().sum(dim=1), batch.bytes_B.double()])
 
-    def figures(self, columns: Columns, part: TokenTable, weights: tuple[float, ...]) -> Figures:
-        """``loss``: nats per token; its exponential; bits per byte, of all and of each domain that ``part`` has."""
+    def metrics(self, columns: Columns, part: TokenTable, weights: tuple[float, ...]) -> Metrics:
+        """Return ``loss``, nats per token; its exponential; bits per byte of all and of each domain in ``part``."""
         nats_N, bytes_N = columns
         ce = float(nats_N.sum()) / (len(part) * self.tokens_per_example)
-        figures = {"loss": weights[0] * ce, "perplexity": _perplexity(ce), "bits_per_byte": _bits(nats_N, bytes_N)}
+        # The metrics of a model that has diverged are wanted too.
+        perplexity = math.exp(ce) if ce < _LARGEST_EXPONENT else math.inf
+        metrics = {"loss": weights[0] * ce, "perplexity": perplexity, "bits_per_byte": _bits(nats_N, bytes_N)}
         domain_N = np.asarray(part.domain_N)
         for number, name in enumerate(self.data.domains):
             mine_N = domain_N == number
             if mine_N.any():
-                figures[f"bits_per_byte_{name}"] = _bits(nats_N[mine_N], bytes_N[mine_N])
-        return figures
+                metrics[f"bits_per_byte_{name}"] = _bits(nats_N[mine_N], bytes_N[mine_N])
+        return metrics
 
-    def baselines(self, part: TokenTable, weights: tuple[float, ...]) -> dict[str, Figures]:
-        """``unigram``: every token's share of the training tokens, each counted once more than it occurs."""
+    def baselines(self, part: TokenTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
+        """Return ``unigram``: every token's share of the training tokens, each counted once more than it occurs."""
         count_V = np.asarray(self.data.token_counts_V, dtype=np.float64) + 1
         nats_V = np.log(count_V.sum()) - np.log(count_V)
         columns = []
         for index_B in shard_batches(part, _BASELINE_BATCH, rank=0, world_size=1):
             batch = part.batch(index_B, index_B)
             columns.append(np.stack([nats_V[batch.target_BS.numpy()].sum(axis=1), batch.bytes_B.numpy()]))
-        return {"unigram": self.figures(np.concatenate(columns, axis=1), part, weights)}
+        return {"unigram": self.metrics(np.concatenate(columns, axis=1), part, weights)}
 
     def final_report(self, model: Transformer) -> str:
         """Return how the model goes on from the beginnings of some validation sequences."""
@@ -99,11 +103,6 @@ def _nats(output: ModelOutput, batch: TokenBatch) -> Tensor:
     (logits_BSV,) = output.predictions
     nats_T = F.cross_entropy(at_least_fp32(logits_BSV).flatten(0, 1), batch.target_BS.flatten(), reduction="none")
     return nats_T.view_as(batch.target_BS)
-
-
-def _perplexity(ce: float) -> float:
-    """Of a model that has diverged it may be too large for a number; its figures are wanted all the same."""
-    return math.exp(ce) if ce < _LARGEST_EXPONENT else math.inf
 
 
 def _bits(nats_N: Columns, bytes_N: Columns) -> float:

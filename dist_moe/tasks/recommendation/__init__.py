@@ -14,6 +14,7 @@ class RecommendationSettings(MovieLensConfig, TaskSettings):
     targets: ClassVar[tuple[str, ...]] = TARGETS
 
     def open(self, *, progress: bool) -> RecommendationTask:
+        """Prepare the ratings and return the task."""
         return RecommendationTask(prepare_movielens(self, progress=progress))
 
 

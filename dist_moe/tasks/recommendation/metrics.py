@@ -1,4 +1,4 @@
-"""Figures of two-task predictions: AUC, BCE, MSE and the weighted loss, exact over the data set."""
+"""Metrics of two-task predictions: AUC, BCE, MSE and the weighted loss, exact over the data set."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ PAPER_EVAL_BATCH = 128
 Floats = NDArray[np.float64]
 
 
-def two_task_figures(
+def two_task_metrics(
     probability_N: Floats, rating_N: Floats, target_N: NDArray[Any], weights: tuple[float, ...]
 ) -> dict[str, float]:
-    """``probability_N``: of "watched"; ``rating_N``: predicted stars; ``target_N``: stars, 0 = not rated.
+    """Return AUC, BCE, MSE and losses of (N,) predictions.
+
+    ``probability_N``: of "watched"; ``rating_N``: predicted stars; ``target_N``: stars, 0 = not rated.
 
     ``weights``: of BCE over all pairs and of MSE over the rated ones in ``loss``. ``loss_by_batches`` is
     what the authors' code reports: the mean over batches of 128 of each batch's loss, weighted by
     its size, in which MSE averages over the rated pairs of the batch.
     """
     watched_N = target_N > 0
-    bce_N = _cross_entropy(probability_N, watched_N)
+    likelihood_N = np.where(watched_N, probability_N, 1 - probability_N)
+    bce_N = -np.log(np.maximum(likelihood_N, np.finfo(np.float64).tiny))
     error_N = np.where(watched_N, (rating_N - target_N) ** 2, 0.0)
     bce = float(bce_N.mean())
     mse = float(error_N.sum() / max(watched_N.sum(), 1))
@@ -37,18 +40,13 @@ def two_task_figures(
 
 
 def area_under_curve(score_N: Floats, positive_N: NDArray[np.bool_]) -> float:
-    """Exact area under the ROC curve, ties counted half; nan if only one class occurs."""
+    """Return the exact area under the ROC curve, ties counted half; nan if only one class occurs."""
     positives = int(positive_N.sum())
     negatives = len(positive_N) - positives
     if not positives or not negatives:
         return float("nan")
     rank_sum = rankdata(score_N)[positive_N].sum()
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def _cross_entropy(probability_N: Floats, watched_N: NDArray[np.bool_]) -> Floats:
-    likelihood = np.where(watched_N, probability_N, 1 - probability_N)
-    return -np.log(np.maximum(likelihood, np.finfo(np.float64).tiny))
 
 
 def _loss_by_batches(bce_N: Floats, error_N: Floats, watched_N: NDArray[np.bool_], weights: tuple[float, ...]) -> float:

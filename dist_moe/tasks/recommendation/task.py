@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dist_moe.data.movielens import MovieLens, PairBatch, PairTable
 from dist_moe.models import ModelOutput
-from dist_moe.tasks.recommendation.baselines import baseline_figures
-from dist_moe.tasks.recommendation.metrics import two_task_figures
-from dist_moe.tasks.task import Columns, Figures, Task, at_least_fp32
+from dist_moe.tasks.recommendation.baselines import baseline_metrics
+from dist_moe.tasks.recommendation.metrics import two_task_metrics
+from dist_moe.tasks.task import Columns, Metrics, Task, at_least_fp32
 
 TARGETS = ("watched", "rating")
 
@@ -29,13 +29,15 @@ class RecommendationTask(Task):
         self._data = data
 
     def model_inputs(self) -> dict[str, Any]:
+        """Return the numbers of users, items and targets."""
         return {"num_users": self._data.num_users, "num_items": self._data.num_items, "num_targets": len(TARGETS)}
 
     def id_counts(self) -> Tensor:
+        """Return how often each user occurs."""
         return torch.from_numpy(np.bincount(self._data.train.user_N, minlength=self._data.num_users))
 
     def task_losses(self, output: ModelOutput, batch: PairBatch) -> dict[str, Tensor]:
-        """``bce`` over all pairs, ``mse`` over the rated ones; each a sum over the step's number of those."""
+        """Return ``bce`` over all pairs, ``mse`` over the rated ones; each a sum over the step's number of those."""
         logit_B, stars_B = (at_least_fp32(prediction) for prediction in output.predictions)
         watched_B = batch.rating_B > 0
         bce = F.binary_cross_entropy_with_logits(logit_B, watched_B.to(logit_B), reduction="sum")
@@ -46,12 +48,15 @@ class RecommendationTask(Task):
         }
 
     def observe(self, output: ModelOutput, batch: PairBatch) -> Tensor:
+        """Return the probability of "watched", and the stars."""
         logit_B, stars_B = output.predictions
         return torch.stack([logit_B.double().sigmoid(), stars_B.double()])
 
-    def figures(self, columns: Columns, part: PairTable, weights: tuple[float, ...]) -> Figures:
+    def metrics(self, columns: Columns, part: PairTable, weights: tuple[float, ...]) -> Metrics:
+        """Return AUC, losses and squared error, see :func:`two_task_metrics`."""
         probability_N, stars_N = columns
-        return two_task_figures(probability_N, stars_N, np.asarray(part.rating_N), weights)
+        return two_task_metrics(probability_N, stars_N, np.asarray(part.rating_N), weights)
 
-    def baselines(self, part: PairTable, weights: tuple[float, ...]) -> dict[str, Figures]:
-        return baseline_figures(self._data, part, weights)
+    def baselines(self, part: PairTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
+        """Return the predictors that only count, see :func:`baseline_metrics`."""
+        return baseline_metrics(self._data, part, weights)
