@@ -82,7 +82,7 @@ class SupervisedConfig(RecipeConfig):
         model = {} if model is None else {"name": model} if isinstance(model, str) else model
         filled = {"data": {} if data is None else data}
         if isinstance(model, dict):
-            model = {"name": settings.default_model} | model
+            model = {"name": next(iter(models_of_kind(settings.kind)), None)} | model
         fitting = start_of(model["name"]) if isinstance(model, dict) and isinstance(model["name"], str) else None
         if start is None and fitting is not None and fitting.is_default:
             start = {}
@@ -118,7 +118,8 @@ class SupervisedConfig(RecipeConfig):
         data, model = self.data, self.model
         if model.kind != data.kind:
             raise UserError(
-                f"model.name={model.name} does not fit data.name={data.name}; use {models_of_kind(data.kind)}"
+                f"model.name={model.name} does not fit data.name={data.name}; use "
+                f"{' or '.join(models_of_kind(data.kind)) or 'a model of your own'}"
             )
         if len(self.target_weights) != len(data.targets):
             raise UserError(
