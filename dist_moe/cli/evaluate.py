@@ -1,4 +1,4 @@
-"""dist-moe evaluate: test figures of a run."""
+"""dist-moe evaluate: test metrics of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_moe.cli.commands import Commands
 
 def add_to(commands: Commands) -> None:
     """Add the command and its options to the command line."""
-    evaluate = commands.add_parser("evaluate", help="test figures of a run, from its best or newest checkpoint")
+    evaluate = commands.add_parser("evaluate", help="test metrics of a run, from its best or newest checkpoint")
     evaluate.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="a run, one of its checkpoints, or a file of 'dist-moe export'"
     )

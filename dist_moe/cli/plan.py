@@ -77,7 +77,7 @@ def _table(plan: MemoryPlan) -> str:
     ]
     for state in plan.states:
         mark = " *" if state.stage == plan.stage else ""
-        figures = (
+        sizes = (
             state.dense_parameters,
             state.expert_parameters,
             state.gradients,
@@ -88,7 +88,7 @@ def _table(plan: MemoryPlan) -> str:
             state.total,
             state.padding,
         )
-        lines.append(f"{f'ZeRO stage {state.stage}{mark}':24}" + "".join(f"{_size(n):>14}" for n in figures))
+        lines.append(f"{f'ZeRO stage {state.stage}{mark}':24}" + "".join(f"{_size(n):>14}" for n in sizes))
     heads = ("rows", "sent", "dispatch", "activations", "with states")
     lines += ["", f"{'':40}" + "".join(f"{head:>14}" for head in heads) + f"{'largest batch':>16}"]
     for load in plan.loads:

@@ -1,6 +1,6 @@
 """The report of a sweep, from its studies alone.
 
-trials.csv    every finished trial: what was drawn, all its figures, why it failed
+trials.csv    every finished trial: what was drawn, all its metrics, why it failed
 table.md      the paper's table, and the trials that each row needs to reach each other
 table.csv     the same table
 budget.csv    expected test loss of the chosen trial against the number of trials
@@ -68,11 +68,11 @@ def _opening(plan: SweepPlan, rows: Rows) -> str:
 
 def _main_table(plan: SweepPlan, summaries: list[RowSummary]) -> str:
     share = f"{100 * plan.sweep.best_fraction:g} %"
-    others = next((list(summary.figures)[1:] for summary in summaries if summary.figures), [])
+    others = next((list(summary.metrics)[1:] for summary in summaries if summary.metrics), [])
     head = ["row", "trials", f"test loss, best {share}", "best single", *others]
-    body = [[summary.name, _trials(summary), *_figures(summary, others)] for summary in summaries]
+    body = [[summary.name, _trials(summary), *_metrics(summary, others)] for summary in summaries]
     return (
-        f"Test figures are means over the best {share} of trials by validation loss, the loss with its standard "
+        f"Test metrics are means over the best {share} of trials by validation loss, the loss with its standard "
         "error;\nbest single: test loss of the trial with the least validation loss. Diverged and pruned trials "
         "count as the\nworst, failed ones do not count.\n\n" + _markdown([head, *body])
     )
@@ -83,12 +83,12 @@ def _trials(summary: RowSummary) -> str:
     return f"{summary.trials} ({', '.join(remarks)})" if remarks else str(summary.trials)
 
 
-def _figures(summary: RowSummary, others: list[str]) -> list[str]:
+def _metrics(summary: RowSummary, others: list[str]) -> list[str]:
     if summary.best is None:
         return ["-"] * (2 + len(others))
     single = f"{summary.best.test.get(OBJECTIVE, math.nan):.4f}"
-    means = [f"{summary.figures[name].mean:.4f}" for name in others]
-    return [_with_error(summary.figures[OBJECTIVE]), single, *means]
+    means = [f"{summary.metrics[name].mean:.4f}" for name in others]
+    return [_with_error(summary.metrics[OBJECTIVE]), single, *means]
 
 
 def _with_error(mean: BestMean) -> str:
@@ -117,11 +117,11 @@ def _table_cells(summary: RowSummary) -> Cells:
     cells: Cells = {"row": summary.name, "trials": summary.trials}
     cells |= dict(summary.states.items())
     if summary.best is not None:
-        loss = summary.figures[OBJECTIVE]
+        loss = summary.metrics[OBJECTIVE]
         cells |= {"averaged": loss.count, "test_loss": loss.mean, "test_loss_standard_error": loss.standard_error}
         cells |= {"best_trial": summary.best.index, "best_val_loss": summary.best.loss}
         cells |= {"best_test_loss": summary.best.test.get(OBJECTIVE, math.nan)}
-        cells |= {f"test_{name}": mean.mean for name, mean in summary.figures.items() if name != OBJECTIVE}
+        cells |= {f"test_{name}": mean.mean for name, mean in summary.metrics.items() if name != OBJECTIVE}
     return cells
 
 

@@ -20,7 +20,7 @@ Report = Callable[[int, int, float], bool]
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What one training came to. ``val`` and ``test``: figures by name, "loss" among them.
+    """What one training came to. ``val`` and ``test``: metrics by name, "loss" among them.
 
     ``val["loss"]`` is what the study minimises; a trial that diverged has nan or inf there.
     ``steps``: optimiser steps taken.

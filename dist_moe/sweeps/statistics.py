@@ -20,7 +20,7 @@ LOW, HIGH = 0.05, 0.95
 
 @dataclass(frozen=True)
 class BestMean:
-    """Mean of a figure over the ``count`` best trials. ``standard_error``: sd(ddof=1) / sqrt(count); nan
+    """Mean of a metric over the ``count`` best trials. ``standard_error``: sd(ddof=1) / sqrt(count); nan
     for a single value, and where one is not finite."""
 
     mean: float
@@ -53,7 +53,7 @@ def best_trials(val_N: ArrayLike, fraction: float) -> Ints:
 
 
 def best_fraction_mean(val_N: ArrayLike, test_N: ArrayLike, fraction: float) -> BestMean:
-    """The paper's figure: the mean test figure of the best ``fraction`` of trials by validation loss.
+    """The paper's metric: the mean test metric of the best ``fraction`` of trials by validation loss.
 
     Raises ValueError for lengths that differ, and as ``best_trials``.
     """
@@ -138,7 +138,7 @@ def _losses(val_N: ArrayLike) -> Floats:
 def _alike(val_N: ArrayLike, test_N: ArrayLike) -> tuple[Floats, Floats]:
     val, test = _losses(val_N), np.asarray(test_N, dtype=np.float64)
     if val.shape != test.shape:
-        raise ValueError(f"validation and test figures differ in number: {val.shape} and {test.shape}")
+        raise ValueError(f"validation and test metrics differ in number: {val.shape} and {test.shape}")
     return val, test
 
 

@@ -28,14 +28,14 @@ Rows = dict[str, list[TrialRecord]]
 class RowSummary:
     """A row of the report. ``trials``: all but failed ones, which say something of the machine or the code.
 
-    ``figures``: test figures over the best trials by validation loss, "loss" first; empty, and ``best``
+    ``metrics``: test metrics over the best trials by validation loss, "loss" first; empty, and ``best``
     and ``curve`` None, where no trial is complete. ``exact``: the closed form of ``curve.expected``.
     """
 
     name: str
     trials: int
     states: dict[State, int]
-    figures: dict[str, BestMean]
+    metrics: dict[str, BestMean]
     best: TrialRecord | None
     curve: BudgetCurve | None
     exact: Floats | None
@@ -43,7 +43,7 @@ class RowSummary:
 
 def summarise(rows: Rows, fraction: float, seed: int) -> list[RowSummary]:
     """``fraction``: share of trials, best by validation loss, to average. ``seed``: of the bootstrap."""
-    names = _shared_figures(rows)
+    names = _shared_metrics(rows)
     return [_summarise_row(name, records, names, fraction, seed) for name, records in rows.items()]
 
 
@@ -56,7 +56,7 @@ def trials_to_reach(rows: list[RowSummary]) -> dict[str, dict[str, int | None]]:
     }
 
 
-def _summarise_row(name: str, records: list[TrialRecord], figures: list[str], fraction: float, seed: int) -> RowSummary:
+def _summarise_row(name: str, records: list[TrialRecord], metrics: list[str], fraction: float, seed: int) -> RowSummary:
     states: dict[State, int] = {"complete": 0, "diverged": 0, "pruned": 0, "failed": 0}
     for record in records:
         states[record.state] += 1
@@ -65,7 +65,7 @@ def _summarise_row(name: str, records: list[TrialRecord], figures: list[str], fr
         return RowSummary(name, len(counted), states, {}, None, None, None)
     val_N = np.array([record.loss for record in counted])
     best_M = best_trials(val_N, fraction)
-    means = {figure: mean_of(_test(counted, figure)[best_M]) for figure in figures}
+    means = {metric: mean_of(_test(counted, metric)[best_M]) for metric in metrics}
     curve, exact = _curve(val_N, _test(counted, OBJECTIVE), seed)
     return RowSummary(name, len(counted), states, means, counted[best_M[0]], curve, exact)
 
@@ -78,12 +78,12 @@ def _curve(val_N: Floats, test_N: Floats, seed: int) -> tuple[BudgetCurve | None
     return budget_curve(*losses, budgets, seed=seed), expected_best(*losses, budgets)
 
 
-def _test(records: list[TrialRecord], figure: str) -> Floats:
-    return np.array([record.test.get(figure, math.nan) for record in records], dtype=np.float64)
+def _test(records: list[TrialRecord], metric: str) -> Floats:
+    return np.array([record.test.get(metric, math.nan) for record in records], dtype=np.float64)
 
 
-def _shared_figures(rows: Rows) -> list[str]:
-    """Test figures that all complete trials of all rows have: the loss, then the others by name."""
+def _shared_metrics(rows: Rows) -> list[str]:
+    """Test metrics that all complete trials of all rows have: the loss, then the others by name."""
     complete = [record.test.keys() for records in rows.values() for record in records if record.state == "complete"]
     shared = set.intersection(*map(set, complete)) if complete else set()
     return [OBJECTIVE, *sorted(shared - {OBJECTIVE})]

@@ -82,5 +82,5 @@ def _run_alone(config: SupervisedConfig, report: Report) -> TrialResult | None:
         return TrialResult(_numbers(result.val), _numbers(result.test or {}), result.fit.steps)
 
 
-def _numbers(figures: dict[str, object]) -> dict[str, float]:
-    return {name: float(value) for name, value in figures.items() if isinstance(value, (int, float))}
+def _numbers(metrics: dict[str, object]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}

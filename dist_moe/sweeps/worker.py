@@ -158,7 +158,7 @@ class Reporter:
             if result is None and i not in self._stopped:
                 raise RuntimeError("the runner gave no result for a trial that was not to stop")
             if result is not None and OBJECTIVE not in result.val:
-                raise RuntimeError(f"the runner's validation figures have no {OBJECTIVE!r}: {sorted(result.val)}")
+                raise RuntimeError(f"the runner's validation metrics have no {OBJECTIVE!r}: {sorted(result.val)}")
 
 
 @contextmanager

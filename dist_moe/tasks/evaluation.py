@@ -19,7 +19,7 @@ from dist_moe.tasks.task import Task
 def evaluate(
     task: Task, model: MoEModel, part: Any, weights: tuple[float, ...], groups: ProcessGroups
 ) -> dict[str, Any]:
-    """Figures over all of ``part``, the same on every rank. Collective over all ranks.
+    """Metrics over all of ``part``, the same on every rank. Collective over all ranks.
 
     Besides the task's own: ``active_experts``, assignments per token averaged over gates and layers, and for
     each gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate.
@@ -29,8 +29,8 @@ def evaluate(
     model.begin_evaluation()
     columns, load_LGE, tokens = _observe(task, model, part, groups)
     model.train(was_training)
-    figures: dict[str, Any] = dict(task.figures(columns.cpu().numpy(), part, weights))
-    return figures | expert_figures(load_LGE, tokens)
+    metrics: dict[str, Any] = dict(task.metrics(columns.cpu().numpy(), part, weights))
+    return metrics | expert_metrics(load_LGE, tokens)
 
 
 def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> tuple[Tensor, Tensor, int]:
@@ -55,7 +55,7 @@ def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> t
     return gathered[:, : len(part)], sum_over_ranks(load_LGE), int(sum_over_ranks(tokens))
 
 
-def expert_figures(load_LGE: Tensor, tokens: int) -> dict[str, Any]:
+def expert_metrics(load_LGE: Tensor, tokens: int) -> dict[str, Any]:
     """From (L, G, E) tokens per layer, gate and expert, of ``tokens`` tokens; see :func:`evaluate`.
 
     Of a dense model, without layers, all are 0.

@@ -18,7 +18,7 @@ from dist_moe.gates import GateContext
 from dist_moe.models import ModelOutput, MoEModelConfig, RunShape
 from dist_moe.parallel import World
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 Columns = NDArray[np.float64]
 
 
@@ -76,17 +76,17 @@ class Task(ABC):
 
     @abstractmethod
     def observe(self, output: ModelOutput, batch: Any) -> Tensor:
-        """Return (C, B) fp64 columns from which :meth:`figures` can be computed exactly over a data set."""
+        """Return (C, B) fp64 columns from which :meth:`metrics` can be computed exactly over a data set."""
 
     @abstractmethod
-    def figures(self, columns: Columns, part: Any, weights: tuple[float, ...]) -> Figures:
+    def metrics(self, columns: Columns, part: Any, weights: tuple[float, ...]) -> Metrics:
         """Return the metrics of (C, N) observed columns of all rows of ``part``; "loss" is the weighted loss."""
 
-    def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Figures]:
+    def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """Return the metrics of predictors that a model must beat, by name."""
         return {}
 
-    def costs(self, model: Any, figures: Mapping[str, Any]) -> dict[str, Any]:
+    def costs(self, model: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the model's size and work per token for the summary, given its test metrics."""
         return {}
 

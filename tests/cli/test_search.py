@@ -59,8 +59,8 @@ def test_search_writes_a_run_that_differs_in_its_table_only(run: Path, tmp_path:
         assert report["local_optimum"]
         assert f"by {len(report['swaps'])} swap(s)" in outcome.out
         evaluated = json.loads(succeed(1, "evaluate", directory, "--json")[0].out)
-        for figure in ("loss", "auc", "active_experts"):
-            assert evaluated["test"][figure] == pytest.approx(report["test_after"][figure], rel=1e-4), figure
+        for metric in ("loss", "auc", "active_experts"):
+            assert evaluated["test"][metric] == pytest.approx(report["test_after"][metric], rel=1e-4), metric
     assert largest_difference(tensors_of(found[0]), tensors_of(found[1])) == 0
 
 
@@ -84,8 +84,8 @@ def test_search_of_a_run_that_still_learns_its_permutation(config: Path, tmp_pat
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {TABLE, "moe.permutation.step|buffer"}
     evaluated = json.loads(succeed(1, "evaluate", output, "--json")[0].out)["test"]
-    for figure in ("loss", "auc", "active_experts"):
-        assert evaluated[figure] == pytest.approx(report["test_after"][figure], rel=1e-4), figure
+    for metric in ("loss", "auc", "active_experts"):
+        assert evaluated[metric] == pytest.approx(report["test_after"][metric], rel=1e-4), metric
     assert report["test_after"]["loss"] != report["test_before"]["loss"]
 
 

@@ -69,7 +69,7 @@ def records_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def validations_of(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """The figures of each validation, by step, in the order of the file."""
+    """The metrics of each validation, by step, in the order of the file."""
     return {record["step"]: record["validation"] for record in _lines_of(run_dir) if "validation" in record}
 
 

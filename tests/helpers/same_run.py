@@ -10,7 +10,7 @@ from tests.helpers.runs import tensors_of
 
 
 def assert_same_end(run: Path, reference: Path, steps: int) -> None:
-    """Every step is on the board once; tensors of the newest checkpoint and test figures are equal."""
+    """Every step is on the board once; tensors of the newest checkpoint and test metrics are equal."""
     assert steps_of(read_board(run), "loss/task") == list(range(1, steps + 1))
     ours, theirs = tensors_of(run), tensors_of(reference)
     assert ours.keys() == theirs.keys()

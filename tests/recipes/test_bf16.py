@@ -79,7 +79,7 @@ def test_resume_is_exact(config: Path, runs: Path, tmp_path: Path, world: int, e
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
-def figures_of(run: Path) -> dict[str, Any]:
+def metrics_of(run: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run / "summary.json").read_text())["test"]
     return content
 
@@ -93,7 +93,7 @@ def evaluated(world: int, path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("world", "ep", "stage"), [(1, 1, 1), (2, 2, 2), (2, 2, 3)])
 def test_evaluated_as_it_was_trained(runs: Path, world: int, ep: int, stage: int) -> None:
     run = runs / f"{world}-{ep}-{stage}"
-    assert evaluated(world, run) == figures_of(run)
+    assert evaluated(world, run) == metrics_of(run)
 
 
 def test_an_exported_run_is_evaluated_as_it_was_trained(runs: Path, tmp_path: Path) -> None:
@@ -101,12 +101,12 @@ def test_an_exported_run_is_evaluated_as_it_was_trained(runs: Path, tmp_path: Pa
     for dtype in ("fp32", "bf16"):
         file = tmp_path / f"{dtype}.safetensors"
         succeed(1, "export", runs / "1-1-2", file, "--dtype", dtype)
-        assert evaluated(1, file) == figures_of(runs / "1-1-2")
+        assert evaluated(1, file) == metrics_of(runs / "1-1-2")
 
 
 @pytest.mark.parametrize("world", [1, 4])
 def test_at_another_number_of_ranks_to_the_rounding_of_bf16(runs: Path, world: int) -> None:
-    ours, theirs = evaluated(world, runs / "2-2-1"), figures_of(runs / "2-2-1")
+    ours, theirs = evaluated(world, runs / "2-2-1"), metrics_of(runs / "2-2-1")
     assert ours.keys() == theirs.keys()
     for name in ("auc", "bce", "mse", "loss", "active_experts"):
         assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name

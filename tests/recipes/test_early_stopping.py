@@ -85,7 +85,7 @@ def test_patience_ends_the_run(runs: dict[int, Path]) -> None:
 
 
 def test_the_best_weights_are_the_ones_tested(runs: dict[int, Path], config: Path, tmp_path: Path) -> None:
-    """They are those of a run that ends at the best step; the last weights would give other figures."""
+    """They are those of a run that ends at the best step; the last weights would give other metrics."""
     best, last = best_step(runs[1]), max(validation_losses(runs[1]))
     for steps in (best, last):
         succeed(
@@ -103,8 +103,8 @@ def test_the_best_weights_are_the_ones_tested(runs: dict[int, Path], config: Pat
 def test_evaluate_takes_the_best(runs: dict[int, Path], world: int) -> None:
     again = json.loads(succeed(world, "evaluate", runs[1], "--json")[0].out)
     assert again["checkpoint"] == f"step-{best_step(runs[1]):08d}"
-    for figure in ("auc", "bce", "mse", "loss"):
-        assert again["test"][figure] == pytest.approx(summary_of(runs[1])["test"][figure], abs=1e-6)
+    for metric in ("auc", "bce", "mse", "loss"):
+        assert again["test"][metric] == pytest.approx(summary_of(runs[1])["test"][metric], abs=1e-6)
 
 
 @pytest.mark.parametrize("world", [1, 2])

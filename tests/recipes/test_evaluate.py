@@ -1,4 +1,4 @@
-"""`dist-moe evaluate` gives the figures of summary.json again, from the checkpoint, at any number of ranks."""
+"""`dist-moe evaluate` gives the metrics of summary.json again, from the checkpoint, at any number of ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config
 
-TEST_FIGURES = {"auc", "bce", "mse", "loss", "active_experts", "active_experts_by_gate", "dead_experts"}
+TEST_METRICS = {"auc", "bce", "mse", "loss", "active_experts", "active_experts_by_gate", "dead_experts"}
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,11 @@ def summary(run: Path) -> dict[str, Any]:
 
 
 def test_what_a_summary_holds(summary: dict[str, Any]) -> None:
-    assert summary["test"].keys() >= TEST_FIGURES
+    assert summary["test"].keys() >= TEST_METRICS
     assert isinstance(summary["test"]["dead_experts"], int)
     assert summary["baselines"].keys() == {"constant", "popularity"}
-    for figures in summary["baselines"].values():
-        assert figures.keys() >= {"auc", "bce", "mse", "loss"}
+    for metrics in summary["baselines"].values():
+        assert metrics.keys() >= {"auc", "bce", "mse", "loss"}
     assert summary["baselines"]["constant"]["auc"] == 0.5
     assert summary["baselines"]["popularity"]["auc"] > 0.55
     assert summary["baselines"]["popularity"]["bce"] < summary["baselines"]["constant"]["bce"]
@@ -57,12 +57,12 @@ def test_what_a_summary_holds(summary: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_same_figures_again(run: Path, summary: dict[str, Any], world_size: int) -> None:
+def test_the_same_metrics_again(run: Path, summary: dict[str, Any], world_size: int) -> None:
     first, *others = succeed(world_size, "evaluate", run, "--json")
     again = json.loads(first.out)
     assert again["checkpoint"] == "step-00000040"
     assert again["test"].keys() == summary["test"].keys()
-    for name in TEST_FIGURES:
+    for name in TEST_METRICS:
         assert again["test"][name] == pytest.approx(summary["test"][name], abs=1e-6), name
     assert again["baselines"] == summary["baselines"]
     assert [outcome.out for outcome in others] == [""] * (world_size - 1)
@@ -71,8 +71,8 @@ def test_the_same_figures_again(run: Path, summary: dict[str, Any], world_size: 
 def test_the_table_for_people(run: Path, summary: dict[str, Any]) -> None:
     (outcome,) = succeed(1, "evaluate", run)
     assert "step-00000040" in outcome.out
-    for figure in ("auc", "bce", "mse", "loss"):
-        assert f"{summary['test'][figure]:.4f}" in outcome.out
+    for metric in ("auc", "bce", "mse", "loss"):
+        assert f"{summary['test'][metric]:.4f}" in outcome.out
 
 
 def test_evaluating_changes_nothing(run: Path) -> None:
@@ -81,7 +81,7 @@ def test_evaluating_changes_nothing(run: Path) -> None:
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def figures_by_hand(run: Path) -> dict[str, float | list[float]]:
+def metrics_by_hand(run: Path) -> dict[str, float | list[float]]:
     """The test pairs one by one through the model in evaluation mode, on one rank."""
     plan = plan_resumed_run(run, ["parallel.expert_parallel_size=1"])
     with process_groups(plan.start.environment, plan.config.parallel) as groups:
@@ -117,7 +117,7 @@ def figures_by_hand(run: Path) -> dict[str, float | list[float]]:
     }
 
 
-def test_figures_by_hand(run: Path, summary: dict[str, Any]) -> None:
-    (by_hand,) = on_ranks(1, figures_by_hand, run)
+def test_metrics_by_hand(run: Path, summary: dict[str, Any]) -> None:
+    (by_hand,) = on_ranks(1, metrics_by_hand, run)
     for name, value in by_hand.items():
         assert summary["test"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name

@@ -33,17 +33,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
 
 
 def evaluated(run: Path, *overrides: str, ranks: int = 1) -> dict[str, Any]:
-    figures: dict[str, Any] = json.loads(succeed(ranks, "evaluate", run, *overrides, "--json")[0].out)["test"]
-    return figures
+    metrics: dict[str, Any] = json.loads(succeed(ranks, "evaluate", run, *overrides, "--json")[0].out)["test"]
+    return metrics
 
 
 def test_a_gate_with_a_schedule_is_evaluated_at_any_k(runs: Path) -> None:
     """Self-slimmable: the same weights, as many experts as there is time for; all of them too."""
     run, losses = runs / "smoe_dropout", {}
     for k in (1, 2, EXPERTS):
-        figures = evaluated(run, f"model.gate.evaluation_k={k}")
-        assert figures["active_experts"] == k
-        losses[k] = figures["loss"]
+        metrics = evaluated(run, f"model.gate.evaluation_k={k}")
+        assert metrics["active_experts"] == k
+        losses[k] = metrics["loss"]
     trained = evaluated(run)
     assert trained["active_experts"] == 3
     assert len({*losses.values(), trained["loss"]}) == 4

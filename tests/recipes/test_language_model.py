@@ -107,7 +107,7 @@ def test_resumed_at_another_world_size(runs: Path, tmp_path: Path, layout: Layou
     assert [record["load"] for record in records_of(run)] == [record["load"] for record in records_of(written)]
 
 
-def test_evaluate_knows_the_figures_of_the_summary(runs: Path) -> None:
+def test_evaluate_knows_the_metrics_of_the_summary(runs: Path) -> None:
     run = runs / name_of((4, 2, 3))
     test = json.loads((run / "summary.json").read_text())["test"]
     for world in (1, 2):
@@ -155,7 +155,7 @@ def test_what_does_not_go_with_a_dense_model(config: Path, tmp_path: Path, overr
 
 
 def test_what_is_printed(config: Path, tmp_path: Path) -> None:
-    """On the first rank alone: what the model is, the figures with a line for each, and a sample."""
+    """On the first rank alone: what the model is, the metrics with a line for each, and a sample."""
     first, second = succeed(2, "train", "--run-dir", tmp_path / "run", config, *overrides((2, 2, 1)))
     assert "comet+, 4 experts in each of 2 layers over 2 of 2 rank(s)" in first.err
     assert "of 8 examples of 16 tokens" in first.err

@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, TensorBoard, progress lines and files; and that the figures are true."""
+"""What a run shows: metrics.jsonl, TensorBoard, progress lines and files; and that the metrics are true."""
 
 from __future__ import annotations
 
@@ -186,11 +186,11 @@ def test_every_tenth_step_shows_where_its_layer_spent_its_time(
 
 
 def test_tensorboard_shows_evaluations(board: EventAccumulator, run: Path) -> None:
-    for figure in ("auc", "bce", "mse", "loss", "active_experts", "dead_experts"):
-        assert list(scalars(board, f"validation/{figure}")) == [40, 80]
+    for metric in ("auc", "bce", "mse", "loss", "active_experts", "dead_experts"):
+        assert list(scalars(board, f"validation/{metric}")) == [40, 80]
     test = json.loads((run / "summary.json").read_text())["test"]
-    for figure in ("auc", "bce", "mse", "loss", "active_experts", "dead_experts"):
-        assert scalars(board, f"test/{figure}") == {STEPS: pytest.approx(test[figure], rel=1e-6)}
+    for metric in ("auc", "bce", "mse", "loss", "active_experts", "dead_experts"):
+        assert scalars(board, f"test/{metric}") == {STEPS: pytest.approx(test[metric], rel=1e-6)}
 
 
 def test_tensorboard_shows_the_load(board: EventAccumulator, records: list[dict[str, Any]]) -> None:
@@ -225,10 +225,10 @@ def test_only_rank_0_speaks(shown: tuple[Path, list[Outcome]]) -> None:
 def test_the_table_at_the_end(shown: tuple[Path, list[Outcome]]) -> None:
     run, (first, _) = shown
     summary = json.loads((run / "summary.json").read_text())
-    for row, figures in {"this model": summary["test"], **summary["baselines"]}.items():
+    for row, metrics in {"this model": summary["test"], **summary["baselines"]}.items():
         (line,) = [line for line in first.out.splitlines() if line.startswith(row)]
-        for figure in ("auc", "bce", "mse", "loss"):
-            assert f"{figures[figure]:.4f}" in line
+        for metric in ("auc", "bce", "mse", "loss"):
+            assert f"{metrics[metric]:.4f}" in line
     assert str(run) in first.out
 
 

@@ -18,7 +18,7 @@ from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import load_config, plan_new_run, validate_config
 from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text import task as labelled_text_task
-from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
+from dist_moe.tasks.labelled_text.answer_metrics import answer_metrics
 from dist_moe.tasks.labelled_text.question_answering import QuestionAnsweringTask
 from tests.data.labelled_text.tiny_texts import SAMPLES, read_squad, tiny_tokenizer
 from tests.helpers.commands import succeed
@@ -107,7 +107,7 @@ def test_two_ranks_train_as_one(config: Path, teachers: dict[int, Path]) -> None
         assert one[name] == pytest.approx(two[name], abs=1e-5), name
 
 
-def test_figures_by_hand(learnt: tuple[Path, Path]) -> None:
+def test_metrics_by_hand(learnt: tuple[Path, Path]) -> None:
     """One window at a time, without padding; every span of it, and its words from the tokenizer's own places."""
     config, run = learnt
     task, (_, dev) = task_of(config), read_squad(SQUAD)
@@ -119,7 +119,7 @@ def test_figures_by_hand(learnt: tuple[Path, Path]) -> None:
         answers.append(answer_by_loops(task, model, question, windows, losses))
     assert any(answers)
     summary = summary_of(run)
-    expected = answer_figures(answers, [[answer.text for answer in question.answers] for question in dev])
+    expected = answer_metrics(answers, [[answer.text for answer in question.answers] for question in dev])
     expected |= {"ce": float(np.mean(losses)), "loss": float(np.mean(losses))}
     for name, value in expected.items():
         assert summary["test"][name] == pytest.approx(value, abs=1e-5), name
@@ -161,9 +161,9 @@ def test_the_sample_is_learnt_by_heart(learnt: tuple[Path, Path]) -> None:
     batch = task.train.batch(every, every)
     with torch.no_grad():
         columns = task.observe(model(*batch.inputs), batch).numpy()
-    figures = task.figures(columns, task.train, (1.0,))
-    assert figures["ce"] < 0.05
-    assert figures["exact_match"] == figures["f1"] == figures["exact_match_unanswerable"] == 1
+    metrics = task.metrics(columns, task.train, (1.0,))
+    assert metrics["ce"] < 0.05
+    assert metrics["exact_match"] == metrics["f1"] == metrics["exact_match_unanswerable"] == 1
 
 
 def test_two_ranks_teach_as_one(students: dict[int, Path]) -> None:
@@ -174,8 +174,8 @@ def test_two_ranks_teach_as_one(students: dict[int, Path]) -> None:
             assert ours[name] == pytest.approx(theirs[name], abs=2e-5), name
         assert ours["load"] == theirs["load"]
     for name in ("ce", "exact_match", "f1"):
-        figures = [summary_of(run)["test"][name] for run in students.values()]
-        assert figures[0] == pytest.approx(figures[1], abs=1e-4), name
+        metrics = [summary_of(run)["test"][name] for run in students.values()]
+        assert metrics[0] == pytest.approx(metrics[1], abs=1e-4), name
 
 
 def test_the_teachers_ends_are_followed_by_their_mean(

@@ -56,7 +56,7 @@ def what_happened(run: Path) -> dict[str, Any]:
         ],
         "validations": validations_of(run),
         "trainer": {key: value for key, value in trainer.items() if key != "training_seconds"},
-        "figures": {key: summary[key] for key in ("val", "test", "steps", "tested_step")},
+        "metrics": {key: summary[key] for key in ("val", "test", "steps", "tested_step")},
         "best": [path.name for path in best_of(checkpoints_of(run)).iterdir()],
     }
 

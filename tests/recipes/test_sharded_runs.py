@@ -42,8 +42,8 @@ def test_a_sharded_run_is_the_same_run(runs: Path) -> None:
     whole, sharded = (summary_of(runs / name) for name in ("whole", "sharded"))
     assert losses_of(runs / "sharded").tolist() == pytest.approx(losses_of(runs / "whole").tolist(), abs=1e-5)
     for part in ("val", "test"):
-        for figure in ("loss", "bce", "mse", "auc", "active_experts"):
-            assert sharded[part][figure] == pytest.approx(whole[part][figure], abs=1e-5), figure
+        for metric in ("loss", "bce", "mse", "auc", "active_experts"):
+            assert sharded[part][metric] == pytest.approx(whole[part][metric], abs=1e-5), metric
     assert (sharded["steps"], sharded["tested_step"]) == (whole["steps"], whole["tested_step"])
 
 
@@ -61,5 +61,5 @@ def test_the_best_weights_are_the_ones_tested(runs: Path, name: str) -> None:
 def test_a_sharded_run_is_evaluated_anywhere(runs: Path, ranks: int) -> None:
     first, *_ = succeed(ranks, "evaluate", runs / "sharded", "--json")
     again, before = json.loads(first.out)["test"], summary_of(runs / "sharded")["test"]
-    for figure in ("loss", "bce", "mse", "auc"):
-        assert again[figure] == pytest.approx(before[figure], abs=1e-6)
+    for metric in ("loss", "bce", "mse", "auc"):
+        assert again[metric] == pytest.approx(before[metric], abs=1e-6)

@@ -90,7 +90,7 @@ def test_two_ranks_fine_tune_as_one(teachers: dict[int, Path]) -> None:
         assert one[name] == pytest.approx(two[name], abs=1e-5), name
 
 
-def test_figures_by_hand(config: Path, teachers: dict[int, Path]) -> None:
+def test_metrics_by_hand(config: Path, teachers: dict[int, Path]) -> None:
     """One text at a time, without padding."""
     task = task_of(config)
     model = task.trained(teachers[1], SingleWorld()).eval()

@@ -1,4 +1,4 @@
-"""The two-image task, through the command line: equal on one and two ranks, and figures that a loop gives."""
+"""The two-image task, through the command line: equal on one and two ranks, and metrics that a loop gives."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, records_of, summary_of
 
 STEPS, BATCH, WEIGHTS = 6, 16, (0.25, 0.5)
-FIGURES = {"accuracy", "accuracy_top_left", "accuracy_bottom_right", "ce_top_left", "ce_bottom_right", "loss"}
-Figures = dict[str, float]
+METRICS = {"accuracy", "accuracy_top_left", "accuracy_bottom_right", "ce_top_left", "ce_bottom_right", "loss"}
+Metrics = dict[str, float]
 
 
 @pytest.fixture(scope="module")
@@ -74,22 +74,22 @@ def test_two_ranks_train_as_one(runs: dict[int, Path]) -> None:
         assert ours["loss"] == pytest.approx(weighted, rel=1e-6)
         assert ours["total_loss"] == pytest.approx(weighted + ours["entropy"] + ours["permutation"], rel=1e-6)
     tests = [summary_of(run)["test"] for run in runs.values()]
-    for name in FIGURES:
+    for name in METRICS:
         assert tests[0][name] == pytest.approx(tests[1][name], abs=1e-5), name
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_evaluate_gives_the_same_figures_again(runs: dict[int, Path], world: int) -> None:
+def test_evaluate_gives_the_same_metrics_again(runs: dict[int, Path], world: int) -> None:
     again = json.loads(succeed(world, "evaluate", runs[2], "--json")[0].out)
     summary = summary_of(runs[2])
-    assert again["test"].keys() >= FIGURES
-    for name in FIGURES:
+    assert again["test"].keys() >= METRICS
+    for name in METRICS:
         assert again["test"][name] == pytest.approx(summary["test"][name], abs=1e-6), name
     assert again["baselines"] == summary["baselines"]
 
 
-def by_hand(run: Path) -> tuple[Figures, Figures]:
-    """Test figures of the model and of the constant predictor, one pair of images after the other."""
+def by_hand(run: Path) -> tuple[Metrics, Metrics]:
+    """Test metrics of the model and of the constant predictor, one pair of images after the other."""
     plan = plan_resumed_run(run, ["parallel.expert_parallel_size=1"])
     with process_groups(plan.start.environment, plan.config.parallel) as groups:
         model = build_model(plan.config, plan.task, groups.world).eval()
@@ -98,7 +98,7 @@ def by_hand(run: Path) -> tuple[Figures, Figures]:
         model.begin_evaluation()
         rows = [model_row(model, plan.task.test, i) for i in range(len(plan.task.test))]
         constant = [constant_row(plan.task.train, plan.task.test, i) for i in range(len(plan.task.test))]
-    return figures_of(rows), figures_of(constant)
+    return metrics_of(rows), metrics_of(constant)
 
 
 def model_row(model: TwoImageClassifier, part: Any, index: int) -> list[float]:
@@ -122,7 +122,7 @@ def constant_row(train: Any, part: Any, index: int) -> list[float]:
     return surprise + right
 
 
-def figures_of(rows: list[list[float]]) -> Figures:
+def metrics_of(rows: list[list[float]]) -> Metrics:
     first, second, right_first, right_second = (sum(column) / len(rows) for column in zip(*rows, strict=True))
     return {
         "ce_top_left": first,
@@ -134,12 +134,12 @@ def figures_of(rows: list[list[float]]) -> Figures:
     }
 
 
-def test_figures_by_hand(runs: dict[int, Path]) -> None:
+def test_metrics_by_hand(runs: dict[int, Path]) -> None:
     ((model, constant),) = on_ranks(1, by_hand, runs[1])
     summary = summary_of(runs[1])
-    for figures, expected in ((summary["test"], model), (summary["baselines"]["constant"], constant)):
+    for metrics, expected in ((summary["test"], model), (summary["baselines"]["constant"], constant)):
         for name, value in expected.items():
-            assert figures[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+            assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 def test_hash_routing_knows_images_by_their_pixels(config: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runners that train nothing: figures are simple functions of the configuration. Workers import them by name."""
+"""Runners that train nothing: metrics are simple functions of the configuration. Workers import them by name."""
 
 from __future__ import annotations
 

@@ -114,19 +114,19 @@ def test_diverged_pruned_and_failed_trials_in_the_summary() -> None:
     (row,) = summarise({"A": records}, fraction=0.5, seed=0)
     assert row.trials == 4
     assert row.states == {"complete": 2, "diverged": 1, "pruned": 1, "failed": 1}
-    assert (row.figures["loss"].mean, row.figures["loss"].count) == (2.0, 2)
-    assert row.figures["auc"].mean == pytest.approx(0.6)
+    assert (row.metrics["loss"].mean, row.metrics["loss"].count) == (2.0, 2)
+    assert row.metrics["auc"].mean == pytest.approx(0.6)
     assert row.best == records[2]
     assert row.exact is not None
     assert row.exact[0] == pytest.approx((3 + 3 + 1 + 3) / 4)  # without a result: the worst that there is
 
 
-def test_only_figures_that_all_rows_have_are_compared() -> None:
+def test_only_metrics_that_all_rows_have_are_compared() -> None:
     rows = {"A": [record(0, 1.0, 1.0, auc=0.5, mse=1.0)], "B": [record(0, 1.0, 1.0, auc=0.5, dead_experts=1.0)]}
-    assert [list(row.figures) for row in summarise(rows, 0.05, 0)] == [["loss", "auc"], ["loss", "auc"]]
+    assert [list(row.metrics) for row in summarise(rows, 0.05, 0)] == [["loss", "auc"], ["loss", "auc"]]
 
 
-def test_a_row_without_a_complete_trial_has_no_figures() -> None:
+def test_a_row_without_a_complete_trial_has_no_metrics() -> None:
     rows = {"A": [record(0, 1.0, 1.0)], "B": [record(0, math.inf, math.nan, "failed")], "C": []}
     summaries = summarise(rows, 0.05, 0)
     assert [row.best is None for row in summaries] == [False, True, True]

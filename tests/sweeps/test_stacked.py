@@ -108,8 +108,8 @@ def assert_as_alone(configs: list[SupervisedConfig], directory: Path) -> list[Re
         val, test, steps = result
         assert steps == summary["steps"]
         for ours, expected in ((val, summary["val"]), (test, summary["test"])):
-            for figure in ("loss", "bce", "mse", "auc", "active_experts", "dead_experts"):
-                assert ours[figure] == pytest.approx(expected[figure], rel=1e-4, abs=2e-5), figure
+            for metric in ("loss", "bce", "mse", "auc", "active_experts", "dead_experts"):
+                assert ours[metric] == pytest.approx(expected[metric], rel=1e-4, abs=2e-5), metric
     return together
 
 
@@ -163,8 +163,8 @@ def test_a_trial_that_leaves_does_not_disturb_the_others(
     (on_its_own,) = stacked([configs[2]])
     assert stayed is not None
     assert on_its_own is not None
-    for figure, value in on_its_own[1].items():
-        assert stayed[1][figure] == pytest.approx(value, rel=1e-5, abs=1e-6), figure
+    for metric, value in on_its_own[1].items():
+        assert stayed[1][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
 
 
 def test_patience_gives_each_trial_its_own_end(configured: Callable[..., SupervisedConfig]) -> None:

@@ -36,7 +36,7 @@ def only(studies: Studies, row: str = "Top-k") -> TrialRecord:
     return record
 
 
-def test_results_are_kept_with_all_figures(bench: Bench) -> None:
+def test_results_are_kept_with_all_metrics(bench: Bench) -> None:
     studies = bench.studies()
     bench.work(studies, runners.analytic)
     for row in ROWS:

@@ -56,7 +56,7 @@ def test_what_fails_together_is_trained_alone(bench: Bench) -> None:
         (lambda configs, report: [], "RuntimeError: the runner gave 0 results for 1 trials"),
         (
             lambda configs, report: [TrialResult({"auc": 1.0}, {}, 1)],
-            "RuntimeError: the runner's validation figures have no 'loss': ['auc']",
+            "RuntimeError: the runner's validation metrics have no 'loss': ['auc']",
         ),
     ],
 )

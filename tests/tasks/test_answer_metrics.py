@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_moe.tasks.labelled_text.answer_metrics import answer_f1, answer_figures, exact_match, normalised
+from dist_moe.tasks.labelled_text.answer_metrics import answer_f1, answer_metrics, exact_match, normalised
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_the_best_reference_counts(predicted: str, references: list[str], exact:
 
 
 def test_means_over_questions_with_and_without_an_answer() -> None:
-    figures = answer_figures(["1874", "sisters", "", "whale"], [["1874"], ["two sisters"], [], []])
-    assert figures == pytest.approx(
+    metrics = answer_metrics(["1874", "sisters", "", "whale"], [["1874"], ["two sisters"], [], []])
+    assert metrics == pytest.approx(
         {
             "exact_match": 0.5,
             "f1": (1 + 2 / 3 + 1) / 4,
@@ -62,7 +62,7 @@ def test_means_over_questions_with_and_without_an_answer() -> None:
             "f1_unanswerable": 0.5,
         }
     )
-    assert set(answer_figures([], []).values()) == {0}
-    assert answer_figures(["x"], [["x"]])["f1_unanswerable"] == 0
+    assert set(answer_metrics([], []).values()) == {0}
+    assert answer_metrics(["x"], [["x"]])["f1_unanswerable"] == 0
     with pytest.raises(ValueError, match="shorter"):
-        answer_figures(["x"], [])
+        answer_metrics(["x"], [])

@@ -1,4 +1,4 @@
-"""Figures of classes and numbers against naive ones, cases by hand, and every 0/0."""
+"""Metrics of classes and numbers against naive ones, cases by hand, and every 0/0."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_nothing_over_nothing_is_nothing(name: str) -> None:
         assert METRICS[name](np.full(3, 0.1), np.array([0.1, 0.2, 0.3])) == 0  # no residue of 0.1's rounding
 
 
-def test_every_task_names_figures_that_there_are() -> None:
+def test_every_task_names_metrics_that_there_are() -> None:
     for task in (*TASKS.values(), *GRADED.values()):
         assert task.metrics
         assert set(task.metrics) <= METRICS.keys()

@@ -1,4 +1,4 @@
-"""Figures of predictions against naive ones, and the predictors that only count."""
+"""Metrics of predictions against naive ones, and the predictors that only count."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_moe.data.movielens import MovieLens, PairTable
-from dist_moe.tasks.recommendation.baselines import SMOOTHING, baseline_figures
-from dist_moe.tasks.recommendation.metrics import PAPER_EVAL_BATCH, area_under_curve, two_task_figures
+from dist_moe.tasks.recommendation.baselines import SMOOTHING, baseline_metrics
+from dist_moe.tasks.recommendation.metrics import PAPER_EVAL_BATCH, area_under_curve, two_task_metrics
 
 SCORES = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
 SCORED = st.lists(st.tuples(SCORES, st.booleans()), max_size=30)
@@ -50,16 +50,16 @@ def test_losses_by_a_loop(predicted: list[tuple[float, float, int]], weights: tu
         entropy = np.mean([-math.log(p if target else 1 - p) for p, _, target in batch])
         by_batches.append(len(batch) * float(weights[0] * entropy + weights[1] * (np.mean(rated) if rated else 0.0)))
     probability_N, rating_N, target_N = (np.array(column) for column in zip(*predicted, strict=True))
-    figures = two_task_figures(probability_N, rating_N.astype(np.float64), target_N.astype(np.int8), weights)
-    assert figures["bce"] == pytest.approx(np.mean(bce), rel=1e-9)
-    assert figures["mse"] == pytest.approx(mse, rel=1e-9)
-    assert figures["loss"] == pytest.approx(weights[0] * np.mean(bce) + weights[1] * mse, rel=1e-9)
-    assert figures["loss_by_batches"] == pytest.approx(sum(by_batches) / len(predicted), rel=1e-9)
+    metrics = two_task_metrics(probability_N, rating_N.astype(np.float64), target_N.astype(np.int8), weights)
+    assert metrics["bce"] == pytest.approx(np.mean(bce), rel=1e-9)
+    assert metrics["mse"] == pytest.approx(mse, rel=1e-9)
+    assert metrics["loss"] == pytest.approx(weights[0] * np.mean(bce) + weights[1] * mse, rel=1e-9)
+    assert metrics["loss_by_batches"] == pytest.approx(sum(by_batches) / len(predicted), rel=1e-9)
 
 
 def test_a_certainty_that_is_wrong_costs_much_but_not_everything() -> None:
-    figures = two_task_figures(np.array([0.0]), np.array([3.0]), np.array([5], dtype=np.int8), (0.5, 0.5))
-    assert 100 < figures["bce"] < math.inf
+    metrics = two_task_metrics(np.array([0.0]), np.array([3.0]), np.array([5], dtype=np.int8), (0.5, 0.5))
+    assert 100 < metrics["bce"] < math.inf
 
 
 def table(rows: Sequence[Sequence[int]]) -> PairTable:
@@ -80,14 +80,14 @@ def data() -> MovieLens:
 
 
 def test_constant_predictor(data: MovieLens) -> None:
-    figures = baseline_figures(data, data.test, (0.5, 0.5))["constant"]
+    metrics = baseline_metrics(data, data.test, (0.5, 0.5))["constant"]
     watched = float((data.train.rating_N > 0).mean())
     stars = float(data.train.rating_N[data.train.rating_N > 0].mean())
     rated = data.test.rating_N[data.test.rating_N > 0]
-    assert figures["auc"] == 0.5
-    assert figures["mse"] == pytest.approx(np.mean((rated - stars) ** 2))
+    assert metrics["auc"] == 0.5
+    assert metrics["mse"] == pytest.approx(np.mean((rated - stars) ** 2))
     share = len(rated) / len(data.test)
-    assert figures["bce"] == pytest.approx(-share * math.log(watched) - (1 - share) * math.log(1 - watched))
+    assert metrics["bce"] == pytest.approx(-share * math.log(watched) - (1 - share) * math.log(1 - watched))
 
 
 def test_popularity_predictor_by_a_loop(data: MovieLens) -> None:
@@ -107,13 +107,13 @@ def test_popularity_predictor_by_a_loop(data: MovieLens) -> None:
         for item in data.test.item_N.tolist()
     ]
     probability_N, rating_N = (np.array(column) for column in zip(*predicted, strict=True))
-    expected = two_task_figures(probability_N, rating_N, data.test.rating_N, (0.5, 0.25))
-    figures = baseline_figures(data, data.test, (0.5, 0.25))
-    assert figures["popularity"] == pytest.approx(expected)
-    assert figures["popularity"]["auc"] > 0.6 > figures["constant"]["auc"]
+    expected = two_task_metrics(probability_N, rating_N, data.test.rating_N, (0.5, 0.25))
+    metrics = baseline_metrics(data, data.test, (0.5, 0.25))
+    assert metrics["popularity"] == pytest.approx(expected)
+    assert metrics["popularity"]["auc"] > 0.6 > metrics["constant"]["auc"]
 
 
 def test_an_item_never_seen_gets_the_means(data: MovieLens) -> None:
     unseen = table([(0, 7, 4), (1, 7, 0)])
-    figures = baseline_figures(data, unseen, (0.5, 0.5))
-    assert figures["popularity"] == pytest.approx(figures["constant"])
+    metrics = baseline_metrics(data, unseen, (0.5, 0.5))
+    assert metrics["popularity"] == pytest.approx(metrics["constant"])

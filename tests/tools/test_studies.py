@@ -1,4 +1,4 @@
-"""The studies of language models and of BERT train every run once, and write tables with figures of these runs."""
+"""The studies of language models and of BERT train every run once, and write tables with metrics of these runs."""
 
 from __future__ import annotations
 

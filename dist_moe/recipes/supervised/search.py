@@ -36,9 +36,9 @@ def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[st
         if environment.is_rank_zero:
             found.create()
         run.model.end_learning()
-        before = _figures(run)
+        before = _metrics(run)
         swaps = search_swaps(run.task, run.model, config, run.config.target_weights, environment)
-        after = _figures(run)
+        after = _metrics(run)
         report = {
             "checkpoint": run.checkpoint.name,
             "search": config.model_dump() | {"examples": min(config.examples, len(run.task.val))},
@@ -56,7 +56,7 @@ def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[st
     return report
 
 
-def _figures(run: TrainedRun) -> dict[str, Any]:
+def _metrics(run: TrainedRun) -> dict[str, Any]:
     return evaluate(run.task, run.model, run.task.test, run.config.target_weights, run.groups)
 
 

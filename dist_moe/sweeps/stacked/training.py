@@ -32,7 +32,7 @@ from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps.stacked.parameters import AdamSettings, StackedParameters
 from dist_moe.sweeps.stacked.permutations import LAYER, StackedPermutations
 from dist_moe.tasks import build_model
-from dist_moe.tasks.evaluation import expert_figures
+from dist_moe.tasks.evaluation import expert_metrics
 from dist_moe.tasks.task import Task
 
 VARYING = (
@@ -49,7 +49,7 @@ _STACKABLE_GATES = ("comet", "dselect_k", "hash", "softmax", "top_k")
 _EVAL_BATCH = 1024
 
 Report = Callable[[int, int, float], bool]
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 def stack_key(config: SupervisedConfig) -> str:
@@ -87,8 +87,8 @@ def stack_fault(config: SupervisedConfig) -> str | None:
 
 def train_stack(
     task: Task, configs: Sequence[SupervisedConfig], report: Report
-) -> list[tuple[Figures, Figures, int] | None]:
-    """(validation figures, test figures, steps) of each configuration; None where ``report`` asked to stop.
+) -> list[tuple[Metrics, Metrics, int] | None]:
+    """(validation metrics, test metrics, steps) of each configuration; None where ``report`` asked to stop.
 
     ``report(i, step, loss)`` is called after each validation of trial i. The configurations have one
     ``stack_key``, and no ``stack_fault``.
@@ -114,10 +114,10 @@ class _StackedTraining:
             EarlyStopping(math.inf if self._train.patience is None else self._train.patience) for _ in configs
         ]
         self._kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-        self._val: dict[int, Figures] = {}
+        self._val: dict[int, Metrics] = {}
         self._steps: dict[int, int] = {}
 
-    def run(self, report: Report) -> list[tuple[Figures, Figures, int] | None]:
+    def run(self, report: Report) -> list[tuple[Metrics, Metrics, int] | None]:
         total = self._train.total_steps(self._feed.steps_per_epoch)
         every = self._train.validate_every or self._feed.steps_per_epoch
         pruned: set[int] = set()
@@ -175,19 +175,19 @@ class _StackedTraining:
     def _validate(self, step: int, last: bool, report: Report) -> set[int]:
         """Validate all trials, and let those that have finished leave the stack; the pruned ones."""
         self._permutations.begin_evaluation(step)
-        figures = self._evaluate(self._task.val)
+        metrics = self._evaluate(self._task.val)
         staying, pruned = [], set()
         for place, trial in enumerate(self._trials):
-            loss, progress = figures[place]["loss"], self._progress[trial]
+            loss, progress = metrics[place]["loss"], self._progress[trial]
             if progress.is_better(loss) or self._train.patience is None or trial not in self._kept:
                 self._kept[trial] = self._stack.state_of(place)
-                self._val[trial] = figures[place]
+                self._val[trial] = metrics[place]
             self._steps[trial] = step
             if report(trial, step, loss):
                 pruned.add(trial)
             elif not (last or progress.exhausted or not math.isfinite(loss)):
                 staying.append(place)
-        self._say(step, [figure["loss"] for figure in figures], len(staying))
+        self._say(step, [metric["loss"] for metric in metrics], len(staying))
         if staying and len(staying) < len(self._trials):
             self._stack.keep(staying)
             self._permutations.keep(staying)
@@ -195,7 +195,7 @@ class _StackedTraining:
         return pruned
 
     @torch.no_grad()
-    def _evaluate(self, part: Any) -> list[Figures]:
+    def _evaluate(self, part: Any) -> list[Metrics]:
         self._model.eval()
         columns, loads = [], []
 
@@ -210,13 +210,13 @@ class _StackedTraining:
         of_trials, load = torch.cat(columns, dim=-1).cpu().numpy(), torch.stack(loads).sum(0)
         found = []
         for trial_columns, load_GE in zip(of_trials, load, strict=True):
-            figures = self._task.figures(trial_columns, part, self._weights)
-            experts = expert_figures(load_GE.unsqueeze(0), len(part))
-            found.append(figures | {name: float(x) for name, x in experts.items() if not isinstance(x, list)})
+            metrics = self._task.metrics(trial_columns, part, self._weights)
+            experts = expert_metrics(load_GE.unsqueeze(0), len(part))
+            found.append(metrics | {name: float(x) for name, x in experts.items() if not isinstance(x, list)})
         return found
 
-    def _test(self) -> list[Figures]:
-        """Test figures of the weights that were kept of every trial."""
+    def _test(self) -> list[Metrics]:
+        """Test metrics of the weights that were kept of every trial."""
         self._trials = list(range(len(self._configs)))
         for kind, tensors in enumerate((self._stack.values, self._stack.buffers)):
             for name in tensors:

@@ -14,7 +14,7 @@ from dist_moe.data.batches import shard_batches
 from dist_moe.data.two_images import FRAME_SIDE, ImageBatch, ImagePairs, TwoImages
 from dist_moe.models import ModelOutput
 from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
-from dist_moe.tasks.task import Columns, Figures, Task, at_least_fp32
+from dist_moe.tasks.task import Columns, Metrics, Task, at_least_fp32
 
 NUM_CLASSES = 10
 TARGETS = ("top_left", "bottom_right")
@@ -57,7 +57,7 @@ class TwoImagesTask(Task):
         right = [(logit_BC.argmax(1) == label_B).double() for logit_BC, label_B in pairs]
         return torch.stack(surprise + right)
 
-    def figures(self, columns: Columns, part: ImagePairs, weights: tuple[float, ...]) -> Figures:
+    def metrics(self, columns: Columns, part: ImagePairs, weights: tuple[float, ...]) -> Metrics:
         means = columns.mean(axis=1)
         ce, accuracy = means[: len(TARGETS)], means[len(TARGETS) :]
         return (
@@ -66,11 +66,11 @@ class TwoImagesTask(Task):
             | {"accuracy": float(accuracy.mean()), "loss": float(np.dot(weights, ce))}
         )
 
-    def baselines(self, part: ImagePairs, weights: tuple[float, ...]) -> dict[str, Figures]:
+    def baselines(self, part: ImagePairs, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """``constant``: the share of each class among the training labels."""
         columns = []
         for train_N, label_N in zip(self._train_labels_NG.T, part.labels_NG.T, strict=True):
             share_C = np.bincount(train_N, minlength=NUM_CLASSES) / len(train_N)
             columns.append((-np.log(share_C[label_N]), label_N == share_C.argmax()))
         stacked = np.array([c for c, _ in columns] + [right for _, right in columns], dtype=np.float64)
-        return {"constant": self.figures(stacked, part, weights)}
+        return {"constant": self.metrics(stacked, part, weights)}

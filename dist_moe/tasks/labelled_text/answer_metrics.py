@@ -31,7 +31,7 @@ def answer_f1(predicted: str, references: Sequence[str]) -> float:
     return max(_f1(normalised(predicted).split(), normalised(reference).split()) for reference in _usable(references))
 
 
-def answer_figures(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def answer_metrics(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Means over N questions: ``exact_match`` and ``f1``, of all and of those with and without an answer.
 
     Args:
@@ -47,11 +47,11 @@ def answer_figures(predicted: Sequence[str], references: Sequence[Sequence[str]]
     ]
     answered = [score for score in scores if score[2]]
     without = [score for score in scores if not score[2]]
-    figures = {}
+    metrics = {}
     for suffix, group in (("", scores), ("_answered", answered), ("_unanswerable", without)):
         for place, name in enumerate(("exact_match", "f1")):
-            figures[name + suffix] = sum(score[place] for score in group) / len(group) if group else 0.0
-    return figures
+            metrics[name + suffix] = sum(score[place] for score in group) / len(group) if group else 0.0
+    return metrics
 
 
 def _usable(references: Sequence[str]) -> Sequence[str]:

@@ -15,7 +15,7 @@ from dist_moe.models import ModelOutput
 from dist_moe.tasks.labelled_text.classification_metrics import METRICS
 from dist_moe.tasks.labelled_text.encoder import Encoder
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
-from dist_moe.tasks.task import Columns, Figures
+from dist_moe.tasks.task import Columns, Metrics
 
 CROSS_ENTROPY, SQUARED_ERROR = "ce", "mse"
 
@@ -60,17 +60,17 @@ class TextClassificationTask(LabelledTextTask):
         answer_B = predicted_BC[:, 0] if self.is_regression else predicted_BC.argmax(1).double()
         return torch.stack([self.losses((predicted_BC,), batch.label_B), answer_B])
 
-    def figures(self, columns: Columns, part: LabelledTable, weights: tuple[float, ...]) -> Figures:
+    def metrics(self, columns: Columns, part: LabelledTable, weights: tuple[float, ...]) -> Metrics:
         loss_N, answer_N = columns
         mean = float(loss_N.mean())
         metrics = {name: METRICS[name](answer_N, np.asarray(part.target_N)) for name in self._task.metrics}
         return metrics | {self.loss_name: mean, "loss": weights[0] * mean}
 
-    def baselines(self, part: LabelledTable, weights: tuple[float, ...]) -> dict[str, Figures]:
+    def baselines(self, part: LabelledTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """``constant``: the share of each class among the training examples, or the mean of their numbers."""
         train_N, target_N = np.asarray(self.train.target_N), np.asarray(part.target_N)
         columns = _mean(train_N, target_N) if self.is_regression else _shares(train_N, target_N, self.num_outputs)
-        return {"constant": self.figures(columns, part, weights)}
+        return {"constant": self.metrics(columns, part, weights)}
 
 
 def _mean(train_N: NDArray[Any], target_N: NDArray[Any]) -> Columns:

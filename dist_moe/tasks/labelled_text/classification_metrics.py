@@ -1,4 +1,4 @@
-"""Figures by which labelled-text tasks are judged, exact over a data set.
+"""Metrics by which labelled-text tasks are judged, exact over a data set.
 
 Where a quotient would be 0/0 it is 0: a predictor of whom nothing can be said has earned nothing. So it is with
 the correlations of a predictor that always says the same, which others define as nan.

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dist_moe.data.labelled_text import AnswerTable, LabelledBatch, Questions
 from dist_moe.models import ModelOutput
-from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
+from dist_moe.tasks.labelled_text.answer_metrics import answer_metrics
 from dist_moe.tasks.labelled_text.answer_spans import NO_WINDOW, answering_windows, best_spans, span_losses
 from dist_moe.tasks.labelled_text.encoder import Encoder
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
-from dist_moe.tasks.task import Columns, Figures
+from dist_moe.tasks.task import Columns, Metrics
 
 
 class QuestionAnsweringTask(LabelledTextTask):
@@ -46,7 +46,7 @@ class QuestionAnsweringTask(LabelledTextTask):
         best = best_spans(start_BS, end_BS, _text_of(batch), self._longest)
         return torch.stack([loss_B, start_BS[:, 0] + end_BS[:, 0], *(row_B.double() for row_B in best)])
 
-    def figures(self, columns: Columns, part: AnswerTable, weights: tuple[float, ...]) -> Figures:
+    def metrics(self, columns: Columns, part: AnswerTable, weights: tuple[float, ...]) -> Metrics:
         """``ce`` over windows; exact match and F1 over questions, of all and of those with and without an answer."""
         loss_N, none_N, score_N, first_N, last_N = columns
         mean = float(loss_N.mean())
@@ -55,11 +55,11 @@ class QuestionAnsweringTask(LabelledTextTask):
             "" if window == NO_WINDOW else part.text(int(window), int(first_N[window]), int(last_N[window]))
             for window in windows
         ]
-        return answer_figures(answers, part.references) | {self.loss_name: mean, "loss": weights[0] * mean}
+        return answer_metrics(answers, part.references) | {self.loss_name: mean, "loss": weights[0] * mean}
 
-    def baselines(self, part: AnswerTable, weights: tuple[float, ...]) -> dict[str, Figures]:
+    def baselines(self, part: AnswerTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """``no answer``: whoever says of every question that its text has none."""
-        return {"no answer": answer_figures([""] * len(part.references), part.references)}
+        return {"no answer": answer_metrics([""] * len(part.references), part.references)}
 
 
 def _text_of(batch: LabelledBatch) -> Tensor:

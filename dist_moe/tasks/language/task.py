@@ -20,7 +20,7 @@ from dist_moe.data.batches import shard_batches
 from dist_moe.data.text import Text, TokenBatch, TokenTable
 from dist_moe.models import ModelOutput, Transformer
 from dist_moe.tasks.language.samples import sample_text
-from dist_moe.tasks.task import Columns, Figures, Task, at_least_fp32
+from dist_moe.tasks.task import Columns, Metrics, Task, at_least_fp32
 
 EVAL_TOKENS = 4096
 """Evaluated at once on a rank: their logits are V numbers each."""
@@ -47,9 +47,9 @@ class LanguageModelTask(Task):
     def model_inputs(self) -> dict[str, Any]:
         return {"vocab_size": self.vocab_size}
 
-    def costs(self, model: Transformer, figures: Mapping[str, Any]) -> dict[str, Any]:
+    def costs(self, model: Transformer, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """``parameters``, ``active_parameters`` and FLOPs of the forward pass, at the measured experts per token."""
-        size, experts = model.size, float(figures["active_experts"])
+        size, experts = model.size, float(metrics["active_experts"])
         return {
             "parameters": size.num_params(),
             "active_parameters": size.active_params(experts),
@@ -67,19 +67,19 @@ class LanguageModelTask(Task):
         """Rows: nats of each sequence, and its bytes."""
         return torch.stack([_nats(output, batch).double().sum(dim=1), batch.bytes_B.double()])
 
-    def figures(self, columns: Columns, part: TokenTable, weights: tuple[float, ...]) -> Figures:
+    def metrics(self, columns: Columns, part: TokenTable, weights: tuple[float, ...]) -> Metrics:
         """``loss``: nats per token; its exponential; bits per byte, of all and of each domain that ``part`` has."""
         nats_N, bytes_N = columns
         ce = float(nats_N.sum()) / (len(part) * self.tokens_per_example)
-        figures = {"loss": weights[0] * ce, "perplexity": _perplexity(ce), "bits_per_byte": _bits(nats_N, bytes_N)}
+        metrics = {"loss": weights[0] * ce, "perplexity": _perplexity(ce), "bits_per_byte": _bits(nats_N, bytes_N)}
         domain_N = np.asarray(part.domain_N)
         for number, name in enumerate(self.data.domains):
             mine_N = domain_N == number
             if mine_N.any():
-                figures[f"bits_per_byte_{name}"] = _bits(nats_N[mine_N], bytes_N[mine_N])
-        return figures
+                metrics[f"bits_per_byte_{name}"] = _bits(nats_N[mine_N], bytes_N[mine_N])
+        return metrics
 
-    def baselines(self, part: TokenTable, weights: tuple[float, ...]) -> dict[str, Figures]:
+    def baselines(self, part: TokenTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """``unigram``: every token's share of the training tokens, each counted once more than it occurs."""
         count_V = np.asarray(self.data.token_counts_V, dtype=np.float64) + 1
         nats_V = np.log(count_V.sum()) - np.log(count_V)
@@ -87,7 +87,7 @@ class LanguageModelTask(Task):
         for index_B in shard_batches(part, _BASELINE_BATCH, rank=0, world_size=1):
             batch = part.batch(index_B, index_B)
             columns.append(np.stack([nats_V[batch.target_BS.numpy()].sum(axis=1), batch.bytes_B.numpy()]))
-        return {"unigram": self.figures(np.concatenate(columns, axis=1), part, weights)}
+        return {"unigram": self.metrics(np.concatenate(columns, axis=1), part, weights)}
 
     def final_report(self, model: Transformer) -> str:
         """Return how the model goes on from the beginnings of some validation sequences."""
@@ -102,7 +102,7 @@ def _nats(output: ModelOutput, batch: TokenBatch) -> Tensor:
 
 
 def _perplexity(ce: float) -> float:
-    """Of a model that has diverged it may be too large for a number; its figures are wanted all the same."""
+    """Of a model that has diverged it may be too large for a number; its metrics are wanted all the same."""
     return math.exp(ce) if ce < _LARGEST_EXPONENT else math.inf
 
 

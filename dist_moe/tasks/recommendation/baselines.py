@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from dist_moe.data.movielens import MovieLens, PairTable
-from dist_moe.tasks.recommendation.metrics import Floats, two_task_figures
+from dist_moe.tasks.recommendation.metrics import Floats, two_task_metrics
 
 SMOOTHING = 1.0
 
 
-def baseline_figures(data: MovieLens, part: PairTable, weights: tuple[float, ...]) -> dict[str, dict[str, float]]:
+def baseline_metrics(data: MovieLens, part: PairTable, weights: tuple[float, ...]) -> dict[str, dict[str, float]]:
     """``constant``: the training means for every pair. ``popularity``: the item's training means."""
     predictions = {"constant": _constant(data, part), "popularity": _popularity(data, part)}
     return {
-        name: two_task_figures(probability_N, rating_N, np.asarray(part.rating_N), weights)
+        name: two_task_metrics(probability_N, rating_N, np.asarray(part.rating_N), weights)
         for name, (probability_N, rating_N) in predictions.items()
     }
 

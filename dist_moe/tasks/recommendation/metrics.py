@@ -1,4 +1,4 @@
-"""Figures of two-task predictions: AUC, BCE, MSE and the weighted loss, exact over the data set."""
+"""Metrics of two-task predictions: AUC, BCE, MSE and the weighted loss, exact over the data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAPER_EVAL_BATCH = 128
 Floats = NDArray[np.float64]
 
 
-def two_task_figures(
+def two_task_metrics(
     probability_N: Floats, rating_N: Floats, target_N: NDArray[Any], weights: tuple[float, ...]
 ) -> dict[str, float]:
     """``probability_N``: of "watched"; ``rating_N``: predicted stars; ``target_N``: stars, 0 = not rated.

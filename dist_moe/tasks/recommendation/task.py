@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dist_moe.data.movielens import MovieLens, PairBatch, PairTable
 from dist_moe.models import ModelOutput
-from dist_moe.tasks.recommendation.baselines import baseline_figures
-from dist_moe.tasks.recommendation.metrics import two_task_figures
-from dist_moe.tasks.task import Columns, Figures, Task, at_least_fp32
+from dist_moe.tasks.recommendation.baselines import baseline_metrics
+from dist_moe.tasks.recommendation.metrics import two_task_metrics
+from dist_moe.tasks.task import Columns, Metrics, Task, at_least_fp32
 
 TARGETS = ("watched", "rating")
 
@@ -49,9 +49,9 @@ class RecommendationTask(Task):
         logit_B, stars_B = output.predictions
         return torch.stack([logit_B.double().sigmoid(), stars_B.double()])
 
-    def figures(self, columns: Columns, part: PairTable, weights: tuple[float, ...]) -> Figures:
+    def metrics(self, columns: Columns, part: PairTable, weights: tuple[float, ...]) -> Metrics:
         probability_N, stars_N = columns
-        return two_task_figures(probability_N, stars_N, np.asarray(part.rating_N), weights)
+        return two_task_metrics(probability_N, stars_N, np.asarray(part.rating_N), weights)
 
-    def baselines(self, part: PairTable, weights: tuple[float, ...]) -> dict[str, Figures]:
-        return baseline_figures(self._data, part, weights)
+    def baselines(self, part: PairTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
+        return baseline_metrics(self._data, part, weights)

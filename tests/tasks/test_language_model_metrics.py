@@ -1,4 +1,4 @@
-"""Figures of a language model against loops over its tokens."""
+"""Metrics of a language model against loops over its tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def random_logits(task: LanguageModelTask, count: int) -> torch.Tensor:
     return torch.randn(count, task.tokens_per_example, vocabulary, generator=generator)
 
 
-def test_figures_of_random_logits(task: LanguageModelTask, text: Text) -> None:
+def test_metrics_of_random_logits(task: LanguageModelTask, text: Text) -> None:
     part, tokens = task.val, task.tokens_per_example
     logits_NSV = random_logits(task, len(part))
     nats, size = Counter[str](), Counter[str]()
@@ -48,21 +48,21 @@ def test_figures_of_random_logits(task: LanguageModelTask, text: Text) -> None:
         for s, target in enumerate(batch.target_BS[0].tolist()):
             nats[domain] += math.log(sum(math.exp(x) for x in logits_NSV[n, s].tolist())) - logits_NSV[n, s, target]
             size[domain] += int(text.token_bytes_V[target])
-    figures = task.figures(torch.cat(columns, dim=1).numpy(), part, (2.0,))
+    metrics = task.metrics(torch.cat(columns, dim=1).numpy(), part, (2.0,))
     ce = float(nats.total()) / (len(part) * tokens)
-    assert figures["loss"] == pytest.approx(2 * ce, rel=1e-5)
-    assert figures["perplexity"] == pytest.approx(math.exp(ce), rel=1e-5)
-    assert figures["bits_per_byte"] == pytest.approx(float(nats.total()) / math.log(2) / size.total(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(2 * ce, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(ce), rel=1e-5)
+    assert metrics["bits_per_byte"] == pytest.approx(float(nats.total()) / math.log(2) / size.total(), rel=1e-5)
     for domain in DOMAINS:
         expected = float(nats[domain]) / math.log(2) / size[domain]
-        assert figures[f"bits_per_byte_{domain}"] == pytest.approx(expected, rel=1e-5)
+        assert metrics[f"bits_per_byte_{domain}"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_that_has_diverged_has_figures_too(task: LanguageModelTask) -> None:
+def test_a_model_that_has_diverged_has_metrics_too(task: LanguageModelTask) -> None:
     part = task.val
     columns = np.stack([np.full(len(part), 1000.0 * task.tokens_per_example), np.ones(len(part))])
-    figures = task.figures(columns, part, (1.0,))
-    assert (figures["loss"], figures["perplexity"]) == (pytest.approx(1000), math.inf)
+    metrics = task.metrics(columns, part, (1.0,))
+    assert (metrics["loss"], metrics["perplexity"]) == (pytest.approx(1000), math.inf)
 
 
 def test_the_loss_of_a_step_is_that_of_its_shares(task: LanguageModelTask) -> None:
@@ -85,8 +85,8 @@ def test_the_unigram_predictor_counts_training_tokens(task: LanguageModelTask, t
         for target in task.test.batch(np.array([n]), np.array([n])).target_BS[0].tolist():
             nats -= math.log(counts[target] / counts.total())
             size += int(text.token_bytes_V[target])
-    figures = task.baselines(task.test, (1.0,))["unigram"]
-    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / size)
+    metrics = task.baselines(task.test, (1.0,))["unigram"]
+    assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / size)
 
 
 def test_what_is_written_follows_the_model(task: LanguageModelTask, text: Text) -> None:
