@@ -52,7 +52,7 @@ class Task(ABC):
     train: Examples[Any]
     val: Examples[Any]
     test: Examples[Any]
-    manifest: Mapping[str, Any] = {}  # noqa: RUF012 (read only)
+    manifest: Mapping[str, Any] = {}
 
     @abstractmethod
     def model_inputs(self) -> dict[str, Any]:

@@ -80,8 +80,11 @@ class SupervisedRecipe(RecipeSettings):
     name: Literal["supervised"] = Field("supervised", description="by the labels alone")
 
     def plan(self, start: RunStart) -> SupervisedPlan:
+        return self.prepare(start, newest_checkpoint_of(start) if start.resumes else None)
+
+    def prepare(self, start: RunStart, checkpoint: Path | None = None) -> SupervisedPlan:
+        """Return the plan of a run that goes on from ``checkpoint``, or begins: task, data and their checks."""
         config: SupervisedConfig = start.config
-        checkpoint = newest_checkpoint_of(start) if start.resumes else None
         task = config.data.open(progress=start.environment.is_rank_zero)
         self.check(config, task)
         if checkpoint is None and config.start is not None:
