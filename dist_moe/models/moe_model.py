@@ -187,7 +187,7 @@ MODELS = Registry("model", MoEModelConfig)
 
 
 def models_of_kind(kind: str) -> list[str]:
-    """Return the names of the models that fit tasks of a kind, in the order in which they were registered."""
+    """Return the names of the registered models that fit tasks of a kind, in the order of registration."""
     return [name for name, settings in MODELS.by_name.items() if settings.kind == kind]
 
 

@@ -117,10 +117,8 @@ class SupervisedConfig(RecipeConfig):
         """Raise UserError for what does not fit together on ``world_size`` ranks."""
         data, model = self.data, self.model
         if model.kind != data.kind:
-            raise UserError(
-                f"model.name={model.name} does not fit data.name={data.name}; use "
-                f"{' or '.join(models_of_kind(data.kind)) or 'a model of your own'}"
-            )
+            fitting = " or ".join(models_of_kind(data.kind))
+            raise UserError(f"model.name={model.name} does not fit data.name={data.name}; use {fitting}")
         if len(self.target_weights) != len(data.targets):
             raise UserError(
                 f"target_weights={list(self.target_weights)}: data.name={data.name} has {len(data.targets)} target(s), "
