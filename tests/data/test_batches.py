@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_moe.data.batches import ShuffledFeed, shard_batches, spread_over
+from dist_moe.data.batches import ShuffledFeed, Table, shard_batches, spread_over
 from dist_moe.data.movielens import PairBatch, PairTable
 from dist_moe.errors import UserError
 
@@ -134,3 +134,13 @@ def test_no_rows_give_an_empty_batch() -> None:
     batch = rated([1, 2], np.int8).batch(np.arange(0), np.arange(0))
     assert (len(batch), batch.examples_in_step, batch.rated_in_step) == (0, 0, 0)
     assert batch.to(torch.device("cpu")).user_B.shape == (0,)
+
+
+def test_a_table_gives_its_columns_row_by_row() -> None:
+    table = Table((torch.arange(10), torch.arange(20).view(10, 2)), 100 + torch.arange(10))
+    parts = table.split(0.75, 0.8)
+    assert [part.target_N.tolist() for part in parts] == [[*range(100, 108)], [], [108, 109]]
+    batch = parts[0].batch(np.array([3, 1]), np.array([3, 1, 0])).to(torch.device("cpu"))
+    assert [column.tolist() for column in batch.inputs] == [[3, 1], [[6, 7], [2, 3]]]
+    assert batch.target_B.tolist() == [103, 101]
+    assert (len(batch), batch.examples_in_step, batch.tokens_in_step) == (2, 3, 3)

@@ -18,7 +18,7 @@ import torch
 
 from dist_moe.engine.checkpoint import read_model
 from dist_moe.engine.checkpoint.files import newest_checkpoint
-from tests.helpers.commands import REPOSITORY, Outcome, run_here
+from tests.helpers.commands import REPOSITORY, Outcome, example_of, run_here
 from tests.helpers.pool import RankPool
 from tests.helpers.runs import records_of, validations_of, write_config
 
@@ -71,9 +71,9 @@ class Reader:
 @pytest.fixture
 def reader(request: pytest.FixtureRequest, tmp_path: Path, tiny_data: dict[str, str], process: RankPool) -> Reader:
     """The reader of the page that the test's name ends in."""
-    page = (PAGES / f"{request.node.name.rpartition('_')[2]}.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (file,), (command,) = FILE.findall(page), re.findall(r"^dist-moe (train CONFIG .*)$", page, re.MULTILINE)
+    page = PAGES / f"{request.node.name.rpartition('_')[2]}.md"
+    text, example = page.read_text(), example_of(page)
+    (file,), (command,) = FILE.findall(text), re.findall(r"^dist-moe (train CONFIG .*)$", text, re.MULTILINE)
     assert len([line for line in example.splitlines() if line.strip()]) <= LINES_ALLOWED
     (tmp_path / file).write_text(example)
     write_config(tmp_path, tiny_data, train={"max_steps": 30, "batch_size": 64, "checkpoint_every": 4})

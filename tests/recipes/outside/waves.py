@@ -117,7 +117,7 @@ class WaveTask(Task):
         height_B = torch.sin(batch.x_BD[:, 0]) * torch.cos(batch.x_BD[:, 1])
         return (output.predictions[0].double() - height_B).square().unsqueeze(0)
 
-    def figures(self, columns: Any, part: Any, weights: tuple[float, ...]) -> dict[str, float]:
+    def metrics(self, columns: Any, part: Any, weights: tuple[float, ...]) -> dict[str, float]:
         return {"loss": weights[0] * float(columns.mean())}
 
 
