@@ -26,6 +26,7 @@ NOT_COMMITTED = {"results/gpu.md"}
 """Files that a command of the page writes."""
 NO_FIELDS = {
     "placement.md",
+    "model.auxiliary",
     "model.safetensors",
     "model.train",
     "model.num_parameters",
