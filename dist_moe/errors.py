@@ -1,4 +1,4 @@
-"""The exceptions that mean: the person who started this can mend it."""
+"""Errors that the user can fix: the command line prints their message and exits with code 2."""
 
 
 class UserError(Exception):

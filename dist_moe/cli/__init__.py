@@ -1,0 +1,1 @@
+"""Commands: `dist-moe train`, `evaluate`, `plan`, `sweep` and the others, a file each."""

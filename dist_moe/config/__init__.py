@@ -1,0 +1,1 @@
+"""Settings, registries, overrides and validation: how YAML becomes checked sections."""

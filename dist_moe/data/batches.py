@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from copy import copy
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dist_moe.errors import UserError
 
@@ -76,6 +79,50 @@ class Examples(Protocol[B_co]):
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> B_co:
         """Return the rows ``index_B``, a share of a step that uses ``step_index`` over all ranks and micro-batches."""
         ...
+
+
+@dataclass(frozen=True)
+class TableBatch:
+    """A share of a step of a :class:`Table`: ``inputs``, which the model takes, and ``target_B``. Tokens are rows."""
+
+    inputs: tuple[Tensor, ...]
+    target_B: Tensor
+    examples_in_step: int
+
+    @property
+    def tokens_in_step(self) -> int:
+        """Rows of the step, over all ranks and micro-batches."""
+        return self.examples_in_step
+
+    def __len__(self) -> int:
+        return len(self.target_B)
+
+    def to(self, device: torch.device) -> TableBatch:
+        """Return the batch with its tensors on a device."""
+        inputs = tuple(x.to(device, non_blocking=True) for x in self.inputs)
+        return TableBatch(inputs, self.target_B.to(device, non_blocking=True), self.examples_in_step)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Examples in memory: ``inputs``, (N, ...) tensors that the model takes in this order, and ``target_N``."""
+
+    inputs: tuple[Tensor, ...]
+    target_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.target_N)
+
+    def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> TableBatch:
+        """Return the rows ``index_B`` of a step that uses ``step_index`` over all ranks and micro-batches."""
+        row_B = torch.from_numpy(index_B)
+        return TableBatch(tuple(column[row_B] for column in self.inputs), self.target_N[row_B], len(step_index))
+
+    def split(self, *shares: float) -> list[Table]:
+        """Return the tables between the given shares of the rows: ``split(0.8, 0.9)`` gives 80, 10 and 10 %."""
+        cuts = [0, *(round(share * len(self)) for share in shares), len(self)]
+        parts = [slice(start, stop) for start, stop in pairwise(cuts)]
+        return [Table(tuple(column[part] for column in self.inputs), self.target_N[part]) for part in parts]
 
 
 class ShuffledFeed(Generic[B]):

@@ -1,0 +1,1 @@
+"""Plans: the memory and the time that a run will take, before it begins."""

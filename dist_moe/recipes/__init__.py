@@ -5,6 +5,7 @@ Importing this package registers the recipes that come with it.
 
 from dist_moe.recipes.distillation import DHKDRecipe, MoEBERTRecipe
 from dist_moe.recipes.recipe import RECIPES, RecipeConfig, RecipeSettings, load_config, validate_config
+from dist_moe.recipes.stages import StagedRecipe, Stages
 from dist_moe.recipes.supervised import SupervisedConfig, SupervisedRecipe
 
 for _settings in (SupervisedRecipe, MoEBERTRecipe, DHKDRecipe):
@@ -14,6 +15,8 @@ __all__ = [
     "RECIPES",
     "RecipeConfig",
     "RecipeSettings",
+    "StagedRecipe",
+    "Stages",
     "SupervisedConfig",
     "SupervisedRecipe",
     "load_config",

@@ -39,7 +39,7 @@ class ExampleShape:
 class Task(ABC):
     """A data set with the losses and metrics of one or several targets. Knows no run and no recipe.
 
-    ``train``, ``val``, ``test``: tables of examples. ``manifest``: where the data came from. ``eval_batch``:
+    ``train``, ``val``, ``test``: tables of examples. ``manifest``: where the data came from, if known. ``eval_batch``:
     examples that a rank evaluates at once. ``tokens_per_example``: rows that are routed for each. ``kind``: models of
     the same kind fit.
     """

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_moe.data.batches import ShuffledFeed, shard_batches, spread_over
+from dist_moe.data.batches import ShuffledFeed, Table, shard_batches, spread_over
 from dist_moe.data.movielens import PairBatch, PairTable
 from dist_moe.errors import UserError
 
@@ -102,3 +102,13 @@ def test_a_batch_is_a_share_of_its_step(stars: list[float], dtype: type[np.int8]
     assert (len(batch), batch.examples_in_step, batch.rated_in_step) == (2, 3, 2)
     empty = pairs.batch(np.arange(0), np.arange(0)).to(torch.device("cpu"))
     assert (len(empty), empty.examples_in_step, empty.rated_in_step, empty.user_B.shape) == (0, 0, 0, (0,))
+
+
+def test_a_table_gives_its_columns_row_by_row() -> None:
+    table = Table((torch.arange(10), torch.arange(20).view(10, 2)), 100 + torch.arange(10))
+    parts = table.split(0.75, 0.8)
+    assert [part.target_N.tolist() for part in parts] == [[*range(100, 108)], [], [108, 109]]
+    batch = parts[0].batch(np.array([3, 1]), np.array([3, 1, 0])).to(torch.device("cpu"))
+    assert [column.tolist() for column in batch.inputs] == [[3, 1], [[6, 7], [2, 3]]]
+    assert batch.target_B.tolist() == [103, 101]
+    assert (len(batch), batch.examples_in_step, batch.tokens_in_step) == (2, 3, 3)

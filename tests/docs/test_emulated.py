@@ -10,11 +10,11 @@ import torch
 from dist_moe import MoE
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet
-from tests.helpers.commands import REPOSITORY
+from tests.helpers.commands import REPOSITORY, example_of
 
 
 def test_the_example_prints_what_one_process_computes(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/emulated.md").read_text(), re.DOTALL)
+    example = example_of(REPOSITORY / "docs/emulated.md")
     assert len([line for line in example.split("def train")[1].splitlines() if line.strip()]) <= 20
     torch.manual_seed(6)
     exec(example, {"__name__": "example"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -47,6 +48,12 @@ def succeed(world_size: int, *arguments: object) -> list[Outcome]:
     for outcome in outcomes:
         assert outcome.code == 0, outcome.err
     return outcomes
+
+
+def example_of(page: Path) -> str:
+    """The one Python example of a page."""
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    return str(example)
 
 
 def start(*command: object, cwd: Path = REPOSITORY) -> subprocess.Popen[str]:

@@ -1,24 +1,22 @@
-"""An expert type of one's own: one class of settings, one bank, one registration; nothing else knows it."""
+"""The expert type of docs/extending/expert.md: one class of settings, one bank, one registration."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
-from pydantic import Field, ValidationError
-from torch import Tensor, nn
+from pydantic import ValidationError
+from torch import Tensor
 
-from dist_moe import kernels
 from dist_moe.config.listing import field_listing
 from dist_moe.errors import UserError
-from dist_moe.experts import EXPERTS, ExpertBank, ExpertSettings, InitStds
+from dist_moe.experts import EXPERTS
 from dist_moe.gates import TopKConfig
 from dist_moe.models import Recommender, RecommenderConfig, RunShape, TransformerConfig
 from dist_moe.parallel import SingleWorld, World
 from dist_moe.recipes.supervised.config import SupervisedConfig
+from tests.helpers.commands import REPOSITORY, example_of
 from tests.helpers.held import plan_of
 from tests.helpers.oracle import assert_same, naive_gate
 from tests.helpers.runs import write_config
@@ -27,27 +25,9 @@ from tests.helpers.worlds import emulate
 USERS, ITEMS, EXPERTS_OF_LAYER, WIDTH, PAIRS, STEPS = 9, 7, 4, 3, 12, 3
 
 
-@EXPERTS.register
-class TanhConfig(ExpertSettings):
-    name: Literal["tanh"] = "tanh"
-    width: int = Field(5, ge=1, description="width of the result")
-
-    def build(self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None) -> TanhBank:
-        return TanhBank(dim, self.width, num_experts, expert_ids)
-
-
-class TanhBank(ExpertBank):
-    """y = tanh(x * scale_e) W_e."""
-
-    def __init__(self, dim: int, out_dim: int, num_experts: int, expert_ids: Sequence[int]) -> None:
-        super().__init__(dim, out_dim, num_experts, expert_ids)
-        drawn = [torch.randn(dim, out_dim, generator=generator) for generator in self.generators()]
-        self.weight = nn.Parameter(torch.stack(drawn))
-        self.scale = nn.Parameter(torch.ones(len(expert_ids), dim))
-
-    def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
-        blocks = x_ND.split(kernels.counts_on_host(rows_per_expert))
-        return torch.cat([torch.tanh(x * s) @ w for x, s, w in zip(blocks, self.scale, self.weight, strict=True)])
+example = compile(example_of(REPOSITORY / "docs/extending/expert.md"), "tanh_experts.py", "exec", dont_inherit=True)
+exec(example, {"__name__": "tanh_experts"})
+TanhConfig = EXPERTS.by_name["tanh"]
 
 
 def build(world: World) -> Recommender:
@@ -112,7 +92,7 @@ def test_it_is_planned_and_listed(tmp_path: Path, tiny_data: dict[str, str]) -> 
     assert plan.state.expert_parameters == 2 * 12 * (WIDTH + 1) * 4  # on a rank: experts, their numbers, fp32
     assert plan.loads[0].activations > 0
     (line, _) = field_listing([SupervisedConfig], "model.experts.width").splitlines()
-    assert line == "model.experts.width: int >= 1, default 5  [tanh]"
+    assert line == "model.experts.width: int >= 1, default 64  [tanh]"
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -1,0 +1,1 @@
+"""Files from packages, archives and addresses: downloaded once, checked, unpacked."""

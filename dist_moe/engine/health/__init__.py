@@ -1,0 +1,1 @@
+"""Watchdog, heartbeats and the search for values that are not finite."""

@@ -1,0 +1,1 @@
+"""Launch environment, process groups, emulated ranks, requests to stop."""

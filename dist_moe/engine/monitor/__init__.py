@@ -1,0 +1,1 @@
+"""Run directory, trackers and the progress line."""

@@ -82,7 +82,7 @@ class SupervisedConfig(RecipeConfig):
         model = {} if model is None else {"name": model} if isinstance(model, str) else model
         filled = {"data": {} if data is None else data}
         if isinstance(model, dict):
-            model = {"name": models_of_kind(settings.kind)[0]} | model
+            model = {"name": next(iter(models_of_kind(settings.kind)), None)} | model
         fitting = start_of(model["name"]) if isinstance(model, dict) and isinstance(model["name"], str) else None
         if start is None and fitting is not None and fitting.is_default:
             start = {}
