@@ -16,7 +16,7 @@ from pydantic import SerializeAsAny
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of
-from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.heartbeats import ACTIVITY
 
 if TYPE_CHECKING:
     from dist_moe.engine.training import Trainer

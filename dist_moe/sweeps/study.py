@@ -39,7 +39,7 @@ from dist_moe.sweeps.records import (
 from dist_moe.sweeps.runner import OBJECTIVE, TrialResult
 
 BEAT_EVERY_S = 15
-SILENCE_OF_THE_DEAD_S = 120
+STALE_AFTER_S = 120
 PATIENCE_WITH_SQLITE_S = 60
 PRUNERS: dict[str, type[BasePruner]] = {
     "none": NopPruner,
@@ -78,7 +78,7 @@ class Studies:
                 f"sqlite:///{directory.database}",
                 engine_kwargs={"connect_args": {"timeout": PATIENCE_WITH_SQLITE_S}},
                 heartbeat_interval=BEAT_EVERY_S,
-                grace_period=SILENCE_OF_THE_DEAD_S,
+                grace_period=STALE_AFTER_S,
                 heartbeat_stale_trial_callback=_try_again_after_death,
             )
         for summary in optuna.get_all_study_summaries(self._storage):

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
 
-from dist_moe.engine.launch.stop_request import StopRequest, stop_requests
+from dist_moe.engine.launch.environment import StopRequest, stop_requests
 from dist_moe.errors import UserError
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.plan import SweepPlan
@@ -34,7 +34,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def _deaf_to_the_keyboard() -> Iterator[None]:
+def _ignore_sigint() -> Iterator[None]:
     """A process started inside does not hear Ctrl-C, which is for the one that started it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -85,7 +85,7 @@ class Team:
         owner = secrets.token_hex(8)
         arguments = (self._plan, self._directory, self._runner, owner, theirs)
         process = context.Process(target=serve, args=arguments)
-        with _deaf_to_the_keyboard():
+        with _ignore_sigint():
             process.start()
         theirs.close()
         return Member(process, ours, owner)
@@ -94,10 +94,10 @@ class Team:
         try:
             self._tally.count(member.connection.recv())
         except EOFError:
-            self._bury(member)
+            self._reap(member)
             self._fill()
 
-    def _bury(self, member: Member) -> None:
+    def _reap(self, member: Member) -> None:
         self._members.remove(member)
         member.process.join()
         member.connection.close()

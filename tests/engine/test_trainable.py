@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dist_moe.engine.checkpoint import place_weights, read_model
 from dist_moe.engine.checkpoint.files import step_directory
 from dist_moe.engine.checkpoint.format import expert_ids_by_parameter
-from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights, save_checkpoint
+from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.migration import migrate, state_bytes_per_expert
@@ -32,6 +32,7 @@ from dist_moe.models import MoEModel
 from dist_moe.parallel import Placement, SingleWorld, World, experts_of_rank, sum_over_ranks
 from dist_moe.search import PermutationSearch
 from tests.helpers.pool import on_ranks
+from tests.helpers.runs import save_checkpoint
 
 DIM, UNITS, EXPERTS, BATCH, STEPS, RANKS = 5, 6, 4, 24, 5, 2
 ADAM = {"lr": 0.02, "eps": 1e-3, "weight_decay": 0.1}  # with this eps the size of a gradient matters

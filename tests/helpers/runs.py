@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_moe.engine.checkpoint.files import newest_checkpoint
+from dist_moe.engine.checkpoint.format import TrainingHistory
+from dist_moe.engine.checkpoint.saver import CheckpointSaver
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.launch.environment import StopRequest
 from dist_moe.engine.launch.process_groups import process_groups
-from dist_moe.engine.launch.stop_request import StopRequest
 from dist_moe.recipes.recipe import plan_new_run
 
 TINY_RUN: dict[str, Any] = {
@@ -42,6 +45,12 @@ def write_config(directory: Path, tiny_data: dict[str, str], **sections: Any) ->
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def save_checkpoint(engine: ExpertParallelEngine, root: Path, step: int, keep: int) -> None:
+    """Write ``root/step-...``, here and now. Collective over all ranks."""
+    saver = CheckpointSaver(engine, in_background=False, failures_allowed=0, say=print)
+    saver.save(root, step, keep, TrainingHistory())
 
 
 def stage_overrides(stage: int) -> list[str]:

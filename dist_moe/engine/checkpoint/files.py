@@ -137,15 +137,15 @@ def newest_good_checkpoint(run_dir: Path) -> tuple[Path, list[UserError]]:
     Raises UserError if there is none.
     """
     root = checkpoints_of(run_dir)
-    faults: list[UserError] = []
+    errors: list[UserError] = []
     for directory in reversed(complete_directories(root)):
         try:
             verify_checkpoint(directory)
-        except UserError as fault:
-            faults.append(fault)
+        except UserError as error:
+            errors.append(error)
         else:
-            return directory, faults
-    reasons = "; ".join(map(str, faults)) or "none was written"
+            return directory, errors
+    reasons = "; ".join(map(str, errors)) or "none was written"
     raise UserError(f"no usable checkpoint in {root}: {reasons}. Start again with a new --run-dir")
 
 

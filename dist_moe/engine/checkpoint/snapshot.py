@@ -19,9 +19,9 @@ from dist_moe.engine.checkpoint.format import (
     expert_file,
     expert_ids_by_parameter,
 )
-from dist_moe.engine.checkpoint.placements import placements_of
 from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
 from dist_moe.engine.deepspeed.parameter_state import ParameterState, read_parameter_state
+from dist_moe.search.steps import moe_layers
 
 if TYPE_CHECKING:
     from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
@@ -49,7 +49,7 @@ class Snapshot:
 def take_snapshot(
     engine: ExpertParallelEngine, step: int, history: TrainingHistory, callbacks: CallbackStates
 ) -> Snapshot:
-    """Copy what this rank is to write. Collective over all ranks."""
+    """Copy this rank's part of a checkpoint to host memory. Collective over all ranks."""
     state = read_parameter_state(engine)
     groups = engine.process_groups
     environment = groups.environment
@@ -58,7 +58,24 @@ def take_snapshot(
     if environment.is_rank_zero:
         buffers = {Key(name, BUFFER): buffer for name, buffer in engine.module.named_buffers()}
         files[DENSE_FILE] = _host_copies(_states(engine, state, of_experts=False) | buffers)
-        trainer = _trainer_state(engine, state, step, history, callbacks)
+        schedule = engine.lr_scheduler
+        trainer = TrainerState(
+            step,
+            state.scalars,
+            [float(group["lr"]) for group in engine.optimizer.param_groups],
+            schedule.state_dict() if schedule is not None else None,
+            {str(at): loss for at, loss in history.validation_losses.items()},
+            history.seconds,
+            placements={
+                name: {
+                    "num_ranks": layer.placement.num_ranks,
+                    "expert_of_position": list(layer.placement.expert_of_position),
+                }
+                for name, layer in moe_layers(engine.module).items()
+                if not layer.placement.is_identity
+            },
+            callbacks=copy.deepcopy(dict(callbacks)),
+        )
     experts = _states(engine, state, of_experts=True) if groups.is_expert_writer else {}
     if experts:
         files[expert_file(groups.world.rank)] = _host_copies(experts)
@@ -71,7 +88,7 @@ def take_snapshot(
 
 
 def _states(engine: ExpertParallelEngine, state: ParameterState, *, of_experts: bool) -> dict[Key, Tensor]:
-    """Masters and moments of the dense parameters, or of this rank's experts one by one."""
+    """Return masters and moments of the dense parameters, or of this rank's experts one by one."""
     return {
         Key(name, kind, expert): tensor if expert is None else tensor[index]
         for name, _, expert_ids in expert_ids_by_parameter(engine.module)
@@ -82,25 +99,5 @@ def _states(engine: ExpertParallelEngine, state: ParameterState, *, of_experts: 
 
 
 def _host_copies(tensors: dict[Key, Tensor]) -> dict[str, Tensor]:
-    """Copies also where tensors are in host memory: the next step changes them in place."""
+    """Return copies, of tensors in host memory too: the next step changes them in place."""
     return {str(key): tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-
-
-def _trainer_state(
-    engine: ExpertParallelEngine,
-    state: ParameterState,
-    step: int,
-    history: TrainingHistory,
-    callbacks: CallbackStates,
-) -> TrainerState:
-    schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
-    return TrainerState(
-        step,
-        state.scalars,
-        [float(group["lr"]) for group in engine.optimizer.param_groups],
-        schedule,
-        {str(at): loss for at, loss in history.validation_losses.items()},
-        history.seconds,
-        placements=placements_of(engine.module),
-        callbacks=copy.deepcopy(dict(callbacks)),
-    )

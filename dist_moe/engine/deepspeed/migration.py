@@ -22,7 +22,7 @@ from torch import Tensor
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.parameter_state import read_state, state_keys, write_state
 from dist_moe.engine.deepspeed.sharded_parameters import gather_kept, whole_shape
-from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.layer import MoE
 from dist_moe.parallel import Placement, World, gather_objects
 

@@ -1,11 +1,15 @@
-"""The launcher's variables (rank, world size, ranks per node; one process without any), and settings of the process."""
+"""The launcher's variables (rank, world size, ranks per node; one process without any), signals, and memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 
@@ -90,6 +94,30 @@ def launched_ranks_per_node() -> int | None:
                 raise UserError(f"environment variable {name}={value!r} is not a number of ranks; unset it")
             return int(value)
     return None
+
+
+class StopRequest:
+    """A wish that training ends at the next safe place. ``signal_number``: the signal that asked, 0 while none has."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number == signal.SIGINT == number:
+            raise KeyboardInterrupt  # asked twice at the keyboard: stop now, without a checkpoint
+        self.signal_number = number
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Take SIGTERM and SIGINT inside the block for such a wish; outside, they do what they did before."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def disable_malloc_trim() -> bool:
