@@ -82,7 +82,7 @@ class CheckpointReader:
 
     def check_names(self, model: nn.Module) -> None:
         """Raise UserError naming every parameter and buffer that ``model`` lacks, such as the mask of a gate."""
-        extra = self.entries.keys() - dict(model.named_parameters()) - dict(model.named_buffers())
+        extra = self.entries.keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys()
         if extra:
             raise self._misfit(f"the model has no {', '.join(sorted(extra))}")
 

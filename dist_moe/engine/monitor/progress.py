@@ -24,6 +24,7 @@ class ProgressLine:
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def update(self, records: list[dict[str, Any]]) -> None:
+        """Show the last of the new records."""
         latest = records[-1]
         active = f"{latest['active_experts']:.2f} experts/token, " if "active_experts" in latest else ""
         text = (
@@ -35,30 +36,26 @@ class ProgressLine:
             self._bar.update(len(records))
         elif latest["step"] == self._total or time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            print(
-                f"step {latest['step']}/{self._total}: {text}, {self._left(latest['step'])} left",
-                file=sys.stderr,
-            )
+            per_step = (time.monotonic() - self._started) / (latest["step"] - self._first)
+            minutes, seconds = divmod(round(per_step * (self._total - latest["step"])), 60)
+            left = f"{minutes}:{seconds:02d} left"
+            print(f"step {latest['step']}/{self._total}: {text}, {left}", file=sys.stderr)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the live one."""
+        """Print a line of its own, above the live one."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr)
 
     def close(self) -> None:
+        """Leave the live line as it is."""
         if self._bar is not None:
             self._bar.close()
 
-    def _left(self, step: int) -> str:
-        per_step = (time.monotonic() - self._started) / (step - self._first)
-        minutes, seconds = divmod(round(per_step * (self._total - step)), 60)
-        return f"{minutes}:{seconds:02d}"
-
 
 def _count(number: float) -> str:
-    """1234567 -> '1.2 M'."""
+    """Return a number in short, for example '1.2 M'."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"

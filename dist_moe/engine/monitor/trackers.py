@@ -75,6 +75,7 @@ class MetricsFileSettings(TrackerSettings):
     name: Literal["jsonl"] = Field("jsonl", description="which tracker this is")
 
     def build(self, root: Path, first_step: int, say: Say) -> Tracker:
+        """Return the tracker that writes that file."""
         return MetricsFile(RecordFile(root / "metrics.jsonl", say), first_step)
 
 
@@ -88,26 +89,31 @@ class MetricsFile(Tracker):
 
     @property
     def lost(self) -> int:  # type: ignore[override]
+        """The number of lines that could not be written."""
         return self._file.lost
 
     def step(self, record: dict[str, Any]) -> None:
+        """Write the record of a step, and the validations that were waiting for it."""
         self._write(record)
         self._last_step = record["step"]
         self._write_validations()
 
     def metrics(self, part: str, metrics: dict[str, Any], step: int) -> None:
+        """Write a validation, once the record of its step stands in the file."""
         if part == "validation":
             self._validations.append({"step": step, "validation": metrics})
             self._write_validations()
 
     def flush(self) -> None:
+        """Write what has been taken in so far."""
         self._file.flush()
 
     def close(self) -> None:
+        """Write for the last time."""
         self._file.close()
 
     def _write_validations(self) -> None:
-        """Write those of steps whose records stand in the file."""
+        """Write the validations of steps whose records stand in the file."""
         while self._validations and self._validations[0]["step"] <= self._last_step:
             self._write(self._validations.pop(0))
 
