@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.engine.deepspeed.engine import global_grad_norm
-from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from tests.helpers.pool import on_ranks

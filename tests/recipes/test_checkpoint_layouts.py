@@ -24,8 +24,8 @@ from dist_moe.engine.checkpoint.files import (
 )
 from dist_moe.engine.checkpoint.format import expert_ids_by_parameter
 from dist_moe.engine.checkpoint.loading import load_checkpoint
+from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
-from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.recipes.recipe import load_config, plan_resumed_run
 from dist_moe.tasks import build_model

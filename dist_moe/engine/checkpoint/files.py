@@ -52,12 +52,6 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
     _flush(final.parent)
 
 
-def drop_old(root: Path, keep: int) -> None:
-    """Remove all checkpoints under ``root`` but the newest ``keep``."""
-    for old in complete_directories(root)[:-keep]:
-        shutil.rmtree(old)
-
-
 def drop_after(root: Path, step: int) -> None:
     """Remove the checkpoints of steps that a resumed run does again, and what a dead process left half written."""
     for directory in complete_directories(root):

@@ -56,15 +56,11 @@ class LaunchEnvironment:
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     @property
-    def shares_gpu(self) -> bool:
-        """Whether this machine has GPUs, but fewer than ranks."""
-        return torch.cuda.is_available() and self.local_world_size > torch.cuda.device_count()
-
-    @property
     def backend(self) -> str:
         """The backend of ``torch.distributed``: NCCL, but gloo where ranks share a GPU, which NCCL refuses; gloo takes
         a GPU's tensors too, by way of the host."""
-        return "nccl" if self.device.type == "cuda" and not self.shares_gpu else "gloo"
+        shares_gpu = self.local_world_size > torch.cuda.device_count()
+        return "nccl" if self.device.type == "cuda" and not shares_gpu else "gloo"
 
     @property
     def is_rank_zero(self) -> bool:

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch.distributed.rendezvous import rendezvous
 
 from dist_moe.config.settings import Settings
-from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.engine.launch.environment import LaunchEnvironment, launched_ranks_per_node
 from dist_moe.errors import UserError
 from dist_moe.parallel import (
@@ -86,7 +86,7 @@ class ParallelConfig(Settings):
 
     @property
     def stall_limit_s(self) -> float:
-        """Seconds; 0 for no watchdog."""
+        """Seconds without progress that end the job; 0 for no watchdog."""
         return self.timeout_s / 2 if self.stall_s is None else self.stall_s
 
     def fitted(self, world_size: int) -> ParallelConfig:
@@ -218,23 +218,17 @@ def process_groups(
 
     Raises UserError, on all ranks, if a two-level exchange is asked for on nodes that it does not fit.
     """
-    _init_torch(environment, config, store)
+    if environment.device.type == "cuda":
+        torch.cuda.set_device(environment.device)
+    timeout, rank, size = timedelta(seconds=config.timeout_s), environment.rank, environment.world_size
+    if store is None:
+        store = store_of_this_attempt(environment, timeout) if environment.launched else dist.HashStore()
+    dist.init_process_group(environment.backend, timeout=timeout, store=store, rank=rank, world_size=size)
     try:
         yield _expert_groups(environment, config)
     finally:
         import_deepspeed().comm.destroy_process_group()
         gc.collect()  # engines are cycles, and hold the groups' threads and sockets until they are collected
-
-
-def _init_torch(environment: LaunchEnvironment, config: ParallelConfig, store: dist.Store | None) -> None:
-    if environment.device.type == "cuda":
-        torch.cuda.set_device(environment.device)
-    backend = environment.backend
-    timeout = timedelta(seconds=config.timeout_s)
-    if store is None:
-        store = store_of_this_attempt(environment, timeout) if environment.launched else dist.HashStore()
-    rank, size = environment.rank, environment.world_size
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
 
 
 def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> ProcessGroups:
@@ -253,7 +247,7 @@ def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> Pr
 
 
 def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup, node_of_rank: Sequence[int]) -> ProcessWorld:
-    """The ranks of this rank's experts, divided into nodes where the exchange is to have two levels."""
+    """Return the world of this rank's experts, divided into nodes where the exchange is to have two levels."""
     size = config.expert_parallel_size
     groups = [range(start, start + size) for start in range(0, len(node_of_rank), size)]
     nodes = [[node_of_rank[rank] for rank in group] for group in groups]
@@ -274,13 +268,9 @@ def _node_of_every_rank(ranks_per_node: int | None) -> list[int]:
     if ranks_per_node is not None:
         return [rank // ranks_per_node for rank in range(dist.get_world_size())]
     numbers = [os.environ[name] for name in _NODE_NUMBER if name in os.environ]
-    return number_names(gather_objects(numbers[0] if numbers else socket.gethostname()))
-
-
-def number_names(names: Sequence[str]) -> list[int]:
-    """Give each name a number, equal names the same, in the order in which they first appear."""
-    number: dict[str, int] = {}
-    return [number.setdefault(name, len(number)) for name in names]
+    names = gather_objects(numbers[0] if numbers else socket.gethostname())
+    in_order = list(dict.fromkeys(names))
+    return [in_order.index(name) for name in names]
 
 
 class JobStore:
@@ -306,11 +296,11 @@ class JobStore:
         return json.loads(self._store.get(key))
 
     def tell(self, event: str) -> None:
-        """Let all ranks know of an event, now and later."""
+        """Tell all ranks of an event, now and later."""
         self._store.set(event, "")
 
     def is_told(self, event: str) -> bool:
-        """Whether some rank has told of the event."""
+        """Return whether some rank has told of the event."""
         return bool(self._store.check([event]))
 
     def arrive(self, event: str) -> None:

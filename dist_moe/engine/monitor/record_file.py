@@ -10,6 +10,7 @@ import errno
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 SURVIVED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE})
@@ -74,8 +75,7 @@ class RecordFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
             if self._torn_at is not None:
-                file.truncate(self._torn_at)
-                self._torn_at = None
+                self._cut(file, self._torn_at)
             while self._waiting:
                 end, rest = file.seek(0, 2), memoryview(self._waiting[0])
                 try:
@@ -84,7 +84,10 @@ class RecordFile:
                 except OSError:
                     self._torn_at = end
                     with suppress(OSError):  # a disk that is read-only by now; the next flush begins with it
-                        file.truncate(end)
-                        self._torn_at = None
+                        self._cut(file, end)
                     raise
                 self._waiting_bytes -= len(self._waiting.popleft())
+
+    def _cut(self, file: FileIO, end: int) -> None:
+        file.truncate(end)
+        self._torn_at = None
