@@ -72,12 +72,14 @@ class Validation(Callback):
         self._at_end = at_end
 
     def on_start(self, trainer: Trainer) -> None:
+        """Validate where a longer run would have: this one was ended there and is resumed."""
         step = trainer.step
         known = step in trainer.history.validation_losses
         if 0 < step < trainer.total_steps and self._is_due(trainer, step) and not known:
-            self._validate(trainer, step)  # the run once ended here, where a longer one validates
+            self._validate(trainer, step)
 
     def after_step(self, trainer: Trainer, step: int) -> None:
+        """Validate, if it is time."""
         last = step == trainer.total_steps
         if self._at_end if last else self._is_due(trainer, step):
             self._validate(trainer, step)
@@ -102,17 +104,19 @@ class EarlyStopping(Callback):
         self._since_best = 0
 
     def on_start(self, trainer: Trainer) -> None:
+        """Count the validations before a restart."""
         for _, loss in sorted(trainer.history.validation_losses.items()):
             self.is_better(loss)
         self._end_if_exhausted(trainer)
 
     def on_validation(self, trainer: Trainer, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keep the weights if they are the best so far; end the training if patience has run out."""
         if self.is_better(float(metrics["loss"])) and trainer.run is not None:
             trainer.save(best_of(checkpoints_of(trainer.run.root)), keep=1)
         self._end_if_exhausted(trainer)
 
     def is_better(self, loss: float) -> bool:
-        """Take the next validation's loss; whether it is the best so far."""
+        """Take the next validation's loss; return whether it is the best so far."""
         better = loss < self._best
         self._best, self._since_best = (loss, 0) if better else (self._best, self._since_best + 1)
         return better
@@ -134,6 +138,7 @@ class PeriodicCheckpoints(Callback):
         self._every = every
 
     def after_step(self, trainer: Trainer, step: int) -> None:
+        """Ask for a checkpoint, if it is time."""
         if step % self._every == 0:
             trainer.ask_for_checkpoint()
 
@@ -145,6 +150,7 @@ class PermutationImages(Callback):
         self._every = every
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        """Show the matrices if a multiple of ``every`` lies among the steps of ``records``."""
         before, after = records[0]["step"] - 1, records[-1]["step"]
         if after // self._every == before // self._every:
             return

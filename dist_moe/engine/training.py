@@ -55,7 +55,7 @@ class Feed(Protocol):
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What an objective makes of a micro-batch.
+    """An objective's result for a micro-batch.
 
     ``loss``: 0-dim; its mean over ranks and micro-batches is what the step minimises. ``sums``: numbers to record,
     which add up over micro-batches and ranks; the same names in every step. Without any the loss is recorded.

@@ -26,7 +26,7 @@ _WAITING_IN = frozenset(
 
 
 class Activity:
-    """What this process is doing: ``phase`` of training ``step`` (from 1). Written by the thread that trains only.
+    """The activity of this process: ``phase`` of training ``step`` (from 1). Written by the thread that trains only.
 
     ``marks`` grows with all progress. ``settled``: whether a first step is over, and with it whatever compiles on
     first use.

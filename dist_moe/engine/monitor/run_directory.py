@@ -52,11 +52,6 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
-    def tensorboard(self) -> Path:
-        """The directory of TensorBoard's event files."""
-        return self.root / "tensorboard"
-
-    @property
     def summary(self) -> Path:
         """The file of test metrics."""
         return self.root / "summary.json"
