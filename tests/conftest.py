@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,12 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """``root`` of a tiny corpus of two domains, and a ``cache`` for what is prepared from it."""
     directory: Path = tmp_path_factory.mktemp("text")
     return {"root": str(write_tiny_text(directory / "raw")), "cache": str(directory / "cache")}
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A local TCP port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

@@ -6,10 +6,11 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -105,15 +106,22 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Take SIGTERM and SIGINT inside the block for such a wish; outside, they do what they did before."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+def handling_signals(handlers: Mapping[int, Callable[[int, FrameType | None], Any] | int]) -> Iterator[None]:
+    """Handle signals by ``handlers`` inside the block; outside, they do what they did before."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Take SIGTERM and SIGINT inside the block for such a wish."""
+    request = StopRequest()
+    with handling_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), request._remember)):
+        yield request
 
 
 def disable_malloc_trim() -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from dist_moe.engine.monitor.record_file import RecordFile
-from dist_moe.engine.monitor.trackers import TRACKERS, Say, Tracker, TrackerSettings
+from dist_moe.engine.monitor.trackers import TRACKERS, FileTracker, Say, Tracker, TrackerSettings
 
 IMAGE_EVERY = 100
 MAX_COLUMNS = 400
@@ -66,7 +66,7 @@ class TensorBoardSettings(TrackerSettings):
         return TensorBoardTracker(root / "tensorboard", first_step, say)
 
 
-class TensorBoardTracker(Tracker):
+class TensorBoardTracker(FileTracker):
     """Writes a new event file into ``directory``; events after ``first_step`` in older files count no more."""
 
     def __init__(self, directory: Path, first_step: int, say: Say) -> None:
@@ -75,16 +75,11 @@ class TensorBoardTracker(Tracker):
         if seconds and max(seconds) == int(time.time()):
             time.sleep(1.0)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
-        self._file = RecordFile(directory / name, say)
+        super().__init__(RecordFile(directory / name, say))
         self._load_columns: list[list[NDArray[np.float64]]] = []
         self._add(Event(file_version=_FILE_VERSION))
         self._add(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
         self.flush()
-
-    @property
-    def lost(self) -> int:  # type: ignore[override]
-        """The number of events that could not be written."""
-        return self._file.lost
 
     def step(self, record: dict[str, Any]) -> None:
         """Add a step's scalars, and of every 100th the load per expert."""
@@ -107,14 +102,6 @@ class TensorBoardTracker(Tracker):
         """Add a picture, enlarged."""
         enlarged = torch.kron(1 - matrix.float().cpu(), torch.ones(PIXELS_PER_CELL, PIXELS_PER_CELL))
         self._add(Event(step=step, summary=summary.image(name, enlarged, dataformats="HW")))
-
-    def flush(self) -> None:
-        """Write what has been taken in so far."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Write for the last time."""
-        self._file.close()
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
         """Add all of a step in one event: an event each would cost as much each."""

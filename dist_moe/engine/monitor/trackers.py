@@ -68,6 +68,26 @@ TrackerConfig = Annotated[SerializeAsAny[TrackerSettings], TRACKERS]
 """The type of a configuration field that holds any registered tracker."""
 
 
+class FileTracker(Tracker):
+    """A tracker that writes into one ``file``; a disk that is full does not end it, see :class:`RecordFile`."""
+
+    def __init__(self, file: RecordFile) -> None:
+        self._file = file
+
+    @property
+    def lost(self) -> int:  # type: ignore[override]
+        """The number of records that could not be written."""
+        return self._file.lost
+
+    def flush(self) -> None:
+        """Write what has been taken in so far."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write for the last time."""
+        self._file.close()
+
+
 @TRACKERS.register
 class MetricsFileSettings(TrackerSettings):
     """metrics.jsonl: one object per step, and {"step": .., "validation": {..}} after a step that was validated."""
@@ -79,18 +99,13 @@ class MetricsFileSettings(TrackerSettings):
         return MetricsFile(RecordFile(root / "metrics.jsonl", say), first_step)
 
 
-class MetricsFile(Tracker):
-    """Writes JSON lines into ``file``; a disk that is full does not end it, see :class:`RecordFile`."""
+class MetricsFile(FileTracker):
+    """Writes JSON lines into ``file``."""
 
     def __init__(self, file: RecordFile, first_step: int) -> None:
-        self._file = file
+        super().__init__(file)
         self._last_step = first_step
         self._validations: list[dict[str, Any]] = []
-
-    @property
-    def lost(self) -> int:  # type: ignore[override]
-        """The number of lines that could not be written."""
-        return self._file.lost
 
     def step(self, record: dict[str, Any]) -> None:
         """Write the record of a step, and the validations that were waiting for it."""
@@ -103,14 +118,6 @@ class MetricsFile(Tracker):
         if part == "validation":
             self._validations.append({"step": step, "validation": metrics})
             self._write_validations()
-
-    def flush(self) -> None:
-        """Write what has been taken in so far."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Write for the last time."""
-        self._file.close()
 
     def _write_validations(self) -> None:
         """Write the validations of steps whose records stand in the file."""
