@@ -12,11 +12,9 @@ import pytest
 
 from dist_moe.engine.checkpoint.files import newest_checkpoint, verify_checkpoint
 from dist_moe.engine.monitor.step_window import MACHINE_METRICS
-from tests.helpers.commands import Outcome, finish, start, succeed, wait_for_steps
+from tests.helpers.commands import Outcome, finish, signalled, start, succeed, wait_for_steps
 from tests.helpers.pool import free_port, on_ranks
-from tests.helpers.runs import records_of, tensors_of, write_config
-from tests.helpers.same_run import assert_same_end
-from tests.helpers.signals import signalled
+from tests.helpers.runs import assert_same_end, records_of, tensors_of, write_config
 
 STEPS, STAGE_STEPS, STEPS_PER_EPOCH = 45, 38, 90
 

@@ -18,6 +18,7 @@ from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.launch.environment import StopRequest
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.recipes.recipe import plan_new_run
+from tests.helpers.board import read_board, steps_of
 
 TINY_RUN: dict[str, Any] = {
     "model": {
@@ -104,3 +105,13 @@ def tensors_of(run_dir: Path) -> dict[str, Tensor]:
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def assert_same_end(run: Path, reference: Path, steps: int) -> None:
+    """Every step is on the board once; tensors of the newest checkpoint and test metrics are equal."""
+    assert steps_of(read_board(run), "loss/task") == list(range(1, steps + 1))
+    ours, theirs = tensors_of(run), tensors_of(reference)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+    tests = [json.loads((path / "summary.json").read_text())["test"] for path in (run, reference)]
+    assert tests[0] == tests[1]

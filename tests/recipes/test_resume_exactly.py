@@ -11,10 +11,9 @@ import pytest
 
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, newest_checkpoint
 from dist_moe.engine.monitor.step_window import MACHINE_METRICS
-from tests.helpers.commands import succeed
+from tests.helpers.commands import signalled, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import records_of, summary_of, tensors_of, validations_of, write_config
-from tests.helpers.signals import signalled
 
 STEPS, VALIDATE, STOP_AT = 30, 4, 16
 SEARCH = "swap_search={every_epochs: 0.06, examples: 200, least_gain: 0.0}"
