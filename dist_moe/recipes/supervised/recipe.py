@@ -133,13 +133,13 @@ class SupervisedRecipe(RecipeSettings):
                 stop=stop,
                 keep_model=False,
             )
-        result = SupervisedResult(fitted, ending.val, ending.test, ending.tested_step)
-        if start.environment.is_rank_zero:
-            if fitted.interrupted:
-                hint = f"go on with: dist-moe train --resume {start.run.root}"
-                start.say(f"stopped after step {fitted.steps}; {hint}")
-            else:
-                summarise(plan, result, ending)
+            result = SupervisedResult(fitted, ending.val, ending.test, ending.tested_step)
+            if start.environment.is_rank_zero:
+                if fitted.interrupted:
+                    hint = f"go on with: dist-moe train --resume {start.run.root}"
+                    start.say(f"stopped after step {fitted.steps}; {hint}")
+                else:
+                    summarise(plan, result, ending)
         return result
 
     def check(self, config: SupervisedConfig, task: Task) -> None:
