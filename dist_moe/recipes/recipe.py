@@ -121,10 +121,11 @@ class RunStart:
 
 
 class Plan(Protocol):
-    """What a recipe has checked and decided of a run before any process group exists."""
+    """All that a recipe has checked and decided of a run before any process group exists."""
 
     @property
-    def start(self) -> RunStart: ...
+    def start(self) -> RunStart:
+        """The run that is planned."""
 
 
 def train(plan: Plan) -> int:

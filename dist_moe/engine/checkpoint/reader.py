@@ -81,20 +81,20 @@ class CheckpointReader:
                 raise self._misfit(f"{name} has no optimizer state but {list(found)}")
 
     def check_names(self, model: nn.Module) -> None:
-        """Raise UserError naming every parameter and buffer that ``model`` lacks, such as the mask of a gate."""
-        extra = self.entries.keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys()
-        if extra:
-            raise self._misfit(f"the model has no {', '.join(sorted(extra))}")
+        """Raise UserError naming every parameter and buffer that only one of checkpoint and ``model`` has."""
+        names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
+        misfits = [f"it has no {name}" for name in sorted(names - self.entries.keys())]
+        misfits += [f"the model has no {name}" for name in sorted(self.entries.keys() - names)]
+        if misfits:
+            raise self._misfit("; ".join(misfits))
 
     def parameter(
         self, name: str, like: nn.Parameter, expert_ids: Sequence[int] | None, *, moments: bool = True
     ) -> dict[str, Tensor]:
         """Return master and (where ``moments``) optimizer states of a parameter, on its device, in its whole shape.
 
-        Raises UserError if they are missing or have another shape.
+        Raises UserError if one is missing or has another shape.
         """
-        if name not in self.entries:
-            raise self._misfit(f"it has no parameter {name}")
         shape = whole_shape(like)
 
         def whole(state: str) -> Tensor:

@@ -27,17 +27,19 @@ from dist_moe.tasks.task import at_least_fp32
 
 
 class HasAuxiliaryLogits(Protocol):
-    """What a student gives: ``auxiliary_BC``, (B, C) logits of the auxiliary head while it trains."""
+    """Output of a student: ``auxiliary_BC``, (B, C) logits of the auxiliary head while it trains."""
 
     @property
-    def auxiliary_BC(self) -> Tensor | None: ...
+    def auxiliary_BC(self) -> Tensor | None:
+        """Logits of the auxiliary head while it trains."""
 
 
 class HasPredictions(Protocol):
-    """What a teacher gives: ``predictions``, the first of them (B, C) logits."""
+    """Output of a teacher: ``predictions``, the first of them (B, C) logits."""
 
     @property
-    def predictions(self) -> tuple[Tensor, ...]: ...
+    def predictions(self) -> tuple[Tensor, ...]:
+        """(B, C) logits, the first of them."""
 
 
 class DHKDConfig(Settings):
