@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dist_moe.engine.health.activity import Activity
+from dist_moe.engine.health.heartbeats import Activity
 
 _FILE = Path(os.environ["PHASE_MARKS"]) / f"rank-{os.environ.get('RANK', '0')}" if "PHASE_MARKS" in os.environ else None
 _enter = Activity.enter

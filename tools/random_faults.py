@@ -39,7 +39,7 @@ from dist_moe.engine.checkpoint.files import (  # noqa: E402
     newest_good_checkpoint,
 )
 from dist_moe.engine.health.heartbeats import read_heartbeat  # noqa: E402
-from dist_moe.engine.monitor.phase_seconds import FIGURES_OF_THE_MACHINE  # noqa: E402
+from dist_moe.engine.monitor.step_window import MACHINE_METRICS  # noqa: E402
 from dist_moe.errors import UserError  # noqa: E402
 from tests.data.tiny_movielens import write_tiny_movielens  # noqa: E402
 from tests.helpers.pool import free_port  # noqa: E402
@@ -191,7 +191,7 @@ def differences(run: Path, reference: Path, steps: int) -> list[str]:
     if len(records[0]) != len(records[1]):
         found.append("the number of records")
     for ours, theirs in zip(*records, strict=False):
-        pair = [{k: v for k, v in one.items() if k not in FIGURES_OF_THE_MACHINE} for one in (ours, theirs)]
+        pair = [{k: v for k, v in one.items() if k not in MACHINE_METRICS} for one in (ours, theirs)]
         if pair[0] != pair[1]:
             found.append(f"the record of step {theirs['step']}")
             break

@@ -26,6 +26,6 @@ def _run(options: argparse.Namespace) -> int:
 
     found = inspect_path(options.path)
     print(found.text)
-    for error in found.faults:
+    for error in found.errors:
         print(f"dist-moe: {error}", file=sys.stderr)
-    return 2 if found.faults else 0
+    return 2 if found.errors else 0

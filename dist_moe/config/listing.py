@@ -41,6 +41,7 @@ class NamedField:
 
     @property
     def default(self) -> str:
+        """The default value in words."""
         if self.info.is_required():
             return "required"
         value = self.info.get_default(call_default_factory=True, validated_data={})
@@ -81,11 +82,9 @@ def field_listing(models: Sequence[type[BaseModel]], prefix: str = "") -> str:
         else:
             text = f"{field.name}: {field.allowed}, default {field.default}\n    {field.info.description}"
         owners.setdefault(text, []).extend([field.owner] if field.owner and field.name not in names else [])
-    return "\n".join(_with_owners(text, list(dict.fromkeys(who))) for text, who in owners.items())
-
-
-def _with_owners(text: str, owners: list[str]) -> str:
-    return text.replace("\n", f"  [{', '.join(owners)}]\n", 1) if owners else text
+    return "\n".join(
+        text.replace("\n", f"  [{', '.join(dict.fromkeys(who))}]\n", 1) if who else text for text, who in owners.items()
+    )
 
 
 def registry_of(info: FieldInfo) -> Registry[Any] | None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dist_moe.config.listing import fields_of, registry_of
 from dist_moe.config.overrides import Content, assign, parse_override
-from dist_moe.config.registry import UNKNOWN_NAME, names_of
+from dist_moe.config.registry import UNKNOWN_NAME
 from dist_moe.config.settings import Settings
 from dist_moe.errors import UserError
 
@@ -25,7 +25,7 @@ def validate(config: type[S], content: Content) -> S:
     try:
         return config.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(fault, config) for fault in error.errors()]
+        lines = [_explain(one, config) for one in error.errors()]
         raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from error
 
 
@@ -92,22 +92,17 @@ def _import_remedy(name: str, error: BaseException) -> str:
     return f"install {missing}" if missing is not None else "fix the module, or take it out of imports"
 
 
-def _explain(fault: Any, config: type[Settings]) -> str:
-    field, kind = ".".join(map(str, fault["loc"])), fault["type"]
+def _explain(error: Any, config: type[Settings]) -> str:
+    field, kind = ".".join(map(str, error["loc"])), error["type"]
     if kind == "missing":
         return f"{field}: required, but not given"
     if kind == UNKNOWN_NAME:
-        return f"{field}.{fault['msg']}"
+        return f"{field}.{error['msg']}"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(field, [known.name for known in fields_of(config)], n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --fields'"
         if near == [field]:  # of another member of a registry
             hint = f" with this {field.rpartition('.')[0]}.name; see 'dist-moe config --fields'"
-        return f"{field}={fault['input']!r}: there is no such field{hint}"
-    message = fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list, for example '[a, b]'")
-    return f"{field}={fault['input']!r}: {message[0].lower() + message[1:]}"
-
-
-def default_name(settings: type[BaseModel]) -> str:
-    """Return the ``name`` of a section class, the first where it has several."""
-    return names_of(settings)[0]
+        return f"{field}={error['input']!r}: there is no such field{hint}"
+    message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list, for example '[a, b]'")
+    return f"{field}={error['input']!r}: {message[0].lower() + message[1:]}"

@@ -16,7 +16,7 @@ from pydantic import SerializeAsAny
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of
-from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.heartbeats import ACTIVITY
 
 if TYPE_CHECKING:
     from dist_moe.engine.training import Trainer
@@ -76,7 +76,7 @@ class Validation(Callback):
         step = trainer.step
         known = step in trainer.history.validation_losses
         if 0 < step < trainer.total_steps and self._is_due(trainer, step) and not known:
-            self._validate(trainer, step)  # the run once ended here, where a longer one validates
+            self._validate(trainer, step)
 
     def after_step(self, trainer: Trainer, step: int) -> None:
         """Validate if that is due."""
@@ -116,7 +116,7 @@ class EarlyStopping(Callback):
         self._end_if_exhausted(trainer)
 
     def is_better(self, loss: float) -> bool:
-        """Take the next validation's loss; whether it is the best so far."""
+        """Take the next validation's loss; return whether it is the best so far."""
         better = loss < self._best
         self._best, self._since_best = (loss, 0) if better else (self._best, self._since_best + 1)
         return better

@@ -43,14 +43,15 @@ def hold_still(model: nn.Module, trained: Trained) -> Iterator[None]:
     Raises UserError for a pattern that matches no name, and if no parameter would be trained.
     """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    accepts = trained if callable(trained) else partial(_matches_any, trained)
-    for pattern in () if callable(trained) else trained:
+    patterns = [] if callable(trained) else list(trained)
+    accepts = trained if callable(trained) else lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name, _ in named):
             raise UserError(f"trained={pattern}: no parameter or buffer has such a name; one is {named[0][0]}")
     accepted = {id(tensor) for name, tensor in named if accepts(name)}  # tied parameters train under either name
     still = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in accepted]
     if not any(parameter.requires_grad and id(parameter) in accepted for parameter in model.parameters()):
-        raise UserError(f"trained={'' if callable(trained) else list(trained)}: no parameter would be trained")
+        raise UserError(f"trained={patterns or ''}: no parameter would be trained")
     held = [module for module in model.modules() if _is_untouched(module, accepted)]
     modes = [(part, part.training) for module in held for part in module.modules()]
     overridden = [(vars(module), dict(vars(module))) for module in held]
@@ -77,10 +78,6 @@ def hold_still(model: nn.Module, trained: Trained) -> Iterator[None]:
 def is_held(module: nn.Module) -> bool:
     """Return whether ``module`` itself is held still at the moment; a search must leave a held slot table alone."""
     return "train" in vars(module)
-
-
-def _matches_any(patterns: Sequence[str], name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_untouched(module: nn.Module, accepted: set[int]) -> bool:

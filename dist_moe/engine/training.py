@@ -21,15 +21,13 @@ from dist_moe.engine.checkpoint.saver import CheckpointSaver
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.sharded_parameters import restore_parameters
-from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.nonfinite import SkippedSteps, diverged
-from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
-from dist_moe.engine.launch.stop_request import StopRequest
 from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS, Monitor
-from dist_moe.engine.monitor.phase_seconds import SUMS, is_timed, name_times
 from dist_moe.engine.monitor.run_directory import RunDirectory
-from dist_moe.engine.monitor.step_window import StepWindow, Sums, add_sums
+from dist_moe.engine.monitor.step_window import SUMS, StepWindow, Sums, add_sums, is_timed, name_times
 from dist_moe.engine.monitor.trackers import TrackerSettings
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.trainable import Trained, hold_still

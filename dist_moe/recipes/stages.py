@@ -23,12 +23,10 @@ from torch import nn
 
 from dist_moe.config.files import write_json
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint
-from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
-from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.launch.job_store import JobStore
-from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
-from dist_moe.engine.launch.stop_request import StopRequest, stop_requests
+from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest, stop_requests
+from dist_moe.engine.launch.process_groups import JobStore, ParallelConfig, ProcessGroups, process_groups
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import Feed, FitResult, Objective, fit

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
 
-from dist_moe.engine.launch.stop_request import StopRequest, stop_requests
+from dist_moe.engine.launch.environment import StopRequest, handling_signals, stop_requests
 from dist_moe.errors import UserError
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.plan import SweepPlan
@@ -32,16 +32,6 @@ Say = Callable[[str], None]
 def say(text: str) -> None:
     """Print a line on stderr at once."""
     print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _ignore_sigint() -> Iterator[None]:
-    """Have processes that are started inside ignore Ctrl-C, which is for the one that starts them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @dataclass(frozen=True)
@@ -86,7 +76,7 @@ class Team:
         owner = secrets.token_hex(8)
         arguments = (self._plan, self._directory, self._runner, owner, theirs)
         process = context.Process(target=serve, args=arguments)
-        with _ignore_sigint():
+        with handling_signals({signal.SIGINT: signal.SIG_IGN}):  # Ctrl-C is for this process alone
             process.start()
         theirs.close()
         return Member(process, ours, owner)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.data.batches import shard_batches
-from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.models import MoEModel
 from dist_moe.parallel import current_world, gather_columns, sum_over_ranks

@@ -63,29 +63,21 @@ from .conftest import Refused
         ("model.gate.gama=3", ["model.gate.gama=3", "did you mean model.gate.gamma?"]),
         ("modle.dropout=0", ["modle", "did you mean model?"]),
         ("nonsense=1", ["nonsense=1", "no such field", "dist-moe config --fields"]),
+        ("train={epochs: .inf, max_steps: 0}", ["train.epochs=inf", "train.max_steps=0"]),  # both are named at once
+        ("model.gate.gamma=.inf", ["model.gate.gamma"]),
+        ("model.gate.entropy_weight=.inf", ["model.gate.entropy_weight"]),
+        ("model.permutation.epochs=.inf", ["model.permutation.epochs"]),
+        ("model.permutation.entropy_weight=.inf", ["model.permutation.entropy_weight"]),
+        ("model.permutation.temperature=[0, 0]", ["model.permutation.temperature"]),
+        ("model.permutation.temperature=[-1, 1]", ["model.permutation.temperature"]),
+        ("model.permutation.iterations=[-1, 5]", ["model.permutation.iterations"]),
+        ("train.max_steps", ["'train.max_steps' is not of the form key=value"]),
+        ("=5", ["'=5' is not of the form key=value"]),
+        ("seed=[1,", ["'seed=[1,' is not YAML"]),
     ],
 )
-def test_a_field_that_is_not_valid(refused: Refused, config: Path, override: str, parts: list[str]) -> None:
+def test_an_override_that_is_not_valid(refused: Refused, config: Path, override: str, parts: list[str]) -> None:
     refused(["train", config, override], *parts)
-
-
-@pytest.mark.parametrize(
-    ("override", "field"),
-    [
-        ("train.epochs=.inf", "train.epochs"),
-        ("model.gate.gamma=.inf", "model.gate.gamma"),
-        ("model.gate.entropy_weight=.inf", "model.gate.entropy_weight"),
-        ("model.permutation.epochs=.inf", "model.permutation.epochs"),
-        ("model.permutation.entropy_weight=.inf", "model.permutation.entropy_weight"),
-        ("model.permutation.temperature=[0, 0]", "model.permutation.temperature"),
-        ("model.permutation.temperature=[-1, 1]", "model.permutation.temperature"),
-        ("model.permutation.iterations=[-1, 5]", "model.permutation.iterations"),
-    ],
-)
-def test_a_number_with_which_nothing_could_be_computed(
-    refused: Refused, config: Path, override: str, field: str
-) -> None:
-    refused(["train", config, override], field)
 
 
 @pytest.mark.parametrize(
@@ -110,22 +102,6 @@ def test_a_run_away_from_the_module_that_it_imports(refused: Refused, tmp_path: 
     (tmp_path / "run" / "config.yaml").write_text(f"imports: [{module}]\n")
     where = f"start from the directory that holds {module.partition('.')[0]}, or put that directory on PYTHONPATH"
     refused(["evaluate", tmp_path / "run"], f"the module '{module}'", str(tmp_path), where)
-
-
-def test_all_faults_are_named_at_once(refused: Refused, config: Path) -> None:
-    refused(["train", config, "seed=-1", "model.experts.dropout=2"], "seed=-1", "model.experts.dropout=2")
-
-
-@pytest.mark.parametrize(
-    ("override", "part"),
-    [
-        ("train.max_steps", "'train.max_steps' is not of the form key=value"),
-        ("=5", "'=5' is not of the form key=value"),
-        ("seed=[1,", "'seed=[1,' is not YAML"),
-    ],
-)
-def test_an_override_that_cannot_be_read(refused: Refused, config: Path, override: str, part: str) -> None:
-    refused(["train", config, override], part)
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,21 @@ from tests.data.tiny_latest_small import write_tiny_latest_small
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.text_runs import write_encoder
 
+Fetch = Callable[..., list[str]]
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+
+@pytest.fixture
+def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fetch:
+    """Fetch by name, from a root, with other options, into an empty cache; return the lines that are said."""
     monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+
+    def fetch(name: str, root: Path, *options: object) -> list[str]:
+        assert main(["data", "fetch", name, "--data-root", str(root), *map(str, options)]) == 0
+        if name != "brown":
+            assert list((tmp_path / "cache" / name).glob("*/manifest.json"))
+        return capsys.readouterr().out.splitlines()
+
+    return fetch
 
 
 def test_all_data_sets_can_be_fetched() -> None:
@@ -42,17 +52,10 @@ def test_all_data_sets_can_be_fetched() -> None:
     ],
 )
 def test_one_line_says_what_there_is(
-    tmp_path: Path,
-    cache: Path,
-    name: str,
-    write: Callable[[Path], Path],
-    said: str,
-    capsys: pytest.CaptureFixture[str],
+    fetch: Fetch, tmp_path: Path, name: str, write: Callable[[Path], Path], said: str
 ) -> None:
-    assert main(["data", "fetch", name, "--data-root", str(write(tmp_path / "root"))]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = fetch(name, write(tmp_path / "root"))
     assert line.startswith(f"{name}: {said}")
-    assert list((cache / name).glob("*/manifest.json"))
 
 
 def test_an_encoder_is_for_labelled_texts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,31 +63,26 @@ def test_an_encoder_is_for_labelled_texts_alone(tmp_path: Path, capsys: pytest.C
     assert f"--encoder={tmp_path} is for texts that a BERT reads, and brown" in capsys.readouterr().err
 
 
-def test_a_table_of_the_domains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = write_tiny_text(tmp_path / "root", count=60)
-    assert main(["data", "fetch", "brown", "--data-root", str(root)]) == 0
-    title, *domains, last = capsys.readouterr().out.splitlines()
+def test_a_table_of_the_domains(fetch: Fetch, tmp_path: Path) -> None:
+    title, *domains, last = fetch("brown", write_tiny_text(tmp_path / "root", count=60))
     assert title.split() == ["domain", "documents", "MB", "tokens:", "train", "val", "test"]
     assert [line.split()[:2] for line in domains] == [["letters", "60"], ["numbers", "60"], ["sea", "60"]]
     assert last.startswith("brown: 3 domains, ")
 
 
-def test_texts_are_cut_by_the_tokenizer_of_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_are_cut_by_the_tokenizer_of_an_encoder(fetch: Fetch, tmp_path: Path) -> None:
     encoder, root = write_encoder(tmp_path / "encoder"), write_messages(tmp_path / "root")
-    assert main(["data", "fetch", "sms-spam", "--data-root", str(root), "--encoder", str(encoder)]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = fetch("sms-spam", root, "--encoder", encoder)
     assert line.startswith("sms-spam: 2 classes, ")
     assert line.endswith(" tokens, to train on 64, to validate 8, to test 8")
-    assert list((tmp_path / "cache" / "sms-spam").glob("*/manifest.json"))
 
 
-def test_questions_and_their_windows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_and_their_windows_are_counted(fetch: Fetch, tmp_path: Path) -> None:
     encoder, root = write_encoder(tmp_path / "encoder"), shutil.copytree(SAMPLES / "SQuAD", tmp_path / "root")
     content = json.loads((root / DEV_FILE).read_text())
     content["data"][0]["paragraphs"][0]["context"] += 150 * " and"  # in two windows of 384 tokens
     (root / DEV_FILE).write_text(json.dumps(content))
-    assert main(["data", "fetch", "squad-v2", "--data-root", str(root), "--encoder", str(encoder)]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = fetch("squad-v2", root, "--encoder", encoder)
     assert line.startswith("squad-v2: questions to train on 1")
     assert line.endswith(" windows, to validate 2 in 2 windows, to test 3 in 6 windows")
 

@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import run_here
-from tests.helpers.runs import write_config
 from tests.planning.scale.machines import PLAIN
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_data: dict[str, str]) -> Path:
-    return write_config(tmp_path, tiny_data)
 
 
 def test_a_row_for_every_size_and_exchange(config: Path, tmp_path: Path) -> None:
@@ -61,9 +55,6 @@ def test_mistakes_are_named(config: Path, arguments: list[str], words: list[str]
     assert done.code == 2
     for word in words:
         assert word in done.err
-
-
-def test_without_a_configuration() -> None:
-    done = run_here(["plan", "--nodes", "2"])
-    assert done.code == 2
-    assert "CONFIG: required" in done.err
+    without = run_here(["plan", "--nodes", "2"])
+    assert without.code == 2
+    assert "CONFIG: required" in without.err

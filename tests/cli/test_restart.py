@@ -13,11 +13,9 @@ import pytest
 
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
 from dist_moe.engine.health.heartbeats import read_heartbeat
-from tests.helpers.commands import finish, start, succeed, wait_for_steps
+from tests.helpers.commands import finish, signalled, start, succeed, wait_for_steps
 from tests.helpers.pool import free_port, on_ranks
-from tests.helpers.runs import largest_difference, records_of, tensors_of, write_config
-from tests.helpers.same_run import assert_same_end
-from tests.helpers.signals import signalled
+from tests.helpers.runs import assert_same_end, largest_difference, records_of, tensors_of, write_config
 
 from .conftest import Refused
 

@@ -23,16 +23,16 @@ TABLE = "moe.permutation.table|buffer"
 SCRAMBLED = torch.tensor([[[3, 2, 1, 0]]])
 
 
-@pytest.fixture
-def config(tmp_path: Path, tiny_data: dict[str, str]) -> Path:
-    return write_config(tmp_path, tiny_data, train={"max_steps": 60})
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
+    return write_config(tmp_path_factory.mktemp("search"), tiny_data, train={"max_steps": 60})
 
 
-@pytest.fixture
-def run(config: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def run(config: Path) -> Path:
     """A trained run whose table is then scrambled in its checkpoint."""
-    succeed(1, "train", config, "--run-dir", tmp_path / "trained")
-    return with_buffer(tmp_path / "trained", tmp_path / "scrambled", "table", SCRAMBLED)
+    succeed(1, "train", config, "--run-dir", config.with_name("trained"))
+    return with_buffer(config.with_name("trained"), config.with_name("scrambled"), "table", SCRAMBLED)
 
 
 def with_buffer(trained: Path, scrambled: Path, name: str, buffer: Tensor) -> Path:

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 
 from dist_moe.engine.checkpoint.files import newest_checkpoint, verify_checkpoint
-from dist_moe.engine.monitor.phase_seconds import FIGURES_OF_THE_MACHINE
-from tests.helpers.commands import Outcome, finish, start, succeed, wait_for_steps
+from dist_moe.engine.monitor.step_window import MACHINE_METRICS
+from tests.helpers.commands import Outcome, finish, signalled, start, succeed, wait_for_steps
 from tests.helpers.pool import free_port, on_ranks
-from tests.helpers.runs import records_of, tensors_of, write_config
-from tests.helpers.same_run import assert_same_end
-from tests.helpers.signals import signalled
+from tests.helpers.runs import assert_same_end, records_of, tensors_of, write_config
 
 STEPS, STAGE_STEPS, STEPS_PER_EPOCH = 45, 38, 90
 
@@ -46,9 +44,7 @@ def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def steps_and_what_they_gave(run: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in record.items() if key not in FIGURES_OF_THE_MACHINE} for record in records_of(run)
-    ]
+    return [{key: value for key, value in record.items() if key not in MACHINE_METRICS} for record in records_of(run)]
 
 
 def assert_same_run(run: Path, reference: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from dist_moe.cli.main import _parse
-from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.deepspeed.config import import_deepspeed
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)

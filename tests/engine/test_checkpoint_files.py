@@ -17,7 +17,6 @@ from dist_moe.engine.checkpoint.files import (
     checkpoints_of,
     complete_directories,
     drop_after,
-    drop_old,
     newest_checkpoint,
     newest_good_checkpoint,
     partial_directory,
@@ -49,19 +48,6 @@ def test_published_checkpoints_verify(tmp_path: Path) -> None:
     assert set(manifest.files) == {"a.bin", "b.bin"}
 
 
-def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
-    for step in (1000, 999, 12_000):
-        write(tmp_path, step)
-    assert steps_of(tmp_path) == ["step-00000999", "step-00001000", "step-00012000"]
-
-
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in range(1, 6):
-        write(tmp_path, step)
-    drop_old(tmp_path, 2)
-    assert steps_of(tmp_path) == ["step-00000004", "step-00000005"]
-
-
 def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -89,29 +75,23 @@ def test_an_altered_file_is_named(tmp_path: Path, name: str, damage: Callable[[P
     assert str(directory / name) in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"step": 1}', '{"step": 1, "files": {}, "x": 1}'])
-def test_a_manifest_that_cannot_be_read(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "{}", '{"step": 1}', '{"step": 1, "files": {}, "x": 1}', "99"]
+)
+def test_a_manifest_that_cannot_be_read(tmp_path: Path, content: str | None) -> None:
+    """Missing, torn, or (99) of another format."""
     directory = write(tmp_path, 1)
-    (directory / MANIFEST).write_text(content)
+    manifest = directory / MANIFEST
+    if content == "99":
+        content = json.dumps(json.loads(manifest.read_text()) | {"format_version": 99})
+    manifest.unlink()
+    if content is not None:
+        manifest.write_text(content)
     with pytest.raises(UserError) as error:
         verify_checkpoint(directory)
     assert str(directory) in str(error.value)
     assert MANIFEST in str(error.value)
-
-
-def test_a_missing_manifest(tmp_path: Path) -> None:
-    directory = write(tmp_path, 1)
-    (directory / MANIFEST).unlink()
-    with pytest.raises(UserError, match=MANIFEST):
-        verify_checkpoint(directory)
-
-
-def test_a_manifest_of_another_format(tmp_path: Path) -> None:
-    directory = write(tmp_path, 1)
-    manifest = json.loads((directory / MANIFEST).read_text())
-    (directory / MANIFEST).write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(UserError, match="format_version=99"):
-        verify_checkpoint(directory)
+    assert ("format_version=99" in str(error.value)) == ("99" in (content or ""))
 
 
 def test_a_file_that_the_manifest_does_not_know(tmp_path: Path) -> None:
@@ -127,9 +107,9 @@ def test_the_last_good_one_is_found(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(root, step)
     cut_short(root / "step-00000003" / "a.bin")
-    directory, faults = newest_good_checkpoint(tmp_path)
+    directory, errors = newest_good_checkpoint(tmp_path)
     assert directory.name == "step-00000002"
-    assert [str(root / "step-00000003" / "a.bin") in str(fault) for fault in faults] == [True]
+    assert [str(root / "step-00000003" / "a.bin") in str(error) for error in errors] == [True]
     with pytest.raises(UserError, match=r"a\.bin"):
         newest_checkpoint(tmp_path)
 
@@ -184,10 +164,11 @@ def test_nothing_is_visible_before_it_is_flushed(tmp_path: Path, monkeypatch: py
 
 
 def test_checkpoints_of_steps_to_be_done_again_go(tmp_path: Path) -> None:
-    for step in (5, 10, 15):
+    for step in (1000, 12_000, 999):
         write(tmp_path, step)
-    drop_after(tmp_path, 10)
-    assert steps_of(tmp_path) == ["step-00000005", "step-00000010"]
+    assert steps_of(tmp_path) == ["step-00000999", "step-00001000", "step-00012000"]
+    drop_after(tmp_path, 1000)
+    assert steps_of(tmp_path) == ["step-00000999", "step-00001000"]
     drop_after(tmp_path / "nowhere", 0)
 
 

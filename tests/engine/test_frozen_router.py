@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.gates import SMoEDropout
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.distillation import DHKDConfig
+from tests.helpers.parity import owned_numbers
 from tests.helpers.pool import on_ranks
 from tests.helpers.students import EXPERTS, UNITS, Student, objective_of, student_engine, take_step
 
@@ -38,16 +37,7 @@ def trained(ep: int, stage: int) -> tuple[list[Tensor], list[Tensor], set[str], 
                 active.append(take_step(engine, objective, step)["active_experts"])
                 student.end_step(skipped=False)
             after = [student.gate.weight.clone(), student.gate.bias.clone()]
-            return before, after, set(read_parameter_state(engine).tensors), _in_buckets(engine), active
-
-
-def _in_buckets(engine: Any) -> int:
-    """Numbers whose gradients are reduced and which are stepped: this rank's part of them at ZeRO stages 1 to 3."""
-    if engine.shards_parameters:
-        return sum(flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat)
-    if engine.zero_optimization():
-        return sum(parameter.numel() for group in engine.optimizer.bit16_groups for parameter in group)
-    return sum(parameter.numel() for group in engine.optimizer.param_groups for parameter in group["params"])
+            return before, after, set(read_parameter_state(engine).tensors), owned_numbers(engine), active
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

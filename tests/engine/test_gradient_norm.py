@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.engine.deepspeed.engine import global_grad_norm
-from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from tests.helpers.pool import on_ranks
@@ -19,6 +19,7 @@ from tests.helpers.toys import Toy, toy_engine
 SLOPES = [2.0, 4.0, 6.0, 8.0]
 NORM_OF_EXPERTS = math.sqrt(120)
 STAGES = [0, 1, 2, 3]
+LIMITS = [0.0, 1.0, 5.0, 100.0]
 
 
 def norms_of_gradients_by_hand() -> tuple[float, float]:
@@ -45,46 +46,40 @@ def test_norm_of_experts_on_two_ranks() -> None:
 Step = tuple[float, Tensor, Tensor]
 
 
-def one_step(ep: int, stage: int, clipping: float, slope: float) -> Step:
-    """SGD at learning rate 1: what a step subtracts is the clipped gradient. Experts' slopes are the
+def clipped_steps(ep: int, stage: int, slope: float) -> list[Step]:
+    """For each limit a step of SGD at learning rate 1, which subtracts the clipped gradient. Experts' slopes are the
     same on all ranks and sum over them, hence the division."""
-    section = {
-        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
-        "zero_optimization": {"stage": stage},
-        "gradient_clipping": clipping,
-    }
-    with (
-        process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=ep)) as groups,
-        toy_engine(groups, 4, **section) as engine,
-    ):
-        slope_E = [value * ep for value in SLOPES]
-        engine.backward(engine(slope, slope_E))
-        engine.step()
-        model: Toy = engine.module
-        before = 100.0 + torch.tensor(model.experts.expert_ids)
-        return engine.grad_norm, 10.0 - model.dense.detach(), before - model.experts.weight.detach().squeeze(1)
+    steps = []
+    with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=ep)) as groups:
+        for limit in LIMITS:
+            section = {
+                "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+                "zero_optimization": {"stage": stage},
+                "gradient_clipping": limit,
+            }
+            with toy_engine(groups, 4, **section) as engine:
+                engine.backward(engine(slope, [value * ep for value in SLOPES]))
+                engine.step()
+                model: Toy = engine.module
+                before = 100.0 + torch.tensor(model.experts.expert_ids)
+                moved = 10.0 - model.dense.detach(), before - model.experts.weight.detach().squeeze(1)
+                steps.append((engine.grad_norm, *moved))
+    return steps
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_engine_reports_it(stage: int) -> None:
-    """Experts of slopes {2, 4} on rank 0 and {6, 8} on rank 1, and no dense gradient: sqrt(4 + 16 + 36 + 64)."""
-    for norm, _, _ in on_ranks(2, one_step, 2, stage, 0.0, 0.0):
-        assert norm == pytest.approx(10.954451, abs=1e-6)
-
-
-@pytest.mark.parametrize("clipping", [0.0, 1.0, 5.0, 100.0])
+@pytest.mark.parametrize("slope", [0.0, 3.0])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2), (2, 1)])
-def test_a_step_is_clipped_by_the_true_norm(world_size: int, ep: int, stage: int, clipping: float) -> None:
-    slope = 3.0
+def test_a_step_is_clipped_by_the_true_norm(world_size: int, ep: int, stage: int, slope: float) -> None:
     norm = math.sqrt(120 + slope**2)
-    scale = min(1.0, clipping / norm) if clipping else 1.0
-    steps: list[Step] = on_ranks(world_size, one_step, ep, stage, clipping, slope)
-    moved_E = torch.cat([moved for _, _, moved in steps[:ep]])
-    for reported, moved, _ in steps:
-        assert reported == pytest.approx(norm, rel=1e-6)
-        assert moved.item() == pytest.approx(slope * scale, abs=2e-5)
-    torch.testing.assert_close(moved_E, scale * torch.tensor(SLOPES), rtol=0, atol=2e-5)
+    by_rank = on_ranks(world_size, clipped_steps, ep, stage, slope)
+    for limit, *steps in zip(LIMITS, *by_rank, strict=True):
+        scale = min(1.0, limit / norm) if limit else 1.0
+        moved_E = torch.cat([moved for _, _, moved in steps[:ep]])
+        for reported, moved, _ in steps:
+            assert reported == pytest.approx(norm, rel=1e-6)
+            assert moved.item() == pytest.approx(slope * scale, abs=2e-5)
+        torch.testing.assert_close(moved_E, scale * torch.tensor(SLOPES), rtol=0, atol=2e-5)
 
 
 def idle_expert(ep: int, section: dict[str, Any]) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dist_moe.engine.checkpoint.format import expert_ids_by_parameter
 from dist_moe.engine.deepspeed import migration
+from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.migration import migrate, state_bytes_per_expert
 from dist_moe.engine.deepspeed.parameter_state import read_parameter_state
-from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.parallel import Placement
 from dist_moe.recipes.recipe import plan_new_run

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_moe.engine.checkpoint import place_weights, read_model, write_first_checkpoint, write_model
 from dist_moe.engine.checkpoint.files import step_directory
-from dist_moe.engine.checkpoint.loading import save_checkpoint
+from dist_moe.engine.checkpoint.loading import load_checkpoint
 from dist_moe.engine.deepspeed.migration import migrate
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
@@ -21,6 +21,7 @@ from dist_moe.experts import DenseReLUBank
 from dist_moe.parallel import EmulatedWorld, Placement, SingleWorld
 from tests.helpers.parity import EXPERTS, Cell, engine_of, micro_batches, small_model, take_step
 from tests.helpers.pool import on_ranks
+from tests.helpers.runs import save_checkpoint
 
 
 class Share(nn.Module):
@@ -147,6 +148,27 @@ def train_and_save(stage: int, root: Path) -> Tensor:
             prediction: Tensor = engine(*batch.inputs).predictions[0].clone()
         engine.destroy()
         return prediction
+
+
+def load_unmasked(root: Path) -> str:
+    """Load into an open gate what a masked one saved; the refusal."""
+    cell = Cell(1, 1, 1)
+    with process_groups(LaunchEnvironment.read(), ParallelConfig()) as groups:
+        masked, unmasked = engine_of(cell, groups), engine_of(cell, groups)
+        masked.module.moe.gates[0].allow(torch.arange(EXPERTS) > 0)
+        save_checkpoint(masked, root, 1, keep=1)
+        before = {name: tensor.clone() for name, tensor in everything(unmasked.module).items()}
+        with pytest.raises(UserError) as error:
+            load_checkpoint(unmasked, step_directory(root, 1))
+        assert all(tensor.equal(before[name]) for name, tensor in everything(unmasked.module).items())
+        masked.destroy()
+        unmasked.destroy()
+        return str(error.value)
+
+
+def test_a_mask_that_the_model_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    (refusal,) = on_ranks(1, load_unmasked, tmp_path)
+    assert "is not one of this model: the model has no moe.gates.0.allowed_E" in refusal
 
 
 @pytest.mark.parametrize("stage", [1, 3])

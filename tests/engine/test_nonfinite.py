@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.health.nonfinite import SkippedSteps, first_fault
+from dist_moe.engine.health.nonfinite import SkippedSteps, first_nonfinite
 
 
 class Root(nn.Module):
@@ -34,37 +34,37 @@ class Net(nn.Module):
         return self.last(self.root(self.first(x)))
 
 
-def fault_of(net: Net, x: Tensor, target: float = 0.0) -> str:
+def nonfinite_of(net: Net, x: Tensor, target: float = 0.0) -> str:
     def compute() -> tuple[Tensor, Mapping[str, Tensor]]:
         loss = (net(x) - target).abs().mean()
         return loss, {"total_loss": loss, "mae": loss}
 
-    return "; ".join(fault.what for fault in first_fault(net, [compute], rank=0))
+    return "; ".join(value.what for value in first_nonfinite(net, [compute], rank=0))
 
 
 def test_nothing_to_find() -> None:
-    assert fault_of(Net(), torch.ones(3, 2)) == ""
+    assert nonfinite_of(Net(), torch.ones(3, 2)) == ""
 
 
 def test_the_first_output_in_the_order_of_the_pass() -> None:
-    assert fault_of(Net(), torch.tensor([[1.0, math.nan]])) == "the output of first"
-    assert fault_of(Net(), -torch.ones(1, 2)) == "the output of root"
+    assert nonfinite_of(Net(), torch.tensor([[1.0, math.nan]])) == "the output of first"
+    assert nonfinite_of(Net(), -torch.ones(1, 2)) == "the output of root"
 
 
 def test_a_parameter_comes_before_what_it_spoils() -> None:
     net = Net()
     with torch.no_grad():
         net.last.bias.fill_(math.inf)
-    assert fault_of(net, torch.ones(1, 2)) == "the parameter last.bias"
+    assert nonfinite_of(net, torch.ones(1, 2)) == "the parameter last.bias"
 
 
 def test_a_loss_of_finite_outputs() -> None:
-    assert fault_of(Net(), torch.ones(1, 2), math.nan).startswith("the loss mae, though")
+    assert nonfinite_of(Net(), torch.ones(1, 2), math.nan).startswith("the loss mae, though")
 
 
 def test_the_first_gradient_in_the_order_of_the_backward_pass() -> None:
     """sqrt'(0) spoils its own factor, then what is below it, and leaves the layer above alone."""
-    assert fault_of(Net(), torch.zeros(1, 2)) == "the gradient of root.scale"
+    assert nonfinite_of(Net(), torch.zeros(1, 2)) == "the gradient of root.scale"
 
 
 @pytest.mark.parametrize(

@@ -66,15 +66,15 @@ def all_cells(ranks: int, ep: int) -> list[Cell]:
     ]
 
 
-def faults(cells: list[Cell]) -> Iterator[str]:
-    """What is wrong with the cells of one layout, on any rank."""
+def errors_of(cells: list[Cell]) -> Iterator[str]:
+    """Errors of the cells of one layout, on any rank."""
     for rank, courses in enumerate(on_ranks(cells[0].ranks, run_cells, cells)):
         for cell, course in zip(cells, courses, strict=True):
-            for fault in _faults_of(cell, course):
-                yield f"{cell}, rank {rank}: {fault}"
+            for error in _errors_of_cell(cell, course):
+                yield f"{cell}, rank {rank}: {error}"
 
 
-def _faults_of(cell: Cell, course: Course) -> Iterator[str]:
+def _errors_of_cell(cell: Cell, course: Course) -> Iterator[str]:
     wanted = reference(cell.clipping, cell.bf16)
     for step, (norm, true) in enumerate(zip(course.norms, wanted.norms, strict=True)):
         if not abs(norm - true) <= (0.01 if cell.bf16 else 1e-5) * true:
@@ -92,19 +92,19 @@ def _faults_of(cell: Cell, course: Course) -> Iterator[str]:
 
 @pytest.mark.parametrize("layout", sorted({(cell.ranks, cell.ep) for cell in FAST}), ids=str)
 def test_some_cells(layout: tuple[int, int]) -> None:
-    assert list(faults([cell for cell in FAST if (cell.ranks, cell.ep) == layout])) == []
+    assert list(errors_of([cell for cell in FAST if (cell.ranks, cell.ep) == layout])) == []
 
 
 @pytest.mark.parametrize("ep", [1, 2])
 def test_options_change_nothing(ep: int) -> None:
-    assert list(faults([cell for cell in OPTIONS if cell.ep == ep])) == []
+    assert list(errors_of([cell for cell in OPTIONS if cell.ep == ep])) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_all_cells(layout: tuple[int, int], stage: int) -> None:
-    assert list(faults([cell for cell in all_cells(*layout) if cell.stage == stage])) == []
+    assert list(errors_of([cell for cell in all_cells(*layout) if cell.stage == stage])) == []
 
 
 def test_the_matrix_is_complete() -> None:
@@ -115,7 +115,7 @@ def test_the_matrix_is_complete() -> None:
 
 
 def test_the_reference_clips_and_rounds() -> None:
-    """Else the cells would agree for want of anything to agree on."""
+    """Else the cells would agree for lack of anything to differ in."""
     assert min(reference(clipping=True).norms) > 1
     plain, clipped, rounded = (reference(False), reference(True), reference(False, bf16=True))
     name = "moe.experts.weight|0"

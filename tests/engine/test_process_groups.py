@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, number_names, process_groups
+from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.errors import UserError
 from dist_moe.parallel import SingleWorld
 from tests.helpers.pool import on_ranks
@@ -93,10 +93,6 @@ def test_levels_are_opened_on_four_ranks(
 def test_neighbours_on_a_node_in_every_group(expert_parallel_size: int, node_of_rank: list[int], expected: int) -> None:
     groups = ProcessGroups(LaunchEnvironment(), expert_parallel_size, SingleWorld(), True, node_of_rank)
     assert groups.ranks_per_node == expected
-
-
-def test_names_are_numbered_as_they_appear() -> None:
-    assert number_names(["b", "b", "a", "b", "c"]) == [0, 0, 1, 0, 2]
 
 
 def test_nodes_of_the_launcher_that_do_not_fit_are_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:

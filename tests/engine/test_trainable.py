@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dist_moe.engine.checkpoint import place_weights, read_model
 from dist_moe.engine.checkpoint.files import step_directory
 from dist_moe.engine.checkpoint.format import expert_ids_by_parameter
-from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights, save_checkpoint
+from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.migration import migrate, state_bytes_per_expert
@@ -31,7 +31,9 @@ from dist_moe.layer import BatchNormOverRanks, MoE
 from dist_moe.models import MoEModel
 from dist_moe.parallel import Placement, SingleWorld, World, experts_of_rank, sum_over_ranks
 from dist_moe.search import PermutationSearch
+from tests.helpers.parity import owned_numbers
 from tests.helpers.pool import on_ranks
+from tests.helpers.runs import save_checkpoint
 
 DIM, UNITS, EXPERTS, BATCH, STEPS, RANKS = 5, 6, 4, 24, 5, 2
 ADAM = {"lr": 0.02, "eps": 1e-3, "weight_decay": 0.1}  # with this eps the size of a gradient matters
@@ -179,14 +181,6 @@ def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not one[name].equal(other[name])]
 
 
-def owned_by_optimizer(engine: ExpertParallelEngine) -> int:
-    if engine.shards_parameters:
-        return sum(flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat)
-    if engine.zero_optimization():
-        return sum(p.numel() for group in engine.optimizer.bit16_groups for p in group)
-    return sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])
-
-
 def train_part(part: str, stage: int, groups: ProcessGroups, root: Path) -> Trained:
     model = Layers(groups.world, dropout_of(part))
     with hold_still(model, PARTS[part]):
@@ -194,7 +188,7 @@ def train_part(part: str, stage: int, groups: ProcessGroups, root: Path) -> Trai
         before = state_of(engine)
         for step in range(STEPS):
             step_with(engine, step)
-        after, owned = state_of(engine), owned_by_optimizer(engine)
+        after, owned = state_of(engine), owned_numbers(engine)
         states = {name: list(tensors) for name, tensors in read_parameter_state(engine).tensors.items()}
         expert_bytes = state_bytes_per_expert(engine, model.moe)
         save_checkpoint(engine, root, STEPS, keep=1)

@@ -14,10 +14,8 @@ import pytest
 
 from dist_moe.cli.main import main
 from dist_moe.data.batches import ShuffledFeed
-from dist_moe.engine.health.activity import Activity
-from dist_moe.engine.health.heartbeats import Heartbeat, Observer, Process, read_heartbeat, write_heartbeat
-from dist_moe.engine.health.stall_verdict import Sighting, Verdict, judge
-from dist_moe.engine.health.watchdog import EXIT_STALLED
+from dist_moe.engine.health.heartbeats import Activity, Heartbeat, Observer, Process, read_heartbeat, write_heartbeat
+from dist_moe.engine.health.watchdog import EXIT_STALLED, RankReport, StallDiagnosis, diagnose
 from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.errors import UserError
 from dist_moe.tasks.recommendation.task import RecommendationTask
@@ -185,15 +183,15 @@ WAITING = "all_reduce"
     ],
 )
 def test_who_is_blamed(beats: list[tuple[Any, ...]], silent_s: list[float], blamed: tuple[int, ...]) -> None:
-    sightings = [
-        Sighting(rank, beat(rank, *given), silent)
+    reports = [
+        RankReport(rank, beat(rank, *given), silent)
         for rank, (given, silent) in enumerate(zip(beats, silent_s, strict=True))
     ]
-    assert judge(sightings, stall_s=9).ranks == blamed
+    assert diagnose(reports, stall_s=9).ranks == blamed
 
 
 def test_a_rank_that_never_wrote_is_blamed() -> None:
-    assert judge([Sighting(0, beat(0, 9, 3, WAITING), 0), Sighting(1, None, 9)], 9) == Verdict(
+    assert diagnose([RankReport(0, beat(0, 9, 3, WAITING), 0), RankReport(1, None, 9)], 9) == StallDiagnosis(
         (1,), "no sign of life", True
     )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_moe.cli.main import main
+from dist_moe.engine import training as loop
 from tests.helpers.pool import on_ranks
 
 REPOSITORY = Path(__file__).parents[2]
@@ -86,3 +87,19 @@ def wait_for_steps(run_dir: Path, steps: int, process: subprocess.Popen[str]) ->
         assert process.poll() is None, finish(process).err
         assert time.monotonic() < deadline, f"no {steps} steps in {PATIENCE_S} s"
         time.sleep(0.02)
+
+
+def signalled(number: int, at_step: int, at_rank: int, arguments: list[str]) -> Outcome:
+    """Run the command line; one rank gets a signal as it begins a step (counted from 1)."""
+    seed_step = loop.seed_step
+
+    def seed_and_signal(seed: int, step: int, rank: int) -> None:
+        seed_step(seed, step, rank)
+        if (step + 1, rank) == (at_step, at_rank):
+            os.kill(os.getpid(), number)
+
+    loop.seed_step = seed_and_signal
+    try:
+        return run_here(arguments)
+    finally:
+        loop.seed_step = seed_step

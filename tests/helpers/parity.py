@@ -199,6 +199,15 @@ def masters_of(engine: ExpertParallelEngine) -> Numbers:
     return dict(by_expert(engine.module, {name: tensors[MASTER] for name, tensors in state.tensors.items()}))
 
 
+def owned_numbers(engine: ExpertParallelEngine) -> int:
+    """Numbers that the optimizer steps on this rank: this rank's part of them at ZeRO stages 1 to 3."""
+    if engine.shards_parameters:
+        return sum(flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat)
+    if engine.zero_optimization():
+        return sum(parameter.numel() for group in engine.optimizer.bit16_groups for parameter in group)
+    return sum(parameter.numel() for group in engine.optimizer.param_groups for parameter in group["params"])
+
+
 def by_expert(model: nn.Module, tensors: Numbers) -> Iterator[tuple[str, Tensor]]:
     for name, _, expert_ids in expert_ids_by_parameter(model):
         if expert_ids is None:

@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_moe.engine.checkpoint.files import newest_checkpoint
+from dist_moe.engine.checkpoint.format import TrainingHistory
+from dist_moe.engine.checkpoint.saver import CheckpointSaver
+from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.launch.environment import StopRequest
 from dist_moe.engine.launch.process_groups import process_groups
-from dist_moe.engine.launch.stop_request import StopRequest
 from dist_moe.recipes.recipe import plan_new_run
+from tests.helpers.board import read_board, steps_of
 
 TINY_RUN: dict[str, Any] = {
     "model": {
@@ -46,6 +50,12 @@ def write_yaml(directory: Path, base: dict[str, Any], sections: dict[str, Any]) 
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def save_checkpoint(engine: ExpertParallelEngine, root: Path, step: int, keep: int) -> None:
+    """Write ``root/step-...``, here and now. Collective over all ranks."""
+    saver = CheckpointSaver(engine, in_background=False, failures_allowed=0, say=print)
+    saver.save(root, step, keep, TrainingHistory())
 
 
 def stage_overrides(stage: int) -> list[str]:
@@ -99,3 +109,13 @@ def tensors_of(run_dir: Path) -> dict[str, Tensor]:
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def assert_same_end(run: Path, reference: Path, steps: int) -> None:
+    """Every step is on the board once; tensors of the newest checkpoint and test metrics are equal."""
+    assert steps_of(read_board(run), "loss/task") == list(range(1, steps + 1))
+    ours, theirs = tensors_of(run), tensors_of(reference)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+    tests = [json.loads((path / "summary.json").read_text())["test"] for path in (run, reference)]
+    assert tests[0] == tests[1]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.components import train
 from tests.helpers.commands import REPOSITORY, Outcome, finish, start
 from tests.launch.slurm_stand_ins import write_slurm
 
@@ -96,6 +97,16 @@ def test_a_slurm_job_that_fails_is_tried_again(tmp_path: Path, restarts: int, re
     ran = run_script(text, tmp_path, code=1, restarts=restarts)
     assert (ran.code, ran.requeued) == (1, requeued)
     assert all("--auto-resume" in words for words in ran.words)
+
+
+@pytest.mark.parametrize(("max_retries", "goes_on"), [(0, False), (3, True)])
+def test_a_job_with_retries_resumes_by_itself(max_retries: int, goes_on: bool) -> None:
+    (role,) = train("seed=1", config="a.yaml", run_dir="runs/a", max_retries=max_retries).roles
+    assert role.max_retries == max_retries
+    assert ("--auto-resume" in " ".join(role.args)) == goes_on
+    resumed = " ".join(train("seed=1", resume="runs/a", max_retries=max_retries).roles[0].args)
+    assert "train --resume runs/a seed=1" in " ".join(resumed.split())
+    assert "--auto-resume" not in resumed
 
 
 def test_an_elastic_job(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from dist_moe.engine.checkpoint.files import checkpoints_of, newest_checkpoint, read_manifest
-from dist_moe.engine.checkpoint.loading import load_checkpoint, save_checkpoint
+from dist_moe.engine.checkpoint.loading import load_checkpoint
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.recipes.recipe import plan_resumed_run
 from dist_moe.tasks import build_model
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import losses_of, records_of, stage_overrides, tensors_of, write_config
+from tests.helpers.runs import losses_of, records_of, save_checkpoint, stage_overrides, tensors_of, write_config
 
 Layout = tuple[int, int, int]
 """Ranks, expert-parallel size, ZeRO stage."""

@@ -23,9 +23,9 @@ from dist_moe.engine.checkpoint.files import (
     verify_checkpoint,
 )
 from dist_moe.engine.checkpoint.format import expert_ids_by_parameter
-from dist_moe.engine.checkpoint.loading import load_checkpoint, save_checkpoint
+from dist_moe.engine.checkpoint.loading import load_checkpoint
+from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
-from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.recipes.recipe import load_config, plan_resumed_run
 from dist_moe.tasks import build_model
@@ -35,6 +35,7 @@ from tests.helpers.runs import (
     largest_difference,
     losses_of,
     records_of,
+    save_checkpoint,
     stage_overrides,
     tensors_of,
     write_config,

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, newest_checkpoint
-from tests.helpers.commands import Outcome, dist_moe, succeed
+from tests.helpers.commands import Outcome, dist_moe, signalled, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import records_of, summary_of, tensors_of, write_config
-from tests.helpers.signals import signalled
 
 EVERY, PATIENCE, MOST = 5, 3, 40
 

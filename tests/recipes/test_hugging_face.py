@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dist_moe.engine.checkpoint import place_weights, read_model
 from dist_moe.engine.checkpoint.files import checkpoints_of, newest_checkpoint
-from dist_moe.engine.checkpoint.loading import load_checkpoint, save_checkpoint
+from dist_moe.engine.checkpoint.loading import load_checkpoint
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.parallel import SingleWorld
@@ -20,7 +20,7 @@ from dist_moe.recipes.recipe import load_config, plan_resumed_run
 from dist_moe.tasks import build_model
 from tests.helpers.commands import run_here, succeed
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import losses_of, tensors_of
+from tests.helpers.runs import losses_of, save_checkpoint, tensors_of
 from tests.helpers.texts import write_lm_config
 
 transformers = pytest.importorskip("transformers")

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, newest_checkpoint
-from dist_moe.engine.monitor.phase_seconds import FIGURES_OF_THE_MACHINE
-from tests.helpers.commands import succeed
+from dist_moe.engine.monitor.step_window import MACHINE_METRICS
+from tests.helpers.commands import signalled, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import records_of, summary_of, tensors_of, validations_of, write_config
-from tests.helpers.signals import signalled
 
 STEPS, VALIDATE, STOP_AT = 30, 4, 16
 SEARCH = "swap_search={every_epochs: 0.06, examples: 200, least_gain: 0.0}"
@@ -51,8 +50,7 @@ def what_happened(run: Path) -> dict[str, Any]:
     summary = json.loads((run / "summary.json").read_text())
     return {
         "steps": [
-            {key: value for key, value in record.items() if key not in FIGURES_OF_THE_MACHINE}
-            for record in records_of(run)
+            {key: value for key, value in record.items() if key not in MACHINE_METRICS} for record in records_of(run)
         ],
         "validations": validations_of(run),
         "trainer": {key: value for key, value in trainer.items() if key != "training_seconds"},

@@ -16,7 +16,6 @@ import pytest
 from dist_moe.engine import training as loop
 from dist_moe.engine.checkpoint import format as checkpoint_format
 from dist_moe.engine.checkpoint import saver as checkpoint_saver
-from dist_moe.engine.checkpoint import snapshot as checkpoint_snapshot
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint
 from dist_moe.engine.checkpoint.format import TrainingHistory
 from dist_moe.engine.checkpoint.loading import load_checkpoint
@@ -81,7 +80,7 @@ def train_with_slow_writers(arguments: list[str]) -> tuple[Outcome, list[int]]:
     begun: list[int] = []
     taken = [0]
     progress = threading.Condition()
-    write, seed_step = checkpoint_snapshot.write_tensors, loop.seed_step
+    write, seed_step = checkpoint_saver.write_tensors, loop.seed_step
 
     def count(*key: int) -> None:
         with progress:
@@ -96,7 +95,7 @@ def train_with_slow_writers(arguments: list[str]) -> tuple[Outcome, list[int]]:
             begun.append(taken[0] - asked)
         return write(path, tensors)
 
-    with replaced(checkpoint_snapshot, "write_tensors", slow), replaced(loop, "seed_step", count):
+    with replaced(checkpoint_saver, "write_tensors", slow), replaced(loop, "seed_step", count):
         return run_here(arguments), begun
 
 
@@ -139,8 +138,8 @@ def test_one_at_a_time(config: Path, tmp_path: Path) -> None:
 OF_THE_SECOND_RANK = "a file of the second rank"
 FAILING: dict[str, tuple[Any, str, int]] = {
     "no directory": (checkpoint_saver, "_prepare", 0),
-    "a file of the first rank": (checkpoint_snapshot, "write_tensors", 0),
-    OF_THE_SECOND_RANK: (checkpoint_snapshot, "write_tensors", 1),
+    "a file of the first rank": (checkpoint_saver, "write_tensors", 0),
+    OF_THE_SECOND_RANK: (checkpoint_saver, "write_tensors", 1),
     "the trainer's state": (checkpoint_format, "write_json", 0),
     "publication": (checkpoint_saver, "publish", 0),
 }
@@ -230,7 +229,7 @@ def test_a_disk_that_stays_read_only(config: Path, waiting: Path, tmp_path: Path
 
 def train_until_death(at_step: int, arguments: list[str]) -> None:
     """The second rank is gone in the middle of writing its experts."""
-    write = checkpoint_snapshot.write_tensors
+    write = checkpoint_saver.write_tensors
 
     def die(path: Path, tensors: Any) -> str:
         if f"step-{at_step:08d}" in str(path) and os.environ["RANK"] == "1":
@@ -238,7 +237,7 @@ def train_until_death(at_step: int, arguments: list[str]) -> None:
             os._exit(9)
         return write(path, tensors)
 
-    checkpoint_snapshot.write_tensors = die  # the processes are not used again
+    checkpoint_saver.write_tensors = die  # the processes are not used again
     run_here(arguments)
 
 
@@ -282,7 +281,7 @@ def save_with_callbacks(root: Path) -> dict[str, Any]:
     """What callbacks hold changes once a checkpoint has been asked for, and its thread has not begun."""
     states = {"search": {"moves": [1, 2], "best": 0.5}}
     begin = threading.Event()
-    write = checkpoint_snapshot.write_tensors
+    write = checkpoint_saver.write_tensors
 
     def wait_and_write(path: Path, tensors: Any) -> str:
         assert begin.wait(timeout=20)
@@ -292,7 +291,7 @@ def save_with_callbacks(root: Path) -> dict[str, Any]:
     with (
         process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=1)) as groups,
         toy_engine(groups, 4, **section) as engine,
-        replaced(checkpoint_snapshot, "write_tensors", wait_and_write),
+        replaced(checkpoint_saver, "write_tensors", wait_and_write),
     ):
         saver = checkpoint_saver.CheckpointSaver(engine, in_background=True, failures_allowed=0, say=print)
         saver.save(root, 3, 1, TrainingHistory({2: 0.25}, 7.0), states)

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.deepspeed.config import complete_deepspeed_section, import_deepspeed
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
-from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.experts import FeedForwardBank

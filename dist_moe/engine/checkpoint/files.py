@@ -52,12 +52,6 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
     _flush(final.parent)
 
 
-def drop_old(root: Path, keep: int) -> None:
-    """Remove all checkpoints under ``root`` but the newest ``keep``."""
-    for old in complete_directories(root)[:-keep]:
-        shutil.rmtree(old)
-
-
 def drop_after(root: Path, step: int) -> None:
     """Remove the checkpoints of steps that a resumed run does again, and what a dead process left half written."""
     for directory in complete_directories(root):
@@ -137,15 +131,15 @@ def newest_good_checkpoint(run_dir: Path) -> tuple[Path, list[UserError]]:
     Raises UserError if there is none.
     """
     root = checkpoints_of(run_dir)
-    faults: list[UserError] = []
+    errors: list[UserError] = []
     for directory in reversed(complete_directories(root)):
         try:
             verify_checkpoint(directory)
-        except UserError as fault:
-            faults.append(fault)
+        except UserError as error:
+            errors.append(error)
         else:
-            return directory, faults
-    reasons = "; ".join(map(str, faults)) or "none was written"
+            return directory, errors
+    reasons = "; ".join(map(str, errors)) or "none was written"
     raise UserError(f"no usable checkpoint in {root}: {reasons}. Start again with a new --run-dir")
 
 

@@ -30,6 +30,8 @@ from dist_moe.experts import ExpertBank
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 DENSE_FILE = "dense.safetensors"
+EXPERT_FILES = "experts-"
+"""The beginning of the names of files with experts."""
 TRAINER_FILE = "trainer.json"
 BUFFER = "buffer"
 """The state of a buffer; those of a parameter are MASTER and the optimizer's."""
@@ -39,7 +41,7 @@ OWN_DIGEST = "sha256"
 """The manifest's field for its own digest."""
 
 CallbackStates = Mapping[str, dict[str, Any]]
-"""What callbacks hold, by the callback's name, as JSON can hold it."""
+"""The states of callbacks by their names, as JSON can hold them."""
 SavedPlacements = dict[str, dict[str, Any]]
 """Layer name -> ``num_ranks`` and ``expert_of_position``; layers whose experts lie in order are absent."""
 
@@ -54,7 +56,7 @@ class Key:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The inverse of ``str(key)``."""
+        """Return the key that ``str`` gives as ``text``."""
         name, state, *expert = text.split("|")
         return cls(name, state, int(expert[0]) if expert else None)
 
@@ -64,7 +66,7 @@ class Key:
 
 def expert_file(index: int) -> str:
     """Return the name of the ``index``-th file of experts."""
-    return f"experts-{index:05d}.safetensors"
+    return f"{EXPERT_FILES}{index:05d}.safetensors"
 
 
 def expert_ids_by_parameter(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Sequence[int] | None]]:
@@ -109,7 +111,7 @@ class TrainingHistory:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a checkpoint holds besides tensors.
+    """The content of a checkpoint besides tensors.
 
     ``scalars``: the optimizer's, see ParameterState. ``learning_rates``: of its parameter groups, which a schedule
     sets only at its next step. ``validation_losses``, ``training_seconds``: of the run so far, the former by step.

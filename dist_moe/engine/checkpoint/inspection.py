@@ -19,10 +19,10 @@ from dist_moe.errors import UserError
 
 @dataclass(frozen=True)
 class Inspection:
-    """The result of looking into a path. ``text``: for a person. ``faults``: what is damaged."""
+    """The result of looking into a path. ``text``: for a person. ``errors``: what is damaged."""
 
     text: str
-    faults: list[str]
+    errors: list[str]
 
 
 def inspect_path(path: Path) -> Inspection:
@@ -41,15 +41,15 @@ def inspect_path(path: Path) -> Inspection:
 
 
 def _inspect_run(run: Path, directories: list[Path]) -> Inspection:
-    rows, faults = [], []
+    rows, errors = [], []
     last_good: Path | None = None
     for directory in directories:
         name = str(directory.relative_to(run))
         size = _size(sum(file.stat().st_size for file in directory.iterdir()))
         try:
             manifest = verify_checkpoint(directory)
-        except UserError as fault:
-            faults.append(str(fault))
+        except UserError as error:
+            errors.append(str(error))
             rows.append([name, "-", "-", size, "DAMAGED"])
         else:
             rows.append([name, str(manifest.step), _layout(manifest), size, "ok"])
@@ -57,14 +57,14 @@ def _inspect_run(run: Path, directories: list[Path]) -> Inspection:
     text = table(["checkpoint", "step", "written at", "size", "digests"], rows)
     if last_good is not None:
         text += f"\n\n{last_good.relative_to(run)}:\n{_inspect_checkpoint(last_good).text}"
-    return Inspection(text, faults)
+    return Inspection(text, errors)
 
 
 def _inspect_checkpoint(directory: Path) -> Inspection:
     try:
         manifest = verify_checkpoint(directory)
-    except UserError as fault:
-        return Inspection(f"{directory}: DAMAGED", [str(fault)])
+    except UserError as error:
+        return Inspection(f"{directory}: DAMAGED", [str(error)])
     trainer = read_trainer_state(directory)
     entries = CheckpointReader(directory).entries.values()
     numels = [(entry, torch.Size(entry.stacked_shape).numel()) for entry in entries]

@@ -1,4 +1,4 @@
-"""Saving and loading checkpoints of an engine, at any layout."""
+"""Loading checkpoints into an engine, at any layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_moe.engine.checkpoint.files import partial_directory, publish, read_manifest
 from dist_moe.engine.checkpoint.format import (
@@ -18,34 +18,23 @@ from dist_moe.engine.checkpoint.format import (
     DENSE_FILE,
     TRAINER_FILE,
     Key,
+    SavedPlacements,
     TrainerState,
-    TrainingHistory,
     expert_ids_by_parameter,
 )
-from dist_moe.engine.checkpoint.placements import restore_placements
 from dist_moe.engine.checkpoint.reader import CheckpointReader
 from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
-from dist_moe.engine.checkpoint.saver import CheckpointSaver
 from dist_moe.engine.deepspeed.parameter_state import ParameterState, write_parameter_state
 from dist_moe.errors import UserError
+from dist_moe.parallel import Placement
+from dist_moe.search.steps import moe_layers
 
 if TYPE_CHECKING:
     from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 
 
-def save_checkpoint(
-    engine: ExpertParallelEngine, root: Path, step: int, keep: int, history: TrainingHistory | None = None
-) -> None:
-    """Write ``root/step-...``, here and now, and drop all but the newest ``keep``. Collective over all ranks.
-
-    Raises UserError if it cannot be written.
-    """
-    saver = CheckpointSaver(engine, in_background=False, failures_allowed=0, say=print)
-    saver.save(root, step, keep, history or TrainingHistory())
-
-
 def read_trainer_state(directory: Path) -> TrainerState:
-    """Return what a verified checkpoint holds besides tensors."""
+    """Return the content of a verified checkpoint besides tensors."""
     return TrainerState(**json.loads((directory / TRAINER_FILE).read_text()))
 
 
@@ -58,7 +47,7 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
     """
     trainer = read_trainer_state(directory)
     reader = CheckpointReader(directory)
-    restore_placements(engine.module, trainer.placements)
+    _restore_placements(engine.module, trainer.placements)
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     reader.check_states(trained, moments=bool(trainer.scalars))  # it cannot count steps and have no moments
     _copy_tensors(engine, reader, trained, trainer.scalars)
@@ -70,6 +59,17 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
             group["lr"] = learning_rate
     engine.global_steps = trainer.step
     return trainer
+
+
+def _restore_placements(model: nn.Module, saved: SavedPlacements) -> None:
+    """Place the experts of every layer as saved, where that is for as many ranks and experts; else in order."""
+    for name, layer in moe_layers(model).items():
+        placement = Placement.identity(layer.experts.num_experts, layer.world.size)
+        if name in saved:
+            found = Placement(tuple(saved[name]["expert_of_position"]), saved[name]["num_ranks"])
+            if (found.num_experts, found.num_ranks) == (placement.num_experts, placement.num_ranks):
+                placement = found
+        layer.place(placement)
 
 
 def load_weights(engine: ExpertParallelEngine, directory: Path) -> None:
@@ -102,6 +102,7 @@ def copy_with_buffers(source: Path, root: Path, buffers: Mapping[str, Tensor]) -
 def _copy_tensors(
     engine: ExpertParallelEngine, reader: CheckpointReader, with_moments: Collection[str], scalars: dict[str, float]
 ) -> None:
+    reader.check_names(engine.module)
     tensors = {
         name: reader.parameter(name, parameter, expert_ids, moments=name in with_moments)
         for name, parameter, expert_ids in expert_ids_by_parameter(engine.module)

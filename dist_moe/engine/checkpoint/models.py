@@ -50,7 +50,7 @@ from dist_moe.experts import ExpertBank
 
 EXPORT_FORMAT = "dist_moe weights 1"
 ROUTERS = (".gates.", ".permutation.")
-"""Parts of names of parameters that choose experts."""
+"""Parts of the names of parameters that choose experts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +131,14 @@ def weights_of(model: nn.Module) -> ModelWeights:
 def place_weights(model: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[str] = ()) -> None:
     """Copy ``weights``, experts stacked along axis 0 by global id, into a model with any share of the experts.
 
-    Of :class:`ModelWeights` all buffers are copied as well, of other mappings those that are there. ``fresh``: parts
+    All buffers of :class:`ModelWeights` are copied as well, those that are there of other mappings. ``fresh``: parts
     of the names of parameters that keep their first values where ``weights`` has none of them. Parameters without
     storage (of a plan) stay so. Raises UserError naming every parameter that ``weights`` lacks, has in excess or has
     in another shape; nothing is changed then.
     """
     bank_of = {id(p): bank for bank in model.modules() if isinstance(bank, ExpertBank) for p in bank.parameters()}
-    parameters, given = dict(model.named_parameters()), _given(weights)
+    parameters = dict(model.named_parameters())
+    given = weights if isinstance(weights, ModelWeights) else _in_memory(weights)
     places = parameters | dict(model.named_buffers())
     wanted = places if isinstance(weights, ModelWeights) else parameters
     misfits = [f"it has no {name}" for name in wanted.keys() - weights if not any(part in name for part in fresh)]
@@ -262,9 +263,7 @@ def _read_file(path: Path) -> ModelWeights:
     return ModelWeights(kinds, specs, read, path, int(metadata["step"]), configuration, metadata[SEAL])
 
 
-def _given(tensors: Mapping[str, Tensor]) -> ModelWeights:
-    """Return ``tensors`` in memory as weights of unknown kinds."""
-    if isinstance(tensors, ModelWeights):
-        return tensors
+def _in_memory(tensors: Mapping[str, Tensor]) -> ModelWeights:
+    """Return ``tensors`` as weights of unknown kinds."""
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     return ModelWeights({}, specs, lambda name, expert: tensors[name] if expert is None else tensors[name][expert])

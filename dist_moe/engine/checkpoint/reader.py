@@ -69,10 +69,6 @@ class CheckpointReader:
         tensor: Tensor = self._files[self._file_of[key]].get_tensor(str(key))
         return tensor
 
-    def expert_files(self) -> set[str]:
-        """Return the names of the files that hold experts."""
-        return {name for key, name in self._file_of.items() if key.expert is not None}
-
     def check_states(self, trained: Container[str], *, moments: bool) -> None:
         """Raise UserError unless all ``trained`` parameters have the same states: with ``moments``, more than masters.
 
@@ -84,29 +80,35 @@ class CheckpointReader:
             if found != expected or (moments and len(found) < 2):
                 raise self._misfit(f"{name} has no optimizer state but {list(found)}")
 
+    def check_names(self, model: nn.Module) -> None:
+        """Raise UserError naming every parameter and buffer that only one of checkpoint and ``model`` has."""
+        names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
+        misfits = [f"it has no {name}" for name in sorted(names - self.entries.keys())]
+        misfits += [f"the model has no {name}" for name in sorted(self.entries.keys() - names)]
+        if misfits:
+            raise self._misfit("; ".join(misfits))
+
     def parameter(
         self, name: str, like: nn.Parameter, expert_ids: Sequence[int] | None, *, moments: bool = True
     ) -> dict[str, Tensor]:
         """Return master and (where ``moments``) optimizer states of a parameter, on its device, in its whole shape.
 
-        Raises UserError if they are missing or have another shape.
+        Raises UserError if one is missing or has another shape.
         """
-        if name not in self.entries:
-            raise self._misfit(f"it has no parameter {name}")
-        states = self.entries[name].states if moments else (MASTER,)
-        return {state: self._assemble(name, state, like, expert_ids) for state in states}
+        shape = whole_shape(like)
+
+        def whole(state: str) -> Tensor:
+            if expert_ids is None:
+                return self._read_as(Key(name, state), shape).to(like.device)
+            experts = [self._read_as(Key(name, state, expert), shape[1:]) for expert in expert_ids]
+            return torch.stack(experts).to(like.device)
+
+        return {state: whole(state) for state in (self.entries[name].states if moments else (MASTER,))}
 
     def fill_buffers(self, model: nn.Module) -> None:
         """Copy all buffers into ``model``. Raises UserError if one is missing or has another shape."""
         for name, buffer in model.named_buffers():
             buffer.copy_(self._read_as(Key(name, BUFFER), buffer.shape))
-
-    def _assemble(self, name: str, state: str, like: nn.Parameter, expert_ids: Sequence[int] | None) -> Tensor:
-        shape = whole_shape(like)
-        if expert_ids is None:
-            return self._read_as(Key(name, state), shape).to(like.device)
-        experts = [self._read_as(Key(name, state, expert), shape[1:]) for expert in expert_ids]
-        return torch.stack(experts).to(like.device)
 
     def _read_as(self, key: Key, shape: torch.Size) -> Tensor:
         tensor = self.read(key)

@@ -7,15 +7,13 @@ few large files better, or many small ones.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dist_moe.engine.checkpoint.files import partial_directory, publish, step_directory, verify_checkpoint
-from dist_moe.engine.checkpoint.format import Key, expert_file
+from dist_moe.engine.checkpoint.format import EXPERT_FILES, Key, expert_file
 from dist_moe.engine.checkpoint.reader import CheckpointReader
 from dist_moe.engine.checkpoint.safetensors_writer import write_pieces
 from dist_moe.errors import UserError
@@ -39,7 +37,9 @@ def reshard_checkpoint(source: Path, root: Path, expert_files: int) -> Path:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        files = _copy_others(source, reader, manifest.files, partial)
+        files = {name: digest for name, digest in manifest.files.items() if not name.startswith(EXPERT_FILES)}
+        for name in files:
+            shutil.copyfile(source / name, partial / name)
         for index, ids in enumerate(torch.arange(experts).tensor_split(expert_files) if experts else ()):
             files[expert_file(index)] = _write_experts(reader, ids.tolist(), partial / expert_file(index))
         publish(partial, final, replace(manifest, files=files))
@@ -49,27 +49,11 @@ def reshard_checkpoint(source: Path, root: Path, expert_files: int) -> Path:
     return final
 
 
-def _copy_others(source: Path, reader: CheckpointReader, digests: Mapping[str, str], target: Path) -> dict[str, str]:
-    """Copy all files without experts as they are; return their digests."""
-    kept = [name for name in digests if name not in reader.expert_files()]
-    for name in kept:
-        shutil.copyfile(source / name, target / name)
-    return {name: digests[name] for name in kept}
-
-
 def _write_experts(reader: CheckpointReader, ids: list[int], path: Path) -> str:
-    keys = [
-        Key(entry.name, state, expert)
-        for entry in reader.entries.values()
-        if entry.experts is not None
-        for state in entry.states
-        for expert in ids
-    ]
-
-    def piece(key: str) -> tuple[Tensor]:
-        return (reader.read(Key.parse(key)),)
-
-    return write_pieces(path, {str(key): reader.spec(key) for key in keys}, piece)
+    entries = [entry for entry in reader.entries.values() if entry.experts is not None]
+    keys = [Key(entry.name, state, expert) for entry in entries for state in entry.states for expert in ids]
+    specs = {str(key): reader.spec(key) for key in keys}
+    return write_pieces(path, specs, lambda key: (reader.read(Key.parse(key)),))
 
 
 def _compare(reader: CheckpointReader, written: Path) -> None:
@@ -78,9 +62,7 @@ def _compare(reader: CheckpointReader, written: Path) -> None:
     again = CheckpointReader(written)
     if again.entries != reader.entries:
         raise UserError(f"{written} does not hold what its source holds; remove it, and check the disk")
-    for entry in reader.entries.values():
-        for state in entry.states:
-            for key in entry.keys(state):
-                ours, theirs = again.read(key), reader.read(key)
-                if not ours.reshape(-1).view(torch.uint8).equal(theirs.reshape(-1).view(torch.uint8)):
-                    raise UserError(f"{written}: {key} is not what its source holds; remove it, and check the disk")
+    for key in (key for entry in reader.entries.values() for state in entry.states for key in entry.keys(state)):
+        ours, theirs = again.read(key), reader.read(key)
+        if not ours.reshape(-1).view(torch.uint8).equal(theirs.reshape(-1).view(torch.uint8)):
+            raise UserError(f"{written}: {key} is not what its source holds; remove it, and check the disk")

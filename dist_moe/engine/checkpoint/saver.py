@@ -7,17 +7,33 @@ the first rank publishes. So a rank that dies meanwhile, or whose disk is full, 
 
 from __future__ import annotations
 
+import copy
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_moe.engine.checkpoint.files import drop_old, partial_directory, publish, step_directory
-from dist_moe.engine.checkpoint.format import CallbackStates, Manifest, TrainingHistory
-from dist_moe.engine.checkpoint.snapshot import Snapshot, take_snapshot
+from torch import Tensor
+
+from dist_moe.engine.checkpoint.files import complete_directories, partial_directory, publish, step_directory
+from dist_moe.engine.checkpoint.format import (
+    BUFFER,
+    DENSE_FILE,
+    CallbackStates,
+    Key,
+    Manifest,
+    TrainerState,
+    TrainingHistory,
+    expert_file,
+    expert_ids_by_parameter,
+)
+from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
+from dist_moe.engine.deepspeed.parameter_state import ParameterState, read_parameter_state
 from dist_moe.errors import UserError
 from dist_moe.parallel import gather_objects
+from dist_moe.search.steps import moe_layers
 
 if TYPE_CHECKING:
     from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
@@ -40,7 +56,7 @@ class CheckpointSaver:
         self._in_background = in_background
         self._failures_allowed = failures_allowed
         self._say = say
-        self._is_first = engine.process_groups.environment.is_rank_zero
+        self._is_rank_zero = engine.process_groups.environment.is_rank_zero
         self._job: _Job | None = None
         self._failures: list[str] = []
 
@@ -60,7 +76,7 @@ class CheckpointSaver:
         """
         self.settle()
         directory = step_directory(root, step)
-        if errors := gather_errors(run_catching(_prepare, directory) if self._is_first else None):
+        if errors := gather_errors(run_catching(_prepare, directory) if self._is_rank_zero else None):
             self._failed(directory, errors)
             return
         self._job = _Job(take_snapshot(self._engine, step, history, callbacks or {}), directory, keep)
@@ -80,7 +96,7 @@ class CheckpointSaver:
         errors = gather_errors(job.error)
         if not errors:
             files = {name: digest for one in written for name, digest in one.items()}
-            errors = gather_errors(run_catching(job.publish, files) if self._is_first else None)
+            errors = gather_errors(run_catching(job.publish, files) if self._is_rank_zero else None)
         if errors:
             self._failed(job.directory, errors)
         else:
@@ -99,7 +115,7 @@ class CheckpointSaver:
             self._job = None
 
     def _failed(self, directory: Path, errors: list[str]) -> None:
-        if self._is_first:
+        if self._is_rank_zero:
             shutil.rmtree(partial_directory(directory), ignore_errors=True)  # it may hold what the disk lacks
         self._failures.append(f"checkpoint {directory} could not be written: {'; '.join(errors)}")
         if len(self._failures) > self._failures_allowed:
@@ -107,7 +123,7 @@ class CheckpointSaver:
                 f"{self._failures[-1]}. That is {len(self._failures)} in a row, and "
                 f"train.checkpoint_failures_allowed={self._failures_allowed}; {_REMEDY}"
             )
-        if self._is_first:
+        if self._is_rank_zero:
             self._say(f"warning: {self._failures[-1]}; going on, older ones stay as they are")
 
 
@@ -127,17 +143,21 @@ class _Job(threading.Thread):
         self._keep = keep
 
     def run(self) -> None:
+        """Write this rank's files; what goes wrong is kept as ``error``."""
         assert self._snapshot is not None
         self.error = run_catching(self._write, self._snapshot)
         self._snapshot = None  # its memory is free from here on
 
     def wait(self, timeout: float | None = None) -> None:
+        """Wait for the thread, if one was started."""
         if self.ident is not None:
             self.join(timeout)
 
     def publish(self, files: dict[str, str]) -> None:
+        """Make the checkpoint of all ranks' ``files`` visible, and drop old ones."""
         publish(partial_directory(self.directory), self.directory, Manifest(self._step, files, self._layout))
-        drop_old(self.directory.parent, self._keep)
+        for old in complete_directories(self.directory.parent)[: -self._keep]:
+            shutil.rmtree(old)
 
     def _write(self, snapshot: Snapshot) -> None:
         self.digests = snapshot.write(partial_directory(self.directory))
@@ -165,3 +185,79 @@ def run_catching(function: Callable[..., None], *arguments: object) -> str | Non
 def gather_errors(error: str | None) -> list[str]:
     """Return the errors of all ranks, on every rank. Collective over all ranks."""
     return [f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(error)) if one is not None]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A rank's part of a checkpoint.
+
+    ``files``: this rank's tensors by file name and tensor name, in host memory, shared with nobody. ``trainer``: on
+    the first rank. ``layout``: sizes and ZeRO stage of the job, to look at.
+    """
+
+    step: int
+    files: dict[str, dict[str, Tensor]]
+    trainer: TrainerState | None
+    layout: dict[str, int]
+
+    def write(self, directory: Path) -> dict[str, str]:
+        """Write all files and flush them; return their sha256 by name. Needs no other rank. Raises OSError."""
+        digests = {name: write_tensors(directory / name, tensors) for name, tensors in self.files.items()}
+        return digests | (self.trainer.write(directory) if self.trainer else {})
+
+
+def take_snapshot(
+    engine: ExpertParallelEngine, step: int, history: TrainingHistory, callbacks: CallbackStates
+) -> Snapshot:
+    """Copy this rank's part of a checkpoint to host memory. Collective over all ranks."""
+    state = read_parameter_state(engine)
+    groups = engine.process_groups
+    environment = groups.environment
+    files: dict[str, dict[str, Tensor]] = {}
+    trainer = None
+    if environment.is_rank_zero:
+        buffers = {Key(name, BUFFER): buffer for name, buffer in engine.module.named_buffers()}
+        files[DENSE_FILE] = _host_copies(_states(engine, state, of_experts=False) | buffers)
+        schedule = engine.lr_scheduler
+        trainer = TrainerState(
+            step,
+            state.scalars,
+            [float(group["lr"]) for group in engine.optimizer.param_groups],
+            schedule.state_dict() if schedule is not None else None,
+            {str(at): loss for at, loss in history.validation_losses.items()},
+            history.seconds,
+            placements={
+                name: {
+                    "num_ranks": layer.placement.num_ranks,
+                    "expert_of_position": list(layer.placement.expert_of_position),
+                }
+                for name, layer in moe_layers(engine.module).items()
+                if not layer.placement.is_identity
+            },
+            callbacks=copy.deepcopy(dict(callbacks)),
+        )
+    experts = _states(engine, state, of_experts=True) if groups.is_expert_writer else {}
+    if experts:
+        files[expert_file(groups.world.rank)] = _host_copies(experts)
+    layout = {
+        "world_size": environment.world_size,
+        "expert_parallel_size": groups.expert_parallel_size,
+        "zero_stage": engine.zero_optimization_stage(),
+    }
+    return Snapshot(step, files, trainer, layout)
+
+
+def _states(engine: ExpertParallelEngine, state: ParameterState, *, of_experts: bool) -> dict[Key, Tensor]:
+    """Return masters and moments of the dense parameters, or of this rank's experts one by one."""
+    return {
+        Key(name, kind, expert): tensor if expert is None else tensor[index]
+        for name, _, expert_ids in expert_ids_by_parameter(engine.module)
+        if (expert_ids is not None) == of_experts
+        for kind, tensor in state.tensors[name].items()
+        for index, expert in enumerate([None] if expert_ids is None else expert_ids)
+    }
+
+
+def _host_copies(tensors: dict[Key, Tensor]) -> dict[str, Tensor]:
+    """Return copies, of tensors in host memory too: the next step changes them in place."""
+    return {str(key): tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}

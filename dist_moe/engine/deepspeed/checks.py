@@ -1,4 +1,4 @@
-"""What is refused of the user's DeepSpeed configuration, each with its reason, before any group exists.
+"""Refusals of parts of the user's DeepSpeed configuration, each with its reason, before any group exists.
 
 DeepSpeed itself would reject some of it late, ignore some, and compute something wrong with the rest.
 """
@@ -16,27 +16,23 @@ import torch
 from dist_moe.engine.deepspeed.config import (
     DeepSpeedSection,
     complete_deepspeed_section,
+    import_deepspeed,
     is_adam,
     lookup,
     offloads_optimizer,
     uses_torch_adam,
     zero_stage,
 )
-from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.errors import UserError
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """``field``: dotted key. ``when``: whether its value breaks something. ``because``: the sentence."""
+    """A refused value of ``field``, a dotted key. ``when``: whether the value breaks something. ``because``: why."""
 
     field: str
     when: Callable[[Any], bool]
     because: str
-
-
-def _is_set(value: Any) -> bool:
-    return value is not None
 
 
 def _is_false(value: Any) -> bool:
@@ -47,87 +43,80 @@ def _is_on(value: Any) -> bool:
     return bool(value.get("enabled", True) if isinstance(value, dict) else value)
 
 
-_OWN_BATCH = "it follows from train.batch_size, the number of ranks and deepspeed.gradient_accumulation_steps"
+OFFLOADS = ("offload_optimizer", "offload_param")
+_OWN_BATCH = (
+    "it follows from train.batch_size, the number of ranks and deepspeed.gradient_accumulation_steps; "
+    "set train.batch_size"
+)
 _NO_DISK = "it needs a library of the system and is compiled on first use; use cpu, or leave it out"
 _NO_EXPERTS = "DeepSpeed has it for dense models only"
-OFFLOADS = ("offload_optimizer", "offload_param")
+_NO_TIMERS = "its timers do not see the model's outputs"
+
+_SWITCHES_THAT_STAY_OFF = {
+    "zero_optimization.elastic_checkpoint": "DeepSpeed cannot restore it; our checkpoints load at any number of ranks "
+    "without it",
+    "zero_optimization.offload_optimizer.super_offload": "it runs on few GPUs only",
+    "zero_optimization.zero_quantized_weights": _NO_EXPERTS,
+    "zero_optimization.zero_quantized_nontrainable_weights": _NO_EXPERTS,
+    "zero_optimization.zero_quantized_gradients": _NO_EXPERTS,
+    "zero_optimization.round_robin_gradients": "DeepSpeed then takes one parameter's master for another's, and "
+    "checkpoints would be wrong",
+    "zero_optimization.legacy_stage1": "DeepSpeed has dropped it",
+    "bf16.bf16_master_weights_and_grads": "masters are fp32, in checkpoints too",
+    "bf16.bf16_optimizer_states": "moments are fp32, in checkpoints too",
+    "compile.deepcompile": "it compiles passes of its own on first use",
+    "prescale_gradients": "experts are averaged without it",
+    "wall_clock_breakdown": _NO_TIMERS,
+    "flops_profiler.enabled": _NO_TIMERS,
+    "checkpoint.load_universal": "checkpoints are written and read by dist_moe",
+    "expert_parallel": "experts are split by parallel.expert_parallel_size",
+    "tensor_parallel": "tensor parallelism is not supported",
+    "use_data_before_expert_parallelism": "expert-parallel ranks are neighbours here, so that they share a machine",
+}
+_SWITCHES_THAT_STAY_ON = {
+    "managed_gradient_accumulation": "the training loop relies on it",
+    "zero_optimization.contiguous_gradients": "DeepSpeed then computes wrong gradients for experts",
+    "zero_optimization.reduce_scatter": "DeepSpeed needs it for experts",
+    "zero_optimization.compute_grad_norm": "every step records the norm",
+    "bf16.check_grad_overflow": "a step whose gradient is not finite would then be taken",
+}
+_FIELDS_THAT_STAY_UNSET = {
+    "train_batch_size": _OWN_BATCH,
+    "train_micro_batch_size_per_gpu": _OWN_BATCH,
+    "zero_optimization.cpu_offload": "it is a former name; use offload_optimizer: {device: cpu}",
+    "zero_optimization.cpu_offload_param": "it is a former name; use offload_param: {device: cpu}",
+    "activation_checkpointing": "it is for models that call DeepSpeed's own checkpointing; set "
+    "model.activation_checkpointing=true",
+    "zero_optimization.zenflow": "it applies some gradients late; leave it out",
+    "data_types.buffer_dtype": "tables and counts are kept in buffers, as they are; leave it out",
+}
+_NUMBERS_THAT_STAY = {
+    "zero_optimization.offload_optimizer.ratio": (
+        1,
+        "the part on the GPU needs an optimizer that DeepSpeed compiles",
+    ),
+    "zero_optimization.zero_hpz_partition_size": (1, _NO_EXPERTS),
+    "zero_optimization.stage3_module_granularity_threshold": (0, "it would gather gates and experts together"),
+    "gradient_predivide_factor": (1, "experts are averaged without it"),
+    "sequence_parallel_size": (1, "sequence parallelism is not supported"),
+}
+
+
+def _is_not(default: Any) -> Callable[[Any], bool]:
+    return lambda value: bool(value != default)
+
+
 REFUSALS = (
-    Refusal("train_batch_size", _is_set, f"{_OWN_BATCH}; set train.batch_size"),
-    Refusal("train_micro_batch_size_per_gpu", _is_set, f"{_OWN_BATCH}; set train.batch_size"),
-    Refusal("managed_gradient_accumulation", _is_false, "the training loop relies on it; leave it out"),
-    Refusal("gradient_allreduce_op", lambda v: v != "mean", "experts are always averaged; use mean"),
+    *(Refusal(field, _is_on, f"{why}; leave it out") for field, why in _SWITCHES_THAT_STAY_OFF.items()),
+    *(Refusal(field, _is_false, f"{why}; leave it out (true)") for field, why in _SWITCHES_THAT_STAY_ON.items()),
+    *(Refusal(field, _is_not(None), why) for field, why in _FIELDS_THAT_STAY_UNSET.items()),
+    *(Refusal(f, _is_not(n), f"{why}; leave it out ({n})") for f, (n, why) in _NUMBERS_THAT_STAY.items()),
+    *(Refusal(f"zero_optimization.{part}.device", lambda v: v == "nvme", _NO_DISK) for part in OFFLOADS),
+    Refusal("gradient_allreduce_op", _is_not("mean"), "experts are always averaged; use mean"),
     Refusal("zero_optimization.stage", lambda v: v not in (0, 1, 2, 3), "allowed are 0, 1, 2 and 3"),
     Refusal(
-        "zero_optimization.contiguous_gradients",
-        _is_false,
-        "DeepSpeed then computes wrong gradients for experts; leave it out (true)",
+        "data_types.grad_accum_dtype", lambda v: v not in ("fp32", "bf16", "fp16"), "allowed are fp32, bf16 and fp16"
     ),
-    Refusal("zero_optimization.reduce_scatter", _is_false, "DeepSpeed needs it for experts; leave it out (true)"),
-    Refusal(
-        "zero_optimization.elastic_checkpoint",
-        _is_on,
-        "DeepSpeed cannot restore it; our checkpoints load at any number of ranks without it",
-    ),
-    *(Refusal(f"zero_optimization.{part}.device", lambda v: v == "nvme", _NO_DISK) for part in OFFLOADS),
-    Refusal(
-        "zero_optimization.offload_optimizer.ratio",
-        lambda v: v != 1,
-        "the part left on the GPU needs an optimizer that DeepSpeed compiles; leave it out (1: all is offloaded)",
-    ),
-    Refusal(
-        "zero_optimization.offload_optimizer.super_offload", _is_on, "it runs on few GPUs only; leave it out (false)"
-    ),
-    Refusal("zero_optimization.cpu_offload", _is_set, "it is a former name; use offload_optimizer: {device: cpu}"),
-    Refusal("zero_optimization.cpu_offload_param", _is_set, "it is a former name; use offload_param: {device: cpu}"),
-    Refusal("zero_optimization.zero_hpz_partition_size", lambda v: v != 1, f"{_NO_EXPERTS}; leave it out (1)"),
-    Refusal("zero_optimization.zero_quantized_weights", _is_on, f"{_NO_EXPERTS}; leave it out"),
-    Refusal("zero_optimization.zero_quantized_nontrainable_weights", _is_on, f"{_NO_EXPERTS}; leave it out"),
-    Refusal("zero_optimization.zero_quantized_gradients", _is_on, f"{_NO_EXPERTS}; leave it out"),
-    Refusal(
-        "zero_optimization.stage3_module_granularity_threshold",
-        lambda v: v != 0,
-        "it would gather gates and experts together; leave it out (0)",
-    ),
-    Refusal(
-        "zero_optimization.round_robin_gradients",
-        _is_on,
-        "DeepSpeed then takes one parameter's master for another's, and checkpoints would be wrong; leave it out",
-    ),
-    Refusal("zero_optimization.compute_grad_norm", _is_false, "every step records the norm; leave it out (true)"),
-    Refusal("bf16.bf16_master_weights_and_grads", _is_on, "masters are fp32, in checkpoints too; leave it out"),
-    Refusal("bf16.bf16_optimizer_states", _is_on, "moments are fp32, in checkpoints too; leave it out"),
-    Refusal(
-        "activation_checkpointing",
-        _is_set,
-        "it is for models that call DeepSpeed's own checkpointing; set model.activation_checkpointing=true",
-    ),
-    Refusal("compile.deepcompile", _is_on, "it compiles passes of its own on first use; leave it out"),
-    Refusal("zero_optimization.legacy_stage1", _is_on, "DeepSpeed has dropped it; leave it out"),
-    Refusal("zero_optimization.zenflow", _is_set, "it applies some gradients late; leave it out"),
-    Refusal(
-        "bf16.check_grad_overflow",
-        _is_false,
-        "a step whose gradient is not finite would then be taken; leave it out (true)",
-    ),
-    Refusal("prescale_gradients", _is_on, "experts are averaged without it; leave it out"),
-    Refusal("gradient_predivide_factor", lambda v: v != 1, "experts are averaged without it; leave it out"),
-    Refusal("wall_clock_breakdown", _is_on, "its timers do not see the model's outputs; leave it out"),
-    Refusal("flops_profiler.enabled", _is_on, "its timers do not see the model's outputs; leave it out"),
-    Refusal("checkpoint.load_universal", _is_on, "checkpoints are written and read by dist_moe; leave it out"),
-    Refusal("expert_parallel", _is_on, "experts are split by parallel.expert_parallel_size; leave it out"),
-    Refusal("tensor_parallel", _is_on, "tensor parallelism is not supported; leave it out"),
-    Refusal("sequence_parallel_size", lambda v: v != 1, "sequence parallelism is not supported; leave it out"),
-    Refusal(
-        "use_data_before_expert_parallelism",
-        _is_on,
-        "expert-parallel ranks are neighbours here, so that they share a machine; leave it out",
-    ),
-    Refusal(
-        "data_types.grad_accum_dtype",
-        lambda v: v not in ("fp32", "bf16", "fp16"),
-        "allowed are fp32, bf16 and fp16",
-    ),
-    Refusal("data_types.buffer_dtype", _is_set, "tables and counts are kept in buffers, as they are; leave it out"),
     Refusal(
         "gradient_clipping",
         lambda v: isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v < math.inf,
@@ -136,34 +125,15 @@ REFUSALS = (
 )
 
 _MAPPINGS = ("zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params")
+# fmt: off
 _KNOWN_KEYS = (
-    "optimizer",
-    "scheduler",
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "data_types",
-    "torch_autocast",
-    "gradient_clipping",
-    "gradient_accumulation_steps",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "communication_data_type",
-    "sparse_gradients",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "flops_profiler",
-    "comms_logger",
-    "activation_checkpointing",
-    "tensorboard",
-    "csv_monitor",
-    "wandb",
-    "compile",
-    "checkpoint",
+    "optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "data_types", "torch_autocast", "gradient_clipping",
+    "gradient_accumulation_steps", "prescale_gradients", "gradient_predivide_factor", "communication_data_type",
+    "sparse_gradients", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler",
+    "comms_logger", "activation_checkpointing", "tensorboard", "csv_monitor", "wandb", "compile", "checkpoint",
     "timers",
 )
+# fmt: on
 _UNSUITED_OPTIMIZERS = ("LBFGS", "SparseAdam", "Muon", "Optimizer")
 _ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 
@@ -254,7 +224,7 @@ def _check_batch(section: DeepSpeedSection, batch_size: int, world_size: int) ->
 
 
 def optimizer_on_one_number(section: DeepSpeedSection) -> torch.optim.Optimizer:
-    """The optimizer, over a single parameter: UserError for what is wrong with its own parameters."""
+    """Return the optimizer over a single parameter; UserError for what is wrong with its own parameters."""
     name, params = section["optimizer"]["type"], section["optimizer"].get("params", {})
     canonical = {"adam": "AdamW", "adamw": "AdamW"}.get(name.lower(), name)
     kind = getattr(torch.optim, canonical, None)

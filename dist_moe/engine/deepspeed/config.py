@@ -1,14 +1,34 @@
-"""The user's DeepSpeed configuration, completed: the sizes that follow from ours, what the CPU needs, the precision."""
+"""DeepSpeed without its surprises, and the user's configuration of it, completed: sizes, CPU, precision."""
 
 from __future__ import annotations
 
 import copy
+import logging
+import os
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 DeepSpeedSection = dict[str, Any]
+
+
+def import_deepspeed() -> Any:
+    """Return the ``deepspeed`` module, quiet, and without the shared-memory op.
+
+    DeepSpeed compiles that op at the first ``init_distributed``: half a minute, a C++ compiler, a
+    lock that hangs later runs if the build is killed, 66 MiB per rank left in /dev/shm. Only tensor
+    parallel inference uses it.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
 
 
 def complete_deepspeed_section(section: DeepSpeedSection, batch_size: int, world_size: int) -> DeepSpeedSection:

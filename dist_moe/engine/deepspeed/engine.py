@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.deepspeed.config import DeepSpeedSection
+from dist_moe.engine.deepspeed.config import DeepSpeedSection, import_deepspeed
 from dist_moe.engine.deepspeed.parameter_state import MASTER, read_state
-from dist_moe.engine.deepspeed.setup import import_deepspeed
 from dist_moe.engine.deepspeed.sharded_parameters import (
     check_groups,
     forget_module,
@@ -47,17 +46,10 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         super().__init__(
             args=None,
             model=model,
-            optimizer=None,
             model_parameters=_trained_groups(model),
-            training_data=None,
-            lr_scheduler=None,
-            mpu=None,
             dist_init_required=False,
-            collate_fn=None,
             config=section,
             config_class=config,
-            mesh_device=None,
-            dont_change_device=False,
         )
         if self.shards_parameters:
             check_groups(model.parameters(), self.group_of)
@@ -116,17 +108,14 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         if not self.zero_optimization():
             self._global_grad_norm = global_grad_norm(self.module, self.process_groups)
             if self.step_was_skipped and self.torch_autocast_z0_gradscaler is None:
-                self._leave_out_step()
+                # Left out as DeepSpeed does by itself at ZeRO stages 1 and 2.
+                self.zero_grad()
+                self.losses = None
+                self.skipped_steps += 1
+                self.global_steps += 1
+                self.global_samples += self.train_batch_size()
                 return
         super()._take_model_step(lr_kwargs)
-
-    def _leave_out_step(self) -> None:
-        """Skip a step whose norm is not finite at stage 0, as DeepSpeed does at ZeRO stages 1 and 2."""
-        self.zero_grad()
-        self.losses = None
-        self.skipped_steps += 1
-        self.global_steps += 1
-        self.global_samples += self.train_batch_size()
 
     def clip_fp32_gradients(self) -> None:
         """Clip at ZeRO stage 0 by the norm of all gradients; DeepSpeed would take the mean of the ranks' norms."""
@@ -137,7 +126,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
 
 
 def _trained_groups(model: nn.Module) -> list[nn.Parameter] | list[dict[str, Any]]:
-    """Return what the optimizer is given: the parameters that train, where they are experts alone in groups.
+    """Return the parameters that train for the optimizer, in groups where they are experts alone.
 
     DeepSpeed would split experts off itself, and fail at ZeRO stages 1 and 2 (0.19.8) on the group of dense
     parameters that stays behind empty.

@@ -1,4 +1,4 @@
-"""Alignment of the gradients of two losses: what of the second one's contradicts the first one's is taken out.
+"""Alignment of the gradients of two losses: the part of the second that contradicts the first is taken out.
 
 Yang et al.: Dual-Head Knowledge Distillation (KDD 2025), as projecting conflicting gradients (Yu et al., NeurIPS
 2020) for two losses of which one leads. With g_1, g_2 the gradients of the whole step over all parameters,
@@ -81,9 +81,7 @@ class GradientAlignment:
         return _Handed.apply((leading + following).detach(), handed, *parameters)
 
     def _merged(self) -> list[Tensor]:
-        for part in self._parts:
-            part.reduce()
-        dense, experts = (part.products() for part in self._parts)
+        dense, experts = [part.reduce() for part in self._parts]
         # Dense gradients are the same on all ranks after reduce(), experts' on the ranks that share them: a sum over
         # the expert-parallel group counts every expert once.
         products_3 = dense + self._world.sum(experts)
@@ -115,16 +113,15 @@ class _Part:
         now_2N = torch.stack(rows) if rows else torch.zeros(2, 0, device=self._device)
         self._sums_2N = now_2N if self._sums_2N is None else self._sums_2N + now_2N
 
-    def reduce(self) -> None:
-        """Average over ranks and micro-batches, as the engine does: sum over those who share, divided by all."""
+    def reduce(self) -> Tensor:
+        """Average over ranks and micro-batches, as the engine does: sum over those who share, divided by all.
+
+        Returns (3,) fp64: <g_2, g_1>, |g_1|^2, |g_2|^2.
+        """
         assert self._sums_2N is not None
         if self._group is not None and dist.get_world_size(self._group) > 1:
             dist.all_reduce(self._sums_2N, group=self._group)
         self._sums_2N /= self._ranks * self._micro_batches
-
-    def products(self) -> Tensor:
-        """(3,) fp64: <g_2, g_1>, |g_1|^2, |g_2|^2."""
-        assert self._sums_2N is not None
         first_N, second_N = self._sums_2N.double()
         return torch.stack([second_N @ first_N, first_N @ first_N, second_N @ second_N])
 
@@ -144,7 +141,7 @@ class _Part:
 
 
 class _Handed(torch.autograd.Function):
-    """Return ``value``, as if it were a loss whose gradient to each parameter is the one that is handed over.
+    """A function that returns ``value`` like a loss with the gradients that are handed over.
 
     DeepSpeed (0.19.8) reduces gradients in hooks of the backward pass of the loss that ``engine.backward`` gets, at
     ZeRO stages 1 and 2 bucket by bucket: what is written to ``parameter.grad`` itself, it never sees. The other
@@ -153,11 +150,13 @@ class _Handed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        """Return ``value``; remember the gradients."""
         ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients, scaled by that of ``value``."""
         return None, None, *(gradient * grad.to(gradient.dtype) for gradient in ctx.gradients)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.parameter_state import read_state, state_keys, write_state
 from dist_moe.engine.deepspeed.sharded_parameters import gather_kept, whole_shape
-from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.layer import MoE
 from dist_moe.parallel import Placement, World, gather_objects
 
@@ -55,24 +55,27 @@ def migrate(engine: ExpertParallelEngine, layer: MoE, placement: Placement) -> M
     every rank: RuntimeError if the ranks were given different placements, or had different ones before, or
     if a row did not arrive as it was sent; ValueError if the placement does not fit the layer.
     """
-    _assert_same(f"{layer.placement.digest} {placement.digest}", "placement before or after the move")
+    digests = gather_objects(f"{layer.placement.digest} {placement.digest}")
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if differing:
+        raise RuntimeError(f"the placement before or after the move of ranks {differing} differs from that of rank 0")
     if placement == layer.placement:
         return Migration((), 0)
     ACTIVITY.enter("migration")
     moves = _Moves.between(layer.placement, placement, layer.world.rank)
-    keys, faults, sent = state_keys(engine), [], 0
+    keys, altered, sent = state_keys(engine), [], 0
     for name, parameter in layer.experts.named_parameters():
         for key in keys if parameter.requires_grad else keys[:1]:  # the master alone of one that is held still
             state, arrived_well = moves.carry(read_state(engine, parameter, key), layer.world)
             write_state(engine, parameter, key, state)
             sent += len(moves.leaving) * state[0].numel() * state.element_size()
             if not arrived_well:
-                faults.append(f"{name}|{key}")
+                altered.append(f"{name}|{key}")
     if engine.shards_parameters:
         gather_kept(engine)  # slices were written, and whole copies of small parameters are older than they are
     experts = layer.placement.moved_to(placement)
     layer.place(placement)
-    results = gather_objects((faults, sent))
+    results = gather_objects((altered, sent))
     if broken := [f"rank {rank}: {', '.join(bad)}" for rank, (bad, _) in enumerate(results) if bad]:
         raise RuntimeError(f"experts did not arrive as they were sent ({'; '.join(broken)})")
     return Migration(experts, sum(sent for _, sent in results))
@@ -80,9 +83,12 @@ def migrate(engine: ExpertParallelEngine, layer: MoE, placement: Placement) -> M
 
 @dataclass(frozen=True)
 class _Moves:
-    """One rank's part of a move. ``stay``: (place before, place after) of its experts that stay.
-    ``leaving``: places before, in the order of the ranks to which they go, ``send_rows`` to each.
-    ``arriving``: places after, in the order of the ranks from which they come, ``receive_rows`` from each."""
+    """One rank's part of a move.
+
+    ``stay``: (place before, place after) of its experts that stay. ``leaving``: places before, in the order of the
+    ranks to which they go, ``send_rows`` to each. ``arriving``: places after, in the order of the ranks from which they
+    come, ``receive_rows`` from each.
+    """
 
     stay: tuple[tuple[int, int], ...]
     leaving: list[int]
@@ -92,6 +98,7 @@ class _Moves:
 
     @classmethod
     def between(cls, old: Placement, new: Placement, rank: int) -> _Moves:
+        """Return the part of ``rank`` in a move from ``old`` to ``new``."""
         mine, future = old.experts_of(rank), new.experts_of(rank)
         to_rank = [sorted(set(mine) & set(new.experts_of(r)) if r != rank else ()) for r in range(old.num_ranks)]
         from_rank = [sorted(set(future) & set(old.experts_of(r)) if r != rank else ()) for r in range(old.num_ranks)]
@@ -104,7 +111,7 @@ class _Moves:
         )
 
     def carry(self, state: Tensor, world: World) -> tuple[Tensor, bool]:
-        """(E_local, ...) before -> (E_local, ...) after the move, and whether all rows arrived as they were sent."""
+        """Return (E_local, ...) after the move, and whether all rows arrived as they were sent."""
         rows = state[self.leaving].flatten(1)
         received = world.exchange(rows, self.send_rows, self.receive_rows)
         sums = world.exchange(_checksums(rows), self.send_rows, self.receive_rows)
@@ -116,7 +123,7 @@ class _Moves:
 
 
 def _checksums(rows: Tensor) -> Tensor:
-    """(N, numbers) -> (N, 1) int64: sum of the bits, with a weight for each place; one row at a time.
+    """Return (N, 1) int64: for every row of (N, numbers) the sum of its bits, with a weight for each place.
 
     Weights are odd, so that no bit vanishes modulo 2^64, and differ, so that exchanged numbers are noticed. One row at
     a time: the widened bits of all rows would take twice their memory.
@@ -126,10 +133,3 @@ def _checksums(rows: Tensor) -> Tensor:
     for index, row in enumerate(rows):
         sums[index] = (row.contiguous().view(_INTEGER_OF_SIZE[row.element_size()]).long() * weights).sum()
     return sums
-
-
-def _assert_same(digest: str, what: str) -> None:
-    digests = gather_objects(digest)
-    differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
-    if differing:
-        raise RuntimeError(f"the {what} of ranks {differing} differs from that of rank 0")

@@ -104,7 +104,7 @@ def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str,
 
 
 def _held_master(engine: ExpertParallelEngine, parameter: nn.Parameter) -> Tensor:
-    """The master of a parameter that is held still, of which the optimizer, and with it DeepSpeed, knows nothing.
+    """Return the master of a parameter that is held still, unknown to the optimizer and to DeepSpeed.
 
     Where parameters have less than fp32, it is what :func:`write_state` was given last, so that it does not lose bits.
     """
@@ -127,24 +127,19 @@ def _optimizer_states(engine: ExpertParallelEngine) -> list[dict[str, Any]]:
 
 
 def _create_optimizer_states(engine: ExpertParallelEngine, keys: list[str], scalars: dict[str, float]) -> None:
-    """Give each tensor that the optimizer owns a state of its own (none shares its step with another)."""
-    optimizer = _torch_optimizer(engine)
-    for owned in _owned_tensors(engine):
-        optimizer.state[owned] = {key: torch.zeros_like(owned) for key in keys} | {
-            key: torch.tensor(value) for key, value in scalars.items()
-        }
-    _link_states(engine)
-
-
-def _owned_tensors(engine: ExpertParallelEngine) -> list[Tensor]:
-    """Return the tensors that the optimizer steps.
+    """Give each tensor that the optimizer owns a state of its own (none shares its step with another).
 
     At stage 3 (0.19.8) DeepSpeed puts its sub-groups into the optimizer's parameter groups one by one, within a step
     only; between steps the groups there are not what has state.
     """
-    if engine.shards_parameters:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [owned for group in _torch_optimizer(engine).param_groups for owned in group["params"]]
+    optimizer = _torch_optimizer(engine)
+    groups = optimizer.param_groups
+    sharded = engine.shards_parameters
+    for owned in engine.optimizer.fp32_partitioned_groups_flat if sharded else (p for g in groups for p in g["params"]):
+        optimizer.state[owned] = {key: torch.zeros_like(owned) for key in keys} | {
+            key: torch.tensor(value) for key, value in scalars.items()
+        }
+    _link_states(engine)
 
 
 def _link_states(engine: ExpertParallelEngine) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.search import SlotTable
 
 _REPEATED = -1

@@ -20,11 +20,43 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dist_moe.engine.health.activity import Activity
-
 _WAITING_IN = frozenset(
     name for name in dir(distributed_c10d) if name.startswith(("all_", "reduce", "broadcast", "barrier", "gather"))
 ) | {"monitored_barrier", "scatter", "send", "recv", "scatter_object_list"}
+
+
+class Activity:
+    """The activity of this process: ``phase`` of training ``step`` (from 1). Written by the thread that trains only.
+
+    ``marks`` grows with all progress. ``settled``: whether a first step is over, and with it whatever compiles on
+    first use.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all steps, as at the start of a training."""
+        self.step = 0
+        self.phase = "start"
+        self.marks = 0
+        self.settled = False
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Begin a phase: data, forward, backward, optimizer, evaluation, checkpoint, ..."""
+        self.phase = phase
+        if step is not None:
+            self.settled = self.settled or 0 < self.step < step
+            self.step = step
+        self.marks += 1
+
+    def beat(self) -> None:
+        """Count progress within a phase that takes long."""
+        self.marks += 1
+
+
+ACTIVITY = Activity()
+"""The activity of this process."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +69,15 @@ class Process:
 
     @classmethod
     def this(cls) -> Process:
+        """Return the process that asks."""
         return cls(os.getpid(), _machine(), _start_ticks(os.getpid()))
 
     def is_here(self) -> bool:
-        """Whether it runs on this machine still, and has not been replaced by another of that pid."""
+        """Return whether it still runs on this machine, and is not another that was given its pid."""
         return self.machine == _machine() and _start_ticks(self.pid) == self.started != -1
 
     def state(self) -> str:
-        """As Linux names it, for example "T (stopped)"; empty if it is not to be seen from here."""
+        """Return its state in Linux's words, for example "T (stopped)"; empty if it cannot be seen from here."""
         if not self.is_here():
             return ""
         status = _read(f"/proc/{self.pid}/status")
@@ -53,8 +86,11 @@ class Process:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """``beat`` counts the signs of life. ``idle_s``: seconds since the last progress. ``collectives``: issued
-    so far. ``collective``: the one it waits in, or empty. ``ended``: it has left the training for good."""
+    """A sign of life of a rank; ``beat`` counts them.
+
+    ``idle_s``: seconds since the last progress. ``collectives``: issued so far. ``collective``: the one it waits in, or
+    empty. ``ended``: it has left the training for good.
+    """
 
     rank: int
     process: Process
@@ -81,7 +117,7 @@ class Observer:
         self._since = 0.0
 
     def look(self, now: float, ended: bool = False) -> Heartbeat:
-        """The next heartbeat, at ``now`` seconds of a monotonic clock."""
+        """Return the next heartbeat, at ``now`` seconds of a monotonic clock."""
         issued = collectives_issued()
         progress = (self._activity.marks, issued)
         if progress != self._progress:
@@ -90,7 +126,9 @@ class Observer:
         frames = sys._current_frames()
         frame = frames.get(self._thread_id)
         waits_in = _collective_in(frame)
-        if not waits_in and _is_in_backward(frame):  # on a GPU, autograd has threads of its own
+        stack = traceback.extract_stack(frame) if frame else traceback.StackSummary()
+        in_backward = any("torch/autograd/" in entry.filename for entry in stack)
+        if not waits_in and in_backward:  # on a GPU, autograd has threads of its own
             waits_in = next(filter(None, map(_collective_in, frames.values())), "")
         return Heartbeat(
             self._rank,
@@ -101,13 +139,13 @@ class Observer:
             now - self._since,
             issued,
             waits_in,
-            "".join(traceback.format_stack(frame)) if frame else "",
+            "".join(stack.format()),
             ended,
         )
 
 
 def collectives_issued() -> int:
-    """By this process so far, over all of its groups. Issues none."""
+    """Return how many collectives this process has issued so far, over all of its groups. Issues none."""
     if not dist.is_initialized():
         return 0
     groups: Iterable[Any] = distributed_c10d._world.pg_map  # torch's stubs do not know the method
@@ -115,42 +153,34 @@ def collectives_issued() -> int:
 
 
 def write_heartbeat(directory: Path, heartbeat: Heartbeat) -> None:
-    """Replace this rank's file; raises OSError if the directory is gone or the disk is full."""
-    path = heartbeat_file(directory, heartbeat.rank)
+    """Replace the file of the heartbeat's rank. Raises OSError if the directory is gone or the disk is full."""
+    path = _file_of(directory, heartbeat.rank)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(heartbeat)))
     partial.replace(path)
 
 
 def read_heartbeat(directory: Path, rank: int) -> Heartbeat | None:
-    """The last one that ``rank`` wrote; None before the first."""
+    """Return the last heartbeat that ``rank`` wrote; None before the first."""
     try:
-        content = json.loads(heartbeat_file(directory, rank).read_text())
+        content = json.loads(_file_of(directory, rank).read_text())
     except FileNotFoundError:
         return None
     return Heartbeat(**(content | {"process": Process(**content["process"])}))
 
 
-def heartbeat_file(directory: Path, rank: int) -> Path:
+def _file_of(directory: Path, rank: int) -> Path:
     return directory / f"rank-{rank:05d}.json"
 
 
 def _collective_in(frame: FrameType | None) -> str:
-    """Name of the collective in which a thread is, from its stack."""
+    """Return the name of the collective in which a thread is, from its stack; empty if it is in none."""
     while frame is not None:
         code = frame.f_code
         if code.co_name in _WAITING_IN and code.co_filename == distributed_c10d.__file__:
             return code.co_name
         frame = frame.f_back
     return ""
-
-
-def _is_in_backward(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if "torch/autograd/" in frame.f_code.co_filename:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _machine() -> str:
@@ -161,7 +191,7 @@ def _machine() -> str:
 
 
 def _start_ticks(pid: int) -> int:
-    """Field 22 of /proc/PID/stat, by which a pid that was given again is known; -1 if it has ended."""
+    """Return field 22 of /proc/PID/stat, by which a pid that was given again is known; -1 if it has ended."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return int(fields[19]) if fields and fields[0] not in "ZX" else -1
 

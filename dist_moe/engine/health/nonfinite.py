@@ -26,8 +26,8 @@ _BEFORE_ALL = -1  # wrong already when the step begins
 
 
 @dataclass(frozen=True, order=True)
-class Fault:
-    """``order``: place among the modules that ran. ``what``: the first value that is not finite."""
+class NonFinite:
+    """A value that is not finite. ``order``: place among the modules that ran. ``what``: its name."""
 
     order: int
     rank: int
@@ -35,44 +35,45 @@ class Fault:
 
 
 class SkippedSteps:
-    """Counts the steps that were skipped in a row; ``most`` of them are too many."""
+    """A count of the steps that were skipped in a row; ``limit`` of them are too many."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._in_a_row = 0
 
     def add(self, skipped: bool) -> bool:
-        """Whether this step is one too many."""
+        """Count a step; return whether it is one too many."""
         self._in_a_row = self._in_a_row + 1 if skipped else 0
-        return self._in_a_row >= self._most
+        return self._in_a_row >= self._limit
 
 
-def diverged(model: nn.Module, micro_batches: Sequence[Losses], rank: int, step: int, most: int) -> DivergedError:
-    """What to raise after ``most`` skipped steps, the last of them ``step`` (from 1).
+def diverged(model: nn.Module, micro_batches: Sequence[Losses], rank: int, step: int, limit: int) -> DivergedError:
+    """Return the error to raise after ``limit`` skipped steps, the last of them ``step`` (from 1).
 
     Computes that step's micro-batches once more, watching every module. Collective over all ranks.
     """
-    found = [fault for one in gather_objects(first_fault(model, micro_batches, rank)) for fault in one]
+    found = [value for of_rank in gather_objects(first_nonfinite(model, micro_batches, rank)) for value in of_rank]
     if found:
         first = min(found)
         where = f"the first such value of step {step} is {first.what}, on rank {first.rank}"
     else:
         where = f"step {step}, computed once more, is finite: it depends on more than data, parameters and seed"
     return DivergedError(
-        f"{most} step(s) in a row, {step - most + 1}..{step}, had a loss or gradient that is not finite and were "
-        f"skipped on all ranks; {where}. The parameters are still those of step {step - most}. Look at the data, lower "
-        f"deepspeed.optimizer.params.lr, set deepspeed.gradient_clipping, or raise train.max_skipped_steps={most}"
+        f"{limit} step(s) in a row, {step - limit + 1}..{step}, had a loss or gradient that is not finite and were "
+        f"skipped on all ranks; {where}. The parameters are still those of step {step - limit}. Look at the data, "
+        "lower deepspeed.optimizer.params.lr, set deepspeed.gradient_clipping, "
+        f"or raise train.max_skipped_steps={limit}"
     )
 
 
-def first_fault(model: nn.Module, micro_batches: Sequence[Losses], rank: int) -> list[Fault]:
-    """This rank's first non-finite value, or nothing: of parameters, then of the modules' outputs in the order
-    in which they ran, then of the loss, then of gradients in the order of the backward pass.
+def first_nonfinite(model: nn.Module, micro_batches: Sequence[Losses], rank: int) -> list[NonFinite]:
+    """Return this rank's first non-finite value, or nothing.
 
-    Every rank runs all of it, as the passes hold collectives.
+    Parameters come first, then the modules' outputs in the order in which they ran, then the loss, then gradients in
+    the order of the backward pass. Every rank runs all of it, since the passes hold collectives.
     """
-    faults = [
-        Fault(_BEFORE_ALL, rank, f"the parameter {name}")
+    found = [
+        NonFinite(_BEFORE_ALL, rank, f"the parameter {name}")
         for name, parameter in model.named_parameters()
         if not _is_finite(parameter)
     ]
@@ -80,16 +81,18 @@ def first_fault(model: nn.Module, micro_batches: Sequence[Losses], rank: int) ->
         with _watched(model) as ran:
             loss, numbers = compute()
         outputs = [(order, name) for order, (name, finite) in enumerate(ran) if not finite]
-        faults += [Fault(order, rank, f"the output of {name}") for order, name in outputs[:1]]
+        found += [NonFinite(order, rank, f"the output of {name}") for order, name in outputs[:1]]
         losses = [name for name, number in numbers.items() if isinstance(number, Tensor) and not _is_finite(number)]
         if losses and not outputs:
-            faults.append(Fault(len(ran), rank, f"the loss {losses[-1]}, though the outputs of all layers are finite"))
-        faults += _gradient_fault(model, loss, [name for name, _ in ran], rank)
-    return sorted(faults)[:1]
+            found.append(
+                NonFinite(len(ran), rank, f"the loss {losses[-1]}, though the outputs of all layers are finite")
+            )
+        found += _nonfinite_gradient(model, loss, [name for name, _ in ran], rank)
+    return sorted(found)[:1]
 
 
-def _gradient_fault(model: nn.Module, loss: Tensor, ran: list[str], rank: int) -> list[Fault]:
-    """The gradient that went wrong first: backward comes to the module that ran last, first."""
+def _nonfinite_gradient(model: nn.Module, loss: Tensor, ran: list[str], rank: int) -> list[NonFinite]:
+    """Return the gradient that went wrong first: the backward pass comes to the module that ran last, first."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
     wrong = [
@@ -102,16 +105,16 @@ def _gradient_fault(model: nn.Module, loss: Tensor, ran: list[str], rank: int) -
     place = {name: order for order, name in enumerate(ran)}
     last = max(wrong, key=lambda name: place.get(name.rpartition(".")[0], -1))
     distance = len(ran) - place.get(last.rpartition(".")[0], -1)
-    return [Fault(len(ran) + distance, rank, f"the gradient of {last}")]
+    return [NonFinite(len(ran) + distance, rank, f"the gradient of {last}")]
 
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[tuple[str, bool]]]:
-    """Collects the modules' names as their forward passes end, and whether all they gave was finite."""
+    """Collect the modules' names as their forward passes end, and whether all they gave was finite."""
     ran: list[tuple[str, bool]] = []
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, inputs, output: ran.append((name, all(map(_is_finite, tensors_in(output)))))
+        return lambda module, inputs, output: ran.append((name, all(map(_is_finite, _tensors_in(output)))))
 
     handles = [module.register_forward_hook(note(name or "the model")) for name, module in model.named_modules()]
     try:
@@ -121,19 +124,19 @@ def _watched(model: nn.Module) -> Iterator[list[tuple[str, bool]]]:
             handle.remove()
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers and dataclasses."""
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield all tensors in nested containers and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from tensors_in(part)
+            yield from _tensors_in(part)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from tensors_in(part)
+            yield from _tensors_in(part)
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
+            yield from _tensors_in(getattr(value, field.name))
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from torch.distributed import TCPStore
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
@@ -38,8 +38,7 @@ def check_emulation(num_ranks: int) -> None:
 
 @contextmanager
 def as_first_of(num_ranks: int) -> Iterator[None]:
-    """Inside the block this process sees the launch environment of rank 0 of ``num_ranks``, to check a
-    run for them before any of them exists."""
+    """Give this process the launch environment of rank 0 of ``num_ranks`` inside the block, to check a run for them."""
     of_rank_0 = _variables(0, num_ranks)
     os.environ |= of_rank_0
     try:
@@ -50,7 +49,7 @@ def as_first_of(num_ranks: int) -> Iterator[None]:
 
 
 def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
-    """``python -m dist_moe ARGUMENTS`` on ``num_ranks`` processes of this machine; their exit code.
+    """Run ``python -m dist_moe ARGUMENTS`` on ``num_ranks`` processes of this machine; return their exit code.
 
     Every SIGTERM and SIGINT goes on to all ranks; those stop, and the result is 128 + signal. When a
     rank fails, the others are stopped, and the result is that rank's exit code.
@@ -63,6 +62,7 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     handlers = {number: signal.getsignal(number) for number in PASSED_ON}  # torch installs others for good
+    received: list[int] = []
     logging.disable(logging.ERROR)  # what torch says about its children: the ranks explain themselves
     try:
         ranks = start_processes(
@@ -72,7 +72,15 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
             envs={rank: _variables(rank, num_ranks) | meeting for rank in range(num_ranks)},
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         )
-        received = _pass_signals_on(ranks)
+
+        def send_on(number: int, _frame: FrameType | None) -> None:
+            received.append(number)
+            for pid in ranks.pids().values():
+                with suppress(ProcessLookupError):  # it has ended
+                    os.killpg(pid, number)  # the ranks have sessions of their own
+
+        for number in PASSED_ON:
+            signal.signal(number, send_on)
         result = ranks.wait(period=SECONDS_BETWEEN_LOOKS)
     finally:
         logging.disable(logging.NOTSET)
@@ -87,21 +95,6 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
 
 
 def _variables(rank: int, num_ranks: int) -> dict[str, str]:
-    """The environment variables that a launcher would set for ``rank``."""
+    """Return the environment variables that a launcher would set for ``rank``."""
     numbers = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
     return {name: str(number) for name, number in numbers.items()}
-
-
-def _pass_signals_on(ranks: PContext) -> list[int]:
-    """To the ranks, which have sessions of their own. Returns the list in which those received will stand."""
-    received: list[int] = []
-
-    def send_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        for pid in ranks.pids().values():
-            with suppress(ProcessLookupError):  # it has ended
-                os.killpg(pid, number)
-
-    for number in PASSED_ON:
-        signal.signal(number, send_on)
-    return received

@@ -1,11 +1,16 @@
-"""The launcher's variables (rank, world size, ranks per node; one process without any), and settings of the process."""
+"""The launcher's variables (rank, world size, ranks per node; one process without any), signals, and memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 import torch
 
@@ -52,15 +57,11 @@ class LaunchEnvironment:
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     @property
-    def shares_gpu(self) -> bool:
-        """Whether this machine has GPUs, but fewer than ranks."""
-        return torch.cuda.is_available() and self.local_world_size > torch.cuda.device_count()
-
-    @property
     def backend(self) -> str:
         """The backend of ``torch.distributed``: NCCL, but gloo where ranks share a GPU, which NCCL refuses; gloo takes
         a GPU's tensors too, by way of the host."""
-        return "nccl" if self.device.type == "cuda" and not self.shares_gpu else "gloo"
+        shares_gpu = self.local_world_size > torch.cuda.device_count()
+        return "nccl" if self.device.type == "cuda" and not shares_gpu else "gloo"
 
     @property
     def is_rank_zero(self) -> bool:
@@ -90,6 +91,37 @@ def launched_ranks_per_node() -> int | None:
                 raise UserError(f"environment variable {name}={value!r} is not a number of ranks; unset it")
             return int(value)
     return None
+
+
+class StopRequest:
+    """A wish that training ends at the next safe place. ``signal_number``: the signal that asked, 0 while none has."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number == signal.SIGINT == number:
+            raise KeyboardInterrupt  # asked twice at the keyboard: stop now, without a checkpoint
+        self.signal_number = number
+
+
+@contextmanager
+def handling_signals(handlers: Mapping[int, Callable[[int, FrameType | None], Any] | int]) -> Iterator[None]:
+    """Handle signals by ``handlers`` inside the block; outside, they do what they did before."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Take SIGTERM and SIGINT inside the block for such a wish."""
+    request = StopRequest()
+    with handling_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), request._remember)):
+        yield request
 
 
 def disable_malloc_trim() -> bool:

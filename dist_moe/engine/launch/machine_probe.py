@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,7 +48,7 @@ class LocalRates:
 
 @dataclass(frozen=True)
 class LinkRates:
-    """Bytes per second that leave a rank; seconds per peer of a collective of 8 bytes."""
+    """Rates between ranks: bytes per second that leave a rank; seconds per peer of a collective of 8 bytes."""
 
     all_to_all_bytes_per_s: float
     all_reduce_bytes_per_s: float
@@ -57,14 +56,16 @@ class LinkRates:
 
 
 def local_rates(device: torch.device) -> LocalRates:
-    """No collective. Some seconds on a CPU core."""
-    x, order, token_N = _rows(device), torch.randperm(_MOVED_ROWS, device=device), _tokens(device)
+    """Return this rank's rates. Takes some seconds on a CPU core; issues no collective."""
+    x, order = torch.randn(_MOVED_ROWS, WIDTH, device=device), torch.randperm(_MOVED_ROWS, device=device)
+    token_N = torch.randint(_MOVED_ROWS // 2, (_MOVED_ROWS,), device=device)
     size = x.numel() * x.element_size()
     token_index = TokenIndex.of(token_N, _MOVED_ROWS // 2)
     tokens_TD = x[: _MOVED_ROWS // 2].clone().requires_grad_()
     gathered = rows_of_tokens(tokens_TD, token_index)
     keys = torch.randint(2**40, (_MOVED_ROWS,), device=device)
     weight_GN = torch.rand(2, _MOVED_ROWS, device=device)
+    layer, few_TD = _SmallModel(device).moe, torch.randn(_TOKENS, 8, device=device, requires_grad=True)
 
     def index() -> None:
         x.index_select(0, token_N)
@@ -87,20 +88,12 @@ def local_rates(device: torch.device) -> LocalRates:
         scatter_bytes_per_s=3 * size / _median_seconds(scatter, device),
         combine_bytes_per_s=2 * size / _median_seconds(combine, device),
         sort_keys_per_s=_MOVED_ROWS / _median_seconds(lambda: torch.unique(keys, return_inverse=True), device),
-        layer_fixed_s=_median_seconds(_layer_step(device), device),
+        layer_fixed_s=_median_seconds(lambda: layer(few_TD).outputs[0].sum().backward(), device),
     )
 
 
-def _rows(device: torch.device) -> Tensor:
-    return torch.randn(_MOVED_ROWS, WIDTH, device=device)
-
-
-def _tokens(device: torch.device) -> Tensor:
-    return torch.randint(_MOVED_ROWS // 2, (_MOVED_ROWS,), device=device)
-
-
 def _product_rate(rows: int, device: torch.device) -> float:
-    """The rate of a grouped linear layer, forward and backward, each group with rows and a weight of its own."""
+    """Return the rate of a grouped linear layer, forward and backward, each group with rows and a weight of its own."""
     weight_EDF = torch.randn(_EXPERTS, WIDTH, WIDTH, device=device, requires_grad=True)
     bias_EF = torch.zeros(_EXPERTS, WIDTH, device=device, requires_grad=True)
     x_ND = torch.randn(_EXPERTS * rows, WIDTH, device=device, requires_grad=True)
@@ -122,13 +115,8 @@ class _SmallModel(nn.Module):
         self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)).to(device)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """Return a number that depends on all parameters."""
         return self.head(self.moe(x_TD).outputs[0]).sum()
-
-
-def _layer_step(device: torch.device) -> Callable[[], None]:
-    layer = _SmallModel(device).moe
-    x_TD = torch.randn(_TOKENS, 8, device=device, requires_grad=True)
-    return lambda: layer(x_TD).outputs[0].sum().backward()
 
 
 def step_fixed_seconds(groups: ProcessGroups) -> float:
@@ -151,7 +139,7 @@ def step_fixed_seconds(groups: ProcessGroups) -> float:
 
 
 def link_rates(group: dist.ProcessGroup, device: torch.device) -> LinkRates:
-    """Over a group of at least two ranks. Collective over them."""
+    """Return the rates between the at least two ranks of ``group``. Collective over them."""
     world = ProcessWorld(group)
     peers = world.size - 1
     share = _LARGE_BYTES // (4 * peers)
@@ -170,7 +158,7 @@ def link_rates(group: dist.ProcessGroup, device: torch.device) -> LinkRates:
 
 
 def open_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-    """A process group of ``ranks``; None on others. Collective over all ranks of the job."""
+    """Return a process group of ``ranks``; None on others. Collective over all ranks of the job."""
     group = dist.new_group(list(ranks))
     return group if dist.get_rank() in ranks else None
 
@@ -187,21 +175,15 @@ def mean_rates(measured: Sequence[LocalRates]) -> LocalRates:
 
 
 def _median_seconds(function: Callable[[], object], device: torch.device, repetitions: int = REPETITIONS) -> float:
-    """Wall clock; twice before it counts."""
+    """Return the median wall-clock time of a call, after two that do not count."""
     seconds = []
     for repetition in range(repetitions + 2):
-        with _finished(device):
-            started = time.perf_counter()
-            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         if repetition > 1:
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-@contextmanager
-def _finished(device: torch.device) -> Iterator[None]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import socket
@@ -11,16 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
+from torch.distributed.rendezvous import rendezvous
 
 from dist_moe.config.settings import Settings
-from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.engine.launch.environment import LaunchEnvironment, launched_ranks_per_node
-from dist_moe.engine.launch.job_store import store_of_this_attempt
 from dist_moe.errors import UserError
 from dist_moe.parallel import (
     WIRES,
@@ -85,7 +86,7 @@ class ParallelConfig(Settings):
 
     @property
     def stall_limit_s(self) -> float:
-        """Seconds; 0 for no watchdog."""
+        """Seconds without progress that end the job; 0 for no watchdog."""
         return self.timeout_s / 2 if self.stall_s is None else self.stall_s
 
     def fitted(self, world_size: int) -> ParallelConfig:
@@ -217,23 +218,17 @@ def process_groups(
 
     Raises UserError, on all ranks, if a two-level exchange is asked for on nodes that it does not fit.
     """
-    _init_torch(environment, config, store)
+    if environment.device.type == "cuda":
+        torch.cuda.set_device(environment.device)
+    timeout, rank, size = timedelta(seconds=config.timeout_s), environment.rank, environment.world_size
+    if store is None:
+        store = store_of_this_attempt(environment, timeout) if environment.launched else dist.HashStore()
+    dist.init_process_group(environment.backend, timeout=timeout, store=store, rank=rank, world_size=size)
     try:
         yield _expert_groups(environment, config)
     finally:
         import_deepspeed().comm.destroy_process_group()
         gc.collect()  # engines are cycles, and hold the groups' threads and sockets until they are collected
-
-
-def _init_torch(environment: LaunchEnvironment, config: ParallelConfig, store: dist.Store | None) -> None:
-    if environment.device.type == "cuda":
-        torch.cuda.set_device(environment.device)
-    backend = environment.backend
-    timeout = timedelta(seconds=config.timeout_s)
-    if store is None:
-        store = store_of_this_attempt(environment, timeout) if environment.launched else dist.HashStore()
-    rank, size = environment.rank, environment.world_size
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
 
 
 def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> ProcessGroups:
@@ -252,7 +247,7 @@ def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> Pr
 
 
 def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup, node_of_rank: Sequence[int]) -> ProcessWorld:
-    """The ranks of this rank's experts, divided into nodes where the exchange is to have two levels."""
+    """Return the world of this rank's experts, divided into nodes where the exchange is to have two levels."""
     size = config.expert_parallel_size
     groups = [range(start, start + size) for start in range(0, len(node_of_rank), size)]
     nodes = [[node_of_rank[rank] for rank in group] for group in groups]
@@ -273,10 +268,54 @@ def _node_of_every_rank(ranks_per_node: int | None) -> list[int]:
     if ranks_per_node is not None:
         return [rank // ranks_per_node for rank in range(dist.get_world_size())]
     numbers = [os.environ[name] for name in _NODE_NUMBER if name in os.environ]
-    return number_names(gather_objects(numbers[0] if numbers else socket.gethostname()))
+    names = gather_objects(numbers[0] if numbers else socket.gethostname())
+    in_order = list(dict.fromkeys(names))
+    return [in_order.index(name) for name in names]
 
 
-def number_names(names: Sequence[str]) -> list[int]:
-    """Give each name a number, equal names the same, in the order in which they first appear."""
-    number: dict[str, int] = {}
-    return [number.setdefault(name, len(number)) for name in names]
+class JobStore:
+    """The launcher's store, kept for the life of the job; of one process without a launcher, a store of its own.
+
+    ``timeout_s``: seconds after which waiting for a key is an error.
+    """
+
+    def __init__(self, environment: LaunchEnvironment, timeout_s: float) -> None:
+        self._environment = environment
+        timeout = timedelta(seconds=timeout_s)
+        self._store = store_of_this_attempt(environment, timeout) if environment.launched else dist.HashStore()
+        self._store.set_timeout(timeout)
+
+    def part(self, name: str) -> dist.Store:
+        """Return a part of the store for some of the ranks, over which they can open process groups."""
+        return dist.PrefixStore(name, self._store)
+
+    def agree(self, key: str, mine: Any) -> Any:
+        """Return rank 0's ``mine``, which JSON must hold, on every rank; each key serves once."""
+        if self._environment.is_rank_zero:
+            self._store.set(key, json.dumps(mine))
+        return json.loads(self._store.get(key))
+
+    def tell(self, event: str) -> None:
+        """Tell all ranks of an event, now and later."""
+        self._store.set(event, "")
+
+    def is_told(self, event: str) -> bool:
+        """Return whether some rank has told of the event."""
+        return bool(self._store.check([event]))
+
+    def arrive(self, event: str) -> None:
+        """Count this rank; the last of all ranks tells of the event."""
+        if self._store.add(f"{event}-arrived", 1) == self._environment.world_size:
+            self.tell(event)
+
+
+def store_of_this_attempt(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store:
+    """Return a part of the launcher's store into which no earlier attempt has written.
+
+    torchrun with a static rendezvous keeps its store when it restarts the ranks of a machine, and they would
+    look for one another at the addresses of those that were killed. Where several machines meet, it makes
+    a new store, and their counts of restarts may differ.
+    """
+    store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else 0}", store)

@@ -17,7 +17,7 @@ SURVIVED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errn
 """Disk full, quota or file size used up, read-only, failing, or its server gone for a while."""
 
 KEPT_BYTES = 16 * 2**20
-"""Of records that wait for the disk; beyond it the oldest are given up."""
+"""The size of the records that may wait for the disk; beyond it the oldest are given up."""
 
 
 class RecordFile:
@@ -53,7 +53,13 @@ class RecordFile:
         except OSError as error:
             if error.errno not in SURVIVED:
                 raise
-            self._warn(error)
+            if not self._has_failed:
+                self._has_failed = True
+                name = errno.errorcode.get(error.errno or 0, "")
+                self._say(
+                    f"warning: {self.path} cannot be written: {name}: {error.strerror}; the training goes on, and its "
+                    f"records are kept in memory (up to {self._kept_bytes / 2**20:g} MiB) until they can be"
+                )
 
     def close(self) -> None:
         """Try for the last time, and say what is lost."""
@@ -65,38 +71,23 @@ class RecordFile:
             self._say(f"warning: {self.lost} record(s) of {self.path} are lost: they could not be written")
 
     def _write(self) -> None:
-        # Opened anew each time: a file that stays open keeps a disk from being mended, and may go stale.
+        # Opened anew each time: a file that stays open keeps a disk from being repaired, and may go stale.
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
             if self._torn_at is not None:
                 self._cut(file, self._torn_at)
             while self._waiting:
-                self._append(file, self._waiting[0])
+                end, rest = file.seek(0, 2), memoryview(self._waiting[0])
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    self._torn_at = end
+                    with suppress(OSError):  # a disk that is read-only by now; the next flush begins with it
+                        self._cut(file, end)
+                    raise
                 self._waiting_bytes -= len(self._waiting.popleft())
-
-    def _append(self, file: FileIO, record: bytes) -> None:
-        """The whole record; or none of it, and OSError."""
-        end = file.seek(0, 2)
-        rest = memoryview(record)
-        try:
-            while rest:
-                rest = rest[file.write(rest) :]
-        except OSError:
-            self._torn_at = end
-            with suppress(OSError):  # a disk that is read-only by now; the next flush begins with it
-                self._cut(file, end)
-            raise
 
     def _cut(self, file: FileIO, end: int) -> None:
         file.truncate(end)
         self._torn_at = None
-
-    def _warn(self, error: OSError) -> None:
-        if self._has_failed:
-            return
-        self._has_failed = True
-        name = errno.errorcode.get(error.errno or 0, "")
-        self._say(
-            f"warning: {self.path} cannot be written: {name}: {error.strerror}; the training goes on, and its records "
-            f"are kept in memory (up to {self._kept_bytes / 2**20:g} MiB) until they can be"
-        )

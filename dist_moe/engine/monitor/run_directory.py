@@ -4,8 +4,8 @@ config.yaml         the resolved configuration
 environment.json    versions, machine, command line
 metrics.jsonl       one object per step, and {"step": .., "validation": {..}} after a step that was validated
 tensorboard/        the same and more, to look at
-checkpoints/        see checkpoint.py
-summary.json        test figures, beside those of simple predictors
+checkpoints/        see dist_moe.engine.checkpoint.format
+summary.json        test metrics, beside those of simple predictors
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
+        """The file of the resolved configuration."""
         return self.root / "config.yaml"
 
     @property
     def environment(self) -> Path:
+        """The file of versions, machine and command line."""
         return self.root / "environment.json"
 
     @property
     def metrics(self) -> Path:
+        """The file with a line per step and per validation."""
         return self.root / "metrics.jsonl"
 
     @property
-    def tensorboard(self) -> Path:
-        return self.root / "tensorboard"
-
-    @property
     def summary(self) -> Path:
+        """The file of test metrics."""
         return self.root / "summary.json"
 
     def check_unused(self, option: str = "--run-dir") -> None:
@@ -71,7 +71,7 @@ class RunDirectory:
 
     @property
     def has_progress(self) -> bool:
-        """Whether there is something from which a run can go on: a checkpoint, or a stage of a recipe."""
+        """Return whether there is something from which a run can go on: a checkpoint, or a stage of a recipe."""
         return bool(complete_directories(checkpoints_of(self.root))) or self.stages.is_dir()
 
     @property
@@ -87,7 +87,7 @@ class RunDirectory:
             raise UserError(f"--run-dir {self.root} cannot be made: {error}") from error
 
     def describe(self, config: dict[str, Any], environment: LaunchEnvironment) -> None:
-        """Write the resolved configuration and, if it is not there yet, what the run was begun with."""
+        """Write the resolved configuration and, if it is not there yet, the versions and machine of the beginning."""
         replace_text(self.config, yaml.safe_dump(config, sort_keys=False))
         if self.environment.exists():
             return

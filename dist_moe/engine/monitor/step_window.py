@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.parallel import current_world, gather_objects, max_over_ranks, sum_over_ranks
+from dist_moe.parallel import PHASES, current_world, gather_objects, max_over_ranks, sum_over_ranks
 from dist_moe.recording import Recorder, Reduce
 
 Sums = dict[str, Tensor | float | list[float]]
 """Numbers by name: tensors of any shape, or what the host knows already, of which no tensor is made step by step."""
+
+SUMS = "phase_seconds"
+"""The name under which a step's times are summed over ranks; a list in the order of PHASES."""
+
+MACHINE_METRICS = frozenset({"examples_per_second", *(f"{phase}_seconds" for phase in PHASES)})
+"""The numbers of a record that differ when a run is done again."""
 
 
 class StepWindow:
@@ -65,20 +71,12 @@ class StepWindow:
         largest = [recorded[name][:, 0] for name, reduce in names if reduce == "max"]
         maxima = iter(max_over_ranks(torch.stack(largest)).cpu() if largest else ())
         for (name, reduce), row in zip(names, rows[len(shapes) :], strict=True):
-            _add_recorded(records, name, reduce, row, next(maxima) if reduce == "max" else None)
+            values = next(maxima) if reduce == "max" else row[:, 0]
+            for record, value, count in zip(records, values.tolist(), row[:, -1].tolist(), strict=True):
+                if count:  # some rank recorded it in this step
+                    record[name] = value / count if reduce == "mean" else value
         self._tensors, self._on_host, self._recorded = [], [], []
         return records
-
-
-def _add_recorded(
-    records: list[dict[str, Any]], name: str, reduce: Reduce, row: Tensor, maximum: Tensor | None
-) -> None:
-    """Put a recorded number into the records of the steps in which some rank recorded it."""
-    for i, record in enumerate(records):
-        count = float(row[i, -1])
-        if count:
-            value = float(row[i, 0] if maximum is None else maximum[i])
-            record[name] = value / count if reduce == "mean" else value
 
 
 def _column(recorded: list[Recorder], name: str, reduce: Reduce, device: torch.device | None) -> Tensor:
@@ -111,12 +109,23 @@ def _names_of_all_ranks(recorded: list[Recorder], device: torch.device | None) -
 
 def add_sums(sums: list[Sums]) -> Sums:
     """Return the element-wise sum of the numbers of several micro-batches."""
-    if len(sums) == 1:
-        return sums[0]
-    return {name: _total([one[name] for one in sums]) for name in sums[0]}
+
+    def total(parts: list[Any]) -> Tensor | float | list[float]:
+        if isinstance(parts[0], Tensor):
+            return torch.stack(parts).sum(dim=0)
+        return [sum(column) for column in zip(*parts, strict=True)] if isinstance(parts[0], list) else sum(parts)
+
+    return sums[0] if len(sums) == 1 else {name: total([one[name] for one in sums]) for name in sums[0]}
 
 
-def _total(parts: list[Any]) -> Tensor | float | list[float]:
-    if isinstance(parts[0], Tensor):
-        return torch.stack(parts).sum(dim=0)
-    return [sum(column) for column in zip(*parts, strict=True)] if isinstance(parts[0], list) else sum(parts)
+def is_timed(step: int, every: int) -> bool:
+    """Return whether step ``step`` (from 1) is one of those that are timed; ``every`` 0: none is."""
+    return every > 0 and step % every == 0
+
+
+def name_times(records: list[dict[str, Any]], num_ranks: int, every: int) -> None:
+    """Turn the times of timed steps from sums over ranks into means with a name each; drop those of other steps."""
+    for record in records:
+        summed = record.pop(SUMS)
+        if is_timed(record["step"], every):
+            record |= {f"{phase}_seconds": total / num_ranks for phase, total in zip(PHASES, summed, strict=True)}

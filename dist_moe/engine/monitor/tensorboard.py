@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from dist_moe.engine.monitor.record_file import RecordFile
-from dist_moe.engine.monitor.trackers import TRACKERS, Say, Tracker, TrackerSettings
+from dist_moe.engine.monitor.trackers import TRACKERS, FileTracker, Say, Tracker, TrackerSettings
 
 IMAGE_EVERY = 100
 MAX_COLUMNS = 400
@@ -62,48 +62,46 @@ class TensorBoardSettings(TrackerSettings):
     name: Literal["tensorboard"] = Field("tensorboard", description="which tracker this is")
 
     def build(self, root: Path, first_step: int, say: Say) -> Tracker:
+        """Return the tracker that writes there."""
         return TensorBoardTracker(root / "tensorboard", first_step, say)
 
 
-class TensorBoardTracker(Tracker):
+class TensorBoardTracker(FileTracker):
     """Writes a new event file into ``directory``; events after ``first_step`` in older files count no more."""
 
     def __init__(self, directory: Path, first_step: int, say: Say) -> None:
-        _wait_for_a_later_name(directory)
+        # Event files are read in the order of their names, which begin with the second in which they were made.
+        seconds = [int(path.name.split(".")[3]) for path in directory.glob("events.out.tfevents.*")]
+        if seconds and max(seconds) == int(time.time()):
+            time.sleep(1.0)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
-        self._file = RecordFile(directory / name, say)
+        super().__init__(RecordFile(directory / name, say))
         self._load_columns: list[list[NDArray[np.float64]]] = []
         self._add(Event(file_version=_FILE_VERSION))
         self._add(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
         self.flush()
 
-    @property
-    def lost(self) -> int:  # type: ignore[override]
-        return self._file.lost
-
     def step(self, record: dict[str, Any]) -> None:
+        """Add a step's scalars, and of every 100th the load per expert."""
         step, load_LE = record["step"], np.asarray(record.get("load", ()))
         scalars = {_tag(name): value for name, value in record.items() if isinstance(value, float) and name != "epoch"}
         if len(load_LE):
-            scalars["experts/load_max_over_mean"] = max(map(_max_over_mean, load_LE))
+            means = load_LE.mean(axis=1)  # 0 where a layer had no row
+            scalars["experts/load_max_over_mean"] = float((load_LE.max(axis=1) / np.where(means, means, np.inf)).max())
         self._scalars(scalars, step)
         self._load_columns = self._load_columns or [[] for _ in load_LE]
         for layer, (load_E, columns) in enumerate(zip(load_LE, self._load_columns, strict=True)):
             self._load(load_E, columns, f"/layer_{layer}" if len(load_LE) > 1 else "", step)
 
     def metrics(self, part: str, metrics: dict[str, Any], step: int) -> None:
+        """Add the numbers of an evaluation as scalars named after ``part``."""
         self._scalars({f"{part}/{n}": value for n, value in metrics.items() if isinstance(value, (int, float))}, step)
         self.flush()
 
     def image(self, name: str, matrix: Tensor, step: int) -> None:
+        """Add a picture, enlarged."""
         enlarged = torch.kron(1 - matrix.float().cpu(), torch.ones(PIXELS_PER_CELL, PIXELS_PER_CELL))
         self._add(Event(step=step, summary=summary.image(name, enlarged, dataformats="HW")))
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
         """Add all of a step in one event: an event each would cost as much each."""
@@ -137,15 +135,3 @@ def _load_image(columns: list[NDArray[np.float64]]) -> NDArray[np.float64]:
     image = np.stack([piece.mean(axis=0) for piece in pieces], axis=1)
     image = 1 - image / max(image.max(), np.finfo(float).tiny)
     return np.kron(image, np.ones((PIXELS_PER_CELL, 2)))
-
-
-def _max_over_mean(rows_per_expert: NDArray[np.float64]) -> float:
-    mean = rows_per_expert.mean()
-    return float(rows_per_expert.max() / mean) if mean else 0.0
-
-
-def _wait_for_a_later_name(directory: Path) -> None:
-    """Event files are read in the order of their names, which begin with the second in which they were made."""
-    seconds = [int(path.name.split(".")[3]) for path in directory.glob("events.out.tfevents.*")]
-    if seconds and max(seconds) == int(time.time()):
-        time.sleep(1.0)

@@ -67,6 +67,26 @@ TrackerConfig = Annotated[SerializeAsAny[TrackerSettings], TRACKERS]
 """The type of a configuration field that holds any registered tracker."""
 
 
+class FileTracker(Tracker):
+    """A tracker that writes into one ``file``; a disk that is full does not end it, see :class:`RecordFile`."""
+
+    def __init__(self, file: RecordFile) -> None:
+        self._file = file
+
+    @property
+    def lost(self) -> int:  # type: ignore[override]
+        """The number of records that could not be written."""
+        return self._file.lost
+
+    def flush(self) -> None:
+        """Write what has been taken in so far."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write for the last time."""
+        self._file.close()
+
+
 @TRACKERS.register
 class MetricsFileSettings(TrackerSettings):
     """metrics.jsonl: one object per step, and {"step": .., "validation": {..}} after a step that was validated."""
@@ -74,39 +94,32 @@ class MetricsFileSettings(TrackerSettings):
     name: Literal["jsonl"] = Field("jsonl", description="which tracker this is")
 
     def build(self, root: Path, first_step: int, say: Say) -> Tracker:
+        """Return the tracker that writes that file."""
         return MetricsFile(RecordFile(root / "metrics.jsonl", say), first_step)
 
 
-class MetricsFile(Tracker):
-    """Writes JSON lines into ``file``; a disk that is full does not end it, see :class:`RecordFile`."""
+class MetricsFile(FileTracker):
+    """Writes JSON lines into ``file``."""
 
     def __init__(self, file: RecordFile, first_step: int) -> None:
-        self._file = file
+        super().__init__(file)
         self._last_step = first_step
         self._validations: list[dict[str, Any]] = []
 
-    @property
-    def lost(self) -> int:  # type: ignore[override]
-        return self._file.lost
-
     def step(self, record: dict[str, Any]) -> None:
+        """Write the record of a step, and the validations that were waiting for it."""
         self._write(record)
         self._last_step = record["step"]
         self._write_validations()
 
     def metrics(self, part: str, metrics: dict[str, Any], step: int) -> None:
+        """Write a validation, once the record of its step stands in the file."""
         if part == "validation":
             self._validations.append({"step": step, "validation": metrics})
             self._write_validations()
 
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
     def _write_validations(self) -> None:
-        """Write those of steps whose records stand in the file."""
+        """Write the validations of steps whose records stand in the file."""
         while self._validations and self._validations[0]["step"] <= self._last_step:
             self._write(self._validations.pop(0))
 

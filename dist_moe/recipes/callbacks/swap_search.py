@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dist_moe.data.batches import shard_batches, spread_over
 from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.deepspeed.sharded_parameters import is_sharded
-from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import Trainer

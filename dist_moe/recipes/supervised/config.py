@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dist_moe.config.validation import default_name
+from dist_moe.config.registry import names_of
 from dist_moe.engine.callbacks import CallbackConfig
 from dist_moe.engine.deepspeed.checks import check_deepspeed_section
 from dist_moe.engine.settings import TrainConfig
@@ -87,7 +87,7 @@ class SupervisedConfig(RecipeConfig):
         if start is None and fitting is not None and fitting.is_default:
             start = {}
         if isinstance(start, dict):
-            start = {"name": default_name(fitting or STARTS.classes[0])} | start  # check() says which models it is for
+            start = {"name": names_of(fitting or STARTS.classes[0])[0]} | start  # check() says which models it is for
         return content | filled | {"model": model, "start": start}
 
     @field_validator("deepspeed")

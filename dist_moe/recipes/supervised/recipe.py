@@ -16,11 +16,10 @@ from dist_moe.engine.callbacks import Callback, Validation
 from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint
 from dist_moe.engine.checkpoint.loading import read_trainer_state
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
-from dist_moe.engine.health.activity import ACTIVITY
+from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
-from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
+from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest, disable_malloc_trim, stop_requests
 from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
-from dist_moe.engine.launch.stop_request import StopRequest, stop_requests
 from dist_moe.engine.training import FitResult, Objective, Trainer, fit
 from dist_moe.errors import UserError
 from dist_moe.parallel import gather_objects

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.parallel import World
 from tools.bench.candidate import Candidate, Gradients, Layer, grad_of
 from tools.bench.workloads import Material, Workload

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dist_moe.engine.deepspeed.setup import import_deepspeed
+from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.parallel import World
 from tools.bench.candidate import Candidate, Gradients, Layer, grad_of, local_experts
 from tools.bench.peers.feed_forward import SwiGLU, gradients_of, load
