@@ -73,10 +73,10 @@ class MoEOutput:
 
 
 class MoE(nn.Module):
-    """``MoE(gates, experts, permutation=None, world=None, exchange=None, placement=None)``.
+    """``MoE(gates, experts, slot_map=None, world=None, exchange=None, placement=None)``.
 
     ``gates``: one per task (a single gate may stand alone); a (token, expert) pair travels and is
-    computed once, however many gates want it. ``experts``: this rank's bank. ``permutation``: the slot map of each
+    computed once, however many gates want it. ``experts``: this rank's bank. ``slot_map``: the slot map of each
     gate, which may be many to one; None is the identity, for gates with as many slots as there are experts.
     ``world``: the ranks over which the experts are split; None is one rank. ``exchange``: how rows reach the experts
     and sums come back; None is what the world asks for. ``placement``: which expert lives where; None: ranks have
@@ -92,7 +92,7 @@ class MoE(nn.Module):
         self,
         gates: Gate | Sequence[Gate],
         experts: ExpertBank,
-        permutation: SlotMapSource | None = None,
+        slot_map: SlotMapSource | None = None,
         world: World | None = None,
         *,
         exchange: Exchange | None = None,
@@ -103,7 +103,7 @@ class MoE(nn.Module):
         super().__init__()
         self.gates = nn.ModuleList([gates] if isinstance(gates, Gate) else gates)
         self.experts = experts
-        self.permutation = permutation
+        self.slot_map = slot_map
         self.world = world or SingleWorld()
         self.shared = shared
         self.exchange = exchange or exchange_over(self.world, recompute_experts, meanwhile=shared is not None)
@@ -186,8 +186,8 @@ class MoE(nn.Module):
         for route in routes:
             for name, loss in route.aux.items():
                 aux[name] = aux[name] + loss if name in aux else loss
-        if self.permutation is not None:
-            maps, map_aux = self.permutation()
+        if self.slot_map is not None:
+            maps, map_aux = self.slot_map()
             routes = [slot_map.apply(route) for slot_map, route in zip(maps, routes, strict=True)]
             aux |= map_aux
         return routes, aux
@@ -218,7 +218,7 @@ class MoE(nn.Module):
         bank = self.experts
         if not self.gates:
             raise ValueError("an MoE layer needs at least one gate")
-        table = self.permutation
+        table = self.slot_map
         if table is not None and (table.num_gates, table.num_experts) != (len(self.gates), bank.num_experts):
             raise ValueError(
                 f"slot maps for {table.num_gates} gate(s) onto {table.num_experts} experts do not fit "

@@ -119,7 +119,7 @@ class TransformerConfig(MoEModelConfig):
 class TransformerSize:
     """How large a transformer is, and what a token costs, wherever its experts live: formulas, tested against counts.
 
-    ``routing``: parameters of a layer's gate and of its permutation search. ``gate_products``: multiplications of a
+    ``routing``: parameters of a layer's gate and of its slot map. ``gate_products``: multiplications of a
     gate with a token, by which it chooses; an upper bound for a gate that finds its way without the dense products
     (COMET's lazy one). ``expert``: parameters of an expert. ``expert_flops``: of an expert and row, forward.
     """
@@ -136,7 +136,7 @@ class TransformerSize:
         """Return the size of a model; ``layer``: any of its MoE layers, not yet sharded, None if it has none."""
         if layer is None:
             return cls(config, vocab_size)
-        modules = [layer.gates, *([layer.permutation] if isinstance(layer.permutation, nn.Module) else [])]
+        modules = [layer.gates, *([layer.slot_map] if isinstance(layer.slot_map, nn.Module) else [])]
         routing = sum(parameter.numel() for module in modules for parameter in module.parameters())
         tensors = [*layer.gates.parameters(), *layer.gates.buffers()]
         products = sum(t.numel() for t in tensors if t.dim() > 1 and t.shape[-1] == config.dim)

@@ -63,7 +63,7 @@ def assert_same_on_all_ranks(table: Tensor) -> None:
     all_digests = current_world().gather(torch.tensor([_digest(table)], device=table.device))
     differing = [rank for rank, digest in enumerate(all_digests) if not torch.equal(digest, all_digests[0])]
     if differing:
-        raise RuntimeError(f"the permutation of ranks {differing} differs from that of rank 0")
+        raise RuntimeError(f"the slot map of ranks {differing} differs from that of rank 0")
 
 
 def _digest(table: Tensor) -> int:

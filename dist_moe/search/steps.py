@@ -18,7 +18,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 def slot_tables(model: nn.Module) -> dict[str, SlotTable]:
     """Return the slot -> expert tables of ``model`` by their layers' names."""
     layers = moe_layers(model).items()
-    return {name: layer.permutation for name, layer in layers if isinstance(layer.permutation, SlotTable)}
+    return {name: layer.slot_map for name, layer in layers if isinstance(layer.slot_map, SlotTable)}
 
 
 def begin_step(layers: Collection[MoE], step: int) -> None:
@@ -26,8 +26,8 @@ def begin_step(layers: Collection[MoE], step: int) -> None:
     for layer in layers:
         layer.begin_step(step)
     for layer in layers:
-        if isinstance(layer.permutation, SlotTable):
-            layer.permutation.begin_step()
+        if isinstance(layer.slot_map, SlotTable):
+            layer.slot_map.begin_step()
 
 
 def end_step(layers: Collection[MoE], *, skipped: bool) -> None:

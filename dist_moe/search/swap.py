@@ -81,7 +81,7 @@ class SwapReport:
 class SwapSearch:
     """``SwapSearch(model, batches, loss, config).run()``: swaps until nothing helps. Collective.
 
-    ``model``: any module with one or several MoE layers whose permutation is a ``SlotTable``, and which
+    ``model``: any module with one or several MoE layers whose slot map is a ``SlotTable``, and which
     run in the order in which they were registered, once each.
     ``batches``: this rank's; every rank has as many (they may be empty). ``loss``: see ``BatchLoss``;
     it runs ``model`` in evaluation mode.
@@ -91,10 +91,10 @@ class SwapSearch:
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], loss: BatchLoss, config: SwapSearchConfig) -> None:
         self._model = model
-        self._layers = [m for m in model.modules() if isinstance(m, MoE) and isinstance(m.permutation, SlotTable)]
+        self._layers = [m for m in model.modules() if isinstance(m, MoE) and isinstance(m.slot_map, SlotTable)]
         if not self._layers:
             raise ValueError("the model has no MoE layer with a slot -> expert table to search")
-        self._slot_tables = [m.permutation for m in self._layers if isinstance(m.permutation, SlotTable)]
+        self._slot_tables = [m.slot_map for m in self._layers if isinstance(m.slot_map, SlotTable)]
         self._batches = batches
         self._loss = loss
         self._config = config

@@ -198,7 +198,7 @@ def test_a_checkpoint_without_all_experts(refused: Refused, run: Path, tmp_path:
     ("change", "parts"),
     [
         ("model.experts.units=8", ["moe.experts.weight", "(16, 16)"]),
-        ("model.permutation=null", ["moe.permutation.step"]),
+        ("model.permutation=null", ["moe.slot_map.step"]),
     ],
 )
 def test_a_file_of_another_model(run: Path, exported: Path, change: str, parts: list[str]) -> None:

@@ -38,7 +38,7 @@ ADAM = {"lr": 0.02, "eps": 1e-3, "weight_decay": 0.1}  # with this eps the size 
 CLIPPING = 0.05
 PARTS = {
     "experts": ("moe.experts.*",),
-    "gates": ("*.gates.*", "*.permutation.*"),
+    "gates": ("*.gates.*", "*.slot_map.*"),
     "dense": ("below.*", "norm.*", "head.*"),
     "head": ("head.*",),
     "gates and below": ("*.gates.*", "below.weight"),
@@ -111,10 +111,10 @@ def plain(part: str, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         model.train()
         if not trains(part, "norm.weight"):
             model.norm.eval()
-        if trains(part, "moe.permutation.relaxed"):
-            model.moe.permutation.begin_step()
+        if trains(part, "moe.slot_map.relaxed"):
+            model.moe.slot_map.begin_step()
         else:
-            model.moe.permutation.eval()
+            model.moe.slot_map.eval()
         if not trains(part, "moe.gates.0.weight"):
             model.moe.gates.eval()
         if not trains(part, "moe.experts.weight"):
@@ -132,7 +132,7 @@ def trains(part: str, name: str) -> bool:
     """Written out once more, without patterns."""
     return {
         "experts": name.startswith("moe.experts."),
-        "gates": ".gates." in name or ".permutation." in name,
+        "gates": ".gates." in name or ".slot_map." in name,
         "dense": name.split(".")[0] in ("below", "norm", "head"),
         "head": name.startswith("head."),
         "gates and below": ".gates." in name or name == "below.weight",
@@ -263,7 +263,7 @@ def test_afterwards_everything_is_as_before() -> None:
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert names == ["moe.gates.0.weight", "moe.gates.0.bias"]
         held = {name for name, module in model.named_modules() if is_held(module)}
-        assert held == {"below", "norm", "moe.experts", "moe.permutation"}
+        assert held == {"below", "norm", "moe.experts", "moe.slot_map"}
         model.train()
         assert [name for name, module in model.named_modules() if not module.training] == [
             name for name, _ in model.named_modules() if name in held

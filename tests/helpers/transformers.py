@@ -40,7 +40,7 @@ def make_transformer(world: World | None = None, **options: Any) -> Transformer:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-            elif ".gates." not in name and ".permutation." not in name:
+            elif ".gates." not in name and ".slot_map." not in name:
                 parameter.mul_(15)
     return model
 
@@ -111,7 +111,7 @@ def _swiglu(network: SwiGLU, x_D: Tensor) -> Tensor:
 
 def _mixture(moe: MoE, x_TD: Tensor, ids_T: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     mixture_TE, aux = naive_gate(moe.gates[0], x_TD, ids_T)
-    search = moe.permutation
+    search = moe.slot_map
     if isinstance(search, PermutationSearch) and search.training and search.learning:
         soft = search.soft_matrix()[0, 0]
         mixture_TE = naive_mix(mixture_TE, soft)

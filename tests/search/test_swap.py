@@ -180,7 +180,7 @@ def test_leaves_the_model_as_it_was_but_for_the_table_also_after_an_error() -> N
     assert model.training
     assert model.moe._replay is None
     after = model.state_dict()
-    assert [name for name in before if not torch.equal(before[name], after[name])] == ["moe.permutation.table"]
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["moe.slot_map.table"]
     assert all(parameter.grad is None for parameter in model.parameters())
 
     def fail(_: Tokens) -> Tensor:
@@ -209,7 +209,7 @@ class TwoLayers(nn.Module):
 
     @property
     def tables(self) -> list[Tensor]:
-        return [self.first.permutation.table, self.second.permutation.table]
+        return [self.first.slot_map.table, self.second.slot_map.table]
 
 
 def test_several_layers_are_searched_as_one() -> None:
@@ -236,7 +236,7 @@ def test_gradient_of_the_first_layer_flows_through_the_second() -> None:
     searching._record()
     first, _ = searching._gradients()
     step = 1e-6
-    matrix = torch.eye(4, dtype=torch.float64)[model.first.permutation.table[0, 0]]
+    matrix = torch.eye(4, dtype=torch.float64)[model.first.slot_map.table[0, 0]]
     results_TEF = model.first.all_results(x_TD)
     g_TS = model.first.gates[0](x_TD).dense()
 
@@ -270,12 +270,12 @@ def naive_against_search(slots: int, experts: int, per_gate: bool, branches: int
     def loss_of(moe: MoE) -> Callable[[object], Tensor]:
         return lambda _: (torch.stack(moe(x_TD).outputs) - y_GTF).square().mean()
 
-    expected = naive_greedy(naive, [naive.permutation.table], [None], loss_of(naive))
+    expected = naive_greedy(naive, [naive.slot_map.table], [None], loss_of(naive))
     report = search(fast, [None], loss_of(fast), verified_per_round=100).run()
-    assert fast.permutation.table.shape == (2 if per_gate else 1, branches, slots)
+    assert fast.slot_map.table.shape == (2 if per_gate else 1, branches, slots)
     assert report.losses[-1] == pytest.approx(expected, rel=1e-9)
-    assert torch.equal(fast.permutation.table, naive.permutation.table)
-    return fast.permutation.table, report
+    assert torch.equal(fast.slot_map.table, naive.slot_map.table)
+    return fast.slot_map.table, report
 
 
 @pytest.mark.parametrize(("per_gate", "branches"), [(True, 1), (False, 2), (True, 2)])

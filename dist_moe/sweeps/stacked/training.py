@@ -234,7 +234,7 @@ class _StackedTraining:
             gate = self._configs[trial].model.gate
             _set_on_gates(self._layer.gates, {n: getattr(gate, n) for n in _GATE_NUMBERS if hasattr(gate, n)})
             search_swaps(self._task, self._model, search, self._weights, self._environment)
-            self._stack.buffers[f"{LAYER}.permutation.table"][place] = self._model.tables[LAYER].table
+            self._stack.buffers[f"{LAYER}.slot_map.table"][place] = self._model.tables[LAYER].table
 
     def _say(self, step: int, losses: list[float], staying: int) -> None:
         epoch = step / self._feed.steps_per_epoch
