@@ -21,6 +21,11 @@ def slot_tables(model: nn.Module) -> dict[str, SlotTable]:
     return {name: layer.slot_map for name, layer in layers if isinstance(layer.slot_map, SlotTable)}
 
 
+def is_held(module: nn.Module) -> bool:
+    """Return whether ``module`` is held still while others train (engine's ``hold_still``): no search may change it."""
+    return "train" in vars(module)
+
+
 def begin_step(layers: Collection[MoE], step: int) -> None:
     """Tell the gates and tables of ``layers`` that training step ``step`` (from 0) begins."""
     for layer in layers:

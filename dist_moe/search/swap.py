@@ -30,11 +30,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.config.settings import Settings
-from dist_moe.layer import MoE
 from dist_moe.parallel import sum_over_ranks
 from dist_moe.search.agreement import assert_same_on_all_ranks, take_from_first_rank
 from dist_moe.search.replay import Recorder, Recording, Replayed, replaying
-from dist_moe.search.slot_table import SlotTable
+from dist_moe.search.steps import is_held, moe_layers, slot_tables
 
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-11}
 """By the loss's precision, the share of the loss below which two candidates count as equal: the rounding of
@@ -82,7 +81,7 @@ class SwapSearch:
     """``SwapSearch(model, batches, loss, config).run()``: swaps until nothing helps. Collective.
 
     ``model``: any module with one or several MoE layers whose slot map is a ``SlotTable``, and which
-    run in the order in which they were registered, once each.
+    run in the order in which they were registered, once each. Tables that are held still are left alone.
     ``batches``: this rank's; every rank has as many (they may be empty). ``loss``: see ``BatchLoss``;
     it runs ``model`` in evaluation mode.
 
@@ -91,10 +90,11 @@ class SwapSearch:
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], loss: BatchLoss, config: SwapSearchConfig) -> None:
         self._model = model
-        self._layers = [m for m in model.modules() if isinstance(m, MoE) and isinstance(m.slot_map, SlotTable)]
-        if not self._layers:
+        tables = {name: table for name, table in slot_tables(model).items() if not is_held(table)}
+        if not tables:
             raise ValueError("the model has no MoE layer with a slot -> expert table to search")
-        self._slot_tables = [m.slot_map for m in self._layers if isinstance(m.slot_map, SlotTable)]
+        self._layers = [moe_layers(model)[name] for name in tables]
+        self._slot_tables = list(tables.values())
         self._batches = batches
         self._loss = loss
         self._config = config

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +24,16 @@ from dist_moe.engine.deepspeed.migration import migrate, state_bytes_per_expert
 from dist_moe.engine.deepspeed.parameter_state import MASTER, read_parameter_state
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
-from dist_moe.engine.trainable import hold_still, is_held
+from dist_moe.engine.trainable import hold_still
 from dist_moe.errors import UserError
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK
 from dist_moe.layer import BatchNormOverRanks, MoE
 from dist_moe.models import MoEModel
 from dist_moe.parallel import Placement, SingleWorld, World, experts_of_rank, sum_over_ranks
+from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig, SwapSearchCallback
 from dist_moe.search import PermutationSearch
+from dist_moe.search.steps import is_held
 from tests.helpers.pool import on_ranks
 
 DIM, UNITS, EXPERTS, BATCH, STEPS, RANKS = 5, 6, 4, 24, 5, 2
@@ -264,12 +267,16 @@ def test_afterwards_everything_is_as_before() -> None:
         assert names == ["moe.gates.0.weight", "moe.gates.0.bias"]
         held = {name for name, module in model.named_modules() if is_held(module)}
         assert held == {"below", "norm", "moe.experts", "moe.slot_map"}
+        assert not model.learning
+        trainer: Any = SimpleNamespace(model=model, tables=model.tables, steps_per_epoch=1)
+        SwapSearchCallback(None, SwapScheduleConfig(), ()).after_step(trainer, 1)  # no task: there is nothing to search
         model.train()
         assert [name for name, module in model.named_modules() if not module.training] == [
             name for name, _ in model.named_modules() if name in held
         ]
     assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == before
     assert not any(is_held(module) for module in model.modules())
+    assert model.learning
 
 
 @pytest.mark.parametrize(

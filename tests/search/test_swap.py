@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_moe.engine.trainable import hold_still
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, TopK
 from dist_moe.layer import MoE
@@ -226,6 +227,22 @@ def test_several_layers_are_searched_as_one() -> None:
     assert report.losses[-1] == pytest.approx(expected, rel=1e-9)
     assert {swap.layer for swap in report.swaps} == {0, 1}
     assert all(map(torch.equal, fast.tables, naive.tables))
+
+
+def test_tables_that_are_held_still_are_left_alone() -> None:
+    torch.manual_seed(8)
+    naive, fast = TwoLayers().double(), TwoLayers().double()
+    fast.load_state_dict(naive.state_dict())
+    x_TD, y_TF = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
+    first = fast.tables[0].clone()
+    naive_greedy(naive, naive.tables[1:], [None], lambda _: (naive(x_TD) - y_TF).square().mean())
+    with hold_still(fast, ["second.*"]):
+        report = search(fast, [None], lambda _: (fast(x_TD) - y_TF).square().mean(), verified_per_round=16).run()
+    assert report.swaps
+    assert torch.equal(fast.tables[0], first)
+    assert torch.equal(fast.tables[1], naive.tables[1])
+    with hold_still(fast, ["second.gates.*"]), pytest.raises(ValueError, match="no MoE layer with a slot"):
+        search(fast, [None], lambda _: torch.zeros(()))
 
 
 def test_gradient_of_the_first_layer_flows_through_the_second() -> None:
