@@ -10,15 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine
+from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture, affine
 
 
+@GATES.register
 class SoftmaxConfig(GateSettings):
     """The softmax gate: every token uses every expert."""
 
     name: Literal["softmax"] = "softmax"
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> Softmax:
+        """Return the gate with these options."""
         return Softmax(dim, num_experts)
 
 
@@ -33,4 +35,5 @@ class Softmax(Gate):
         self.bias = nn.Parameter(torch.zeros(num_experts))
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        """Return the softmax over all slots that are not excluded."""
         return Mixture(self.exclude(affine(x_TD, self.weight, self.bias)).softmax(dim=-1).unsqueeze(1))

@@ -17,8 +17,9 @@ from dist_moe.gates import (
     SMoEDropout,
     Softmax,
     TopK,
-    with_null,
 )
+from dist_moe.gates.base import affine
+from dist_moe.gates.tree import descend
 from dist_moe.routing import Route
 
 DIM, IDS = 3, 50
@@ -80,7 +81,7 @@ def smoe_dropout(n: int, k: int, _: float) -> Gate:
 
 
 def with_nulls(inner: Maker, nulls: int = 3) -> Maker:
-    return lambda n, k, hardness: with_null(inner(n + nulls, k, hardness), nulls, 0.4)
+    return lambda n, k, hardness: NullSlots(inner(n + nulls, k, hardness), nulls, 0.4)
 
 
 VARIANTS: dict[str, Maker] = {
@@ -135,6 +136,15 @@ def loss_of(mixture_TS: Tensor, aux: dict[str, Tensor]) -> Tensor:
     """A number that depends on every entry of the mixture, each by its own weight, and on every loss."""
     cotangent_TS = torch.linspace(-1, 1.5, mixture_TS.numel(), dtype=mixture_TS.dtype).view_as(mixture_TS)
     return (mixture_TS * cotangent_TS).sum() + sum(aux.values(), mixture_TS.new_zeros(()))
+
+
+def leaf_mass(gate: Comet, x_TD: Tensor) -> Tensor:
+    """v, (T, k, n): how much of each token reaches each leaf, by the dense descent."""
+    return split_and_leaf_masses(gate, x_TD)[1]
+
+
+def split_and_leaf_masses(gate: Comet, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    return descend(*gate._split(gate._turn(affine(x_TD, gate.split_weight, gate.split_bias))))
 
 
 def assert_well_formed(route: Route, gate: Gate, num_tokens: int) -> None:

@@ -11,8 +11,17 @@ from torch import Tensor
 
 from dist_moe.gates import Comet, CometConfig, GateContext
 from dist_moe.gates.comet import split_balance
-from dist_moe.gates.tree import descend
-from tests.gates.cases import HALF, SATURATED, UNSATURATED, build, comet, loss_of, tokens
+from tests.gates.cases import (
+    HALF,
+    SATURATED,
+    UNSATURATED,
+    build,
+    comet,
+    leaf_mass,
+    loss_of,
+    split_and_leaf_masses,
+    tokens,
+)
 from tests.helpers.oracle import assert_all_same, assert_same, naive_gradients
 
 
@@ -49,7 +58,7 @@ def test_lazy_and_dense_give_the_same_route_and_gradients(
 
 def reached_nodes(gate: Comet, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """(k, n-1) and (k, n) bool: does any token reach the split, the leaf?"""
-    split_TKQ, leaf_TKE = descend(*gate._split(gate._affine(x_TD, "split")))
+    split_TKQ, leaf_TKE = split_and_leaf_masses(gate, x_TD)
     return (split_TKQ > 0).any(dim=0), (leaf_TKE > 0).any(dim=0)
 
 
@@ -168,7 +177,7 @@ def test_descending_the_split_balance_evens_out_the_splits() -> None:
     x_TD = torch.randn(200, 3)
 
     def unevenness() -> float:
-        return (gate.leaf_mass(x_TD).mean(dim=0) - 1 / 8).abs().max().item()
+        return (leaf_mass(gate, x_TD).mean(dim=0) - 1 / 8).abs().max().item()
 
     before, optimizer = unevenness(), torch.optim.Adam(gate.parameters(), 0.01)
     for _ in range(60):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dist_moe.gates import Comet, DSelectK, Gate, HashRouting, SMoEDropout, Softmax, TopK, with_null
+from dist_moe.gates import Comet, DSelectK, Gate, HashRouting, NullSlots, SMoEDropout, Softmax, TopK
 from dist_moe.routing import Route
 
 TOKENS, DIM, EXPERTS = 24, 16, 8
@@ -49,7 +49,7 @@ def make_softmax() -> Gate:
 
 def make_ada_moe() -> Gate:
     torch.manual_seed(0)
-    return with_null(TopK(DIM, EXPERTS + 4, 3), 4, balance_weight=0.3)
+    return NullSlots(TopK(DIM, EXPERTS + 4, 3), 4, balance_weight=0.3)
 
 
 def make_smoe_dropout() -> Gate:
