@@ -39,12 +39,12 @@ class SlotMapSource(Protocol):
 
     @property
     def num_slots(self) -> int:
-        """Slots of a gate, or of each of its branches."""
+        """Number of slots of a gate, or of each of its branches."""
         ...
 
     @property
     def branches(self) -> int:
-        """Maps of each gate: 1, or one for each of its branches."""
+        """Number of maps of each gate: 1, or one for each of its branches."""
         ...
 
     def __call__(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]: ...
@@ -113,19 +113,25 @@ class MoE(nn.Module):
         self._check_sizes()
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> MoEOutput:
-        """(T, D) tokens (T may be 0) -> one weighted sum of experts per gate, of shape (T, F)."""
+        """Return one weighted sum of experts per gate, (T, F), for (T, D) tokens; T may be 0."""
         if self._replay is not None:
             return _plus(self._replay(self, x_TD, ids_T), self._share(x_TD))
         clock = self.world.clock
         shared: list[Tensor | None] = []
         (x_TD,) = clock.mark("gate", None, x_TD)
         routes, aux = self._route(x_TD, ids_T)
-        pairs = union_of_routes([self._by_position(route) for route in routes])
+        by_position = routes
+        if not self.placement.is_identity:
+            position_E = position_table(self.placement, x_TD.device)
+            by_position = [replace(route, slot_N=position_E[route.slot_N]) for route in routes]
+        pairs = union_of_routes(by_position)
         mixed = timed(self.exchange, clock)(
             x_TD, pairs, self.experts, meanwhile=lambda: shared.append(self._share(x_TD))
         )
         outputs = mixed.sums_GTF.to(mixed.dtype).unbind()
-        result = MoEOutput(outputs, aux, tuple(routes), self._by_id(pairs), mixed.rows_computed)
+        if not self.placement.is_identity:
+            pairs = pairs.renamed(expert_table(self.placement, x_TD.device))
+        result = MoEOutput(outputs, aux, tuple(routes), pairs, mixed.rows_computed)
         return _plus(result, shared[0])
 
     @contextmanager
@@ -148,11 +154,11 @@ class MoE(nn.Module):
         self.experts.expert_ids = placement.experts_of(self.world.rank)
 
     def by_expert(self, x_E: Tensor) -> Tensor:
-        """(E, ...) in the order of the positions -> in the order of the experts' ids."""
+        """Return (E, ...) in the order of the experts' ids, given it in the order of their positions."""
         return x_E if self.placement.is_identity else x_E[position_table(self.placement, x_E.device)]
 
     def all_results(self, x_TD: Tensor) -> Tensor:
-        """(T, E, F): what every expert, wherever it lives, makes of each of this rank's tokens."""
+        """Return the (T, E, F) results of every expert, wherever it lives, for each of this rank's tokens."""
         tokens, experts = len(x_TD), self.experts.num_experts
         rows_per_expert_E = torch.full((experts,), tokens, device=x_TD.device)
         plan = plan_dispatch(rows_per_expert_E, self.world, tokens * experts)
@@ -192,19 +198,9 @@ class MoE(nn.Module):
             aux |= map_aux
         return routes, aux
 
-    def _by_position(self, route: Route) -> Route:
-        if self.placement.is_identity:
-            return route
-        return replace(route, slot_N=position_table(self.placement, route.slot_N.device)[route.slot_N])
-
-    def _by_id(self, pairs: Pairs) -> Pairs:
-        if self.placement.is_identity:
-            return pairs
-        return pairs.renamed(expert_table(self.placement, pairs.expert_N.device))
-
     @property
     def each_gate(self) -> list[Gate]:
-        """The ``gates``, typed."""
+        """Return the ``gates``, typed."""
         return [gate for gate in self.gates if isinstance(gate, Gate)]
 
     def _check_fit(self, placement: Placement) -> None:
