@@ -12,48 +12,16 @@ from torch import Tensor
 from dist_moe.gates import Comet, CometConfig, GateContext
 from dist_moe.gates.comet import split_balance
 from tests.gates.cases import (
-    HALF,
     SATURATED,
     UNSATURATED,
     build,
-    comet,
     leaf_mass,
     loss_of,
+    pair_of_dense_and_lazy,
     split_and_leaf_masses,
     tokens,
 )
-from tests.helpers.oracle import assert_all_same, assert_same, naive_gradients
-
-
-def pair_of_dense_and_lazy(n: int, k: int, hardness: float, **options: Any) -> tuple[Comet, Comet]:
-    gates = []
-    for lazy in (False, True):
-        torch.manual_seed(n)
-        gates.append(comet(lazy=lazy, **options)(n, k, hardness))
-    dense, lazy_gate = gates
-    assert isinstance(dense, Comet)
-    assert isinstance(lazy_gate, Comet)
-    return dense, lazy_gate
-
-
-@pytest.mark.parametrize("options", [{}, {"max_active": 3}, {"split_slots": True}, {"balance_weight": 0.2}])
-@pytest.mark.parametrize("hardness", [UNSATURATED, HALF, 2.0, SATURATED])
-@pytest.mark.parametrize(("n", "k"), [(2, 1), (5, 2), (8, 3), (13, 2), (33, 2)])
-def test_lazy_and_dense_give_the_same_route_and_gradients(
-    n: int, k: int, hardness: float, options: dict[str, Any]
-) -> None:
-    dense, lazy = pair_of_dense_and_lazy(n, k, hardness, **options)
-    x_TD = tokens(7)
-    routes = [gate(x_TD) for gate in (dense, lazy)]
-    assert torch.equal(routes[1].token_N, routes[0].token_N)
-    assert torch.equal(routes[1].slot_N, routes[0].slot_N)
-    assert_same(routes[1].weight_N, routes[0].weight_N, 1e-12)
-    assert_all_same(routes[1].aux, routes[0].aux, 1e-12)
-    grads = [
-        naive_gradients(loss_of(route.dense(), route.aux), dict(gate.named_parameters()) | {"x": x_TD})
-        for gate, route in zip((dense, lazy), routes, strict=True)
-    ]
-    assert_all_same(grads[1], grads[0], 1e-10 if options.get("balance_weight") else 1e-12)
+from tests.helpers.oracle import assert_same, naive_gradients
 
 
 def reached_nodes(gate: Comet, x_TD: Tensor) -> tuple[Tensor, Tensor]:

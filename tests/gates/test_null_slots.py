@@ -184,16 +184,6 @@ def test_dropped_weights_are_shared_out_in_proportion_and_untouched_rows_keep_th
     assert_same(weight_TKE[2], weight_TKS[2, :, :3] / weight_TKS[2, :, :3].sum(), 1e-6)
 
 
-def test_weights_are_the_probabilities_over_all_slots_renormalised_over_the_true_ones() -> None:
-    gate, x_TD = ada_moe(n=4, m=4, k=3), torch.randn(20, 3).double()
-    assert isinstance(gate.gate, TopK)
-    probability_TS = (x_TD @ gate.gate.weight.T).softmax(dim=1)
-    kept_TS = torch.zeros(20, 8).double().scatter(1, probability_TS.topk(3).indices, 1.0)
-    true_TE = (probability_TS * kept_TS)[:, :4]
-    sum_T1 = true_TE.sum(dim=1, keepdim=True)
-    assert_same(gate(x_TD).dense(), true_TE / torch.where(sum_T1 > 0, sum_T1, 1), 1e-14)
-
-
 def test_wraps_comet_with_its_branches_losses_and_hard_trees() -> None:
     inner = Comet(3, 8, 2, balance_weight=0.1).double()
     gate = NullSlots(inner, 3, balance_weight=0.5)

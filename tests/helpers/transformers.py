@@ -15,7 +15,8 @@ from dist_moe.models.attention import CausalAttention
 from dist_moe.models.dense import SwiGLU
 from dist_moe.parallel import SingleWorld, World
 from dist_moe.search import PermutationSearch
-from tests.helpers.oracle import naive_gate, naive_mix, naive_permutation_entropy, naive_relabel
+from tests.helpers.branches import naive_branch_mix, naive_branch_relabel
+from tests.helpers.oracle import naive_gate, naive_permutation_entropy
 
 VOCABULARY = 11
 SMALL: dict[str, Any] = {
@@ -114,10 +115,10 @@ def _mixture(moe: MoE, x_TD: Tensor, ids_T: Tensor) -> tuple[list[Tensor], dict[
     search = moe.slot_map
     if isinstance(search, PermutationSearch) and search.training and search.learning:
         soft = search.soft_matrix()[0, 0]
-        mixture_TE = naive_mix(mixture_TE, soft)
+        mixture_TE = naive_branch_mix(mixture_TE, soft.unsqueeze(0))
         aux = aux | {"permutation": search.entropy_weight * naive_permutation_entropy(soft)}
     else:
-        mixture_TE = naive_relabel(mixture_TE, search.table[0, 0].tolist())
+        mixture_TE = naive_branch_relabel(mixture_TE, search.table[0])
     bank, results = moe.experts, []
     for weight_E, x_D in zip(mixture_TE, x_TD, strict=True):
         total = torch.zeros_like(x_D) if moe.shared is None else _swiglu(moe.shared, x_D)

@@ -51,6 +51,7 @@ def test_soft_mixtures_and_penalty_of_every_gate_and_branch(per_gate: bool) -> N
     permutations, aux = search.train()()
     assert all(isinstance(p, SoftPermutation) for p in permutations)
     soft, weights = naive_soft(search), mixtures()
+    assert_same(search.soft, soft, 1e-12)
     expected = [naive_branch_mix(w_TS, soft[g if per_gate else 0]) for g, w_TS in enumerate(weights)]
     actual = apply_all(list(permutations), weights)
     for ours, theirs in zip(actual, expected, strict=True):

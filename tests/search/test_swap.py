@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,38 +103,6 @@ def test_first_order_gain_is_exact_where_the_loss_is_linear() -> None:
         at_a, at_b = model.table[0, 0, a], model.table[0, 0, b]
         estimate = gradient[a, at_a] + gradient[b, at_b] - gradient[a, at_b] - gradient[b, at_a]
         assert estimate.item() == pytest.approx(before - loss, abs=1e-10)
-
-
-def test_gradient_equals_autograd_of_a_loop_over_slots_and_experts() -> None:
-    model = scrambled("comet", 4, steps=5).double()
-    tokens = make_tokens(4, 20, seed=3)
-    tokens = replace(tokens, x_TD=tokens.x_TD.double(), y_TF=tokens.y_TF.double())
-    searching = search(model, [tokens], model.loss)
-    searching._record()
-    (gradient,) = searching._gradients()
-
-    matrix = torch.eye(4, dtype=torch.float64)[model.table[0, 0]].requires_grad_()
-    gate, bank = model.moe.gates[0], model.moe.experts
-    with torch.no_grad():
-        g_TS = gate(tokens.x_TD, tokens.id_T).dense()
-        f = [torch.relu(tokens.x_TD @ w + b) for w, b in zip(bank.weight, bank.bias, strict=True)]
-    y_TF = sum(g_TS[:, s, None] * matrix[s, e] * f[e] for s in range(4) for e in range(4))
-    loss = (model.head(y_TF) - tokens.y_TF).square().mean()
-    (expected,) = torch.autograd.grad(loss, matrix)
-    torch.testing.assert_close(gradient[0, 0], expected, rtol=0, atol=1e-12)
-
-
-def test_ends_in_a_local_optimum() -> None:
-    model = scrambled("top_k", 8, steps=30)
-    tokens = make_tokens(8, 400, seed=4)
-    report = search(model, [tokens], model.loss, verified_per_round=5).run()
-    assert report.local_optimum
-    assert report.losses[-1] == pytest.approx(loss_by_running_everything(model, [tokens], model.loss), rel=1e-6)
-    for swap in all_swaps([model.table]):
-        swap_in_place([model.table], swap)
-        loss = loss_by_running_everything(model, [tokens], model.loss)
-        assert loss >= report.losses[-1] * (1 - 1.1e-6)
-        swap_in_place([model.table], swap)
 
 
 def test_budgets_end_the_search() -> None:
@@ -315,22 +282,23 @@ def test_slot_maps_that_are_many_to_one(slots: int, experts: int, per_gate: bool
     assert report.local_optimum
 
 
-@pytest.mark.parametrize("table", [[0, 1, 1, 2, 0], [2, 2, 2, 2, 2], [1, 0, 2, 0, 2]])
+@pytest.mark.parametrize("table", [[2, 0, 1], [0, 1, 1, 2, 0], [2, 2, 2, 2, 2], [1, 0, 2, 0, 2]])
 def test_the_gradient_of_a_map_is_that_of_a_loop_over_slots_and_experts(table: list[int]) -> None:
     torch.manual_seed(12)
-    slot_table = SlotTable(3, num_slots=5)
+    slots = len(table)
+    slot_table = SlotTable(3, num_slots=slots)
     slot_table.table[0, 0] = torch.tensor(table)
-    moe = MoE(Comet(4, 5, k=2), DenseReLUBank(4, 2, 3, range(3)), slot_table).double()
+    moe = MoE(Comet(4, slots, k=2), DenseReLUBank(4, 2, 3, range(3)), slot_table).double()
     x_TD = torch.randn(9, 4, dtype=torch.float64)
     searching = search(moe, [None], lambda _: moe(x_TD).outputs[0].square().mean())
     searching._record()
-    matrix = torch.zeros(5, 3, dtype=torch.float64)
-    matrix[range(5), table] = 1.0
+    matrix = torch.zeros(slots, 3, dtype=torch.float64)
+    matrix[range(slots), table] = 1.0
     matrix.requires_grad_()
     with torch.no_grad():
         g_TS = moe.gates[0](x_TD).dense()
         f = [torch.relu(x_TD @ w + b) for w, b in zip(moe.experts.weight, moe.experts.bias, strict=True)]
-    y_TF = sum(g_TS[:, s, None] * matrix[s, e] * f[e] for s in range(5) for e in range(3))
+    y_TF = sum(g_TS[:, s, None] * matrix[s, e] * f[e] for s in range(slots) for e in range(3))
     (expected,) = torch.autograd.grad(y_TF.square().mean(), matrix)
     torch.testing.assert_close(searching._gradients()[0][0, 0], expected, rtol=0, atol=1e-12)
 
