@@ -35,7 +35,19 @@ class Batch(Protocol):
 
 
 class TensorBatch:
-    """Base of batches: frozen dataclasses whose first field is a tensor with B rows."""
+    """Base of batches: frozen dataclasses whose first field is a tensor with B rows; each example is one token."""
+
+    examples_in_step: int
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """Arguments of the model: the first tensor, unless a batch says otherwise."""
+        return (next(iter(vars(self).values())),)
+
+    @property
+    def tokens_in_step(self) -> int:
+        """Tokens of the step over all ranks and micro-batches."""
+        return self.examples_in_step
 
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))

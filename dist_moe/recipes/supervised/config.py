@@ -82,7 +82,7 @@ class SupervisedConfig(RecipeConfig):
         model = {} if model is None else {"name": model} if isinstance(model, str) else model
         filled = {"data": {} if data is None else data}
         if isinstance(model, dict):
-            model = {"name": settings.default_model} | model
+            model = {"name": models_of_kind(settings.kind)[0]} | model
         fitting = start_of(model["name"]) if isinstance(model, dict) and isinstance(model["name"], str) else None
         if start is None and fitting is not None and fitting.is_default:
             start = {}
@@ -117,9 +117,8 @@ class SupervisedConfig(RecipeConfig):
         """Raise UserError for what does not fit together on ``world_size`` ranks."""
         data, model = self.data, self.model
         if model.kind != data.kind:
-            raise UserError(
-                f"model.name={model.name} does not fit data.name={data.name}; use {models_of_kind(data.kind)}"
-            )
+            fitting = " or ".join(models_of_kind(data.kind))
+            raise UserError(f"model.name={model.name} does not fit data.name={data.name}; use {fitting}")
         if len(self.target_weights) != len(data.targets):
             raise UserError(
                 f"target_weights={list(self.target_weights)}: data.name={data.name} has {len(data.targets)} target(s), "
