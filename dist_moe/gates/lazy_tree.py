@@ -180,6 +180,7 @@ class _Masses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, left_F: Tensor, right_F: Tensor, visit: Visit) -> tuple[Tensor, Tensor]:
+        """Return the masses that the descent found."""
         ctx.save_for_backward(left_F, right_F)
         ctx.visit = visit
         ctx.set_materialize_grads(False)
@@ -188,6 +189,7 @@ class _Masses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_split_N: Tensor | None, grad_leaf_N: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients to the probabilities, level by level from the leaves up."""
         left_F, right_F = ctx.saved_tensors
         visit: Visit = ctx.visit
         if grad_leaf_N is None:

@@ -172,16 +172,15 @@ class MoE(nn.Module):
             gate.begin_step(step)
         self._before_step = [(buffer, buffer.clone()) for gate in self.each_gate for buffer in gate.buffers()]
 
-    def end_step(self) -> None:
-        """Tell the gates that a training step has ended. On every rank."""
-        for gate in self.each_gate:
-            gate.end_step()
-
-    @torch.no_grad()
-    def drop_step(self) -> None:
-        """Let the gates forget a step that was skipped, in place of :meth:`end_step`."""
-        for buffer, before in self._before_step:
-            buffer.copy_(before)
+    def end_step(self, *, skipped: bool = False) -> None:
+        """Tell the gates that a training step has ended, or let them forget one that was skipped. On every rank."""
+        if not skipped:
+            for gate in self.each_gate:
+                gate.end_step()
+            return
+        with torch.no_grad():
+            for buffer, before in self._before_step:
+                buffer.copy_(before)
 
     def _share(self, x_TD: Tensor) -> Tensor | None:
         return None if self.shared is None else self.shared(x_TD)

@@ -38,7 +38,4 @@ def begin_step(layers: Collection[MoE], step: int) -> None:
 def end_step(layers: Collection[MoE], *, skipped: bool) -> None:
     """Tell the gates of ``layers`` that a training step has ended, or was skipped."""
     for layer in layers:
-        if skipped:
-            layer.drop_step()
-        else:
-            layer.end_step()
+        layer.end_step(skipped=skipped)
