@@ -128,9 +128,11 @@ def test_after_the_stage_the_relaxed_gradient_is_zero_not_none() -> None:
 def test_evaluation_in_the_stage_uses_the_rounding_of_the_last_soft_matrix() -> None:
     search = make_search()
     train_steps(search, 2)
-    first = round_to_table(search.soft[0, 0])
+    first, soft = round_to_table(search.soft[0, 0]), search.soft.clone()
     search.begin_evaluation()
     (permutation,), aux = search.eval()()
+    assert int(search.step) == 2
+    assert torch.equal(search.soft, soft)
     assert isinstance(permutation, HardMap)
     assert torch.equal(permutation.table_KS[0], first)
     assert aux == {}
@@ -143,16 +145,6 @@ def test_evaluation_in_the_stage_uses_the_rounding_of_the_last_soft_matrix() -> 
     assert torch.equal(permutation.table_KS[0], round_to_table(search.soft[0, 0]))
     assert not torch.equal(search.table[0, 0], first)
     assert isinstance(search.train()()[0][0], SoftPermutation)
-
-
-def test_evaluation_does_not_count_as_a_step_nor_touch_the_soft_matrix() -> None:
-    search = make_search()
-    train_steps(search, 2)
-    soft = search.soft.clone()
-    search.begin_evaluation()
-    search.eval()()
-    assert int(search.step) == 2
-    assert torch.equal(search.soft, soft)
 
 
 def test_evaluation_before_any_step_is_the_identity() -> None:

@@ -19,6 +19,8 @@ from dist_moe.search import SlotTable, Swap, SwapReport, SwapSearch, SwapSearchC
 from tests.helpers.clusters import Mixture, Tokens, make_tokens, trained_mixture
 from tests.helpers.worlds import on_real_worlds
 
+SLOW = pytest.mark.slow
+
 
 def search(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor], **options: Any) -> SwapSearch:
     return SwapSearch(model, batches, loss, SwapSearchConfig(**options))
@@ -180,15 +182,17 @@ class TwoLayers(nn.Module):
         return [self.first.slot_map.table, self.second.slot_map.table]
 
 
-def test_several_layers_are_searched_as_one() -> None:
+def twins() -> tuple[TwoLayers, TwoLayers, Callable[[nn.Module], Callable[[object], Tensor]]]:
+    """Two equal models, and the loss of either."""
     torch.manual_seed(8)
     naive, fast = TwoLayers().double(), TwoLayers().double()
     fast.load_state_dict(naive.state_dict())
     x_TD, y_TF = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
+    return naive, fast, lambda model: lambda _: (model(x_TD) - y_TF).square().mean()
 
-    def loss_of(model: nn.Module) -> Callable[[object], Tensor]:
-        return lambda _: (model(x_TD) - y_TF).square().mean()
 
+def test_several_layers_are_searched_as_one() -> None:
+    naive, fast, loss_of = twins()
     expected = naive_greedy(naive, naive.tables, [None], loss_of(naive))
     report = search(fast, [None], loss_of(fast), verified_per_round=16).run()
     assert report.losses[-1] == pytest.approx(expected, rel=1e-9)
@@ -197,14 +201,11 @@ def test_several_layers_are_searched_as_one() -> None:
 
 
 def test_tables_that_are_held_still_are_left_alone() -> None:
-    torch.manual_seed(8)
-    naive, fast = TwoLayers().double(), TwoLayers().double()
-    fast.load_state_dict(naive.state_dict())
-    x_TD, y_TF = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
+    naive, fast, loss_of = twins()
     first = fast.tables[0].clone()
-    naive_greedy(naive, naive.tables[1:], [None], lambda _: (naive(x_TD) - y_TF).square().mean())
+    naive_greedy(naive, naive.tables[1:], [None], loss_of(naive))
     with hold_still(fast, ["second.*"]):
-        report = search(fast, [None], lambda _: (fast(x_TD) - y_TF).square().mean(), verified_per_round=16).run()
+        report = search(fast, [None], loss_of(fast), verified_per_round=16).run()
     assert report.swaps
     assert torch.equal(fast.tables[0], first)
     assert torch.equal(fast.tables[1], naive.tables[1])
@@ -262,18 +263,15 @@ def naive_against_search(slots: int, experts: int, per_gate: bool, branches: int
     return fast.slot_map.table, report
 
 
-@pytest.mark.parametrize(("per_gate", "branches"), [(True, 1), (False, 2), (True, 2)])
-def test_tables_per_gate_and_per_branch(per_gate: bool, branches: int) -> None:
-    _, report = naive_against_search(4, 4, per_gate, branches)
-    assert len({swap.row for swap in report.swaps}) > 1
-
-
-@pytest.mark.parametrize(("slots", "experts"), [(6, 3), (5, 2), (3, 5)])
-@pytest.mark.parametrize(("per_gate", "branches"), [(False, 1), (True, 2)])
-def test_slot_maps_that_are_many_to_one(slots: int, experts: int, per_gate: bool, branches: int) -> None:
+@pytest.mark.parametrize(("slots", "experts"), [(4, 4), (6, 3), (5, 2), (3, 5)])
+@pytest.mark.parametrize(("per_gate", "branches"), [(False, 1), (True, 1), (False, 2), (True, 2)])
+def test_tables_per_gate_and_per_branch_also_many_to_one(
+    slots: int, experts: int, per_gate: bool, branches: int
+) -> None:
     """Every expert keeps as many slots, and slots of the same expert are no candidates."""
     table, report = naive_against_search(slots, experts, per_gate, branches)
     assert report.swaps
+    assert len({swap.row for swap in report.swaps}) > 1 or (len(table), branches) == (1, 1) or slots != experts
     counts = torch.bincount(torch.arange(slots) % experts, minlength=experts)
     for expert_S in table.flatten(0, 1):
         assert torch.equal(torch.bincount(expert_S, minlength=experts), counts)
@@ -335,21 +333,12 @@ def restore(name: str, num_experts: int, steps: int, num_ranks: int) -> tuple[fl
 
 
 @pytest.mark.parametrize("name", ["comet", "top_k", "dselect_k", "hash"])
-def test_planted_permutation_is_undone_on_one_and_on_four_ranks(name: str) -> None:
-    reference, alone, tables = restore(name, 8, steps=400, num_ranks=1)
+@pytest.mark.parametrize(("num_experts", "steps"), [(8, 400), *(pytest.param(n, 2000, marks=SLOW) for n in (16, 32))])
+def test_planted_permutation_is_undone_on_one_and_on_four_ranks(name: str, num_experts: int, steps: int) -> None:
+    reference, alone, tables = restore(name, num_experts, steps, num_ranks=1)
     assert alone <= 1.005 * reference
-    _, together, of_ranks = restore(name, 8, steps=400, num_ranks=4)
-    assert together == pytest.approx(alone, rel=1e-5)
-    assert of_ranks == tables * 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_experts", [16, 32])
-@pytest.mark.parametrize("name", ["comet", "top_k", "dselect_k", "hash"])
-def test_planted_permutation_of_many_experts_is_undone(name: str, num_experts: int) -> None:
-    reference, alone, tables = restore(name, num_experts, steps=2000, num_ranks=1)
-    assert alone <= 1.005 * reference
-    _, _, of_ranks = restore(name, num_experts, steps=2000, num_ranks=4)
+    _, together, of_ranks = restore(name, num_experts, steps, num_ranks=4)
+    assert num_experts > 8 or together == pytest.approx(alone, rel=1e-5)
     assert of_ranks == tables * 4
 
 
