@@ -99,7 +99,7 @@ def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
     records = [json.loads(line) for line in RunDirectory(run.directory).metrics.read_text().splitlines()]
     steps = [record for record in records if "validation" not in record]
     tokens = load_config(RunDirectory(run.directory).config).train.batch_size * sequence_length
-    trained = sum(tokens * model.size.training_flops_per_token(sequence_length, active(step)) for step in steps)
+    trained = sum(tokens * model.training_flops_per_token(sequence_length, active(step)) for step in steps)
 
     def row(label: str, test: dict[str, Any]) -> Row:
         per_token = active(test)
@@ -107,7 +107,7 @@ def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
         return Row(label, test[BITS], per_token, flops / 1e6, trained, model.size.num_params())
 
     yield row(name, run.summary["test"])
-    for k in powers_of_two(model.size.config.num_experts) if name == SELF_SLIMMABLE else ():
+    for k in powers_of_two(model.config.num_experts) if name == SELF_SLIMMABLE else ():
         told = json.loads(dist_moe("evaluate", run.directory, f"model.gate.evaluation_k={k}", "--json"))
         yield row(f"{name}, evaluated at k = {k}", told["test"])
 

@@ -38,9 +38,9 @@ from dist_moe.gates import TopK, TopKConfig
 from dist_moe.layer import MoE
 from dist_moe.models import RecommenderConfig, RunShape
 from dist_moe.parallel import ProcessWorld, experts_of_rank, gather_objects, wait_for_all
-from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import Machine
 from dist_moe.planning.scale.measure import measure_machine, processors_here
+from dist_moe.planning.scale.spread import Layout
 from dist_moe.planning.scale.step_time import ExchangeName, Prediction, predict
 from dist_moe.planning.scale.work import work_of_layer, work_of_model
 from dist_moe.recipes.supervised.config import SupervisedConfig
@@ -217,7 +217,7 @@ def training_case(exchange: ExchangeName, groups: ProcessGroups, layout: Layout,
     model.train()
     ranks = layout.ranks
     section = complete_deepspeed_section(config.deepspeed, ranks * options.tokens, ranks)
-    work = work_of_model(model, config, states=2, value_bytes=4)
+    work = work_of_model(model, config, K, states=2, value_bytes=4)
     engine = ExpertParallelEngine(model, section, groups)
     generator = torch.Generator().manual_seed(options.seed * 1000 + groups.environment.rank)
     user_B = torch.randint(USERS, (options.tokens,), generator=generator)

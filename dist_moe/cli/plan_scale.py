@@ -60,10 +60,9 @@ def check(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> int:
     """Print the table or JSON of the sizes that were asked for."""
     from dist_moe.planning.scale.machine import read_machine
-    from dist_moe.planning.scale.planned import Assumed, plan_sizes, sizes_up_to
-    from dist_moe.planning.scale.report import draw_sizes, size_table
+    from dist_moe.planning.scale.planned import Assumed, plan_sizes, plan_traffic, sizes_up_to
+    from dist_moe.planning.scale.report import draw_sizes, size_table, traffic_table
     from dist_moe.planning.scale.step_time import EXCHANGES
-    from dist_moe.planning.scale.traffic import plan_traffic, traffic_table
     from dist_moe.recipes.recipe import load_config
 
     machine = read_machine(options.machine or "h100")

@@ -35,19 +35,7 @@ class Batch(Protocol):
 
 
 class TensorBatch:
-    """Base of batches: frozen dataclasses whose first field is a tensor with B rows; each example is one token."""
-
-    examples_in_step: int
-
-    @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        """Arguments of the model: the first tensor, unless a batch says otherwise."""
-        return (next(iter(vars(self).values())),)
-
-    @property
-    def tokens_in_step(self) -> int:
-        """Tokens of the step over all ranks and micro-batches."""
-        return self.examples_in_step
+    """Base of batches: frozen dataclasses whose first field is a tensor with B rows."""
 
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))
@@ -58,6 +46,22 @@ class TensorBatch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         vars(moved).update({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
         return moved
+
+
+class ExampleBatch(TensorBatch):
+    """Base of batches in which each example is one token; the model is called with the first tensor alone."""
+
+    examples_in_step: int
+
+    @property
+    def tokens_in_step(self) -> int:
+        """Tokens of the step over all ranks and micro-batches."""
+        return self.examples_in_step
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """Arguments of the model."""
+        return (next(iter(vars(self).values())),)
 
 
 B = TypeVar("B", bound=Batch)

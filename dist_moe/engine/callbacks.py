@@ -72,12 +72,14 @@ class Validation(Callback):
         self._at_end = at_end
 
     def on_start(self, trainer: Trainer) -> None:
+        """Validate where a longer run would have: the one before ended here."""
         step = trainer.step
         known = step in trainer.history.validation_losses
         if 0 < step < trainer.total_steps and self._is_due(trainer, step) and not known:
             self._validate(trainer, step)  # the run once ended here, where a longer one validates
 
     def after_step(self, trainer: Trainer, step: int) -> None:
+        """Validate if that is due."""
         last = step == trainer.total_steps
         if self._at_end if last else self._is_due(trainer, step):
             self._validate(trainer, step)
@@ -102,11 +104,13 @@ class EarlyStopping(Callback):
         self._since_best = 0
 
     def on_start(self, trainer: Trainer) -> None:
+        """Count the validations before a restart."""
         for _, loss in sorted(trainer.history.validation_losses.items()):
             self.is_better(loss)
         self._end_if_exhausted(trainer)
 
     def on_validation(self, trainer: Trainer, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keep the weights if they are the best so far, and end if patience is exhausted."""
         if self.is_better(float(metrics["loss"])) and trainer.run is not None:
             trainer.save(best_of(checkpoints_of(trainer.run.root)), keep=1)
         self._end_if_exhausted(trainer)
@@ -134,6 +138,7 @@ class PeriodicCheckpoints(Callback):
         self._every = every
 
     def after_step(self, trainer: Trainer, step: int) -> None:
+        """Ask for a checkpoint if that is due."""
         if step % self._every == 0:
             trainer.ask_for_checkpoint()
 
@@ -145,6 +150,7 @@ class PermutationImages(Callback):
         self._every = every
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        """Show the matrices if that is due."""
         before, after = records[0]["step"] - 1, records[-1]["step"]
         if after // self._every == before // self._every:
             return

@@ -57,7 +57,7 @@ class Feed(Protocol):
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What an objective makes of a micro-batch.
+    """The loss of a micro-batch, and numbers to record.
 
     ``loss``: 0-dim; its mean over ranks and micro-batches is what the step minimises. ``sums``: numbers to record,
     which add up over micro-batches and ranks; the same names in every step. Without any the loss is recorded.

@@ -22,7 +22,8 @@ from dist_moe.search.steps import begin_step, end_step, is_held, moe_layers, slo
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """``predictions``: one tensor per task, its axis 0 the batch. ``layers``: what each MoE layer did, in order."""
+    """Output of a model. ``predictions``: one tensor per task, its axis 0 the batch. ``layers``: what each MoE layer
+    did, in order."""
 
     predictions: tuple[Tensor, ...]
     layers: tuple[MoEOutput, ...]
@@ -77,12 +78,12 @@ class MoEModelConfig(Settings, ABC):
 
     @property
     def num_moe_layers(self) -> int:
-        """MoE layers of the model."""
+        """Number of MoE layers."""
         return 1
 
     @property
     def slots_per_gate(self) -> int:
-        """How many slots each gate chooses among."""
+        """Number of slots that each gate chooses among."""
         return self.num_slots or self.num_experts
 
     @property

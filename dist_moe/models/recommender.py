@@ -19,8 +19,6 @@ from dist_moe.layer import MoE
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
 from dist_moe.parallel import experts_of_rank
 
-EMBEDDING_INIT_RANGE = 0.05
-
 
 class RecommenderConfig(MoEModelConfig):
     """Recommender over (user, item) pairs, with a gate and a tower for each target."""
@@ -59,6 +57,7 @@ class Recommender(MoEModel):
         self.towers = nn.ModuleList(_tower(moe.experts.out_dim, tower_units) for _ in moe.gates)
 
     def forward(self, user_B: Tensor, item_B: Tensor) -> ModelOutput:
+        """Return predictions of each target, and what the MoE layer did."""
         x_BD = torch.cat([self.user_embedding(user_B), self.item_embedding(item_B)], dim=1)
         mixed = self.moe(x_BD, user_B)
         predictions = (tower(y_BF).squeeze(1) for tower, y_BF in zip(self.towers, mixed.outputs, strict=True))
@@ -67,7 +66,7 @@ class Recommender(MoEModel):
 
 def _embedding(count: int, dim: int) -> nn.Embedding:
     embedding = nn.Embedding(count, dim)
-    nn.init.uniform_(embedding.weight, -EMBEDDING_INIT_RANGE, EMBEDDING_INIT_RANGE)
+    nn.init.uniform_(embedding.weight, -0.05, 0.05)
     return embedding
 
 

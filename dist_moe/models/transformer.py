@@ -1,8 +1,14 @@
 """A decoder language model whose feed-forward layers may be mixtures of experts.
 
-Pre-norm layers as in the Llama family: RMSNorm (Zhang and Sennrich, 2019), rotary positions, grouped-query
-attention, SwiGLU; every m-th layer's feed-forward network is an MoE layer over SwiGLU experts, the others are
-dense. Initialisers: normal, 0.02, divided by sqrt(2 layers) where results join the residual stream.
+Pre-norm layers as in the Llama family: RMSNorm (Zhang and Sennrich, 2019), rotary positions, grouped-query attention,
+SwiGLU (Shazeer, 2020); every m-th layer's feed-forward network is an MoE layer over SwiGLU experts, the others are
+dense. Initialisers: normal, 0.02, divided by sqrt(2 layers) where results join the residual stream (Radford et al.,
+GPT-2, 2019).
+
+Grouped-query attention: several query heads share a key and a value head (Ainslie et al., EMNLP 2023). Rotary
+positions: a score depends on the distance of query and key alone (Su, Lu, Pan, Murtadha, Wen, Liu: RoFormer, 2021,
+eq. 34), in the layout of the Llama family: number i of a head of width d is turned together with number i + d/2, at
+position p by the angle p theta^(-2i/d).
 """
 
 from __future__ import annotations
@@ -14,14 +20,15 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dist_moe.errors import UserError
 from dist_moe.experts import EXPERTS, ExpertSettings, FeedForwardConfig
 from dist_moe.layer import MoE, MoEOutput
-from dist_moe.models.attention import CausalAttention, rotary_table
-from dist_moe.models.dense import INIT_STD, SwiGLU, linear, residual_std
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
 from dist_moe.parallel import experts_of_rank
+
+INIT_STD = 0.02
 
 _FP32, _INT64 = torch.float32.itemsize, torch.int64.itemsize
 
@@ -63,12 +70,17 @@ class TransformerConfig(MoEModelConfig):
 
     @property
     def num_moe_layers(self) -> int:
-        """MoE layers of the model."""
+        """Number of layers that are mixtures."""
         return self.layers // self.moe_every if self.moe_every else 0
 
     @property
+    def residual_std(self) -> float:
+        """Deviation of first weights whose results are added to the residual stream, twice per layer."""
+        return INIT_STD / (2 * self.layers) ** 0.5
+
+    @property
     def width_of_keys(self) -> int:
-        """Of all key heads together, which is that of all value heads."""
+        """Width of all key heads together, which is that of all value heads."""
         return self.dim // self.heads * (self.kv_heads or self.heads)
 
     def validation_errors(self) -> Iterator[str]:
@@ -99,49 +111,51 @@ class TransformerConfig(MoEModelConfig):
         return Transformer(self, vocab_size, run)
 
     def has_experts(self, layer: int) -> bool:
-        """Whether layer ``layer`` (from 0) is a mixture."""
+        """Return whether layer ``layer`` (from 0) is a mixture."""
         return bool(self.moe_every) and (layer + 1) % self.moe_every == 0
 
     def build_mixture(self, run: RunShape, layer: int) -> MoE:
         """Return the MoE layer of layer ``layer`` (from 0). Raises UserError if its results have not width ``dim``."""
-        out_std, expert_ids = residual_std(self.layers), experts_of_rank(self.num_experts, run.world)
-        experts = self.experts.build(self.dim, self.num_experts, expert_ids, init_stds=(INIT_STD, out_std))
+        expert_ids, stds = experts_of_rank(self.num_experts, run.world), (INIT_STD, self.residual_std)
+        experts = self.experts.build(self.dim, self.num_experts, expert_ids, init_stds=stds)
         if experts.out_dim != self.dim:
             raise UserError(
                 f"model.experts.name={self.experts.name}: gives rows of width {experts.out_dim}, the model "
                 f"needs model.dim={self.dim}; use feed_forward"
             )
-        shared = SwiGLU(self.dim, self.shared_hidden, out_std) if self.shared_hidden else None
+        shared = SwiGLU(self.dim, self.shared_hidden, self.residual_std) if self.shared_hidden else None
         return self.build_layer(experts, 1, run, layer=layer, shared=shared)
 
 
 @dataclass(frozen=True)
 class TransformerSize:
-    """How large a transformer is, and what a token costs, wherever its experts live: formulas, tested against counts.
+    """Parameters and FLOPs of a model and of a token, counted when the model is built, wherever its experts live.
 
-    ``routing``: parameters of a layer's gate and of its slot map. ``gate_products``: multiplications of a
-    gate with a token, by which it chooses; an upper bound for a gate that finds its way without the dense products
-    (COMET's lazy one). ``expert``: parameters of an expert. ``expert_flops``: of an expert and row, forward.
+    ``others``: all parameters but the experts'. ``expert``: those of an expert in each MoE layer, together.
+    ``expert_flops``: of such experts and a row each, forward. ``products``: multiplications with matrices that every
+    token meets; an upper bound for a gate that finds its way without the dense products (COMET's lazy one).
     """
 
     config: TransformerConfig
-    vocab_size: int
-    routing: int = 0
-    gate_products: int = 0
-    expert: int = 0
-    expert_flops: float = 0.0
+    others: int
+    expert: int
+    expert_flops: float
+    products: int
 
     @classmethod
-    def of(cls, config: TransformerConfig, vocab_size: int, layer: MoE | None) -> TransformerSize:
-        """Return the size of a model; ``layer``: any of its MoE layers, not yet sharded, None if it has none."""
-        if layer is None:
-            return cls(config, vocab_size)
-        modules = [layer.gates, *([layer.slot_map] if isinstance(layer.slot_map, nn.Module) else [])]
-        routing = sum(parameter.numel() for module in modules for parameter in module.parameters())
-        tensors = [*layer.gates.parameters(), *layer.gates.buffers()]
-        products = sum(t.numel() for t in tensors if t.dim() > 1 and t.shape[-1] == config.dim)
-        bank = layer.experts
-        return cls(config, vocab_size, routing, products, bank.parameters_per_expert, bank.flops_per_row)
+    def of(cls, model: Transformer) -> TransformerSize:
+        """Return the size of a model that is not yet sharded."""
+        config, layers = model.config, list(model.moe_layers.values())
+        banks = [layer.experts for layer in layers]
+        of_experts = {id(parameter) for bank in banks for parameter in bank.parameters()}
+        others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in of_experts)
+        of_gates = [t for layer in layers for t in (*layer.gates.parameters(), *layer.gates.buffers())]
+        products = sum(t.numel() for t in of_gates if t.dim() > 1 and t.shape[-1] == config.dim)
+        inside = {id(module) for layer in layers for part in (layer.gates, layer.experts) for module in part.modules()}
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
+        products += sum(linear.weight.numel() for linear in linears)
+        expert = sum(bank.parameters_per_expert for bank in banks)
+        return cls(config, others, expert, sum(bank.flops_per_row for bank in banks), products)
 
     def num_params(self) -> int:
         """Return the number of all parameters, those of all experts included; a tied embedding counts once."""
@@ -149,12 +163,7 @@ class TransformerSize:
 
     def active_params(self, experts_per_token: float) -> int:
         """Return the number of parameters met by a token that goes to so many experts in each MoE layer."""
-        config = self.config
-        mixture = experts_per_token * self.expert + self._shared() + self.routing
-        tables = self.vocab_size * config.dim * (1 if config.tied_embeddings else 2)
-        norms = (2 * config.layers + 1) * config.dim
-        norms += config.layers * (config.dim + config.width_of_keys) if config.qk_norm else 0
-        return round(tables + norms + self._dense_weights() + config.num_moe_layers * mixture)
+        return round(self.others + experts_per_token * self.expert)
 
     def flops_per_token(self, sequence_length: int, experts_per_token: float) -> float:
         """Return the FLOPs of the forward pass, a multiplication and an addition counting as two.
@@ -162,25 +171,87 @@ class TransformerSize:
         Matrix products only; attention counts all pairs of positions, as torch's flop counter does, though
         half of them are masked. ``experts_per_token``: as measured, on average over tokens and MoE layers.
         """
-        config = self.config
-        scores = 2 * config.layers * sequence_length * config.dim  # with keys, then with values
-        mixture = experts_per_token * self.expert_flops / 2 + self._shared() + self.gate_products
-        mixtures = config.num_moe_layers * mixture
-        return 2.0 * (self._dense_weights() + scores + mixtures + self.vocab_size * config.dim)
+        scores = 2 * self.config.layers * sequence_length * self.config.dim  # with keys, then with values
+        return 2.0 * (self.products + scores) + experts_per_token * self.expert_flops
 
-    def training_flops_per_token(self, sequence_length: int, experts_per_token: float) -> float:
-        """Return the FLOPs of forward and backward pass, the latter being twice the former."""
-        return 3 * self.flops_per_token(sequence_length, experts_per_token)
 
-    def _dense_weights(self) -> int:
-        """Number of weights in matrices that every token meets, without embedding, head and MoE layers."""
-        config = self.config
-        attention = 2 * config.dim * (config.dim + config.width_of_keys)
-        dense = 3 * config.dim * config.dense_hidden
-        return config.layers * attention + (config.layers - config.num_moe_layers) * dense
+def linear(dim: int, out_dim: int, std: float = INIT_STD) -> nn.Linear:
+    """Return a layer without bias, its weights from N(0, std)."""
+    layer = nn.Linear(dim, out_dim, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
 
-    def _shared(self) -> int:
-        return 3 * self.config.dim * (self.config.shared_hidden or 0)
+
+class SwiGLU(nn.Module):
+    """y = (silu(x W) * (x U)) V, for every token alike."""
+
+    def __init__(self, dim: int, hidden: int, out_std: float = INIT_STD) -> None:
+        super().__init__()
+        self.gate = linear(dim, hidden)
+        self.up = linear(dim, hidden)
+        self.down = linear(hidden, dim, out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., D) results of (..., D) rows."""
+        result: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return result
+
+
+class CausalAttention(nn.Module):
+    """Causal self-attention with ``heads`` heads of width dim / heads; head h uses key-value head h // (heads /
+    kv_heads): as many as heads is multi-head attention, one is multi-query attention. No biases.
+
+    ``qk_norm_eps``: RMSNorm over all features of the queries and over all of the keys, before heads are split (OLMo 2,
+    OLMoE), with that added to the mean square; None: none.
+    Raises ValueError unless ``heads`` divides ``dim`` into an even width and ``kv_heads`` divides ``heads``.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, out_std: float = INIT_STD, qk_norm_eps: float | None = None
+    ) -> None:
+        super().__init__()
+        if dim % heads or (dim // heads) % 2 or heads % kv_heads:
+            raise ValueError(f"dim={dim}, heads={heads}, kv_heads={kv_heads} do not fit one another")
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = dim // heads
+        self.query = linear(dim, dim)
+        self.key = linear(dim, kv_heads * self.head_dim)
+        self.value = linear(dim, kv_heads * self.head_dim)
+        self.out = linear(dim, dim, out_std)
+        normed = qk_norm_eps is not None
+        self.query_norm = nn.RMSNorm(dim, qk_norm_eps) if normed else None
+        self.key_norm = nn.RMSNorm(kv_heads * self.head_dim, qk_norm_eps) if normed else None
+
+    def forward(self, x_BSD: Tensor, table_2SP: Tensor) -> Tensor:
+        """Return (B, S, D) rows mixed over earlier positions; ``table_2SP``: :func:`rotary_table` of S positions."""
+        query_BSD, key_BSQ = self.query(x_BSD), self.key(x_BSD)
+        if self.query_norm is not None and self.key_norm is not None:
+            query_BSD, key_BSQ = self.query_norm(query_BSD), self.key_norm(key_BSQ)
+        shape = (-1, self.head_dim)  # (B, S, heads * width) -> (B, heads, S, width)
+        query = rotate(query_BSD.unflatten(2, shape).transpose(1, 2), table_2SP)
+        key = rotate(key_BSQ.unflatten(2, shape).transpose(1, 2), table_2SP)
+        value = self.value(x_BSD).unflatten(2, shape).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.kv_heads < self.heads)
+        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+def rotary_table(length: int, head_dim: int, theta: float, like: Tensor) -> Tensor:
+    """Return (2, S, head_dim / 2) cosines and sines of positions 0..S-1, on ``like``'s device, fp32 (fp64 if it is)."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    exponent_P = torch.arange(0, head_dim, 2, device=like.device, dtype=dtype) / head_dim
+    position_S = torch.arange(length, device=like.device, dtype=dtype)
+    angle_SP = torch.outer(position_S, 1.0 / theta**exponent_P)
+    return torch.stack([angle_SP.cos(), angle_SP.sin()])
+
+
+def rotate(x_BHSD: Tensor, table_2SP: Tensor) -> Tensor:
+    """Return ``x_BHSD``, every position turned by its angles in :func:`rotary_table`, in its own precision."""
+    cos_SP, sin_SP = table_2SP
+    first, second = x_BHSD.to(table_2SP.dtype).chunk(2, dim=-1)
+    turned = torch.cat([first * cos_SP - second * sin_SP, second * cos_SP + first * sin_SP], dim=-1)
+    return turned.to(x_BHSD.dtype)
 
 
 class DecoderLayer(nn.Module):
@@ -188,7 +259,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig, run: RunShape, layer: int) -> None:
         super().__init__()
-        out_std, mixture = residual_std(config.layers), config.has_experts(layer)
+        out_std, mixture = config.residual_std, config.has_experts(layer)
         kv_heads = config.kv_heads or config.heads
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         qk_norm_eps = config.norm_eps if config.qk_norm else None
@@ -198,6 +269,7 @@ class DecoderLayer(nn.Module):
         self.moe = config.build_mixture(run, layer) if mixture else None
 
     def forward(self, x_BSD: Tensor, token_BS: Tensor, table_2SP: Tensor) -> tuple[Tensor, MoEOutput | None]:
+        """Return (B, S, D) rows, and what the MoE layer did, if there is one."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table_2SP)
         normed_BSD = self.feed_forward_norm(x_BSD)
         if self.moe is None:
@@ -223,9 +295,10 @@ class Transformer(MoEModel):
         self.head = linear(config.dim, vocab_size)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
-        self.size = TransformerSize.of(config, vocab_size, next(iter(self.moe_layers.values()), None))
+        self.size = TransformerSize.of(self)
 
     def forward(self, token_BS: Tensor) -> ModelOutput:
+        """Return (B, S, V) logits of the next tokens."""
         x_BSD = self.embedding(token_BS)
         head_dim = self.config.dim // self.config.heads
         table_2SP = rotary_table(token_BS.shape[1], head_dim, self.config.rope_theta, x_BSD)
@@ -249,5 +322,5 @@ class Transformer(MoEModel):
         return value_bytes * kept + _FP32 * vocabulary + 3 * _INT64, 2 * _FP32 * vocabulary + logits
 
     def training_flops_per_token(self, sequence_length: int, experts_per_token: float) -> float:
-        """Return the FLOPs of forward and backward pass: see :class:`TransformerSize`."""
-        return self.size.training_flops_per_token(sequence_length, experts_per_token)
+        """Return the FLOPs of forward and backward pass, the latter being twice the former."""
+        return 3 * self.size.flops_per_token(sequence_length, experts_per_token)

@@ -21,7 +21,6 @@ from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, Run
 from dist_moe.parallel import experts_of_rank
 
 NUM_IDS = 4096
-_GREY_LEVELS = 255
 
 
 class TwoImageClassifierConfig(MoEModelConfig):
@@ -43,8 +42,8 @@ class TwoImageClassifierConfig(MoEModelConfig):
 
         Raises UserError if the experts cannot take images of that size.
         """
-        for fault in self.experts.validation_errors(side**2):
-            raise UserError(f"model.{fault}")
+        for error in self.experts.validation_errors(side**2):
+            raise UserError(f"model.{error}")
         experts = self.experts.build(side**2, self.num_experts, experts_of_rank(self.num_experts, run.world))
         return TwoImageClassifier(self.build_layer(experts, num_targets, run), self.head_units, num_classes)
 
@@ -61,28 +60,25 @@ class TwoImageClassifier(MoEModel):
         self.heads = nn.ModuleList(_head([moe.experts.out_dim, *head_units, num_classes]) for _ in moe.gates)
 
     def forward(self, image_BD: Tensor) -> ModelOutput:
+        """Return logits of each target, and what the MoE layer did."""
         mixed = self.moe(image_BD, pixel_ids(image_BD))
         logits = tuple(head(output) for head, output in zip(self.heads, mixed.outputs, strict=True))
         return ModelOutput(logits, (mixed,))
 
 
 def pixel_ids(image_BD: Tensor) -> Tensor:
-    """(B,) int64 in 0..NUM_IDS-1: a hash of each image's grey levels, the same wherever it occurs."""
-    levels_BD = (image_BD.detach().float() * _GREY_LEVELS).round().long()
+    """Return (B,) int64 in 0..NUM_IDS-1: a hash of each image's 255 grey levels, the same wherever it occurs."""
+    levels_BD = (image_BD.detach().float() * 255).round().long()
     factor_D = (2 * torch.arange(image_BD.shape[1], device=image_BD.device) + 1) * 2_654_435_761
     return ((levels_BD * factor_D).sum(dim=1) >> 16) % NUM_IDS
 
 
 def _head(widths: list[int]) -> nn.Sequential:
-    """Dense layers between the given widths, a ReLU after all but the last."""
+    """Return dense layers between the given widths, a ReLU after all but the last."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
-        layers += [_dense(fan_in, fan_out), nn.ReLU()]
+        dense = nn.Linear(fan_in, fan_out)
+        nn.init.xavier_uniform_(dense.weight)
+        nn.init.zeros_(dense.bias)
+        layers += [dense, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
-
-
-def _dense(fan_in: int, fan_out: int) -> nn.Linear:
-    layer = nn.Linear(fan_in, fan_out)
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -56,10 +56,12 @@ def bytes_per_example(
     width = parameter_dtype(config.deepspeed).itemsize
     kept, at_once = model.activation_bytes(width, shape.tokens, shape.places)
     layers = list(model.moe_layers.values())
-    gating = sum(_gating(layer, rows) for layer in layers)
+    gating = 0
+    for layer in layers:
+        slots = sum(gate.num_branches * gate.num_experts for gate in layer.each_gate)
+        gating += _FP32 * _GATE_TENSORS * slots + rows.sent * (4 * _INT64 + _FP32 * len(layer.each_gate))
     if config.model.one_layer:
-        (layer,) = layers
-        exchange, experts = _one_layer(layer, width, rows, size)
+        exchange, experts = _one_layer(layers[0], width, rows, size)
         experts += at_once
     else:
         exchange, experts = _several_layers(layers, width, rows, at_once, config.model.activation_checkpointing)
@@ -89,9 +91,3 @@ def _several_layers(
     experts = over([rows.received * bank.kept_per_row for bank in banks])
     gradients = [width * (rows.sent + rows.received) * (bank.dim + bank.out_dim) for bank in banks]
     return width * exchange, width * experts + max([at_once, *gradients])
-
-
-def _gating(layer: MoE, rows: RowsPerToken) -> int:
-    gates = layer.each_gate
-    slots = _FP32 * _GATE_TENSORS * sum(gate.num_branches * gate.num_experts for gate in gates)
-    return slots + rows.sent * (4 * _INT64 + _FP32 * len(gates))

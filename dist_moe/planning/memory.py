@@ -14,7 +14,7 @@ size is whole on every rank while a step lasts).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ ALIGNMENT = 2
 _FP32 = 4
 
 Share = Callable[[nn.Parameter], int]
-"""Over how many ranks a parameter is sliced."""
+"""Number of ranks over which a parameter is sliced."""
 
 _DEFAULTS = {
     "stage3_param_persistence_threshold": 1e5,
@@ -136,79 +136,25 @@ def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | 
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     stage = zero_stage(config.deepspeed)
     left = None if memory is None else memory - states[stage].total - buffers
-    loads = tuple(
-        _load(name, model, config, task, ranks, per_token, worst, left)
-        for name, per_token, worst in _cases(model, config)
-    )
-    tokens = _tokens(config.train.batch_size // (ranks * config.accumulation), task)
-    return MemoryPlan(ranks, size, tokens, len(model.moe_layers), stage, buffers, states, loads)
+    experts, layers = config.model.num_experts, model.moe_layers.values()
+    hard = min(experts, config.model.experts_per_token * max((len(layer.gates) for layer in layers), default=0))
+    even, worst = RowsPerToken.evenly(hard, size), RowsPerToken.at_worst(hard, experts // size, size)
+    cases = {"no experts": (0, RowsPerToken.evenly(0, size))}
+    if layers:
+        cases = {
+            "k experts per token, even load": (hard, even),
+            "k experts per token, all to one rank": (hard, worst),
+            "all experts per token": (experts, RowsPerToken.at_worst(experts, experts // size, size)),
+        }
+    loads = tuple(_load(name, model, config, task, ranks, *case, left) for name, case in cases.items())
+    tokens = round(config.train.batch_size // (ranks * config.accumulation) * task.example_shape().tokens)
+    return MemoryPlan(ranks, size, tokens, len(layers), stage, buffers, states, loads)
 
 
 def planned_model(config: SupervisedConfig, task: Task, size: int = 1) -> MoEModel:
     """Return a rank's part of the model, its experts over ``size`` ranks, without storage."""
     with torch.device("meta"):
         return build_model(config, task, _PlannedWorld(size))
-
-
-def _tokens(examples: int, task: Task) -> int:
-    return round(examples * task.example_shape().tokens)
-
-
-def _states(model: nn.Module, config: SupervisedConfig, stage: int, ranks: int, size: int) -> StatePlan:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [[p for p in trained if is_expert_parameter(p) == expert] for expert in (False, True)]
-    shares = (ranks, ranks // size)
-    low = bytes_per_parameter(config)
-    kinds, scalar_bytes = optimizer_states(config)
-    counts = [sum(p.numel() for p in group) for group in groups]
-    kept = gathered = 0
-    bucket = _bucket_elements(config) if stage > 0 else 0
-    if stage == 0:
-        held, parts = counts, counts
-        masters = 0 if low == _FP32 else _FP32 * sum(counts)
-        owners = len(trained)
-    elif stage == 3:
-        parts = [slice_elements(group, share) for group, share in zip(groups, shares, strict=True)]
-        held = [part * share for part, share in zip(parts, shares, strict=True)]
-        masters = _FP32 * sum(parts)
-        owners = sum(1 for count in counts if count)
-        zero = config.deepspeed.get("zero_optimization", {})
-        kept, gathered = gathered_elements(model, lambda p: shares[is_expert_parameter(p)], zero)
-        bucket = min(bucket, sum(counts))  # whole gradients, not a buffer that waits for them
-    else:
-        held = [_padded(count, ALIGNMENT * share) for count, share in zip(counts, shares, strict=True)]
-        parts = [padded // share for padded, share in zip(held, shares, strict=True)]
-        masters = _FP32 * sum(parts)
-        owners = sum(1 for count in counts if count)
-    states = kinds * _FP32 * sum(parts) + scalar_bytes * owners
-    dense, experts = parts if stage == 3 else held
-    gradients = low * sum(parts if stage in (2, 3) else counts)
-    return StatePlan(
-        stage,
-        low * dense,
-        low * experts,
-        gradients + (low * sum(parts) if stage == 1 else 0),
-        masters,
-        states,
-        low * bucket,
-        low * (sum(held) - sum(counts)),
-        low * kept,
-        low * gathered,
-    )
-
-
-def _bucket_elements(config: SupervisedConfig) -> int:
-    section = config.deepspeed.get("zero_optimization", {})
-    return int(section.get("reduce_bucket_size", 5e8)) * (2 if section.get("overlap_comm", False) else 1)
-
-
-def _padded(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def bytes_per_parameter(config: SupervisedConfig) -> int:
-    """Return the bytes of a parameter as the model computes with it, and of an activation: 2 or 4."""
-    return parameter_dtype(config.deepspeed).itemsize
 
 
 def optimizer_states(config: SupervisedConfig) -> tuple[int, int]:
@@ -221,70 +167,63 @@ def optimizer_states(config: SupervisedConfig) -> tuple[int, int]:
     return sum(t.dim() > 0 for t in tensors), sum(t.element_size() for t in tensors if t.dim() == 0)
 
 
-def _cases(model: MoEModel, config: SupervisedConfig) -> list[tuple[str, int, bool]]:
-    """Name, experts per token, whether all go to one rank."""
-    if not model.moe_layers:
-        return [("no experts", 0, False)]
-    experts = config.model.num_experts
-    gates = max(len(layer.gates) for layer in model.moe_layers.values())
-    hard = min(experts, config.model.experts_per_token * gates)
-    return [
-        ("k experts per token, even load", hard, False),
-        ("k experts per token, all to one rank", hard, True),
-        ("all experts per token", experts, True),
-    ]
-
-
-def _load(
-    name: str,
-    model: MoEModel,
-    config: SupervisedConfig,
-    task: Task,
-    ranks: int,
-    per_token: int,
-    worst: bool,
-    left: int | None,
-) -> LoadPlan:
-    size, accumulation = config.parallel.expert_parallel_size, config.accumulation
-    local = config.model.num_experts // size
-    rows = RowsPerToken.at_worst(per_token, local, size) if worst else RowsPerToken.evenly(per_token, size)
-    dispatch, others = bytes_per_example(model, config, task.example_shape(), rows, size)
-    examples = config.train.batch_size // (ranks * accumulation)
-    tokens, layers = _tokens(examples, task), len(model.moe_layers)
-    return LoadPlan(
-        name,
-        per_token,
-        rows.received * tokens * layers,
-        round(_sent_per_token(model, config, rows) * tokens) * accumulation,
-        dispatch * examples,
-        (dispatch + others) * examples,
-        None if left is None else max(0, left // (dispatch + others)) * ranks * accumulation,
+def _states(model: nn.Module, config: SupervisedConfig, stage: int, ranks: int, size: int) -> StatePlan:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [[p for p in trained if is_expert_parameter(p) == expert] for expert in (False, True)]
+    shares = (ranks, ranks // size)
+    low = parameter_dtype(config.deepspeed).itemsize
+    kinds, scalar_bytes = optimizer_states(config)
+    counts = [sum(p.numel() for p in group) for group in groups]
+    zero = config.deepspeed.get("zero_optimization", {})
+    kept = gathered = bucket = 0
+    if stage > 0:
+        bucket = int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm", False) else 1)
+    owners = sum(1 for count in counts if count)  # flat tensors, each with an optimizer state of its own
+    if stage == 0:
+        held, parts, owners = counts, counts, len(trained)
+    elif stage == 3:
+        parts = [sum(_slice(p.numel(), share) for p in group) for group, share in zip(groups, shares, strict=True)]
+        held = [part * share for part, share in zip(parts, shares, strict=True)]
+        kept, gathered = _gathered_elements(model, lambda p: shares[is_expert_parameter(p)], zero)
+        bucket = min(bucket, sum(counts))  # whole gradients, not a buffer that waits for them
+    else:
+        parts = [ALIGNMENT * _slice(count, ALIGNMENT * share) for count, share in zip(counts, shares, strict=True)]
+        held = [part * share for part, share in zip(parts, shares, strict=True)]
+    dense, experts = parts if stage == 3 else held
+    return StatePlan(
+        stage,
+        dense_parameters=low * dense,
+        expert_parameters=low * experts,
+        gradients=low * sum(parts if stage in (2, 3) else counts) + (low * sum(parts) if stage == 1 else 0),
+        masters=0 if stage == 0 and low == _FP32 else _FP32 * sum(parts),
+        optimizer=kinds * _FP32 * sum(parts) + scalar_bytes * owners,
+        bucket=low * bucket,
+        padding=low * (sum(held) - sum(counts)),
+        kept=low * kept,
+        gathered=low * gathered,
     )
 
 
-def _sent_per_token(model: MoEModel, config: SupervisedConfig, rows: RowsPerToken) -> float:
-    """Return the bytes sent per token of the rank: rows and results, and the gradients of both."""
-    width, recompute = bytes_per_parameter(config), config.model.activation_checkpointing
-    numbers = 0.0
-    for layer in model.moe_layers.values():
-        dim, out_dim = layer.experts.dim, layer.experts.out_dim
-        numbers += rows.leaving * (dim * (2 if recompute else 1) + out_dim) + rows.arriving * (dim + out_dim)
-    return numbers * width
+def _slice(count: int, share: int) -> int:
+    return -(-count // share)
 
 
-def slice_elements(parameters: Sequence[nn.Parameter], share: int) -> int:
-    """Return how many numbers of ``parameters`` each rank holds at stage 3."""
-    return sum(_slice(parameter, share) for parameter in parameters)
-
-
-def gathered_elements(model: nn.Module, share: Share, zero: dict[str, Any]) -> tuple[int, int]:
+def _gathered_elements(model: nn.Module, share: Share, zero: dict[str, Any]) -> tuple[int, int]:
     """Return how many numbers are whole on a rank beside its slices: always, and at most during a step.
 
     ``zero``: the section ``zero_optimization``. A parameter that is not shared is its own slice.
     """
     size = {name: int(zero.get(name, default)) for name, default in _DEFAULTS.items()}
-    whole = {id(p): _slice(p, share(p)) * share(p) for p in model.parameters() if share(p) > 1}
-    kept = {id(p) for p in _kept(model, size)} & whole.keys()
+    whole = {id(p): _slice(p.numel(), share(p)) * share(p) for p in model.parameters() if share(p) > 1}
+    # Those that DeepSpeed keeps whole, in the order of its choice, and the tables, which searches read.
+    kept = {id(p) for module in model.modules() if isinstance(module, SlotTable) for p in module.parameters()}
+    total = 0
+    for parameter in model.parameters():
+        fits = parameter.numel() + total <= size["stage3_model_persistence_threshold"]
+        if fits and parameter.numel() <= size["stage3_param_persistence_threshold"]:
+            kept.add(id(parameter))
+            total += parameter.numel()
+    kept &= whole.keys()
     of_modules = sorted(
         sum(whole.get(id(p), 0) for p in module.parameters(recurse=False) if id(p) not in kept)
         for module in model.modules()
@@ -294,17 +233,31 @@ def gathered_elements(model: nn.Module, share: Share, zero: dict[str, Any]) -> t
     return always, min(sum(whole.values()), always + sum(of_modules[-_AT_ONCE:]) + near)
 
 
-def _kept(model: nn.Module, size: dict[str, int]) -> list[nn.Parameter]:
-    """Those that DeepSpeed keeps whole, in the order of its choice, and the tables, which searches read."""
-    kept: list[nn.Parameter] = [p for m in model.modules() if isinstance(m, SlotTable) for p in m.parameters()]
-    total = 0
-    for parameter in model.parameters():
-        fits = parameter.numel() + total <= size["stage3_model_persistence_threshold"]
-        if fits and parameter.numel() <= size["stage3_param_persistence_threshold"]:
-            kept.append(parameter)
-            total += parameter.numel()
-    return kept
-
-
-def _slice(parameter: nn.Parameter, share: int) -> int:
-    return -(-parameter.numel() // share)
+def _load(
+    name: str,
+    model: MoEModel,
+    config: SupervisedConfig,
+    task: Task,
+    ranks: int,
+    per_token: int,
+    rows: RowsPerToken,
+    left: int | None,
+) -> LoadPlan:
+    size, accumulation = config.parallel.expert_parallel_size, config.accumulation
+    dispatch, others = bytes_per_example(model, config, task.example_shape(), rows, size)
+    examples = config.train.batch_size // (ranks * accumulation)
+    tokens = round(examples * task.example_shape().tokens)
+    sent = 0.0  # numbers per token: rows and results, and the gradients of both
+    for layer in model.moe_layers.values():
+        dim, out_dim = layer.experts.dim, layer.experts.out_dim
+        again = 2 if config.model.activation_checkpointing else 1
+        sent += rows.leaving * (dim * again + out_dim) + rows.arriving * (dim + out_dim)
+    return LoadPlan(
+        name,
+        experts_per_token=per_token,
+        received_rows=rows.received * tokens * len(model.moe_layers),
+        sent_per_step=round(sent * parameter_dtype(config.deepspeed).itemsize * tokens) * accumulation,
+        dispatch=dispatch * examples,
+        activations=(dispatch + others) * examples,
+        largest_batch=None if left is None else max(0, left // (dispatch + others)) * ranks * accumulation,
+    )

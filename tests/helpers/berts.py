@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,11 @@ from dist_moe.models import (
     RunShape,
 )
 from dist_moe.models.bert import write_hugging_face
+from dist_moe.models.bert.hugging_face import HEADS, name_map
 from dist_moe.parallel import SingleWorld, World
+from tests.helpers.oracle import assert_same
+
+Model = TypeVar("Model", bound=BertModel)
 
 SHAPE = BertShape(vocab=40, width=12, layers=3, heads=3, hidden=16, positions=10)
 NUM_LABELS = 3
@@ -31,34 +35,29 @@ def build(world: World | None = None, shape: BertShape = SHAPE, **options: Any) 
     """fp64, without dropout unless asked for, and no bias at zero, nor any scale at one."""
     config = BertClassifierConfig(**({"dropout": 0.0} | options))
     torch.manual_seed(0)
-    model = config.build(shape, NUM_LABELS, _run_of(world, shape)).double()
-    _stir(model)
-    return model
+    return _stirred(config.build(shape, NUM_LABELS, _run_of(world, shape)).double())
 
 
 def answerer(world: World | None = None, shape: BertShape = SHAPE, **options: Any) -> BertAnswerer:
     """The same with the head of an answerer; dense unless asked for."""
     config = BertAnswererConfig(**({"dropout": 0.0, "moe_every": 0} | options))
     torch.manual_seed(0)
-    model = config.build(shape, _run_of(world, shape)).double()
-    _stir(model)
-    return model
+    return _stirred(config.build(shape, _run_of(world, shape)).double())
 
 
 def _run_of(world: World | None, shape: BertShape) -> RunShape:
-    context = GateContext(id_counts=torch.arange(shape.vocab) + 1, total_steps=100)
-    return RunShape(world or SingleWorld(), 10, context)
+    return RunShape(world or SingleWorld(), 10, GateContext(torch.arange(shape.vocab) + 1, 100))
 
 
 @torch.no_grad()
-def _stir(model: BertModel) -> None:
+def _stirred(model: Model) -> Model:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if ("bias" in name or "norm" in name) and ".gates." not in name:
-            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.2 * drawn)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         elif ".moe." not in name:
             parameter.mul_(8)  # 0.02 is so small that a tiny model would be linear
+    return model
 
 
 def dense(**options: Any) -> BertClassifier:
@@ -97,3 +96,13 @@ def twin_of(model: BertModel, directory: Path) -> Any:
     kind = BertForQuestionAnswering if isinstance(model, BertAnswerer) else BertForSequenceClassification
     dtype = model.encoder.embeddings.token.weight.dtype
     return kind.from_pretrained(directory, attn_implementation="eager", dtype=dtype).eval()
+
+
+def assert_same_gradients(model: BertModel, twin: Any) -> None:
+    """Every parameter's gradient beside that of transformers' model."""
+    names = name_map(model.shape.layers)
+    for name, parameter in model.named_parameters():
+        theirs = names[name] if names[name].startswith(HEADS) else f"bert.{names[name]}"
+        assert parameter.grad is not None
+        assert_same(parameter.grad, twin.get_parameter(theirs).grad, name=name)
+    assert len(list(model.parameters())) == len(list(twin.parameters()))

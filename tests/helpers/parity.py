@@ -132,7 +132,7 @@ def reference(clipping: bool, bf16: bool = False) -> Course:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(masters[name])
-    return Course(norms, dict(_by_expert(model, masters)))
+    return Course(norms, dict(by_expert(model, masters)))
 
 
 @cache
@@ -140,7 +140,7 @@ def initial_masters(bf16: bool) -> Numbers:
     model = small_model(SingleWorld())
     if bf16:
         model.bfloat16()
-    return dict(_by_expert(model, {name: p.detach().float() for name, p in model.named_parameters()}))
+    return dict(by_expert(model, {name: p.detach().float() for name, p in model.named_parameters()}))
 
 
 def relative_error(course: Course, clipping: bool) -> float:
@@ -196,10 +196,10 @@ def take_step(engine: ExpertParallelEngine, cell: Cell, step: int) -> float:
 
 def masters_of(engine: ExpertParallelEngine) -> Numbers:
     state = read_parameter_state(engine)
-    return dict(_by_expert(engine.module, {name: tensors[MASTER] for name, tensors in state.tensors.items()}))
+    return dict(by_expert(engine.module, {name: tensors[MASTER] for name, tensors in state.tensors.items()}))
 
 
-def _by_expert(model: nn.Module, tensors: Numbers) -> Iterator[tuple[str, Tensor]]:
+def by_expert(model: nn.Module, tensors: Numbers) -> Iterator[tuple[str, Tensor]]:
     for name, _, expert_ids in expert_ids_by_parameter(model):
         if expert_ids is None:
             yield name, tensors[name].clone()

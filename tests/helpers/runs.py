@@ -34,10 +34,14 @@ TINY_RUN: dict[str, Any] = {
 
 def write_config(directory: Path, tiny_data: dict[str, str], **sections: Any) -> Path:
     """A YAML file with TINY_RUN on the tiny data, sections replaced or merged one level deep."""
-    content = {name: dict(section) for name, section in TINY_RUN.items()} | {"data": dict(tiny_data)}
+    return write_yaml(directory, TINY_RUN | {"data": tiny_data}, sections)
+
+
+def write_yaml(directory: Path, base: dict[str, Any], sections: dict[str, Any]) -> Path:
+    """A YAML file with ``base``, into which sections are merged one level deep; what is no section replaces."""
+    content = dict(base)
     for name, section in sections.items():
-        merge = isinstance(section, dict) and name in content
-        content[name] = content[name] | section if merge else section
+        content[name] = {**content.get(name, {}), **section} if isinstance(section, dict) else section
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(content))

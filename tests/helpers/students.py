@@ -20,7 +20,7 @@ from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Gate, TopK
 from dist_moe.layer import MoE
 from dist_moe.models import ModelOutput, MoEModel
-from dist_moe.models.dual_head import AuxiliaryHead, DualHead, DualHeadOutput
+from dist_moe.models.dual_head import AuxiliaryHead, auxiliary_head, auxiliary_logits
 from dist_moe.parallel import World, experts_of_rank, sum_over_ranks
 from dist_moe.recipes.distillation import DHKDConfig, DistillationObjective, Teacher
 from dist_moe.tasks.objective import WeightedObjective
@@ -55,6 +55,23 @@ class Labels(RecommendationTask):
     def task_losses(self, output: ModelOutput, batch: Any) -> dict[str, Tensor]:
         summed = F.cross_entropy(output.predictions[0], batch.label_B, reduction="sum")
         return {"ce": summed / batch.examples_in_step}
+
+
+@dataclass(frozen=True)
+class DualHeadOutput(ModelOutput):
+    auxiliary_BC: Tensor | None = None
+
+
+class DualHead(nn.Module):
+    """A linear head beside an auxiliary one: (B, dim) -> both heads' (B, C) logits."""
+
+    def __init__(self, dim: int, num_classes: int, auxiliary: AuxiliaryHead | None) -> None:
+        super().__init__()
+        self.main = nn.Linear(dim, num_classes)
+        self.auxiliary = auxiliary_head(auxiliary, dim, num_classes)
+
+    def forward(self, x_BD: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.main(x_BD), auxiliary_logits(self.auxiliary, x_BD)
 
 
 class Student(MoEModel):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from dist_moe.models import BertClassifierConfig, BertShape, RunShape
@@ -14,6 +13,7 @@ from dist_moe.models.bert import write_hugging_face
 from dist_moe.parallel import SingleWorld
 from tests.data.labelled_text.tiny_texts import tiny_tokenizer
 from tests.helpers.commands import succeed
+from tests.helpers.runs import write_yaml
 
 POSITIONS = 64
 
@@ -48,12 +48,7 @@ def write_text_config(directory: Path, encoder: Path, data: dict[str, Any], **se
             "zero_optimization": {"stage": 1},
         },
     }
-    for name, section in sections.items():
-        content[name] = content.get(name, {}) | section if isinstance(section, dict) else section
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "config.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_yaml(directory, content, sections)
 
 
 def taught(teacher: Path) -> list[str]:

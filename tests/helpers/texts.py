@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+
+from tests.helpers.runs import write_yaml
 
 DOMAINS = ("cooking", "sailing")
 _SENTENCES = {
@@ -36,7 +37,7 @@ TINY_LM: dict[str, Any] = {
 
 
 def write_tiny_text(root: Path, documents: int = 10, words: int = 60) -> Path:
-    """Per domain so many files; a word is followed by one of two, most of the time."""
+    """So many files per domain; a word is followed by one of two, most of the time."""
     random = np.random.default_rng(0)
     for domain in DOMAINS:
         directory, vocabulary = root / domain, _SENTENCES[domain].split()
@@ -53,11 +54,4 @@ def write_tiny_text(root: Path, documents: int = 10, words: int = 60) -> Path:
 
 def write_lm_config(directory: Path, data: dict[str, str], **sections: Any) -> Path:
     """A YAML file with TINY_LM on the tiny corpus, sections merged one level deep."""
-    content = {name: dict(section) for name, section in TINY_LM.items()}
-    content["data"] |= data
-    for name, section in sections.items():
-        content[name] = content[name] | section if name in content else section
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "config.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_yaml(directory, TINY_LM | {"data": TINY_LM["data"] | data}, sections)

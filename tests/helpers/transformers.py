@@ -8,16 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_moe.gates import GateContext
+from dist_moe.gates import (
+    AdaMoEConfig,
+    CometConfig,
+    DSelectKConfig,
+    GateConfig,
+    GateContext,
+    HashRoutingConfig,
+    SMoEDropoutConfig,
+    SoftmaxConfig,
+    TopKConfig,
+)
 from dist_moe.layer import MoE
 from dist_moe.models import RunShape, Transformer, TransformerConfig
-from dist_moe.models.attention import CausalAttention
-from dist_moe.models.dense import SwiGLU
+from dist_moe.models.transformer import CausalAttention, SwiGLU
 from dist_moe.parallel import SingleWorld, World
 from dist_moe.search import PermutationSearch
 from tests.helpers.branches import naive_branch_mix, naive_branch_relabel
 from tests.helpers.oracle import naive_gate, naive_permutation_entropy
 
+EACH_GATE: dict[str, GateConfig] = {
+    "ada_moe": AdaMoEConfig(k=2, null_slots=2),
+    "comet": CometConfig(k=2, gamma=1.0),
+    "dselect_k": DSelectKConfig(k=2),
+    "hash": HashRoutingConfig(),
+    "smoe_dropout": SMoEDropoutConfig(k_min=2, k_max=2),
+    "softmax": SoftmaxConfig(),
+    "top_k": TopKConfig(k=2),
+}
 VOCABULARY = 11
 SMALL: dict[str, Any] = {
     "layers": 2,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dist_moe.models.dual_head import DROPOUT, HIDDEN_UNITS, DualHead
+from dist_moe.models.dual_head import DROPOUT, HIDDEN_UNITS
 from dist_moe.parallel import SingleWorld
-from tests.helpers.students import Student, step_of_examples
+from tests.helpers.students import DualHead, Student, step_of_examples
 
 DIM, CLASSES = 6, 3
 

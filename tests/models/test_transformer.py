@@ -8,21 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.gates import (
-    GATES,
-    AdaMoEConfig,
-    CometConfig,
-    DSelectKConfig,
-    HashRoutingConfig,
-    SMoEDropoutConfig,
-    SoftmaxConfig,
-    TopKConfig,
-)
+from dist_moe.gates import GATES, AdaMoEConfig, CometConfig, HashRoutingConfig, SMoEDropoutConfig, TopKConfig
 from dist_moe.models import RunShape, Transformer, TransformerConfig
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
 from dist_moe.search import PermutationSearchConfig, SlotTable
 from tests.helpers.oracle import assert_all_same, assert_same
-from tests.helpers.transformers import VOCABULARY, make_transformer, naive_transformer, random_tokens
+from tests.helpers.transformers import EACH_GATE, VOCABULARY, make_transformer, naive_transformer, random_tokens
+from tests.models.shares import assert_shares, joined
 
 TOP_K = TopKConfig(k=2, balance_weight=0.1, z_loss_weight=0.01)
 CASES: dict[str, dict[str, Any]] = {
@@ -36,15 +28,6 @@ CASES: dict[str, dict[str, Any]] = {
     "ada_moe": {"gate": AdaMoEConfig(k=2, null_slots=3, balance_weight=0.1)},
     "hash": {"gate": HashRoutingConfig(assignment="balanced")},
     "smoe_dropout": {"gate": SMoEDropoutConfig(k_min=1, k_max=4)},
-}
-EACH_GATE = {
-    "ada_moe": AdaMoEConfig(k=2, null_slots=2),
-    "comet": CometConfig(k=2, gamma=1.0),
-    "dselect_k": DSelectKConfig(k=2),
-    "hash": HashRoutingConfig(),
-    "smoe_dropout": SMoEDropoutConfig(k_min=2, k_max=2),
-    "softmax": SoftmaxConfig(),
-    "top_k": TopKConfig(k=2),
 }
 
 
@@ -153,18 +136,8 @@ def test_initial_deviations() -> None:
 
 
 def test_share_of_every_rank_is_that_of_one_process() -> None:
-    """Same seed: replicated parameters are equal and experts are the ones of their ids."""
-    whole = make_transformer(moe_every=1, shared_hidden=3)
-    for rank, share in enumerate(EmulatedWorld(2).run(lambda world: build_share(world))):
-        for name, parameter in share.items():
-            expected = whole.get_parameter(name)
-            if ".experts." in name:
-                expected = expected[2 * rank : 2 * rank + 2]
-            assert torch.equal(parameter, expected), name
-
-
-def build_share(world: World) -> dict[str, Tensor]:
-    return dict(make_transformer(world, moe_every=1, shared_hidden=3).named_parameters())
+    options = {"moe_every": 1, "shared_hidden": 3}
+    assert_shares(EmulatedWorld(2).run(lambda world: make_transformer(world, **options)), make_transformer(**options))
 
 
 @pytest.mark.parametrize("gate", ["ada_moe", "comet", "hash", "top_k"])
@@ -186,9 +159,7 @@ def test_two_ranks_compute_what_one_does(gate: str) -> None:
 
     shares = EmulatedWorld(2).run(on_rank)
     assert_same(torch.cat([logits for logits, _ in shares]), output.predictions[0].detach())
-    for name, gradient in expected.items():
-        of_ranks = [found[name] for _, found in shares]
-        assert_same(torch.cat(of_ranks) if ".experts." in name else of_ranks[0] + of_ranks[1], gradient, name=name)
+    assert_all_same(joined([found for _, found in shares]), expected)
 
 
 def test_layers_have_tables_of_their_own() -> None:

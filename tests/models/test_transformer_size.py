@@ -50,7 +50,7 @@ def test_by_hand() -> None:
     assert model.size.num_params() == VOCABULARY * 8 + attention + 5 * 8 + dense + 4 * expert + router + 4
     forward = attention + dense + 2 * expert + router + VOCABULARY * 8 + 2 * 2 * LENGTH * 8
     assert model.size.flops_per_token(LENGTH, 2) == 2 * forward
-    assert model.size.training_flops_per_token(LENGTH, 2) == 6 * forward
+    assert model.training_flops_per_token(LENGTH, 2) == 6 * forward
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,13 +10,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dist_moe.engine.checkpoint import place_weights
 from dist_moe.errors import UserError
 from dist_moe.gates import CometConfig, TopKConfig
 from dist_moe.models import ModelOutput, RunShape, TwoImageClassifier, TwoImageClassifierConfig
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
-from dist_moe.search import PermutationSearchConfig
 from tests.experts.naive_banks import naive_expert, randomise_biases
 from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gate, naive_gradients
+from tests.models.shares import joined
 
 SIDE = 16
 NUM_CLASSES = 3
@@ -82,36 +83,6 @@ def test_heads_are_glorot_uniform_with_zero_biases() -> None:
     assert not torch.equal(model.heads[0][0].weight, model.heads[1][0].weight)
 
 
-@pytest.mark.parametrize("gate", [CometConfig(), TopKConfig()])
-@pytest.mark.parametrize("permutation", [None, PermutationSearchConfig(epochs=1)])
-@pytest.mark.parametrize("batch", [0, 1, 13])
-def test_output_shapes_and_gradients_for_any_batch(
-    batch: int, gate: CometConfig | TopKConfig, permutation: PermutationSearchConfig | None
-) -> None:
-    model = build(gate=gate, permutation=permutation)
-    model.tables["moe"].begin_step()
-    output = model(torch.rand(batch, SIDE**2))
-    assert isinstance(output, ModelOutput)
-    assert [tuple(logits.shape) for logits in output.predictions] == [(batch, NUM_CLASSES)] * 2
-    losses = [*(logits.sum() for logits in output.predictions), *output.aux.values()]
-    torch.stack(losses).sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-
-
-def test_every_parameter_learns_something() -> None:
-    config = TwoImageClassifierConfig(num_experts=3, permutation=PermutationSearchConfig(epochs=1))
-    model = build_config(config, 20, 10)
-    model.tables["moe"].begin_step()
-    output = model(2 * torch.rand(64, 400))
-    (loss_of(output, torch.randn(2, 64, 10)) + sum(output.aux.values())).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        rows = parameter.grad if name.startswith("moe.experts") else [parameter.grad]
-        assert all(row.any() for row in rows), name
-
-
 def naive_model(model: TwoImageClassifier, image_BD: Tensor) -> list[Tensor]:
     """Every expert on every image, weighted by every gate; heads as plain matrix products."""
     experts = range(model.moe.experts.num_experts)
@@ -152,17 +123,6 @@ def test_values_and_gradients_equal_the_naive_model() -> None:
     assert_all_same(gradients(loss_of(output, weight_GBC), leaves), naive_gradients(expected_loss, leaves))
 
 
-def share_of(whole: TwoImageClassifier, world: World) -> TwoImageClassifier:
-    """A model of this rank with the weights of ``whole``."""
-    share = build(world).double()
-    with torch.no_grad():
-        for name, parameter in share.named_parameters():
-            weights = whole.get_parameter(name)
-            experts = list(share.moe.experts.expert_ids)
-            parameter.copy_(weights[experts] if name.startswith("moe.experts") else weights)
-    return share
-
-
 @pytest.mark.parametrize("images_per_rank", [[3, 4], [2, 0, 3]])
 def test_ranks_equal_one_process(images_per_rank: list[int]) -> None:
     whole = noisy_model()
@@ -172,7 +132,8 @@ def test_ranks_equal_one_process(images_per_rank: list[int]) -> None:
     images, weights = image_BD.split(images_per_rank), weight_GBC.split(images_per_rank, dim=1)
 
     def run_rank(world: World) -> tuple[ModelOutput, dict[str, Tensor]]:
-        model = share_of(whole, world)
+        model = build(world).double()
+        place_weights(model, dict(whole.named_parameters()))
         output = model(images[world.rank])
         return output, gradients(loss_of(output, weights[world.rank]), dict(model.named_parameters()))
 
@@ -180,32 +141,8 @@ def test_ranks_equal_one_process(images_per_rank: list[int]) -> None:
     output = whole(image_BD)
     for g, logits in enumerate(output.predictions):
         assert_same(torch.cat([result.predictions[g] for result, _ in results]), logits)
-    for name, expected in gradients(loss_of(output, weight_GBC), dict(whole.named_parameters())).items():
-        parts = [grads[name] for _, grads in results]
-        assert_same(torch.cat(parts) if name.startswith("moe.experts") else sum(parts), expected, name=name)
-
-
-def test_share_of_every_rank_is_that_of_one_process() -> None:
-    """Same seed: replicated parameters are equal and experts are the ones of their ids."""
-    whole = build()
-    for rank, share in enumerate(EmulatedWorld(3).run(build)):
-        for name, parameter in share.named_parameters():
-            expected = whole.get_parameter(name)
-            if name.startswith("moe.experts"):
-                expected = expected[2 * rank : 2 * rank + 2]
-            assert torch.equal(parameter, expected), name
-
-
-def test_each_task_has_its_own_gate_and_head() -> None:
-    model = build().eval()
-    image_BD = torch.rand(5, SIDE**2)
-    before = model(image_BD).predictions
-    with torch.no_grad():
-        model.moe.gates[1].leaf_weight.mul_(50)
-        model.heads[1][-1].bias.add_(1)
-    after = model(image_BD).predictions
-    assert torch.equal(after[0], before[0])
-    assert not torch.equal(after[1], before[1])
+    expected = gradients(loss_of(output, weight_GBC), dict(whole.named_parameters()))
+    assert_all_same(joined([grads for _, grads in results]), expected)
 
 
 def test_configuration_survives_a_round_trip() -> None:
@@ -231,13 +168,6 @@ def test_impossible_sizes_are_refused(options: dict[str, Any]) -> None:
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected tokens of shape \(T, 256\)"):
         build()(torch.rand(2, 100))
-
-
-@pytest.mark.parametrize("targets", [1, 3])
-def test_any_number_of_targets(targets: int) -> None:
-    model = TwoImageClassifierConfig(**SIZES).build(SIDE, NUM_CLASSES, RunShape(SingleWorld(), 10), targets)
-    predictions = model(torch.rand(4, SIDE * SIDE)).predictions
-    assert [prediction.shape for prediction in predictions] == [(4, NUM_CLASSES)] * targets
 
 
 def test_images_that_are_too_small_for_convolutions_are_refused() -> None:

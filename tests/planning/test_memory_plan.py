@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_moe.planning.memory import plan_memory
-from dist_moe.recipes.recipe import load_config
 from tests.helpers.commands import run_here
-from tests.helpers.held import Held, engines_of, held_after_a_step, peak_of_a_step, plan_of, size_of
+from tests.helpers.held import check_largest_batch, check_states, engines_of, peak_of_a_step, plan_of, size_of
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config
 
@@ -44,17 +42,8 @@ def overrides(ep: int, stage: int, optimizer: str) -> list[str]:
 @pytest.mark.parametrize(("ranks", "ep"), LAYOUTS)
 def test_parameters_masters_and_optimizer_are_exact(config: Path, tmp_path: Path, ranks: int, ep: int) -> None:
     cases = [overrides(ep, stage, name) + UNEVEN for stage in (0, 1, 2) for name in OPTIMIZERS]
-    everyones = on_ranks(ranks, held_after_a_step, config, str(tmp_path / "run"), cases)
-    padded = 0
-    for rank, held in enumerate(everyones):
-        for case, measured in zip(cases, held, strict=True):
-            loaded = load_config(config, case)
-            plan = plan_memory(loaded, loaded.data.open(progress=False), ranks)
-            state = plan.state
-            planned = Held(state.dense_parameters + state.expert_parameters, state.masters, state.optimizer)
-            assert planned == measured, (rank, case)
-            padded += state.padding
-    assert (padded > 0) == (ranks > 1)  # the numbers of elements are even
+    states = check_states(config, tmp_path / "run", ranks, cases)
+    assert any(state.padding for state in states) == (ranks > 1)  # the numbers of elements are even
 
 
 KEEP_NONE = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
@@ -68,15 +57,9 @@ def test_stage_3_is_exact(config: Path, tmp_path: Path, ranks: int, ep: int) -> 
     cases += [[*cases[0], KEEP_NONE], [*cases[0], KEEP_NONE, BF16]]
     if ranks > ep:  # else the experts' parameters are their own slices, and DeepSpeed copies some of them
         cases.append([*cases[0], KEEP_SOME, BF16])
-    everyones = on_ranks(ranks, held_after_a_step, config, str(tmp_path / "run"), cases)
-    for rank, held in enumerate(everyones):
-        for case, measured in zip(cases, held, strict=True):
-            state = plan_of(config, ranks, *case).state
-            parameters = state.dense_parameters + state.expert_parameters
-            planned = Held(parameters, state.masters, state.optimizer, state.gradients, state.kept)
-            assert planned == measured, (rank, case)
-            assert (state.kept > 0) == (ranks > 1 and KEEP_NONE not in case)
-            assert (state.padding > 0) == (ranks > 1)
+    for case, state in zip(cases, check_states(config, tmp_path / "run", ranks, cases), strict=True):
+        assert (state.kept > 0) == (ranks > 1 and KEEP_NONE not in case)
+        assert (state.padding > 0) == (ranks > 1)
 
 
 def gathered_in_steps(config: Path, run: str, cases: list[list[str]]) -> list[int]:
@@ -133,14 +116,7 @@ def test_the_worst_load_grows_with_the_group(config: Path) -> None:
 
 
 def test_the_largest_batch_fits_and_no_larger_one(config: Path) -> None:
-    memory = 100 * 2**20
-    settings = ["deepspeed.zero_optimization={stage: 1, reduce_bucket_size: 1000}"]
-    largest = plan_of(config, 2, *settings, memory=memory).loads[2].largest_batch
-    assert largest is not None
-    assert largest % 2 == 0
-    for batch, fits in ((largest, True), (largest + 2, False)):
-        plan = plan_of(config, 2, *settings, f"train.batch_size={batch}")
-        assert (plan.state.total + plan.buffers + plan.loads[2].activations <= memory) == fits
+    check_largest_batch(config, load=2, memory=100 * 2**20)
 
 
 def test_higher_stages_hold_less(config: Path) -> None:

@@ -16,7 +16,7 @@ from dist_moe.tasks import build_model
 from dist_moe.tasks.objective import WeightedObjective
 from tests.data.labelled_text.tiny_texts import write_messages
 from tests.helpers.commands import run_here
-from tests.helpers.held import Held, held_after_a_step, peak_of_a_step, plan_of
+from tests.helpers.held import check_largest_batch, check_states, peak_of_a_step, plan_of
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import records_of, stage_overrides, train_all
 from tests.helpers.text_runs import write_encoder, write_text_config
@@ -44,34 +44,17 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text_config(root, encoder, {"name": "sms-spam", "root": str(messages)}, model=model, start=start)
 
 
-def check_states(config: Path, run: Path, ranks: int, ep: int, cases: list[list[str]]) -> None:
-    """Parameters, masters and optimizer states of every rank, to the byte."""
-    cases = [[*case, f"parallel.expert_parallel_size={ep}"] for case in cases]
-    for rank, held in enumerate(on_ranks(ranks, held_after_a_step, config, str(run), cases)):
-        for case, measured in zip(cases, held, strict=True):
-            state = plan_of(config, ranks, *case).state
-            rest = (state.gradients, state.kept) if state.stage == 3 else ()
-            planned = Held(state.dense_parameters + state.expert_parameters, state.masters, state.optimizer, *rest)
-            assert planned == measured, (rank, case)
-
-
 @pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (2, 1)])
 def test_states_of_a_decoder_are_exact(decoder: Path, tmp_path: Path, ranks: int, ep: int) -> None:
     models = [UNEVEN, [*UNEVEN, "model.tied_embeddings=false", "model.shared_hidden=7"], *([DENSE] if ep == 1 else [])]
     cases = [[*stage_overrides(stage), *model] for stage in (0, 1, 3) for model in models]
-    check_states(decoder, tmp_path / "run", ranks, ep, cases)
+    check_states(decoder, tmp_path / "run", ranks, cases, [f"parallel.expert_parallel_size={ep}"])
 
 
 @pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (2, 1)])
 def test_states_of_a_classifier_are_exact(classifier: Path, tmp_path: Path, ranks: int, ep: int) -> None:
-    models = [[], *([DENSE] if ep == 1 else [])]
-    check_states(
-        classifier,
-        tmp_path / "run",
-        ranks,
-        ep,
-        [stage_overrides(stage) + model for stage in (0, 1, 3) for model in models],
-    )
+    cases = [stage_overrides(stage) + model for stage in (0, 1, 3) for model in ([], *([DENSE] if ep == 1 else []))]
+    check_states(classifier, tmp_path / "run", ranks, cases, [f"parallel.expert_parallel_size={ep}"])
 
 
 def check_activations(config: Path, run: Path, settings: list[str]) -> None:
@@ -125,7 +108,7 @@ def test_what_is_computed_again_is_not_kept_in_every_layer(decoder: Path) -> Non
 
 
 def bytes_sent(config: Path, run: str, settings: list[str], to_the_first: bool = False) -> int:
-    """By this rank in one step, all MoE layers. ``to_the_first``: of their Top-k gates' experts, for all tokens."""
+    """Sent by this rank in one step, all MoE layers. ``to_the_first``: whether all tokens go to the first experts."""
     plan = plan_new_run(config, settings, Path(run))
     with process_groups(plan.start.environment, plan.config.parallel) as groups:
         model = build_model(plan.config, plan.task, groups.world)
@@ -179,12 +162,7 @@ def test_rows_are_those_that_a_run_computes(decoder: Path, tmp_path: Path) -> No
 
 
 def test_the_largest_batch_of_sequences_fits_and_no_larger_one(decoder: Path) -> None:
-    memory, bucket = 60 * 2**20, "deepspeed.zero_optimization={stage: 1, reduce_bucket_size: 1000}"
-    largest = plan_of(decoder, 2, bucket, memory=memory).loads[1].largest_batch
-    assert largest
-    for batch, fits in ((largest, True), (largest + 2, False)):
-        plan = plan_of(decoder, 2, bucket, f"train.batch_size={batch}")
-        assert (plan.state.total + plan.buffers + plan.loads[1].activations <= memory) == fits
+    check_largest_batch(decoder, load=1, memory=60 * 2**20)
 
 
 def test_the_command(decoder: Path, classifier: Path) -> None:
@@ -217,25 +195,23 @@ def test_many_nodes_without_the_time_of_a_step(decoder: Path, classifier: Path) 
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--machine", "h200"), ("--skew", "1.5"), ("--png", "picture.png")], ids=str
+    ("option", "value", "more", "message"),
+    [
+        *(
+            (option, value, [], f"{option}={value}: the time of a step is not predicted for model.name=transformer")
+            for option, value in (("--machine", "h200"), ("--skew", "1.5"), ("--png", "picture.png"))
+        ),
+        ("--experts-per-token", "5", [], "must lie above 0 and up to model.num_experts=4"),
+        ("--experts-per-token", "0", [], "--experts-per-token=0 must lie above 0"),
+        ("--experts-per-token", "1", DENSE, "--experts-per-token=1 is given, but the model is dense"),
+        ("--tokens-per-rank", "3", [], "--tokens-per-rank=3: an example has 16; give as many"),
+    ],
 )
-def test_options_of_time_are_refused(decoder: Path, option: str, value: str) -> None:
-    done = run_here(["plan", str(decoder), "--nodes", "2", option, value])
+def test_options_that_do_not_fit(decoder: Path, option: str, value: str, more: list[str], message: str) -> None:
+    done = run_here(["plan", str(decoder), "--nodes", "2", option, value, *more])
     assert done.code == 2
-    for part in (f"{option}={value}: the time of a step is not predicted", "transformer", f"leave out {option}"):
-        assert part in done.err
-
-
-def test_experts_per_token_must_be_there(decoder: Path) -> None:
-    done = run_here(["plan", str(decoder), "--nodes", "2", "--experts-per-token", "5"])
-    assert done.code == 2
-    assert "--experts-per-token=5 must lie above 0 and up to model.num_experts=4" in done.err
-    none = run_here(["plan", str(decoder), "--nodes", "2", "--experts-per-token", "0"])
-    assert "--experts-per-token=0 must lie above 0" in none.err
-    dense = run_here(["plan", str(decoder), "--nodes", "2", "--experts-per-token", "1", *DENSE])
-    assert "--experts-per-token=1 is given, but the model is dense" in dense.err
-    less = run_here(["plan", str(decoder), "--nodes", "2", "--tokens-per-rank", "3"])
-    assert "--tokens-per-rank=3: an example has 16; give as many" in less.err
+    assert message in done.err
+    assert "--experts" in option or "--tokens" in option or f"leave out {option}" in done.err
 
 
 @pytest.mark.parametrize(
@@ -244,9 +220,9 @@ def test_experts_per_token_must_be_there(decoder: Path) -> None:
 )
 def test_gates_whose_k_is_not_the_experts_of_a_token(decoder: Path, gate: str, experts: int) -> None:
     found = [f"model.gate={gate}", "model.gate={name: top_k, k: 1}"]
+    asked = ["plan", str(decoder), "--nodes", "2", "--json"]
     rows, single = (plan_of(decoder, 1, setting).loads[0].received_rows for setting in found)
     assert rows == experts * single
-    asked = ["plan", str(decoder), "--nodes", "2", "--json"]
     rows, single = (json.loads(run_here([*asked, setting]).out)[0]["expert_rows"] for setting in found)
     assert rows == experts * single
 

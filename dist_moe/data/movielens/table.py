@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_moe.data.batches import TensorBatch
+from dist_moe.data.batches import ExampleBatch
 
 
 @dataclass(frozen=True)
-class PairBatch(TensorBatch):
+class PairBatch(ExampleBatch):
     """One rank's share of a step. ``user_B``, ``item_B``: int64; ``rating_B``: fp32, 0 = not rated.
 
     ``examples_in_step``, ``rated_in_step``: sizes of the whole step over all ranks and micro-batches,

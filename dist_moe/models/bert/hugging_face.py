@@ -5,15 +5,17 @@
     checkpoint.into(model)                                   # its head stays as it is where there is none
     write_hugging_face(model, other)                         # as BertForSequenceClassification, ...QuestionAnswering
     write_hugging_face(model, other, like=checkpoint)        # as it was read, to the bit
-    write_with_experts(model, config, other)                 # see hugging_face_experts
+    write_with_experts(model, config, other)                 # an architecture of our own
+    AutoModelForSequenceClassification.from_pretrained(other, trust_remote_code=True)
 
 Every tensor of a file is accounted for by name: it is a parameter of ours, a constant that is checked, or of the
-heads of pre-training, which ``left_out`` names. Anything else is refused.
+heads of pre-training, which ``left_out`` names. Anything else is refused. With experts, tensors of dense parts have
+transformers' names, those of MoE layers ours: experts stacked by global id, gates, tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,25 @@ import torch
 from torch import Tensor
 
 from dist_moe.errors import UserError
-from dist_moe.models.bert.answerer import BertAnswerer
-from dist_moe.models.bert.classifier import BertClassifier
-from dist_moe.models.bert.model import ABOVE, AUXILIARY, BertModel
-from dist_moe.models.bert.shape import BertShape
+from dist_moe.experts import FeedForwardBank
+from dist_moe.models.bert.encoder import BertShape
+from dist_moe.models.bert.model import (
+    ABOVE,
+    AUXILIARY,
+    BertAnswerer,
+    BertClassifier,
+    BertClassifierConfig,
+    BertConfig,
+    BertModel,
+)
 from dist_moe.models.hugging_face.files import (
+    BERT,
+    CONTEXT,
+    MIXTURE,
     WEIGHTS,
     check_names,
     dtype_fields,
+    followed,
     read_config,
     read_tensors,
     tensors_of,
@@ -40,7 +53,10 @@ PREFIX = "bert."
 POSITION_IDS = "embeddings.position_ids"
 HEADS = ("classifier.", "qa_outputs.")
 """How names begin that never have the prefix."""
-HEADS_OF_OURS = (BertClassifier.head, BertAnswerer.head)
+MODEL_TYPE = "dist_moe_bert"
+
+_ELSEWHERE = {"name", "auxiliary_head", "hidden", "dropout"}
+"""Fields of a model's section that BERT's own say, or that are for training alone."""
 
 _MODULES = {
     "encoder.embeddings.token": "embeddings.word_embeddings",
@@ -74,10 +90,9 @@ _PRE_TRAINING_HEADS = frozenset(
 
 @dataclass(frozen=True)
 class BertCheckpoint:
-    """``weights``: by our names. ``config``: the content of config.json. ``left_out``: names without a use here.
-
-    ``prefixed``: whether names begin with "bert."; ``has_position_ids``: whether the constant 0, 1, ... is kept.
-    """
+    """A dense checkpoint. ``weights``: by our names. ``config``: the content of config.json. ``left_out``: names
+    without a use here. ``prefixed``: whether names begin with "bert."; ``has_position_ids``: whether the constant
+    0, 1, ... is kept."""
 
     shape: BertShape
     weights: dict[str, Tensor]
@@ -95,7 +110,7 @@ class BertCheckpoint:
 
 
 def name_map(layers: int) -> dict[str, str]:
-    """Their name, without the prefix, of every parameter that a dense model with so many layers may have."""
+    """Return their name, without the prefix, of every parameter that a dense model with so many layers may have."""
     modules = _MODULES | {
         f"encoder.layers.{layer}.{ours}": f"encoder.layer.{layer}.{theirs}"
         for layer in range(layers)
@@ -109,26 +124,33 @@ def name_map(layers: int) -> dict[str, str]:
 
 
 def read_shape(directory: Path) -> BertShape:
-    """The sizes alone, from ``config.json``. Raises UserError for a directory that is no BERT encoder's."""
+    """Return the sizes alone, from ``config.json``. Raises UserError for a directory that is no BERT encoder's."""
     return BertShape.from_hugging_face(read_config(directory))
 
 
 def read_hugging_face(directory: Path) -> BertCheckpoint:
-    """A BERT checkpoint directory, whatever of ours stands above its encoder.
+    """Return a BERT checkpoint directory, whatever of ours stands above its encoder.
 
     Raises UserError for a directory that is none, naming every tensor that is missing or unknown.
     """
     config = read_config(directory)
     shape = BertShape.from_hugging_face(config)
-    found = read_tensors(directory)
-    prefixed = any(name.startswith(PREFIX) for name in found)
-    tensors = {_plain(name): tensor for name, tensor in found.items()}
+    tensors, prefixed = {}, False
+    for name, tensor in read_tensors(directory).items():
+        prefixed |= name.startswith(PREFIX)
+        name = name.removeprefix(PREFIX)  # and today's names for the oldest checkpoints' scale and shift
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        tensors[name] = tensor
     position_ids = tensors.pop(POSITION_IDS, None)
     if position_ids is not None and position_ids.flatten().tolist() != list(range(shape.positions)):
         raise UserError(f"{directory / WEIGHTS}: {POSITION_IDS} is not 0..{shape.positions - 1}")
     left_out = tuple(sorted(tensors.keys() & _PRE_TRAINING_HEADS))
-    names = name_map(shape.layers)
-    _check_names(directory, tensors.keys() - set(left_out), names)
+    names, found = name_map(shape.layers), tensors.keys() - set(left_out)
+    wanted = set(names.values())
+    for part in ABOVE:  # each part above the encoder is there as a whole or not at all
+        of_part = {theirs for ours, theirs in names.items() if ours.startswith(part)}
+        wanted -= set() if of_part & found else of_part
+    check_names(directory, found, wanted, "a BERT encoder with what stands above it")
     weights = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
     return BertCheckpoint(shape, weights, config, left_out, prefixed, position_ids is not None)
 
@@ -153,70 +175,106 @@ def write_hugging_face(
     """
     if len(model.dense_layers()) < model.shape.layers:
         raise UserError("a model with experts is no BertModel; write it with write_with_experts")
-    others = [head for head in HEADS_OF_OURS if like is not None and _has(like, head)]
+    theirs = () if like is None else tuple(like.weights)
+    others = [head for head in (BertClassifier.head, BertAnswerer.head) if any(n.startswith(head) for n in theirs)]
     if others and model.head not in others:
         raise UserError(f"the model's head is {model.head}*, that of like is {others[0]}*; write it without like")
-    names = name_map(model.shape.layers)
+    names, prefixed = name_map(model.shape.layers), like is None or like.prefixed
     tensors: dict[str, Tensor] = {
-        written_name(names[name], prefixed=like is None or like.prefixed): tensor
+        _written_name(names[name], prefixed): tensor
         for name, tensor in tensors_of(model, dtype, {}).items()
         if not name.startswith(AUXILIARY) and (like is None or name in like.weights)
     }
     if like is not None and like.has_position_ids:
-        tensors[written_name(POSITION_IDS, prefixed=like.prefixed)] = torch.arange(model.shape.positions).unsqueeze(0)
-    content = config_of(model, labels, dtype, padding) if like is None else _config_like(model, like)
+        tensors[_written_name(POSITION_IDS, prefixed)] = torch.arange(model.shape.positions).unsqueeze(0)
+    if like is None:
+        content = _config_of(model, labels, dtype, padding)
+    else:
+        content = like.config | ({} if like.shape == model.shape else model.shape.to_hugging_face())
     write_directory(directory, content, tensors)
-    return class_of(model)
+    return _class_of(model)
 
 
-def _has(checkpoint: BertCheckpoint, part: str) -> bool:
-    return any(name.startswith(part) for name in checkpoint.weights)
+def write_with_experts(
+    model: BertModel,
+    config: BertConfig,
+    directory: Path,
+    *,
+    labels: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    padding: int | None = None,
+    total_steps: int | None = None,
+    imports: Sequence[str] = (),
+) -> str:
+    """Write a whole model as a directory that transformers loads where this package is. Returns its class.
+
+    ``config``: the section that it was built by. ``labels``, ``dtype``, ``padding``: see :func:`write_hugging_face`.
+    ``total_steps``: of the training run, for gates with a schedule. ``imports``: modules that register gates of one's
+    own. An auxiliary head is left out; a table that is still being learnt is rounded as it stands.
+    Raises UserError for a dense model, for another number of labels, or if the directory has weights already or cannot
+    be written.
+    """
+    if not model.moe_layers:
+        raise UserError("a model without experts is a plain BERT; write it with write_hugging_face")
+    model.begin_evaluation()
+    bank = next(iter(model.moe_layers.values())).experts
+    assert isinstance(bank, FeedForwardBank)
+    # The width of experts as it is: it may be a share of a width that the dense layers have no longer.
+    section = config.model_dump(mode="json", exclude=_ELSEWHERE) | {"expert_hidden": bank.hidden}
+    architecture = f"DistMoE{_class_of(model)}"
+    content = _config_of(model, labels, dtype, padding) | {
+        "model_type": MODEL_TYPE,
+        "architectures": [architecture],
+        MIXTURE: section,
+        CONTEXT: {"total_steps": total_steps},
+        **BERT.fields(imports),
+    }
+    of_dense, dense = name_map(model.shape.layers), model.dense_layers()
+    blocks = tuple(f"encoder.layers.{i}.feed_forward." for i in range(model.shape.layers) if i not in dense)
+    tensors = {}
+    for ours, tensor in tensors_of(model, dtype, {}).items():
+        if not ours.startswith(AUXILIARY):
+            name = ours.replace("encoder.layers.", "encoder.layer.", 1) if ours.startswith(blocks) else of_dense[ours]
+            tensors[_written_name(name)] = tensor
+    write_directory(directory, content, tensors)
+    BERT.write(directory)
+    return architecture
 
 
-def config_of(
+def read_section(content: Mapping[str, Any]) -> tuple[BertShape, BertConfig]:
+    """Return what a ``config.json`` of ours says of the encoder; the head above it does not matter here.
+
+    Raises UserError for values that cannot be followed.
+    """
+    shape = BertShape.from_hugging_face({**content, "model_type": "bert"})
+    with followed():
+        return shape, BertClassifierConfig(**content[MIXTURE], dropout=content["hidden_dropout_prob"])
+
+
+def _config_of(
     model: BertModel, labels: Sequence[str], dtype: torch.dtype | None, padding: int | None
 ) -> dict[str, Any]:
-    """The content of ``config.json``. No ``labels``: LABEL_0, LABEL_1, ... Raises UserError for too few or too many."""
-    dropout = {"hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": model.dropout}
-    content = model.shape.to_hugging_face() | dropout | {"architectures": [class_of(model)], "pad_token_id": padding}
-    content |= dtype_fields(dtype or model.encoder.embeddings.token.weight.dtype)
-    return content | (_label_fields(model, labels) if isinstance(model, BertClassifier) else {})
+    """Return the content of ``config.json``; without ``labels`` they are LABEL_0, LABEL_1, ..."""
+    content = model.shape.to_hugging_face() | {
+        "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": model.dropout,
+        "architectures": [_class_of(model)],
+        "pad_token_id": padding,
+        **dtype_fields(dtype or model.encoder.embeddings.token.weight.dtype),
+    }
+    if isinstance(model, BertClassifier):
+        named = dict(enumerate(labels or (f"LABEL_{i}" for i in range(model.num_labels))))
+        if len(named) != model.num_labels:
+            raise UserError(f"labels={list(labels)}: the model has {model.num_labels}; name each of them")
+        content["id2label"] = {str(i): label for i, label in named.items()}
+        content["label2id"] = {label: i for i, label in named.items()}
+        content["problem_type"] = "regression" if model.num_labels == 1 else "single_label_classification"
+    return content
 
 
-def class_of(model: BertModel) -> str:
-    """transformers' name of a BERT with the same head."""
+def _class_of(model: BertModel) -> str:
     return "BertForSequenceClassification" if isinstance(model, BertClassifier) else "BertForQuestionAnswering"
 
 
-def written_name(name: str, *, prefixed: bool = True) -> str:
-    """``name`` as a checkpoint with a head has it."""
+def _written_name(name: str, prefixed: bool = True) -> str:
     return PREFIX + name if prefixed and not name.startswith(HEADS) else name
-
-
-def _config_like(model: BertModel, like: BertCheckpoint) -> dict[str, Any]:
-    return like.config if like.shape == model.shape else like.config | model.shape.to_hugging_face()
-
-
-def _label_fields(model: BertClassifier, labels: Sequence[str]) -> dict[str, Any]:
-    named = dict(enumerate(labels or (f"LABEL_{i}" for i in range(model.num_labels))))
-    if len(named) != model.num_labels:
-        raise UserError(f"labels={list(labels)}: the model has {model.num_labels}; name each of them")
-    kind = "regression" if model.num_labels == 1 else "single_label_classification"
-    return {
-        "id2label": {str(i): label for i, label in named.items()},
-        "label2id": {label: i for i, label in named.items()},
-        "problem_type": kind,
-    }
-
-
-def _plain(name: str) -> str:
-    """Without the prefix, and with today's names for the oldest checkpoints' scale and shift."""
-    name = name.removeprefix(PREFIX)
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-
-def _check_names(directory: Path, found: set[str], names: dict[str, str]) -> None:
-    """Of what stands above the encoder, each part is there as a whole or not at all."""
-    of_parts = [{theirs for ours, theirs in names.items() if ours.startswith(part)} for part in ABOVE]
-    absent = set[str]().union(*(part for part in of_parts if not part & found))
-    check_names(directory, found, set(names.values()) - absent, "a BERT encoder with what stands above it")

@@ -1,7 +1,11 @@
-"""A BERT whose feed-forward blocks are dense or of experts, but for its head: what classifiers and answerers share.
+"""BERTs whose feed-forward blocks are dense or of experts: classifiers and finders of answers.
 
+    config = BertClassifierConfig(num_experts=4, gate=CometConfig(k=1))      # moe_every=0: dense, the teacher
+    model = config.build(shape, num_labels, run)                             # shape: a BertShape
     output = model(token_BS, length_B, segment_BS, hidden_states=True)
+    output.predictions[0]        # (B, num_labels) logits
     output.hidden_states         # (B, S, D) each: embeddings, then every layer; 0 where there is no token
+    start_BS, end_BS = BertAnswererConfig(num_experts=4).build(shape, run)(token_BS, length_B, segment_BS).predictions
 
 Only real tokens are embedded, routed and computed; attention alone is padded.
 """
@@ -17,17 +21,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dist_moe import kernels
 from dist_moe.engine.checkpoint import place_weights
 from dist_moe.errors import UserError
 from dist_moe.experts import BertFeedForwardBank, ExpertBank, FeedForwardBank
 from dist_moe.models.bert.encoder import (
     BertEncoder,
+    BertShape,
     DenseFeedForward,
     ExpertFeedForward,
     FeedForward,
+    Ragged,
+    linear,
 )
-from dist_moe.models.bert.ragged import Ragged
-from dist_moe.models.bert.shape import BertShape
+from dist_moe.models.dual_head import AuxiliaryHead, auxiliary_head, auxiliary_logits
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
 from dist_moe.parallel import experts_of_rank
 
@@ -86,7 +93,7 @@ class BertConfig(MoEModelConfig):
         return 2 if self.moe_every else 0
 
     def has_experts(self, layer: int) -> bool:
-        """Whether layer ``layer`` (from 0) of the encoder has experts."""
+        """Return whether layer ``layer`` (from 0) of the encoder has experts."""
         return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
 
     def fitted(self, shape: BertShape) -> BertShape:
@@ -120,28 +127,26 @@ class BertConfig(MoEModelConfig):
         """Return the block of layer ``layer`` alone."""
         if not self.has_experts(layer):
             return DenseFeedForward(self.fitted(shape), self.dropout)
-        moe = self.build_layer(self._experts(shape, run), 1, run, layer=layer)
-        norm = nn.LayerNorm(shape.width, eps=shape.norm_eps) if self.expert_form == "network" else None
-        return ExpertFeedForward(moe, norm, self.dropout)
-
-    def _experts(self, shape: BertShape, run: RunShape) -> ExpertBank:
-        ids, width = experts_of_rank(self.num_experts, run.world), self.width_of_experts(shape)
-        if self.expert_form == "network":
-            return FeedForwardBank(shape.width, width, self.num_experts, ids, activation=shape.activation, bias=True)
-        return BertFeedForwardBank(
+        where = (
             shape.width,
-            width,
+            self.width_of_experts(shape),
             self.num_experts,
-            ids,
-            activation=shape.activation,
-            dropout=self.dropout,
-            norm_eps=shape.norm_eps,
+            experts_of_rank(self.num_experts, run.world),
         )
+        form, activation, norm_eps = self.expert_form, shape.activation, shape.norm_eps
+        experts: ExpertBank
+        if form == "network":
+            experts = FeedForwardBank(*where, activation=activation, bias=True)
+        else:
+            experts = BertFeedForwardBank(*where, activation=activation, dropout=self.dropout, norm_eps=norm_eps)
+        moe = self.build_layer(experts, 1, run, layer=layer)
+        norm = nn.LayerNorm(shape.width, eps=norm_eps) if form == "network" else None
+        return ExpertFeedForward(moe, norm, self.dropout)
 
 
 @dataclass(frozen=True)
 class BertOutput(ModelOutput):
-    """``real_BS``: bool, where there are tokens.
+    """Output of a BERT. ``real_BS``: bool, where there are tokens.
 
     ``hidden_states``: if asked for, the embeddings and what each layer gives, (B, S, D) each, 0 at padding.
     ``auxiliary_BC``: logits of a head that there is only while training (see :mod:`dist_moe.models.dual_head`).
@@ -176,6 +181,7 @@ class BertModel(MoEModel):
     def forward(
         self, token_BS: Tensor, length_B: Tensor, segment_BS: Tensor | None = None, hidden_states: bool = False
     ) -> BertOutput:
+        """Return predictions, and (``hidden_states``) what each layer gives."""
         if token_BS.shape[1] > self.shape.positions:
             raise ValueError(
                 f"sequences of {token_BS.shape[1]} tokens do not fit the encoder's {self.shape.positions} positions"
@@ -226,3 +232,84 @@ class BertModel(MoEModel):
         of_banks = {id(parameter) for bank in banks for parameter in bank.parameters()}
         dense = sum(parameter.numel() for parameter in self.parameters() if id(parameter) not in of_banks)
         return dense + sum(bank.parameters_per_expert * (experts_per_token or bank.num_experts) for bank in banks)
+
+
+class BertClassifierConfig(BertConfig):
+    """Classifier of texts, or of pairs of texts; with one label, a regression."""
+
+    kind: ClassVar[str] = "text_classification"
+
+    name: Literal["bert_classifier"] = Field("bert_classifier", description="which model this is")
+    auxiliary_head: AuxiliaryHead | None = Field(
+        None,
+        description="second head for the teacher's logits, of recipe.name=dhkd: linear, or mlp with 200 hidden "
+        "units; it is there while training alone (null: none)",
+    )
+
+    def build(self, shape: BertShape, num_labels: int, run: RunShape) -> BertClassifier:
+        """Return the model with this rank's experts and random weights; all ranks must have seeded torch alike.
+
+        Raises UserError if ``moe_every`` leaves a model without the experts that it speaks of.
+        """
+        blocks = self.feed_forwards(shape, run)
+        return BertClassifier(self.fitted(shape), blocks, num_labels, self.dropout, self.auxiliary_head)
+
+
+class BertClassifier(BertModel):
+    """A BERT whose prediction is (B, num_labels) logits, of the pooled first token of each text.
+
+    With an ``auxiliary`` head everything else is as without it, to the bit.
+    """
+
+    head = "classifier."
+
+    def __init__(
+        self,
+        shape: BertShape,
+        feed_forwards: list[FeedForward],
+        num_labels: int,
+        dropout: float,
+        auxiliary: AuxiliaryHead | None = None,
+    ) -> None:
+        super().__init__(shape, feed_forwards, dropout)
+        self.num_labels = num_labels
+        self.pooler = linear(shape.width, shape.width)
+        self.classifier = linear(shape.width, num_labels)
+        self.auxiliary = auxiliary_head(auxiliary, shape.width, num_labels)
+
+    def predictions_of(self, x_TD: Tensor, ragged: Ragged) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Return the (B, num_labels) logits, and those of the auxiliary head while it trains."""
+        pooled_BD = torch.tanh(self.pooler(x_TD.index_select(0, ragged.start_B)))
+        feature_BD = kernels.dropout(pooled_BD, self.dropout, self.training)
+        return (self.classifier(feature_BD),), auxiliary_logits(self.auxiliary, feature_BD)
+
+
+class BertAnswererConfig(BertConfig):
+    """Finder of answers within texts, as transformers' BertForQuestionAnswering is one."""
+
+    kind: ClassVar[str] = "question_answering"
+
+    name: Literal["bert_answerer"] = Field("bert_answerer", description="which model this is")
+
+    def build(self, shape: BertShape, run: RunShape) -> BertAnswerer:
+        """Return the model with this rank's experts and random weights; all ranks must have seeded torch alike."""
+        return BertAnswerer(self.fitted(shape), self.feed_forwards(shape, run), self.dropout)
+
+
+class BertAnswerer(BertModel):
+    """A BERT whose predictions are (B, S) logits of the token at which the answer starts, and of its last one.
+
+    Where there is no token they are the least number there is, so that their softmax is exactly 0.
+    """
+
+    head = "span."
+
+    def __init__(self, shape: BertShape, feed_forwards: list[FeedForward], dropout: float) -> None:
+        super().__init__(shape, feed_forwards, dropout)
+        self.span = linear(shape.width, 2)
+
+    def predictions_of(self, x_TD: Tensor, ragged: Ragged) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Return the logits of first and of last tokens; there is no auxiliary head."""
+        logits_BS2 = ragged.padded(self.span(x_TD))
+        least = torch.finfo(logits_BS2.dtype).min
+        return logits_BS2.masked_fill(~ragged.real_BS.unsqueeze(2), least).unbind(2), None

@@ -1,4 +1,4 @@
-"""A dense BERT's weights as those of one with experts, the same for every gate.
+"""A dense BERT's weights as those of one with experts, equal for every gate.
 
     weights = convert_bert(dense, shape, config, BertConversionConfig(), importance_LH)
     place_converted(config.build(shape, num_labels, run), weights)       # gates keep their first values
@@ -22,10 +22,7 @@ from dist_moe.engine.checkpoint import ROUTERS
 from dist_moe.errors import UserError
 from dist_moe.kernels import FeedForwardWeights
 from dist_moe.models.bert import BertConfig, BertModel, BertShape
-from dist_moe.models.conversion.copies import copies
-from dist_moe.models.conversion.exact_split import split_exactly
-from dist_moe.models.conversion.neurons import take_neurons
-from dist_moe.models.conversion.partition import Order, partition, ranked
+from dist_moe.models.conversion.networks import Order, copies, partition, ranked, split_exactly, take_neurons
 
 
 class BertConversionConfig(Settings):
@@ -45,6 +42,10 @@ class BertConversionConfig(Settings):
     )
     seed: int = Field(0, ge=0, description="seed of a random order and of the noise; every layer draws its own")
 
+    def seed_of(self, layer: int) -> int:
+        """Return the seed of layer ``layer``."""
+        return self.seed * 1_000_003 + layer
+
 
 def convert_bert(
     dense: Mapping[str, Tensor],
@@ -53,7 +54,7 @@ def convert_bert(
     conversion: BertConversionConfig,
     importance_LH: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Weights by name, experts stacked by global id, of every parameter of ``config``'s model but its gates'.
+    """Return weights by name, experts stacked by global id, of every parameter of ``config``'s model but its gates'.
 
     ``shape``: of the dense model. ``importance_LH``: see :func:`neuron_importance`; needed by a partition that is not
     random. Layers that stay dense and are to be narrower (``config.hidden``) keep the neurons that a partition
@@ -64,9 +65,12 @@ def convert_bert(
     for layer in range(shape.layers):
         prefix = f"encoder.layers.{layer}.feed_forward."
         block = {name.removeprefix(prefix): tensor.detach() for name, tensor in dense.items() if prefix in name}
-        importance_H = None if importance_LH is None else importance_LH[layer]
+        importance_H = None if importance_LH is None else importance_LH[layer].to(block["up.weight"].device)
         with torch.device("cpu"):
-            converted = _convert_block(block, layer, shape, config, conversion, importance_H)
+            if config.has_experts(layer):
+                converted = _with_experts(block, layer, shape, config, conversion, importance_H)
+            else:
+                converted = _narrower(block, layer, config.fitted(shape).hidden, conversion, importance_H)
         weights |= {prefix + name: tensor for name, tensor in converted.items()}
     return weights
 
@@ -79,7 +83,7 @@ def place_converted(model: BertModel, weights: Mapping[str, Tensor]) -> None:
     model.place(weights, ROUTERS)
 
 
-def _convert_block(
+def _with_experts(
     block: dict[str, Tensor],
     layer: int,
     shape: BertShape,
@@ -88,47 +92,29 @@ def _convert_block(
     importance_H: Tensor | None,
 ) -> dict[str, Tensor]:
     network = _network(block)
-    if importance_H is not None:
-        importance_H = importance_H.to(network.up.device)
-    if not config.has_experts(layer):
-        return _narrower(network, block, config.fitted(shape).hidden, conversion, importance_H, layer)
-    return _with_norms(_experts(network, shape, config, conversion, importance_H, layer), block, config)
-
-
-def _experts(
-    network: FeedForwardWeights,
-    shape: BertShape,
-    config: BertConfig,
-    conversion: BertConversionConfig,
-    importance_H: Tensor | None,
-    layer: int,
-) -> FeedForwardWeights:
     if conversion.method == "split":
-        return split_exactly(network, config.num_experts)
-    if conversion.method == "copies":
-        return copies(network, config.num_experts, conversion.noise, _seed(conversion, layer))
-    width = config.width_of_experts(shape)
-    shared = 2 * width // 3 if conversion.shared is None else conversion.shared
-    order_H = _order(network, conversion, importance_H, layer)
-    return take_neurons(network, partition(order_H, config.num_experts, width, shared))
-
-
-def _with_norms(experts: FeedForwardWeights, block: dict[str, Tensor], config: BertConfig) -> dict[str, Tensor]:
+        experts = split_exactly(network, config.num_experts)
+    elif conversion.method == "copies":
+        experts = copies(network, config.num_experts, conversion.noise, conversion.seed_of(layer))
+    else:
+        width = config.width_of_experts(shape)
+        shared = 2 * width // 3 if conversion.shared is None else conversion.shared
+        order_H = _order(network, conversion, importance_H, layer)
+        experts = take_neurons(network, partition(order_H, config.num_experts, width, shared))
     named = {f"moe.experts.{name}": tensor for name, tensor in experts._asdict().items() if tensor is not None}
-    norms = {kind: block[f"norm.{kind}"] for kind in ("weight", "bias")}
-    if config.expert_form == "network":
-        return named | {f"norm.{kind}": tensor for kind, tensor in norms.items()}
-    return named | {f"moe.experts.norm_{kind}": tensor.repeat(config.num_experts, 1) for kind, tensor in norms.items()}
+    for kind in ("weight", "bias"):
+        norm = block[f"norm.{kind}"]
+        if config.expert_form == "network":
+            named[f"norm.{kind}"] = norm
+        else:
+            named[f"moe.experts.norm_{kind}"] = norm.repeat(config.num_experts, 1)
+    return named
 
 
 def _narrower(
-    network: FeedForwardWeights,
-    block: dict[str, Tensor],
-    width: int,
-    conversion: BertConversionConfig,
-    importance_H: Tensor | None,
-    layer: int,
+    block: dict[str, Tensor], layer: int, width: int, conversion: BertConversionConfig, importance_H: Tensor | None
 ) -> dict[str, Tensor]:
+    network = _network(block)
     if width == network.up.shape[2]:
         return block
     order_H = _order(network, conversion, importance_H, layer)
@@ -139,10 +125,9 @@ def _narrower(
 
 
 def _network(block: dict[str, Tensor]) -> FeedForwardWeights:
-    """Of two linear layers, whose weights are (out, in)."""
-    up, down, up_bias, down_bias = (
-        block[name].unsqueeze(0) for name in ("up.weight", "down.weight", "up.bias", "down.bias")
-    )
+    """Return two linear layers, whose weights are (out, in), as a network."""
+    names = ("up.weight", "down.weight", "up.bias", "down.bias")
+    up, down, up_bias, down_bias = (block[name].unsqueeze(0) for name in names)
     return FeedForwardWeights(up.transpose(1, 2), down.transpose(1, 2), None, up_bias, down_bias)
 
 
@@ -156,11 +141,7 @@ def _order(
                 "them from training data, or use random"
             )
         importance_H = torch.zeros(network.up.shape[2])
-    return ranked(importance_H, conversion.order, _seed(conversion, layer))
-
-
-def _seed(conversion: BertConversionConfig, layer: int) -> int:
-    return conversion.seed * 1_000_003 + layer
+    return ranked(importance_H, conversion.order, conversion.seed_of(layer))
 
 
 def _check(shape: BertShape, config: BertConfig, conversion: BertConversionConfig) -> None:

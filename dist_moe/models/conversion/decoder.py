@@ -1,4 +1,4 @@
-"""Up-cycling: a dense decoder's weights as those of one with experts, the same for every gate.
+"""Up-cycling: a dense decoder's weights as those of one with experts, equal for every gate.
 
     config = TransformerConfig(**sizes_of_the_dense_one, moe_every=2, num_experts=8, gate=..., experts=...)
     weights = convert_decoder(checkpoint.weights, checkpoint.config, config, DecoderConversionConfig())
@@ -20,8 +20,7 @@ from dist_moe.config.settings import Settings
 from dist_moe.errors import UserError
 from dist_moe.experts import FeedForwardConfig
 from dist_moe.kernels import FeedForwardWeights
-from dist_moe.models.conversion.copies import copies
-from dist_moe.models.conversion.exact_split import split_exactly
+from dist_moe.models.conversion.networks import copies, split_exactly
 from dist_moe.models.transformer import TransformerConfig
 
 OF_MIXTURES = {
@@ -57,13 +56,13 @@ def convert_decoder(
     config: TransformerConfig,
     conversion: DecoderConversionConfig,
 ) -> dict[str, Tensor]:
-    """Weights by name, experts stacked by global id, of every parameter of ``config``'s model but its gates'.
+    """Return weights by name, experts stacked by global id, of every parameter of ``config``'s model but its gates'.
 
     ``dense``: weights by name of a model of ``dense_config``, without experts. Raises UserError naming the fields that
     do not fit together.
     """
-    for fault in conversion_errors(dense_config, config, conversion):
-        raise UserError(fault)
+    for error in conversion_errors(dense_config, config, conversion):
+        raise UserError(error)
     weights = {name: tensor.detach() for name, tensor in dense.items()}
     for layer in range(config.layers):
         if not config.has_experts(layer):

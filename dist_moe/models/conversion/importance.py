@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_moe.models.bert import BertModel, BertOutput
+from dist_moe.models.bert.encoder import DenseFeedForward
 
 Batch = TypeVar("Batch")
 
@@ -33,14 +34,14 @@ def neuron_importance(
     inputs: Callable[[Batch], tuple[Any, ...]],
     losses: Callable[[BertOutput, Batch], Tensor],
 ) -> Tensor:
-    """(layers, H) fp64 importances of a dense model, summed over all examples of ``batches``.
+    """Return (layers, H) fp64 importances of a dense model, summed over all examples of ``batches``.
 
     ``inputs(batch)``: the model's arguments, ``token_BS`` and ``length_B`` first. ``losses(output, batch)``: (B,), the
     loss of each example. Take batches of training data, not those by which the model is judged. Dropout is off.
     Where ranks have batches of their own, the importance is the sum over ranks.
     Raises ValueError for a model with experts.
     """
-    blocks = model.dense_layers()
+    blocks = list(model.dense_layers().values())
     if len(blocks) < model.shape.layers:
         raise ValueError("the importance of neurons is defined for a dense model; this one has experts")
     device = model.encoder.embeddings.token.weight.device
@@ -48,40 +49,35 @@ def neuron_importance(
     was_training = model.training
     model.eval()
     try:
-        with torch.enable_grad(), _activations([(block.up, block.down) for block in blocks.values()]) as seen:
+        with torch.enable_grad(), _activations(blocks) as seen:
             for batch in batches:
                 seen.clear()
                 output = model(*inputs(batch))
                 loss_B = losses(output, batch)
-                if len(loss_B):
-                    total_LH += _of_batch(loss_B, seen, [block.up.bias for block in blocks.values()], output.real_BS)
+                if not len(loss_B):
+                    continue
+                gradients = torch.autograd.grad(loss_B.sum(), seen)
+                example_T = output.real_BS.nonzero()[:, 0]
+                for layer, block in enumerate(blocks):
+                    before_TH, after_TH = seen[2 * layer : 2 * layer + 2]
+                    grad_before_TH, grad_after_TH = gradients[2 * layer : 2 * layer + 2]
+                    product_TH = (before_TH.detach() - block.up.bias.detach()) * grad_before_TH
+                    product_TH = product_TH + after_TH.detach() * grad_after_TH
+                    zeros_BH = product_TH.new_zeros(len(loss_B), product_TH.shape[1], dtype=torch.float64)
+                    total_LH[layer] += zeros_BH.index_add(0, example_T, product_TH.double()).abs().sum(dim=0)
     finally:
         model.train(was_training)
     return total_LH
 
 
-def _of_batch(loss_B: Tensor, seen: list[Tensor], biases: list[Tensor], real_BS: Tensor) -> Tensor:
-    """(L, H): ``seen`` has each layer's p_TH and h_TH, in turn."""
-    grads = torch.autograd.grad(loss_B.sum(), seen)
-    example_T = real_BS.nonzero()[:, 0]
-    rows = []
-    for before_TH, after_TH, grad_before_TH, grad_after_TH, bias_H in zip(
-        seen[::2], seen[1::2], grads[::2], grads[1::2], biases, strict=True
-    ):
-        product_TH = (before_TH.detach() - bias_H.detach()) * grad_before_TH + after_TH.detach() * grad_after_TH
-        zeros_BH = product_TH.new_zeros(len(loss_B), product_TH.shape[1], dtype=torch.float64)
-        rows.append(zeros_BH.index_add(0, example_T, product_TH.double()).abs().sum(dim=0))
-    return torch.stack(rows)
-
-
 @contextmanager
-def _activations(networks: list[tuple[nn.Linear, nn.Linear]]) -> Iterator[list[Tensor]]:
-    """What comes out of each first layer and goes into each second, in the order in which the model computes them."""
+def _activations(blocks: list[DenseFeedForward]) -> Iterator[list[Tensor]]:
+    """Yield what comes out of each first layer and goes into each second, in the order in which the model runs them."""
     seen: list[Tensor] = []
     hooks = []
-    for up, down in networks:
-        hooks.append(up.register_forward_hook(lambda _module, _args, result: seen.append(result)))
-        hooks.append(down.register_forward_pre_hook(lambda _module, args: seen.append(args[0])))
+    for block in blocks:
+        hooks.append(block.up.register_forward_hook(lambda _module, _args, result: seen.append(result)))
+        hooks.append(block.down.register_forward_pre_hook(lambda _module, args: seen.append(args[0])))
     try:
         yield seen
     finally:

@@ -7,11 +7,15 @@
     write_decoder(model, other, like=checkpoint)             # as it was read, to the bit
 
 Every tensor is accounted for by name, and anything else is refused. Needs no transformers.
+
+Our names are those of ``state_dict``: parameters, experts stacked by global id, and buffers. Matrices outside of
+experts are the same on both sides. Mixtral and OLMoE have every expert's matrices one by one and transposed; a slot ->
+expert table is folded into their routers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,21 +29,12 @@ from dist_moe.errors import UserError
 from dist_moe.models.hugging_face.decoder_config import (
     CLASSES,
     Architecture,
-    architecture_of,
     plainest_architecture,
     read_decoder_config,
     write_decoder_config,
 )
-from dist_moe.models.hugging_face.decoder_names import (
-    HEAD,
-    TIED_TO,
-    dense_names,
-    is_of_mixture,
-    stock_names,
-    to_ours,
-    to_theirs,
-)
 from dist_moe.models.hugging_face.files import (
+    DECODER,
     WEIGHTS,
     check_names,
     dtype_fields,
@@ -47,15 +42,35 @@ from dist_moe.models.hugging_face.files import (
     read_tensors,
     tensors_of,
     write_directory,
+    write_tokenizer,
 )
-from dist_moe.models.hugging_face.remote_code import DECODER
-from dist_moe.models.hugging_face.tokenizer_files import write_tokenizer
 from dist_moe.models.transformer import Transformer, TransformerConfig
+
+Tensors = Mapping[str, Tensor]
+
+HEAD, TIED_TO = "lm_head.weight", "model.embed_tokens.weight"
+
+_MODULES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_OF_LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+}
+_OF_DENSE_LAYER = {f"dense.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+_OF_NORMED_HEADS = {f"attention.{name}_norm": f"self_attn.{name[0]}_norm" for name in ("query", "key")}
+_OF_EXPERT = {
+    "mixtral": {"gate": "w1", "down": "w2", "up": "w3"},
+    "olmoe": {name: f"{name}_proj" for name in ("gate", "down", "up")},
+}
 
 
 @dataclass(frozen=True)
 class DecoderCheckpoint:
-    """``weights``: by our names. ``content``: of config.json. ``has_tied_head``: a tied matrix is in the file twice."""
+    """A decoder's directory. ``weights``: by our names. ``content``: of config.json. ``has_tied_head``: whether a tied
+    matrix is in the file twice."""
 
     directory: Path
     architecture: Architecture
@@ -74,23 +89,27 @@ class DecoderCheckpoint:
 
 
 def read_decoder(directory: Path) -> DecoderCheckpoint:
-    """A checkpoint directory of a known architecture.
+    """Return a checkpoint directory of a known architecture.
 
     Raises UserError for a directory that is none, naming fields that cannot be followed, and every tensor that is
     missing or unknown.
     """
     content = read_config(directory)
     config, vocab_size = read_decoder_config(content)
-    architecture = architecture_of(content)
+    architecture: Architecture = content["model_type"]
     tensors = read_tensors(directory)
     has_tied_head = config.tied_embeddings and HEAD in tensors
     if has_tied_head and not torch.equal(tensors.pop(HEAD), tensors[TIED_TO]):
         raise UserError(f"{directory / WEIGHTS}: tie_word_embeddings=true, and {HEAD} is not {TIED_TO}")
-    wanted = set(dense_names(config).values()) | stock_names(config, architecture)
-    if architecture == "dist_moe":
-        wanted |= {name for name in tensors if is_of_mixture(name, config)}
+    wanted = set(_dense_names(config).values())
+    for layer in filter(config.has_experts, range(config.layers)):
+        prefix = f"{_block(architecture, layer)}."
+        if architecture in _OF_EXPERT:
+            wanted |= {prefix + name for name in _stock_names(architecture, config.num_experts)}
+        else:
+            wanted |= {name for name in tensors if name.startswith(prefix)}
     check_names(directory, set(tensors), wanted, CLASSES[architecture])
-    weights = to_ours(config, architecture, tensors)
+    weights = _to_ours(config, architecture, tensors)
     return DecoderCheckpoint(directory, architecture, config, vocab_size, weights, content, has_tied_head)
 
 
@@ -107,7 +126,7 @@ def write_decoder(
     end_of_text: int | None = None,
     imports: Sequence[str] = (),
 ) -> Architecture:
-    """Write a whole model as a directory that transformers loads; as what it was written.
+    """Write a whole model as a directory that transformers loads; return the architecture.
 
     ``architecture``: None is the plainest one that fits. ``like``: the checkpoint whose config.json and precision are
     used where they fit the model. ``dtype``: of floating-point parameters; None: as they are. ``positions``: tokens
@@ -128,7 +147,7 @@ def write_decoder(
         content |= dtype_fields(dtype or model.embedding.weight.dtype)
     if architecture == "dist_moe":
         content |= DECODER.fields(imports)
-    tensors = to_theirs(config, architecture, tensors_of(model, dtype, like.weights if like else {}))
+    tensors = _to_theirs(config, architecture, tensors_of(model, dtype, like.weights if like else {}))
     if like is not None and like.has_tied_head:
         tensors[HEAD] = tensors[TIED_TO].clone()
     write_directory(directory, content, tensors)
@@ -138,3 +157,76 @@ def write_decoder(
         end = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
         write_tokenizer(directory, tokenizer, positions, dict.fromkeys(("bos_token", "eos_token"), end))
     return architecture
+
+
+def _dense_names(config: TransformerConfig) -> dict[str, str]:
+    """Return their name of every parameter of ours outside of MoE layers."""
+    modules = dict(_MODULES)
+    for layer in range(config.layers):
+        of_layer = _OF_LAYER if config.has_experts(layer) else _OF_LAYER | _OF_DENSE_LAYER
+        of_layer = of_layer | (_OF_NORMED_HEADS if config.qk_norm else {})
+        modules |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in of_layer.items()}
+    if config.tied_embeddings:
+        del modules["head"]
+    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in modules.items()}
+
+
+def _block(architecture: Architecture, layer: int) -> str:
+    """Return how their names of a layer's experts begin."""
+    block = {"mixtral": "block_sparse_moe", "olmoe": "mlp"}.get(architecture, "mlp.moe")
+    return f"model.layers.{layer}.{block}"
+
+
+def _stock_names(architecture: Architecture, experts: int) -> set[str]:
+    """Return their names of all that an MoE layer has, in an architecture of transformers' own."""
+    matrices = _OF_EXPERT[architecture].values()
+    return {"gate.weight"} | {f"experts.{expert}.{name}.weight" for expert in range(experts) for name in matrices}
+
+
+def _to_theirs(config: TransformerConfig, architecture: Architecture, state: Tensors) -> dict[str, Tensor]:
+    """Return by their names the ``state_dict()`` of a whole model, whose table is no longer being learnt."""
+    rest = dict(state)
+    if config.tied_embeddings:
+        rest.pop("head.weight", None)
+    tensors = {theirs: rest.pop(ours) for ours, theirs in _dense_names(config).items()}
+    for layer in range(config.layers):
+        prefix = f"layers.{layer}.moe."
+        block = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
+        if architecture in _OF_EXPERT:
+            block = _to_stock(architecture, block)
+        tensors |= {f"{_block(architecture, layer)}.{name}": tensor for name, tensor in block.items()}
+    assert not rest, f"no name for {sorted(rest)}"
+    return tensors
+
+
+def _to_ours(config: TransformerConfig, architecture: Architecture, tensors: Tensors) -> dict[str, Tensor]:
+    """Return by our names the tensors that were accounted for."""
+    weights = {ours: tensors[theirs] for ours, theirs in _dense_names(config).items()}
+    for layer in range(config.layers):
+        prefix = f"{_block(architecture, layer)}."
+        block = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if architecture in _OF_EXPERT:
+            stacked = {"gates.0.weight": block["gate.weight"]}
+            for ours, theirs in _OF_EXPERT[architecture].items():
+                matrices = [block[f"experts.{expert}.{theirs}.weight"].T for expert in range(config.num_experts)]
+                stacked[f"experts.{ours}"] = torch.stack(matrices)
+            block = stacked
+        weights |= {f"layers.{layer}.moe.{name}": tensor for name, tensor in block.items()}
+    return weights
+
+
+def _to_stock(architecture: Architecture, block: dict[str, Tensor]) -> dict[str, Tensor]:
+    table = block["slot_map.table"].flatten()
+    slot_of_E = table.argsort()
+    if "gates.0.allowed_E" in block or table[slot_of_E].tolist() != list(range(len(table))):
+        raise UserError(
+            f"{CLASSES[architecture]} has no place for slots that share an expert or that a gate must not choose; "
+            "write the model with --architecture=dist_moe"
+        )
+    tensors = {"gate.weight": block["gates.0.weight"][slot_of_E]}
+    for ours, theirs in _OF_EXPERT[architecture].items():
+        for expert, weight in enumerate(block[f"experts.{ours}"]):
+            tensors[f"experts.{expert}.{theirs}.weight"] = weight.T
+    unknown = [name for name in block if not name.startswith(("slot_map.", "experts."))]
+    assert unknown == ["gates.0.weight"], f"no name for {unknown}"
+    return tensors

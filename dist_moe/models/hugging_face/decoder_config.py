@@ -1,4 +1,4 @@
-"""What a ``config.json`` says of a decoder language model, there and back.
+"""The ``config.json`` of a decoder language model, read and written.
 
 Four architectures are known: "llama" is our decoder without experts; "mixtral" with a Top-k gate over experts in
 every layer; "olmoe" the same with normalised queries and keys; "dist_moe", our own, is Llama's with MoE layers in place
@@ -15,7 +15,7 @@ from dist_moe.errors import UserError
 from dist_moe.experts import FeedForwardConfig
 from dist_moe.gates import TopKConfig
 from dist_moe.gates.top_k import Scores
-from dist_moe.models.hugging_face.fields import CONTEXT, MIXTURE, followed
+from dist_moe.models.hugging_face.files import CONTEXT, MIXTURE, followed
 from dist_moe.models.transformer import TransformerConfig
 
 Architecture = Literal["llama", "mixtral", "olmoe", "dist_moe"]
@@ -27,6 +27,9 @@ CLASSES = {
     "olmoe": "OlmoeForCausalLM",
     "dist_moe": "DistMoEForCausalLM",
 }
+_NUM_EXPERTS = {"mixtral": "num_local_experts", "olmoe": "num_experts"}
+"""Architectures of transformers' own with experts, in every layer behind a Top-k gate, and their field for how many."""
+
 _SIZES = {
     "layers": "num_hidden_layers",
     "dim": "hidden_size",
@@ -35,18 +38,12 @@ _SIZES = {
     "norm_eps": "rms_norm_eps",
     "tied_embeddings": "tie_word_embeddings",
 }
-_LEFT_OUT: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0},
-    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 1e6},
-    "olmoe": {
-        "num_key_value_heads": None,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "rope_theta": 10_000.0,
-        "norm_topk_prob": False,
-    },
+_LEFT_OUT = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0}
+"""transformers' own values for fields that a config.json does not have: Llama's, and where others differ."""
+_LEFT_OUT_OF: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    "olmoe": {"rms_norm_eps": 1e-5, "norm_topk_prob": False},
 }
-"""transformers' own values for fields that a config.json does not have."""
 
 _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
@@ -64,42 +61,30 @@ _ONLY: dict[str, Any] = {
 _ELSEWHERE = {"name", "rope_theta", "dense_hidden", *_SIZES}
 
 
-def architecture_of(content: Content) -> Architecture:
-    """By ``model_type``. Raises UserError for an unknown one."""
+def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
+    """Return the model's section of a configuration, and the size of its vocabulary.
+
+    Raises UserError for an unknown architecture, or naming the fields that are missing or that ours cannot follow.
+    """
     known = get_args(Architecture)
     if content.get("model_type") not in known:
         raise UserError(f"model_type={content.get('model_type')!r}: there is no such decoder here; known: {known}")
-    found: Architecture = content["model_type"]
-    return found
-
-
-def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
-    """The model's section of a configuration, and the size of its vocabulary.
-
-    Raises UserError naming the fields that are missing, or that our decoder cannot follow.
-    """
-    architecture = architecture_of(content)
-    content = _LEFT_OUT.get(architecture, _LEFT_OUT["llama"]) | dict(content)
-    for fault in _faults(content):
-        raise UserError(f"the Hugging Face configuration cannot be followed: {fault}")
+    architecture: Architecture = content["model_type"]
+    content = {**_LEFT_OUT, **_LEFT_OUT_OF.get(architecture, {}), **content}
+    for error in _errors(content):
+        raise UserError(f"the Hugging Face configuration cannot be followed: {error}")
     fields = {ours: content[theirs] for ours, theirs in _SIZES.items()} | {"rope_theta": _rope(content)["rope_theta"]}
     if architecture == "llama":
         fields |= {"moe_every": 0, "dense_hidden": content["intermediate_size"]}
-    elif architecture == "mixtral":
+    elif architecture in _NUM_EXPERTS:
+        is_olmoe = architecture == "olmoe"
+        scores: Scores = "softmax_before" if is_olmoe and not content["norm_topk_prob"] else "softmax_after"
         fields |= {
             "moe_every": 1,
-            "num_experts": content["num_local_experts"],
-            "experts": FeedForwardConfig(hidden=content["intermediate_size"]),
-            "gate": TopKConfig(k=content["num_experts_per_tok"], bias=False),
-        }
-    elif architecture == "olmoe":
-        scores: Scores = "softmax_after" if content["norm_topk_prob"] else "softmax_before"
-        fields |= {
-            "moe_every": 1,
-            "num_experts": content["num_experts"],
+            "num_experts": content[_NUM_EXPERTS[architecture]],
             "experts": FeedForwardConfig(hidden=content["intermediate_size"]),
             "gate": TopKConfig(k=content["num_experts_per_tok"], bias=False, scores=scores),
-            "qk_norm": True,
+            "qk_norm": is_olmoe,
         }
     else:
         fields |= {"dense_hidden": content["intermediate_size"], **content[MIXTURE]}
@@ -116,14 +101,14 @@ def write_decoder_config(
     end_of_text: int | None = None,
     total_steps: int | None = None,
 ) -> dict[str, Any]:
-    """The content of ``config.json``. ``positions``: tokens that a sequence should have at most.
+    """Return the content of ``config.json``. ``positions``: tokens that a sequence should have at most.
 
     Raises UserError naming what ``architecture`` has no place for.
     """
-    for fault in _misfits(config, architecture):
+    for misfit in _misfits(config, architecture):
         fitting = " or ".join(each for each in get_args(Architecture) if not list(_misfits(config, each)))
         raise UserError(
-            f"{fault}: a model of this kind cannot be written as {CLASSES[architecture]}; architectures that have a "
+            f"{misfit}: a model of this kind cannot be written as {CLASSES[architecture]}; architectures that have a "
             f"place for it: {fitting or 'none'}"
         )
     content: dict[str, Any] = {
@@ -140,25 +125,18 @@ def write_decoder_config(
         "max_position_embeddings": positions,
         **{f"{kind}_token_id": end_of_text for kind in ("bos", "eos")},
     }
-    if architecture == "mixtral":
+    if architecture in _NUM_EXPERTS:
         assert isinstance(config.gate, TopKConfig)
         assert isinstance(config.experts, FeedForwardConfig)
         content |= {
             "intermediate_size": config.experts.hidden,
-            "num_local_experts": config.num_experts,
+            _NUM_EXPERTS[architecture]: config.num_experts,
             "num_experts_per_tok": config.gate.k,
-            "sliding_window": None,
         }
-    elif architecture == "olmoe":
-        assert isinstance(config.gate, TopKConfig)
-        assert isinstance(config.experts, FeedForwardConfig)
-        content |= {
-            "intermediate_size": config.experts.hidden,
-            "num_experts": config.num_experts,
-            "num_experts_per_tok": config.gate.k,
-            "norm_topk_prob": config.gate.scores == "softmax_after",
-            "clip_qkv": None,
-        }
+        if architecture == "mixtral":
+            content["sliding_window"] = None
+        else:
+            content |= {"norm_topk_prob": config.gate.scores == "softmax_after", "clip_qkv": None}
     elif architecture == "dist_moe":
         section = config.model_dump(mode="json")
         content[MIXTURE] = {name: value for name, value in section.items() if name not in _ELSEWHERE}
@@ -167,16 +145,14 @@ def write_decoder_config(
 
 
 def plainest_architecture(config: TransformerConfig) -> Architecture:
-    """The first that has a place for all that the model is; our own if none has."""
+    """Return the first architecture that has a place for all that the model is; our own if none has."""
     return next((each for each in get_args(Architecture) if not list(_misfits(config, each))), "dist_moe")
 
 
-def _faults(content: Content) -> Iterator[str]:
+def _errors(content: Content) -> Iterator[str]:
     wanted = {*_SIZES.values(), "vocab_size", "intermediate_size"}
-    if content["model_type"] == "mixtral":
-        wanted |= {"num_local_experts", "num_experts_per_tok"}
-    elif content["model_type"] == "olmoe":
-        wanted |= {"num_experts", "num_experts_per_tok"}
+    if content["model_type"] in _NUM_EXPERTS:
+        wanted |= {_NUM_EXPERTS[content["model_type"]], "num_experts_per_tok"}
     elif content["model_type"] == "dist_moe":
         wanted |= {MIXTURE}
     yield from (f"it has no {field}" for field in sorted(wanted - content.keys()))
@@ -193,7 +169,7 @@ def _faults(content: Content) -> Iterator[str]:
 
 
 def _rope(content: Content) -> dict[str, Any]:
-    """``rope_type`` and ``rope_theta``, wherever they stand: versions of transformers differ."""
+    """Return ``rope_type`` and ``rope_theta``, wherever they stand: versions of transformers differ."""
     scaling = content.get("rope_scaling") or {}
     found = {"rope_type": "default", "rope_theta": content["rope_theta"], **scaling}
     found |= content.get("rope_parameters") or {}
@@ -201,12 +177,12 @@ def _rope(content: Content) -> dict[str, Any]:
 
 
 def _misfits(config: TransformerConfig, architecture: Architecture) -> Iterator[str]:
-    """What of a model ``architecture`` has no place for, as "field=value"."""
+    """Yield what of a model ``architecture`` has no place for, as "field=value"."""
     if architecture == "llama" and config.moe_every:
         yield f"model.moe_every={config.moe_every}"
     if config.qk_norm != (architecture == "olmoe"):
         yield f"model.qk_norm={config.qk_norm}"
-    if architecture not in ("mixtral", "olmoe"):
+    if architecture not in _NUM_EXPERTS:
         return
     if config.moe_every != 1:
         yield f"model.moe_every={config.moe_every}"

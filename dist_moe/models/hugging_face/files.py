@@ -1,52 +1,106 @@
-"""A Hugging Face checkpoint directory as files: ``config.json`` and ``model.safetensors``, one file or several."""
+"""A Hugging Face checkpoint directory as files: configuration, weights, tokenizer, module of our own classes."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from dist_moe.config.registry import UNKNOWN_NAME
 from dist_moe.errors import UserError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+MIXTURE = "mixture"
+"""Field of our own in config.json: the model's section of our configuration, as far as transformers' have no place."""
+
+CONTEXT = "gate_context"
+"""Field of our own in config.json, with ``total_steps`` of the training run, for gates with a schedule."""
+
+IMPORTS = "imports"
+"""Field of our own in config.json: modules that register gates and experts of the user's own."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The content of ``config.json``. Raises UserError."""
+    """Return the content of ``config.json``. Raises UserError."""
     return _read_object(directory / CONFIG, "a Hugging Face configuration")
 
 
+@contextmanager
+def followed() -> Iterator[None]:
+    """Turn what pydantic says of a section within into a UserError."""
+    try:
+        yield
+    except ValidationError as error:
+        errors = []
+        for each in error.errors():
+            field = ".".join(map(str, each["loc"]))
+            errors.append(f"{field}.{each['msg']}" if each["type"] == UNKNOWN_NAME else f"{field}: {each['msg']}")
+        raise UserError(f"the Hugging Face configuration cannot be followed: {'; '.join(errors)}") from error
+
+
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors by name, of ``model.safetensors`` or of the files that its index names. Raises UserError."""
-    path = directory / WEIGHTS
+    """Return all tensors by name, of ``model.safetensors`` or of the files that its index names. Raises UserError."""
+    path, index = directory / WEIGHTS, directory / INDEX
     if path.is_file():
         return _load(path)
-    if (directory / INDEX).is_file():
-        return _load_several(directory)
-    beside = ", ".join(_weights_beside(directory)) or "none"
-    raise UserError(
-        f"{path} is not there (other weights: {beside}). Remedy: load the directory with transformers and "
-        "save_pretrained it elsewhere, which writes safetensors"
-    )
+    if not index.is_file():
+        endings = (".bin", ".h5", ".msgpack", ".safetensors", ".ckpt")
+        beside = ", ".join(file.name for file in sorted(directory.glob("*")) if file.suffix in endings)
+        raise UserError(
+            f"{path} is not there (other weights: {beside or 'none'}). Remedy: load the directory with transformers "
+            "and save_pretrained it elsewhere, which writes safetensors"
+        )
+    file_of = _read_object(index, "an index of weights").get("weight_map")
+    if not isinstance(file_of, dict):
+        raise UserError(f"{index} cannot be read as an index of weights: it has no weight_map")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(file_of.values())):
+        tensors |= _load(directory / name)
+    if tensors.keys() != file_of.keys():
+        raise UserError(f"{index} and its files do not agree on {', '.join(sorted(tensors.keys() ^ file_of.keys()))}")
+    return tensors
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _read_object(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as {what}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read as {what}: it is no JSON object")
+    return content
 
 
 def check_names(directory: Path, found: set[str], wanted: set[str], what: str) -> None:
     """Raise UserError naming every tensor that is missing or unknown. ``what``: the model that has those wanted."""
-    faults = [
+    errors = [
         f"{kind}: {', '.join(sorted(names))}"
         for kind, names in (("missing", wanted - found), ("unknown", found - wanted))
         if names
     ]
-    if faults:
+    if errors:
         raise UserError(
-            f"{directory / WEIGHTS} has {len(found)} tensors, {what} has {len(wanted)}; {'; '.join(faults)}"
+            f"{directory / WEIGHTS} has {len(found)} tensors, {what} has {len(wanted)}; {'; '.join(errors)}"
         )
 
 
@@ -66,7 +120,7 @@ def write_directory(directory: Path, config: Mapping[str, Any], tensors: Mapping
 
 
 def tensors_of(model: nn.Module, dtype: torch.dtype | None, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of ``model.state_dict()``: parameters in the precision ``dtype``, buffers as they are.
+    """Return ``model.state_dict()`` with parameters in the precision ``dtype``, buffers as they are.
 
     None: that of the same parameter in ``like``, or else as it is.
     """
@@ -78,41 +132,89 @@ def tensors_of(model: nn.Module, dtype: torch.dtype | None, like: Mapping[str, T
 
 
 def dtype_fields(dtype: torch.dtype) -> dict[str, str]:
-    """Of config.json; versions of transformers before 5 look for the second."""
+    """Return the fields of config.json; versions of transformers before 5 look for the second."""
     return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def write_tokenizer(
+    directory: Path,
+    tokenizer: Tokenizer,
+    max_length: int,
+    special: Mapping[str, str | None],
+    inputs: Sequence[str] = ("input_ids", "attention_mask"),
+) -> None:
+    """Write a tokenizer beside a model. ``max_length``: tokens of a text. ``special``: what tokens are for:
+    ``{"pad_token": "[PAD]"}`` (None: none). ``inputs``: what a model is to be given of a text.
+
+    Raises UserError if the directory cannot be written.
+    """
+    about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    about["model_input_names"] = list(inputs)
+    about |= {use: token for use, token in special.items() if token is not None}
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        (directory / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        (directory / TOKENIZER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error}") from error
 
 
-def _load_several(directory: Path) -> dict[str, Tensor]:
-    file_of = _read_object(directory / INDEX, "an index of weights").get("weight_map")
-    if not isinstance(file_of, dict):
-        raise UserError(f"{directory / INDEX} cannot be read as an index of weights: it has no weight_map")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(file_of.values())):
-        tensors |= _load(directory / name)
-    if tensors.keys() != file_of.keys():
-        raise UserError(
-            f"{directory / INDEX} and its files do not agree on {', '.join(sorted(tensors.keys() ^ file_of.keys()))}"
-        )
-    return tensors
+_SOURCE = '''"""{about} of the package comet-dist-moe."""
+
+try:
+    from dist_moe.models.hugging_face.{module} import (
+        {classes},
+    )
+except ImportError as error:
+    raise ImportError(
+        "this model needs the package comet-dist-moe, whose import name is dist_moe (and not PyPI's dist-moe): "
+        f"{{error}}"
+    ) from error
+
+__all__ = {names}
+'''
 
 
-def _read_object(path: Path, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as {what}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} cannot be read as {what}: it is no JSON object")
-    return content
+@dataclass(frozen=True)
+class RemoteCode:
+    """The module that goes along with models of our own architectures: transformers runs it, and it finds dist_moe.
+
+    ``module``: where the classes are, beside this file. ``classes``: ours, by transformers' Auto classes.
+    """
+
+    module: str
+    about: str
+    classes: dict[str, str]
+
+    def fields(self, imports: Sequence[str]) -> dict[str, Any]:
+        """Return the fields of config.json; ``imports``: modules that register gates of one's own."""
+        return {
+            "auto_map": {auto: f"{self.module}.{name}" for auto, name in self.classes.items()},
+            IMPORTS: list(imports),
+        }
+
+    def write(self, directory: Path) -> None:
+        """Write the module. Raises UserError if it cannot be written."""
+        names = sorted(self.classes.values())
+        source = _SOURCE.format(about=self.about, module=self.module, classes=",\n        ".join(names), names=names)
+        path = directory / f"{self.module}.py"
+        try:
+            path.write_text(source, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error}") from error
 
 
-def _weights_beside(directory: Path) -> Iterator[str]:
-    endings = (".bin", ".h5", ".msgpack", ".safetensors", ".ckpt")
-    return (file.name for file in sorted(directory.glob("*")) if file.suffix in endings)
+DECODER = RemoteCode(
+    "modeling_dist_moe",
+    "A decoder whose feed-forward layers are mixtures of experts",
+    {"AutoConfig": "DistMoEConfig", "AutoModelForCausalLM": "DistMoEForCausalLM"},
+)
+BERT = RemoteCode(
+    "modeling_dist_moe_bert",
+    "A BERT whose feed-forward blocks are mixtures of experts",
+    {
+        "AutoConfig": "DistMoEBertConfig",
+        "AutoModel": "DistMoEBertModel",
+        "AutoModelForSequenceClassification": "DistMoEBertForSequenceClassification",
+        "AutoModelForQuestionAnswering": "DistMoEBertForQuestionAnswering",
+    },
+)

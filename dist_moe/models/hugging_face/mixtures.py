@@ -1,4 +1,4 @@
-"""What our architectures have in common inside of transformers, to be mixed into its classes. Needs no transformers."""
+"""Parts of both our architectures inside of transformers, mixed into its classes. Needs no transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_moe.gates import GateContext
 from dist_moe.layer import MoEOutput
-from dist_moe.models.hugging_face.remote_code import RemoteCode
+from dist_moe.models.hugging_face.files import RemoteCode
 from dist_moe.models.moe_model import RunShape
 from dist_moe.parallel import SingleWorld
 
@@ -29,12 +29,12 @@ class MixtureBlock(nn.Module):
     mixture: MoEOutput | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy begins without a pass."""
+        """Return the state of a copy, which begins without a pass."""
         return {name: value for name, value in self.__dict__.items() if name not in ("ids_BS", "mixture")}
 
 
 class WithMixtures:
-    """For a model of transformers: what its MoE layers begin with, what they did, and their part of the loss.
+    """A model of transformers with MoE layers: what they begin with, what they did, and their part of the loss.
 
     ``remote_code``: what is saved with it. A pass that is computed again would not find its tokens, so gradient
     checkpointing is refused.
@@ -47,16 +47,16 @@ class WithMixtures:
 
     @property
     def blocks(self) -> list[MixtureBlock]:
-        """By layer."""
+        """The modules with an MoE layer, in order."""
         return [module for module in self.modules() if isinstance(module, MixtureBlock)]  # type: ignore[attr-defined]
 
     @property
     def mixtures(self) -> list[MoEOutput]:
-        """Of the last forward pass, by layer: routes, auxiliary losses, loads."""
+        """Routes, auxiliary losses and loads of the last forward pass, by layer."""
         return [block.mixture for block in self.blocks if block.mixture is not None]
 
     def forward_with_losses(self, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What ``theirs`` gives; in training its loss, if it has one, includes the gates' auxiliary losses."""
+        """Return what ``theirs`` gives; in training its loss, if it has one, includes the gates' auxiliary losses."""
         asked = kwargs.pop("return_dict", None)
         output = theirs(*args, **kwargs, return_dict=True)
         if self.training and output.loss is not None:
@@ -64,7 +64,7 @@ class WithMixtures:
         return output if (self.config.return_dict if asked is None else asked) else output.to_tuple()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers saves, but for the module that goes along: it would copy one that hides whose it is."""
+        """Save by transformers, but for the module that goes along: it would copy one that hides whose it is."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         self.remote_code.write(Path(save_directory))
 
@@ -79,7 +79,7 @@ class WithMixtures:
 
 
 def takes_inputs_of(theirs: Callable[..., Any]) -> Callable[[Forward], Forward]:
-    """For a forward that hands everything on to ``theirs``: transformers' Trainer and pipelines ask for its inputs."""
+    """Declare the inputs of ``theirs`` for a forward that hands everything on to it: transformers' Trainer asks."""
 
     def declare(forward: Forward) -> Forward:
         forward.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
@@ -95,13 +95,13 @@ def import_gates(modules: Sequence[str] | None) -> None:
 
 
 def run_of(vocab_size: int, context: Mapping[str, Any] | None) -> RunShape:
-    """One process, which does not know how often tokens occur: what is made from that is in the checkpoint."""
+    """Return one process, which does not know how often tokens occur: what is made from that is in the checkpoint."""
     total_steps = (context or {}).get("total_steps")
     return RunShape(SingleWorld(), 1, GateContext(torch.ones(vocab_size, dtype=torch.int64), total_steps))
 
 
 def keep_first_values(layer: nn.Module) -> None:
-    """Those that no checkpoint has, of an MoE layer just built: transformers would leave them undefined."""
+    """Keep buffers that no checkpoint has, of an MoE layer just built: transformers would leave them undefined."""
     for module in layer.modules():
         names = module._non_persistent_buffers_set
         if names:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from dist_moe.models.hugging_face.decoder_config import read_decoder_config
+from dist_moe.models.hugging_face.files import DECODER
 from dist_moe.models.hugging_face.mixtures import (
     MixtureBlock,
     WithMixtures,
@@ -25,7 +26,6 @@ from dist_moe.models.hugging_face.mixtures import (
     run_of,
     takes_inputs_of,
 )
-from dist_moe.models.hugging_face.remote_code import DECODER
 from dist_moe.models.transformer import TransformerConfig
 
 
@@ -40,7 +40,7 @@ class DistMoEConfig(LlamaConfig):
     imports: list | None = None
 
     def section(self) -> TransformerConfig:
-        """As our own configuration has it. Raises UserError for values that cannot be followed."""
+        """Return the section of our own configuration. Raises UserError for values that cannot be followed."""
         import_gates(self.imports)
         return read_decoder_config(self.to_dict())[0]
 
@@ -54,6 +54,7 @@ class MixtureNetwork(MixtureBlock):
         keep_first_values(self.moe)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
+        """Return (B, S, D) rows; every token is routed."""
         ids_T = None if self.ids_BS is None else self.ids_BS.flatten().to(hidden_BSD.device)
         self.mixture = self.moe(hidden_BSD.flatten(0, 1), ids_T)
         return self.mixture.outputs[0].view_as(hidden_BSD)
@@ -75,6 +76,7 @@ class DistMoEModel(WithMixtures, LlamaModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Return Llama's output; gates see ``input_ids``."""
         for layer in self.layers:
             if isinstance(layer.mlp, MixtureNetwork):
                 layer.mlp.ids_BS = input_ids
@@ -94,6 +96,7 @@ class DistMoEForCausalLM(WithMixtures, LlamaForCausalLM):
 
     @takes_inputs_of(LlamaForCausalLM.forward)
     def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        """Return LlamaForCausalLM's output."""
         output: CausalLMOutputWithPast = self.forward_with_losses(super().forward, *args, **kwargs)
         return output
 

@@ -31,10 +31,10 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.bert.modeling_bert import BertLayer
 
-from dist_moe.models.bert.hugging_face_experts import read_section
+from dist_moe.models.bert.encoder import BertShape, Ragged
+from dist_moe.models.bert.hugging_face import read_section
 from dist_moe.models.bert.model import BertConfig as Section
-from dist_moe.models.bert.ragged import Ragged
-from dist_moe.models.bert.shape import BertShape
+from dist_moe.models.hugging_face.files import BERT
 from dist_moe.models.hugging_face.mixtures import (
     MixtureBlock,
     WithMixtures,
@@ -43,7 +43,6 @@ from dist_moe.models.hugging_face.mixtures import (
     run_of,
     takes_inputs_of,
 )
-from dist_moe.models.hugging_face.remote_code import BERT
 
 
 class DistMoEBertConfig(BertConfig):
@@ -57,7 +56,7 @@ class DistMoEBertConfig(BertConfig):
     imports: list | None = None
 
     def section(self) -> tuple[BertShape, Section]:
-        """As our own configuration has it. Raises UserError for values that cannot be followed."""
+        """Return sizes and section of our own configuration. Raises UserError for values that cannot be followed."""
         import_gates(self.imports)
         return read_section(self.to_dict())
 
@@ -77,6 +76,7 @@ class MixtureLayer(MixtureBlock, BertLayer):
         keep_first_values(self.feed_forward)
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        """Return (B, S, D) rows, 0 at padding, which no gate sees."""
         x_BSD = attention_output
         real_BS = x_BSD.new_ones(x_BSD.shape[:2], dtype=torch.bool) if self.real_BS is None else self.real_BS
         ragged = Ragged.where(real_BS.to(x_BSD.device))
@@ -106,6 +106,7 @@ class DistMoEBertModel(WithMixtures, BertModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Return BERT's output; gates see ``input_ids`` where ``attention_mask`` says that there are tokens."""
         real_BS = attention_mask.bool() if attention_mask is not None and attention_mask.dim() == 2 else None
         for layer in self.encoder.layer:
             if isinstance(layer, MixtureLayer):
@@ -126,6 +127,7 @@ class DistMoEBertForSequenceClassification(WithMixtures, BertForSequenceClassifi
 
     @takes_inputs_of(BertForSequenceClassification.forward)
     def forward(self, *args: Any, **kwargs: Any) -> SequenceClassifierOutput:
+        """Return BertForSequenceClassification's output."""
         output: SequenceClassifierOutput = self.forward_with_losses(super().forward, *args, **kwargs)
         return output
 
@@ -143,6 +145,7 @@ class DistMoEBertForQuestionAnswering(WithMixtures, BertForQuestionAnswering):
 
     @takes_inputs_of(BertForQuestionAnswering.forward)
     def forward(self, *args: Any, **kwargs: Any) -> QuestionAnsweringModelOutput:
+        """Return BertForQuestionAnswering's output."""
         output: QuestionAnsweringModelOutput = self.forward_with_losses(super().forward, *args, **kwargs)
         return output
 

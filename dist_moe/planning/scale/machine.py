@@ -121,14 +121,11 @@ def read_machine(name: str) -> Machine:
     try:
         return Machine.model_validate(read_yaml(path))
     except ValidationError as error:
-        lines = [_explain(fault) for fault in error.errors()]
+        lines = []
+        for each in error.errors():
+            field, message = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
+            if each["type"] == "missing":
+                lines.append(f"{field}: required, but not given; measure it with 'dist-moe plan --measure FILE.yaml'")
+            else:
+                lines.append(f"{field}={each['input']!r}: {message[0].lower() + message[1:]}")
         raise UserError(f"the machine in {path} is not valid:\n  " + "\n  ".join(lines)) from error
-
-
-def _explain(fault: object) -> str:
-    assert isinstance(fault, dict)
-    field = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "missing":
-        return f"{field}: required, but not given; measure it with 'dist-moe plan --measure FILE.yaml'"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{field}={fault['input']!r}: {message[0].lower() + message[1:]}"

@@ -23,8 +23,8 @@ from dist_moe.engine.launch.machine_probe import (
 )
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.parallel import gather_objects, wait_for_all
-from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import Link, Machine
+from dist_moe.planning.scale.spread import Layout
 from dist_moe.planning.scale.step_time import small_collectives_seconds
 
 
@@ -46,7 +46,10 @@ def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str
     rates = mean_rates([one for one in gather_objects(mine) if one is not None])
     inside = _link([nodes[0][: max(2, len(busy[0]))]], groups) if len(nodes[0]) > 1 else None
     between = _link([list(pair) for pair in zip(*nodes[:2], strict=True)], groups) if len(nodes) > 1 else None
-    step_s = fmean(gather_objects(step_fixed_seconds(groups)))
+    # What, of a fixed step on all ranks, one rank with a processor of its own would need.
+    layout, link = Layout(len(nodes), len(nodes[0]), 1), between or inside
+    sharing = max(1.0, layout.per_node / processors_per_node)
+    step_s = fmean(gather_objects(step_fixed_seconds(groups))) - small_collectives_seconds(link, layout, sharing)
     return Machine(
         name=name or platform.node() or "measured",
         source=f"measured on {len(nodes)} node(s) of {len(nodes[0])} rank(s), {device.type}",
@@ -54,7 +57,7 @@ def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str
         memory_bytes_per_rank=None,
         inside=inside,
         between=between,
-        **asdict(replace(rates, step_fixed_s=_alone(step_s, nodes, processors_per_node, between or inside))),
+        **asdict(replace(rates, step_fixed_s=max(0.0, step_s) / sharing)),
     )
 
 
@@ -81,10 +84,3 @@ def _link(members: list[list[int]], groups: ProcessGroups) -> Link:
         all_reduce_bytes_per_s=len(members) * fmean(rates.all_reduce_bytes_per_s for rates in of_ranks),
         latency_s=fmean(rates.latency_s for rates in of_ranks),
     )
-
-
-def _alone(seconds: float, nodes: list[list[int]], processors: float, link: Link | None) -> float:
-    """Return what, of a fixed step's ``seconds`` on all ranks, one rank with a processor of its own would need."""
-    layout = Layout(len(nodes), len(nodes[0]), 1)
-    sharing = max(1.0, layout.per_node / processors)
-    return max(0.0, seconds - small_collectives_seconds(link, layout, sharing)) / sharing

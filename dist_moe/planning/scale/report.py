@@ -1,4 +1,4 @@
-"""Planned sizes as a table, and as a picture."""
+"""Planned sizes as tables, and as a picture."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_moe.planning.scale.machine import Machine
-from dist_moe.planning.scale.planned import PlannedSize
-from dist_moe.planning.scale.step_time import Seconds
+from dist_moe.planning.scale.planned import PlannedSize, StepTraffic
+from dist_moe.planning.scale.spread import Layout
+from dist_moe.planning.scale.step_time import Bytes, Seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,43 +20,75 @@ PARTS = tuple(field.name for field in fields(Seconds))
 
 def size_table(machine: Machine, sizes: Sequence[PlannedSize]) -> str:
     """Return a row per size and exchange: where a step's time goes, bytes per rank, efficiency, memory."""
-    columns = [*PARTS, "step", "inside", "between", "gradients", "tokens/s", "efficiency", "of one", "memory"]
+    columns = (*PARTS, "step", "inside", "between", "gradients", "tokens/s", "efficiency", "of one", "memory")
     lines = [
         f"machine {machine.name}: {machine.source}",
         f"{'':31}{' time of a step in ms ':-^88}{' MB sent by a rank ':-^33}",
-        f"{'nodes x ranks':14}{'split':>6} {'exchange':10}" + "".join(f"{name:>11}" for name in columns),
+        f"{_HEAD}" + "".join(f"{name:>11}" for name in columns),
     ]
-    lines += [_row(size, number) for size in sizes for number in range(len(size.predictions))]
+    for size in sizes:
+        for prediction, of_one in zip(size.predictions, size.against_one, strict=True):
+            seconds = prediction.seconds
+            cells = [f"{1e3 * getattr(seconds, part):.3g}" for part in PARTS] + [f"{1e3 * seconds.total:.4g}"]
+            cells += _megabytes(prediction.exchange_bytes, prediction.gradient_bytes)
+            cells += [f"{size.batch_size / seconds.total:.3g}", f"{prediction.efficiency:.1%}", f"{of_one:.1%}"]
+            lines.append(_row(size, prediction.exchange, cells))
     known = machine.memory_bytes_per_rank
     lines += [
-        f"{_place(size)}: {size.memory / 2**30:.2f} GiB do not fit into the {known / 2**30:.0f} GiB of a rank"
+        f"{_place(size.layout)}: {size.memory / 2**30:.2f} GiB do not fit into the {known / 2**30:.0f} GiB of a rank"
         for size in sizes
         if known is not None and size.memory > known
     ]
-    return "\n".join([*lines, *_LEGEND])
+    return "\n".join(
+        [
+            *lines,
+            "split: ranks over which the experts are split; efficiency: share of the step in products that an even "
+            "load needs;",
+            "of one: tokens/s per rank, over those of a single rank that takes the whole batch; memory: a rank's "
+            "states and",
+            "activations under even load",
+        ]
+    )
 
 
-_LEGEND = (
-    "split: ranks over which the experts are split; efficiency: share of the step in products that an even load needs;",
-    "of one: tokens/s per rank, over those of a single rank that takes the whole batch; memory: a rank's states and",
-    "activations under even load",
-)
+def traffic_table(model: str, steps: Sequence[StepTraffic]) -> str:
+    """Return a row per size and exchange, and what is not predicted. ``model``: its name."""
+    columns = ("tokens", "rows", "TFLOP", "inside", "between", "gradients", "memory")
+    lines = [
+        f"{'':31}{'':33}{' MB sent by a rank ':-^33}",
+        f"{_HEAD}" + "".join(f"{name:>11}" for name in columns),
+    ]
+    for step in steps:
+        flops = "-" if step.flops is None else f"{step.flops / 1e12:.4g}"
+        for exchange, sent in step.sent.items():
+            cells = [f"{step.tokens:,.0f}", f"{step.expert_rows:,.0f}", flops]
+            lines.append(_row(step, exchange, cells + _megabytes(sent, step.gradient_bytes)))
+    return "\n".join(
+        [
+            *lines,
+            "of a rank and step; rows: that its experts compute in all MoE layers; TFLOP: forward and backward;",
+            "memory: states and activations under even load.",
+            f"The time of a step is not predicted for model.name={model}: 'dist-moe plan --measure' has no rates of "
+            "attention,",
+            "norms and the loss over a vocabulary.",
+        ]
+    )
 
 
-def _row(size: PlannedSize, number: int) -> str:
-    prediction, of_one = size.predictions[number], size.against_one[number]
-    seconds, sent = prediction.seconds, prediction.exchange_bytes
-    figures = [f"{1e3 * getattr(seconds, part):.3g}" for part in PARTS]
-    figures += [f"{1e3 * seconds.total:.4g}"]
-    figures += [f"{count / 1e6:.4g}" for count in (sent.inside, sent.between, prediction.gradient_bytes)]
-    figures += [f"{size.batch_size / seconds.total:.3g}", f"{prediction.efficiency:.1%}", f"{of_one:.1%}"]
-    figures += [f"{size.memory / 2**30:.2f} GiB"]
-    head = f"{_place(size):14}{size.layout.group:>6} {prediction.exchange:10}"
-    return head + "".join(f"{figure:>11}" for figure in figures)
+_HEAD = f"{'nodes x ranks':14}{'split':>6} {'exchange':10}"
 
 
-def _place(size: PlannedSize) -> str:
-    return f"{size.layout.nodes} x {size.layout.per_node}"
+def _row(size: PlannedSize | StepTraffic, exchange: str, cells: Sequence[str]) -> str:
+    columns = (*cells, f"{size.memory / 2**30:.2f} GiB")
+    return f"{_place(size.layout):14}{size.layout.group:>6} {exchange:10}" + "".join(f"{cell:>11}" for cell in columns)
+
+
+def _megabytes(sent: Bytes, gradients: float) -> list[str]:
+    return [f"{count / 1e6:.4g}" for count in (sent.inside, sent.between, gradients)]
+
+
+def _place(layout: Layout) -> str:
+    return f"{layout.nodes} x {layout.per_node}"
 
 
 def draw_sizes(machine: Machine, sizes: Sequence[PlannedSize], path: Path) -> None:
@@ -81,7 +114,7 @@ def _draw_parts(axes: Axes, sizes: Sequence[PlannedSize]) -> None:
             label = None if number else part
             axes.bar(places, heights, width * 0.92, bottom=bottoms, color=f"C{colour}", label=label)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    axes.set_xticks(range(len(sizes)), [_place(size) for size in sizes])
+    axes.set_xticks(range(len(sizes)), [_place(size.layout) for size in sizes])
     axes.set_xlabel(f"nodes x ranks; bars from left to right: {', '.join(exchanges)}")
     axes.set_ylabel("ms per step")
     axes.legend(fontsize="small")

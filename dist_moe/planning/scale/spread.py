@@ -1,4 +1,4 @@
-"""The expected spread of tokens over ranks: rows, pairs and sums that each exchange sends.
+"""Where ranks are, and the expected spread of tokens over them: rows, pairs and sums that each exchange sends.
 
 Each of G gates chooses k of E experts uniformly, independent of the others. A part of m = E / n
 experts is not needed by a gate with probability C(E - m, k) / C(E, k) = prod_{i<m} (E - k - i) / (E - i), which
@@ -10,7 +10,60 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from dist_moe.planning.scale.layout import Layout
+from dist_moe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``nodes`` of ``per_node`` ranks; experts are split over ``group`` consecutive ranks.
+
+    Raises UserError where a group is neither a whole number of nodes nor an even part of one.
+    """
+
+    nodes: int
+    per_node: int
+    group: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("nodes", self.nodes), ("gpus", self.per_node), ("expert_parallel_size", self.group)):
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if self.ranks % self.group:
+            divisors = ", ".join(str(n) for n in range(1, self.ranks + 1) if self.ranks % n == 0)
+            raise UserError(
+                f"parallel.expert_parallel_size={self.group} does not divide the {self.nodes} x {self.per_node} = "
+                f"{self.ranks} rank(s) of --nodes x --gpus; choose one of {divisors}"
+            )
+        if self.group % self.per_node and self.per_node % self.group:
+            raise UserError(
+                f"parallel.expert_parallel_size={self.group} is neither a multiple nor a divisor of "
+                f"--gpus={self.per_node}; choose one that is, so that groups are whole nodes or within a node"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Number of all ranks."""
+        return self.nodes * self.per_node
+
+    @property
+    def nodes_of_group(self) -> int:
+        """Number of nodes over which a group is spread."""
+        return max(1, self.group // self.per_node)
+
+    @property
+    def group_in_node(self) -> int:
+        """Number of a group's ranks on one node."""
+        return min(self.group, self.per_node)
+
+    @property
+    def groups_per_node(self) -> int:
+        """Number of groups of which a node has ranks."""
+        return self.per_node // self.group_in_node
+
+    @property
+    def copies(self) -> int:
+        """Number of groups, each of which has all experts."""
+        return self.ranks // self.group
 
 
 @dataclass(frozen=True)
@@ -59,27 +112,18 @@ def distinct_parts(experts: int, parts: int, k: float, gates: int = 1) -> float:
     return parts * (1 - missed(experts, parts, k) ** gates)
 
 
-def experts_per_token(experts: int, k: float, gates: int) -> float:
-    """Return the number of different experts that a token needs, on average, over all gates."""
-    return distinct_parts(experts, experts, k, gates)
-
-
 def expected_spread(experts: int, k: float, gates: int, tokens: float, layout: Layout) -> Spread:
     """Return the spread of ``tokens`` per rank under uniform choices."""
     nodes, inner = layout.nodes_of_group, layout.group_in_node
-    pairs = tokens * experts_per_token(experts, k, gates)
+    pairs = tokens * distinct_parts(experts, experts, k, gates)  # different experts of a token
 
     def level(parts: int, peers: int, is_across: bool) -> Level | None:
         if peers == 1:
             return None
         rows = tokens * distinct_parts(experts, parts, k, gates)
         sums = tokens * gates * distinct_parts(experts, parts, k)
-        return Level(*(_evenly(number, peers, is_across) for number in (rows, pairs, sums)))
+        away = 1 - 1 / peers
+        return Level(*(Sent(n, n * away, n * away if is_across else 0.0) for n in (rows, pairs, sums)))
 
     away, across = pairs * (1 - 1 / layout.group), pairs * (1 - 1 / nodes)
     return Spread(Sent(pairs, away, across), level(nodes, nodes, True), level(layout.group, inner, False))
-
-
-def _evenly(number: float, peers: int, is_across: bool) -> Sent:
-    away = number * (1 - 1 / peers)
-    return Sent(number, away, away if is_across else 0.0)

@@ -11,9 +11,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from dist_moe.errors import UserError
-from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import Link, Machine
-from dist_moe.planning.scale.spread import Level, Spread, expected_spread, missed_by_draws
+from dist_moe.planning.scale.spread import Layout, Spread, expected_spread, missed_by_draws
 from dist_moe.planning.scale.work import Work
 
 ExchangeName = Literal["flat", "two_level"]
@@ -105,23 +104,24 @@ def predict(
     _check(machine, work, layout, skew)
     spread = expected_spread(work.experts, work.k, work.gates, tokens, layout)
     sharing = max(1.0, layout.per_node / machine.processors_per_node)
-    dense = sharing * _dense_seconds(machine, work, tokens)
-    even = sharing * _expert_products(machine, work, layout, spread.pairs.all)
-    experts = sharing * _expert_products(machine, work, layout, spread.pairs.all * skew)
-    experts += sharing * spread.pairs.all * skew * 4 * work.expert_elements / machine.elementwise_bytes_per_s
+    local, pairs = work.experts / layout.group, spread.pairs.all
+    products = _products(machine, work.dense_flops, tokens)
+    elementwise = 4 * work.dense_elements * tokens / machine.elementwise_bytes_per_s
+    even, uneven = (local * _products(machine, work.expert_flops, rows / local) for rows in (pairs, pairs * skew))
+    uneven += pairs * skew * 4 * work.expert_elements / machine.elementwise_bytes_per_s
+    sent = exchange_bytes(work, spread, exchange)
+    reduced = gradient_bytes(work.stage, work.dense_parameters, work.expert_parameters, work.value_bytes, layout)
     seconds = Seconds(
-        dense=dense,
-        experts=experts,
+        dense=sharing * (products + elementwise + work.slots * tokens / machine.sort_keys_per_s),
+        experts=sharing * uneven,
         moves=sharing * _move_seconds(machine, work, layout, spread, tokens, exchange, skew),
         wire=_wire_seconds(machine, work, layout, spread, exchange, skew, sharing),
-        gradients=_gradient_seconds(machine, work, layout, sharing) if training else 0.0,
+        gradients=_gradient_seconds(machine, reduced, layout, sharing) if training else 0.0,
         optimizer=sharing * _optimizer_seconds(machine, work, layout) if training else 0.0,
         fixed=sharing * (machine.step_fixed_s if training else machine.layer_fixed_s),
     )
-    computed = sharing * _products(machine, work.dense_flops, tokens) + even
-    sent = exchange_bytes(work, spread, exchange)
-    gradients = sum(volume for volume, _ in _reductions_of(work, layout)) if training else 0.0
-    return Prediction(layout, exchange, tokens, seconds, sent, gradients, computed / seconds.total)
+    efficiency = sharing * (products + even) / seconds.total
+    return Prediction(layout, exchange, tokens, seconds, sent, sum(reduced) if training else 0.0, efficiency)
 
 
 def exchange_bytes(work: Work, spread: Spread, exchange: ExchangeName) -> Bytes:
@@ -131,18 +131,14 @@ def exchange_bytes(work: Work, spread: Spread, exchange: ExchangeName) -> Bytes:
         pairs = spread.pairs
         per_pair = 2 * (row + result) + (row if work.recompute else 0)
         return Bytes((pairs.away - pairs.across) * per_pair, pairs.across * per_pair, pairs.away * per_pair, 0.0)
-    levels = [level for level in (spread.across, spread.within) if level is not None]
-    parts = [_level_bytes(work, level) for level in levels]
-    across = sum(parts[0])
-    return Bytes(
-        sum(map(sum, parts)) - across, across, sum(rows for rows, _ in parts), sum(lists for _, lists in parts)
-    )
-
-
-def _level_bytes(work: Work, level: Level) -> tuple[float, float]:
-    """Return bytes of rows and sums; and of lists: keys there, weights there and their gradients back."""
-    rows = 2 * level.rows.away * work.dim * work.value_bytes + 2 * level.sums.away * work.out_dim * _WEIGHT_BYTES
-    return rows, level.pairs.away * (_KEY_BYTES + 2 * _WEIGHT_BYTES * work.gates)
+    sent = []
+    for level in (spread.across, spread.within):
+        if level is not None:
+            rows = 2 * level.rows.away * row + 2 * level.sums.away * work.out_dim * _WEIGHT_BYTES
+            lists = level.pairs.away * (_KEY_BYTES + 2 * _WEIGHT_BYTES * work.gates)  # there; gradients of weights back
+            sent.append((rows, lists))
+    across, within = sum(sent[0]), sum(map(sum, sent[1:]))
+    return Bytes(within, across, sum(rows for rows, _ in sent), sum(lists for _, lists in sent))
 
 
 def _check(machine: Machine, work: Work, layout: Layout, skew: float) -> None:
@@ -173,68 +169,38 @@ def _products(machine: Machine, flops: float, rows: float) -> float:
     return (1 + BACKWARD) * flops * rows / machine.flop_per_s(max(rows, 1.0)) if rows else 0.0
 
 
-def _expert_products(machine: Machine, work: Work, layout: Layout, rows: float) -> float:
-    """Return seconds of the experts' products; ``rows``: that a rank computes, evenly over its experts."""
-    local = work.experts / layout.group
-    return local * _products(machine, work.expert_flops, rows / local)
-
-
-def _dense_seconds(machine: Machine, work: Work, tokens: float) -> float:
-    elementwise = 4 * work.dense_elements * tokens / machine.elementwise_bytes_per_s
-    return _products(machine, work.dense_flops, tokens) + elementwise + work.slots * tokens / machine.sort_keys_per_s
-
-
 def _move_seconds(
     machine: Machine, work: Work, layout: Layout, spread: Spread, tokens: float, exchange: ExchangeName, skew: float
 ) -> float:
-    """Rows gathered and regrouped in memory, pairs sorted, results mixed, forward and backward."""
-    keys = _pair_seconds(machine, spread.pairs.all)
-    if exchange == "flat" or spread.across is None:
-        moved = _gathering(machine, work, spread.pairs.all, tokens)
-        if layout.group > 1:
-            moved += _regrouping(machine, work, spread.pairs.all * skew)
-        return keys + moved + _mixing(machine, work, spread.pairs.all)
-    seconds, here = keys, tokens
-    for level in (spread.across, spread.within):
-        if level is not None:
-            seconds += _pair_seconds(machine, level.pairs.all) + _packing(machine, work, level, here)
-            here = level.rows.all
-    pairs = spread.pairs.all * skew
-    return seconds + _gathering(machine, work, pairs, here) + _mixing(machine, work, pairs)
-
-
-def _pair_seconds(machine: Machine, pairs: float) -> float:
-    indices = _INDEX_BYTES_PER_PAIR / machine.elementwise_bytes_per_s
-    return pairs * (_SORTS_PER_PAIR / machine.sort_keys_per_s + indices)
-
-
-def _gathering(machine: Machine, work: Work, pairs: float, rows: float) -> float:
-    """A row per pair out of the token rows; their gradients added into these, which are zeroed before."""
-    row = work.dim * work.value_bytes
-    return pairs * row * (2 / machine.index_bytes_per_s + 3 / machine.scatter_bytes_per_s) + (
-        rows * row / machine.elementwise_bytes_per_s
-    )
-
-
-def _regrouping(machine: Machine, work: Work, pairs: float) -> float:
-    """What arrives, by expert, and results back, each with its gradients."""
+    """Return seconds of rows gathered and regrouped in memory, pairs sorted, results mixed, forward and backward."""
     row, result = work.dim * work.value_bytes, work.out_dim * work.value_bytes
-    order = 2 * row + 4 * result
-    added = 3 * row / machine.scatter_bytes_per_s + row / machine.elementwise_bytes_per_s
-    return pairs * (order / machine.index_bytes_per_s + added)
-
-
-def _mixing(machine: Machine, work: Work, pairs: float) -> float:
-    return pairs * work.out_dim * work.value_bytes * work.gates / machine.combine_bytes_per_s
-
-
-def _packing(machine: Machine, work: Work, level: Level, rows_before: float) -> float:
-    """Rows selected, packed and unpacked; sums selected, and added where they return. With all gradients."""
-    row, result = work.dim * work.value_bytes, work.out_dim * _WEIGHT_BYTES
-    copied = level.rows.all * 10 * row + level.sums.all * 4 * result
-    zeroed = rows_before * row + work.gates * (rows_before + level.rows.all) * result
-    added = level.rows.all * 3 * row + level.sums.all * 6 * result
-    return (copied + zeroed) / machine.elementwise_bytes_per_s + added / machine.scatter_bytes_per_s
+    elementwise, index, scatter = (
+        machine.elementwise_bytes_per_s,
+        machine.index_bytes_per_s,
+        machine.scatter_bytes_per_s,
+    )
+    listing = _SORTS_PER_PAIR / machine.sort_keys_per_s + _INDEX_BYTES_PER_PAIR / elementwise
+    seconds, here, pairs = spread.pairs.all * listing, tokens, spread.pairs.all
+    if exchange == "flat" or spread.across is None:
+        if layout.group > 1:
+            # Rows that arrive are put in the order of experts, and results back, each with its gradients.
+            added = 3 * row / scatter + row / elementwise
+            seconds += pairs * skew * ((2 * row + 4 * result) / index + added)
+    else:
+        pairs *= skew
+        for level in (spread.across, spread.within):
+            if level is None:
+                continue
+            # Rows selected, packed and unpacked; sums (fp32) selected, and added where they return. With all gradients.
+            summed = work.out_dim * _WEIGHT_BYTES
+            copied = level.rows.all * 10 * row + level.sums.all * 4 * summed
+            zeroed = here * row + work.gates * (here + level.rows.all) * summed
+            added = level.rows.all * 3 * row + level.sums.all * 6 * summed
+            seconds += level.pairs.all * listing + (copied + zeroed) / elementwise + added / scatter
+            here = level.rows.all
+    # A row per pair out of the token rows; their gradients added into these, which are zeroed before.
+    gathered = pairs * row * (2 / index + 3 / scatter) + here * row / elementwise
+    return seconds + gathered + pairs * result * work.gates / machine.combine_bytes_per_s
 
 
 def _wire_seconds(
@@ -244,16 +210,20 @@ def _wire_seconds(
         return 0.0
     sent, of_node = exchange_bytes(work, spread, exchange), node_skew(layout, skew)
     inside = sharing * sent.inside / machine.inside.all_to_all_bytes_per_s if machine.inside else 0.0
-    between = sent.between * layout.group_in_node * _groups_per_node(layout)
+    # Each group of which a node has ranks sends its own bytes over the node's link.
+    between = sent.between * layout.group_in_node * layout.groups_per_node
     across = between / machine.between.all_to_all_bytes_per_s if machine.between else 0.0
+
+    def latency(link: Link | None, peers: int) -> float:
+        return sharing * peers * link.latency_s if link is not None and peers else 0.0
+
     if exchange == "flat" or spread.across is None:
-        latency = _latency(machine, layout.group - 1, layout.nodes_of_group > 1, sharing)
-        return max(skew * inside, of_node * across) + _COLLECTIVES_PER_LEVEL * latency
-    latencies = _latency(machine, layout.nodes_of_group - 1, True, sharing)
-    latencies += _latency(machine, layout.group_in_node - 1, False, sharing)
+        waited = latency(machine.between if layout.nodes_of_group > 1 else machine.inside, layout.group - 1)
+        return max(skew * inside, of_node * across) + _COLLECTIVES_PER_LEVEL * waited
+    waited = latency(machine.between, layout.nodes_of_group - 1) + latency(machine.inside, layout.group_in_node - 1)
     inside *= row_skew(work, layout.group, skew)
     across *= row_skew(work, layout.nodes_of_group, of_node)
-    return inside + across + _COLLECTIVES_PER_LEVEL * latencies
+    return inside + across + _COLLECTIVES_PER_LEVEL * waited
 
 
 def node_skew(layout: Layout, skew: float) -> float:
@@ -268,51 +238,29 @@ def row_skew(work: Work, parts: int, skew: float) -> float:
     return needed / mean
 
 
-def _groups_per_node(layout: Layout) -> int:
-    """Groups of which a node has ranks; each sends its own bytes over the node's link."""
-    return layout.per_node // layout.group_in_node
+def gradient_bytes(stage: int, dense: float, experts: float, value_bytes: int, layout: Layout) -> tuple[float, float]:
+    """Return what a rank sends in all reductions of a step, of dense parameters and of experts'.
 
-
-def _latency(machine: Machine, peers: int, is_across: bool, sharing: float) -> float:
-    link = machine.between if is_across else machine.inside
-    return sharing * peers * link.latency_s if link is not None and peers else 0.0
-
-
-def gradient_bytes(stage: int, dense: float, experts: float, value_bytes: int, layout: Layout) -> float:
-    """Return what a rank sends in all reductions of a step; ``dense``, ``experts``: parameters of the whole model."""
-    return sum(volume for volume, _ in _reductions(stage, dense, experts, value_bytes, layout))
-
-
-def _reductions(stage: int, dense: float, experts: float, value_bytes: int, layout: Layout) -> list[tuple[float, bool]]:
-    """Bytes that a rank sends in each reduction, and whether it is of experts.
-
-    ZeRO 0: all-reduce, 2 (s - 1) / s of the gradients. 1 and 2: the same, as DeepSpeed all-reduces its buckets and
-    keeps a part, then gathers the parameters, (s - 1) / s of them. 3: parameters gathered forward and backward, and
-    gradients scattered, once each.
+    ``dense``, ``experts``: parameters of the whole model. ZeRO 0: all-reduce, 2 (s - 1) / s of the gradients. 1 and 2:
+    the same, as DeepSpeed all-reduces its buckets and keeps a part, then gathers the parameters, (s - 1) / s of them.
+    3: parameters gathered forward and backward, and gradients scattered, once each.
     """
-    times = {0: 2.0, 1: 3.0, 2: 3.0, 3: 3.0}[stage] * value_bytes
-    return [
-        (times * dense * (1 - 1 / layout.ranks), False),
-        (times * experts / layout.group * (1 - 1 / layout.copies), True),
-    ]
+    times = (2.0 if stage == 0 else 3.0) * value_bytes
+    return times * dense * (1 - 1 / layout.ranks), times * experts / layout.group * (1 - 1 / layout.copies)
 
 
-def _reductions_of(work: Work, layout: Layout) -> list[tuple[float, bool]]:
-    return _reductions(work.stage, work.dense_parameters, work.expert_parameters, work.value_bytes, layout)
-
-
-def _gradient_seconds(machine: Machine, work: Work, layout: Layout, sharing: float) -> float:
-    """Rings: as fast as their slowest link. Rings of experts that cross nodes share their links."""
+def _gradient_seconds(machine: Machine, reduced: tuple[float, float], layout: Layout, sharing: float) -> float:
+    """Return seconds of rings: as fast as their slowest link. Rings of experts that cross nodes share their links."""
     if layout.ranks == 1:
         return 0.0
+    # A link that there is not is not used: the layout was checked.
+    inside, between = (link.all_reduce_bytes_per_s if link else math.inf for link in (machine.inside, machine.between))
+    rings = ((layout.ranks, layout.per_node, 1), (layout.copies, layout.groups_per_node, layout.group_in_node))
     seconds = 0.0
-    for volume, is_expert in _reductions_of(work, layout):
-        size = layout.copies if is_expert else layout.ranks
-        in_node = max(1, layout.per_node // layout.group_in_node) if is_expert else layout.per_node
-        slowest = sharing / _reduce_rate(machine.inside) if in_node > 1 else 0.0
+    for volume, (size, in_node, number) in zip(reduced, rings, strict=True):
+        slowest = sharing / inside if in_node > 1 else 0.0
         if size > in_node:
-            rings = layout.group_in_node if is_expert else 1
-            slowest = max(slowest, rings / _reduce_rate(machine.between))
+            slowest = max(slowest, number / between)
         seconds += volume * slowest
     return seconds + small_collectives_seconds(machine.between if layout.nodes > 1 else machine.inside, layout, sharing)
 
@@ -322,11 +270,6 @@ def small_collectives_seconds(link: Link | None, layout: Layout, sharing: float)
     if link is None:
         return 0.0
     return sharing * _SMALL_COLLECTIVES * 2 * math.log2(layout.ranks) * link.latency_s
-
-
-def _reduce_rate(link: Link | None) -> float:
-    assert link is not None, "checked beforehand"
-    return link.all_reduce_bytes_per_s
 
 
 def _optimizer_seconds(machine: Machine, work: Work, layout: Layout) -> float:

@@ -43,10 +43,6 @@ class Work:
     value_bytes: int = 4
     recompute: bool = False
 
-    def with_k(self, k: float | None) -> Work:
-        """Return it with a measured number of experts per token and gate; None: as configured."""
-        return self if k is None else replace(self, k=k)
-
 
 _LINEAR_PASSES = 8
 """Memory accesses per output number of a linear layer: bias, activation and their gradients."""
@@ -83,12 +79,11 @@ def work_of_layer(
     )
 
 
-def work_of_model(model: MoEModel, config: SupervisedConfig, states: int, value_bytes: int) -> Work:
+def work_of_model(model: MoEModel, config: SupervisedConfig, k: float, states: int, value_bytes: int) -> Work:
     """Return the work of a whole training step of ``config``; ``states``: of the optimizer, per parameter.
 
-    ``model``: with one MoE layer; it may be without storage.
+    ``model``: with one MoE layer; it may be without storage. ``k``: experts per token and gate.
     """
-    k = config.model.experts_per_token
     (moe,) = model.moe_layers.values()
     layer = work_of_layer(moe.experts, moe.each_gate, k)
     experts = {id(parameter) for parameter in moe.experts.parameters()}

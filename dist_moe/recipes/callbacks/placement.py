@@ -36,32 +36,39 @@ class PlacementCallback(Callback):
         self._loads: deque[list[list[float]]] = deque(maxlen=config.window)
 
     def on_start(self, trainer: Trainer) -> None:
+        """Count co-activations of layers, where a group has several nodes."""
         self._ranks_per_node = trainer.groups.ranks_per_node
         if self._ranks_per_node < trainer.groups.expert_parallel_size:
             self._together = {name: _CoActivations(layer) for name, layer in trainer.model.moe_layers.items()}
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        """Remember the load of the recorded steps."""
         self._loads.extend(record["load"] for record in records)
 
     def before_step(self, trainer: Trainer, step: int) -> None:
+        """Begin to count co-activations in a step that a look follows."""
         if self._config.due(step + 1):
             for counter in self._together.values():
                 counter.begin()
 
     def after_step(self, trainer: Trainer, step: int) -> None:
+        """Look at every layer and move its experts, if that is due and pays."""
         if not self._config.due(step) or step == trainer.total_steps:
             return
         for number, name in enumerate(trainer.model.moe_layers):
             self._place(trainer, number, name, step)
 
     def on_end(self, trainer: Trainer) -> None:
+        """Count no more."""
         for counter in self._together.values():
             counter.remove()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the load that is known."""
         return {"loads": list(self._loads)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the load that was known."""
         self._loads.extend(state["loads"])
 
     def _place(self, trainer: Trainer, number: int, name: str, step: int) -> None:
@@ -115,6 +122,7 @@ class _CoActivations:
         self._hook.remove()
 
     def begin(self) -> None:
+        """Start counting at 0."""
         self._count_EE.zero_()
         self._counting = True
 

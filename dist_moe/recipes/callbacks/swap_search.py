@@ -62,6 +62,7 @@ class SwapSearchCallback(Callback):
         self._task, self._config, self._weights = task, config, weights
 
     def after_step(self, trainer: Trainer, step: int) -> None:
+        """Search if that is due, and show what was found."""
         if trainer.model.learning or not self._config.due(step, trainer.steps_per_epoch):
             return
         if {is_held(table) for table in trainer.tables.values()} == {True}:

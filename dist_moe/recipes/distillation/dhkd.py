@@ -8,7 +8,7 @@ Yang et al.: Dual-Head Knowledge Distillation (KDD 2025). With temperature T, st
 
 per example. Unlike a softmax, they tell logits apart that differ by a constant. The labels' cross-entropy and
 BinaryKL-Norm agree on the backbone and contradict each other in one linear classifier, hence the two heads: see
-:class:`~dist_moe.models.dual_head.DualHead`; the auxiliary one is discarded after training. What remains of the
+:mod:`dist_moe.models.dual_head`; the auxiliary one is discarded after training. What remains of the
 contradiction :mod:`dist_moe.engine.deepspeed.gradient_alignment` takes out.
 """
 
@@ -27,17 +27,19 @@ from dist_moe.tasks.task import at_least_fp32
 
 
 class HasAuxiliaryLogits(Protocol):
-    """What a student gives: ``auxiliary_BC``, (B, C) logits of the auxiliary head while it trains."""
+    """Output of a student: ``auxiliary_BC``, (B, C) logits of the auxiliary head while it trains."""
 
     @property
-    def auxiliary_BC(self) -> Tensor | None: ...
+    def auxiliary_BC(self) -> Tensor | None:
+        """Logits of the auxiliary head while it trains."""
 
 
 class HasPredictions(Protocol):
-    """What a teacher gives: ``predictions``, the first of them (B, C) logits."""
+    """Output of a teacher: ``predictions``, the first of them (B, C) logits."""
 
     @property
-    def predictions(self) -> tuple[Tensor, ...]: ...
+    def predictions(self) -> tuple[Tensor, ...]:
+        """(B, C) logits, the first of them."""
 
 
 class DHKDConfig(Settings):

@@ -26,15 +26,20 @@ from dist_moe.tasks.task import at_least_fp32
 
 
 class HasHiddenStates(Protocol):
-    """What student and teacher give: ``predictions``, (B, C) logits each, C = 1 for a regression; ``hidden_states``,
+    """Outputs of student and teacher: ``predictions``, (B, C) logits each, C = 1 for a regression; ``hidden_states``,
     (B, S, D) each; ``real_BS``: bool, where there are tokens."""
 
     @property
-    def predictions(self) -> tuple[Tensor, ...]: ...
+    def predictions(self) -> tuple[Tensor, ...]:
+        """(B, C) logits each."""
+
     @property
-    def hidden_states(self) -> Sequence[Tensor]: ...
+    def hidden_states(self) -> Sequence[Tensor]:
+        """(B, S, D) each: the embeddings, then every layer."""
+
     @property
-    def real_BS(self) -> Tensor: ...
+    def real_BS(self) -> Tensor:
+        """Whether there is a token."""
 
 
 class MoEBERTConfig(Settings):

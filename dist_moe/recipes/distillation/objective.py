@@ -45,6 +45,7 @@ class DistillationObjective(Callback):
         self._ask = dict(ask or {})
 
     def on_start(self, trainer: Trainer) -> None:
+        """Align gradients in this engine, where that is wanted."""
         if self._align:
             self._alignment = GradientAlignment(trainer.engine)
 

@@ -54,6 +54,7 @@ class DistillationRecipe(SupervisedRecipe):
         rehearsed_model(self.teacher, task)
 
     def check_config(self, config: SupervisedConfig) -> None:
+        """Raise UserError for a model that is no BERT."""
         if not isinstance(config.model, BertConfig):
             raise UserError(
                 f"recipe.name={self.name}: for model.name=bert_classifier or bert_answerer, not {config.model.name}; "
@@ -73,6 +74,7 @@ class MoEBERTRecipe(DistillationRecipe, MoEBERTConfig):
     )
 
     def objective(self, config: SupervisedConfig, task: Task, groups: ProcessGroups) -> Objective:
+        """Return the labels' loss and that of hidden states and predictions."""
         plain = weighted_objective(config, task, groups)
         teacher = self.opened_teacher(task, groups)
         return DistillationObjective(plain, teacher, _recorded(self.terms), ask={"hidden_states": True})
@@ -86,6 +88,7 @@ class DHKDRecipe(DistillationRecipe, DHKDConfig):
     )
 
     def check_config(self, config: SupervisedConfig) -> None:
+        """Raise UserError for a model without auxiliary head, or a ZeRO stage that cannot align gradients."""
         super().check_config(config)
         if not isinstance(config.model, BertClassifierConfig) or config.model.auxiliary_head is None:
             raise UserError(
@@ -107,6 +110,7 @@ class DHKDRecipe(DistillationRecipe, DHKDConfig):
         super().check(config, task)
 
     def objective(self, config: SupervisedConfig, task: Task, groups: ProcessGroups) -> Objective:
+        """Return the labels' loss and that of the auxiliary head."""
         plain = weighted_objective(config, task, groups)
         teacher = self.opened_teacher(task, groups)
         return DistillationObjective(plain, teacher, _recorded(self.terms), align=self.align_gradients)

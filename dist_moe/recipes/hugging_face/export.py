@@ -16,7 +16,7 @@ from dist_moe.models.bert import write_hugging_face, write_with_experts
 from dist_moe.models.bert.model import AUXILIARY
 from dist_moe.models.hugging_face.decoder import write_decoder
 from dist_moe.models.hugging_face.decoder_config import CLASSES, Architecture
-from dist_moe.models.hugging_face.tokenizer_files import write_tokenizer
+from dist_moe.models.hugging_face.files import write_tokenizer
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.runs import find_weights

@@ -23,7 +23,7 @@ from dist_moe.models.conversion.decoder import (
 )
 from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, read_decoder
 from dist_moe.models.hugging_face.decoder_config import CLASSES
-from dist_moe.models.hugging_face.tokenizer_files import TOKENIZER
+from dist_moe.models.hugging_face.files import TOKENIZER
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import set_fields, validate_config
 from dist_moe.recipes.supervised.config import SupervisedConfig

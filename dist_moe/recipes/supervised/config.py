@@ -15,7 +15,7 @@ from dist_moe.errors import UserError
 from dist_moe.models import MODELS, ModelConfig, models_of_kind
 from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig
 from dist_moe.recipes.recipe import RecipeConfig
-from dist_moe.recipes.supervised.start import StartConfig
+from dist_moe.recipes.supervised.start import STARTS, StartConfig
 from dist_moe.recipes.supervised.start.settings import start_of
 from dist_moe.search.placement_policy import PlacementScheduleConfig
 from dist_moe.tasks import TASKS, TaskConfig
@@ -86,8 +86,8 @@ class SupervisedConfig(RecipeConfig):
         fitting = start_of(model["name"]) if isinstance(model, dict) and isinstance(model["name"], str) else None
         if start is None and fitting is not None and fitting.is_default:
             start = {}
-        if isinstance(start, dict) and fitting is not None:
-            start = {"name": default_name(fitting)} | start
+        if isinstance(start, dict):
+            start = {"name": default_name(fitting or STARTS.classes[0])} | start  # check() says which models it is for
         return content | filled | {"model": model, "start": start}
 
     @field_validator("deepspeed")

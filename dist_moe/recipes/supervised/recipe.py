@@ -80,6 +80,7 @@ class SupervisedRecipe(RecipeSettings):
     name: Literal["supervised"] = Field("supervised", description="by the labels alone")
 
     def plan(self, start: RunStart) -> SupervisedPlan:
+        """Open the task, check that the run can begin or go on, and find its checkpoint. Raises UserError."""
         config: SupervisedConfig = start.config
         checkpoint = newest_checkpoint_of(start) if start.resumes else None
         task = config.data.open(progress=start.environment.is_rank_zero)
@@ -92,6 +93,7 @@ class SupervisedRecipe(RecipeSettings):
         return SupervisedPlan(start, task, feed, checkpoint)
 
     def train(self, plan: SupervisedPlan) -> int:
+        """Open the process groups and train; 0, or 128 + signal if it was asked to stop."""
         disable_malloc_trim()
         start, config = plan.start, plan.config
         if start.environment.is_rank_zero:
@@ -134,13 +136,13 @@ class SupervisedRecipe(RecipeSettings):
                 stop=stop,
                 keep_model=False,
             )
-        result = SupervisedResult(fitted, ending.val, ending.test, ending.tested_step)
-        if start.environment.is_rank_zero:
-            if fitted.interrupted:
-                hint = f"go on with: dist-moe train --resume {start.run.root}"
-                start.say(f"stopped after step {fitted.steps}; {hint}")
-            else:
-                summarise(plan, result, ending)
+            result = SupervisedResult(fitted, ending.val, ending.test, ending.tested_step)
+            if start.environment.is_rank_zero:
+                if fitted.interrupted:
+                    hint = f"go on with: dist-moe train --resume {start.run.root}"
+                    start.say(f"stopped after step {fitted.steps}; {hint}")
+                else:
+                    summarise(plan, result, ending)
         return result
 
     def check(self, config: SupervisedConfig, task: Task) -> None:
@@ -218,6 +220,7 @@ class Opening(Callback):
         self._plan = plan
 
     def on_start(self, trainer: Trainer) -> None:
+        """Print the lines."""
         plan = self._plan
         for line in (*plan.start.warnings, opening_line(plan.config, plan.task, trainer, plan.start.run.root)):
             trainer.monitor.say(line)
@@ -237,6 +240,7 @@ class FinalEvaluation(Callback):
         self.tested_step, self.costs, self.report = 0, dict[str, Any](), ""
 
     def on_end(self, trainer: Trainer) -> None:
+        """Evaluate, and ask the task what else there is to say."""
         ACTIVITY.enter("evaluation")
         trainer.monitor.say("evaluating on the validation and test examples ...")
         task, model, groups = self._task, trainer.model, trainer.groups

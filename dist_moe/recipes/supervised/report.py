@@ -1,4 +1,4 @@
-"""What a person sees of a run: its opening line, and the table at the end."""
+"""Sentences and tables about a run for a person: its opening line, and the metrics at the end."""
 
 from __future__ import annotations
 

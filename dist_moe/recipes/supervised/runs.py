@@ -44,7 +44,7 @@ class Weights:
 
 
 def find_weights(path: Path) -> Weights:
-    """Of a run (its best checkpoint where patience kept one, else its newest), a checkpoint or an exported file.
+    """Return the weights of a run (its best checkpoint if patience kept one, else its newest), checkpoint or file.
 
     Raises UserError if it is none of them or is not intact.
     """

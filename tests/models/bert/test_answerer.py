@@ -12,10 +12,10 @@ from torch import Tensor
 from dist_moe.engine.checkpoint import place_weights
 from dist_moe.gates import CometConfig
 from dist_moe.models import BertAnswerer
-from dist_moe.models.bert.hugging_face import name_map
 from dist_moe.parallel import EmulatedWorld, World
-from tests.helpers.berts import LENGTHS, SHAPE, answerer, mask_of, texts, twin_of
+from tests.helpers.berts import LENGTHS, answerer, assert_same_gradients, mask_of, texts, twin_of
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
+from tests.models.shares import joined
 
 WITH_EXPERTS: dict[str, Any] = {"moe_every": 2, "gate": CometConfig(k=2, gamma=1.0)}
 
@@ -38,12 +38,7 @@ def test_logits_and_gradients_equal_transformers(tmp_path: Path, lengths: tuple[
     for loss in losses:
         assert isinstance(loss, Tensor)
         loss.backward()
-    names = name_map(SHAPE.layers)
-    for name, parameter in model.named_parameters():
-        theirs_grad = twin.get_parameter(names[name] if name.startswith("span") else f"bert.{names[name]}").grad
-        assert parameter.grad is not None
-        assert_same(parameter.grad, theirs_grad, name=name)
-    assert len(list(model.parameters())) == len(list(twin.parameters()))
+    assert_same_gradients(model, twin)
 
 
 def test_padding_is_no_place_for_an_answer() -> None:
@@ -82,9 +77,5 @@ def test_two_ranks_equal_one_process() -> None:
         return gradients(loss_of(share, rows), dict(share.named_parameters()))
 
     expected = gradients(loss_of(whole, slice(None)), dict(whole.named_parameters()))
-    one, two = EmulatedWorld(2).run(run)
-    of_ranks = {
-        name: torch.cat([one[name], two[name]]) if ".experts." in name else one[name] + two[name] for name in one
-    }
-    assert_all_same(of_ranks, expected)
+    assert_all_same(joined(EmulatedWorld(2).run(run)), expected)
     assert expected["encoder.layers.1.feed_forward.moe.experts.down"].any()

@@ -14,9 +14,8 @@ from dist_moe.gates import HashRoutingConfig
 from dist_moe.models import BertClassifier, BertClassifierConfig, RunShape
 from dist_moe.models.bert import read_hugging_face
 from dist_moe.models.bert.encoder import DenseFeedForward, ExpertFeedForward
-from dist_moe.models.bert.hugging_face import name_map
 from dist_moe.parallel import SingleWorld
-from tests.helpers.berts import LENGTHS, SHAPE, build, dense, mask_of, texts, twin_of
+from tests.helpers.berts import LENGTHS, SHAPE, assert_same_gradients, build, dense, mask_of, texts, twin_of
 from tests.helpers.oracle import assert_same
 
 
@@ -48,18 +47,7 @@ def test_values_and_gradients_equal_transformers(
     twin.zero_grad()
     for logits in (logits_BC, theirs.logits):
         (logits * cotangent_BC).sum().backward()
-    assert_gradients_same(model, twin)
-
-
-def assert_gradients_same(model: BertClassifier, twin: Any) -> None:
-    names = name_map(SHAPE.layers)
-    compared = 0
-    for name, parameter in model.named_parameters():
-        theirs = twin.get_parameter(names[name] if name.startswith("classifier") else f"bert.{names[name]}")
-        assert parameter.grad is not None
-        assert_same(parameter.grad, theirs.grad, name=name)
-        compared += 1
-    assert compared == len(list(twin.parameters()))
+    assert_same_gradients(model, twin)
 
 
 def test_padding_changes_nothing_whatever_stands_there() -> None:

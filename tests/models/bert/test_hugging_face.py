@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dist_moe.data.encoder import open_encoder
 from dist_moe.errors import UserError
@@ -20,26 +17,13 @@ from dist_moe.models.bert import read_hugging_face, read_shape, write_hugging_fa
 from dist_moe.models.bert.hugging_face import name_map
 from dist_moe.parallel import SingleWorld
 from tests.helpers.berts import NUM_LABELS, SHAPE, answerer, build, dense
-
-Tensors = dict[str, Tensor]
+from tests.models.hugging_face.directories import Tensors, assert_same_directories, reconfigure, rewrite
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     write_hugging_face(dense(), tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
-
-
-def rewrite(directory: Path, change: Callable[[Tensors], Tensors]) -> Path:
-    path = directory / "model.safetensors"
-    save_file(change(load_file(path)), path, {"format": "pt"})
-    return directory
-
-
-def reconfigure(directory: Path, **fields: Any) -> Path:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    return directory
 
 
 def without_prefix(tensors: Tensors) -> Tensors:
@@ -110,13 +94,6 @@ def test_missing_and_unknown_tensors_are_named(directory: Path) -> None:
     assert "has 57 tensors, a BERT encoder with what stands above it has 57" in message
 
 
-def test_half_a_classifier_is_refused(directory: Path) -> None:
-    with pytest.raises(UserError, match=r"missing: classifier\.bias"):
-        read_hugging_face(
-            rewrite(directory, lambda tensors: {n: t for n, t in tensors.items() if n != "classifier.bias"})
-        )
-
-
 def test_the_head_of_an_answerer_comes_and_goes(tmp_path: Path) -> None:
     """No pooler, as in BertForQuestionAnswering; a classifier's weights give it their encoder alone."""
     write_hugging_face(answerer(), tmp_path / "answers")
@@ -146,10 +123,13 @@ def test_a_head_is_not_lost_in_the_layout_of_another(tmp_path: Path) -> None:
             write_hugging_face(other, tmp_path / "other", like=read_hugging_face(tmp_path / name))
 
 
-def test_positions_that_are_not_counted_up_are_refused(directory: Path) -> None:
+def test_half_a_classifier_and_positions_that_are_not_counted_up_are_refused(directory: Path) -> None:
     flipped = {"bert.embeddings.position_ids": torch.arange(SHAPE.positions).flip(0).unsqueeze(0)}
     with pytest.raises(UserError, match=r"position_ids is not 0\.\.9"):
         read_hugging_face(rewrite(directory, lambda tensors: tensors | flipped))
+    lost = {"classifier.bias", *flipped}
+    with pytest.raises(UserError, match=r"missing: classifier\.bias"):
+        read_hugging_face(rewrite(directory, lambda tensors: {n: t for n, t in tensors.items() if n not in lost}))
 
 
 def test_another_number_of_labels_is_named_and_nothing_is_changed(directory: Path) -> None:
@@ -201,12 +181,8 @@ def test_minilm_comes_back_as_the_same_file(tmp_path: Path) -> None:
     model = fresh(checkpoint.shape, 2).float()
     checkpoint.into(model)
     write_hugging_face(model, tmp_path / "minilm", like=checkpoint)
-    read, written = (load_file(path / "model.safetensors") for path in (source, tmp_path / "minilm"))
-    assert read.keys() == written.keys()
-    assert len(read) == 5 + 16 * 6 + 2 + checkpoint.has_position_ids
-    assert all(read[name].dtype == written[name].dtype and torch.equal(read[name], written[name]) for name in read)
+    assert len(assert_same_directories(source, tmp_path / "minilm")) == 5 + 16 * 6 + 2 + checkpoint.has_position_ids
     digests = [
         hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest() for path in (source, tmp_path / "minilm")
     ]
     assert digests[0] == digests[1]
-    assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "minilm/config.json").read_text())

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from dist_moe.engine.checkpoint.format import expert_ids_by_parameter
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
-from dist_moe.engine.deepspeed.parameter_state import MASTER, read_parameter_state
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.gates import CometConfig
 from dist_moe.models import BertClassifier, BertOutput
 from tests.helpers.berts import build, labels_of, share_of, texts
+from tests.helpers.parity import ADAM, Numbers, by_expert, masters_of
 from tests.helpers.pool import on_ranks
 
 STEPS, LENGTHS = 3, (4, 2, 7, 5, 3, 6, 1, 8)
-ADAM = {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.01}
 OPTIONS: dict[str, Any] = {"gate": CometConfig(k=1, gamma=0.1, entropy_weight=0.05)}
 FAST = [(2, 1, 1), (2, 2, 3)]
 SLOW = [(ranks, ep, stage) for ranks, ep in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4)) for stage in (0, 1, 2, 3)]
-
-Numbers = dict[str, Tensor]
 
 
 def whole_model() -> BertClassifier:
@@ -66,14 +61,6 @@ def reference() -> Numbers:
     return dict(by_expert(model, {name: p.detach() for name, p in model.named_parameters()}))
 
 
-def by_expert(model: nn.Module, tensors: Numbers) -> Iterator[tuple[str, Tensor]]:
-    for name, _, expert_ids in expert_ids_by_parameter(model):
-        if expert_ids is None:
-            yield name, tensors[name].clone()
-        else:
-            yield from ((f"{name}|{e}", tensor.clone()) for e, tensor in zip(expert_ids, tensors[name], strict=True))
-
-
 def run_stages(ep: int, stages: list[int]) -> list[Numbers]:
     """On every rank: the masters after the steps, at each stage."""
     with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=ep)) as groups:
@@ -95,8 +82,7 @@ def run_stage(stage: int, groups: ProcessGroups) -> Numbers:
             token_BS, length_B, label_B = batch_of(step, slice(rank * size, (rank + 1) * size))
             engine.backward(loss_of(engine(token_BS, length_B), label_B, length_B) * ranks)
             engine.step()
-        state = read_parameter_state(engine)
-        return dict(by_expert(engine.module, {name: tensors[MASTER] for name, tensors in state.tensors.items()}))
+        return masters_of(engine)
     finally:
         engine.destroy()
 

@@ -16,6 +16,7 @@ from dist_moe.models.conversion import BertConversionConfig, convert_bert, parti
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
 from tests.helpers.berts import SHAPE, build, dense, texts
 from tests.helpers.oracle import assert_same
+from tests.models.shares import assert_shares
 
 GATES = [HashRoutingConfig(), TopKConfig(k=1), CometConfig(k=1), SoftmaxConfig()]
 gates = pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.name)
@@ -108,12 +109,7 @@ def test_a_plan_converts_too_and_holds_nothing() -> None:
 def test_every_rank_gets_its_experts() -> None:
     teacher, whole = dense(), converted(dense(), {})
     shares = EmulatedWorld(2).run(lambda world: converted(teacher, {}, world))
-    for name, parameter in whole.named_parameters():
-        parts = [share.get_parameter(name) for share in shares]
-        if ".experts." in name:
-            assert torch.equal(torch.cat(parts), parameter), name
-        else:
-            assert all(torch.equal(part, parameter) for part in parts), name
+    assert_shares(shares, whole)
 
 
 def test_a_narrower_dense_student_keeps_the_most_important_neurons() -> None:

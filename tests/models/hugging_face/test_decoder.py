@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.nn import functional as F
 
 from dist_moe.errors import UserError
 from dist_moe.gates import CometConfig, GateContext, HashRoutingConfig, TopKConfig
@@ -20,10 +20,11 @@ from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, read_decoder
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
 from dist_moe.search import SlotTable
 from tests.helpers.transformers import VOCABULARY, make_transformer, random_tokens
+from tests.models.hugging_face.directories import Tensors, assert_same_directories, reconfigure, rewrite
+from tests.models.shares import assert_shares
 
 transformers = pytest.importorskip("transformers")
 
-Tensors = dict[str, Tensor]
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 8,
@@ -36,6 +37,11 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "grouped, tied": {"tie_word_embeddings": True, "num_key_value_heads": 2},
     "one key head, untied": {"tie_word_embeddings": False, "num_key_value_heads": 1, "rope_theta": 300.0},
+}
+SOME_PARAMETERS = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "layers.0.attention.key.weight": "model.layers.0.self_attn.k_proj.weight",
+    "norm.weight": "model.norm.weight",
 }
 EXPERTS = 4
 ROUTER = TopKConfig(k=2, bias=False)
@@ -86,39 +92,25 @@ def logits_of_theirs(directory: Path, **options: Any) -> Tensor:
         return model(input_ids=random_tokens(3, 9)).logits
 
 
-def rewrite(directory: Path, change: Callable[[Tensors], Tensors]) -> Path:
-    path = directory / "model.safetensors"
-    save_file(change(load_file(path)), path, {"format": "pt"})
-    return directory
-
-
-def reconfigure(directory: Path, **fields: Any) -> Path:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    return directory
-
-
 @pytest.mark.parametrize("case", [*LLAMAS, "mixtral"])
 def test_theirs_to_ours_and_back_is_equal_to_the_bit(tmp_path: Path, case: str) -> None:
-    """What transformers wrote, in bf16 or fp32: the same files, and the same logits on the way."""
+    """What transformers wrote, in bf16 or fp32: the same files; the same logits and gradients, every tensor counted."""
     original = tmp_path / "theirs"
     save_mixtral(original) if case == "mixtral" else save_llama(original, **LLAMAS[case])
     checkpoint, model = read_into_fresh(original)
     write_decoder(model, tmp_path / "again", like=checkpoint)
-    read, written = (load_file(path / "model.safetensors") for path in (original, tmp_path / "again"))
-    assert read.keys() == written.keys()
-    assert all(read[name].dtype == written[name].dtype and torch.equal(read[name], written[name]) for name in read)
-    config, again = (json.loads((path / "config.json").read_text()) for path in (original, tmp_path / "again"))
-    assert config == again
-    torch.testing.assert_close(logits(model), logits_of_theirs(original), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("case", [*LLAMAS, "mixtral"])
-def test_every_parameter_is_accounted_for(tmp_path: Path, case: str) -> None:
-    original = save_mixtral(tmp_path / "m") if case == "mixtral" else save_llama(tmp_path / "m", **LLAMAS[case])
-    checkpoint, model = read_into_fresh(original)
+    tensors = assert_same_directories(original, tmp_path / "again")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
+    token_BS, target_BS = random_tokens(3, 9), random_tokens(3, 9, seed=1)
+    ours_BSV, theirs_BSV = model(token_BS).predictions[0], theirs(input_ids=token_BS).logits
+    torch.testing.assert_close(ours_BSV, theirs_BSV, rtol=1e-5, atol=1e-5)
+    for logits_BSV in (ours_BSV, theirs_BSV):
+        F.cross_entropy(logits_BSV.flatten(0, 1), target_BS.flatten()).backward()
+    for ours, name in SOME_PARAMETERS.items():
+        gradients = [one.get_parameter(which).grad for one, which in ((model, ours), (theirs, name))]
+        assert gradients[1].any()
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6, msg=name)
     assert checkpoint.weights.keys() == {name for name, _ in model.named_parameters()}
-    tensors = load_file(original / "model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters())
     assert model.size.num_params() == sum(p.numel() for p in model.parameters())
     of_layer = 6 + (1 + 3 * EXPERTS if case == "mixtral" else 3)
@@ -203,17 +195,12 @@ def test_a_rank_takes_its_experts(tmp_path: Path) -> None:
     whole = fresh(checkpoint)
     checkpoint.into(whole)
 
-    def share(world: World) -> dict[str, Tensor]:
+    def share(world: World) -> Transformer:
         model = fresh(checkpoint, world)
         checkpoint.into(model)
-        return dict(model.named_parameters())
+        return model
 
-    for rank, parameters in enumerate(EmulatedWorld(2).run(share)):
-        for name, parameter in parameters.items():
-            expected = whole.get_parameter(name)
-            if ".experts." in name:
-                expected = expected[2 * rank : 2 * rank + 2]
-            assert torch.equal(parameter, expected), name
+    assert_shares(EmulatedWorld(2).run(share), whole)
 
 
 @pytest.mark.parametrize(
@@ -329,11 +316,6 @@ def test_a_gate_that_there_is_not_is_named(tmp_path: Path) -> None:
     mixture = json.loads((tmp_path / "config.json").read_text())["mixture"]
     with pytest.raises(UserError, match=r"cannot be followed: gate\.name='oracle' is not a gate"):
         read_decoder(reconfigure(tmp_path, mixture=mixture | {"gate": {"name": "oracle"}}))
-
-
-def test_weights_are_not_overwritten(directory: Path) -> None:
-    with pytest.raises(UserError, match="exists already; name another directory"):
-        write_decoder(make_transformer(moe_every=0), directory)
 
 
 def test_rounded_weights(tmp_path: Path) -> None:

@@ -10,64 +10,41 @@ from typing import Any
 import pytest
 import torch
 
-from dist_moe.gates import (
-    AdaMoEConfig,
-    CometConfig,
-    DSelectKConfig,
-    HashRoutingConfig,
-    SMoEDropoutConfig,
-    SoftmaxConfig,
-    TopKConfig,
-)
-from dist_moe.models import Transformer
+from dist_moe.gates import CometConfig, HashRoutingConfig, TopKConfig
 from dist_moe.models.hugging_face.decoder import write_decoder
 from dist_moe.search import PermutationSearchConfig
-from tests.helpers.transformers import make_transformer, random_tokens
+from tests.helpers.transformers import EACH_GATE, make_transformer, random_tokens
+from tests.models.hugging_face.directories import logits_elsewhere
 
 transformers = pytest.importorskip("transformers")
 
-GATES: dict[str, dict[str, Any]] = {
-    "ada_moe": {"gate": AdaMoEConfig(k=2, null_slots=3), "moe_every": 1},
-    "comet": {"gate": CometConfig(k=2, gamma=1.0), "layers": 3},
-    "dselect_k": {"gate": DSelectKConfig()},
-    "hash": {"gate": HashRoutingConfig(), "tied_embeddings": False},
-    "smoe_dropout": {"gate": SMoEDropoutConfig(k_min=2)},
-    "softmax": {"gate": SoftmaxConfig(), "kv_heads": None},
-    "top_k, shared": {"gate": TopKConfig(k=2, bias_update_rate=0.1), "shared_hidden": 3},
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ada_moe": {"moe_every": 1},
+    "comet": {"layers": 3},
+    "hash": {"tied_embeddings": False},
+    "softmax": {"kv_heads": None},
+    "top_k": {"gate": TopKConfig(k=2, bias_update_rate=0.1), "shared_hidden": 3},
 }
-LOAD = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-assert "dist_moe" not in sys.modules
-model, said = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
-assert not any(said.values()), said
-torch.save(model.eval()(input_ids=torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
+GATES = {name: {"gate": gate} | OPTIONS.get(name, {}) for name, gate in EACH_GATE.items()}
 
 
 def load(directory: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
 
 
-def searched() -> Transformer:
-    """COMET whose branches have tables of their own, in the midst of learning them."""
-    search = PermutationSearchConfig(epochs=2, per_branch=True)
-    model = make_transformer(gate=CometConfig(k=2, gamma=1.0), permutation=search)
-    token_BS = random_tokens(4, 9)
-    for step in range(3):
-        model.begin_step(step)
-        model(token_BS)
-    return model.eval()
-
-
 def test_a_process_that_knows_nothing_of_ours_loads_comet_and_has_the_same_logits(tmp_path: Path) -> None:
-    ours, token_BS = searched(), random_tokens(3, 9)
-    write_decoder(ours, tmp_path / "model")
-    torch.save(token_BS, tmp_path / "tokens")
-    files = [str(tmp_path / name) for name in ("model", "tokens", "logits")]
-    subprocess.run([sys.executable, "-c", LOAD, *files], check=True, timeout=500, cwd=tmp_path)
-    expected = ours(token_BS).predictions[0]
-    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-5, atol=1e-5)
+    """Branches have tables of their own, in the midst of learning them; transformers saves the model on the way."""
+    search = PermutationSearchConfig(epochs=2, per_branch=True)
+    ours, token_BS = make_transformer(gate=CometConfig(k=2, gamma=1.0), permutation=search), random_tokens(3, 9)
+    for step in range(3):
+        ours.begin_step(step)
+        ours(random_tokens(4, 9))
+    write_decoder(ours.eval(), tmp_path / "first")
+    load(tmp_path / "first").save_pretrained(tmp_path / "second")
+    found = logits_elsewhere("AutoModelForCausalLM", tmp_path / "second", {"input_ids": token_BS})
+    torch.testing.assert_close(found, ours(token_BS).predictions[0], rtol=1e-5, atol=1e-5)
+    code = [(tmp_path / name / "modeling_dist_moe.py").read_text() for name in ("first", "second")]
+    assert code[0] == code[1]
     (table,) = ours.tables.values()
     assert not torch.equal(table.table, torch.arange(4).expand_as(table.table))
 
@@ -129,17 +106,6 @@ def test_training_counts_the_losses_of_the_gates(tmp_path: Path) -> None:
     torch.testing.assert_close(trained - evaluated, sum(ours(token_BS).aux.values()))
     trained.backward()
     assert all(block.moe.gates[0].weight.grad.any() for block in theirs.blocks)
-
-
-def test_saved_by_transformers_and_loaded_again(tmp_path: Path) -> None:
-    ours, token_BS = make_transformer(**GATES["comet"]).eval(), random_tokens(3, 9)
-    write_decoder(ours, tmp_path / "first")
-    load(tmp_path / "first").save_pretrained(tmp_path / "second")
-    with torch.no_grad():
-        again = load(tmp_path / "second")(input_ids=token_BS).logits
-        torch.testing.assert_close(again, ours(token_BS).predictions[0], rtol=1e-5, atol=1e-5)
-    code = [(tmp_path / name / "modeling_dist_moe.py").read_text() for name in ("first", "second")]
-    assert code[0] == code[1]
 
 
 def test_importing_our_models_needs_no_transformers() -> None:

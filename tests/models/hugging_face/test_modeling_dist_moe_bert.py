@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +12,34 @@ import pytest
 import torch
 
 from dist_moe.errors import UserError
-from dist_moe.gates import (
-    AdaMoEConfig,
-    CometConfig,
-    DSelectKConfig,
-    HashRoutingConfig,
-    SMoEDropoutConfig,
-    SoftmaxConfig,
-    TopKConfig,
-)
+from dist_moe.gates import CometConfig, HashRoutingConfig, TopKConfig
 from dist_moe.models import BertAnswererConfig, BertClassifierConfig, BertModel
 from dist_moe.models.bert import write_with_experts
 from dist_moe.search import PermutationSearchConfig
 from tests.helpers.berts import answerer, build, dense, labels_of, mask_of, texts
+from tests.helpers.transformers import EACH_GATE
+from tests.models.hugging_face.directories import logits_elsewhere, reconfigure
 
 transformers = pytest.importorskip("transformers")
 
 NETWORK = {"expert_form": "network"}
 MODELS: dict[str, dict[str, Any]] = {
-    "ada_moe": {"gate": AdaMoEConfig(k=2, null_slots=3), **NETWORK},
+    "ada_moe": {"gate": EACH_GATE["ada_moe"], **NETWORK},
     "comet": {"gate": CometConfig(k=1, gamma=1.0)},
     "comet, every 2nd layer": {"gate": CometConfig(k=2, gamma=1.0), "moe_every": 2, "hidden": 8},
-    "dselect_k": {"gate": DSelectKConfig(), **NETWORK},
+    "dselect_k": {"gate": EACH_GATE["dselect_k"], **NETWORK},
     "hash, balanced": {"gate": HashRoutingConfig(assignment="balanced")},
     "hash, random": {"gate": HashRoutingConfig(seed=3)},
-    "smoe_dropout": {"gate": SMoEDropoutConfig(k_min=2)},
-    "softmax": {"gate": SoftmaxConfig(), "expert_hidden": 5},
+    "smoe_dropout": {"gate": EACH_GATE["smoe_dropout"]},
+    "softmax": {"gate": EACH_GATE["softmax"], "expert_hidden": 5},
     "top_k": {"gate": TopKConfig(k=2, bias_update_rate=0.1), "auxiliary_head": "linear"},
 }
-LOAD = """
-import sys, torch
-from transformers import AutoModelForSequenceClassification
-assert "dist_moe" not in sys.modules
-model, said = AutoModelForSequenceClassification.from_pretrained(
-    sys.argv[1], trust_remote_code=True, output_loading_info=True
-)
-assert not any(said.values()), said
-torch.save(model.eval()(**torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
 
 
 def write(model: BertModel, directory: Path, options: dict[str, Any], **said: Any) -> Path:
     config = BertClassifierConfig if hasattr(model, "classifier") else BertAnswererConfig
     write_with_experts(model, config(**({"dropout": 0.0} | options)), directory, total_steps=100, **said)
     return directory
-
-
-def load_elsewhere(directory: Path) -> torch.Tensor:
-    """The logits of `inputs` in a process that knows nothing of ours, beside ``directory``."""
-    at = directory.parent
-    torch.save(inputs(), at / "inputs")
-    files = [str(path) for path in (directory, at / "inputs", at / "logits")]
-    subprocess.run([sys.executable, "-c", LOAD, *files], check=True, timeout=500, cwd=at)
-    logits_BC: torch.Tensor = torch.load(at / "logits")
-    return logits_BC
 
 
 def load(directory: Path, kind: str = "SequenceClassification") -> Any:
@@ -118,7 +90,7 @@ def test_another_process_loads_comet_plus_and_the_modules_of_its_run(
     monkeypatch.chdir(tmp_path)
     load(tmp_path / "first").save_pretrained(tmp_path / "second")
     (tmp_path / "imported").unlink()
-    logits_BC = load_elsewhere(tmp_path / "second")
+    logits_BC = logits_elsewhere("AutoModelForSequenceClassification", tmp_path / "second", inputs())
     torch.testing.assert_close(logits_BC, ours(*texts()).predictions[0], rtol=1e-10, atol=1e-10)
     assert (tmp_path / "imported").exists()
     code = [(tmp_path / name / "modeling_dist_moe_bert.py").read_text() for name in ("first", "second")]
@@ -232,9 +204,7 @@ def test_refusals(tmp_path: Path) -> None:
         write(build(**MODELS["comet"]), tmp_path / "few", MODELS["comet"], labels=("bad", "good"))
     with pytest.raises(UserError, match="exists already; name another directory"):
         write(build(**MODELS["comet"]), tmp_path, MODELS["comet"])
-    path = tmp_path / "config.json"
-    content = json.loads(path.read_text())
-    content["mixture"]["gate"]["k"] = 0
-    path.write_text(json.dumps(content))
+    mixture = json.loads((tmp_path / "config.json").read_text())["mixture"]
+    reconfigure(tmp_path, mixture=mixture | {"gate": mixture["gate"] | {"k": 0}})
     with pytest.raises(UserError, match=r"the Hugging Face configuration cannot be followed: gate\.k"):
         load(tmp_path)

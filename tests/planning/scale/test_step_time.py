@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 
 from dist_moe.errors import UserError
-from dist_moe.planning.scale.layout import Layout
 from dist_moe.planning.scale.machine import BUILTIN
 from dist_moe.planning.scale.spread import (
+    Layout,
     distinct_parts,
     expected_spread,
-    experts_per_token,
     missed,
     missed_by_draws,
 )
@@ -145,7 +144,7 @@ def test_expectations_of_uniform_choices() -> None:
     assert distinct_parts(2**14, 4, 3) == pytest.approx(4 * (1 - (3 / 4) ** 3), rel=1e-3)
     assert distinct_parts(16, 4, 16) == 4
     assert distinct_parts(16, 16, 3) == pytest.approx(3)
-    assert experts_per_token(16, 4, 2) == pytest.approx(16 * (1 - (12 / 16) ** 2))
+    assert distinct_parts(16, 16, 4, 2) == pytest.approx(16 * (1 - (12 / 16) ** 2))
 
 
 def test_compute_against_communication_is_the_known_bound() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe import record
-from dist_moe.data.batches import TensorBatch
+from dist_moe.data.batches import ExampleBatch
 from dist_moe.engine.callbacks import CALLBACKS, Callback, CallbackSettings
 from dist_moe.engine.checkpoint import newest_checkpoint, place_weights, read_model
 from dist_moe.engine.monitor.trackers import TRACKERS, Say, Tracker, TrackerSettings
@@ -89,7 +89,7 @@ class WaveModel(MoEModel):
 
 
 @dataclass(frozen=True)
-class WaveBatch(TensorBatch):
+class WaveBatch(ExampleBatch):
     x_BD: Tensor
     examples_in_step: int
 

@@ -46,6 +46,7 @@ class BertStart(StartSettings):
     )
 
     def check(self, config: Any, task: Task) -> None:
+        """Raise UserError for a start from which the model cannot begin, by a rehearsal without storage."""
         assert isinstance(task, LabelledTextTask), "the configuration's checks know what fits"
         check_start(self, config.model, config.data)
         with torch.device("meta"):
@@ -53,6 +54,7 @@ class BertStart(StartSettings):
         rehearse_start(model, config.model, self, task.encoder, lambda run: rehearsed_model(run, task))
 
     def fill(self, model: BertModel, config: Any, task: Task, environment: LaunchEnvironment) -> None:
+        """Give the model the weights of the encoder or of the run, converted where there are experts."""
         assert isinstance(task, LabelledTextTask), "the configuration's checks know what fits"
         fill_from_start(
             model,

@@ -43,10 +43,12 @@ class DecoderStart(StartSettings):
     )
 
     def check(self, config: Any, task: Task) -> None:
+        """Raise UserError for a run from which the model cannot begin on the data."""
         assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
         check_decoder_start(self, config.model, task.data)
 
     def fill(self, model: Transformer, config: Any, task: Task, environment: LaunchEnvironment) -> None:
+        """Give the model the weights of the run."""
         fill_from_run(model, self, task.id_counts())
 
 
@@ -95,7 +97,7 @@ def _decoder_of(start: DecoderStart, trained: Any) -> TransformerConfig:
 
 
 def _check_text(start: DecoderStart, trained: Any, data: Text) -> None:
-    """The same tokens; and of text that both have the same split, else the run learnt from what is tested on here."""
+    """Check for the same tokens, and the same split of common text: else test documents may have been trained on."""
     assert isinstance(trained.data, TextConfig), "the configuration's checks know what fits"
     theirs = prepare_text(trained.data, progress=False)
     same = (theirs.end_of_text, theirs.vocab_size) == (data.end_of_text, data.vocab_size)

@@ -14,7 +14,7 @@ from dist_moe.tasks import Task
 
 
 class StartSettings(Settings, ABC):
-    """What gives a new run's model its first weights.
+    """A source of first weights for a new run's model.
 
     ``models``: names of the models that it is for. ``is_default``: whether these begin with it unasked.
     ``places``: fields that say where files are, which may differ when a run is resumed.
