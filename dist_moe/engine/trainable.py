@@ -58,6 +58,7 @@ def hold_still(model: nn.Module, trained: Trained) -> Iterator[None]:
     for module in held:
         module.eval()
         # train() of a parent calls that of its children: this one keeps its mode, and hands the call to no child.
+        # By this, search.steps.is_held knows held modules.
         vars(module)["train"] = partial(_keep_mode, module)
         vars(module).update({name: _ignore for name in _HEARD if hasattr(module, name)})
     for parameter in still:
@@ -73,11 +74,6 @@ def hold_still(model: nn.Module, trained: Trained) -> Iterator[None]:
                 now.update({name: before[name]} if name in before else {})
         for part, mode in modes:
             part.training = mode
-
-
-def is_held(module: nn.Module) -> bool:
-    """Return whether ``module`` itself is held still at the moment; a search must leave a held slot table alone."""
-    return "train" in vars(module)
 
 
 def _is_untouched(module: nn.Module, accepted: set[int]) -> bool:

@@ -1,25 +1,13 @@
 """Gates: tokens -> Route. Pure modules that know nothing of ranks."""
 
-from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture
+from dist_moe.gates.base import GATES, Gate, GateConfig, GateContext, GateSettings, Mixture
 from dist_moe.gates.comet import Comet, CometConfig
 from dist_moe.gates.dselect_k import DSelectK, DSelectKConfig
 from dist_moe.gates.hash_routing import HashRouting, HashRoutingConfig
-from dist_moe.gates.null_slots import AdaMoEConfig, NullSlots, with_null
-from dist_moe.gates.registry import GATES, GateConfig
+from dist_moe.gates.null_slots import AdaMoEConfig, NullSlots
 from dist_moe.gates.smoe_dropout import SMoEDropout, SMoEDropoutConfig
 from dist_moe.gates.softmax import Softmax, SoftmaxConfig
 from dist_moe.gates.top_k import TopK, TopKConfig
-
-for _settings in (
-    AdaMoEConfig,
-    CometConfig,
-    DSelectKConfig,
-    HashRoutingConfig,
-    SMoEDropoutConfig,
-    SoftmaxConfig,
-    TopKConfig,
-):
-    GATES.register(_settings)
 
 __all__ = [
     "GATES",
@@ -42,5 +30,4 @@ __all__ = [
     "SoftmaxConfig",
     "TopK",
     "TopKConfig",
-    "with_null",
 ]

@@ -1,4 +1,4 @@
-"""The base class of gates, and the precision in which every gate computes."""
+"""The base class of gates and of their settings, the registry of gates, the precision in which every gate computes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
+from pydantic import SerializeAsAny
 from torch import Tensor, nn
 
+from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.routing import Route
 
@@ -59,7 +61,7 @@ class Gate(nn.Module, ABC):
 
     @property
     def num_slots(self) -> int:
-        """The slots of the routes: n, or branches * n when every branch has slots of its own (``splits_branches``)."""
+        """Number of slots of the routes: n, or branches * n if every branch has its own (``splits_branches``)."""
         return self.num_experts * (self.num_branches if self.splits_branches else 1)
 
     def allow(self, allowed_E: Tensor) -> None:
@@ -79,7 +81,7 @@ class Gate(nn.Module, ABC):
         self.allowed_E = allowed_E.to(where, copy=True)
 
     def exclude(self, score_E: Tensor) -> Tensor:
-        """Set (..., n) logits or scores of excluded slots to -inf."""
+        """Return (..., n) logits or scores with -inf for excluded slots."""
         return score_E if self.allowed_E is None else score_E.masked_fill(~self.allowed_E, -torch.inf)
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Route:
@@ -107,9 +109,9 @@ class Gate(nn.Module, ABC):
         """Conclude a training step, on every rank; for gates with a feedback loop."""
 
     def total(self, sums: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """``sums`` over this rank's ``num_tokens`` tokens -> over those of all ranks; and their number.
+        """Return the sums over all ranks' tokens, given ``sums`` over this rank's ``num_tokens``, and their number.
 
-        That is, of this forward pass: with gradient accumulation, of one micro-batch.
+        All tokens are those of this forward pass: with gradient accumulation, of one micro-batch.
 
         Differentiable: an auxiliary loss counts with this rank's share of the tokens, so the gradient
         to the local part is divided by that share. The ranks' gradients then add up to the true one.
@@ -143,7 +145,7 @@ class GateSettings(Settings, ABC):
         """Return the gate over ``num_experts`` slots for tokens of width ``dim``."""
 
     def of_layer(self, layer: int) -> Self:
-        """The settings of the gate of MoE layer ``layer`` (from 0) of a model that has several."""
+        """Return the settings of the gate of MoE layer ``layer`` (from 0) of a model that has several."""
         return self
 
     def experts_per_token(self, num_experts: int) -> int:
@@ -170,6 +172,12 @@ class GateContext:
     total_steps: int | None = None
 
 
+GATES = Registry("gate", GateSettings, default="comet")
+
+GateConfig = Annotated[SerializeAsAny[GateSettings], GATES]
+"""The type of a configuration field that holds any registered gate."""
+
+
 def check_k(k: int, num_experts: int) -> None:
     """Raise ValueError unless 1 <= k <= num_experts."""
     if not 1 <= k <= num_experts:
@@ -182,9 +190,9 @@ def gate_dtype(x: Tensor) -> torch.dtype:
 
 
 def affine(x_TD: Tensor, weight_QD: Tensor | None, bias_Q: Tensor) -> Tensor:
-    """(T, ...) values of hyperplanes (..., D) with biases (...), in the precision of ``x_TD``.
+    """Return the (T, ...) values of hyperplanes (..., D) with biases (...), in the precision of ``x_TD``.
 
-    Without weights (a static gate) the biases, for every token.
+    Without weights (a static gate) these are the biases, for every token.
     """
     if weight_QD is None:
         return bias_Q.to(x_TD.dtype).expand(len(x_TD), *bias_Q.shape)

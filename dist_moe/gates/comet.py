@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine, check_k
+from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture, affine, check_k
 from dist_moe.gates.lazy_tree import Visit, dense_rows, descend_lazily, roots_of
 from dist_moe.gates.smooth_step import smooth_step
 from dist_moe.gates.top_k import largest
@@ -40,6 +40,7 @@ LEAF_INIT_RANGE = 0.05
 LAZY_FROM = 128
 
 
+@GATES.register
 class CometConfig(GateSettings):
     """The COMET gate: k trees whose splits harden while training, so that k experts remain."""
 
@@ -74,9 +75,11 @@ class CometConfig(GateSettings):
         return min(self.k, self.max_active or self.k, num_experts)
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> Comet:
+        """Return the gate with these options."""
         return Comet(dim, num_experts, **self.model_dump(exclude={"name"}))
 
     def validation_errors(self, num_experts: int) -> Iterator[str]:
+        """Yield also whether lazy and static exclude each other."""
         yield from super().validation_errors(num_experts)
         if self.lazy and self.static:
             yield "lazy=true: a static tree (static=true) sees no tokens, by which it could be visited lazily"
@@ -126,21 +129,18 @@ class Comet(Gate):
         self.lazy = lazy
         self.split_bias = nn.Parameter(torch.empty(k, num_experts - 1))
         self.leaf_bias = nn.Parameter(torch.empty(k, num_experts))
-        if not static:
-            self.split_weight = nn.Parameter(torch.empty(k, num_experts - 1, dim))
-            self.leaf_weight = nn.Parameter(torch.empty(k, num_experts, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The paper's: splits U(-gamma/100, gamma/100), so that all leaves are equally likely."""
+        self.split_weight = None if static else nn.Parameter(torch.empty(k, num_experts - 1, dim))
+        self.leaf_weight = None if static else nn.Parameter(torch.empty(k, num_experts, dim))
+        # As the paper's: splits are U(-gamma/100, gamma/100), so that all leaves are equally likely.
         for name, parameter in self.named_parameters():
             bound = self.gamma / 100 if name.startswith("split") else LEAF_INIT_RANGE
             nn.init.uniform_(parameter, -bound, bound)
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
-        left_TKQ, right_TKQ = self._split(self._turn(self._affine(x_TD, "split")))
+        """Return the trees' shares of the softmax, each leaf's mass times its exponential; every node is computed."""
+        left_TKQ, right_TKQ = self._split(self._turn(affine(x_TD, self.split_weight, self.split_bias)))
         split_mass_TKQ, mass_TKE = descend(left_TKQ, right_TKQ)
-        weight_TKE = _joint_softmax(self._affine(x_TD, "leaf"), mass_TKE)
+        weight_TKE = _joint_softmax(affine(x_TD, self.leaf_weight, self.leaf_bias), mass_TKE)
         if self.max_active is not None:
             weight_TKE = self._cap(weight_TKE, self.max_active)
 
@@ -150,12 +150,10 @@ class Comet(Gate):
         return Mixture(weight_TKE, self._aux(leaf_entropy(mass_TKE), reached, len(x_TD)))
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
-        visit = self._visit(x_TD) if self._may_be_lazy() else None
+        """Return the route, from a lazy visit of the reachable nodes where that is asked for, or cheaper."""
+        lazy = not self.static and self.num_experts >= LAZY_FROM if self.lazy is None else self.lazy
+        visit = self._visit(x_TD) if lazy else None
         return super().route(x_TD, ids_T) if visit is None else self._route_of(x_TD, visit)
-
-    def leaf_mass(self, x_TD: Tensor) -> Tensor:
-        """v, of shape (T, k, n): how much of each token reaches each leaf; sums to 1 over leaves."""
-        return descend(*self._split(self._turn(self._affine(x_TD, "split"))))[1]
 
     def _turn(self, t: Tensor, node_N: Tensor | None = None) -> Tensor:
         """Saturate the values (..., n-1), or (N,) of the splits ``node_N``, of splits that must go to one side."""
@@ -171,26 +169,18 @@ class Comet(Gate):
             return left, 1 - left
         return smooth_step(t, self.gamma)
 
-    def _affine(self, x_TD: Tensor, part: str) -> Tensor:
-        weight = None if self.static else getattr(self, f"{part}_weight")
-        return affine(x_TD, weight, getattr(self, f"{part}_bias"))
-
-    def _cap(self, weight_TKE: Tensor, most: int) -> Tensor:
+    def _cap(self, weight_TKE: Tensor, limit: int) -> Tensor:
         """Zero all but the heaviest slots and divide by what is left."""
         slots_TS = weight_TKE.flatten(1) if self.splits_branches else weight_TKE.sum(1)
-        kept_TM = largest(slots_TS.detach(), most)
+        kept_TM = largest(slots_TS.detach(), limit)
         kept_TS = torch.zeros_like(slots_TS, dtype=torch.bool).scatter(1, kept_TM, True)
         kept_TKE = kept_TS.view_as(weight_TKE) if self.splits_branches else kept_TS.unsqueeze(1)
         weight_TKE = torch.where(kept_TKE, weight_TKE, 0)
         return weight_TKE / weight_TKE.sum(dim=(1, 2), keepdim=True)
 
-    def _may_be_lazy(self) -> bool:
-        if self.lazy is None:
-            return not self.static and self.num_experts >= LAZY_FROM
-        return self.lazy
-
     def _visit(self, x_TD: Tensor) -> Visit | None:
-        """None: so much is reached that the dense route is cheaper, and it was left to us to choose."""
+        """Return the reached nodes; None if so many are that the dense route is cheaper, and the choice is ours."""
+        assert self.split_weight is not None  # a static gate is never lazy
         weight_KQD, bias_KQ = self.split_weight.detach().to(x_TD.dtype), self.split_bias.detach().to(x_TD.dtype)
         num_first = dense_rows(self.num_experts - 1)
         first_KTB = dense_products(x_TD.detach(), weight_KQD, bias_KQ, 0, num_first)
@@ -226,7 +216,9 @@ class Comet(Gate):
 
     def _reached(self, visit: Visit, mass_N: Tensor, left_F: Tensor) -> Tensor:
         """(2, k, n-1): the mass that goes left at each split, and the mass that reaches it."""
-        left_N = visit.left_N.index_copy(0, visit.fractional_F, left_F)
+        parts = left_F.split([len(level.fractional_F) for level in visit.levels])
+        levels = zip(visit.levels, parts, strict=True)
+        left_N = torch.cat([level.left_N.index_copy(0, level.fractional_F, part_F) for level, part_F in levels])
         place_N = visit.splits.tree_N * (self.num_experts - 1) + visit.splits.node_N
         zeros_2Q = mass_N.new_zeros(2, self.split_bias.numel())
         reached_2Q = zeros_2Q.index_add(1, place_N, torch.stack([mass_N * left_N, mass_N]))
@@ -241,12 +233,12 @@ class Comet(Gate):
 
 
 def leaf_entropy(mass: Tensor) -> Tensor:
-    """The sum of -v log(v + 1e-6) over all given leaf masses; leaves of mass 0 add nothing."""
+    """Return the sum of -v log(v + 1e-6) over all given leaf masses; leaves of mass 0 add nothing."""
     return -(mass * (mass + ENTROPY_EPSILON).log()).sum()
 
 
 def split_balance(reached_2KQ: Tensor, allowed_E: Tensor | None = None) -> Tensor:
-    """Penalty that is least when half of what reaches a split goes left, as in the authors' history.
+    """Return a penalty that is least when half of what reaches a split goes left, as in the authors' history.
 
     With alpha the share of the mass reaching a split that goes left, over all tokens:
     mean over trees of the sum over splits of -(log(alpha + 1e-6) + log(1 - alpha + 1e-6)) / 2.

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine, check_k
+from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture, affine, check_k
 from dist_moe.gates.comet import leaf_entropy
 from dist_moe.gates.smooth_step import smooth_step
 
@@ -31,6 +31,7 @@ RECIPROCAL_EPSILON = 1e-6
 SELECTOR_INIT_RANGE = 0.05
 
 
+@GATES.register
 class DSelectKConfig(GateSettings):
     """The DSelect-k gate: k selectors that harden while training, so that k experts remain."""
 
@@ -49,6 +50,7 @@ class DSelectKConfig(GateSettings):
     static: bool = Field(False, description="the same mixture for every token: the selectors see no input")
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> DSelectK:
+        """Return the gate with these options."""
         return DSelectK(dim, num_experts, **self.model_dump(exclude={"name"}))
 
 
@@ -87,25 +89,27 @@ class DSelectK(Gate):
         self.static = static
         self.bit_bias = nn.Parameter(torch.empty(k, self.num_bits))
         self.selector_bias = nn.Parameter(torch.empty(k))
-        if not static:
-            self.bit_weight = nn.Parameter(torch.empty(k, self.num_bits, dim))
-            self.selector_weight = nn.Parameter(torch.empty(k, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The paper's: bits U(-gamma/100, gamma/100), so that all codes are equally likely."""
+        self.bit_weight = None if static else nn.Parameter(torch.empty(k, self.num_bits, dim))
+        self.selector_weight = None if static else nn.Parameter(torch.empty(k, dim))
+        # As the paper's: bits are U(-gamma/100, gamma/100), so that all codes are equally likely.
         for name, parameter in self.named_parameters():
             bound = self.gamma / 100 if name.startswith("bit") else SELECTOR_INIT_RANGE
             nn.init.uniform_(parameter, -bound, bound)
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        """Return each selector's choice times its alpha, with the entropy and the reciprocal penalty."""
         code_TKE = self.selection(x_TD)
-        alpha_TK1 = self._affine(x_TD, "selector").softmax(dim=-1).unsqueeze(-1)
-        return Mixture(alpha_TK1 * code_TKE, self._aux(code_TKE))
+        alpha_TK1 = affine(x_TD, self.selector_weight, self.selector_bias).softmax(dim=-1).unsqueeze(-1)
+        tokens = max(len(code_TKE), 1)
+        aux = {"entropy": self.entropy_weight * (leaf_entropy(code_TKE) / tokens)}
+        if self.num_experts != 2**self.num_bits:
+            penalty = (1 / (code_TKE.sum(dim=-1) + RECIPROCAL_EPSILON)).sum()
+            aux["reciprocal"] = self.reciprocal_weight * (penalty / tokens)
+        return Mixture(alpha_TK1 * code_TKE, aux)
 
     def selection(self, x_TD: Tensor) -> Tensor:
         """Return q, of shape (T, k, n): how much of each selector each expert gets."""
-        one_TKM, zero_TKM = smooth_step(self._affine(x_TD, "bit"), self.gamma)
+        one_TKM, zero_TKM = smooth_step(affine(x_TD, self.bit_weight, self.bit_bias), self.gamma)
         code = torch.ones_like(one_TKM[..., :1])
         for bit in range(self.num_bits):  # every code so far, with this bit 0 and then with this bit 1
             zero, one = zero_TKM[..., bit : bit + 1], one_TKM[..., bit : bit + 1]
@@ -116,19 +120,7 @@ class DSelectK(Gate):
         return code[..., : self.num_experts]
 
     def _open_codes(self, bits: int) -> Tensor:
-        """(2^bits,) bool: whether these lowest bits may become a code that is not excluded, if no expert's either."""
+        """Return (2^bits,) booleans: may these lowest bits become a code that is not excluded, be it no expert's?"""
         assert self.allowed_E is not None
         lost_C = self.allowed_E.new_ones(2**self.num_bits - self.num_experts)
         return torch.cat([self.allowed_E, lost_C]).view(-1, 2**bits).any(dim=0)
-
-    def _affine(self, x_TD: Tensor, part: str) -> Tensor:
-        weight = None if self.static else getattr(self, f"{part}_weight")
-        return affine(x_TD, weight, getattr(self, f"{part}_bias"))
-
-    def _aux(self, code_TKE: Tensor) -> dict[str, Tensor]:
-        tokens = max(len(code_TKE), 1)
-        aux = {"entropy": self.entropy_weight * (leaf_entropy(code_TKE) / tokens)}
-        if self.num_experts != 2**self.num_bits:
-            penalty = (1 / (code_TKE.sum(dim=-1) + RECIPROCAL_EPSILON)).sum()
-            aux["reciprocal"] = self.reciprocal_weight * (penalty / tokens)
-        return aux

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_moe import kernels
-from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture
+from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture
 from dist_moe.routing import Route
 
 Assignment = Literal["random", "balanced"]
@@ -22,6 +22,7 @@ SEEDS_APART = 1_000_003
 """Between the seeds of two layers: runs with small seeds share no table."""
 
 
+@GATES.register
 class HashRoutingConfig(GateSettings):
     """The hash gate: one expert per token, by the token's id; nothing to learn."""
 
@@ -44,6 +45,7 @@ class HashRoutingConfig(GateSettings):
         return HashRouting.k
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> HashRouting:
+        """Return the gate over the ids of the data. Raises ValueError if it has none."""
         if context.id_counts is None:
             raise ValueError("gate.name=hash routes by id, but the data has no ids to route by")
         return HashRouting(dim, num_experts, context.id_counts, self.assignment, self.seed)
@@ -80,10 +82,12 @@ class HashRouting(Gate):
         self.table[homeless_N] = slots_A[torch.arange(len(homeless_N), device=self.table.device) % len(slots_A)]
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        """Return weight 1 for each id's slot."""
         expert_T11 = self._experts(x_TD, ids_T).view(-1, 1, 1)
         return Mixture((expert_T11 == torch.arange(self.num_experts, device=x_TD.device)).to(x_TD.dtype))
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
+        """Return each id's slot, without a dense mixture. Raises ValueError for ids that the table does not have."""
         expert_T = self._experts(x_TD, ids_T)
         token_T = torch.arange(len(x_TD), device=x_TD.device)
         return Route(token_T, expert_T, x_TD.new_ones(len(x_TD)), len(x_TD), self.num_slots)
@@ -103,7 +107,7 @@ class HashRouting(Gate):
 
 
 def balanced_assignment(id_counts: Tensor, num_experts: int) -> Tensor:
-    """(ids,) counts -> (ids,) int64 experts whose loads are as equal as greedy filling makes them."""
+    """Return (ids,) int64 experts, given the ids' counts, with loads as equal as greedy filling makes them."""
     table = torch.empty(id_counts.numel(), dtype=torch.int64)
     counts = id_counts.tolist()
     loads = [(0, expert) for expert in range(num_experts)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ DENSE_LEVELS = 5
 
 
 def dense_rows(num_splits: int) -> int:
-    """The rows of the first dense product: one more than these levels have, for a width that kernels like."""
+    """Return the number of rows of the first dense product: these levels' and one more, a width that kernels like."""
     return min(1 << DENSE_LEVELS, num_splits)
 
 
@@ -47,6 +46,7 @@ class Nodes:
 
     @property
     def pairs(self) -> Pairs:
+        """The nodes as pairs of a token and a row of a tree's matrix."""
         return Pairs(self.token_N, self.tree_N, self.node_N)
 
 
@@ -76,15 +76,10 @@ class Level:
     above_A: Tensor | None
     above: Nodes | None
 
-    @property
-    def num_children(self) -> int:
-        """Before those without mass are left out."""
-        return len(self.splits) + len(self.fractional_F)
-
 
 @dataclass(frozen=True)
 class Visit:
-    """Result of a lazy descent: its ``levels``, and the ``leaves``, whose ``node_N`` is their place from left
+    """The result of a lazy descent: its ``levels``, and the ``leaves``, whose ``node_N`` is their place from left
     to right; the last ``num_deepest`` of them lie on the deepest level."""
 
     levels: list[Level]
@@ -96,32 +91,10 @@ class Visit:
         """All visited splits, level by level."""
         return concatenate([level.splits for level in self.levels])
 
-    @property
-    def left_N(self) -> Tensor:
-        """Probabilities of going left, of all visited splits."""
-        return torch.cat([level.left_N for level in self.levels])
-
-    @property
-    def split_slices(self) -> list[slice]:
-        """Where the splits of each level are among all."""
-        return _slices([len(level.splits) for level in self.levels])
-
-    @property
-    def fractional_slices(self) -> list[slice]:
-        """Where the fractional splits of each level are among the fractional."""
-        return _slices([len(level.fractional_F) for level in self.levels])
-
-    @property
-    def fractional_F(self) -> Tensor:
-        """The places of the fractional splits among all."""
-        starts = [place.start for place in self.split_slices]
-        return torch.cat([level.fractional_F + start for level, start in zip(self.levels, starts, strict=True)])
-
     def fractional(self) -> tuple[Pairs, Tensor, list[Band]]:
-        """The fractional splits, their products, and their bands: the first dense levels as one, then the levels."""
-        places = [level.fractional_F for level in self.levels]
-        nodes = [level.splits.at(place) for level, place in zip(self.levels, places, strict=True)]
-        t_F = torch.cat([level.t_N.index_select(0, place) for level, place in zip(self.levels, places, strict=True)])
+        """Return the fractional splits, their products, and their bands: the first dense levels as one, then each."""
+        nodes = [level.splits.at(level.fractional_F) for level in self.levels]
+        t_F = torch.cat([level.t_N.index_select(0, level.fractional_F) for level in self.levels])
         top = self.levels[:DENSE_LEVELS]
         bands = [Band(sum(len(level.fractional_F) for level in top), 0, dense_rows(self.levels[-1].band.last))]
         below = self.levels[DENSE_LEVELS:]
@@ -129,16 +102,12 @@ class Visit:
         return concatenate(nodes).pairs, t_F, bands
 
     def masses(self, left_F: Tensor, right_F: Tensor) -> tuple[Tensor, Tensor]:
-        """The masses of all splits and of the leaves, as functions of the fractional splits' probabilities."""
+        """Return the masses of all splits and of the leaves, as functions of the fractional splits' probabilities."""
         return _Masses.apply(left_F, right_F, self)
 
 
-def _slices(counts: list[int]) -> list[slice]:
-    return [slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
-
-
 def descend_lazily(roots: Nodes, num_leaves: int, products: Products, split: Split, gain: int = 0) -> Visit | None:
-    """Follow every branch of positive mass, a level at a time: O(reached leaves * depth) nodes.
+    """Return what following every branch of positive mass, a level at a time, finds: O(reached leaves * depth) nodes.
 
     ``products(pairs, band)``: (N,) values of the hyperplanes of these splits at these tokens, all of one
     level, the band. ``split(t_N)``: the probabilities of going left and right. ``gain``: None is returned
@@ -159,26 +128,22 @@ def descend_lazily(roots: Nodes, num_leaves: int, products: Products, split: Spl
 
 
 def roots_of(num_tokens: int, num_trees: int, like: Tensor) -> Nodes:
-    """The root of every tree for every token, of mass 1 in the dtype and on the device of ``like``."""
+    """Return the root of every tree for every token, of mass 1 in the dtype and on the device of ``like``."""
     token_N = torch.arange(num_tokens, device=like.device).repeat_interleave(num_trees)
     tree_N = torch.arange(num_trees, device=like.device).repeat(num_tokens)
     return Nodes(token_N, tree_N, torch.zeros_like(token_N), like.new_ones(len(token_N)))
 
 
 def concatenate(parts: Sequence[Nodes]) -> Nodes:
-    """The nodes of all parts, in order."""
+    """Return the nodes of all parts, in order."""
     if len(parts) == 1:
         return parts[0]
-    return Nodes(
-        torch.cat([part.token_N for part in parts]),
-        torch.cat([part.tree_N for part in parts]),
-        torch.cat([part.node_N for part in parts]),
-        torch.cat([part.mass_N for part in parts]),
-    )
+    names = ("token_N", "tree_N", "node_N", "mass_N")
+    return Nodes(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def _step(nodes: Nodes, depth: int, num_splits: int, products: Products, split: Split) -> tuple[Level, Nodes]:
-    """One level, and the nodes that it leaves with mass."""
+    """Return one level, and the nodes that it leaves with mass."""
     band = Band(len(nodes), (1 << depth) - 1, min((2 << depth) - 1, num_splits))
     inner_N, above_N, above = None, None, None
     if (2 << depth) - 1 > num_splits:
@@ -211,10 +176,11 @@ def _children(nodes: Nodes, left_N: Tensor, right_N: Tensor, fractional_F: Tenso
 
 
 class _Masses(torch.autograd.Function):
-    """(probabilities of the fractional splits) -> (masses of all visited splits, masses of the leaves)."""
+    """Masses of all visited splits and of the leaves, as a function of the probabilities of the fractional splits."""
 
     @staticmethod
     def forward(ctx: Any, left_F: Tensor, right_F: Tensor, visit: Visit) -> tuple[Tensor, Tensor]:
+        """Return the masses that the descent found."""
         ctx.save_for_backward(left_F, right_F)
         ctx.visit = visit
         ctx.set_materialize_grads(False)
@@ -223,31 +189,33 @@ class _Masses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_split_N: Tensor | None, grad_leaf_N: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients to the probabilities, level by level from the leaves up."""
         left_F, right_F = ctx.saved_tensors
         visit: Visit = ctx.visit
-        levels = visit.levels
-        grad_left_F, grad_right_F = torch.zeros_like(left_F), torch.zeros_like(right_F)
         if grad_leaf_N is None:
             grad_leaf_N = left_F.new_zeros(len(visit.leaves))
         num_above = len(grad_leaf_N) - visit.num_deepest
         grad_above_A, grad_N = grad_leaf_N[:num_above], grad_leaf_N[num_above:]
-        places = zip(visit.fractional_slices, visit.split_slices, levels, strict=True)
-        for fractional, splits, level in reversed(list(places)):
-            shares = (left_F[fractional], right_F[fractional])
+        sizes = [len(level.fractional_F) for level in visit.levels]
+        parts = list(zip(visit.levels, left_F.split(sizes), right_F.split(sizes), strict=True))
+        grads, end = [], len(visit.splits)
+        for level, *shares in reversed(parts):
             grad_N, grads_F = _to_parents(level, grad_N, *shares)
-            grad_left_F[fractional], grad_right_F[fractional] = grads_F
+            grads.append(grads_F)
             if grad_split_N is not None:
-                grad_N = grad_N + grad_split_N[splits]
+                grad_N = grad_N + grad_split_N[end - len(level.splits) : end]
+            end -= len(level.splits)
             if level.inner_N is not None and level.above_A is not None:
                 joined_N = grad_N.new_empty(len(level.inner_N) + len(level.above_A))
                 grad_N = joined_N.index_copy_(0, level.inner_N, grad_N).index_copy_(0, level.above_A, grad_above_A)
+        grad_left_F, grad_right_F = (torch.cat(grads_F) for grads_F in zip(*reversed(grads), strict=True))
         return grad_left_F, grad_right_F, None
 
 
 def _to_parents(level: Level, grad_M: Tensor, left_F: Tensor, right_F: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Gradients to the masses of a level's children -> those to its own masses, and to its probabilities."""
+    """Return the gradients to a level's masses and to its probabilities, given those to its children's masses."""
     if level.kept_M is not None:
-        grad_M = grad_M.new_zeros(level.num_children).index_copy(0, level.kept_M, grad_M)
+        grad_M = grad_M.new_zeros(len(level.splits) + len(left_F)).index_copy(0, level.kept_M, grad_M)
     first_N, second_F = grad_M.split([len(level.splits), len(left_F)])
     if not len(left_F):
         return first_N, (left_F, right_F)

@@ -20,10 +20,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_moe.gates.balance import load_balance
-from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture
+from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture
 from dist_moe.gates.top_k import TopK
 
 
+@GATES.register
 class AdaMoEConfig(GateSettings):
     """The AdaMoE gate: Top-k over experts and null slots; the more nulls, the fewer experts per token."""
 
@@ -37,17 +38,14 @@ class AdaMoEConfig(GateSettings):
     )
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> NullSlots:
-        return with_null(TopK(dim, num_experts + self.null_slots, self.k), self.null_slots, self.balance_weight)
+        """Return a Top-k gate over experts and nulls."""
+        return NullSlots(TopK(dim, num_experts + self.null_slots, self.k), self.null_slots, self.balance_weight)
 
     def validation_errors(self, num_experts: int) -> Iterator[str]:
+        """Yield whether k exceeds the slots, nulls included."""
         slots = num_experts + self.null_slots
         if self.k > slots:
             yield f"k={self.k} exceeds num_experts + null_slots={slots}; allowed: 1..{slots}"
-
-
-def with_null(gate: Gate, null_slots: int, balance_weight: float = 0.0) -> NullSlots:
-    """Make the last ``null_slots`` experts of ``gate`` nulls: a gate over the others."""
-    return NullSlots(gate, null_slots, balance_weight)
 
 
 class NullSlots(Gate):
@@ -78,6 +76,7 @@ class NullSlots(Gate):
         self.gate.allow(torch.cat([allowed_E, allowed_E.new_ones(self.null_slots)]))
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        """Return the inner mixture without what nulls took, the other weights divided by their sum."""
         gate = self._informed()
         if isinstance(gate, TopK):
             logit_TS = gate.logits(x_TD)
@@ -93,9 +92,11 @@ class NullSlots(Gate):
         return Mixture(without_null(inner.weight_TKE, self.null_slots), aux)
 
     def begin_step(self, step: int) -> None:
+        """Prepare the inner gate."""
         self._informed().begin_step(step)
 
     def end_step(self) -> None:
+        """Conclude the step of the inner gate."""
         self._informed().end_step()
 
     def _informed(self) -> Gate:
@@ -106,7 +107,7 @@ class NullSlots(Gate):
 
 
 def without_null(weight_TKS: Tensor, null_slots: int) -> Tensor:
-    """(T, K, n + m) -> (T, K, n): the weights on experts, divided by their sum where nulls took some."""
+    """Return the (T, K, n) weights on experts of (T, K, n + m), divided by their sum where nulls took some."""
     num_experts = weight_TKS.shape[-1] - null_slots
     weight_TKE, null_TKM = weight_TKS[..., :num_experts], weight_TKS[..., num_experts:]
     left_T11 = weight_TKE.sum(dim=(1, 2), keepdim=True)

@@ -22,13 +22,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine, check_k
+from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture, affine, check_k
 from dist_moe.gates.top_k import largest
 
 ROUTER_INIT_STD = 0.02
 Schedule = Literal["linear", "cosine", "exponential", "multi_step"]
 
 
+@GATES.register
 class SMoEDropoutConfig(GateSettings):
     """The SMoE-Dropout gate: a frozen random router whose k follows a schedule."""
 
@@ -45,21 +46,15 @@ class SMoEDropoutConfig(GateSettings):
     )
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> SMoEDropout:
+        """Return the gate. Raises ValueError if neither it nor the run has a number of steps."""
         steps = self.schedule_steps or context.total_steps
         if steps is None:
             raise ValueError("gate.schedule_steps=null means the run's steps, but the run has no fixed number of steps")
-        return SMoEDropout(
-            dim,
-            num_experts,
-            self.k_min,
-            self.k_max or num_experts,
-            steps,
-            self.schedule,
-            increasing=self.increasing,
-            evaluation_k=self.evaluation_k,
-        )
+        options = self.model_dump(include={"increasing", "evaluation_k"})
+        return SMoEDropout(dim, num_experts, self.k_min, self.k_max or num_experts, steps, self.schedule, **options)
 
     def validation_errors(self, num_experts: int) -> Iterator[str]:
+        """Yield each bound of k that does not fit, and bounds in the wrong order."""
         for field in ("k_min", "k_max", "evaluation_k"):
             k = getattr(self, field)
             if k is not None and k > num_experts:
@@ -110,38 +105,30 @@ class SMoEDropout(Gate):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def begin_step(self, step: int) -> None:
+        """Remember the step, which decides k."""
         self.step.fill_(step)
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        """Return the softmax over the k largest logits."""
+        own_k = None if self.training else self.evaluation_k
         logit_TE = self.exclude(affine(x_TD, self.weight, self.bias))
-        slot_TK = largest(logit_TE, self._k())
+        slot_TK = largest(logit_TE, self.k_at(int(self.step)) if own_k is None else own_k)
         weight_TE = torch.zeros_like(logit_TE).scatter(1, slot_TK, logit_TE.gather(1, slot_TK).softmax(dim=-1))
         return Mixture(weight_TE.unsqueeze(1))
 
     def k_at(self, step: int) -> int:
-        """k of training step ``step``; from ``schedule_steps`` on, that of the end."""
-        step = min(max(step, 0), self.schedule_steps)
+        """Return k of training step ``step``; from ``schedule_steps`` on, that of the end."""
+        step, steps, span = min(max(step, 0), self.schedule_steps), self.schedule_steps, self.k_max - self.k_min
         if self.schedule == "multi_step":
-            stages = self._stages()
-            return stages[min(len(stages) * step // self.schedule_steps, len(stages) - 1)]
-        moved = self._moved(self.k_max - self.k_min, step)
+            stages = [self.k_min]
+            while stages[-1] < self.k_max:
+                stages.append(min(2 * stages[-1], self.k_max))
+            stage = min(len(stages) * step // steps, len(stages) - 1)
+            return stages[stage] if self.increasing else stages[-1 - stage]
+        if self.schedule == "linear":  # round() takes halves to even, as the authors' code
+            moved = round(span * step / steps)
+        elif self.schedule == "cosine":
+            moved = span - round(span * math.cos(math.pi * step / (2 * steps)))
+        else:
+            moved = span - round(span * 0.99 ** (300 * step // steps))
         return self.k_min + moved if self.increasing else self.k_max - moved
-
-    def _k(self) -> int:
-        if self.evaluation_k is not None and not self.training:
-            return self.evaluation_k
-        return self.k_at(int(self.step))
-
-    def _moved(self, span: int, step: int) -> int:
-        """How many of ``span`` steps of k are behind; round() takes halves to even, as the authors' code."""
-        if self.schedule == "linear":
-            return round(span * step / self.schedule_steps)
-        if self.schedule == "cosine":
-            return span - round(span * math.cos(math.pi * step / (2 * self.schedule_steps)))
-        return span - round(span * 0.99 ** (300 * step // self.schedule_steps))
-
-    def _stages(self) -> list[int]:
-        stages = [self.k_min]
-        while stages[-1] < self.k_max:
-            stages.append(min(2 * stages[-1], self.k_max))
-        return stages if self.increasing else stages[::-1]

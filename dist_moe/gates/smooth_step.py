@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def smooth_step(t: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """(S(t), 1 - S(t)), each to full relative precision, of any shape.
+    """Return S(t) and 1 - S(t), each to full relative precision, of any shape.
 
     With u = clamp(t/gamma + 1/2, 0, 1) the cubic is u^2 (3 - 2u) and its complement
     (1-u)^2 (1 + 2u). The cubic as printed gives values below 0 just inside the left edge in fp32,

@@ -10,9 +10,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine
+from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture, affine
 
 
+@GATES.register
 class SoftmaxConfig(GateSettings):
     """The softmax gate: every token uses every expert."""
 
@@ -21,6 +22,7 @@ class SoftmaxConfig(GateSettings):
     name: Literal["softmax"] = "softmax"
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> Softmax:
+        """Return the gate with these options."""
         return Softmax(dim, num_experts)
 
 
@@ -35,4 +37,5 @@ class Softmax(Gate):
         self.bias = nn.Parameter(torch.zeros(num_experts))
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        """Return the softmax over all slots that are not excluded."""
         return Mixture(self.exclude(affine(x_TD, self.weight, self.bias)).softmax(dim=-1).unsqueeze(1))

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from dist_moe import kernels
 from dist_moe.gates.balance import load_balance
-from dist_moe.gates.base import Gate, GateContext, GateSettings, Mixture, affine, check_k
+from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture, affine, check_k
 from dist_moe.routing import Route
 
 Scores = Literal["softmax_after", "softmax_before", "sigmoid"]
 
 
 def largest(score_TE: Tensor, k: int) -> Tensor:
-    """(T, k) slots of the largest scores, falling; of equal ones the lower slot, which topk does not promise."""
+    """Return the (T, k) slots of the largest scores, falling; of equal ones the lower, which topk does not promise."""
     return score_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -49,6 +49,7 @@ def largest_of_many(score_TE: Tensor, k: int) -> Tensor:
     return slot_TK.index_put((tied_T,), largest(score_TE[tied_T], k)) if tied_T.any() else slot_TK
 
 
+@GATES.register
 class TopKConfig(GateSettings):
     """The Top-k gate: the k experts with the largest router logits, for every token alike."""
 
@@ -75,6 +76,7 @@ class TopKConfig(GateSettings):
     )
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> TopK:
+        """Return the gate with these options."""
         return TopK(dim, num_experts, **self.model_dump(exclude={"name"}))
 
     def stacking_errors(self) -> Iterator[str]:
@@ -126,14 +128,15 @@ class TopK(Gate):
 
     @property
     def selection_bias(self) -> Tensor:
-        """The (n,) fp64 biases that are added to the scores for the selection; only with ``bias_update_rate``."""
+        """Return the (n,) fp64 biases added to the scores for the selection; only with ``bias_update_rate``."""
         return self.bias_update_rate * self.bias_steps.double()
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
+        """Return the kept slots' weights, in one branch."""
         return self.mixture_of_logits(self.logits(x_TD))
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Route:
-        """Route by the k choices: no (T, n) mixture is made, and on an accelerator the host waits for nothing.
+        """Return the route of the k choices: no (T, n) mixture is made, and on an accelerator the host never waits.
 
         With excluded slots it does wait: where fewer than k are left, some of the k have no weight.
         """
@@ -157,7 +160,7 @@ class TopK(Gate):
         return self._log_scores(logit_TE).softmax(dim=-1)
 
     def mixture_of_logits(self, logit_TE: Tensor) -> Mixture:
-        """Select and weigh the slots of (T, n) logits; with the auxiliary losses, in one branch."""
+        """Return the selected and weighed slots of (T, n) logits, in one branch, with the auxiliary losses."""
         slot_TK, kept_TK = self._choose(logit_TE)
         weight_TE = torch.zeros_like(logit_TE).scatter(1, slot_TK, kept_TK)
         return Mixture(weight_TE.unsqueeze(1), self._aux(logit_TE, slot_TK))

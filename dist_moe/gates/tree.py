@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def descend(left_TKQ: Tensor, right_TKQ: Tensor) -> tuple[Tensor, Tensor]:
-    """Split probabilities (T, k, n-1) -> masses of the splits (T, k, n-1) and leaves (T, k, n).
+    """Return the masses of splits (T, k, n-1) and leaves (T, k, n), given both split probabilities (T, k, n-1).
 
     Level by level; the nodes of a level, and their children, are contiguous in the heap.
     """
@@ -31,24 +31,22 @@ def descend(left_TKQ: Tensor, right_TKQ: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def one_sided_splits(allowed_E: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) bool leaves -> two (n-1,) bool masks of splits: those that must go left, those that must go right.
+    """Return two (n-1,) bool masks of splits: those that must go left, those that must go right.
 
-    A split must go to one side where the other leads to leaves only that are not allowed; where both do, which
-    no mass can reach, it must go nowhere.
+    A split must go to one side where the other leads only to leaves that are not in ``allowed_E`` (n,) bool;
+    where both do, which no mass can reach, it must go nowhere.
     """
     num_leaves = len(allowed_E)
     leaf_N = torch.arange(num_leaves - 1, 2 * num_leaves - 1, device=allowed_E.device)
     open_N = torch.cat([allowed_E.new_zeros(num_leaves - 1), allowed_E[places_of_leaves(leaf_N, num_leaves)]])
-    for _ in range(
-        (num_leaves - 1).bit_length()
-    ):  # as often as the tree is deep, so that leaves are heard of at the root
+    for _ in range((num_leaves - 1).bit_length()):  # as often as the tree is deep: leaves are heard of at the root
         open_N[: num_leaves - 1] = open_N[1::2] | open_N[2::2]
     left_Q, right_Q = open_N[1::2], open_N[2::2]
     return left_Q & ~right_Q, right_Q & ~left_Q
 
 
 def places_of_leaves(node_N: Tensor, num_leaves: int) -> Tensor:
-    """Heap indices of leaves -> their places from left to right."""
+    """Return the places from left to right of leaves, given their heap indices."""
     deepest = (1 << ((2 * num_leaves - 1).bit_length() - 1)) - 1
     num_deepest = 2 * num_leaves - 1 - deepest
     return torch.where(node_N >= deepest, node_N - deepest, num_deepest + node_N - (num_leaves - 1))

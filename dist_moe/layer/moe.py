@@ -39,12 +39,12 @@ class SlotMapSource(Protocol):
 
     @property
     def num_slots(self) -> int:
-        """Slots of a gate, or of each of its branches."""
+        """Number of slots of a gate, or of each of its branches."""
         ...
 
     @property
     def branches(self) -> int:
-        """Maps of each gate: 1, or one for each of its branches."""
+        """Number of maps of each gate: 1, or one for each of its branches."""
         ...
 
     def __call__(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]: ...
@@ -73,10 +73,10 @@ class MoEOutput:
 
 
 class MoE(nn.Module):
-    """``MoE(gates, experts, permutation=None, world=None, exchange=None, placement=None)``.
+    """``MoE(gates, experts, slot_map=None, world=None, exchange=None, placement=None)``.
 
     ``gates``: one per task (a single gate may stand alone); a (token, expert) pair travels and is
-    computed once, however many gates want it. ``experts``: this rank's bank. ``permutation``: the slot map of each
+    computed once, however many gates want it. ``experts``: this rank's bank. ``slot_map``: the slot map of each
     gate, which may be many to one; None is the identity, for gates with as many slots as there are experts.
     ``world``: the ranks over which the experts are split; None is one rank. ``exchange``: how rows reach the experts
     and sums come back; None is what the world asks for. ``placement``: which expert lives where; None: ranks have
@@ -92,7 +92,7 @@ class MoE(nn.Module):
         self,
         gates: Gate | Sequence[Gate],
         experts: ExpertBank,
-        permutation: SlotMapSource | None = None,
+        slot_map: SlotMapSource | None = None,
         world: World | None = None,
         *,
         exchange: Exchange | None = None,
@@ -103,7 +103,7 @@ class MoE(nn.Module):
         super().__init__()
         self.gates = nn.ModuleList([gates] if isinstance(gates, Gate) else gates)
         self.experts = experts
-        self.permutation = permutation
+        self.slot_map = slot_map
         self.world = world or SingleWorld()
         self.shared = shared
         self.exchange = exchange or exchange_over(self.world, recompute_experts, meanwhile=shared is not None)
@@ -113,19 +113,25 @@ class MoE(nn.Module):
         self._check_sizes()
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> MoEOutput:
-        """(T, D) tokens (T may be 0) -> one weighted sum of experts per gate, of shape (T, F)."""
+        """Return one weighted sum of experts per gate, (T, F), for (T, D) tokens; T may be 0."""
         if self._replay is not None:
             return _plus(self._replay(self, x_TD, ids_T), self._share(x_TD))
         clock = self.world.clock
         shared: list[Tensor | None] = []
         (x_TD,) = clock.mark("gate", None, x_TD)
         routes, aux = self._route(x_TD, ids_T)
-        pairs = union_of_routes([self._by_position(route) for route in routes])
+        by_position = routes
+        if not self.placement.is_identity:
+            position_E = position_table(self.placement, x_TD.device)
+            by_position = [replace(route, slot_N=position_E[route.slot_N]) for route in routes]
+        pairs = union_of_routes(by_position)
         mixed = timed(self.exchange, clock)(
             x_TD, pairs, self.experts, meanwhile=lambda: shared.append(self._share(x_TD))
         )
         outputs = mixed.sums_GTF.to(mixed.dtype).unbind()
-        result = MoEOutput(outputs, aux, tuple(routes), self._by_id(pairs), mixed.rows_computed)
+        if not self.placement.is_identity:
+            pairs = pairs.renamed(expert_table(self.placement, x_TD.device))
+        result = MoEOutput(outputs, aux, tuple(routes), pairs, mixed.rows_computed)
         return _plus(result, shared[0])
 
     @contextmanager
@@ -148,11 +154,11 @@ class MoE(nn.Module):
         self.experts.expert_ids = placement.experts_of(self.world.rank)
 
     def by_expert(self, x_E: Tensor) -> Tensor:
-        """(E, ...) in the order of the positions -> in the order of the experts' ids."""
+        """Return (E, ...) in the order of the experts' ids, given it in the order of their positions."""
         return x_E if self.placement.is_identity else x_E[position_table(self.placement, x_E.device)]
 
     def all_results(self, x_TD: Tensor) -> Tensor:
-        """(T, E, F): what every expert, wherever it lives, makes of each of this rank's tokens."""
+        """Return the (T, E, F) results of every expert, wherever it lives, for each of this rank's tokens."""
         tokens, experts = len(x_TD), self.experts.num_experts
         rows_per_expert_E = torch.full((experts,), tokens, device=x_TD.device)
         plan = plan_dispatch(rows_per_expert_E, self.world, tokens * experts)
@@ -166,16 +172,15 @@ class MoE(nn.Module):
             gate.begin_step(step)
         self._before_step = [(buffer, buffer.clone()) for gate in self.each_gate for buffer in gate.buffers()]
 
-    def end_step(self) -> None:
-        """Tell the gates that a training step has ended. On every rank."""
-        for gate in self.each_gate:
-            gate.end_step()
-
-    @torch.no_grad()
-    def drop_step(self) -> None:
-        """Let the gates forget a step that was skipped, in place of :meth:`end_step`."""
-        for buffer, before in self._before_step:
-            buffer.copy_(before)
+    def end_step(self, *, skipped: bool = False) -> None:
+        """Tell the gates that a training step has ended, or let them forget one that was skipped. On every rank."""
+        if not skipped:
+            for gate in self.each_gate:
+                gate.end_step()
+            return
+        with torch.no_grad():
+            for buffer, before in self._before_step:
+                buffer.copy_(before)
 
     def _share(self, x_TD: Tensor) -> Tensor | None:
         return None if self.shared is None else self.shared(x_TD)
@@ -186,25 +191,15 @@ class MoE(nn.Module):
         for route in routes:
             for name, loss in route.aux.items():
                 aux[name] = aux[name] + loss if name in aux else loss
-        if self.permutation is not None:
-            maps, map_aux = self.permutation()
+        if self.slot_map is not None:
+            maps, map_aux = self.slot_map()
             routes = [slot_map.apply(route) for slot_map, route in zip(maps, routes, strict=True)]
             aux |= map_aux
         return routes, aux
 
-    def _by_position(self, route: Route) -> Route:
-        if self.placement.is_identity:
-            return route
-        return replace(route, slot_N=position_table(self.placement, route.slot_N.device)[route.slot_N])
-
-    def _by_id(self, pairs: Pairs) -> Pairs:
-        if self.placement.is_identity:
-            return pairs
-        return pairs.renamed(expert_table(self.placement, pairs.expert_N.device))
-
     @property
     def each_gate(self) -> list[Gate]:
-        """The ``gates``, typed."""
+        """Return the ``gates``, typed."""
         return [gate for gate in self.gates if isinstance(gate, Gate)]
 
     def _check_fit(self, placement: Placement) -> None:
@@ -218,7 +213,7 @@ class MoE(nn.Module):
         bank = self.experts
         if not self.gates:
             raise ValueError("an MoE layer needs at least one gate")
-        table = self.permutation
+        table = self.slot_map
         if table is not None and (table.num_gates, table.num_experts) != (len(self.gates), bank.num_experts):
             raise ValueError(
                 f"slot maps for {table.num_gates} gate(s) onto {table.num_experts} experts do not fit "

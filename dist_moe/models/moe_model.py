@@ -17,7 +17,7 @@ from dist_moe.gates import CometConfig, GateConfig, GateContext
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import World, sum_over_ranks
 from dist_moe.search import PermutationSearchConfig, SlotTable
-from dist_moe.search.steps import begin_step, end_step, moe_layers, slot_tables
+from dist_moe.search.steps import begin_step, end_step, is_held, moe_layers, slot_tables
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class MoEModel(nn.Module):
 
     @property
     def learning(self) -> bool:
-        """Whether training still learns a table."""
-        return any(table.learning for table in self.tables.values())
+        """Whether training still learns a table, one that is not held still."""
+        return any(table.learning and not is_held(table) for table in self.tables.values())
 
     def activation_bytes(self, value_bytes: int, tokens: float, places: int) -> tuple[float, float]:
         """Return estimates in bytes per token, without MoE layers: kept for the backward pass, and what the backward

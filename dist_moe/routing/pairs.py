@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dist_moe.routing.one_route import by_expert, counts_of_sorted
+from dist_moe.kernels import stable_order
 from dist_moe.routing.route import Route
 
 
@@ -29,7 +29,7 @@ class Pairs:
 
     @classmethod
     def none(cls, num_gates: int, num_experts: int, device: torch.device) -> Pairs:
-        """No pair at all: what is dispatched where a layer's results are computed otherwise."""
+        """Return no pair at all: what is dispatched where a layer's results are computed otherwise."""
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         weight_GN = torch.zeros(num_gates, 0, device=device)
         return cls(nothing, nothing, weight_GN, nothing.new_zeros(num_experts), 0)
@@ -41,12 +41,12 @@ class Pairs:
 
     @property
     def num_pairs(self) -> int:
-        """How many (token, expert) pairs there are."""
+        """Number of (token, expert) pairs."""
         return self.token_N.numel()
 
 
 def union_of_routes(routes: list[Route]) -> Pairs:
-    """Merge routes whose slots are experts already (that is, after the slot map).
+    """Return the pairs of routes whose slots are experts already (that is, after the slot map).
 
     Raises ValueError when the routes speak of different tokens or experts.
     """
@@ -55,8 +55,13 @@ def union_of_routes(routes: list[Route]) -> Pairs:
         sizes = [(r.num_tokens, r.num_slots) for r in routes]
         raise ValueError(f"routes over the same experts must agree on (tokens, experts), got {sizes}")
     if len(routes) == 1:
-        token_N, expert_N, weight_1N, rows_per_expert_E = by_expert(routes[0])
-        return Pairs(token_N, expert_N, weight_1N, rows_per_expert_E, num_tokens)
+        # No pair twice, sorted by token: a stable sort by expert is all it takes. How many pairs there are is known
+        # beforehand, so the host asks the device for nothing.
+        route, order_N = routes[0], stable_order(routes[0].slot_N, num_experts)
+        token_N, expert_N, weight_N = (
+            x.index_select(0, order_N) for x in (route.token_N, route.slot_N, route.weight_N)
+        )
+        return Pairs(token_N, expert_N, weight_N.unsqueeze(0), _counts_of_sorted(expert_N, num_experts), num_tokens)
     keys = [route.slot_N * num_tokens + route.token_N for route in routes]
     key_N = torch.unique(torch.cat(keys), sorted=True)
     expert_N = torch.div(key_N, max(num_tokens, 1), rounding_mode="floor")
@@ -68,6 +73,11 @@ def union_of_routes(routes: list[Route]) -> Pairs:
         token_N=key_N - expert_N * num_tokens,
         expert_N=expert_N,
         weight_GN=torch.stack(weights),
-        rows_per_expert_E=counts_of_sorted(expert_N, num_experts),
+        rows_per_expert_E=_counts_of_sorted(expert_N, num_experts),
         num_tokens=num_tokens,
     )
+
+
+def _counts_of_sorted(expert_N: Tensor, num_experts: int) -> Tensor:
+    """Return (E,) int64 counts of the values of ``expert_N``, which rise. ``bincount`` would wait for the device."""
+    return torch.searchsorted(expert_N, torch.arange(num_experts + 1, device=expert_N.device)).diff()

@@ -67,26 +67,23 @@ class Route:
         token_N = torch.div(key_N, num_slots, rounding_mode="floor")
         return cls(token_N, key_N - token_N * num_slots, merged_N, num_tokens, num_slots, aux or {})
 
-    def heaviest(self, most: int) -> Route:
-        """Keep each token's ``most`` heaviest assignments (ties: the lower slot), divided by their sum."""
+    def heaviest(self, limit: int) -> Route:
+        """Return each token's ``limit`` heaviest assignments (ties: the lower slot), divided by their sum."""
         by_weight_N = self.weight_N.detach().argsort(descending=True, stable=True)
         order_N = by_weight_N[self.token_N[by_weight_N].argsort(stable=True)]
         count_T = torch.bincount(self.token_N, minlength=self.num_tokens)
         place_N = torch.arange(self.num_assignments, device=self.token_N.device)
         place_N = place_N - (count_T.cumsum(0) - count_T)[self.token_N]
-        kept_N = torch.zeros_like(self.token_N, dtype=torch.bool).index_put((order_N,), place_N < most)
-        return self.keep(kept_N).normalised()
+        kept_N = torch.zeros_like(self.token_N, dtype=torch.bool).index_put((order_N,), place_N < limit)
+        kept = self.keep(kept_N)
+        sum_T = kept.weight_N.new_zeros(kept.num_tokens).index_add(0, kept.token_N, kept.weight_N)
+        return replace(kept, weight_N=kept.weight_N / sum_T[kept.token_N])
 
     def keep(self, kept_N: Tensor) -> Route:
         """Return the route of the assignments where ``kept_N`` (N,) is true, with their weights."""
         if kept_N.all():
             return self
         return replace(self, token_N=self.token_N[kept_N], slot_N=self.slot_N[kept_N], weight_N=self.weight_N[kept_N])
-
-    def normalised(self) -> Route:
-        """Divide each token's weights by their sum."""
-        sum_T = self.weight_N.new_zeros(self.num_tokens).index_add(0, self.token_N, self.weight_N)
-        return replace(self, weight_N=self.weight_N / sum_T[self.token_N])
 
     @property
     def num_assignments(self) -> int:
@@ -95,7 +92,7 @@ class Route:
 
     @property
     def tokens_per_slot(self) -> Tensor:
-        """(S,) int64: how many tokens each slot receives."""
+        """Return (S,) int64: how many tokens each slot receives."""
         return torch.bincount(self.slot_N, minlength=self.num_slots)
 
     def dense(self) -> Tensor:

@@ -28,13 +28,8 @@ class HardMap:
     num_experts: int
     merges: bool
 
-    @classmethod
-    def of(cls, table_KS: Tensor, num_experts: int) -> HardMap:
-        """Return the map of a table, having looked at its values: see :func:`check_tables`."""
-        return cls(table_KS, num_experts, check_tables(table_KS.unsqueeze(0), num_experts)[0])
-
     def apply(self, route: Route) -> Route:
-        """Relabel the slots of ``route`` as experts; a token's weights on slots of the same expert add up."""
+        """Return ``route`` over experts instead of slots; a token's weights on slots of the same expert add up."""
         expert_N = self.table_KS.flatten()[route.slot_N]
         if self.merges:
             return Route.merge(route.token_N, expert_N, route.weight_N, route.num_tokens, self.num_experts, route.aux)
@@ -48,7 +43,7 @@ class SoftPermutation:
     matrix_KEE: Tensor
 
     def apply(self, route: Route) -> Route:
-        """Mix the slots, keeping each token's total: every token may now reach every expert."""
+        """Return the route of mixed slots, each token's total kept: every token may now reach every expert."""
         with torch.autocast(route.weight_N.device.type, enabled=False):
             branches, num_experts, _ = self.matrix_KEE.shape
             mixed_TE = mix(route.dense().view(-1, branches, num_experts), self.matrix_KEE)
@@ -68,7 +63,7 @@ class StraightThroughPermutation:
     hard: HardMap
 
     def apply(self, route: Route) -> Route:
-        """Relabel the slots of ``route``, with gradients to the matrix."""
+        """Return ``route`` over experts instead of slots, with gradients to the matrix."""
         hard = self.hard.apply(route)
         branches, num_experts, _ = self.matrix_KEE.shape
         with torch.autocast(route.weight_N.device.type, enabled=False):
@@ -95,7 +90,7 @@ def check_tables(table_PKS: Tensor, num_experts: int) -> list[bool]:
 
 
 def mix(weight_TKS: Tensor, matrix_KSE: Tensor) -> Tensor:
-    """(T, K, S) branches and (K, S, E) matrices -> (T, E), each row scaled to the sum it had.
+    """Return the (T, E) mix of (T, K, S) branches by (K, S, E) matrices, each row scaled to the sum it had.
 
     The scaling makes up for a Sinkhorn iteration that has not converged. The paper's code divides by
     the new sum, which is the same for rows that sum to 1.

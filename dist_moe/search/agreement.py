@@ -14,9 +14,9 @@ _NOT_FINITE = "the relaxed permutation holds a NaN or an infinity"
 
 
 def agree_on_tables(soft: Tensor) -> Tensor:
-    """Round ``soft`` (..., n, n) to the nearest permutations on rank 0 and give them to every rank.
+    """Return rank 0's ``soft`` (..., n, n), rounded to the nearest permutations (..., n) int64, on every rank.
 
-    Returns (..., n) int64, slot -> expert. With one rank, no collective is issued. Raises, on every rank:
+    With one rank, no collective is issued. Raises, on every rank:
     FloatingPointError if rank 0's ``soft`` holds a NaN or an infinity; RuntimeError if some rank ended up
     with another table.
     """
@@ -31,7 +31,7 @@ def agree_on_tables(soft: Tensor) -> Tensor:
 
 
 def take_from_first_rank(tables: Tensor) -> Tensor:
-    """Rank 0's ``tables`` on every rank, proven by digest. Nothing is sent where there is one rank."""
+    """Return rank 0's ``tables`` on every rank, proven by digest. Nothing is sent where there is one rank."""
     if not several_ranks():
         return tables
     tables = current_world().broadcast(tables)
@@ -40,13 +40,13 @@ def take_from_first_rank(tables: Tensor) -> Tensor:
 
 
 def round_to_tables(soft: Tensor) -> Tensor:
-    """(..., n, n) -> (..., n): each matrix to the permutation nearest to it."""
+    """Return (..., n): the permutation nearest to each of (..., n, n) matrices."""
     tables = [round_to_table(matrix) for matrix in soft.reshape(-1, *soft.shape[-2:])]
     return torch.stack(tables).view(soft.shape[:-1])
 
 
 def round_to_table(soft: Tensor) -> Tensor:
-    """The assignment slot -> expert that maximises the sum of the chosen entries of ``soft``.
+    """Return the assignment slot -> expert that maximises the sum of the chosen entries of ``soft``.
 
     Raises FloatingPointError if ``soft`` holds a NaN or an infinity.
     """
@@ -60,12 +60,8 @@ def assert_same_on_all_ranks(table: Tensor) -> None:
     """Compare a digest of ``table`` over all ranks; RuntimeError names the ranks that differ."""
     if not several_ranks():
         return
-    all_digests = current_world().gather(torch.tensor([_digest(table)], device=table.device))
+    digest = int.from_bytes(hashlib.sha256(table.cpu().numpy().tobytes()).digest()[:8], "big", signed=True)
+    all_digests = current_world().gather(torch.tensor([digest], device=table.device))
     differing = [rank for rank, digest in enumerate(all_digests) if not torch.equal(digest, all_digests[0])]
     if differing:
-        raise RuntimeError(f"the permutation of ranks {differing} differs from that of rank 0")
-
-
-def _digest(table: Tensor) -> int:
-    content = table.cpu().numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
+        raise RuntimeError(f"the slot map of ranks {differing} differs from that of rank 0")

@@ -168,14 +168,14 @@ class PermutationSearch(SlotTable):
         return self.for_gates([SoftPermutation(matrix_KEE) for matrix_KEE in soft]), aux
 
     def current_matrix(self) -> Tensor:
-        """(P, K, n, n), without gradient: the last soft matrices during the stage, then the hard ones.
+        """Return (P, K, n, n), without gradient: the last soft matrices during the stage, then the hard ones.
 
         With ``forward: hard`` the soft ones are what is learnt, not what training routes by.
         """
         return self.soft if self.learning else super().current_matrix()
 
     def soft_matrix(self) -> Tensor:
-        """P_soft of the current step, (P, K, n, n), in fp32 (fp64 if R is), but computed in fp64.
+        """Return P_soft of the current step, (P, K, n, n), in fp32 (fp64 if R is), but computed in fp64.
 
         Near a vertex its gradient is a difference of nearly equal numbers. In fp32 that is rounding
         noise, which Adam turns into steps of full size: two layouts of a run would part company.
@@ -185,7 +185,7 @@ class PermutationSearch(SlotTable):
         return soft if self.relaxed.dtype == torch.float64 else soft.float()
 
     def schedule(self, count: int) -> tuple[float, int]:
-        """Temperature and number of Sinkhorn iterations of the ``count``-th training step."""
+        """Return temperature and number of Sinkhorn iterations of the ``count``-th training step."""
         progress = min(count / self.stage_steps, 1.0)
         log_first, log_last = (math.log10(t) for t in self.temperature)
         first, last = self.iterations

@@ -52,16 +52,13 @@ _MOST_PAIRS = 1024
 @dataclass(frozen=True)
 class PlacementChoice:
     """``before``, ``after``: load of the heaviest rank over the mean. ``simple_bound``, ``bound``: what no
-    placement can beat, see the module's text. ``together_before``, ``together_after``: share of the
-    co-activations whose two experts are on one node. ``moved``: experts that change their rank."""
+    placement can beat, see the module's text. ``moved``: experts that change their rank."""
 
     placement: Placement
     before: float
     after: float
     simple_bound: float
     bound: float
-    together_before: float
-    together_after: float
     moved: tuple[int, ...]
 
 
@@ -73,7 +70,7 @@ def choose_placement(
     ranks_per_node: int | None = None,
     slack: float = 0.0,
 ) -> PlacementChoice:
-    """The placement that the search finds; deterministic, no collective.
+    """Return the placement that the search finds; deterministic, no collective.
 
     ``load_E``: (E,) rows per expert, not negative. ``together_EE``: (E, E) symmetric counts of tokens that
     want both experts; its diagonal does not matter; None: none. ``ranks_per_node``: divides the number of
@@ -90,36 +87,29 @@ def choose_placement(
         raise ValueError(f"ranks_per_node={per_node} does not divide the {current.num_ranks} ranks")
     problem = _Problem(load, together, current.num_ranks, per_node, max(slack, 0.0))
     placement = _search(problem, current)
-    before, after = _ranks_of(current), _ranks_of(placement)
-    return PlacementChoice(
-        placement,
-        problem.imbalance(before),
-        problem.imbalance(after),
-        *imbalance_bounds(load, current.num_ranks),
-        problem.share_together(before),
-        problem.share_together(after),
-        current.moved_to(placement),
-    )
+    before, after = rank_imbalance(load, current), rank_imbalance(load, placement)
+    bounds = imbalance_bounds(load, current.num_ranks)
+    return PlacementChoice(placement, before, after, *bounds, current.moved_to(placement))
 
 
 def agree_on_placement(placement: Placement) -> Placement:
-    """Rank 0's placement on every rank, proven by digest. Collective over all ranks of the job.
+    """Return rank 0's placement on every rank, proven by digest. Collective over all ranks of the job.
 
     Raises RuntimeError if some rank ended up with another one.
     """
-    return Placement(
-        tuple(take_from_first_rank(torch.tensor(placement.expert_of_position)).tolist()), placement.num_ranks
-    )
+    order = take_from_first_rank(torch.tensor(placement.expert_of_position))
+    return Placement(tuple(order.tolist()), placement.num_ranks)
 
 
 def rank_imbalance(load_E: ArrayLike, placement: Placement) -> float:
-    """Load of the heaviest rank over the mean of the ranks; 1 where there is no load at all."""
+    """Return the load of the heaviest rank over the mean of the ranks; 1 where there is no load at all."""
     load = _checked(load_E, (placement.num_experts,))
-    return _imbalance(_rank_loads(load, _ranks_of(placement), placement.num_ranks))
+    load_R = np.bincount(_ranks_of(placement), load, minlength=placement.num_ranks)
+    return float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
 
 
 def imbalance_bounds(load_E: ArrayLike, num_ranks: int) -> tuple[float, float]:
-    """(simple bound, bound with the same number of experts on every rank): see the module's text."""
+    """Return the simple bound, and the bound with the same number of experts on every rank: see the module's text."""
     load = np.sort(np.asarray(load_E, dtype=float))[::-1]
     if not load.sum():
         return 1.0, 1.0
@@ -144,14 +134,6 @@ def _ranks_of(placement: Placement) -> Ints:
     return np.asarray(placement.position_of_expert) // placement.experts_per_rank
 
 
-def _rank_loads(load: Floats, rank_E: Ints, num_ranks: int) -> Floats:
-    return np.bincount(rank_E, load, minlength=num_ranks).astype(float)
-
-
-def _imbalance(load_R: Floats) -> float:
-    return float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
-
-
 @dataclass(frozen=True)
 class _Problem:
     load: Floats
@@ -161,20 +143,14 @@ class _Problem:
     slack: float
 
     def loads(self, rank_E: Ints) -> Floats:
-        return _rank_loads(self.load, rank_E, self.num_ranks)
-
-    def imbalance(self, rank_E: Ints) -> float:
-        return _imbalance(self.loads(rank_E))
+        """Return the loads of the ranks."""
+        return np.bincount(rank_E, self.load, minlength=self.num_ranks).astype(float)
 
     def kept(self, rank_E: Ints) -> tuple[float, float]:
-        """Co-activations within nodes, and within ranks."""
+        """Return the co-activations within nodes, and within ranks."""
         node_E = rank_E // self.ranks_per_node
         within = [float((self.together * (of_E[:, None] == of_E)).sum() / 2) for of_E in (node_E, rank_E)]
         return within[0], within[1]
-
-    def share_together(self, rank_E: Ints) -> float:
-        total = self.together.sum() / 2
-        return self.kept(rank_E)[0] / total if total else 1.0
 
 
 def _search(problem: _Problem, current: Placement) -> Placement:
@@ -195,7 +171,7 @@ def _search(problem: _Problem, current: Placement) -> Placement:
 
 
 def _longest_first(load: Floats, num_ranks: int) -> Ints:
-    """LPT: (E,) ranks."""
+    """Return the (E,) ranks of LPT."""
     room = np.full(num_ranks, len(load) // num_ranks)
     load_R, rank_E = np.zeros(num_ranks), np.zeros(len(load), dtype=np.int64)
     for expert in np.argsort(-load, kind="stable"):
@@ -207,8 +183,8 @@ def _longest_first(load: Floats, num_ranks: int) -> Ints:
 
 
 def _levelled(problem: _Problem, rank_E: Ints, enough: float = 0.0) -> Ints:
-    """Swaps of one against one, where none helps of two against two, until the heaviest rank stays so or is
-    light enough."""
+    """Return ranks after swaps of one against one, where none helps of two against two, until the heaviest rank
+    stays so or is light enough."""
     rank_E, per_rank = rank_E.copy(), len(rank_E) // problem.num_ranks
     sizes = [1, 2] if per_rank >= 2 and per_rank * (per_rank - 1) // 2 <= _MOST_PAIRS else [1]
     while problem.loads(rank_E).max() > enough and any(_relieve(problem, rank_E, size) for size in sizes):
@@ -238,13 +214,13 @@ def _relieve(problem: _Problem, rank_E: Ints, size: int) -> bool:
 
 
 def _sets_of(rank_E: Ints, rank: int, size: int) -> Ints:
-    """(sets, size): all sets of ``size`` experts of a rank."""
+    """Return (sets, size): all sets of ``size`` experts of a rank."""
     experts = np.flatnonzero(rank_E == rank)
     return np.asarray(list(combinations(experts.tolist(), size)))
 
 
 def _gathered(problem: _Problem, rank_E: Ints, limit: float) -> Ints:
-    """Swaps that bring co-activations onto one node, else onto one rank, no rank getting above ``limit``."""
+    """Return ranks after swaps that bring co-activations onto one node, else one rank, none getting above ``limit``."""
     rank_E = rank_E.copy()
     least = _ROUNDING * max(problem.together.sum(), 1.0)
     while (swap := next(_gathering_swaps(problem, rank_E, limit, least), None)) is not None:
@@ -253,7 +229,7 @@ def _gathered(problem: _Problem, rank_E: Ints, limit: float) -> Ints:
 
 
 def _gathering_swaps(problem: _Problem, rank_E: Ints, limit: float, least: float) -> Iterator[tuple[int, int]]:
-    """The best swap for nodes, if any helps; the best for ranks among those that leave nodes as they are."""
+    """Yield the best swap for nodes, if any helps; the best for ranks among those that leave nodes as they are."""
     load_R, load = problem.loads(rank_E), problem.load
     after_EE = load_R[rank_E][:, None] - load[:, None] + load  # of a's rank, after a and b change places
     allowed_EE = (rank_E[:, None] != rank_E) & (np.maximum(after_EE, after_EE.T) <= limit)
@@ -267,7 +243,7 @@ def _gathering_swaps(problem: _Problem, rank_E: Ints, limit: float, least: float
 
 
 def _gains(together: Floats, group_E: Ints) -> Floats:
-    """(E, E): co-activations within groups that are won when two experts change places."""
+    """Return (E, E): co-activations within groups that are won when two experts change places."""
     with_group = together @ np.eye(group_E.max() + 1)[group_E]
     here_E = with_group[np.arange(len(group_E)), group_E]
     there_EE = with_group[:, group_E] - together
@@ -276,7 +252,7 @@ def _gains(together: Floats, group_E: Ints) -> Floats:
 
 
 def _aligned(rank_E: Ints, current: Placement, ranks_per_node: int) -> Placement:
-    """Rename nodes, and ranks within nodes, so that most experts stay; those that stay keep their places."""
+    """Return the placement after renaming nodes, and ranks within, so that most experts stay, in their places."""
     ranks, nodes = current.num_ranks, current.num_ranks // ranks_per_node
     stay_RR = np.zeros((ranks, ranks))
     np.add.at(stay_RR, (rank_E, _ranks_of(current)), 1)

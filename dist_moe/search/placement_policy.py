@@ -10,8 +10,7 @@ from pydantic import Field
 
 from dist_moe.config.settings import Settings
 from dist_moe.parallel import Placement
-from dist_moe.search import PlacementChoice, choose_placement
-from dist_moe.search.placement import imbalance_bounds, rank_imbalance
+from dist_moe.search.placement import choose_placement, imbalance_bounds, rank_imbalance
 
 
 class PlacementScheduleConfig(Settings):
@@ -97,7 +96,7 @@ def propose(
     ranks_per_node: int,
     costs: MoveCosts,
 ) -> tuple[Placement, PlacementLook]:
-    """The placement for the load of L steps, and the look at it; the present one unless a move pays.
+    """Return the placement for the load of L steps, and the look at it; the present one unless a move pays.
 
     The model: a step lasts as long as its heaviest rank, whose rows travel to it and back. A better placement
     takes ``max_rows_before - max_rows_after`` rows a step off it, ``row_bytes`` each, for ``horizon_steps``;
@@ -118,11 +117,9 @@ def propose(
     choice = choose_placement(load_E, current, together_EE, ranks_per_node=ranks_per_node, slack=config.slack)
     mean_rows = load_E.sum() / (len(load_LE) * costs.groups * current.num_ranks)
     saved_bytes = (before - choice.after) * mean_rows * costs.row_bytes * min(config.horizon_steps, costs.steps_left)
-    if not choice.moved or saved_bytes < config.least_return * _busiest_bytes(choice, current, costs.expert_bytes):
+    if not choice.moved:
+        return stay
+    leaving_R = np.bincount([current.rank_of(expert) for expert in choice.moved])
+    if saved_bytes < config.least_return * int(leaving_R.max()) * costs.expert_bytes:
         return stay
     return choice.placement, PlacementLook(before, choice.after, bound)
-
-
-def _busiest_bytes(choice: PlacementChoice, current: Placement, expert_bytes: int) -> int:
-    leaving_R = np.bincount([current.rank_of(expert) for expert in choice.moved])
-    return int(leaving_R.max()) * expert_bytes

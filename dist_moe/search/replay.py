@@ -44,7 +44,7 @@ class Replayed:
         self._matrix_PKSE = matrix_PKSE
 
     def __call__(self, layer: MoE, x_TD: Tensor, ids_T: Tensor | None) -> MoEOutput:
-        table = layer.permutation
+        table = layer.slot_map
         assert isinstance(table, SlotTable)
         recorded = self._recording.routes
         if self._matrix_PKSE is None:

@@ -11,7 +11,7 @@ ENTROPY_EPSILON = 1e-6
 
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """Normalise rows, then columns, of (..., n, n), ``iterations`` times, in log space; exp of the result."""
+    """Return exp of (..., n, n) logits whose rows, then columns, are normalised ``iterations`` times, in log space."""
     for _ in range(iterations):
         logits = _normalise(logits)
     return logits.exp()
@@ -31,7 +31,7 @@ def _normalise(logits: Tensor) -> Tensor:
 
 
 def permutation_entropy(soft: Tensor) -> Tensor:
-    """Mean over matrices (..., n, n) of the sum of -P log(P + 1e-6) over P and over P with its rows
+    """Return the mean over matrices (..., n, n) of the sum of -P log(P + 1e-6) over P and over P with its rows
     normalised (Sinkhorn ends on columns)."""
     rows = soft / soft.sum(dim=-1, keepdim=True)
     entropy = sum((-(p * (p + ENTROPY_EPSILON).log()).sum(dim=(-2, -1)) for p in (soft, rows)), soft.new_zeros(()))

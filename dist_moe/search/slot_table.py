@@ -48,12 +48,12 @@ class SlotTable(nn.Module):
 
     @property
     def num_slots(self) -> int:
-        """S: the slots of a gate, or of each branch where branches have tables of their own."""
+        """Number S of slots of a gate, or of each branch where branches have tables of their own."""
         return self.table.shape[-1]
 
     @property
     def branches(self) -> int:
-        """K: the tables of each gate."""
+        """Number K of tables of each gate."""
         return self.table.shape[1]
 
     def forward(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]:
@@ -92,7 +92,7 @@ class SlotTable(nn.Module):
         return self.matrix_of(self.table)
 
     def matrix_of(self, table: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(..., S) experts -> (..., S, E) matrices of zeros and ones."""
+        """Return (..., S, E) matrices of zeros and ones of tables (..., S)."""
         return torch.eye(self.num_experts, dtype=dtype, device=table.device)[table]
 
 

@@ -18,7 +18,12 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 def slot_tables(model: nn.Module) -> dict[str, SlotTable]:
     """Return the slot -> expert tables of ``model`` by their layers' names."""
     layers = moe_layers(model).items()
-    return {name: layer.permutation for name, layer in layers if isinstance(layer.permutation, SlotTable)}
+    return {name: layer.slot_map for name, layer in layers if isinstance(layer.slot_map, SlotTable)}
+
+
+def is_held(module: nn.Module) -> bool:
+    """Return whether ``module`` is held still while others train (engine's ``hold_still``): no search may change it."""
+    return "train" in vars(module)
 
 
 def begin_step(layers: Collection[MoE], step: int) -> None:
@@ -26,14 +31,11 @@ def begin_step(layers: Collection[MoE], step: int) -> None:
     for layer in layers:
         layer.begin_step(step)
     for layer in layers:
-        if isinstance(layer.permutation, SlotTable):
-            layer.permutation.begin_step()
+        if isinstance(layer.slot_map, SlotTable):
+            layer.slot_map.begin_step()
 
 
 def end_step(layers: Collection[MoE], *, skipped: bool) -> None:
     """Tell the gates of ``layers`` that a training step has ended, or was skipped."""
     for layer in layers:
-        if skipped:
-            layer.drop_step()
-        else:
-            layer.end_step()
+        layer.end_step(skipped=skipped)

@@ -20,7 +20,6 @@ rank proves by digest that it holds the same table.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -30,11 +29,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe.config.settings import Settings
-from dist_moe.layer import MoE
 from dist_moe.parallel import sum_over_ranks
 from dist_moe.search.agreement import assert_same_on_all_ranks, take_from_first_rank
 from dist_moe.search.replay import Recorder, Recording, Replayed, replaying
-from dist_moe.search.slot_table import SlotTable
+from dist_moe.search.steps import is_held, moe_layers, slot_tables
 
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-11}
 """By the loss's precision, the share of the loss below which two candidates count as equal: the rounding of
@@ -81,8 +79,8 @@ class SwapReport:
 class SwapSearch:
     """``SwapSearch(model, batches, loss, config).run()``: swaps until nothing helps. Collective.
 
-    ``model``: any module with one or several MoE layers whose permutation is a ``SlotTable``, and which
-    run in the order in which they were registered, once each.
+    ``model``: any module with one or several MoE layers whose slot map is a ``SlotTable``, and which
+    run in the order in which they were registered, once each. Tables that are held still are left alone.
     ``batches``: this rank's; every rank has as many (they may be empty). ``loss``: see ``BatchLoss``;
     it runs ``model`` in evaluation mode.
 
@@ -91,10 +89,11 @@ class SwapSearch:
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], loss: BatchLoss, config: SwapSearchConfig) -> None:
         self._model = model
-        self._layers = [m for m in model.modules() if isinstance(m, MoE) and isinstance(m.permutation, SlotTable)]
-        if not self._layers:
+        tables = {name: table for name, table in slot_tables(model).items() if not is_held(table)}
+        if not tables:
             raise ValueError("the model has no MoE layer with a slot -> expert table to search")
-        self._slot_tables = [m.permutation for m in self._layers if isinstance(m.permutation, SlotTable)]
+        self._layers = [moe_layers(model)[name] for name in tables]
+        self._slot_tables = list(tables.values())
         self._batches = batches
         self._loss = loss
         self._config = config
@@ -103,11 +102,11 @@ class SwapSearch:
 
     @property
     def tables(self) -> list[Tensor]:
-        """The (P, K, S) tables, one per layer."""
+        """Return the (P, K, S) tables, one per layer."""
         return [table.table for table in self._slot_tables]
 
     def run(self) -> SwapReport:
-        """Search; the model holds the best table found when this returns."""
+        """Return a report of the search; the model then holds the best table found."""
         was_training = self._model.training
         self._model.eval()
         report = SwapReport()
@@ -134,7 +133,7 @@ class SwapSearch:
                 self._record()
 
     def _best_swap(self, report: SwapReport) -> tuple[Swap | None, float]:
-        """The best of the first round of candidates in which any helps."""
+        """Return the best of the first round of candidates in which any helps, and the loss with it."""
         resolution = self._resolution * max(abs(report.losses[-1]), torch.finfo(torch.float64).tiny)
         candidates = self._by_estimated_gain(resolution)
         report.screened += len(candidates)
@@ -151,7 +150,7 @@ class SwapSearch:
         return None, report.losses[-1]
 
     def _by_estimated_gain(self, resolution: float) -> list[Swap]:
-        """All swaps, the most promising first, equal ones in their own order; the same on every rank."""
+        """Return all swaps, the most promising first, equal ones in their own order; the same on every rank."""
         swaps: list[Swap] = []
         gains = []
         for layer, (table, gradient) in enumerate(zip(self.tables, self._gradients(), strict=True)):
@@ -163,7 +162,7 @@ class SwapSearch:
         return [swaps[i] for i in order.tolist()]
 
     def _gradients(self) -> list[Tensor]:
-        """dL/dP of each layer, (P, K, S, E) in fp64, at the present tables, summed over batches and ranks."""
+        """Return dL/dP of each layer, (P, K, S, E) in fp64, at the present tables, summed over batches and ranks."""
         matrices = [table.matrix_of(table.table, torch.float64) for table in self._slot_tables]
         totals = [torch.zeros_like(matrix) for matrix in matrices]
         for batch, recordings in zip(self._batches, self._recordings, strict=True):
@@ -177,13 +176,17 @@ class SwapSearch:
 
     @torch.no_grad()
     def _losses(self, swaps: Sequence[Swap | None]) -> list[float]:
-        """The loss over all batches and ranks after each of the swaps alone; the same on every rank."""
+        """Return the loss over all batches and ranks after each of the swaps alone; the same on every rank."""
         totals = torch.zeros(len(swaps), dtype=torch.float64, device=self.tables[0].device)
         for batch, recordings in zip(self._batches, self._recordings, strict=True):
             for i, swap in enumerate(swaps):
                 replayed = len(self._layers) if swap is None else swap.layer + 1
-                with self._tried(swap), replaying(self._layers[:replayed], map(Replayed, recordings[:replayed])):
-                    totals[i] += self._loss(batch).double()
+                self._apply(swap)
+                try:
+                    with replaying(self._layers[:replayed], map(Replayed, recordings[:replayed])):
+                        totals[i] += self._loss(batch).double()
+                finally:
+                    self._apply(swap)  # swapping again undoes it
         return take_from_first_rank(sum_over_ranks(totals)).tolist()
 
     @torch.no_grad()
@@ -199,20 +202,10 @@ class SwapSearch:
             if len(self._recordings[-1]) < len(self._layers):
                 raise ValueError("an MoE layer with a table takes no part in the loss: there is nothing to search")
 
-    @contextmanager
-    def _tried(self, swap: Swap | None) -> Iterator[None]:
-        """Within, the swap is made."""
+    def _apply(self, swap: Swap | None) -> None:
         if swap is not None:
-            self._apply(swap)
-        try:
-            yield
-        finally:
-            if swap is not None:
-                self._apply(swap)
-
-    def _apply(self, swap: Swap) -> None:
-        expert_S = self.tables[swap.layer][swap.row]
-        expert_S[list(swap.slots)] = expert_S[list(swap.slots[::-1])]
+            expert_S = self.tables[swap.layer][swap.row]
+            expert_S[list(swap.slots)] = expert_S[list(swap.slots[::-1])]
 
 
 def _swaps_of(layer: int, table: Tensor, gradient: Tensor) -> Iterator[tuple[list[Swap], Tensor]]:

@@ -44,7 +44,7 @@ def test_a_run(run: Path) -> None:
         assert name in lines
     assert "4 experts  (16, 16)" in lines["moe.experts.weight"]
     assert lines["moe.experts.weight"].split()[-5:] == ["master", "exp_avg", "exp_avg_sq", "12.0", "KiB"]
-    assert "buffer" in lines["moe.permutation.table"]
+    assert "buffer" in lines["moe.slot_map.table"]
     assert "experts-00001.safetensors" in lines
 
 

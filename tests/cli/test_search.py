@@ -19,7 +19,7 @@ from tests.helpers.commands import Outcome, dist_moe, run_here, succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import largest_difference, records_of, tensors_of, write_config
 
-TABLE = "moe.permutation.table|buffer"
+TABLE = "moe.slot_map.table|buffer"
 SCRAMBLED = torch.tensor([[[3, 2, 1, 0]]])
 
 
@@ -40,7 +40,7 @@ def with_buffer(trained: Path, scrambled: Path, name: str, buffer: Tensor) -> Pa
     (scrambled / "checkpoints").mkdir(parents=True)
     for file in ("config.yaml", "environment.json"):
         (scrambled / file).write_bytes((trained / file).read_bytes())
-    copy_with_buffers(newest_checkpoint(trained), scrambled / "checkpoints", {f"moe.permutation.{name}": buffer})
+    copy_with_buffers(newest_checkpoint(trained), scrambled / "checkpoints", {f"moe.slot_map.{name}": buffer})
     return scrambled
 
 
@@ -69,7 +69,7 @@ def test_search_of_a_run_that_still_learns_its_permutation(config: Path, tmp_pat
     """The swaps are made in the rounding of what was learnt, and nothing rounds again after them."""
     trained, output = tmp_path / "trained", tmp_path / "found"
     succeed(1, "train", config, "--run-dir", trained, "model.permutation={epochs: 100}")
-    learnt = round_to_table(tensors_of(trained)["moe.permutation.soft|buffer"][0, 0])
+    learnt = round_to_table(tensors_of(trained)["moe.slot_map.soft|buffer"][0, 0])
     soft = torch.eye(4)[learnt[SCRAMBLED]]
     run = with_buffer(trained, tmp_path / "scrambled", "soft", soft)
     succeed(ranks, "search", run, "--output", output, "examples=300")
@@ -82,7 +82,7 @@ def test_search_of_a_run_that_still_learns_its_permutation(config: Path, tmp_pat
     before, after = tensors_of(run), tensors_of(output)
     assert torch.equal(after[TABLE], table)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {TABLE, "moe.permutation.step|buffer"}
+    assert changed == {TABLE, "moe.slot_map.step|buffer"}
     evaluated = json.loads(succeed(1, "evaluate", output, "--json")[0].out)["test"]
     for metric in ("loss", "auc", "active_experts"):
         assert evaluated[metric] == pytest.approx(report["test_after"][metric], rel=1e-4), metric

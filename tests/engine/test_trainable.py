@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +24,16 @@ from dist_moe.engine.deepspeed.migration import migrate, state_bytes_per_expert
 from dist_moe.engine.deepspeed.parameter_state import MASTER, read_parameter_state
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
-from dist_moe.engine.trainable import hold_still, is_held
+from dist_moe.engine.trainable import hold_still
 from dist_moe.errors import UserError
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import TopK
 from dist_moe.layer import BatchNormOverRanks, MoE
 from dist_moe.models import MoEModel
 from dist_moe.parallel import Placement, SingleWorld, World, experts_of_rank, sum_over_ranks
+from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig, SwapSearchCallback
 from dist_moe.search import PermutationSearch
+from dist_moe.search.steps import is_held
 from tests.helpers.parity import owned_numbers
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import save_checkpoint
@@ -40,7 +43,7 @@ ADAM = {"lr": 0.02, "eps": 1e-3, "weight_decay": 0.1}  # with this eps the size 
 CLIPPING = 0.05
 PARTS = {
     "experts": ("moe.experts.*",),
-    "gates": ("*.gates.*", "*.permutation.*"),
+    "gates": ("*.gates.*", "*.slot_map.*"),
     "dense": ("below.*", "norm.*", "head.*"),
     "head": ("head.*",),
     "gates and below": ("*.gates.*", "below.weight"),
@@ -113,10 +116,10 @@ def plain(part: str, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         model.train()
         if not trains(part, "norm.weight"):
             model.norm.eval()
-        if trains(part, "moe.permutation.relaxed"):
-            model.moe.permutation.begin_step()
+        if trains(part, "moe.slot_map.relaxed"):
+            model.moe.slot_map.begin_step()
         else:
-            model.moe.permutation.eval()
+            model.moe.slot_map.eval()
         if not trains(part, "moe.gates.0.weight"):
             model.moe.gates.eval()
         if not trains(part, "moe.experts.weight"):
@@ -134,7 +137,7 @@ def trains(part: str, name: str) -> bool:
     """Written out once more, without patterns."""
     return {
         "experts": name.startswith("moe.experts."),
-        "gates": ".gates." in name or ".permutation." in name,
+        "gates": ".gates." in name or ".slot_map." in name,
         "dense": name.split(".")[0] in ("below", "norm", "head"),
         "head": name.startswith("head."),
         "gates and below": ".gates." in name or name == "below.weight",
@@ -257,13 +260,17 @@ def test_afterwards_everything_is_as_before() -> None:
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert names == ["moe.gates.0.weight", "moe.gates.0.bias"]
         held = {name for name, module in model.named_modules() if is_held(module)}
-        assert held == {"below", "norm", "moe.experts", "moe.permutation"}
+        assert held == {"below", "norm", "moe.experts", "moe.slot_map"}
+        assert not model.learning
+        trainer: Any = SimpleNamespace(model=model, tables=model.tables, steps_per_epoch=1)
+        SwapSearchCallback(None, SwapScheduleConfig(), ()).after_step(trainer, 1)  # no task: there is nothing to search
         model.train()
         assert [name for name, module in model.named_modules() if not module.training] == [
             name for name, _ in model.named_modules() if name in held
         ]
     assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == before
     assert not any(is_held(module) for module in model.modules())
+    assert model.learning
 
 
 @pytest.mark.parametrize(

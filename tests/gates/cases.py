@@ -17,9 +17,11 @@ from dist_moe.gates import (
     SMoEDropout,
     Softmax,
     TopK,
-    with_null,
 )
+from dist_moe.gates.base import affine
+from dist_moe.gates.tree import descend
 from dist_moe.routing import Route
+from tests.helpers.oracle import assert_all_same, assert_same, naive_gate, naive_gradients
 
 DIM, IDS = 3, 50
 UNSATURATED, HALF, SATURATED = 0.1, 0.6, 1000.0
@@ -27,27 +29,20 @@ Maker = Callable[[int, int, float], Gate]
 
 
 def comet(train: bool = True, split_slots: bool = False, **options: Any) -> Maker:
-    def make(n: int, k: int, hardness: float) -> Gate:
-        gate = Comet(DIM, n, k, 0.5, 0.7, **options).double().train(train)
-        for name, parameter in gate.named_parameters():
-            std = gate.gamma * hardness / (DIM + 1) ** 0.5 if name.startswith("split") else 1.0
-            torch.nn.init.normal_(parameter, std=std)
-        gate.splits_branches = split_slots
-        return gate
-
-    return make
+    return lambda n, k, h: harden(Comet(DIM, n, k, 0.5, 0.7, **options), "split", h, split_slots).train(train)
 
 
 def dselect_k(split_slots: bool = False, **options: Any) -> Maker:
-    def make(n: int, k: int, hardness: float) -> Gate:
-        gate = DSelectK(DIM, n, k, 0.5, 0.7, 0.3, **options).double()
-        for name, parameter in gate.named_parameters():
-            std = gate.gamma * hardness / (DIM + 1) ** 0.5 if name.startswith("bit") else 1.0
-            torch.nn.init.normal_(parameter, std=std)
-        gate.splits_branches = split_slots
-        return gate
+    return lambda n, k, h: harden(DSelectK(DIM, n, k, 0.5, 0.7, 0.3, **options), "bit", h, split_slots)
 
-    return make
+
+def harden(gate: Comet | DSelectK, part: str, hardness: float, split_slots: bool) -> Gate:
+    """Draw all parameters in fp64; those of ``part`` with ``hardness`` times gamma as the spread of its values."""
+    for name, parameter in gate.double().named_parameters():
+        std = gate.gamma * hardness / (DIM + 1) ** 0.5 if name.startswith(part) else 1.0
+        torch.nn.init.normal_(parameter, std=std)
+    gate.splits_branches = split_slots
+    return gate
 
 
 def top_k(train: bool = True, **options: Any) -> Maker:
@@ -80,7 +75,7 @@ def smoe_dropout(n: int, k: int, _: float) -> Gate:
 
 
 def with_nulls(inner: Maker, nulls: int = 3) -> Maker:
-    return lambda n, k, hardness: with_null(inner(n + nulls, k, hardness), nulls, 0.4)
+    return lambda n, k, hardness: NullSlots(inner(n + nulls, k, hardness), nulls, 0.4)
 
 
 VARIANTS: dict[str, Maker] = {
@@ -137,6 +132,15 @@ def loss_of(mixture_TS: Tensor, aux: dict[str, Tensor]) -> Tensor:
     return (mixture_TS * cotangent_TS).sum() + sum(aux.values(), mixture_TS.new_zeros(()))
 
 
+def leaf_mass(gate: Comet, x_TD: Tensor) -> Tensor:
+    """v, (T, k, n): how much of each token reaches each leaf, by the dense descent."""
+    return split_and_leaf_masses(gate, x_TD)[1]
+
+
+def split_and_leaf_masses(gate: Comet, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    return descend(*gate._split(gate._turn(affine(x_TD, gate.split_weight, gate.split_bias))))
+
+
 def assert_well_formed(route: Route, gate: Gate, num_tokens: int) -> None:
     """Sorted by token and slot, no pair twice, positive weights, the right sizes and index types."""
     assert (route.num_tokens, route.num_slots) == (num_tokens, gate.num_slots)
@@ -151,3 +155,32 @@ def rows_sum_to_one(gate: Gate) -> bool:
     if isinstance(gate, DSelectK):
         return gate.num_experts == 2**gate.num_bits
     return not isinstance(gate, NullSlots) and not (isinstance(gate, TopK) and gate.scores == "softmax_before")
+
+
+def check_against_naive(gate: Gate, x_TD: Tensor, seed: int = 3) -> Route:
+    """Return the route, equal to the oracle's; every parameter of a gate in training is in the fast path's graph."""
+    ids_T = ids(len(x_TD))
+    leaves = dict(gate.named_parameters()) | {"x": x_TD}
+    torch.manual_seed(seed)
+    route = gate(x_TD, ids_T)
+    torch.manual_seed(seed)
+    expected_TS, expected_aux = naive_gate(gate, x_TD, ids_T)
+    assert_well_formed(route, gate, len(x_TD))
+    assert_same(route.dense(), expected_TS)
+    assert_all_same(route.aux, expected_aux)
+    loss = loss_of(route.dense(), route.aux)
+    if gate.training and leaves.keys() != {"x"}:
+        torch.autograd.grad(loss, list(gate.parameters()), retain_graph=True)
+    assert_all_same(naive_gradients(loss, leaves), naive_gradients(loss_of(expected_TS, expected_aux), leaves))
+    return route
+
+
+def pair_of_dense_and_lazy(n: int, k: int, hardness: float, **options: Any) -> tuple[Comet, Comet]:
+    gates = []
+    for lazy in (False, True):
+        torch.manual_seed(n)
+        gates.append(comet(lazy=lazy, **options)(n, k, hardness))
+    dense, lazy_gate = gates
+    assert isinstance(dense, Comet)
+    assert isinstance(lazy_gate, Comet)
+    return dense, lazy_gate

@@ -11,45 +11,22 @@ from torch import Tensor
 
 from dist_moe.gates import Comet, CometConfig, GateContext
 from dist_moe.gates.comet import split_balance
-from dist_moe.gates.tree import descend
-from tests.gates.cases import HALF, SATURATED, UNSATURATED, build, comet, loss_of, tokens
-from tests.helpers.oracle import assert_all_same, assert_same, naive_gradients
-
-
-def pair_of_dense_and_lazy(n: int, k: int, hardness: float, **options: Any) -> tuple[Comet, Comet]:
-    gates = []
-    for lazy in (False, True):
-        torch.manual_seed(n)
-        gates.append(comet(lazy=lazy, **options)(n, k, hardness))
-    dense, lazy_gate = gates
-    assert isinstance(dense, Comet)
-    assert isinstance(lazy_gate, Comet)
-    return dense, lazy_gate
-
-
-@pytest.mark.parametrize("options", [{}, {"max_active": 3}, {"split_slots": True}, {"balance_weight": 0.2}])
-@pytest.mark.parametrize("hardness", [UNSATURATED, HALF, 2.0, SATURATED])
-@pytest.mark.parametrize(("n", "k"), [(2, 1), (5, 2), (8, 3), (13, 2), (33, 2)])
-def test_lazy_and_dense_give_the_same_route_and_gradients(
-    n: int, k: int, hardness: float, options: dict[str, Any]
-) -> None:
-    dense, lazy = pair_of_dense_and_lazy(n, k, hardness, **options)
-    x_TD = tokens(7)
-    routes = [gate(x_TD) for gate in (dense, lazy)]
-    assert torch.equal(routes[1].token_N, routes[0].token_N)
-    assert torch.equal(routes[1].slot_N, routes[0].slot_N)
-    assert_same(routes[1].weight_N, routes[0].weight_N, 1e-12)
-    assert_all_same(routes[1].aux, routes[0].aux, 1e-12)
-    grads = [
-        naive_gradients(loss_of(route.dense(), route.aux), dict(gate.named_parameters()) | {"x": x_TD})
-        for gate, route in zip((dense, lazy), routes, strict=True)
-    ]
-    assert_all_same(grads[1], grads[0], 1e-10 if options.get("balance_weight") else 1e-12)
+from tests.gates.cases import (
+    SATURATED,
+    UNSATURATED,
+    build,
+    leaf_mass,
+    loss_of,
+    pair_of_dense_and_lazy,
+    split_and_leaf_masses,
+    tokens,
+)
+from tests.helpers.oracle import assert_same, naive_gradients
 
 
 def reached_nodes(gate: Comet, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """(k, n-1) and (k, n) bool: does any token reach the split, the leaf?"""
-    split_TKQ, leaf_TKE = descend(*gate._split(gate._affine(x_TD, "split")))
+    split_TKQ, leaf_TKE = split_and_leaf_masses(gate, x_TD)
     return (split_TKQ > 0).any(dim=0), (leaf_TKE > 0).any(dim=0)
 
 
@@ -168,7 +145,7 @@ def test_descending_the_split_balance_evens_out_the_splits() -> None:
     x_TD = torch.randn(200, 3)
 
     def unevenness() -> float:
-        return (gate.leaf_mass(x_TD).mean(dim=0) - 1 / 8).abs().max().item()
+        return (leaf_mass(gate, x_TD).mean(dim=0) - 1 / 8).abs().max().item()
 
     before, optimizer = unevenness(), torch.optim.Adam(gate.parameters(), 0.01)
     for _ in range(60):

@@ -2,75 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from dist_moe.gates import Comet, DSelectK, Gate, HashRouting, SMoEDropout, Softmax, TopK, with_null
+from dist_moe.gates import Gate
 from dist_moe.routing import Route
+from tests.gates.cases import DIM, UNSATURATED, build
 
-TOKENS, DIM, EXPERTS = 24, 16, 8
+TOKENS = 24
 IDS_T = torch.arange(TOKENS) % 5
+TRAINED = ["comet_balance", "comet_lazy", "top_k_losses", "top_k_sigmoid", "dselect_k", "softmax", "ada_moe"]
+VARIANTS = [*TRAINED, "smoe_dropout", "hash"]
 
 
-def make_comet(**options: bool) -> Gate:
-    torch.manual_seed(0)
-    gate = Comet(DIM, EXPERTS, 2, gamma=1.0, entropy_weight=0.7, balance_weight=0.1, **options)
-    torch.nn.init.normal_(gate.split_weight, std=0.1)
-    return gate
-
-
-def make_lazy_comet() -> Gate:
-    return make_comet(lazy=True)
-
-
-def make_top_k() -> Gate:
-    torch.manual_seed(0)
-    return TopK(DIM, EXPERTS, 2, balance_weight=0.3, z_loss_weight=0.1)
-
-
-def make_sigmoid_top_k() -> Gate:
-    torch.manual_seed(0)
-    return TopK(DIM, EXPERTS, 2, scores="sigmoid", balance_weight=0.3, bias_update_rate=0.1)
-
-
-def make_dselect_k() -> Gate:
-    torch.manual_seed(0)
-    gate = DSelectK(DIM, EXPERTS - 1, 2)
-    torch.nn.init.normal_(gate.bit_weight, std=0.1)
-    return gate
-
-
-def make_softmax() -> Gate:
-    torch.manual_seed(0)
-    return Softmax(DIM, EXPERTS)
-
-
-def make_ada_moe() -> Gate:
-    torch.manual_seed(0)
-    return with_null(TopK(DIM, EXPERTS + 4, 3), 4, balance_weight=0.3)
-
-
-def make_smoe_dropout() -> Gate:
-    torch.manual_seed(0)
-    return SMoEDropout(DIM, EXPERTS, 3, 3, schedule_steps=10)
-
-
-def make_hash() -> Gate:
-    return HashRouting(DIM, EXPERTS, torch.ones(5))
-
-
-TRAINED = [
-    make_comet,
-    make_lazy_comet,
-    make_top_k,
-    make_sigmoid_top_k,
-    make_dselect_k,
-    make_softmax,
-    make_ada_moe,
-]
-MAKERS = [*TRAINED, make_smoe_dropout, make_hash]
+def make(variant: str) -> Gate:
+    return build(variant, 7, 3, UNSATURATED).float()
 
 
 def assert_same_bits(actual: Route, expected: Route) -> None:
@@ -84,10 +30,10 @@ def assert_same_bits(actual: Route, expected: Route) -> None:
         assert torch.equal(actual.aux[name], loss)
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_autocast_changes_no_bit(make: Callable[[], Gate], input_dtype: torch.dtype) -> None:
-    gate, x_TD = make(), torch.randn(TOKENS, DIM).to(input_dtype)
+def test_autocast_changes_no_bit(variant: str, input_dtype: torch.dtype) -> None:
+    gate, x_TD = make(variant), torch.randn(TOKENS, DIM).to(input_dtype)
     expected = gate(x_TD, IDS_T)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         route = gate(x_TD, IDS_T)
@@ -95,9 +41,9 @@ def test_autocast_changes_no_bit(make: Callable[[], Gate], input_dtype: torch.dt
     assert_same_bits(route, expected)
 
 
-@pytest.mark.parametrize("make", TRAINED)
-def test_gradients_under_autocast_are_those_without(make: Callable[[], Gate]) -> None:
-    gate, x_TD = make(), torch.randn(TOKENS, DIM)
+@pytest.mark.parametrize("variant", TRAINED)
+def test_gradients_under_autocast_are_those_without(variant: str) -> None:
+    gate, x_TD = make(variant), torch.randn(TOKENS, DIM)
     cotangent_TE = torch.randn(TOKENS, gate.num_experts)
     grads = []
     for enabled in (False, True):
@@ -109,33 +55,31 @@ def test_gradients_under_autocast_are_those_without(make: Callable[[], Gate]) ->
         assert torch.equal(plain, autocast)
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_input_is_only_rounded_never_computed_with(
-    make: Callable[[], Gate], input_dtype: torch.dtype
-) -> None:
-    gate, x_TD = make(), torch.randn(TOKENS, DIM).to(input_dtype)
+def test_low_precision_input_is_only_rounded_never_computed_with(variant: str, input_dtype: torch.dtype) -> None:
+    gate, x_TD = make(variant), torch.randn(TOKENS, DIM).to(input_dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         route = gate(x_TD, IDS_T)
     assert_same_bits(route, gate(x_TD.float(), IDS_T))
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_low_precision_parameters_are_only_rounded_never_computed_with(make: Callable[[], Gate]) -> None:
-    gate, x_TD = make().bfloat16(), torch.randn(TOKENS, DIM)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_low_precision_parameters_are_only_rounded_never_computed_with(variant: str) -> None:
+    gate, x_TD = make(variant).bfloat16(), torch.randn(TOKENS, DIM)
     assert_same_bits(gate(x_TD, IDS_T), gate.float()(x_TD, IDS_T))
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_fp64_in_fp64_out(make: Callable[[], Gate]) -> None:
-    gate, x_TD = make(), torch.randn(TOKENS, DIM, dtype=torch.float64)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fp64_in_fp64_out(variant: str) -> None:
+    gate, x_TD = make(variant), torch.randn(TOKENS, DIM, dtype=torch.float64)
     route = gate(x_TD, IDS_T)
     assert_same_bits(route, gate.double()(x_TD, IDS_T))
     assert route.weight_N.dtype == torch.float64
 
 
-@pytest.mark.parametrize("make", [*TRAINED, make_smoe_dropout])
-def test_fp64_is_computed_in_fp64(make: Callable[[], Gate]) -> None:
-    gate, x_TD = make(), torch.randn(TOKENS, DIM, dtype=torch.float64)
+@pytest.mark.parametrize("variant", [*TRAINED, "smoe_dropout"])
+def test_fp64_is_computed_in_fp64(variant: str) -> None:
+    gate, x_TD = make(variant), torch.randn(TOKENS, DIM, dtype=torch.float64)
     route = gate(x_TD, IDS_T)
     assert (gate.float()(x_TD.float(), IDS_T).weight_N.double() - route.weight_N).abs().max() > 1e-12

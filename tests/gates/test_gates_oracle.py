@@ -4,49 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from dist_moe.gates import Gate
 from tests.gates.cases import (
     HALF,
     SATURATED,
     UNSATURATED,
     VARIANTS,
-    assert_well_formed,
     build,
+    check_against_naive,
     ids,
-    loss_of,
     rows_sum_to_one,
     tokens,
 )
-from tests.helpers.oracle import assert_all_same, assert_same, naive_gate, naive_gradients
+from tests.helpers.oracle import assert_all_same, assert_same
 
 PLAIN = ("comet", "top_k", "dselect_k", "hash", "softmax", "smoe_dropout", "ada_moe")
 HARDNESSES = (UNSATURATED, HALF, SATURATED)
-
-
-def check(gate: Gate, x_TD: Tensor, seed: int = 3) -> None:
-    """Route against oracle; every parameter of a gate in training must be in the fast path's graph."""
-    ids_T = ids(len(x_TD))
-    leaves = dict(gate.named_parameters()) | {"x": x_TD}
-    torch.manual_seed(seed)
-    route = gate(x_TD, ids_T)
-    torch.manual_seed(seed)
-    expected_TS, expected_aux = naive_gate(gate, x_TD, ids_T)
-    assert_well_formed(route, gate, len(x_TD))
-    assert_same(route.dense(), expected_TS)
-    assert_all_same(route.aux, expected_aux)
-    loss = loss_of(route.dense(), route.aux)
-    if gate.training and leaves.keys() != {"x"}:
-        torch.autograd.grad(loss, list(gate.parameters()), retain_graph=True)
-    assert_all_same(naive_gradients(loss, leaves), naive_gradients(loss_of(expected_TS, expected_aux), leaves))
 
 
 @pytest.mark.parametrize("variant", PLAIN)
 @pytest.mark.parametrize("n", [*range(2, 34), 64, 100])
 def test_every_number_of_experts(variant: str, n: int) -> None:
     k = min(n, (1, 2, 3, 5)[n % 4])
-    check(build(variant, n, k, HARDNESSES[n % 3], seed=n), tokens(2 if n < 17 else 1, seed=n))
+    check_against_naive(build(variant, n, k, HARDNESSES[n % 3], seed=n), tokens(2 if n < 17 else 1, seed=n))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -54,13 +34,13 @@ def test_every_number_of_experts(variant: str, n: int) -> None:
     ("n", "k", "hardness"), [(2, 2, HALF), (5, 3, HALF), (8, 2, UNSATURATED), (8, 2, SATURATED), (13, 4, SATURATED)]
 )
 def test_every_variant(variant: str, n: int, k: int, hardness: float) -> None:
-    check(build(variant, n, k, hardness, seed=n), tokens(3, seed=n))
+    check_against_naive(build(variant, n, k, hardness, seed=n), tokens(3, seed=n))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("count", [0, 1])
 def test_no_token_and_one_token(variant: str, count: int) -> None:
-    check(build(variant, 6, 2), tokens(count))
+    check_against_naive(build(variant, 6, 2), tokens(count))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -69,7 +49,7 @@ def test_all_parameters_zero_so_that_everything_ties(variant: str) -> None:
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.zero_()
-    check(gate, tokens(3))
+    check_against_naive(gate, tokens(3))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -78,7 +58,7 @@ def test_tokens_of_zeros_and_equal_experts(variant: str) -> None:
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter[..., 1::2] = parameter[..., 0::2][..., : parameter[..., 1::2].shape[-1]]
-    check(gate, tokens(3).detach().mul(torch.tensor([[0.0], [1.0], [2.0]])).requires_grad_())
+    check_against_naive(gate, tokens(3).detach().mul(torch.tensor([[0.0], [1.0], [2.0]])).requires_grad_())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

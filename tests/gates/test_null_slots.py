@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.experts import DenseReLUBank
-from dist_moe.gates import AdaMoEConfig, Comet, Gate, GateContext, NullSlots, TopK, with_null
+from dist_moe.gates import AdaMoEConfig, Comet, Gate, GateContext, NullSlots, TopK
 from dist_moe.gates.balance import load_balance
 from dist_moe.gates.null_slots import without_null
 from dist_moe.layer import MoE
@@ -18,7 +18,7 @@ from tests.helpers.oracle import assert_same
 
 def ada_moe(n: int = 8, m: int = 16, k: int = 4, dim: int = 3, balance_weight: float = 1.0) -> NullSlots:
     torch.manual_seed(0)
-    return with_null(TopK(dim, n + m, k).double(), m, balance_weight)
+    return NullSlots(TopK(dim, n + m, k).double(), m, balance_weight)
 
 
 def prefer(gate: NullSlots, *slots: int) -> None:
@@ -33,7 +33,7 @@ def prefer(gate: NullSlots, *slots: int) -> None:
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "null" not in name and name != "top_k_noise"])
 def test_check_f1_without_null_slots_it_is_the_gate_itself_to_the_bit(variant: str) -> None:
     gate, x_TD, ids_T = build(variant, 6, 2), tokens(7), ids(7)
-    wrapped = with_null(gate, 0)
+    wrapped = NullSlots(gate, 0)
     wrapped.splits_branches = gate.splits_branches
     expected, route = gate.mixture(x_TD, ids_T), wrapped.mixture(x_TD, ids_T)
     assert torch.equal(route.weight_TKE, expected.weight_TKE)
@@ -184,19 +184,9 @@ def test_dropped_weights_are_shared_out_in_proportion_and_untouched_rows_keep_th
     assert_same(weight_TKE[2], weight_TKS[2, :, :3] / weight_TKS[2, :, :3].sum(), 1e-6)
 
 
-def test_weights_are_the_probabilities_over_all_slots_renormalised_over_the_true_ones() -> None:
-    gate, x_TD = ada_moe(n=4, m=4, k=3), torch.randn(20, 3).double()
-    assert isinstance(gate.gate, TopK)
-    probability_TS = (x_TD @ gate.gate.weight.T).softmax(dim=1)
-    kept_TS = torch.zeros(20, 8).double().scatter(1, probability_TS.topk(3).indices, 1.0)
-    true_TE = (probability_TS * kept_TS)[:, :4]
-    sum_T1 = true_TE.sum(dim=1, keepdim=True)
-    assert_same(gate(x_TD).dense(), true_TE / torch.where(sum_T1 > 0, sum_T1, 1), 1e-14)
-
-
 def test_wraps_comet_with_its_branches_losses_and_hard_trees() -> None:
     inner = Comet(3, 8, 2, balance_weight=0.1).double()
-    gate = with_null(inner, 3, balance_weight=0.5)
+    gate = NullSlots(inner, 3, balance_weight=0.5)
     assert (gate.num_experts, gate.num_branches, gate.num_slots) == (5, 2, 5)
     assert set(gate(torch.randn(4, 3).double()).aux) == {"entropy", "split_balance", "null_balance"}
     with torch.no_grad():
@@ -211,7 +201,7 @@ def test_wraps_comet_with_its_branches_losses_and_hard_trees() -> None:
 
 def test_owner_speaks_through_to_the_inner_gate() -> None:
     inner = TopK(3, 6, 2, bias_update_rate=0.5)
-    gate, asked = with_null(inner, 2), []
+    gate, asked = NullSlots(inner, 2), []
     gate.sum_over_ranks = lambda x: asked.append(x.tolist()) or x
     prefer(gate, 0, 5)
     gate(torch.randn(4, 3))
@@ -222,7 +212,7 @@ def test_owner_speaks_through_to_the_inner_gate() -> None:
 
 def test_schedule_of_the_inner_gate_runs() -> None:
     gate = build("smoe_dropout", 6, 2)
-    with_null(gate, 2).begin_step(7)
+    NullSlots(gate, 2).begin_step(7)
     assert int(gate.step) == 7
 
 
@@ -234,7 +224,7 @@ def test_balance_only_with_a_weight_and_while_training() -> None:
 @pytest.mark.parametrize("null_slots", [-1, 5, 6])
 def test_impossible_numbers_of_null_slots_are_refused(null_slots: int) -> None:
     with pytest.raises(ValueError, match=f"at least 2 of the gate's 6 slots as experts, got {null_slots}"):
-        with_null(TopK(3, 6), null_slots)
+        NullSlots(TopK(3, 6), null_slots)
 
 
 def test_config_builds_top_k_over_experts_and_nulls() -> None:

@@ -131,13 +131,6 @@ def test_evaluation_at_another_k_does_not_disturb_the_k_of_training() -> None:
     assert gate(x_TD).num_assignments == 15
 
 
-def test_only_the_largest_logits_are_kept_and_share_a_softmax() -> None:
-    gate, x_TD = SMoEDropout(4, 8, 3, 3, 1).double(), torch.randn(5, 4).double()
-    logit_TE = x_TD @ gate.weight.T
-    kept_TK, slot_TK = logit_TE.topk(3)
-    assert_same(gate(x_TD).dense(), torch.zeros(5, 8).double().scatter(1, slot_TK, kept_TK.softmax(dim=1)), 1e-14)
-
-
 def test_router_is_normal_with_deviation_2_percent_from_the_global_generator() -> None:
     torch.manual_seed(0)
     gate = SMoEDropout(256, 64, 1, 64, 10)

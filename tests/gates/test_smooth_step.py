@@ -24,12 +24,6 @@ def test_value_and_gradient_equal_the_cubic_in_fp64(gamma: float) -> None:
         torch.testing.assert_close(*grads, rtol=0, atol=1e-13 / gamma)
 
 
-def test_slope_in_the_middle_is_three_halves_over_gamma() -> None:
-    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(smooth_step(t, 0.1)[0], t)
-    assert slope.item() == pytest.approx(15.0, rel=1e-14)
-
-
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("side", [-1.0, 1.0])
 def test_stays_between_0_and_1_in_fp32_just_inside_the_edges(gamma: float, side: float) -> None:
@@ -40,14 +34,6 @@ def test_stays_between_0_and_1_in_fp32_just_inside_the_edges(gamma: float, side:
     for each in (left, right):
         assert each.dtype == torch.float32
         assert ((each >= 0) & (each <= 1)).all()
-
-
-def test_the_printed_cubic_would_leave_the_interval() -> None:
-    gamma, inside = 0.001, [torch.tensor(-0.0005)]
-    for _ in range(2000):
-        inside.append(torch.nextafter(inside[-1], torch.tensor(0.0)))
-    t = torch.stack(inside)
-    assert (-2 * t**3 / gamma**3 + 3 * t / (2 * gamma) + 0.5).min() < 0
 
 
 @pytest.mark.parametrize("exponent", range(2, 25))

@@ -47,7 +47,8 @@ def test_lazy_descent_visits_the_reached_nodes_and_no_others(num_leaves: int, sh
         place = (nodes.token_N, nodes.tree_N, nodes.node_N)
         assert len(nodes.node_N) == int((mass_TKS > 0).sum())
         assert_same(torch.zeros_like(mass_TKS).index_put(place, nodes.mass_N), mass_TKS, 0)
-    assert_same(visit.left_N, left_TKQ[visit.splits.token_N, visit.splits.tree_N, visit.splits.node_N], 0)
+    left_N = torch.cat([level.left_N for level in visit.levels])
+    assert_same(left_N, left_TKQ[visit.splits.token_N, visit.splits.tree_N, visit.splits.node_N], 0)
 
 
 @pytest.mark.parametrize("num_leaves", [2, 3, 5, 8, 13, 33, 100])

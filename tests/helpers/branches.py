@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dist_moe.routing import HardMap, check_tables
+
+
+def hard_map(table_KS: Tensor, num_experts: int) -> HardMap:
+    return HardMap(table_KS, num_experts, check_tables(table_KS.unsqueeze(0), num_experts)[0])
+
 
 def naive_branch_relabel(mixture_TS: Tensor, table_KS: Tensor, num_experts: int | None = None) -> Tensor:
     """(T, K S) -> (T, E): slot i of branch j goes to expert ``table_KS[j, i]``; shares of an expert add up.

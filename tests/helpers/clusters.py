@@ -42,8 +42,8 @@ class Mixture(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        assert isinstance(self.moe.permutation, SlotTable)
-        return self.moe.permutation.table
+        assert isinstance(self.moe.slot_map, SlotTable)
+        return self.moe.slot_map.table
 
     def forward(self, x_TD: Tensor, id_T: Tensor) -> Tensor:
         return self.head(self.moe(x_TD, id_T).outputs[0])

@@ -61,12 +61,6 @@ def naive_leaf_masses(left_Q: list[Tensor]) -> list[Tensor]:
     return descend(0, torch.ones_like(left_Q[0]))
 
 
-def naive_comet(gate: Comet, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, slots) mixture, and the entropy term with its coefficient."""
-    branches_TKE, aux = _comet_branches(gate, x_TD)
-    return _slots(gate, branches_TKE), aux["entropy"]
-
-
 def _comet_branches(gate: Comet, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     rows, entropy = [], x_TD.new_zeros(())
     left_KQ = x_TD.new_zeros(gate.k, gate.num_experts - 1)
@@ -148,11 +142,6 @@ def naive_largest(scores: Tensor | list[Tensor], k: int, allowed: list[bool] | N
     """Places of the k largest that are allowed, of equal ones the first."""
     places = [place for place in range(len(scores)) if allowed is None or allowed[place]]
     return sorted(places, key=lambda place: scores[place].item(), reverse=True)[:k]
-
-
-def naive_top_k(gate: TopK, x_TD: Tensor) -> Tensor:
-    """(T, n) mixture: sort, keep k indices, weigh them."""
-    return _top_k_branches(gate, x_TD)[0].sum(dim=1)
 
 
 def _top_k_branches(gate: TopK, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor], list[list[Tensor]]]:
@@ -310,21 +299,6 @@ def naive_gate(gate: Gate, x_TD: Tensor, ids_T: Tensor | None = None) -> tuple[T
     """(T, slots) mixture and the auxiliary losses of any gate, of a single rank."""
     branches_TKE, aux = _branches(gate, x_TD, ids_T)
     return _slots(gate, branches_TKE), aux
-
-
-def naive_relabel(mixture_TS: Tensor, table: list[int]) -> Tensor:
-    """Slot s becomes expert ``table[s]``."""
-    columns = [mixture_TS[:, table.index(expert)] for expert in range(len(table))]
-    return torch.stack(columns, dim=1)
-
-
-def naive_mix(mixture_TS: Tensor, matrix_SS: Tensor) -> Tensor:
-    """g'_c = sum_r g_r P[r, c], divided by its sum over c."""
-    rows = []
-    for g_S in mixture_TS:
-        mixed = [sum(g_S[r] * matrix_SS[r, c] for r in range(len(g_S))) for c in range(len(g_S))]
-        rows.append(torch.stack([m / sum(mixed) for m in mixed]))
-    return torch.stack(rows) if rows else mixture_TS
 
 
 def naive_sinkhorn(logits: Tensor, iterations: int) -> Tensor:

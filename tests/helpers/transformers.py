@@ -24,7 +24,8 @@ from dist_moe.models import RunShape, Transformer, TransformerConfig
 from dist_moe.models.transformer import CausalAttention, SwiGLU
 from dist_moe.parallel import SingleWorld, World
 from dist_moe.search import PermutationSearch
-from tests.helpers.oracle import naive_gate, naive_mix, naive_permutation_entropy, naive_relabel
+from tests.helpers.branches import naive_branch_mix, naive_branch_relabel
+from tests.helpers.oracle import naive_gate, naive_permutation_entropy
 
 EACH_GATE: dict[str, GateConfig] = {
     "ada_moe": AdaMoEConfig(k=2, null_slots=2),
@@ -58,7 +59,7 @@ def make_transformer(world: World | None = None, **options: Any) -> Transformer:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-            elif ".gates." not in name and ".permutation." not in name:
+            elif ".gates." not in name and ".slot_map." not in name:
                 parameter.mul_(15)
     return model
 
@@ -129,13 +130,13 @@ def _swiglu(network: SwiGLU, x_D: Tensor) -> Tensor:
 
 def _mixture(moe: MoE, x_TD: Tensor, ids_T: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     mixture_TE, aux = naive_gate(moe.gates[0], x_TD, ids_T)
-    search = moe.permutation
+    search = moe.slot_map
     if isinstance(search, PermutationSearch) and search.training and search.learning:
         soft = search.soft_matrix()[0, 0]
-        mixture_TE = naive_mix(mixture_TE, soft)
+        mixture_TE = naive_branch_mix(mixture_TE, soft.unsqueeze(0))
         aux = aux | {"permutation": search.entropy_weight * naive_permutation_entropy(soft)}
     else:
-        mixture_TE = naive_relabel(mixture_TE, search.table[0, 0].tolist())
+        mixture_TE = naive_branch_relabel(mixture_TE, search.table[0])
     bank, results = moe.experts, []
     for weight_E, x_D in zip(mixture_TE, x_TD, strict=True):
         total = torch.zeros_like(x_D) if moe.shared is None else _swiglu(moe.shared, x_D)

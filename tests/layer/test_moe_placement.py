@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from dist_moe.layer import DenseReplay, MoEOutput
-from dist_moe.parallel import Placement, ProcessWorld
+from dist_moe.layer import DenseReplay
+from dist_moe.parallel import Placement
 from dist_moe.routing import union_of_routes
-from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gradients
+from tests.helpers.oracle import assert_same, naive_gradients
 from tests.helpers.worlds import run_worlds
-from tests.layer.cases import Case, Layer, build_cotangents, build_layer, build_tokens, loss_of, naive_layer
+from tests.layer.cases import Case, build_cotangents, build_layer, build_tokens, loss_of, naive_layer
+from tests.layer.test_moe_ranks import assert_equals_one_process, run_case
 
 CASES = {
     "comet": Case(num_gates=2, permutation="hard"),
@@ -28,29 +28,6 @@ def some_placement(num_ranks: int, seed: int, num_experts: int = 8) -> Placement
     return Placement(tuple(order), num_ranks)
 
 
-def run_placed(
-    case: Case, tokens_per_rank: list[int], placement: Placement, layer: Layer
-) -> list[tuple[MoEOutput, dict[str, Tensor]]]:
-    """Each rank's output and gradients, each with its own slice of the tokens and its share of the loss."""
-    num_ranks = len(tokens_per_rank)
-    tokens = [x.requires_grad_() for x in build_tokens(case).detach().split(tokens_per_rank)]
-    cotangents = [
-        list(parts) for parts in zip(*(c.split(tokens_per_rank) for c in build_cotangents(case)), strict=True)
-    ]
-    layers = [layer.of_rank(rank, num_ranks, placement) for rank in range(num_ranks)]
-
-    def run_rank(world: ProcessWorld) -> tuple[MoEOutput, dict[str, Tensor]]:
-        mine, x_TD = layers[world.rank], tokens[world.rank]
-        output = mine.moe(world, placement)(x_TD)
-        shares = {"entropy": len(x_TD) / max(case.tokens, 1), "permutation": 1 / num_ranks}
-        aux = {name: loss * shares[name] for name, loss in output.aux.items()}
-        return output, gradients(
-            loss_of(list(output.outputs), aux, cotangents[world.rank]), mine.leaves() | {"x": x_TD}
-        )
-
-    return run_worlds(num_ranks, run_rank)
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(
@@ -60,27 +37,14 @@ def test_every_placement_equals_one_process(name: str, num_ranks: int, tokens_pe
     case = replace(CASES[name], tokens=sum(tokens_per_rank))
     placement = some_placement(num_ranks, seed)
     assert not placement.is_identity
-    layer, x_TD = build_layer(case), build_tokens(case)
-    outputs, aux = naive_layer(layer, x_TD)
-    leaves = layer.leaves() | {"x": x_TD}
-    expected = naive_gradients(loss_of(outputs, aux, build_cotangents(case)), leaves)
-
-    results = run_placed(case, tokens_per_rank, placement, layer)
-    for g, output in enumerate(outputs):
-        assert_same(torch.cat([result.outputs[g] for result, _ in results]), output)
-    actual = {}
-    for key in expected:
-        parts = [grads[key] for _, grads in results]
-        joined = torch.cat(parts) if key == "x" or key.startswith("experts.") else torch.stack(parts).sum(0)
-        actual[key] = joined[list(placement.position_of_expert)] if key.startswith("experts.") else joined
-    assert_all_same(actual, expected)
+    assert_equals_one_process(case, tokens_per_rank, run_worlds, placement)
 
 
 def test_pairs_bear_the_ids_of_experts_in_the_order_of_their_positions() -> None:
     case, placement = Case(num_gates=2, tokens=6), some_placement(2, seed=1)
     layer = build_layer(case)
     expected = union_of_routes([gate(build_tokens(case)) for gate in layer.gates])
-    outputs = [output for output, _ in run_placed(case, [6, 0], placement, layer)]
+    outputs = [result.output for result in run_case(case, [6, 0], layer, run_worlds, placement)]
     pairs = outputs[0].pairs
     assert torch.equal(pairs.rows_per_expert_E, expected.rows_per_expert_E)
     keys = list(zip(pairs.expert_N.tolist(), pairs.token_N.tolist(), strict=True))
@@ -97,10 +61,10 @@ def test_one_hot_expert_is_computed_where_it_lives() -> None:
     layer = build_layer(case)
     with torch.no_grad():
         layer.gates[0].bias[5] = 100.0
-    results = run_placed(case, tokens_per_rank, placement, layer)
-    assert [output.rows_computed for output, _ in results] == [9, 0, 0, 0]
+    results = run_case(case, tokens_per_rank, layer, run_worlds, placement)
+    assert [result.output.rows_computed for result in results] == [9, 0, 0, 0]
     expected = naive_gradients(loss_of(*naive_layer(layer, build_tokens(case)), build_cotangents(case)), layer.leaves())
-    weight_grad = torch.cat([grads["experts.weight"] for _, grads in results])
+    weight_grad = torch.cat([result.grads["experts.weight"] for result in results])
     assert_same(weight_grad[list(placement.position_of_expert)], expected["experts.weight"])
 
 

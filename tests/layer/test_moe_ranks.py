@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_moe.layer import MoEOutput
-from dist_moe.parallel import EmulatedWorld, Traffic, World
+from dist_moe.parallel import EmulatedWorld, Placement, Traffic, World
 from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gradients
 from tests.helpers.worlds import run_worlds
 from tests.layer.cases import (
@@ -54,6 +54,7 @@ def run_case(
     tokens_per_rank: list[int],
     layer: Layer | None = None,
     run: Run = emulated,
+    placement: Placement | None = None,
 ) -> list[RankResult]:
     """Forward and backward on every rank, each with its own slice of the tokens and its share of the loss."""
     case = replace(case, tokens=sum(tokens_per_rank))
@@ -64,11 +65,11 @@ def run_case(
         list(parts) for parts in zip(*(c.split(tokens_per_rank) for c in build_cotangents(case)), strict=True)
     ]
     ids = build_ids(case).split(tokens_per_rank)
-    layers = [layer.of_rank(rank, num_ranks) for rank in range(num_ranks)]
+    layers = [layer.of_rank(rank, num_ranks, placement) for rank in range(num_ranks)]
 
     def run_rank(world: World) -> RankResult:
         rank, x_TD = world.rank, tokens[world.rank]
-        output = layers[rank].moe(world)(x_TD, ids[rank])
+        output = layers[rank].moe(world, placement)(x_TD, ids[rank])
         forward_traffic = replace(world.traffic)
         share = len(x_TD) / max(case.tokens, 1)
         shares = {"entropy": share, "reciprocal": share, "permutation": 1 / num_ranks}
@@ -80,14 +81,16 @@ def run_case(
     return run(num_ranks, run_rank)
 
 
-def assert_equals_one_process(case: Case, tokens_per_rank: list[int], run: Run = emulated) -> None:
+def assert_equals_one_process(
+    case: Case, tokens_per_rank: list[int], run: Run = emulated, placement: Placement | None = None
+) -> None:
     case = replace(case, tokens=sum(tokens_per_rank))
     layer, x_TD = build_layer(case), build_tokens(case)
     outputs, aux = naive_layer(layer, x_TD, build_ids(case))
     leaves = layer.leaves() | {"x": x_TD}
     expected = naive_gradients(loss_of(outputs, aux, build_cotangents(case)), leaves)
 
-    results = run_case(case, tokens_per_rank, run=run)
+    results = run_case(case, tokens_per_rank, run=run, placement=placement)
     for g, output in enumerate(outputs):
         assert_same(torch.cat([result.output.outputs[g] for result in results]), output)
     split_up = {name for name in expected if name == "x" or name.startswith("experts.")}
@@ -97,6 +100,9 @@ def assert_equals_one_process(case: Case, tokens_per_rank: list[int], run: Run =
         else sum((result.grads[name] for result in results), torch.zeros_like(leaves[name]))
         for name in expected
     }
+    for name in actual:
+        if placement is not None and name.startswith("experts."):
+            actual[name] = actual[name][list(placement.position_of_expert)]
     assert_all_same(actual, expected)
 
 
@@ -143,24 +149,26 @@ def test_many_ranks_equal_one_process(num_ranks: int, name: str) -> None:
     assert_equals_one_process(replace(CASES[name], num_experts=num_ranks), tokens_per_rank[::-1])
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(st.data())
-def test_any_split_equals_one_process(data: st.DataObject) -> None:
-    tokens_per_rank = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5))
-    experts_per_rank = data.draw(st.integers(2 if len(tokens_per_rank) == 1 else 1, 3))
-    num_experts = experts_per_rank * len(tokens_per_rank)
+def draw_split(data: st.DataObject, num_ranks: int) -> tuple[Case, list[int]]:
+    num_experts = data.draw(st.integers(2 if num_ranks == 1 else 1, 3)) * num_ranks
     case = Case(
         gate=data.draw(st.sampled_from(["comet", "top_k"])),
-        num_gates=data.draw(st.integers(1, 2)),
+        num_gates=data.draw(st.integers(1, 3)),
         num_experts=num_experts,
-        k=data.draw(st.integers(1, min(num_experts, 3))),
+        k=data.draw(st.integers(1, min(num_experts, 4))),
         hardness=data.draw(st.sampled_from([0.5, 1.0, 1000.0])),
         permutation=data.draw(st.sampled_from(["none", "hard", "soft", "through"])),
         per_gate=data.draw(st.booleans()),
         per_branch=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 1000)),
     )
-    assert_equals_one_process(case, tokens_per_rank)
+    return case, data.draw(st.lists(st.integers(0, 4), min_size=num_ranks, max_size=num_ranks))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_split_equals_one_process(data: st.DataObject) -> None:
+    assert_equals_one_process(*draw_split(data, data.draw(st.integers(1, 5))))
 
 
 def test_all_tokens_of_all_ranks_to_one_expert() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,24 +14,22 @@ from dist_moe.parallel import EmulatedWorld, World
 from dist_moe.search import PermutationSearch, SlotTable
 
 
-def test_gates_of_another_size_than_the_bank() -> None:
-    with pytest.raises(ValueError, match=r"6 slots and tokens of width 3 does not fit 4 experts of width 3,"):
-        MoE(Comet(3, 6), DenseReLUBank(3, 2, 4, range(4)))
-
-
-def test_gates_of_different_sizes() -> None:
-    with pytest.raises(ValueError, match="a gate over 6 slots"):
-        MoE([TopK(3, 4), TopK(3, 6)], DenseReLUBank(3, 2, 4, range(4)))
-
-
-def test_no_gate() -> None:
-    with pytest.raises(ValueError, match="at least one gate"):
-        MoE([], DenseReLUBank(3, 2, 4, range(4)))
-
-
-def test_part_of_a_bank_without_a_world() -> None:
-    with pytest.raises(ValueError, match=r"must hold the experts \(0, 1, 2, 3\), its bank holds \(0, 1\)"):
-        MoE(TopK(3, 4), DenseReLUBank(3, 2, 4, [0, 1]))
+@pytest.mark.parametrize(
+    ("gates", "bank", "table", "message"),
+    [
+        (Comet(3, 6), range(4), None, r"6 slots and tokens of width 3 does not fit 4 experts of width 3,"),
+        ([TopK(3, 4), TopK(3, 6)], range(4), None, "a gate over 6 slots"),
+        (TopK(5, 4), range(4), None, "width 5 does not fit 4 experts of width 3"),
+        ([], range(4), None, "at least one gate"),
+        (TopK(3, 4), [0, 1], None, r"must hold the experts \(0, 1, 2, 3\), its bank holds \(0, 1\)"),
+        (TopK(3, 6), range(4), SlotTable(4, num_slots=5), r"6 slots .* does not fit 4 experts .* for 5 slots"),
+        (TopK(3, 6), range(4), PermutationSearch(6, 5), r"onto 6 experts do not fit 1 gate\(s\) and 4 experts"),
+        (TopK(3, 6), range(4), PermutationSearch(4, 5), r"a gate over 6 slots .* for 4 slots"),
+    ],
+)
+def test_what_does_not_fit_on_one_rank(gates: Any, bank: Any, table: SlotTable | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoE(gates, DenseReLUBank(3, 2, 4, bank), table)
 
 
 def test_whole_bank_on_each_of_two_ranks() -> None:
@@ -55,17 +55,6 @@ def test_experts_of_another_rank() -> None:
     EmulatedWorld(2).run(refuse)
 
 
-def test_gate_of_another_width_than_the_bank() -> None:
-    with pytest.raises(ValueError, match="width 3 does not fit 4 experts of width 5"):
-        MoE(TopK(3, 4), DenseReLUBank(5, 2, 4, range(4)))
-
-
-def test_tokens_of_another_width() -> None:
-    moe = MoE(TopK(3, 4), DenseReLUBank(3, 2, 4, range(4)))
-    with pytest.raises(ValueError, match=r"\(T, 3\), got \(5, 2\)"):
-        moe(torch.zeros(5, 2))
-
-
 @pytest.mark.parametrize("per_gate", [False, True])
 def test_slot_maps_for_another_number_of_gates(per_gate: bool) -> None:
     """One table that all gates share must know their number, too."""
@@ -74,16 +63,6 @@ def test_slot_maps_for_another_number_of_gates(per_gate: bool) -> None:
         with pytest.raises(ValueError, match=r"slot maps for 3 gate\(s\) onto 4 experts do not fit 2 gate\(s\)"):
             MoE(gates, bank, table)
     assert len(MoE(gates, bank, SlotTable(4, 2, per_gate=per_gate))(torch.zeros(5, 3)).outputs) == 2
-
-
-def test_slot_maps_from_another_number_of_slots_or_onto_another_number_of_experts() -> None:
-    bank = DenseReLUBank(3, 2, 4, range(4))
-    with pytest.raises(ValueError, match=r"a gate over 6 slots .* does not fit 4 experts .* for 5 slots"):
-        MoE(TopK(3, 6), bank, SlotTable(4, num_slots=5))
-    with pytest.raises(ValueError, match=r"onto 6 experts do not fit 1 gate\(s\) and 4 experts"):
-        MoE(TopK(3, 6), bank, PermutationSearch(6, 5))
-    with pytest.raises(ValueError, match=r"a gate over 6 slots .* for 4 slots"):
-        MoE(TopK(3, 6), bank, PermutationSearch(4, 5))
 
 
 def test_branches_with_slots_of_their_own_need_a_table_for_each() -> None:

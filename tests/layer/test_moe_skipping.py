@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.gates import Comet
+from tests.gates.cases import leaf_mass
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
 from tests.layer.cases import Case, Layer, build_cotangents, build_layer, build_tokens, loss_of_moe
 
@@ -25,7 +26,7 @@ def dense_loss(layer: Layer, x_TD: Tensor, cotangents: list[Tensor], garbage: bo
     loss = x_TD.new_zeros(())
     for gate, cotangent_TF in zip(layer.gates, cotangents, strict=True):
         assert isinstance(gate, Comet)
-        mass_TKE = gate.leaf_mass(x_TD)
+        mass_TKE = leaf_mass(gate, x_TD)
         logit_TKE = torch.einsum("td,ked->tke", x_TD, gate.leaf_weight) + gate.leaf_bias
         share_TE = (mass_TKE * logit_TKE.exp()).sum(1)
         mixture_TE = share_TE / share_TE.sum(1, keepdim=True)

@@ -28,7 +28,7 @@ from tests.helpers.worlds import (
     run_worlds,
 )
 from tests.layer.cases import Case, Layer, build_layer, build_tokens, naive_mixtures
-from tests.layer.test_moe_ranks import RankResult, assert_equals_one_process, run_case
+from tests.layer.test_moe_ranks import RankResult, assert_equals_one_process, draw_split, run_case
 
 LAYOUTS = [(2, 1), (4, 2), (4, 1), (8, 4), (8, 2)]
 TOKENS = {
@@ -73,20 +73,8 @@ def test_equals_the_flat_exchange_for_every_k(in_nodes_of: InNodesOf, k: int, nu
 @given(st.data())
 def test_any_split_equals_one_process(data: st.DataObject) -> None:
     num_nodes, ranks_per_node = data.draw(st.sampled_from([(2, 1), (2, 2), (3, 1), (3, 2), (2, 3)]))
-    num_ranks = num_nodes * ranks_per_node
-    num_experts = data.draw(st.integers(1, 3)) * num_ranks
-    case = Case(
-        gate=data.draw(st.sampled_from(["comet", "top_k"])),
-        num_gates=data.draw(st.integers(1, 3)),
-        num_experts=num_experts,
-        k=data.draw(st.integers(1, min(num_experts, 4))),
-        hardness=data.draw(st.sampled_from([0.5, 1.0, 1000.0])),
-        permutation=data.draw(st.sampled_from(["none", "hard", "soft", "through"])),
-        seed=data.draw(st.integers(0, 1000)),
-    )
-    tokens_per_rank = data.draw(st.lists(st.integers(0, 4), min_size=num_ranks, max_size=num_ranks))
     kind = data.draw(st.sampled_from([processes_in_nodes, emulated_in_nodes]))
-    assert_equals_one_process(case, tokens_per_rank, kind(ranks_per_node))
+    assert_equals_one_process(*draw_split(data, num_nodes * ranks_per_node), kind(ranks_per_node))
 
 
 @both_kinds_in_nodes

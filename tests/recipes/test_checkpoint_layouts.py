@@ -93,9 +93,9 @@ def test_what_a_checkpoint_holds(uninterrupted: Path) -> None:
     assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if not name.endswith("|buffer"))
     assert all(tensor.any() for name, tensor in tensors.items() if "|exp_avg" in name)
     assert {name for name in tensors if name.endswith("|buffer")} == {
-        f"moe.permutation.{name}|buffer" for name in ("step", "soft", "table")
+        f"moe.slot_map.{name}|buffer" for name in ("step", "soft", "table")
     }
-    assert tensors["moe.permutation.step|buffer"] == SAVED_AT
+    assert tensors["moe.slot_map.step|buffer"] == SAVED_AT
     trainer = json.loads((directory / "trainer.json").read_text())
     assert (trainer["step"], trainer["scalars"]) == (SAVED_AT, {"step": SAVED_AT})
 

@@ -226,7 +226,7 @@ def test_swaps_in_every_layer(learned: Path, tmp_path: Path) -> None:
         reports.append(json.loads((output / "swap_search.json").read_text()))
         before, after = tensors_of(learned), tensors_of(output)
         changed = [name for name in before if not before[name].equal(after[name])]
-        assert sorted(changed) == [f"{name}.permutation.table|buffer" for name in LAYERS]
+        assert sorted(changed) == [f"{name}.slot_map.table|buffer" for name in LAYERS]
     assert reports[0]["swaps"] == reports[1]["swaps"]
     assert {swap["layer"] for swap in reports[0]["swaps"]} == {0, 1}
     assert reports[0]["losses"] == pytest.approx(reports[1]["losses"], rel=1e-9)

@@ -21,7 +21,7 @@ from tests.helpers.commands import succeed
 from tests.helpers.runs import largest_difference, losses_of, records_of, summary_of, tensors_of, write_config
 
 EXPERTS, SLOTS, STEPS = 4, 9, 12
-TABLE = "moe.permutation.table"
+TABLE = "moe.slot_map.table"
 
 
 @pytest.fixture(scope="module")

@@ -120,12 +120,7 @@ def test_keep_is_a_mask_over_assignments() -> None:
     assert route.num_assignments == 2
 
 
-def test_normalised_divides_by_each_tokens_sum() -> None:
-    route = Route.from_dense(torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 8.0]])).normalised()
-    assert route.dense().tolist() == [[0.25, 0.75, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
-
-
 def test_without_tokens_there_is_nothing_to_keep() -> None:
     empty = Route.from_dense(torch.zeros(0, 3))
-    for route in (empty.heaviest(2), empty.normalised(), empty.keep(torch.zeros(0, dtype=torch.bool))):
+    for route in (empty.heaviest(2), empty.keep(torch.zeros(0, dtype=torch.bool))):
         assert (route.num_tokens, route.num_slots, route.num_assignments) == (0, 3, 0)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.routing import HardMap, Route, SlotMap, SoftPermutation, StraightThroughPermutation, mix
-from tests.helpers.branches import naive_branch_mix, naive_branch_relabel, naive_branch_sum
+from dist_moe.routing import Route, SlotMap, SoftPermutation, StraightThroughPermutation, mix
+from tests.helpers.branches import hard_map, naive_branch_mix, naive_branch_relabel, naive_branch_sum
 from tests.helpers.oracle import assert_same, gradients, naive_gradients, naive_sinkhorn
 
 N = 5
@@ -48,7 +48,7 @@ def unconverged_matrices(branches: int, n: int = N) -> Tensor:
 def test_hard_relabels_and_equals_a_soft_one_that_is_hard(tokens: int, branches: int, seed: int) -> None:
     mixture_TS = random_mixture(tokens, branches * N, seed)
     table_KE = random_tables(branches)
-    route = HardMap.of(table_KE, N).apply(Route.from_dense(mixture_TS))
+    route = hard_map(table_KE, N).apply(Route.from_dense(mixture_TS))
     expected_TE = naive_branch_relabel(mixture_TS, table_KE)
     assert (route.num_tokens, route.num_slots) == (tokens, N)
     assert route.num_assignments == int((expected_TE != 0).sum())
@@ -60,7 +60,7 @@ def test_hard_relabels_and_equals_a_soft_one_that_is_hard(tokens: int, branches:
 
 def test_hard_keeps_weights_aux_and_number_of_assignments() -> None:
     route = Route.from_dense(random_mixture(4, 3, 0), {"entropy": torch.ones(())})
-    relabelled = HardMap.of(torch.tensor([[2, 0, 1]]), 3).apply(route)
+    relabelled = hard_map(torch.tensor([[2, 0, 1]]), 3).apply(route)
     assert relabelled.weight_N is route.weight_N
     assert relabelled.aux is route.aux
     assert relabelled.num_assignments == route.num_assignments
@@ -77,7 +77,7 @@ def test_any_table_gives_the_dense_mixture_times_its_matrix(
     matrix_SE = torch.zeros(branches * slots, experts, dtype=torch.float64)
     for slot, expert in enumerate(table_KS.flatten().tolist()):
         matrix_SE[slot, expert] = 1.0
-    slot_map = HardMap.of(table_KS, experts)
+    slot_map = hard_map(table_KS, experts)
     assert slot_map.merges == (branches > 1 or len(set(table_KS[0].tolist())) < slots)
 
     route = slot_map.apply(Route.from_dense(mixture_TS))
@@ -94,15 +94,13 @@ def test_any_table_gives_the_dense_mixture_times_its_matrix(
 @pytest.mark.parametrize("expert", [-1, 3])
 def test_a_table_that_names_no_expert_is_refused(expert: int) -> None:
     with pytest.raises(ValueError, match=rf"names expert {expert}; allowed: 0\.\.2"):
-        HardMap.of(torch.tensor([[0, 1, expert, 2]]), 3)
+        hard_map(torch.tensor([[0, 1, expert, 2]]), 3)
 
 
 def test_branches_that_choose_the_same_expert_add_up() -> None:
     """Two trees of two leaves: both reach expert 1 with token 0; with token 1 they part."""
     weight_TS = torch.tensor([[0.25, 0.0, 0.0, 0.75], [0.5, 0.0, 0.5, 0.0]], requires_grad=True)
-    route = HardMap.of(torch.tensor([[1, 0], [0, 1]]), 2).apply(
-        Route.from_dense(weight_TS, {"entropy": torch.ones(())})
-    )
+    route = hard_map(torch.tensor([[1, 0], [0, 1]]), 2).apply(Route.from_dense(weight_TS, {"entropy": torch.ones(())}))
     assert route.token_N.tolist() == [0, 1, 1]
     assert route.slot_N.tolist() == [1, 0, 1]
     assert route.weight_N.tolist() == [1.0, 0.5, 0.5]
@@ -155,9 +153,9 @@ def test_every_kind_works_without_tokens_and_keeps_aux(branches: int) -> None:
     table_KE = torch.arange(3).repeat(branches, 1)
     matrix_KEE = torch.eye(3).repeat(branches, 1, 1).requires_grad_()
     kinds: list[SlotMap] = [
-        HardMap.of(table_KE, 3),
+        hard_map(table_KE, 3),
         SoftPermutation(matrix_KEE),
-        StraightThroughPermutation(matrix_KEE, HardMap.of(table_KE, 3)),
+        StraightThroughPermutation(matrix_KEE, hard_map(table_KE, 3)),
     ]
     for kind in kinds:
         route = kind.apply(Route.from_dense(torch.zeros(0, 3 * branches), aux))
@@ -171,8 +169,8 @@ def test_straight_through_has_the_values_of_the_table_and_the_gradients_of_the_m
 ) -> None:
     mixture_TS = random_mixture(tokens, branches * N, seed).requires_grad_()
     matrix_KEE, table_KE = unconverged_matrices(branches).requires_grad_(), random_tables(branches)
-    hard = HardMap.of(table_KE, N).apply(Route.from_dense(mixture_TS))
-    route = StraightThroughPermutation(matrix_KEE, HardMap.of(table_KE, N)).apply(Route.from_dense(mixture_TS))
+    hard = hard_map(table_KE, N).apply(Route.from_dense(mixture_TS))
+    route = StraightThroughPermutation(matrix_KEE, hard_map(table_KE, N)).apply(Route.from_dense(mixture_TS))
     for name in ("token_N", "slot_N", "weight_N"):
         assert torch.equal(getattr(route, name), getattr(hard, name)), name
 

@@ -25,12 +25,6 @@ def test_rank_0_decides(num_ranks: int, run: RunOnRanks) -> None:
     assert num_ranks == 1 or not torch.equal(tables[1], round_to_table(softs[1]))
 
 
-def test_without_a_process_group_it_rounds() -> None:
-    assert not dist.is_initialized()
-    soft = torch.eye(4).roll(1, 0)
-    assert torch.equal(agree_on_tables(soft), round_to_table(soft))
-
-
 @both_kinds
 @pytest.mark.parametrize("odd", [[1], [3], [1, 2], [1, 2, 3]])
 def test_different_tables_are_an_error_on_every_rank_that_names_them(odd: list[int], run: RunOnRanks) -> None:

@@ -13,7 +13,7 @@ from dist_moe.gates import Comet, Gate, TopK
 from dist_moe.routing import HardMap, Route, SlotMap, SoftPermutation, StraightThroughPermutation
 from dist_moe.search import PermutationSearch, PermutationSearchConfig, SlotTable, give_branches_slots
 from dist_moe.search.agreement import round_to_table
-from tests.helpers.branches import naive_branch_mix, naive_branch_relabel, naive_branch_sum
+from tests.helpers.branches import hard_map, naive_branch_mix, naive_branch_relabel, naive_branch_sum
 from tests.helpers.oracle import assert_same, naive_permutation_entropy, naive_sinkhorn
 
 N, GATES, BRANCHES, STAGE, TOKENS = 4, 3, 2, 6, 5
@@ -51,6 +51,7 @@ def test_soft_mixtures_and_penalty_of_every_gate_and_branch(per_gate: bool) -> N
     permutations, aux = search.train()()
     assert all(isinstance(p, SoftPermutation) for p in permutations)
     soft, weights = naive_soft(search), mixtures()
+    assert_same(search.soft, soft, 1e-12)
     expected = [naive_branch_mix(w_TS, soft[g if per_gate else 0]) for g, w_TS in enumerate(weights)]
     actual = apply_all(list(permutations), weights)
     for ours, theirs in zip(actual, expected, strict=True):
@@ -124,7 +125,7 @@ def test_a_hard_forward_pass_is_the_hard_route_with_the_soft_gradient(per_gate: 
     ours, theirs = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
     for g, (route, w_TS) in enumerate(zip(routes, weights, strict=True)):
         p = g if per_gate else 0
-        hard = HardMap.of(search.table[p], N).apply(Route.from_dense(w_TS))
+        hard = hard_map(search.table[p], N).apply(Route.from_dense(w_TS))
         for name in ("token_N", "slot_N", "weight_N"):
             assert torch.equal(getattr(route, name), getattr(hard, name)), name
         used_TE = naive_branch_relabel(w_TS.detach(), search.table[p]) != 0

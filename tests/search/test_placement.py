@@ -120,8 +120,6 @@ def test_where_loads_are_equal_co_activation_decides(experts: int, ranks: int) -
         choice = choose_placement(np.ones(experts), Placement.identity(experts, ranks), together, ranks_per_node=1)
         groups = [list(choice.placement.experts_of(rank)) for rank in range(ranks)]
         assert choice.after == pytest.approx(1)
-        assert choice.together_after * np.triu(together, 1).sum() == pytest.approx(kept(groups, together))
-        assert choice.together_after >= choice.together_before
         shares.append(kept(groups, together) / best)
     assert min(shares) > 0.85
     assert np.mean(shares) > 0.97
@@ -142,7 +140,6 @@ def test_co_activated_experts_come_to_one_node_and_there_to_one_rank() -> None:
     assert sorted(map(sorted, nodes)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     ranks = sorted(tuple(sorted(choice.placement.experts_of(rank))) for rank in range(4))
     assert ranks == [(0, 6), (1, 7), (2, 4), (3, 5)]
-    assert choice.together_after == 1
 
 
 def test_load_comes_before_co_activation_unless_slack_allows() -> None:

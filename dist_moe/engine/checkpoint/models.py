@@ -49,7 +49,7 @@ from dist_moe.errors import UserError
 from dist_moe.experts import ExpertBank
 
 EXPORT_FORMAT = "dist_moe weights 1"
-ROUTERS = (".gates.", ".permutation.")
+ROUTERS = (".gates.", ".slot_map.")
 """Parts of the names of parameters that choose experts."""
 
 

@@ -216,7 +216,7 @@ def _to_ours(config: TransformerConfig, architecture: Architecture, tensors: Ten
 
 
 def _to_stock(architecture: Architecture, block: dict[str, Tensor]) -> dict[str, Tensor]:
-    table = block["permutation.table"].flatten()
+    table = block["slot_map.table"].flatten()
     slot_of_E = table.argsort()
     if "gates.0.allowed_E" in block or table[slot_of_E].tolist() != list(range(len(table))):
         raise UserError(
@@ -227,6 +227,6 @@ def _to_stock(architecture: Architecture, block: dict[str, Tensor]) -> dict[str,
     for ours, theirs in _OF_EXPERT[architecture].items():
         for expert, weight in enumerate(block[f"experts.{ours}"]):
             tensors[f"experts.{expert}.{theirs}.weight"] = weight.T
-    unknown = [name for name in block if not name.startswith(("permutation.", "experts."))]
+    unknown = [name for name in block if not name.startswith(("slot_map.", "experts."))]
     assert unknown == ["gates.0.weight"], f"no name for {unknown}"
     return tensors

@@ -22,6 +22,7 @@ from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.recording import recording
 from dist_moe.search import SwapReport, SwapSearch, SwapSearchConfig
+from dist_moe.search.steps import is_held
 from dist_moe.tasks.task import Task
 
 
@@ -55,7 +56,7 @@ class SwapScheduleConfig(SwapSearchConfig):
 
 
 class SwapSearchCallback(Callback):
-    """Searches by swaps at the steps of a schedule, but not while a permutation is being learnt."""
+    """Searches by swaps at the steps of a schedule, but not while a permutation is learnt or all tables are held."""
 
     def __init__(self, task: Task, config: SwapScheduleConfig, weights: tuple[float, ...]) -> None:
         self._task, self._config, self._weights = task, config, weights
@@ -63,6 +64,8 @@ class SwapSearchCallback(Callback):
     def after_step(self, trainer: Trainer, step: int) -> None:
         """Search if that is due, and show what was found."""
         if trainer.model.learning or not self._config.due(step, trainer.steps_per_epoch):
+            return
+        if {is_held(table) for table in trainer.tables.values()} == {True}:
             return
         ACTIVITY.enter("swap search")
         environment = trainer.groups.environment

@@ -62,7 +62,7 @@ def _metrics(run: TrainedRun) -> dict[str, Any]:
 
 def _write(run: TrainedRun, run_dir: Path, found: RunDirectory, report: dict[str, Any]) -> None:
     tables = {
-        f"{layer}.permutation.{name}": buffer
+        f"{layer}.slot_map.{name}": buffer
         for layer, table in run.model.tables.items()
         for name, buffer in table.named_buffers()
     }

@@ -15,7 +15,7 @@ from dist_moe.sweeps.stacked.parameters import StackedParameters
 LAYER = "moe"
 """The name of the layer in models that have one."""
 
-_PREFIX = f"{LAYER}.permutation."
+_PREFIX = f"{LAYER}.slot_map."
 
 
 class StackedPermutations:

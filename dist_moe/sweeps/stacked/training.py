@@ -229,7 +229,7 @@ class _StackedTraining:
             self._stack.write(self._model, place)
             self._set_on_gates({name: getattr(gate, name) for name in gate.varying})
             search_swaps(self._task, self._model, search, self._weights, self._environment)
-            self._stack.buffers[f"{LAYER}.permutation.table"][place] = self._model.tables[LAYER].table
+            self._stack.buffers[f"{LAYER}.slot_map.table"][place] = self._model.tables[LAYER].table
 
 
 def _adam_settings(config: SupervisedConfig) -> AdamSettings:

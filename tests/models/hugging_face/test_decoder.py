@@ -294,8 +294,8 @@ def test_what_a_router_of_mixtral_cannot_say(tmp_path: Path, kind: str) -> None:
 
 def test_our_own_checkpoint_without_one_tensor(tmp_path: Path) -> None:
     write_decoder(make_transformer(), tmp_path)
-    rewrite(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith("permutation.table")})
-    with pytest.raises(UserError, match=r"missing: layers\.1\.moe\.permutation\.table"):
+    rewrite(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith("slot_map.table")})
+    with pytest.raises(UserError, match=r"missing: layers\.1\.moe\.slot_map\.table"):
         read_into_fresh(tmp_path)
 
 
@@ -323,5 +323,5 @@ def test_rounded_weights(tmp_path: Path) -> None:
     write_decoder(ours, tmp_path, dtype=torch.bfloat16)
     tensors = load_file(tmp_path / "model.safetensors")
     assert torch.equal(tensors["model.norm.weight"], ours.norm.weight.bfloat16())
-    assert tensors["model.layers.1.mlp.moe.permutation.table"].dtype == torch.int64
+    assert tensors["model.layers.1.mlp.moe.slot_map.table"].dtype == torch.int64
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"

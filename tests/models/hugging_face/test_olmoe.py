@@ -66,8 +66,8 @@ def test_our_model_is_written_as_one(tmp_path: Path, scores: str) -> None:
     """With a permutation of the experts, which is folded into the router."""
     model = make_transformer(gate=TopKConfig(k=2, bias=False, scores=scores), layers=3, **OURS).eval()
     for layer in model.moe_layers.values():
-        assert isinstance(layer.permutation, SlotTable)
-        layer.permutation.table.copy_(torch.tensor([[[2, 0, 3, 1]]]))
+        assert isinstance(layer.slot_map, SlotTable)
+        layer.slot_map.table.copy_(torch.tensor([[[2, 0, 3, 1]]]))
     assert write_decoder(model, tmp_path / "written") == "olmoe"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "written", dtype=torch.float32).eval()
     assert isinstance(theirs, transformers.OlmoeForCausalLM)
