@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -183,7 +184,7 @@ def test_weighted_scatter(rows: int, tokens: int, gates: int, dtype: torch.dtype
     weights = torch.promote_types(dtype, torch.float32)
     leaves = {"rows_NF": drawn(rows, 13, dtype=dtype), "weight_GN": drawn(gates, rows, dtype=weights)}
     assert_like_fp64(
-        lambda **parts: gpu.weighted_scatter(**parts, index=index),
+        lambda rows_NF, weight_GN: gpu.WeightedScatter.apply(rows_NF, weight_GN, *index),
         lambda **parts: weighted_scatter_reference(**parts, index=index),
         leaves,
         TOLERANCE[dtype],
@@ -216,13 +217,13 @@ def test_rows_are_gathered_in_the_type_of_autocast_and_their_gradients_come_back
 
 
 def test_weighted_scatter_takes_the_path_where_it_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
-    monkeypatch.setattr(gpu, "weighted_scatter", lambda *arguments: taken.append(len(arguments)))
+    taken = mock.Mock()
+    monkeypatch.setattr(gpu, "WeightedScatter", taken)
     arguments = (torch.ones(2, 3), torch.ones(1, 2), TokenIndex.of(torch.tensor([0, 1]), 2))
     weighted_scatter(*arguments)
     with device_path_forced():
         weighted_scatter(*arguments)
-    assert taken == [3]
+    assert taken.apply.call_count == 1
 
 
 def test_sums_of_bf16_rows_are_not_bf16() -> None:
