@@ -37,8 +37,15 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from dist_moe.kernels import RowCounts, TokenIndex, counts_on_host, weighted_scatter
-from dist_moe.parallel.dispatch import plan_dispatch, regrouped
-from dist_moe.parallel.exchange import LocalExperts, Meanwhile, Mixed, TimedExperts, nothing
+from dist_moe.parallel.exchange import (
+    LocalExperts,
+    Meanwhile,
+    Mixed,
+    TimedExperts,
+    nothing,
+    plan_dispatch,
+    regrouped,
+)
 from dist_moe.parallel.wire import decoded, encoded
 from dist_moe.parallel.world import Pending, World
 from dist_moe.routing import Pairs

@@ -24,25 +24,28 @@ class RowFormat(Protocol):
     """A format of rows on the wire."""
 
     def shrinks(self, dtype: torch.dtype) -> bool:
-        """Whether rows of ``dtype`` get smaller; if not, they are sent as they are."""
+        """Return whether rows of ``dtype`` get smaller; if not, they are sent as they are."""
 
     def encode(self, x_ND: Tensor) -> Tensor:
-        """Rows (N, ...) -> what is sent of them, as many rows."""
+        """Return what is sent of rows (N, ...), as many rows."""
 
     def decode(self, sent_NB: Tensor, dtype: torch.dtype, shape_of_row: torch.Size) -> Tensor:
-        r"""Return what :meth:`encode` packed, as (N, \*shape_of_row) of ``dtype``."""
+        r"""Return the rows that :meth:`encode` packed, as (N, \*shape_of_row) of ``dtype``."""
 
 
 class Bf16Rows:
     """Rows whose numbers are rounded to bf16: an error of at most 2**-8 of each."""
 
     def shrinks(self, dtype: torch.dtype) -> bool:
+        """Return whether a number takes more than two bytes."""
         return dtype.itemsize > torch.bfloat16.itemsize
 
     def encode(self, x_ND: Tensor) -> Tensor:
+        """Return the rows rounded to bf16."""
         return x_ND.to(torch.bfloat16)
 
     def decode(self, sent_NB: Tensor, dtype: torch.dtype, shape_of_row: torch.Size) -> Tensor:
+        """Return the rounded rows in ``dtype``."""
         return sent_NB.to(dtype)
 
 
@@ -56,9 +59,11 @@ class Fp8Rows:
     """
 
     def shrinks(self, dtype: torch.dtype) -> bool:
+        """Return whether a number takes more than one byte."""
         return dtype.itemsize > 1
 
     def encode(self, x_ND: Tensor) -> Tensor:
+        """Return (N, width + 1) bytes: the scaled numbers, then the exponent of the scale."""
         x_NB = x_ND.flatten(1).float()
         largest_N1 = x_NB.abs().amax(dim=1, keepdim=True)
         exponent_N1 = (torch.frexp(largest_N1).exponent - _FP8_EXPONENT).clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
@@ -69,6 +74,7 @@ class Fp8Rows:
         return sent_NB
 
     def decode(self, sent_NB: Tensor, dtype: torch.dtype, shape_of_row: torch.Size) -> Tensor:
+        """Return the numbers times their row's scale."""
         exponent_N1 = sent_NB[:, -1:].contiguous().view(torch.int8).int()
         scale_N1 = torch.where(exponent_N1 == _NOT_FINITE, torch.nan, _power_of_two(exponent_N1))
         numbers_NB = sent_NB[:, :-1].contiguous().view(_FP8).float()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.parallel import ProcessWorld
-from dist_moe.parallel.packed import exchange_packed
+from dist_moe.parallel.two_level import exchange_packed
 from tests.helpers.worlds import run_worlds
 
 ROWS = [[0, 2, 1], [3, 0, 0], [1, 1, 2]]
