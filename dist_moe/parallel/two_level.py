@@ -29,7 +29,6 @@ that waits in the other. One Function has one place in the order:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -91,62 +90,55 @@ class OncePerPart:
 
     def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed:
         meanwhile()
-        outgoing = _group_by_part(pairs, self._across.size)
-        ones = [1] * self._across.size
-        both = torch.stack([outgoing.counts_R3, self._across.exchange(outgoing.counts_R3, ones, ones)])
-        send, receive = (_PerPart(*of_side.t().tolist()) for of_side in both.cpu())
-        rows_UD, arrived = _to_parts(x_TD, pairs, outgoing, send, receive, self._across)
+        across, num_parts = self._across, self._across.size
+        per_part = len(pairs.rows_per_expert_E) // num_parts
+
+        # The U distinct (part, token), sorted so; ``row_N``: of each pair, its row among those of its part.
+        tokens = max(pairs.num_tokens, 1)
+        part_N = pairs.expert_N // per_part
+        key_U, unique_N = torch.unique(part_N * tokens + pairs.token_N, return_inverse=True)
+        part_U, token_U = key_U // tokens, key_U % tokens
+        rows_R = torch.bincount(part_U, minlength=num_parts)
+        row_N = unique_N - (rows_R.cumsum(0) - rows_R)[part_N]
+        wanted_row_M, wanted_gate_M = _wanted_sums(pairs.weight_GN, unique_N, len(key_U))
+
+        # Per part the numbers of token rows, of pairs and of sums; on the host, which makes the buffers.
+        pairs_R, sums_R = (torch.bincount(part, minlength=num_parts) for part in (part_N, part_U[wanted_row_M]))
+        counts_R3, ones = torch.stack([rows_R, pairs_R, sums_R], dim=1), [1] * num_parts
+        both = torch.stack([counts_R3, across.exchange(counts_R3, ones, ones)]).cpu()
+        (rows, lists, sums), (rows_here, lists_here, sums_here) = (of_side.t().tolist() for of_side in both)
+
+        # Tokens and the lists of their pairs: (row, expert) as one key, and the weights.
+        rows_UD, weight_NG, key_N = exchange_packed(
+            (x_TD.index_select(0, token_U), pairs.weight_GN.t(), row_N * per_part + pairs.expert_N % per_part),
+            [rows, lists, lists],
+            [rows_here, lists_here, lists_here],
+            across,
+        )
+
+        # The pairs that arrived, sorted as pairs are, by expert, then by row; rows are counted over all source ranks.
+        rows_here_R, lists_here_R = torch.tensor([rows_here, lists_here], device=key_N.device)
+        first_row_N = (rows_here_R.cumsum(0) - rows_here_R).repeat_interleave(lists_here_R)
+        expert_N, row_N = key_N % per_part, key_N // per_part + first_row_N
+        num_rows = sum(rows_here)
+        order_N = (expert_N * max(num_rows, 1) + row_N).argsort()
+        arrived = Pairs(
+            token_N=row_N[order_N],
+            expert_N=expert_N[order_N],
+            weight_GN=weight_NG.index_select(0, order_N).t().contiguous(),
+            rows_per_expert_E=torch.bincount(expert_N, minlength=per_part),
+            num_tokens=num_rows,
+        )
         partial = self._inside(rows_UD, arrived, experts)
-        row_M, gate_M = _wanted_sums(arrived.weight_GN, arrived.token_N, arrived.num_tokens)
-        sums_MF = partial.sums_GTF.flatten(0, 1).index_select(0, gate_M * arrived.num_tokens + row_M)
-        back_MF = self._across.all_to_all(sums_MF, receive.sums, send.sums)
+
+        # Back travel the sums that are wanted, and are added up by gate and token.
+        row_M, gate_M = _wanted_sums(arrived.weight_GN, arrived.token_N, num_rows)
+        sums_MF = partial.sums_GTF.flatten(0, 1).index_select(0, gate_M * num_rows + row_M)
+        back_MF = across.all_to_all(sums_MF, sums_here, sums)
         shape = (len(pairs.weight_GN), pairs.num_tokens, back_MF.shape[1])
-        place_M = outgoing.wanted_gate_M * pairs.num_tokens + outgoing.token_U[outgoing.wanted_row_M]
+        place_M = wanted_gate_M * pairs.num_tokens + token_U[wanted_row_M]
         sums_GTF = back_MF.new_zeros(shape).flatten(0, 1).index_add(0, place_M, back_MF).view(shape)
         return Mixed(sums_GTF, partial.dtype, partial.rows_computed)
-
-
-@dataclass(frozen=True)
-class _Outgoing:
-    """The U distinct (part, token), sorted so; ``row_N``: of each pair, its place among those of its part.
-    ``wanted_row_M``, ``wanted_gate_M``: the M (row, gate) whose sums travel back. ``counts_R3``: per part the
-    numbers of a :class:`_PerPart`."""
-
-    token_U: Tensor
-    row_N: Tensor
-    wanted_row_M: Tensor
-    wanted_gate_M: Tensor
-    counts_R3: Tensor
-
-
-@dataclass(frozen=True)
-class _PerPart:
-    """Host integers: token rows, pairs and sums that belong to each part."""
-
-    rows: list[int]
-    pairs: list[int]
-    sums: list[int]
-
-
-def _group_by_part(pairs: Pairs, num_parts: int) -> _Outgoing:
-    tokens = max(pairs.num_tokens, 1)
-    part_N = pairs.expert_N // (len(pairs.rows_per_expert_E) // num_parts)
-    key_U, unique_N = torch.unique(part_N * tokens + pairs.token_N, return_inverse=True)
-    part_U = key_U // tokens
-    rows_R = torch.bincount(part_U, minlength=num_parts)
-    wanted_row_M, wanted_gate_M = _wanted_sums(pairs.weight_GN, unique_N, len(key_U))
-    counts = [
-        rows_R,
-        torch.bincount(part_N, minlength=num_parts),
-        torch.bincount(part_U[wanted_row_M], minlength=num_parts),
-    ]
-    return _Outgoing(
-        token_U=key_U - part_U * tokens,
-        row_N=unique_N - (rows_R.cumsum(0) - rows_R)[part_N],
-        wanted_row_M=wanted_row_M,
-        wanted_gate_M=wanted_gate_M,
-        counts_R3=torch.stack(counts, dim=1),
-    )
 
 
 def _wanted_sums(weight_GN: Tensor, row_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -155,34 +147,6 @@ def _wanted_sums(weight_GN: Tensor, row_N: Tensor, num_rows: int) -> tuple[Tenso
     used_UG = used_NG.new_zeros(num_rows, len(weight_GN)).index_add(0, row_N, used_NG)
     row_M, gate_M = used_UG.nonzero(as_tuple=True)
     return row_M, gate_M
-
-
-def _to_parts(
-    x_TD: Tensor, pairs: Pairs, outgoing: _Outgoing, send: _PerPart, receive: _PerPart, across: World
-) -> tuple[Tensor, Pairs]:
-    """The rows that arrive here from all ranks, and their pairs with the experts of this part."""
-    per_part = len(pairs.rows_per_expert_E) // across.size
-    key_N = outgoing.row_N * per_part + pairs.expert_N % per_part
-    rows_UD, weight_NG, key_N = exchange_packed(
-        (x_TD.index_select(0, outgoing.token_U), pairs.weight_GN.t(), key_N),
-        [send.rows, send.pairs, send.pairs],
-        [receive.rows, receive.pairs, receive.pairs],
-        across,
-    )
-    # Sorted as pairs are, by expert, then by row; rows are counted over all source ranks.
-    rows_R, pairs_R = torch.tensor([receive.rows, receive.pairs], device=key_N.device)
-    first_row_N = (rows_R.cumsum(0) - rows_R).repeat_interleave(pairs_R)
-    expert_N, row_N = key_N % per_part, key_N // per_part + first_row_N
-    num_rows = sum(receive.rows)
-    order_N = (expert_N * max(num_rows, 1) + row_N).argsort()
-    arrived = Pairs(
-        token_N=row_N[order_N],
-        expert_N=expert_N[order_N],
-        weight_GN=weight_NG.index_select(0, order_N).t().contiguous(),
-        rows_per_expert_E=torch.bincount(expert_N, minlength=per_part),
-        num_tokens=num_rows,
-    )
-    return rows_UD, arrived
 
 
 def exchange_packed(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: World) -> tuple[Tensor, ...]:
