@@ -65,6 +65,6 @@ class BertFeedForwardBank(FeedForwardBank):
 
     def all_experts(self, x_TD: Tensor) -> Tensor:
         """Return all experts' LayerNorms of rows plus results."""
-        added_ETD = kernels.dropout_of_stacks(super().all_experts(x_TD), self.dropout, self.training)
+        added_ETD = kernels.dropout(super().all_experts(x_TD), self.dropout, self.training, under_vmap=True)
         normal_ETD = F.layer_norm(x_TD + added_ETD, (self.dim,), eps=self.norm_eps)
         return normal_ETD * self.norm_weight.unsqueeze(1) + self.norm_bias.unsqueeze(1)

@@ -63,4 +63,4 @@ class DenseReLUBank(ExpertBank):
         """Return all experts' results by one batched product."""
         x_ETD = x_TD.expand(self.num_local_experts, *x_TD.shape)
         hidden_ETF = torch.baddbmm(self.bias.unsqueeze(1), x_ETD, self.weight)
-        return kernels.dropout_of_stacks(torch.relu(hidden_ETF), self.dropout, self.training)
+        return kernels.dropout(torch.relu(hidden_ETF), self.dropout, self.training, under_vmap=True)

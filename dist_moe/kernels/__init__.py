@@ -1,6 +1,6 @@
 """Fast paths, each with a plain reference beside it."""
 
-from dist_moe.kernels.dropout import dropout, dropout_of_stacks
+from dist_moe.kernels.dropout import dropout
 from dist_moe.kernels.feed_forward import feed_forward, feed_forward_reference
 from dist_moe.kernels.grouped import (
     grouped_layer_norm,
@@ -45,7 +45,6 @@ __all__ = [
     "counts_on_host",
     "dense_products",
     "dropout",
-    "dropout_of_stacks",
     "feed_forward",
     "feed_forward_reference",
     "grouped_layer_norm",

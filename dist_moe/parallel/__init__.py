@@ -2,7 +2,6 @@
 
 from dist_moe.parallel.emulated import EmulatedWorld
 from dist_moe.parallel.exchange import (
-    DispatchPlan,
     Exchange,
     FlatExchange,
     Mixed,
@@ -15,10 +14,9 @@ from dist_moe.parallel.overlapped import OverlappedExchange
 from dist_moe.parallel.phase_clock import PHASES, PhaseClock
 from dist_moe.parallel.placement import Placement, expert_table, experts_of_rank, position_table
 from dist_moe.parallel.two_level import OncePerPart, exchange_over, open_levels, ranks_per_node, two_level_exchange
-from dist_moe.parallel.wire import WIRES, Wire, WireName
+from dist_moe.parallel.wire import WIRES, WireName
 from dist_moe.parallel.world import (
     ExchangeOptions,
-    Levels,
     ProcessWorld,
     SingleWorld,
     Traffic,
@@ -37,12 +35,10 @@ from dist_moe.parallel.world import (
 __all__ = [
     "PHASES",
     "WIRES",
-    "DispatchPlan",
     "EmulatedWorld",
     "Exchange",
     "ExchangeOptions",
     "FlatExchange",
-    "Levels",
     "Mixed",
     "OncePerPart",
     "OverlappedExchange",
@@ -51,7 +47,6 @@ __all__ = [
     "ProcessWorld",
     "SingleWorld",
     "Traffic",
-    "Wire",
     "WireName",
     "World",
     "added_over_ranks",

@@ -158,8 +158,11 @@ class EmulatedRank(_Emulated):
         if per_node is not None:
             nodes = [range(first, first + per_node) for first in range(0, size, per_node)]
             peers = [range(place, size, per_node) for place in range(per_node)]
-            across = _part(self, "across nodes", peers, range(len(nodes)))
-            self.levels = Levels(across, _part(self, "within a node", nodes))
+            alone = SingleWorld(self.traffic)  # ranks that are alone in their groups exchange nothing there
+            self.levels = Levels(
+                _Part(self, "across nodes", peers, range(len(nodes))) if len(nodes) > 1 else alone,
+                _Part(self, "within a node", nodes, None) if per_node > 1 else alone,
+            )
 
     @torch.no_grad()
     def _meet(self, what: str, brought: Any, share_out: ShareOut) -> Any:
@@ -197,13 +200,6 @@ class _Part(_Emulated):
             return [shares[rank] for rank in range(len(of_ranks))]
 
         return self._whole._meet(f"{what} {self._name}", brought, share_out_in_groups)
-
-
-def _part(
-    whole: EmulatedRank, name: str, groups: Sequence[Sequence[int]], node_of_rank: Sequence[int] | None = None
-) -> World:
-    """Ranks that are alone in their groups exchange nothing there."""
-    return _Part(whole, name, groups, node_of_rank) if len(groups[0]) > 1 else SingleWorld(whole.traffic)
 
 
 def _share_out_rows(of_ranks: list[tuple[Tensor, list[int], list[int]]]) -> list[Tensor]:
