@@ -21,12 +21,12 @@ from dist_moe.parallel import (
     dispatch,
     plan_dispatch,
 )
-from dist_moe.parallel.wire import Bf16Rows, Fp8Rows, RowFormat, decoded, encoded
+from dist_moe.parallel.wire import BF16_ROWS, FP8_ROWS, RowFormat, decoded, encoded
 from tests.helpers.oracle import assert_all_same, gradients
 from tests.helpers.worlds import both_kinds, in_nodes, run_worlds
 from tests.layer.cases import Case, Layer, build_layer, build_tokens
 
-FORMATS = {"bf16": Bf16Rows(), "fp8": Fp8Rows()}
+FORMATS = {"bf16": BF16_ROWS, "fp8": FP8_ROWS}
 ERROR = {"bf16": 2.0**-8, "fp8_e4m3": 2.0**-4}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 COUNTS = [[2, 0, 3, 1], [0, 0, 4, 0], [1, 5, 0, 0], [0, 0, 0, 0]]
@@ -77,7 +77,7 @@ def test_rows_with_more_than_one_axis() -> None:
 
 def test_bf16_rows_are_not_touched_by_a_wire_of_bf16() -> None:
     x_ND = torch.randn(2, 3).bfloat16()
-    assert encoded(x_ND, Bf16Rows()) is x_ND
+    assert encoded(x_ND, BF16_ROWS) is x_ND
     assert encoded(x_ND, None) is x_ND
 
 
