@@ -70,8 +70,8 @@ def record(name: str, value: Tensor | float, reduce: Reduce = "mean") -> None:
 
 
 @contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    """Give ``recorder`` what is recorded within, in this thread."""
+def recording(recorder: Recorder | None) -> Iterator[None]:
+    """Give ``recorder`` what is recorded within, in this thread; None: nobody, as in an evaluation."""
     before = _current.set(recorder)
     try:
         yield

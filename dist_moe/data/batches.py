@@ -48,6 +48,22 @@ class TensorBatch:
         return moved
 
 
+class ExampleBatch(TensorBatch):
+    """Base of batches in which each example is one token; the model is called with the first tensor alone."""
+
+    examples_in_step: int
+
+    @property
+    def tokens_in_step(self) -> int:
+        """Tokens of the step over all ranks and micro-batches."""
+        return self.examples_in_step
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """Arguments of the model."""
+        return (next(iter(vars(self).values())),)
+
+
 B = TypeVar("B", bound=Batch)
 B_co = TypeVar("B_co", bound=Batch, covariant=True)
 

@@ -236,7 +236,9 @@ class Trainer:
         try:
             self.call("on_start")
             while self.step < self.total_steps and not (self._is_ending or interrupted):
-                self._train_step()
+                recorder = Recorder()
+                with recording(recorder):
+                    self._train_step(recorder)
                 interrupted = self._settle_step()
             self._saver.finish()
             self.history = TrainingHistory(self.history.validation_losses, self._seconds)
@@ -271,8 +273,8 @@ class Trainer:
             batch_size=self.settings.batch_size,
         )
 
-    def _train_step(self) -> None:
-        """One step, from its data to its callbacks. ``self.step`` steps are done before."""
+    def _train_step(self, recorder: Recorder) -> None:
+        """Take one step, from its data to its callbacks; ``recorder`` gets what is recorded on the way."""
         started, step, engine, world = time.perf_counter(), self.step, self.engine, self.groups.world
         ACTIVITY.enter("data", step + 1)
 
@@ -286,18 +288,16 @@ class Trainer:
             world.clock.start(engine.device)
 
         # DeepSpeed accumulates gradients itself: of its ``step`` calls only the last micro-batch's takes the step.
-        sums, lr, recorder = [], engine.get_lr()[0], Recorder()
-        batches = self.feed.micro_batches(step)
+        sums, lr, batches = [], engine.get_lr()[0], self.feed.micro_batches(step)
         shares = len(batches) * self.groups.environment.world_size
-        with recording(recorder):
-            for batch in batches:
-                ACTIVITY.enter("forward")
-                result = self._objective(engine, batch)
-                ACTIVITY.enter("backward")
-                engine.backward(result.loss)
-                ACTIVITY.enter("optimizer")
-                engine.step()
-                sums.append(result.sums or {"loss": result.loss.detach() / shares})
+        for batch in batches:
+            ACTIVITY.enter("forward")
+            result = self._objective(engine, batch)
+            ACTIVITY.enter("backward")
+            engine.backward(result.loss)
+            ACTIVITY.enter("optimizer")
+            engine.step()
+            sums.append(result.sums or {"loss": result.loss.detach() / shares})
 
         # Nothing is read from the device here: the window keeps tensors until the ranks' numbers are collected.
         counts: Sums = {"stop": self._stop.signal_number, "writing": int(self._saver.writing)}

@@ -186,9 +186,9 @@ class MoEModel(nn.Module):
 MODELS = Registry("model", MoEModelConfig)
 
 
-def models_of_kind(kind: str) -> str:
-    """Return the names of the registered models that fit tasks of a kind, for a sentence."""
-    return " or ".join(name for name, settings in MODELS.by_name.items() if settings.kind == kind)
+def models_of_kind(kind: str) -> list[str]:
+    """Return the names of the registered models that fit tasks of a kind, in the order of registration."""
+    return [name for name, settings in MODELS.by_name.items() if settings.kind == kind]
 
 
 ModelConfig = Annotated[SerializeAsAny[MoEModelConfig], MODELS]

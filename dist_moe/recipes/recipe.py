@@ -83,8 +83,9 @@ class RecipeConfig(Settings):
 
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run must have in common with the one before, by field."""
-        recipe = self.recipe.model_dump(mode="json", exclude=set(self.recipe.places))
-        return {"seed": self.seed} | {f"recipe.{name}": value for name, value in recipe.items()}
+        recipe = self.recipe.model_dump(mode="json", exclude={"name", *self.recipe.places})
+        fields = {f"recipe.{name}": value for name, value in recipe.items()}
+        return {"seed": self.seed, "recipe.name": self.recipe.name} | fields
 
     def fitted(self, world_size: int) -> Any:
         """Return the configuration for ``world_size`` ranks: smaller, where parallel.elastic allows it."""

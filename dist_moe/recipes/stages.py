@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -32,7 +32,9 @@ from dist_moe.engine.launch.stop_request import StopRequest, stop_requests
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import Feed, FitResult, Objective, fit
-from dist_moe.recipes.recipe import Plan, RecipeSettings, RunStart
+from dist_moe.recipes.recipe import Plan, RecipeConfig, RecipeSettings, RunStart
+from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.tasks import Task
 
 RESULT = "result.json"
 """Written last into a stage's directory: its presence means that the stage has finished."""
@@ -70,11 +72,14 @@ class Stage:
     def fit(
         self, model: nn.Module, feed: Feed, objective: Objective, settings: TrainConfig, **options: Any
     ) -> FitResult:
-        """Call :func:`dist_moe.engine.training.fit` for this stage; ``options`` as there.
+        """Call :func:`dist_moe.engine.training.fit` for this stage; ``options`` as there;
+        trackers, seed and deepspeed are those of the configuration unless given.
 
         Raises Interrupted where it was asked to stop.
         """
-        options = {"trackers": self.start.config.trackers, "seed": self.start.config.seed} | options
+        config = self.start.config
+        given = {name: getattr(config, name) for name in ("trackers", "seed", "deepspeed") if hasattr(config, name)}
+        options = given | options
         result = fit(
             model,
             feed,
@@ -174,14 +179,29 @@ class Stages:
             time.sleep(SECONDS_BETWEEN_LOOKS)  # its process may hold the store that the others still look into
 
 
+@dataclass(frozen=True)
+class StagedPlan:
+    """A run of stages whose checks have passed. ``task``: that of its data."""
+
+    start: RunStart
+    task: Task
+
+
 class StagedRecipe(RecipeSettings):
-    """A recipe that is a sequence of stages."""
+    """A recipe that is a sequence of stages, with the configuration of supervised training unless it has its own."""
+
+    configuration: ClassVar[type[RecipeConfig]] = SupervisedConfig
+
+    def plan(self, start: RunStart) -> StagedPlan:
+        """Open the task; override it to check more. Raises UserError."""
+        return StagedPlan(start, start.config.data.open(progress=start.environment.is_rank_zero))
 
     @abstractmethod
     def run(self, plan: Any, stages: Stages) -> None:
         """Run the stages in order. On every rank."""
 
     def train(self, plan: Plan) -> int:
+        """Run the stages; 0, or 128 + signal if they were asked to stop."""
         start = plan.start
         if start.environment.is_rank_zero:
             start.run.create()

@@ -12,6 +12,7 @@ from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.models import MoEModel
 from dist_moe.parallel import current_world, gather_columns, sum_over_ranks
+from dist_moe.recording import recording
 from dist_moe.tasks.task import Task
 
 
@@ -27,7 +28,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     model.begin_evaluation()
-    columns, load_LGE, tokens = _observe(task, model, part, groups)
+    with recording(None):  # gates record training steps only
+        columns, load_LGE, tokens = _observe(task, model, part, groups)
     model.train(was_training)
     figures: dict[str, Any] = dict(task.figures(columns.cpu().numpy(), part, weights))
     return figures | expert_figures(load_LGE, tokens)

@@ -19,13 +19,12 @@ from dist_moe.tasks.task import Task
 class TaskSettings(Settings, ABC):
     """Which data to learn from, and what to learn from it.
 
-    ``kind``: that of the task and of models that fit. ``default_model``: the name of the one that is taken unasked.
+    ``kind``: that of the task and of models that fit; of these the one registered first is taken unasked.
     ``targets``: names of what a model predicts for an example, each with a loss of its own.
     ``places``: fields that say where files are, which may differ when a run is resumed.
     """
 
     kind: ClassVar[str]
-    default_model: ClassVar[str]
     targets: ClassVar[tuple[str, ...]]
     places: ClassVar[tuple[str, ...]] = ("root", "cache", "encoder")
 

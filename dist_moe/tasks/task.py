@@ -52,11 +52,11 @@ class Task(ABC):
     train: Examples[Any]
     val: Examples[Any]
     test: Examples[Any]
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = {}  # noqa: RUF012 (a task has its own, or nothing to say)
 
-    @abstractmethod
     def model_inputs(self) -> dict[str, Any]:
         """Return the sizes that a model of the task's kind is built with: keyword arguments of its ``build``."""
+        return {}
 
     def build_model(self, model: MoEModelConfig, run: RunShape) -> Any:
         """Return this rank's part of the model that ``model`` describes; all ranks must have seeded torch alike."""
@@ -66,9 +66,9 @@ class Task(ABC):
         """Return how large an example is."""
         return ExampleShape(self.tokens_per_example, self.tokens_per_example)
 
-    @abstractmethod
-    def id_counts(self) -> Tensor:
-        """Return (ids,) int64: how often each id that a gate can route by occurs in the training examples."""
+    def id_counts(self) -> Tensor | None:
+        """Return (ids,) int64: how often each id that a gate can route by occurs in training; None: no ids."""
+        return None
 
     @abstractmethod
     def task_losses(self, output: ModelOutput, batch: Any) -> dict[str, Tensor]:

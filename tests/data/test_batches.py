@@ -86,7 +86,7 @@ def test_a_batch_carries_its_pairs_and_the_sizes_of_its_step() -> None:
         )
         assert batch.item_B.tolist() == (2 * batch.user_B).tolist()
         assert batch.rating_B.tolist() == (batch.user_B % 6).tolist()
-        assert (batch.pairs_in_step, batch.rated_in_step) == (BATCH, rated)
+        assert (batch.examples_in_step, batch.rated_in_step) == (BATCH, rated)
         assert (batch.examples_in_step, len(batch)) == (BATCH, BATCH // 4)
 
 
@@ -127,10 +127,10 @@ def test_a_batch_is_a_share_of_its_step(stars: list[float], dtype: type[np.int8]
     assert batch.rating_B.tolist() == [stars[2], 0]
     assert {batch.user_B.dtype, batch.item_B.dtype} == {torch.int64}
     assert batch.rating_B.dtype == torch.float32
-    assert (len(batch), batch.pairs_in_step, batch.examples_in_step, batch.rated_in_step) == (2, 3, 3, 2)
+    assert (len(batch), batch.examples_in_step, batch.examples_in_step, batch.rated_in_step) == (2, 3, 3, 2)
 
 
 def test_no_rows_give_an_empty_batch() -> None:
     batch = rated([1, 2], np.int8).batch(np.arange(0), np.arange(0))
-    assert (len(batch), batch.pairs_in_step, batch.rated_in_step) == (0, 0, 0)
+    assert (len(batch), batch.examples_in_step, batch.rated_in_step) == (0, 0, 0)
     assert batch.to(torch.device("cpu")).user_B.shape == (0,)

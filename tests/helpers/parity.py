@@ -104,7 +104,7 @@ def micro_batches(step: int, rank: int, ranks: int, accumulation: int) -> Iterat
     for micro in range(accumulation):
         rows = slice((micro * ranks + rank) * size, (micro * ranks + rank + 1) * size)
         columns = (whole.user_B[rows], whole.item_B[rows], whole.rating_B[rows])
-        yield PairBatch(*columns, whole.pairs_in_step, whole.rated_in_step)
+        yield PairBatch(*columns, whole.examples_in_step, whole.rated_in_step)
 
 
 @cache

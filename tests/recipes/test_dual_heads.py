@@ -14,6 +14,7 @@ from dist_moe.models import BertClassifier
 from dist_moe.models.bert import read_hugging_face, write_hugging_face
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import plan_new_run
+from dist_moe.recipes.supervised.runs import trained_model
 from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.classification import TextClassificationTask
 from tests.data.labelled_text.tiny_texts import write_messages, write_ratings
@@ -78,8 +79,8 @@ def test_what_the_second_head_adds_by_a_loop(config: Path, teacher: Path, tmp_pa
     assert isinstance(plan.task, TextClassificationTask)
     torch.manual_seed(plan.config.seed)
     student = build_model(plan.config, plan.task, SingleWorld())
-    plan.task.first_weights(student, plan.config.model)
-    taught = plan.task.trained(teacher, SingleWorld()).eval()
+    plan.config.start.fill(student, plan.config, plan.task, plan.start.environment)
+    taught = trained_model(teacher, plan.task, SingleWorld()).eval()
     batch = plan.feed.micro_batches(0)[0]
     expected = 0.0
     for token_S, length in zip(batch.token_BS, batch.length_B, strict=True):
@@ -100,7 +101,7 @@ def test_a_student_starts_from_it_and_hugging_face_gets_it_without_the_head(
     succeed(1, "train", "--run-dir", tmp_path / "next", config, f"start.run={tmp_path / 'run'}")
     task = plan_new_run(config, [], tmp_path / "planned").task
     assert isinstance(task, TextClassificationTask)
-    model = task.trained(tmp_path / "run", SingleWorld())
+    model = trained_model(tmp_path / "run", task, SingleWorld())
     assert isinstance(model, BertClassifier)
     write_hugging_face(model, tmp_path / "written")
     plain = {name for name, _ in model.named_parameters() if "auxiliary" not in name}

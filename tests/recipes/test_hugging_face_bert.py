@@ -11,6 +11,7 @@ import torch
 
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import load_config, plan_new_run
+from dist_moe.recipes.supervised.runs import trained_model
 from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from tests.data.labelled_text.tiny_texts import SAMPLES, read_squad, write_messages
@@ -77,7 +78,7 @@ def trained_with_experts(root: Path, data: dict[str, str | int], model: str) -> 
 def assert_same_answers(run: Path, directory: Path) -> None:
     """Of the test part's first texts, as our own data cuts and pads them."""
     task = task_of(run)
-    ours, (theirs, tokenizer) = task.trained(run, SingleWorld()).eval(), load(directory)
+    ours, (theirs, tokenizer) = trained_model(run, task, SingleWorld()).eval(), load(directory)
     first = np.arange(8)
     batch = task.test.batch(first, first)
     mask_BS = mask_of(batch.token_BS, batch.length_B)
@@ -118,8 +119,8 @@ def test_a_dense_run_is_a_plain_bert_from_which_another_run_can_begin(
     assert_same_answers(dense, tmp_path / "bert")
     plan = plan_new_run(config, [f"data.encoder={tmp_path / 'bert'}"], tmp_path / "run")
     model = build_model(plan.config, plan.task, SingleWorld())
-    plan.task.first_weights(model, plan.config.model)
-    for name, parameter in plan.task.trained(dense, SingleWorld()).named_parameters():
+    plan.config.start.fill(model, plan.config, plan.task, plan.start.environment)
+    for name, parameter in trained_model(dense, plan.task, SingleWorld()).named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
 
 
@@ -135,7 +136,7 @@ def test_pairs_with_a_score(tmp_path: Path) -> None:
     assert batch.type_BS is not None
     assert torch.equal(rows["input_ids"], batch.token_BS)
     assert torch.equal(rows["token_type_ids"] * rows["attention_mask"], batch.type_BS * rows["attention_mask"])
-    expected_B1 = task.trained(run, SingleWorld()).eval()(*batch.inputs).predictions[0]
+    expected_B1 = trained_model(run, task, SingleWorld()).eval()(*batch.inputs).predictions[0]
     torch.testing.assert_close(theirs(**rows).logits, expected_B1, rtol=1e-5, atol=1e-5)
     assert expected_B1.shape == (2, 1)
     assert theirs.config.problem_type == "regression"
@@ -155,7 +156,7 @@ def test_answers_in_windows(tmp_path: Path) -> None:
     assert rows.pop("overflow_to_sample_mapping").bincount().max() > 1
     batch = task.test.batch(every, every)
     assert torch.equal(rows["input_ids"], batch.token_BS)
-    expected = task.trained(run, SingleWorld()).eval()(*batch.inputs)
+    expected = trained_model(run, task, SingleWorld()).eval()(*batch.inputs)
     found = theirs(**rows)
     for logits_BS, expected_BS in zip((found.start_logits, found.end_logits), expected.predictions, strict=True):
         torch.testing.assert_close(logits_BS[expected.real_BS], expected_BS[expected.real_BS], rtol=1e-5, atol=1e-5)

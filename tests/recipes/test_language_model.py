@@ -270,15 +270,15 @@ def test_smoe_dropout_follows_its_schedule(config: Path, tmp_path: Path) -> None
     assert test["active_experts_by_gate"] == [expected[-1]] * 2
 
 
-def closing_words(config: Path, options: list[str], directory: Path) -> str:
+def final_report(config: Path, options: list[str], directory: Path) -> str:
     plan = plan_new_run(config, options, directory)
     with process_groups(plan.start.environment, plan.config.parallel) as groups:
         model: Any = build_model(plan.config, plan.task, groups.world)
-        return plan.task.closing_words(model)
+        return plan.task.final_report(model)
 
 
 def test_samples_are_the_same_on_every_rank(config: Path, tmp_path: Path) -> None:
-    (alone,) = on_ranks(1, closing_words, config, [], tmp_path / "run")
-    both = on_ranks(2, closing_words, config, ["parallel.expert_parallel_size=2"], tmp_path / "run")
+    (alone,) = on_ranks(1, final_report, config, [], tmp_path / "run")
+    both = on_ranks(2, final_report, config, ["parallel.expert_parallel_size=2"], tmp_path / "run")
     assert both == [alone, alone]
     assert alone.count("\n") >= 3

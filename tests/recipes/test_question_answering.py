@@ -12,12 +12,14 @@ import torch
 
 from dist_moe.data.labelled_text.answers import window_starts
 from dist_moe.data.labelled_text.squad import Question
+from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
 from dist_moe.models.bert import BertModel, read_hugging_face
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import load_config, plan_new_run, validate_config
+from dist_moe.recipes.supervised import runs as runs_module
+from dist_moe.recipes.supervised.runs import trained_model
 from dist_moe.tasks import build_model
-from dist_moe.tasks.labelled_text import task as labelled_text_task
 from dist_moe.tasks.labelled_text.answer_metrics import answer_figures
 from dist_moe.tasks.labelled_text.question_answering import QuestionAnsweringTask
 from tests.data.labelled_text.tiny_texts import SAMPLES, read_squad, tiny_tokenizer
@@ -85,7 +87,7 @@ def test_a_run_begins_with_the_encoder_and_without_its_pooler(config: Path, enco
     run_config, task = load_config(config), task_of(config)
     model = build_model(run_config, task, SingleWorld())
     drawn = model.get_parameter("span.weight").clone()
-    task.first_weights(model, run_config.model)
+    run_config.start.fill(model, run_config, task, LaunchEnvironment.read())
     weights = read_hugging_face(encoder).weights
     above = {"pooler.weight", "pooler.bias"}
     assert weights.keys() - above == {name for name, _ in model.named_parameters()} - {"span.weight", "span.bias"}
@@ -111,7 +113,7 @@ def test_figures_by_hand(learnt: tuple[Path, Path]) -> None:
     """One window at a time, without padding; every span of it, and its words from the tokenizer's own places."""
     config, run = learnt
     task, (_, dev) = task_of(config), read_squad(SQUAD)
-    model = task.trained(run, SingleWorld()).eval()
+    model = trained_model(run, task, SingleWorld()).eval()
     losses: list[float] = []
     answers = []
     for number, question in enumerate(dev):
@@ -156,7 +158,7 @@ def answer_by_loops(
 def test_the_sample_is_learnt_by_heart(learnt: tuple[Path, Path]) -> None:
     config, run = learnt
     task = task_of(config)
-    model = task.trained(run, SingleWorld()).eval()
+    model = trained_model(run, task, SingleWorld()).eval()
     every = np.arange(len(task.train))
     batch = task.train.batch(every, every)
     with torch.no_grad():
@@ -185,8 +187,8 @@ def test_the_teachers_ends_are_followed_by_their_mean(
     plan = plan_new_run(config, [*STUDENT, *taught(teachers[1])], tmp_path / "run")
     task = plan.task
     assert isinstance(task, QuestionAnsweringTask)
-    student, teacher = build_model(plan.config, task, SingleWorld()), task.trained(teachers[1], SingleWorld())
-    task.first_weights(student, plan.config.model)
+    student, teacher = build_model(plan.config, task, SingleWorld()), trained_model(teachers[1], task, SingleWorld())
+    plan.config.start.fill(student, plan.config, task, plan.start.environment)
     student.train().begin_step(0)
     teacher.eval()
     batch = plan.feed.micro_batches(0)[0]
@@ -224,6 +226,6 @@ def test_what_a_run_cannot_begin_with(config: Path, tmp_path: Path, overrides: l
 
 def test_a_classifiers_run_answers_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = SimpleNamespace(config=validate_config({"data": {"name": "rte"}}))
-    monkeypatch.setattr(labelled_text_task, "find_weights", lambda _: other)
+    monkeypatch.setattr(runs_module, "find_weights", lambda _: other)
     with pytest.raises(UserError, match=r"there is a run of model\.name=bert_classifier, not of bert_answerer"):
-        task_of(config).trained(Path("there"), SingleWorld())
+        trained_model(Path("there"), task_of(config), SingleWorld())

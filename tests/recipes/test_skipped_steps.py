@@ -12,6 +12,7 @@ import pytest
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.checkpoint.loading import read_trainer_state
 from dist_moe.engine.training import Trainer
+from dist_moe.recording import Recorder
 from tests.helpers.board import read_board
 from tests.helpers.commands import Outcome, run_here
 from tests.helpers.pool import on_ranks
@@ -69,11 +70,11 @@ def runs_without(config: Path, runs: dict[str, list[str]], left_out: int) -> Non
     """The same runs, in which a step does not happen at all."""
     train_step = Trainer._train_step
 
-    def train_others(self: Trainer) -> None:
+    def train_others(self: Trainer, recorder: Recorder) -> None:
         if self.step + 1 == left_out:
             self.step += 1
         else:
-            train_step(self)
+            train_step(self, recorder)
 
     Trainer._train_step = train_others
     try:

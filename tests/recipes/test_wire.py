@@ -22,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) ->
         "gate": {"name": "top_k", "k": 3},
         "num_experts": 8,
         "embedding_dim": WIDTH // 2,
-        "experts": {"units": WIDTH},
+        "experts": {"units": WIDTH, "dropout": 0.0},
     }
     config = write_config(root, tiny_data, model=model, train={"max_steps": STEPS}, seed=1)
     for name in WIRES:

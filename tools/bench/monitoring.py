@@ -38,6 +38,7 @@ from dist_moe.parallel import PhaseClock, Traffic
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig
 from dist_moe.recipes.recipe import plan_new_run
+from dist_moe.recording import Recorder
 from dist_moe.search import SlotTable
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.pool import on_ranks
@@ -164,10 +165,10 @@ def train_and_measure(config: Path, run: Path) -> dict[str, float]:
     marks: list[tuple[float, float, float, float]] = []
     step, warm_up = Trainer._train_step, 10
 
-    def marked(self: Trainer) -> None:
+    def marked(self: Trainer, recorder: Recorder) -> None:
         if self.step >= warm_up:
             marks.append((time.thread_time(), time.process_time(), monitoring.seconds, hooks.seconds))
-        step(self)
+        step(self, recorder)
 
     Trainer._train_step = marked  # type: ignore[method-assign]
     plan = plan_new_run(config, [], run)

@@ -9,32 +9,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_moe.data.batches import TensorBatch
+from dist_moe.data.batches import ExampleBatch
 
 
 @dataclass(frozen=True)
-class PairBatch(TensorBatch):
+class PairBatch(ExampleBatch):
     """One rank's share of a step. ``user_B``, ``item_B``: int64; ``rating_B``: fp32, 0 = not rated.
 
-    ``pairs_in_step``, ``rated_in_step``: sizes of the whole step over all ranks and micro-batches,
+    ``examples_in_step``, ``rated_in_step``: sizes of the whole step over all ranks and micro-batches,
     by which sums are divided so that a loss does not depend on how the step is shared out.
     """
 
     user_B: Tensor
     item_B: Tensor
     rating_B: Tensor
-    pairs_in_step: int
+    examples_in_step: int
     rated_in_step: int
-
-    @property
-    def examples_in_step(self) -> int:
-        """Examples of the whole step: its pairs."""
-        return self.pairs_in_step
-
-    @property
-    def tokens_in_step(self) -> int:
-        """Tokens of the whole step: one per example."""
-        return self.pairs_in_step
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:

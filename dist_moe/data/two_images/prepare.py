@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from dist_moe.data.batches import TensorBatch
+from dist_moe.data.batches import ExampleBatch
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
 from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
@@ -78,7 +78,7 @@ class TwoImagesConfig(DataSettings):
 
 
 @dataclass(frozen=True)
-class ImageBatch(TensorBatch):
+class ImageBatch(ExampleBatch):
     """One rank's share of a step.
 
     ``image_BD``: fp32 [B, 1296], frames of 36 x 36 row by row, 0 to 2 (1 is white). ``label_BG``: int64 [B, 2],
@@ -89,16 +89,6 @@ class ImageBatch(TensorBatch):
     image_BD: Tensor
     label_BG: Tensor
     examples_in_step: int
-
-    @property
-    def tokens_in_step(self) -> int:
-        """Tokens of the whole step: one per example."""
-        return self.examples_in_step
-
-    @property
-    def inputs(self) -> tuple[Tensor]:
-        """Arguments of the model."""
-        return (self.image_BD,)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ class Tracker(ABC):
         """Take the record of a finished step: numbers by name, ``step`` among them, and, of models with experts,
         ``load``: (L, E) rows per layer and expert, as nested lists."""
 
-    @abstractmethod
-    def metrics(self, part: str, metrics: dict[str, Any], step: int) -> None:
+    def metrics(self, part: str, metrics: dict[str, Any], step: int) -> None:  # noqa: B027 (some take steps alone)
         """Take numbers by name of an evaluation (``part``: validation, test) or of what else happens beside training
         (swap_search, placement), after ``step`` steps. A validation comes before the records of its window of steps."""
 

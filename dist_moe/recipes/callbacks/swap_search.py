@@ -20,6 +20,7 @@ from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import Trainer
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
+from dist_moe.recording import recording
 from dist_moe.search import SwapReport, SwapSearch, SwapSearchConfig
 from dist_moe.tasks.task import Task
 
@@ -101,7 +102,7 @@ def search_swaps(
         return task.weighted(task.task_losses(model(*inputs), batch), weights)
 
     model.begin_evaluation()
-    with in_double_precision(model):
+    with in_double_precision(model), recording(None):
         return SwapSearch(model, batches, loss, config).run()
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from dist_moe.engine.deepspeed.sharded_parameters import is_sharded
 from dist_moe.models import MoEModel
+from dist_moe.recording import recording
 
 
 class Teacher:
@@ -31,4 +32,5 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         self.model.eval()  # at every call: whoever else holds the model may have called train() on it or on a part
-        return self.model(*inputs, **options)
+        with recording(None):  # its gates have nothing to say of the student's step
+            return self.model(*inputs, **options)

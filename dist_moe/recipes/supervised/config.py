@@ -15,7 +15,7 @@ from dist_moe.errors import UserError
 from dist_moe.models import MODELS, ModelConfig, models_of_kind
 from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig
 from dist_moe.recipes.recipe import RecipeConfig
-from dist_moe.recipes.supervised.start import StartConfig
+from dist_moe.recipes.supervised.start import STARTS, StartConfig
 from dist_moe.recipes.supervised.start.settings import start_of
 from dist_moe.search.placement_policy import PlacementScheduleConfig
 from dist_moe.tasks import TASKS, TaskConfig
@@ -82,12 +82,12 @@ class SupervisedConfig(RecipeConfig):
         model = {} if model is None else {"name": model} if isinstance(model, str) else model
         filled = {"data": {} if data is None else data}
         if isinstance(model, dict):
-            model = {"name": settings.default_model} | model
+            model = {"name": models_of_kind(settings.kind)[0]} | model
         fitting = start_of(model["name"]) if isinstance(model, dict) and isinstance(model["name"], str) else None
         if start is None and fitting is not None and fitting.is_default:
             start = {}
-        if isinstance(start, dict) and fitting is not None:
-            start = {"name": default_name(fitting)} | start
+        if isinstance(start, dict):
+            start = {"name": default_name(fitting or STARTS.classes[0])} | start  # check() says which models it is for
         return content | filled | {"model": model, "start": start}
 
     @field_validator("deepspeed")
@@ -117,9 +117,8 @@ class SupervisedConfig(RecipeConfig):
         """Raise UserError for what does not fit together on ``world_size`` ranks."""
         data, model = self.data, self.model
         if model.kind != data.kind:
-            raise UserError(
-                f"model.name={model.name} does not fit data.name={data.name}; use {models_of_kind(data.kind)}"
-            )
+            fitting = " or ".join(models_of_kind(data.kind))
+            raise UserError(f"model.name={model.name} does not fit data.name={data.name}; use {fitting}")
         if len(self.target_weights) != len(data.targets):
             raise UserError(
                 f"target_weights={list(self.target_weights)}: data.name={data.name} has {len(data.targets)} target(s), "

@@ -18,7 +18,7 @@ from dist_moe.engine.checkpoint.loading import read_trainer_state
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.health.activity import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
-from dist_moe.engine.launch.environment import disable_malloc_trim
+from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.launch.stop_request import StopRequest, stop_requests
 from dist_moe.engine.training import FitResult, Objective, Trainer, fit
@@ -86,7 +86,7 @@ class SupervisedRecipe(RecipeSettings):
         self.check(config, task)
         if checkpoint is None and config.start is not None:
             config.start.check(config, task)
-        feed = feed_of(config, task, start)
+        feed = feed_of(config, task, start.environment)
         if config.swap_search is not None:
             config.swap_search.check(config.train, feed.steps_per_epoch)
         return SupervisedPlan(start, task, feed, checkpoint)
@@ -134,13 +134,13 @@ class SupervisedRecipe(RecipeSettings):
                 stop=stop,
                 keep_model=False,
             )
-        result = SupervisedResult(fitted, ending.val, ending.test, ending.tested_step)
-        if start.environment.is_rank_zero:
-            if fitted.interrupted:
-                hint = f"go on with: dist-moe train --resume {start.run.root}"
-                start.say(f"stopped after step {fitted.steps}; {hint}")
-            else:
-                summarise(plan, result, ending)
+            result = SupervisedResult(fitted, ending.val, ending.test, ending.tested_step)
+            if start.environment.is_rank_zero:
+                if fitted.interrupted:
+                    hint = f"go on with: dist-moe train --resume {start.run.root}"
+                    start.say(f"stopped after step {fitted.steps}; {hint}")
+                else:
+                    summarise(plan, result, ending)
         return result
 
     def check(self, config: SupervisedConfig, task: Task) -> None:
@@ -177,7 +177,7 @@ def agree_on_checkpoint(start: RunStart, checkpoint: Path | None) -> Path | None
     return checkpoints_of(start.run.root) / name if name else None
 
 
-def feed_of(config: SupervisedConfig, task: Task, start: RunStart) -> ShuffledFeed[Any]:
+def feed_of(config: SupervisedConfig, task: Task, environment: LaunchEnvironment) -> ShuffledFeed[Any]:
     """Return the training examples in the order of the run's seed, this rank's share of every step.
 
     Raises UserError if there are fewer examples than one batch.
@@ -186,10 +186,10 @@ def feed_of(config: SupervisedConfig, task: Task, start: RunStart) -> ShuffledFe
         task.train,
         config.train.batch_size,
         config.seed,
-        rank=start.environment.rank,
-        world_size=start.environment.world_size,
+        rank=environment.rank,
+        world_size=environment.world_size,
         accumulation=config.accumulation,
-        device=start.environment.device,
+        device=environment.device,
     )
 
 

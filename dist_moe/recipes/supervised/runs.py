@@ -69,7 +69,7 @@ def trained_model(run: Path, task: Task, world: World, device: torch.device | No
     weights = find_weights(run)
     settings = weights.config.model
     if settings.kind != task.kind:
-        wanted = models_of_kind(task.kind)
+        wanted = " or ".join(models_of_kind(task.kind))
         raise UserError(f"{run} is a run of model.name={settings.name}, not of {wanted}; name one of {wanted}")
     with device or torch.device("cpu"):
         model = task.build_model(settings, run_shape(weights.config, task, world))

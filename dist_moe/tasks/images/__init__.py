@@ -11,7 +11,6 @@ class TwoImagesSettings(TwoImagesConfig, TaskSettings):
     """MultiMNIST or MultiFashionMNIST, with the class of each of the two images as targets."""
 
     kind: ClassVar[str] = "two_images"
-    default_model: ClassVar[str] = "two_image_classifier"
     targets: ClassVar[tuple[str, ...]] = TARGETS
 
     def open(self, *, progress: bool) -> TwoImagesTask:

@@ -14,7 +14,6 @@ class TextClassificationSettings(LabelledTextConfig, TaskSettings):
     """Texts, or pairs of texts, with a class or a number as target."""
 
     kind: ClassVar[str] = "text_classification"
-    default_model: ClassVar[str] = "bert_classifier"
     targets: ClassVar[tuple[str, ...]] = ("label",)
 
     def open(self, *, progress: bool) -> TextClassificationTask:
@@ -27,7 +26,6 @@ class QuestionAnsweringSettings(QuestionsConfig, TaskSettings):
     """Questions whose answers are pieces of a text, or that have none."""
 
     kind: ClassVar[str] = "question_answering"
-    default_model: ClassVar[str] = "bert_answerer"
     targets: ClassVar[tuple[str, ...]] = ("answer",)
 
     def open(self, *, progress: bool) -> QuestionAnsweringTask:

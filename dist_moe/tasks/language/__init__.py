@@ -11,7 +11,6 @@ class LanguageModelSettings(TextConfig, TaskSettings):
     """A corpus of domains, or the user's own directory, with the next token as target."""
 
     kind: ClassVar[str] = "language"
-    default_model: ClassVar[str] = "transformer"
     targets: ClassVar[tuple[str, ...]] = ("next_token",)
 
     def open(self, *, progress: bool) -> LanguageModelTask:

@@ -11,7 +11,6 @@ class RecommendationSettings(MovieLensConfig, TaskSettings):
     """MovieLens, with the targets ``watched`` and ``rating``."""
 
     kind: ClassVar[str] = "recommendation"
-    default_model: ClassVar[str] = "recommender"
     targets: ClassVar[tuple[str, ...]] = TARGETS
 
     def open(self, *, progress: bool) -> RecommendationTask:

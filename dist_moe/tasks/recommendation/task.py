@@ -41,7 +41,7 @@ class RecommendationTask(Task):
         bce = F.binary_cross_entropy_with_logits(logit_B, watched_B.to(logit_B), reduction="sum")
         error_B = torch.where(watched_B, stars_B - batch.rating_B, 0.0)
         return {
-            "bce": bce / batch.pairs_in_step,
+            "bce": bce / batch.examples_in_step,
             "mse": error_B.square().sum() / max(batch.rated_in_step, 1),
         }
 

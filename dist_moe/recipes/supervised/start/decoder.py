@@ -67,7 +67,7 @@ def check_decoder_start(start: DecoderStart, model: TransformerConfig, data: Tex
             )
 
 
-def fill_from_run(model: Transformer, start: DecoderStart, id_counts: Tensor) -> None:
+def fill_from_run(model: Transformer, start: DecoderStart, id_counts: Tensor | None) -> None:
     """Give a new run's ``model`` its first weights; where dense networks become experts, gates keep theirs.
 
     ``id_counts``: of the data, for gates that route by them. Raises `UserError` for weights that do not fit.
