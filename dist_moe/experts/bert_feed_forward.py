@@ -48,12 +48,12 @@ class BertFeedForwardBank(FeedForwardBank):
 
     @property
     def kept_per_row(self) -> int:
-        """Those of the network, what goes into the LayerNorm with its two moments, and dropout's mask."""
+        """Numbers kept of the network, what goes into the LayerNorm with its two moments, and dropout's mask."""
         return super().kept_per_row + self.dim * (2 if self.dropout else 1) + 2
 
     @property
     def accesses_per_row(self) -> float:
-        """Those of the products, and dropout."""
+        """Accesses of the products, and of dropout."""
         return super().accesses_per_row + (10 * self.out_dim if self.dropout else 0)
 
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:

@@ -119,14 +119,14 @@ class ConvBank(ExpertBank):
 
     @property
     def flops_per_row(self) -> float:
-        """Those of the dense layers, and of every filter once for each place of its map."""
+        """FLOPs of the dense layers, and of every filter once for each place of its map."""
         (first, second), _ = self._sizes
         filters = self.conv1_weight[0].numel() * first**2 + self.conv2_weight[0].numel() * second**2
         return 2.0 * (filters + self.dense1_weight[0].numel() + self.dense2_weight[0].numel())
 
     @property
     def kept_per_row(self) -> int:
-        """Patches and maps; what is pooled of them and the hidden units, each with its gradient."""
+        """Numbers kept: patches and maps; what is pooled of them and the hidden units, each with its gradient."""
         (first, second), (filters1, filters2) = self._sizes
         maps = (KERNEL_SIDE**2 + filters1) * first**2 + filters2 * second**2
         pooled = filters1 * (first // POOL_SIDE) ** 2 + filters2 * self.pooled_side**2
@@ -134,7 +134,7 @@ class ConvBank(ExpertBank):
 
     @property
     def accesses_per_row(self) -> float:
-        """Patches and maps, those of the second convolution twice."""
+        """Accesses of patches and maps, those of the second convolution twice."""
         (first, second), (filters1, filters2) = self._sizes
         return 5.0 * ((KERNEL_SIDE**2 + filters1) * first**2 + 2 * filters2 * second**2)
 

@@ -46,12 +46,12 @@ class DenseReLUBank(ExpertBank):
 
     @property
     def kept_per_row(self) -> int:
-        """The ReLU's result; with dropout, its mask and its result, too."""
+        """Numbers kept: the ReLU's result; with dropout, its mask and its result, too."""
         return self.out_dim * (3 if self.dropout else 1)
 
     @property
     def accesses_per_row(self) -> float:
-        """Those of the product, and twice as many for dropout."""
+        """Accesses of the product, and twice as many for dropout."""
         return super().accesses_per_row + (10 * self.out_dim if self.dropout else 0)
 
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:

@@ -65,7 +65,7 @@ class TokenIndex(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens, T."""
         return self.start_T1.shape[0] - 1
 
 

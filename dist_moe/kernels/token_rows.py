@@ -31,7 +31,7 @@ matrix product (measured)."""
 
 
 def rows_of_tokens(x_TD: Tensor, index: TokenIndex) -> Tensor:
-    """(T, D) tokens -> (N, D) rows. Differentiable, with the same bits every time."""
+    """Return (N, D) rows of (T, D) tokens. Differentiable, with the same bits every time."""
     return gpu.rows_of_tokens(x_TD, index) if on_device_path(x_TD) else _RowsOfTokens.apply(x_TD, *index)
 
 
@@ -41,7 +41,7 @@ def rows_of_tokens_reference(x_TD: Tensor, index: TokenIndex) -> Tensor:
 
 
 def weighted_scatter(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> Tensor:
-    """(N, F) rows and (G, N) weights -> (G, T, F) in the precision of the weights, 0 for a token without rows."""
+    """Return (G, T, F) sums of (N, F) rows by (G, N) weights, in these' precision; 0 for a token without rows."""
     if on_device_path(rows_NF):
         return gpu.WeightedScatter.apply(rows_NF, weight_GN, *index)
     return _WeightedScatter.apply(rows_NF, weight_GN, *index)

@@ -81,7 +81,7 @@ class DispatchPlan:
 
 
 def plan_dispatch(rows_per_expert_E: Tensor, world: World, num_rows: int | None = None) -> DispatchPlan:
-    """Exchange the counts (the only metadata on the wire) and derive the plan from them. Collective.
+    """Return the plan of a dispatch, from counts that the ranks exchange, the only metadata on the wire. Collective.
 
     ``rows_per_expert_E``: (E,) int64, this rank's rows for each global expert; E is divisible by
     the world's size. ``num_rows``: their sum, if the caller knows it: on an accelerator the host then waits
@@ -93,15 +93,8 @@ def plan_dispatch(rows_per_expert_E: Tensor, world: World, num_rows: int | None 
     one_row_each = [1] * world.size
     both = torch.stack([send_RL, world.exchange(send_RL, one_row_each, one_row_each)])
     sent_RL, received_RL = both.tolist()
-    return DispatchPlan(
-        send_rows=list(map(sum, sent_RL)),
-        receive_rows=list(map(sum, received_RL)),
-        rows_per_local_expert=(
-            both[1].sum(0) if on_device_path(both) else list(map(sum, zip(*received_RL, strict=True)))
-        ),
-        sent_RL=sent_RL,
-        received_RL=received_RL,
-    )
+    rows_L = both[1].sum(0) if on_device_path(both) else list(map(sum, zip(*received_RL, strict=True)))
+    return DispatchPlan(list(map(sum, sent_RL)), list(map(sum, received_RL)), rows_L, sent_RL, received_RL)
 
 
 def dispatch(x_ND: Tensor, plan: DispatchPlan, world: World) -> Tensor:

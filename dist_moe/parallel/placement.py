@@ -45,17 +45,17 @@ class Placement:
 
     @property
     def num_experts(self) -> int:
-        """E, over all ranks."""
+        """Number of experts over all ranks, E."""
         return len(self.expert_of_position)
 
     @property
     def experts_per_rank(self) -> int:
-        """E / num_ranks."""
+        """Number of experts on each rank."""
         return self.num_experts // self.num_ranks
 
     @cached_property
     def position_of_expert(self) -> tuple[int, ...]:
-        """(E,): the inverse of ``expert_of_position``."""
+        """Position of each expert, (E,): the inverse of ``expert_of_position``."""
         return tuple(sorted(range(self.num_experts), key=self.expert_of_position.__getitem__))
 
     def rank_of(self, expert: int) -> int:

@@ -150,7 +150,7 @@ def _wanted_sums(weight_GN: Tensor, row_N: Tensor, num_rows: int) -> tuple[Tenso
 
 
 def exchange_packed(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: World) -> tuple[Tensor, ...]:
-    """Send row blocks of every tensor to their ranks: ``sends[p][r]`` rows of ``tensors[p]`` go to rank r.
+    """Return the row blocks that arrive of every tensor: ``sends[p][r]`` rows of ``tensors[p]`` go to rank r.
 
     Differentiable by the floating-point tensors; gradients travel back in one all-to-all, too. In the
     traffic only rows of ``tensors[0]`` count as rows; the bytes of all count. These rows, and no other tensor,

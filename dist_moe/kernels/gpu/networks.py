@@ -58,12 +58,14 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, ends_E: Tensor) -> Tensor:
+        """Return (N, F) products plus biases."""
         ctx.save_for_backward(x_ND, weight_EDF, ends_E)
         return products(x_ND, weight_EDF, ends_E, bias_EF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return the gradients of rows, weights and biases."""
         x_ND, weight_EDF, ends_E = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()
         grad_x_ND = products(grad_NF, weight_EDF.transpose(1, 2), ends_E)
@@ -85,6 +87,7 @@ class FeedForward(torch.autograd.Function):
         up_bias: Tensor | None,
         down_bias: Tensor | None,
     ) -> Tensor:
+        """Return (N, D') results, the active rows of a slice at a time."""
         x_ND = x_ND.contiguous()
         up_NF = products(x_ND, up, ends_E, up_bias)
         gate_NF = None if gate is None else products(x_ND, gate, ends_E)
@@ -99,6 +102,7 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of rows and weights."""
         x_ND, ends_E, up_NF, gate_NF, up, down, gate = ctx.saved_tensors
         grad_ND = grad_ND.contiguous()
         grad_down = outer_sums(_active(gate_NF, up_NF, ctx.activation), grad_ND, ends_E)

@@ -46,12 +46,14 @@ class WeightedScatter(torch.autograd.Function):
     def forward(
         ctx: Any, rows_NF: Tensor, weight_GN: Tensor, token_N: Tensor, row_N: Tensor, start_T1: Tensor
     ) -> Tensor:
+        """Return each token's sum of its weighted rows, in the order of the rows."""
         ctx.save_for_backward(rows_NF, weight_GN, token_N)
         return _token_sums(rows_NF, weight_GN, row_N, start_T1, weight_GN.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_GTF: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Return the gradients of rows and weights."""
         rows_NF, weight_GN, token_N = ctx.saved_tensors
         grad_rows, grad_weight = _token_sums_backward(grad_GTF, rows_NF, weight_GN, token_N)
         return grad_rows, grad_weight, None, None, None

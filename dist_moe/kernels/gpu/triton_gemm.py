@@ -37,7 +37,7 @@ def _stages_and_warps(dtype: torch.dtype) -> dict[str, int]:
 
 
 def rows_times_weights(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
-    """(N, D) rows of group e times ``weight_EDF[e]``, of any strides, plus ``bias_EF[e]`` -> (N, F)."""
+    """Return (N, F): (N, D) rows of group e times ``weight_EDF[e]``, of any strides, plus ``bias_EF[e]``."""
     (rows, width), (groups, _, out_width) = x_ND.shape, weight_EDF.shape
     y_NF = x_ND.new_empty(rows, out_width)
     if y_NF.numel() == 0:
@@ -57,7 +57,7 @@ def rows_times_weights(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None,
 
 
 def outer_sums(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
-    """(E, D, F): of each group the sum over its rows of the outer product of both rows, 0 without rows."""
+    """Return (E, D, F): of each group the sum over its rows of the outer product of both rows, 0 without rows."""
     groups, width, out_width = len(ends_E), x_ND.shape[1], grad_NF.shape[1]
     sums_EDF = x_ND.new_empty(groups, width, out_width)
     if sums_EDF.numel() == 0:
@@ -73,7 +73,7 @@ def outer_sums(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def group_sums(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
-    """(E, F): the sum of each group's rows, 0 without rows."""
+    """Return (E, F): the sum of each group's rows, 0 without rows."""
     groups, width = len(ends_E), rows_NF.shape[1]
     sums_EF = rows_NF.new_empty(groups, width)
     block_f = min(128, _tile(width))

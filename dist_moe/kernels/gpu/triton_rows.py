@@ -14,7 +14,7 @@ from dist_moe.kernels.gpu.triton_gemm import accumulator
 
 
 def gather(x_TD: Tensor, token_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, D): row n is ``x_TD[token_N[n]]`` in ``dtype``."""
+    """Return (N, D): row n is ``x_TD[token_N[n]]`` in ``dtype``."""
     rows_ND = x_TD.new_empty(len(token_N), x_TD.shape[1], dtype=dtype)
     if rows_ND.numel():
         width, block = x_TD.shape[1], _block(x_TD.shape[1])
@@ -23,8 +23,8 @@ def gather(x_TD: Tensor, token_N: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def token_sums(rows_NF: Tensor, weight_GN: Tensor, by_token_N: Tensor, start_T1: Tensor, dtype: torch.dtype) -> Tensor:
-    """(G, T, F) in ``dtype``: out[g, t] = sum of weight[g, n] rows[n] over the rows n = ``by_token_N[i]`` of token t,
-    whose i run from ``start_T1[t]`` to ``start_T1[t + 1]``, added in that order."""
+    """Return (G, T, F) in ``dtype``: out[g, t] = sum of weight[g, n] rows[n] over the rows n = ``by_token_N[i]`` of
+    token t, whose i run from ``start_T1[t]`` to ``start_T1[t + 1]``, added in that order."""
     gates, width, tokens = len(weight_GN), rows_NF.shape[1], len(start_T1) - 1
     sums_GTF = rows_NF.new_empty(gates, tokens, width, dtype=dtype)
     if sums_GTF.numel():
@@ -38,7 +38,7 @@ def token_sums(rows_NF: Tensor, weight_GN: Tensor, by_token_N: Tensor, start_T1:
 
 
 def token_sums_backward(grad_GTF: Tensor, rows_NF: Tensor, weight_GN: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`token_sums` to the rows and to the weights."""
+    """Return the gradients of :func:`token_sums` to the rows and to the weights."""
     gates, width = len(weight_GN), rows_NF.shape[1]
     grad_rows_NF = rows_NF.new_empty(rows_NF.shape)
     grad_weight_GN = weight_GN.new_empty(weight_GN.shape)
@@ -120,7 +120,7 @@ GATED_BLOCK = 1024
 
 
 def gated(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
-    """act(gate) * up. Both contiguous."""
+    """Return act(gate) * up. Both contiguous."""
     result_NF = up_NF.new_empty(up_NF.shape)
     size = up_NF.numel()
     if size:
@@ -133,7 +133,7 @@ def gated(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
 def gated_backward(
     grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, grad_up_NF: Tensor, activation: str
 ) -> None:
-    """Writes ``grad_gate_NF`` and ``grad_up_NF``, which may be ``gate_NF`` and ``up_NF``. All contiguous."""
+    """Write ``grad_gate_NF`` and ``grad_up_NF``, which may be ``gate_NF`` and ``up_NF``. All contiguous."""
     size = up_NF.numel()
     if size:
         _gated_backward[(triton.cdiv(size, GATED_BLOCK),)](
