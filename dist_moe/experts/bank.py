@@ -71,10 +71,10 @@ class ExpertBank(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
-        """(N, dim) rows sorted by local expert, and their counts (on an accelerator a tensor) -> (N, out_dim)."""
+        """Return (N, out_dim) for (N, dim) rows sorted by local expert and their counts, on an accelerator a tensor."""
 
     def all_experts(self, x_TD: Tensor) -> Tensor:
-        """(T, dim) rows -> (E_local, T, out_dim): every local expert on every row, T may be 0.
+        """Return (E_local, T, out_dim): every local expert on every one of (T, dim) rows, T may be 0.
 
         Banks override this with something faster, without loops over counts, so that ``torch.vmap``
         over stacked parameters works (``randomness="different"`` where the experts drop out).
@@ -83,12 +83,23 @@ class ExpertBank(nn.Module, ABC):
         return self(x_TD.repeat(experts, 1), [rows] * experts).unflatten(0, (experts, rows))
 
     def generators(self) -> list[torch.Generator]:
-        """One generator per local expert, for an initialisation that does not depend on the layout.
+        """Return one generator per local expert, for an initialisation that does not depend on the layout.
 
         Takes a single draw from torch's global generator, whatever the number of local experts.
         """
         base = int(torch.randint(2**62, (), device="cpu").item())
         return [torch.Generator().manual_seed((base + 0x9E3779B97F4A7C15 * e) % 2**63) for e in self.expert_ids]
+
+
+def drawn(shape: tuple[int, ...], generators: Sequence[torch.Generator], std: float | None = None) -> nn.Parameter:
+    """Return (E_local, *shape) from N(0, std), or glorot-uniform where there is no ``std``; a generator per expert."""
+    weights = [torch.empty(shape) for _ in generators]
+    for weight, generator in zip(weights, generators, strict=True):
+        if std is None:
+            nn.init.xavier_uniform_(weight, generator=generator)
+        else:
+            nn.init.normal_(weight, std=std, generator=generator)
+    return nn.Parameter(torch.stack(weights))
 
 
 InitStds = tuple[float, float] | None

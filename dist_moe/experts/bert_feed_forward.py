@@ -48,21 +48,23 @@ class BertFeedForwardBank(FeedForwardBank):
 
     @property
     def kept_per_row(self) -> int:
-        """Those of the network, what goes into the LayerNorm with its two moments, and dropout's mask."""
+        """Numbers kept of the network, what goes into the LayerNorm with its two moments, and dropout's mask."""
         return super().kept_per_row + self.dim * (2 if self.dropout else 1) + 2
 
     @property
     def accesses_per_row(self) -> float:
-        """Those of the products, and dropout."""
+        """Accesses of the products, and of dropout."""
         return super().accesses_per_row + (10 * self.out_dim if self.dropout else 0)
 
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
+        """Return LayerNorms of rows plus results."""
         added_ND = kernels.dropout(super().forward(x_ND, rows_per_expert), self.dropout, self.training)
         return kernels.grouped_layer_norm(
             x_ND + added_ND, self.norm_weight, self.norm_bias, self.norm_eps, rows_per_expert
         )
 
     def all_experts(self, x_TD: Tensor) -> Tensor:
-        added_ETD = kernels.dropout_of_stacks(super().all_experts(x_TD), self.dropout, self.training)
+        """Return all experts' LayerNorms of rows plus results."""
+        added_ETD = kernels.dropout(super().all_experts(x_TD), self.dropout, self.training, under_vmap=True)
         normal_ETD = F.layer_norm(x_TD + added_ETD, (self.dim,), eps=self.norm_eps)
         return normal_ETD * self.norm_weight.unsqueeze(1) + self.norm_bias.unsqueeze(1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_moe import kernels
-from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds
+from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds, drawn
 
 KERNEL_SIDE = 5
 POOL_SIDE = 2
@@ -82,30 +82,31 @@ class ConvBank(ExpertBank):
         self.side = side
         self.pooled_side = _side_after_layer(_side_after_layer(side))
         generators = self.generators()
-        self.conv1_weight = _glorot((channels[0], 1, KERNEL_SIDE, KERNEL_SIDE), generators)
-        self.conv2_weight = _glorot((channels[1], channels[0], KERNEL_SIDE, KERNEL_SIDE), generators)
-        self.dense1_weight = _glorot((channels[1] * self.pooled_side**2, units[0]), generators)
-        self.dense2_weight = _glorot(units, generators)
+        self.conv1_weight = drawn((channels[0], 1, KERNEL_SIDE, KERNEL_SIDE), generators)
+        self.conv2_weight = drawn((channels[1], channels[0], KERNEL_SIDE, KERNEL_SIDE), generators)
+        self.dense1_weight = drawn((channels[1] * self.pooled_side**2, units[0]), generators)
+        self.dense2_weight = drawn(units, generators)
         self.conv1_bias, self.conv2_bias, self.dense1_bias, self.dense2_bias = (
             nn.Parameter(torch.zeros(self.num_local_experts, width)) for width in (*channels, *units)
         )
 
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
+        """Return the networks' results, the convolutions expert by expert."""
         # unbind, not indexing: the backward of an index writes a whole stack of gradients per expert.
         # Experts without rows take part, so that every parameter stays in the graph.
         convolutions = (self.conv1_weight, self.conv1_bias, self.conv2_weight, self.conv2_bias)
         per_expert = zip(*(parameter.unbind(0) for parameter in convolutions), strict=True)
-        blocks = zip(self._images(x_ND).split(kernels.counts_on_host(rows_per_expert)), per_expert, strict=True)
-        features_ND = torch.cat([_features(images, *expert) for images, expert in blocks])
+        blocks = zip(x_ND.split(kernels.counts_on_host(rows_per_expert)), per_expert, strict=True)
+        features_ND = torch.cat([self._features(rows, *expert) for rows, expert in blocks])
         hidden_NF = kernels.grouped_linear(features_ND, self.dense1_weight, self.dense1_bias, rows_per_expert)
         result_NF = kernels.grouped_linear(torch.relu(hidden_NF), self.dense2_weight, self.dense2_bias, rows_per_expert)
         return torch.relu(result_NF)
 
     def all_experts(self, x_TD: Tensor) -> Tensor:
-        """All experts as one network: their filters side by side, then their dense layers as a batch."""
+        """Return all results by one network: their filters side by side, then their dense layers as a batch."""
         experts, filters = self.conv2_bias.shape
-        features = _features(
-            self._images(x_TD),
+        features = self._features(
+            x_TD,
             self.conv1_weight.flatten(0, 1),
             self.conv1_bias.flatten(),
             self.conv2_weight.flatten(0, 1),
@@ -118,44 +119,41 @@ class ConvBank(ExpertBank):
 
     @property
     def flops_per_row(self) -> float:
-        """Those of the dense layers, and of every filter once for each place of its map."""
-        first, second = self._map_sides
+        """FLOPs of the dense layers, and of every filter once for each place of its map."""
+        (first, second), _ = self._sizes
         filters = self.conv1_weight[0].numel() * first**2 + self.conv2_weight[0].numel() * second**2
         return 2.0 * (filters + self.dense1_weight[0].numel() + self.dense2_weight[0].numel())
 
     @property
     def kept_per_row(self) -> int:
-        """Patches and maps; what is pooled of them and the hidden units, each with its gradient."""
-        (first, second), (filters1, filters2) = self._map_sides, self._filters
+        """Numbers kept: patches and maps; what is pooled of them and the hidden units, each with its gradient."""
+        (first, second), (filters1, filters2) = self._sizes
         maps = (KERNEL_SIDE**2 + filters1) * first**2 + filters2 * second**2
         pooled = filters1 * (first // POOL_SIDE) ** 2 + filters2 * self.pooled_side**2
         return maps + 2 * (pooled + self.dense1_bias.shape[1])
 
     @property
     def accesses_per_row(self) -> float:
-        """Patches and maps, those of the second convolution twice."""
-        (first, second), (filters1, filters2) = self._map_sides, self._filters
+        """Accesses of patches and maps, those of the second convolution twice."""
+        (first, second), (filters1, filters2) = self._sizes
         return 5.0 * ((KERNEL_SIDE**2 + filters1) * first**2 + 2 * filters2 * second**2)
 
     @property
-    def _map_sides(self) -> tuple[int, int]:
+    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Sides of the maps, and filters, of both convolutions."""
         first = self.side - KERNEL_SIDE + 1
-        return first, first // POOL_SIDE - KERNEL_SIDE + 1
+        return (first, first // POOL_SIDE - KERNEL_SIDE + 1), (self.conv1_bias.shape[1], self.conv2_bias.shape[1])
 
-    @property
-    def _filters(self) -> tuple[int, int]:
-        return self.conv1_bias.shape[1], self.conv2_bias.shape[1]
+    def _features(
+        self, x_ND: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, groups: int = 1
+    ) -> Tensor:
+        """(N, side**2) -> (N, filters * P * P): both convolutions, the second one in ``groups``.
 
-    def _images(self, x_ND: Tensor) -> Tensor:
-        return x_ND.unflatten(1, (self.side, self.side))
-
-
-def _features(
-    images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, groups: int = 1
-) -> Tensor:
-    """(N, side, side) -> (N, filters * P * P): both convolutions, the second one in ``groups``."""
-    first = _pooled_relu(_conv_of_one_channel(images, weight1, bias1))
-    return _pooled_relu(F.conv2d(first, weight2, bias2, groups=groups)).flatten(1)
+        A pool of a ReLU is the ReLU of the pool, values and gradients, on a quarter of the elements.
+        """
+        first = _conv_of_one_channel(x_ND.unflatten(1, (self.side, self.side)), weight1, bias1)
+        second = F.conv2d(torch.relu(F.max_pool2d(first, POOL_SIDE)), weight2, bias2, groups=groups)
+        return torch.relu(F.max_pool2d(second, POOL_SIDE)).flatten(1)
 
 
 def _conv_of_one_channel(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -170,15 +168,5 @@ def _conv_of_one_channel(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     return maps.view(rows, side, side, len(bias)).permute(0, 3, 1, 2)
 
 
-def _pooled_relu(maps: Tensor) -> Tensor:
-    """Equal to the pool of the ReLU, values and gradients, on a quarter of the elements."""
-    return torch.relu(F.max_pool2d(maps, POOL_SIDE))
-
-
 def _side_after_layer(side: int) -> int:
     return (side - KERNEL_SIDE + 1) // POOL_SIDE
-
-
-def _glorot(shape: tuple[int, ...], generators: list[torch.Generator]) -> nn.Parameter:
-    drawn = [nn.init.xavier_uniform_(torch.empty(shape), generator=generator) for generator in generators]
-    return nn.Parameter(torch.stack(drawn))

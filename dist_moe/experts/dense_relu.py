@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe import kernels
-from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds
+from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds, drawn
 
 
 class DenseReLUConfig(ExpertSettings):
@@ -40,30 +40,27 @@ class DenseReLUBank(ExpertBank):
         self, dim: int, hidden: int, num_experts: int, expert_ids: Sequence[int], dropout: float = 0.0
     ) -> None:
         super().__init__(dim, hidden, num_experts, expert_ids)
-        generators = self.generators()
-        self.weight = nn.Parameter(torch.stack([self._draw(generator) for generator in generators]))
+        self.weight = drawn((dim, hidden), self.generators())
         self.bias = nn.Parameter(torch.zeros(self.num_local_experts, hidden))
         self.dropout = dropout
 
-    def _draw(self, generator: torch.Generator) -> Tensor:
-        empty = torch.empty(self.dim, self.out_dim)
-        return nn.init.xavier_uniform_(empty, generator=generator)
-
     @property
     def kept_per_row(self) -> int:
-        """The ReLU's result; with dropout, its mask and its result, too."""
+        """Numbers kept: the ReLU's result; with dropout, its mask and its result, too."""
         return self.out_dim * (3 if self.dropout else 1)
 
     @property
     def accesses_per_row(self) -> float:
-        """Those of the product, and twice as many for dropout."""
+        """Accesses of the product, and twice as many for dropout."""
         return super().accesses_per_row + (10 * self.out_dim if self.dropout else 0)
 
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
+        """Return the experts' results on their rows."""
         hidden_NF = kernels.grouped_linear(x_ND, self.weight, self.bias, rows_per_expert)
         return kernels.dropout(torch.relu(hidden_NF), self.dropout, self.training)
 
     def all_experts(self, x_TD: Tensor) -> Tensor:
+        """Return all experts' results by one batched product."""
         x_ETD = x_TD.expand(self.num_local_experts, *x_TD.shape)
         hidden_ETF = torch.baddbmm(self.bias.unsqueeze(1), x_ETD, self.weight)
-        return kernels.dropout_of_stacks(torch.relu(hidden_ETF), self.dropout, self.training)
+        return kernels.dropout(torch.relu(hidden_ETF), self.dropout, self.training, under_vmap=True)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe import kernels
-from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds
+from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds, drawn
 
 
 class FeedForwardConfig(ExpertSettings):
@@ -62,7 +62,7 @@ class FeedForwardBank(ExpertBank):
         gated: bool = False,
         bias: bool = False,
         out_dim: int | None = None,
-        init_stds: tuple[float, float] | None = None,
+        init_stds: InitStds = None,
     ) -> None:
         super().__init__(dim, out_dim or dim, num_experts, expert_ids)
         if activation not in kernels.ACTIVATIONS:
@@ -71,18 +71,21 @@ class FeedForwardBank(ExpertBank):
         self.activation = activation
         generators = self.generators()
         in_std, out_std = init_stds or (None, None)
-        self.up = _drawn(dim, hidden, generators, in_std)
-        self.gate = _drawn(dim, hidden, generators, in_std) if gated else None
-        self.down = _drawn(hidden, self.out_dim, generators, out_std)
+        self.up = drawn((dim, hidden), generators, in_std)
+        self.gate = drawn((dim, hidden), generators, in_std) if gated else None
+        self.down = drawn((hidden, self.out_dim), generators, out_std)
         self.up_bias, self.down_bias = (
             nn.Parameter(torch.zeros(self.num_local_experts, width)) if bias else None
             for width in (hidden, self.out_dim)
         )
 
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
-        return kernels.feed_forward(x_ND, self._weights(), self.activation, rows_per_expert)
+        """Return the networks' results, by the kernel for rows sorted by expert."""
+        weights = kernels.FeedForwardWeights(self.up, self.down, self.gate, self.up_bias, self.down_bias)
+        return kernels.feed_forward(x_ND, weights, self.activation, rows_per_expert)
 
     def all_experts(self, x_TD: Tensor) -> Tensor:
+        """Return all networks' results by batched products."""
         act = kernels.ACTIVATIONS[self.activation].function
         x_ETD = x_TD.expand(self.num_local_experts, *x_TD.shape)
         hidden_ETF = _affine(x_ETD, self.up, self.up_bias)
@@ -91,23 +94,9 @@ class FeedForwardBank(ExpertBank):
 
     @property
     def kept_per_row(self) -> int:
-        """What goes into the activation, and what is multiplied with its result."""
+        """The number that goes into the activation, and the one multiplied with its result, per hidden unit."""
         return self.hidden * (1 if self.gate is None else 2)
-
-    def _weights(self) -> kernels.FeedForwardWeights:
-        return kernels.FeedForwardWeights(self.up, self.down, self.gate, self.up_bias, self.down_bias)
 
 
 def _affine(x_ETD: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None) -> Tensor:
     return x_ETD @ weight_EDF if bias_EF is None else torch.baddbmm(bias_EF.unsqueeze(1), x_ETD, weight_EDF)
-
-
-def _drawn(dim: int, out_dim: int, generators: list[torch.Generator], std: float | None) -> nn.Parameter:
-    """(E_local, dim, out_dim) from N(0, std), or glorot-uniform where there is no ``std``."""
-    weights = [torch.empty(dim, out_dim) for _ in generators]
-    for weight, generator in zip(weights, generators, strict=True):
-        if std is None:
-            nn.init.xavier_uniform_(weight, generator=generator)
-        else:
-            nn.init.normal_(weight, std=std, generator=generator)
-    return nn.Parameter(torch.stack(weights))

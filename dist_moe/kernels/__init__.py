@@ -1,11 +1,22 @@
 """Fast paths, each with a plain reference beside it."""
 
-from dist_moe.kernels.activations import ACTIVATIONS
-from dist_moe.kernels.device_path import RowCounts, counts_on_host, on_device_path
-from dist_moe.kernels.dropout import dropout, dropout_of_stacks
+from dist_moe.kernels.dropout import dropout
 from dist_moe.kernels.feed_forward import feed_forward, feed_forward_reference
-from dist_moe.kernels.grouped_layer_norm import grouped_layer_norm, grouped_layer_norm_reference
-from dist_moe.kernels.grouped_linear import grouped_linear, grouped_linear_reference
+from dist_moe.kernels.grouped import (
+    grouped_layer_norm,
+    grouped_layer_norm_reference,
+    grouped_linear,
+    grouped_linear_reference,
+)
+from dist_moe.kernels.operands import (
+    ACTIVATIONS,
+    FeedForwardWeights,
+    RowCounts,
+    TokenIndex,
+    counts_on_host,
+    on_device_path,
+    stable_order,
+)
 from dist_moe.kernels.sparse_products import (
     DENSE_GAIN,
     Band,
@@ -16,14 +27,12 @@ from dist_moe.kernels.sparse_products import (
     sparse_products,
     sparse_products_reference,
 )
-from dist_moe.kernels.token_index import TokenIndex, stable_order
 from dist_moe.kernels.token_rows import (
     rows_of_tokens,
     rows_of_tokens_reference,
     weighted_scatter,
     weighted_scatter_reference,
 )
-from dist_moe.kernels.weights import FeedForwardWeights
 
 __all__ = [
     "ACTIVATIONS",
@@ -36,7 +45,6 @@ __all__ = [
     "counts_on_host",
     "dense_products",
     "dropout",
-    "dropout_of_stacks",
     "feed_forward",
     "feed_forward_reference",
     "grouped_layer_norm",

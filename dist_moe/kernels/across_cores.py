@@ -45,18 +45,14 @@ def across_cores(
     with torch.no_grad():
         for group in groups[:shared] if spread_rows else groups:
             task(group, scratch[0])
-    if spread_rows:
-        scratch += [like.new_empty(parts, spread_rows, width) for _ in range(cores - 1)]
-        _spread(task, groups[shared:], scratch)
-
-
-def _spread(task: GroupTask, groups: list[int], scratch: list[Tensor]) -> None:
-    """Run the groups on one core for each of ``scratch``, each of which takes the next one when it is done."""
-    remaining, lock, cores = iter(groups), threading.Lock(), len(scratch)
+    if not spread_rows:
+        return
+    scratch += [like.new_empty(parts, spread_rows, width) for _ in range(cores - 1)]
+    remaining, lock = iter(groups[shared:]), threading.Lock()
 
     @torch.no_grad()
     def work(core: int) -> None:
-        while True:
+        while True:  # take the next group, until none is left
             with lock:
                 group = next(remaining, None)
             if group is None:

@@ -18,9 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_moe.kernels import gpu
 from dist_moe.kernels.across_cores import across_cores
-from dist_moe.kernels.activations import ACTIVATIONS
-from dist_moe.kernels.device_path import RowCounts, check_counts
-from dist_moe.kernels.weights import FeedForwardWeights
+from dist_moe.kernels.operands import ACTIVATIONS, FeedForwardWeights, RowCounts, check_counts, ends_of_groups
 
 
 def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, activation: str, rows_per_group: RowCounts) -> Tensor:
@@ -35,9 +33,8 @@ def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, activation: str, row
         dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, weights = x_ND.to(dtype), weights.each(lambda weight: weight.to(dtype))
     if isinstance(rows_per_group, Tensor):
-        return gpu.feed_forward(x_ND, weights, activation, rows_per_group)
-    result: Tensor = _FeedForward.apply(x_ND, rows_per_group, activation, *weights)
-    return result
+        return gpu.FeedForward.apply(x_ND, ends_of_groups(rows_per_group), activation, *weights)
+    return _FeedForward.apply(x_ND, rows_per_group, activation, *weights)
 
 
 def feed_forward_reference(
@@ -80,7 +77,8 @@ class _FeedForward(torch.autograd.Function):
                 act.into(gate[e], active).mul_(up[e])
             _affine_into(active, w.down[e], w.down_bias, e, y[e])
 
-        across_cores(task, rows_per_group, _work_per_row(w), x_ND, 1, hidden)
+        ctx.work_per_row = sum(weight[0].numel() for weight in w[:3] if weight is not None)
+        across_cores(task, rows_per_group, ctx.work_per_row, x_ND, 1, hidden)
         ctx.save_for_backward(x_ND, up_NF, gate_NF, *weights)
         ctx.rows_per_group, ctx.activation = rows_per_group, activation
         return y_ND
@@ -116,10 +114,11 @@ class _FeedForward(torch.autograd.Function):
                 grad_x[e].addmm_(grad_gate, w.gate[e].t())
                 torch.mm(x[e].t(), grad_gate, out=grads.gate[e])
             torch.mm(x[e].t(), grad_up, out=grads.up[e])
-            _sum_into(grad_up, grads.up_bias, e)
-            _sum_into(grad_y[e], grads.down_bias, e)
+            for grad, grad_bias in ((grad_up, grads.up_bias), (grad_y[e], grads.down_bias)):
+                if grad_bias is not None:
+                    torch.sum(grad, dim=0, out=grad_bias[e])
 
-        across_cores(task, ctx.rows_per_group, 2 * _work_per_row(w), x_ND, 3 if gate else 2, up_NF.shape[1])
+        across_cores(task, ctx.rows_per_group, 2 * ctx.work_per_row, x_ND, 3 if gate else 2, up_NF.shape[1])
         return grad_x_ND, None, None, *grads
 
 
@@ -128,12 +127,3 @@ def _affine_into(x: Tensor, weight: Tensor, bias_EF: Tensor | None, e: int, out:
         torch.mm(x, weight, out=out)
     else:
         torch.addmm(bias_EF[e], x, weight, out=out)
-
-
-def _sum_into(grad: Tensor, grad_bias_EF: Tensor | None, e: int) -> None:
-    if grad_bias_EF is not None:
-        torch.sum(grad, dim=0, out=grad_bias_EF[e])
-
-
-def _work_per_row(w: FeedForwardWeights) -> int:
-    return w.up[0].numel() + w.down[0].numel() + (0 if w.gate is None else w.gate[0].numel())

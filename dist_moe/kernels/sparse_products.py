@@ -55,7 +55,7 @@ def sparse_products(
     bands: Sequence[Band],
     known_N: Tensor | None = None,
 ) -> Tensor:
-    """(N,) ``x_TD[token] . weight_KQD[stack, row] + bias_KQ[stack, row]`` for each of ``pairs``.
+    """Return (N,) ``x_TD[token] . weight_KQD[stack, row] + bias_KQ[stack, row]`` for each of ``pairs``.
 
     ``bands`` cover the pairs in order; ``weight_KQD`` is contiguous and of the precision of ``x_TD``.
     ``known_N``: the products, if they have been computed already (see :func:`products_of_band`); they
@@ -73,19 +73,21 @@ def sparse_products_reference(x_TD: Tensor, weight_KQD: Tensor, bias_KQ: Tensor,
 
 
 def products_of_band(x_TD: Tensor, weight_KQD: Tensor, bias_KQ: Tensor, pairs: Pairs, band: Band) -> Tensor:
-    """(N,) products of the pairs of one band, without a gradient."""
+    """Return (N,) products of the pairs of one band, without a gradient."""
     with torch.no_grad():
         if _dense_is_cheaper(x_TD, weight_KQD, band):
             product_KTB = dense_products(x_TD, weight_KQD, bias_KQ, band.first, band.last)
             return select(product_KTB, pairs, band.first)
-        row_N = _flat_rows(pairs, weight_KQD)
-        return _products(x_TD, weight_KQD.flatten(0, 1), pairs.token_N, row_N) + bias_KQ.flatten().index_select(
-            0, row_N
+        # x[token] . row is what the backward of an embedding bag calls the gradient of a sample's weight.
+        row_N, token_N = pairs.stack_N * weight_KQD.shape[1] + pairs.row_N, pairs.token_N.contiguous()
+        product_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x_TD, weight_KQD.flatten(0, 1), row_N, token_N[:1], token_N, 0
         )
+        return product_N + bias_KQ.flatten().index_select(0, row_N)
 
 
 def dense_products(x_TD: Tensor, weight_KQD: Tensor, bias_KQ: Tensor, first: int, last: int) -> Tensor:
-    """(K, T, last - first): all products with the rows from ``first`` to ``last`` of every stack."""
+    """Return (K, T, last - first): all products with the rows from ``first`` to ``last`` of every stack."""
     product_KTB = x_TD.new_empty(len(weight_KQD), len(x_TD), last - first)
     for weight_QD, bias_Q, product_TB in zip(weight_KQD, bias_KQ, product_KTB, strict=True):
         torch.addmm(bias_Q[first:last], x_TD, weight_QD[first:last].t(), out=product_TB)
@@ -93,12 +95,12 @@ def dense_products(x_TD: Tensor, weight_KQD: Tensor, bias_KQ: Tensor, first: int
 
 
 def select(product_KTB: Tensor, pairs: Pairs, first: int) -> Tensor:
-    """(N,) those of ``pairs`` among all products with the rows from ``first`` on."""
+    """Return (N,) those of ``pairs`` among all products with the rows from ``first`` on."""
     return product_KTB.flatten().index_select(0, _flat_places(product_KTB, pairs, first))
 
 
 def zeros_untouched(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Zeros of the dtype and device of ``like``; on a CPU, fresh pages are not written before their use.
+    """Return zeros of the dtype and device of ``like``; on a CPU, fresh pages are not written before their use.
 
     A gradient of the whole stack of which few rows are not 0 then costs what it holds: ``torch.zeros``
     writes every page, and has it faulted in first.
@@ -132,70 +134,47 @@ class _SparseProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x_TD, weight_KQD, bias_KQ, *pairs_N = ctx.saved_tensors
-        gradients = _Gradients(x_TD, weight_KQD, bias_KQ, ctx.needs_input_grad)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = torch.zeros_like(x_TD) if needs_x and not len(x_TD) else None  # None: nothing has come yet
+        grad_weight = zeros_untouched(weight_KQD.shape, weight_KQD) if needs_weight else None
+        grad_bias = torch.zeros_like(bias_KQ) if needs_bias else None
         start, scattered = 0, []
         for band in ctx.bands:
             place = slice(start, start + band.count)
             start += band.count
-            if band.count and _dense_is_cheaper(x_TD, weight_KQD, band):
-                gradients.add_dense(grad_N[place], Pairs(*(x[place] for x in pairs_N)), band)
-            elif band.count:
+            if not band.count:
+                continue
+            if not _dense_is_cheaper(x_TD, weight_KQD, band):
                 scattered.append(place)
+                continue
+            # By matrix products over the rows of the band.
+            grad_KTB = x_TD.new_zeros(len(weight_KQD), len(x_TD), band.last - band.first)
+            places_N = _flat_places(grad_KTB, Pairs(*(x[place] for x in pairs_N)), band.first)
+            grad_KTB.view(-1).index_copy_(0, places_N, grad_N[place])
+            for stack, grad_TB in enumerate(grad_KTB):
+                rows = (stack, slice(band.first, band.last))
+                if needs_x:
+                    weight_BD = weight_KQD[rows]
+                    grad_x = grad_TB @ weight_BD if grad_x is None else grad_x.addmm_(grad_TB, weight_BD)
+                if grad_weight is not None:
+                    grad_weight[rows].addmm_(grad_TB.t(), x_TD)
+                if grad_bias is not None:
+                    grad_bias[rows] += grad_TB.sum(0)
         if scattered:
-            joined = [torch.cat([x[place] for place in scattered]) for x in (grad_N, *pairs_N)]
-            gradients.add_scattered(joined[0], Pairs(*joined[1:]))
-        return gradients.x_TD, gradients.weight_KQD, gradients.bias_KQ, None, None, None
-
-
-class _Gradients:
-    """The sums of what the bands contribute; None: not asked for, or nothing came to the tokens."""
-
-    def __init__(self, x_TD: Tensor, weight_KQD: Tensor, bias_KQ: Tensor, needed: Sequence[bool]) -> None:
-        self.values = (x_TD, weight_KQD)
-        self.needs_x = needed[0]
-        self.x_TD = torch.zeros_like(x_TD) if needed[0] and not len(x_TD) else None
-        self.weight_KQD = zeros_untouched(weight_KQD.shape, weight_KQD) if needed[1] else None
-        self.bias_KQ = torch.zeros_like(bias_KQ) if needed[2] else None
-
-    def add_dense(self, grad_N: Tensor, pairs: Pairs, band: Band) -> None:
-        """By matrix products over the rows of the band."""
-        x_TD, weight_KQD = self.values
-        grad_KTB = x_TD.new_zeros(len(weight_KQD), len(x_TD), band.last - band.first)
-        grad_KTB.view(-1).index_copy_(0, _flat_places(grad_KTB, pairs, band.first), grad_N)
-        for stack, grad_TB in enumerate(grad_KTB):
-            rows = (stack, slice(band.first, band.last))
-            if self.needs_x:
-                self.x_TD = _plus_product(self.x_TD, grad_TB, weight_KQD[rows])
-            if self.weight_KQD is not None:
-                self.weight_KQD[rows].addmm_(grad_TB.t(), x_TD)
-            if self.bias_KQ is not None:
-                self.bias_KQ[rows] += grad_TB.sum(0)
-
-    def add_scattered(self, grad_N: Tensor, pairs: Pairs) -> None:
-        """By a bag of rows for every token, and a bag of tokens for every row that has a pair."""
-        x_TD, weight_KQD = self.values
-        row_N = _flat_rows(pairs, weight_KQD)
-        if self.needs_x:
-            token_U, sums_UD = _bags(weight_KQD.flatten(0, 1), grad_N, row_N, pairs.token_N)
-            self.x_TD = _plus_rows(self.x_TD, token_U, sums_UD, len(x_TD))
-        if self.weight_KQD is not None:
-            row_U, sums_UD = _bags(x_TD, grad_N, pairs.token_N, row_N)
-            self.weight_KQD.flatten(0, 1).index_add_(0, row_U, sums_UD)
-        if self.bias_KQ is not None:
-            self.bias_KQ.view(-1).index_add_(0, row_N, grad_N)
-
-
-def _plus_product(sum_TD: Tensor | None, a_TB: Tensor, b_BD: Tensor) -> Tensor:
-    return a_TB @ b_BD if sum_TD is None else sum_TD.addmm_(a_TB, b_BD)
-
-
-def _plus_rows(sum_TD: Tensor | None, token_U: Tensor, rows_UD: Tensor, num_tokens: int) -> Tensor:
-    """``rows_UD`` added at ascending ``token_U``, each of them once."""
-    if sum_TD is None:
-        if len(token_U) == num_tokens:
-            return rows_UD
-        sum_TD = rows_UD.new_zeros(num_tokens, rows_UD.shape[1])
-    return sum_TD.index_add_(0, token_U, rows_UD)
+            # A bag of rows for every token, and a bag of tokens for every row that has a pair.
+            given_N, token_N, stack_N, row_N = (torch.cat([x[p] for p in scattered]) for x in (grad_N, *pairs_N))
+            flat_row_N = stack_N * weight_KQD.shape[1] + row_N
+            if needs_x:
+                token_U, sums_UD = _bags(weight_KQD.flatten(0, 1), given_N, flat_row_N, token_N)
+                if grad_x is None and len(token_U) == len(x_TD):
+                    grad_x = sums_UD  # the tokens ascend, each once
+                else:
+                    grad_x = (torch.zeros_like(x_TD) if grad_x is None else grad_x).index_add_(0, token_U, sums_UD)
+            if grad_weight is not None:
+                grad_weight.flatten(0, 1).index_add_(0, *_bags(x_TD, given_N, token_N, flat_row_N))
+            if grad_bias is not None:
+                grad_bias.view(-1).index_add_(0, flat_row_N, given_N)
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def _bags(table_MD: Tensor, weight_N: Tensor, place_N: Tensor, bag_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,19 +188,9 @@ def _bags(table_MD: Tensor, weight_N: Tensor, place_N: Tensor, bag_N: Tensor) ->
     )
 
 
-def _products(x_TD: Tensor, row_QD: Tensor, token_N: Tensor, row_N: Tensor) -> Tensor:
-    """(N,) x[token] . row: what the backward of an embedding bag calls the gradient of a sample's weight."""
-    token_N = token_N.contiguous()
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(x_TD, row_QD, row_N, token_N[:1], token_N, 0)
-
-
 def _flat_places(product_KTB: Tensor, pairs: Pairs, first: int) -> Tensor:
     _, num_tokens, width = product_KTB.shape
     return (pairs.stack_N * num_tokens + pairs.token_N) * width + (pairs.row_N - first)
-
-
-def _flat_rows(pairs: Pairs, weight_KQD: Tensor) -> Tensor:
-    return pairs.stack_N * weight_KQD.shape[1] + pairs.row_N
 
 
 def _dense_is_cheaper(x_TD: Tensor, weight_KQD: Tensor, band: Band) -> bool:

@@ -20,11 +20,10 @@ from torch.nn import functional as F
 
 from dist_moe.kernels import gpu
 from dist_moe.kernels.across_cores import across_cores
-from dist_moe.kernels.device_path import on_device_path
-from dist_moe.kernels.token_index import TokenIndex
+from dist_moe.kernels.operands import TokenIndex, on_device_path
 
 BLOCK_BYTES = 256 * 1024
-"""Of rows that a pass over several tensors takes at a time, so that they stay in the cache."""
+"""Bytes of rows that a pass over several tensors takes at a time, so that they stay in the cache."""
 
 PASSES_OVER_MEMORY = 64
 """A row's product with its token's gradient takes as long as this many multiplications a number in a large
@@ -32,11 +31,8 @@ matrix product (measured)."""
 
 
 def rows_of_tokens(x_TD: Tensor, index: TokenIndex) -> Tensor:
-    """(T, D) tokens -> (N, D) rows. Differentiable, with the same bits every time."""
-    if on_device_path(x_TD):
-        return gpu.rows_of_tokens(x_TD, index)
-    result: Tensor = _RowsOfTokens.apply(x_TD, *index)
-    return result
+    """Return (N, D) rows of (T, D) tokens. Differentiable, with the same bits every time."""
+    return gpu.rows_of_tokens(x_TD, index) if on_device_path(x_TD) else _RowsOfTokens.apply(x_TD, *index)
 
 
 def rows_of_tokens_reference(x_TD: Tensor, index: TokenIndex) -> Tensor:
@@ -45,11 +41,10 @@ def rows_of_tokens_reference(x_TD: Tensor, index: TokenIndex) -> Tensor:
 
 
 def weighted_scatter(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> Tensor:
-    """(N, F) rows and (G, N) weights -> (G, T, F) in the precision of the weights, 0 for a token without rows."""
+    """Return (G, T, F) sums of (N, F) rows by (G, N) weights, in these' precision; 0 for a token without rows."""
     if on_device_path(rows_NF):
-        return gpu.weighted_scatter(rows_NF, weight_GN, index)
-    result: Tensor = _WeightedScatter.apply(rows_NF, weight_GN, *index)
-    return result
+        return gpu.WeightedScatter.apply(rows_NF, weight_GN, *index)
+    return _WeightedScatter.apply(rows_NF, weight_GN, *index)
 
 
 def weighted_scatter_reference(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> Tensor:
@@ -86,8 +81,13 @@ class _WeightedScatter(torch.autograd.Function):
         rows_NF, weight_GN, token_N = ctx.saved_tensors
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
+            # The gradient of a row: the sum over the gates of its weight times the gradient of its token.
             first_token_G1 = grad_GTF.shape[1] * torch.arange(len(grad_GTF), device=token_N.device).unsqueeze(1)
-            grad_rows = _mixtures(grad_GTF.flatten(0, 1), (token_N + first_token_G1).T, weight_GN.T)
+            token_NG, grad_GTxF = (token_N + first_token_G1).T.contiguous(), grad_GTF.flatten(0, 1).contiguous()
+            grad_rows = grad_GTF.new_zeros(0, grad_GTF.shape[2])
+            if len(token_N):
+                weight_NG = weight_GN.T.contiguous()
+                grad_rows = F.embedding_bag(token_NG, grad_GTxF, mode="sum", per_sample_weights=weight_NG)
             grad_rows = grad_rows.to(rows_NF.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = _products(grad_GTF, rows_NF, token_N)
@@ -100,15 +100,6 @@ def _sums(rows_NF: Tensor, row_N: Tensor, start_T1: Tensor, weight_N: Tensor | N
         return rows_NF.new_zeros(len(start_T1) - 1, rows_NF.shape[1])
     return F.embedding_bag(
         row_N, rows_NF.contiguous(), start_T1, mode="sum", per_sample_weights=weight_N, include_last_offset=True
-    )
-
-
-def _mixtures(x_TF: Tensor, token_NG: Tensor, weight_NG: Tensor) -> Tensor:
-    """(N, F): sum over g of ``weight_NG[n, g]`` * ``x_TF[token_NG[n, g]]``."""
-    if not len(token_NG):
-        return x_TF.new_zeros(0, x_TF.shape[1])
-    return F.embedding_bag(
-        token_NG.contiguous(), x_TF.contiguous(), mode="sum", per_sample_weights=weight_NG.contiguous()
     )
 
 

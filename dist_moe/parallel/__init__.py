@@ -1,6 +1,26 @@
 """Ranks: the world they live in, and the ragged exchange of token rows between them."""
 
-from dist_moe.parallel.collectives import (
+from dist_moe.parallel.emulated import EmulatedWorld
+from dist_moe.parallel.exchange import (
+    Exchange,
+    FlatExchange,
+    Mixed,
+    combine,
+    dispatch,
+    plan_dispatch,
+    timed,
+)
+from dist_moe.parallel.overlapped import OverlappedExchange
+from dist_moe.parallel.phase_clock import PHASES, PhaseClock
+from dist_moe.parallel.placement import Placement, expert_table, experts_of_rank, position_table
+from dist_moe.parallel.two_level import OncePerPart, exchange_over, open_levels, ranks_per_node, two_level_exchange
+from dist_moe.parallel.wire import WIRES, WireName
+from dist_moe.parallel.world import (
+    ExchangeOptions,
+    ProcessWorld,
+    SingleWorld,
+    Traffic,
+    World,
     added_over_ranks,
     current_world,
     gather_columns,
@@ -11,34 +31,14 @@ from dist_moe.parallel.collectives import (
     use_world,
     wait_for_all,
 )
-from dist_moe.parallel.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
-from dist_moe.parallel.emulated import EmulatedWorld
-from dist_moe.parallel.exchange import Exchange, FlatExchange, Mixed, timed
-from dist_moe.parallel.nodes import open_levels, ranks_per_node
-from dist_moe.parallel.overlapped import OverlappedExchange
-from dist_moe.parallel.phase_clock import PHASES, PhaseClock
-from dist_moe.parallel.placement import Placement, expert_table, position_table
-from dist_moe.parallel.two_level import OncePerPart, exchange_over, two_level_exchange
-from dist_moe.parallel.wire import WIRES, Wire, WireName
-from dist_moe.parallel.world import (
-    ExchangeOptions,
-    Levels,
-    ProcessWorld,
-    SingleWorld,
-    Traffic,
-    World,
-    experts_of_rank,
-)
 
 __all__ = [
     "PHASES",
     "WIRES",
-    "DispatchPlan",
     "EmulatedWorld",
     "Exchange",
     "ExchangeOptions",
     "FlatExchange",
-    "Levels",
     "Mixed",
     "OncePerPart",
     "OverlappedExchange",
@@ -47,7 +47,6 @@ __all__ = [
     "ProcessWorld",
     "SingleWorld",
     "Traffic",
-    "Wire",
     "WireName",
     "World",
     "added_over_ranks",

@@ -26,9 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dist_moe.parallel.collectives import current_world, use_world
 from dist_moe.parallel.lockstep import Lockstep, ShareOut
-from dist_moe.parallel.world import ExchangeOptions, Levels, SingleWorld, World
+from dist_moe.parallel.world import ExchangeOptions, Levels, SingleWorld, World, current_world, use_world
 
 Result = TypeVar("Result")
 T = TypeVar("T")
@@ -113,11 +112,12 @@ class _Emulated(World):
         return self
 
     def exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        """Exchange rows, which are copied from rank to rank."""
         row = f"exchange of {x_ND.dtype} rows of shape {tuple(x_ND.shape[1:])}"
         return self._meet(row, (x_ND.detach(), send_rows, receive_rows), _share_out_rows)
 
     def sum(self, x: Tensor) -> Tensor:
-        """See ``World``. Added in rank order: a real backend may add, hence round, in another one."""
+        """Return the sum. Added in rank order: a real backend may add, hence round, in another one."""
 
         def share_out(of_ranks: list[Tensor]) -> list[Tensor]:
             total = of_ranks[0].clone()
@@ -128,24 +128,24 @@ class _Emulated(World):
         return self._meet(f"sum of {_kind(x)}", x.detach(), share_out)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        def share_out(of_ranks: list[Tensor]) -> list[Tensor]:
-            return [of_ranks[0].clone(memory_format=torch.contiguous_format) for _ in of_ranks]
-
-        return self._meet(f"broadcast of {_kind(x)}", x.detach(), share_out)
+        """Return a copy of rank 0's ``x``."""
+        own = x.detach().contiguous()
+        return self._meet(f"broadcast of {_kind(x)}", own, lambda of_ranks: [of_ranks[0].clone() for _ in of_ranks])
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        def share_out(of_ranks: list[Tensor]) -> list[list[Tensor]]:
-            return [[x.clone() for x in of_ranks] for _ in of_ranks]
-
-        return self._meet(f"gather of {_kind(x)}", x.detach(), share_out)
+        """Return copies of all ranks' ``x``."""
+        return self._meet(
+            f"gather of {_kind(x)}", x.detach(), lambda of_ranks: [[x.clone() for x in of_ranks] for _ in of_ranks]
+        )
 
     def gather_objects(self, x: T) -> list[T]:
-        def share_out(of_ranks: list[bytes]) -> list[list[T]]:
-            return [[pickle.loads(pickled) for pickled in of_ranks] for _ in of_ranks]
-
-        return self._meet("gather_objects", pickle.dumps(x), share_out)
+        """Return copies of all ranks' objects, pickled as real ranks pickle them."""
+        return self._meet(
+            "gather_objects", pickle.dumps(x), lambda of_ranks: [list(map(pickle.loads, of_ranks)) for _ in of_ranks]
+        )
 
     def barrier(self) -> None:
+        """Wait for the other ranks."""
         self._meet("barrier", None, lambda of_ranks: of_ranks)
 
 
@@ -158,8 +158,11 @@ class EmulatedRank(_Emulated):
         if per_node is not None:
             nodes = [range(first, first + per_node) for first in range(0, size, per_node)]
             peers = [range(place, size, per_node) for place in range(per_node)]
-            across = _part(self, "across nodes", peers, range(len(nodes)))
-            self.levels = Levels(across, _part(self, "within a node", nodes))
+            alone = SingleWorld(self.traffic)  # ranks that are alone in their groups exchange nothing there
+            self.levels = Levels(
+                _Part(self, "across nodes", peers, range(len(nodes))) if len(nodes) > 1 else alone,
+                _Part(self, "within a node", nodes, None) if per_node > 1 else alone,
+            )
 
     @torch.no_grad()
     def _meet(self, what: str, brought: Any, share_out: ShareOut) -> Any:
@@ -197,13 +200,6 @@ class _Part(_Emulated):
             return [shares[rank] for rank in range(len(of_ranks))]
 
         return self._whole._meet(f"{what} {self._name}", brought, share_out_in_groups)
-
-
-def _part(
-    whole: EmulatedRank, name: str, groups: Sequence[Sequence[int]], node_of_rank: Sequence[int] | None = None
-) -> World:
-    """Ranks that are alone in their groups exchange nothing there."""
-    return _Part(whole, name, groups, node_of_rank) if len(groups[0]) > 1 else SingleWorld(whole.traffic)
 
 
 def _share_out_rows(of_ranks: list[tuple[Tensor, list[int], list[int]]]) -> list[Tensor]:

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -70,8 +70,7 @@ class Lockstep(Generic[Result]):
         self._ended: set[int] = set()
         self._error: BaseException | None = None
         self._over = threading.Event()
-        self._random = _RandomNumbers()
-        self._random_states = [self._random.state()] * size
+        self._random_states = [_random_state()] * size
 
     def run(self, function: Callable[[int], Result]) -> list[Result]:
         """Call ``function(rank)`` on every rank, each in a thread; return the results in rank order.
@@ -79,20 +78,22 @@ class Lockstep(Generic[Result]):
         Raises what the first rank to fail raised; RuntimeError if the ranks do not all come to the same
         meeting; TimeoutError, which names the rank and its place, if one keeps its turn too long.
         """
-        inherited = _ModesOfThisThread()
+        modes = _modes_of_this_thread()
 
         def main(rank: int) -> None:
             try:
                 self._take_turn(rank)
-                with inherited.taken_over():
+                with modes():
                     self._results[rank] = function(rank)
             except _Abandoned:
                 pass
             except BaseException as error:
                 error.add_note(f"on emulated rank {rank} of {self._size}")
-                self._fail(error)
+                self._error = self._error or error  # the first error counts; every rank ends at its next turn
             finally:
-                self._end(rank)
+                self._ended.add(rank)
+                self._close_lap_after(rank)
+                self._pass_on(rank)
 
         threads = [
             threading.Thread(target=copy_context().run, args=(main, rank), name=f"rank {rank}", daemon=True)
@@ -104,11 +105,11 @@ class Lockstep(Generic[Result]):
         try:
             self._watch(threads)
         except BaseException as error:  # the caller is interrupted
-            self._fail(error)
+            self._error = self._error or error
             self._over.wait(UNWINDING_S)
             raise
         finally:
-            self._random.set(self._random_states[0])
+            _set_random_state(self._random_states[0])
         if self._error is not None:
             raise self._error
         return [self._results[rank] for rank in range(self._size)]
@@ -133,53 +134,39 @@ class Lockstep(Generic[Result]):
         if rank < self._size - 1 or self._error is not None or not self._visits:
             return
         visits, self._visits = self._visits, {}
+        meetings: dict[str, list[int]] = {}
+        for r in range(self._size):
+            meetings.setdefault(visits[r].what if r in visits else "the end of their function", []).append(r)
         try:
-            self._check_all_meet(visits)
+            if len(meetings) > 1:
+                places = "; ".join(f"ranks {ranks} are at {what}" for what, ranks in meetings.items())
+                raise RuntimeError(f"not all ranks issue the same collectives in the same order: {places}")
             shares = visits[0].share_out([visits[r].brought for r in range(self._size)])
             self._takeaways = dict(enumerate(shares))
         except Exception as error:
-            self._fail(error)
-
-    def _check_all_meet(self, visits: dict[int, _Visit]) -> None:
-        meetings: dict[str, list[int]] = {}
-        for r in range(self._size):
-            what = visits[r].what if r in visits else "the end of their function"
-            meetings.setdefault(what, []).append(r)
-        if len(meetings) > 1:
-            places = "; ".join(f"ranks {ranks} are at {what}" for what, ranks in meetings.items())
-            raise RuntimeError(f"not all ranks issue the same collectives in the same order: {places}")
+            self._error = self._error or error
 
     def _take_turn(self, rank: int) -> None:
         self._turn[rank].acquire()
         if self._error is not None:
             raise _Abandoned
-        self._random.set(self._random_states[rank])
-
-    def _end(self, rank: int) -> None:
-        self._ended.add(rank)
-        self._close_lap_after(rank)
-        self._pass_on(rank)
+        _set_random_state(self._random_states[rank])
 
     def _pass_on(self, rank: int) -> None:
         if self._error is None:
-            self._random_states[rank] = self._random.state()
+            self._random_states[rank] = _random_state()
         with self._changing_turns:
             if self._holder == rank:  # or else it was given up meanwhile
                 self._give_turn_after(rank)
 
     def _give_turn_after(self, rank: int) -> None:
-        following = [(rank + step) % self._size for step in range(1, self._size + 1)]
-        waiting = [r for r in following if r not in self._ended]
-        if not waiting:
+        following = ((rank + step) % self._size for step in range(1, self._size + 1))
+        holder = next((r for r in following if r not in self._ended), None)
+        if holder is None:
             self._over.set()
             return
-        self._holder, self._since = waiting[0], time.monotonic()
-        self._turn[waiting[0]].release()
-
-    def _fail(self, error: BaseException) -> None:
-        """Every rank ends when its next turn comes; the first error counts."""
-        if self._error is None:
-            self._error = error
+        self._holder, self._since = holder, time.monotonic()
+        self._turn[holder].release()
 
     def _watch(self, threads: list[threading.Thread]) -> None:
         """Wait for the end of all ranks, or give up the one that keeps its turn too long."""
@@ -188,7 +175,10 @@ class Lockstep(Generic[Result]):
                 if (left := self._time_left()) is None or left > 0:
                     continue
                 lost = self._holder
-                self._fail(TimeoutError(self._describe(threads[lost], lost)))
+                frame = sys._current_frames().get(threads[lost].ident or 0)
+                place = "".join(traceback.format_stack(frame)[-3:]) if frame else ""
+                late = f"rank {lost} ran for {self._deadline_s} s without meeting the others; it is at\n{place}"
+                self._error = self._error or TimeoutError(late)
                 self._ended.add(lost)
                 self._turn[lost].release()  # so that it ends, should it ever come back
                 self._give_turn_after(lost)
@@ -198,52 +188,39 @@ class Lockstep(Generic[Result]):
     def _time_left(self) -> float | None:
         return None if self._deadline_s is None else max(0.0, self._since + self._deadline_s - time.monotonic())
 
-    def _describe(self, thread: threading.Thread, rank: int) -> str:
-        frame = sys._current_frames().get(thread.ident or 0)
-        place = "".join(traceback.format_stack(frame)[-3:]) if frame else ""
-        return f"rank {rank} ran for {self._deadline_s} s without meeting the others; it is at\n{place}"
 
-
-class _ModesOfThisThread:
-    """Modes that torch keeps per thread, which a rank should have like its caller."""
-
-    def __init__(self) -> None:
-        self._grad = torch.is_grad_enabled()
-        self._inference = torch.is_inference_mode_enabled()
-        self._autocast = {
-            device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
-        }
-        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+def _modes_of_this_thread() -> Callable[[], AbstractContextManager[None]]:
+    """Modes that torch keeps per thread, which a rank should have like its caller: a context that takes them over."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = {
+        device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    }
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     @contextmanager
-    def taken_over(self) -> Iterator[None]:
-        """Within, this thread has them; and it computes gradients itself.
-
-        Autograd's own thread for a GPU would run the ranks' backward passes one after the other, and the
-        first would wait in its exchange for the second for ever.
-        """
+    def taken_over() -> Iterator[None]:
         with ExitStack() as stack:
-            if self._stream is not None:
-                stack.enter_context(torch.cuda.stream(self._stream))
-            if self._inference:
+            if stream is not None:
+                stack.enter_context(torch.cuda.stream(stream))
+            if inference:
                 stack.enter_context(torch.inference_mode())
-            stack.enter_context(torch.set_grad_enabled(self._grad))
-            for device, dtype in self._autocast.items():
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for device, dtype in autocast.items():
                 stack.enter_context(torch.autocast(device, dtype))
+            # A rank computes gradients itself. Autograd's own thread for a GPU would run the ranks' backward passes one
+            # after the other, and the first would wait in its exchange for the second for ever.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             yield
 
+    return taken_over
 
-class _RandomNumbers:
+
+def _random_state() -> list[Tensor]:
     """The states of torch's generators: of the CPU, and of the current GPU where there is one."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
 
-    def __init__(self) -> None:
-        self._on_gpu = torch.cuda.is_available()
 
-    def state(self) -> list[Tensor]:
-        return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self._on_gpu else [])
-
-    def set(self, state: list[Tensor]) -> None:
-        torch.set_rng_state(state[0])
-        if self._on_gpu:
-            torch.cuda.set_rng_state(state[1])
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1])

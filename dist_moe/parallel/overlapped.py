@@ -37,8 +37,15 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from dist_moe.kernels import RowCounts, TokenIndex, counts_on_host, weighted_scatter
-from dist_moe.parallel.dispatch import plan_dispatch, regrouped
-from dist_moe.parallel.exchange import LocalExperts, Meanwhile, Mixed, TimedExperts, nothing
+from dist_moe.parallel.exchange import (
+    LocalExperts,
+    Meanwhile,
+    Mixed,
+    TimedExperts,
+    nothing,
+    plan_dispatch,
+    regrouped,
+)
 from dist_moe.parallel.wire import decoded, encoded
 from dist_moe.parallel.world import Pending, World
 from dist_moe.routing import Pairs
@@ -197,17 +204,16 @@ def parts_of(experts: LocalExperts, sizes: list[int]) -> list[LocalExperts]:
         return [TimedExperts(experts.clock, part) for part in parts_of(experts.inner, sizes)]
     if isinstance(experts, nn.Module) and all(len(p) == sum(sizes) for p in experts.parameters()):
         pieces = {name: p.split(sizes) for name, p in experts.named_parameters()}
-        return [
-            partial(_with_weights, experts, {name: split[i] for name, split in pieces.items()})
-            for i in range(len(sizes))
-        ]
-    return [partial(_alone, experts, sum(sizes[:i]), sum(sizes[i + 1 :])) for i in range(len(sizes))]
 
+        def piece(i: int, x_ND: Tensor, rows_per_expert: RowCounts) -> Tensor:
+            weights = {name: split[i] for name, split in pieces.items()}
+            result: Tensor = functional_call(experts, weights, (x_ND, rows_per_expert))
+            return result
 
-def _with_weights(bank: nn.Module, weights: dict[str, Tensor], x_ND: Tensor, rows_per_expert: RowCounts) -> Tensor:
-    result: Tensor = functional_call(bank, weights, (x_ND, rows_per_expert))
-    return result
+        return [partial(piece, i) for i in range(len(sizes))]
 
+    def alone(i: int, x_ND: Tensor, rows_per_expert: RowCounts) -> Tensor:
+        before, after = [0] * sum(sizes[:i]), [0] * sum(sizes[i + 1 :])
+        return experts(x_ND, before + counts_on_host(rows_per_expert) + after)
 
-def _alone(experts: LocalExperts, before: int, after: int, x_ND: Tensor, rows_per_expert: RowCounts) -> Tensor:
-    return experts(x_ND, [0] * before + counts_on_host(rows_per_expert) + [0] * after)
+    return [partial(alone, i) for i in range(len(sizes))]

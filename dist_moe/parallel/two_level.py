@@ -16,23 +16,35 @@ local rank: what arrives in a node is spread over its ranks as the tokens are ov
 come from. Sums travel, and are added, in the precision of the weights.
 
 The order of collectives is the same on all ranks, forward and backward, because each needs what the one before it
-brought: counts before rows, rows across before rows within, sums within before sums across. Tokens and the lists of
-their pairs, which do not need each other, go together in one all-to-all (packed.py). A rank without tokens takes part
-in each with zero rows.
+brought: counts before rows, rows across before rows within, sums within before sums across. A rank without tokens takes
+part in each with zero rows. Tokens and the lists of their pairs, which do not need each other, go together in one
+all-to-all, forward and backward: two exchanges would be two nodes of the autograd graph, and nothing but autograd's own
+order would say which comes first on which rank. If two ranks disagreed, each would wait in one collective for a rank
+that waits in the other. One Function has one place in the order:
+
+    forward, rank a to rank b     | tokens for b | their weights | their keys |       as bytes
+    backward, rank b to rank a    | gradients of tokens | gradients of weights |      integers have none
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dist_moe.parallel.exchange import Exchange, FlatExchange, LocalExperts, Meanwhile, Mixed, nothing
 from dist_moe.parallel.overlapped import OverlappedExchange
-from dist_moe.parallel.packed import exchange_packed
-from dist_moe.parallel.world import Levels, SingleWorld, World
+from dist_moe.parallel.wire import decoded, encoded
+from dist_moe.parallel.world import ExchangeOptions, Levels, ProcessWorld, SingleWorld, Traffic, World
 from dist_moe.routing import Pairs
+
+Splits = list[list[int]]
+"""splits[p][r]: rows of tensor p for, or from, rank r."""
 
 
 def exchange_over(world: World, recompute_experts: bool = False, meanwhile: bool = False) -> Exchange:
@@ -78,102 +90,166 @@ class OncePerPart:
 
     def __call__(self, x_TD: Tensor, pairs: Pairs, experts: LocalExperts, meanwhile: Meanwhile = nothing) -> Mixed:
         meanwhile()
-        outgoing = _group_by_part(pairs, self._across.size)
-        ones = [1] * self._across.size
-        both = torch.stack([outgoing.counts_R3, self._across.exchange(outgoing.counts_R3, ones, ones)])
-        send, receive = (_PerPart(*of_side.t().tolist()) for of_side in both.cpu())
-        rows_UD, arrived = _to_parts(x_TD, pairs, outgoing, send, receive, self._across)
+        across, num_parts = self._across, self._across.size
+        per_part = len(pairs.rows_per_expert_E) // num_parts
+
+        # The U distinct (part, token), sorted so; ``row_N``: of each pair, its row among those of its part.
+        tokens = max(pairs.num_tokens, 1)
+        part_N = pairs.expert_N // per_part
+        key_U, unique_N = torch.unique(part_N * tokens + pairs.token_N, return_inverse=True)
+        part_U, token_U = key_U // tokens, key_U % tokens
+        rows_R = torch.bincount(part_U, minlength=num_parts)
+        row_N = unique_N - (rows_R.cumsum(0) - rows_R)[part_N]
+        wanted_row_M, wanted_gate_M = _wanted_sums(pairs.weight_GN, unique_N, len(key_U))
+
+        # Per part the numbers of token rows, of pairs and of sums; on the host, which makes the buffers.
+        pairs_R, sums_R = (torch.bincount(part, minlength=num_parts) for part in (part_N, part_U[wanted_row_M]))
+        counts_R3, ones = torch.stack([rows_R, pairs_R, sums_R], dim=1), [1] * num_parts
+        both = torch.stack([counts_R3, across.exchange(counts_R3, ones, ones)]).cpu()
+        (rows, lists, sums), (rows_here, lists_here, sums_here) = (of_side.t().tolist() for of_side in both)
+
+        # Tokens and the lists of their pairs: (row, expert) as one key, and the weights.
+        rows_UD, weight_NG, key_N = exchange_packed(
+            (x_TD.index_select(0, token_U), pairs.weight_GN.t(), row_N * per_part + pairs.expert_N % per_part),
+            [rows, lists, lists],
+            [rows_here, lists_here, lists_here],
+            across,
+        )
+
+        # The pairs that arrived, sorted as pairs are, by expert, then by row; rows are counted over all source ranks.
+        rows_here_R, lists_here_R = torch.tensor([rows_here, lists_here], device=key_N.device)
+        first_row_N = (rows_here_R.cumsum(0) - rows_here_R).repeat_interleave(lists_here_R)
+        expert_N, row_N = key_N % per_part, key_N // per_part + first_row_N
+        num_rows = sum(rows_here)
+        order_N = (expert_N * max(num_rows, 1) + row_N).argsort()
+        arrived = Pairs(
+            token_N=row_N[order_N],
+            expert_N=expert_N[order_N],
+            weight_GN=weight_NG.index_select(0, order_N).t().contiguous(),
+            rows_per_expert_E=torch.bincount(expert_N, minlength=per_part),
+            num_tokens=num_rows,
+        )
         partial = self._inside(rows_UD, arrived, experts)
-        wanted = _wanted_sums(arrived.weight_GN, arrived.token_N, arrived.num_tokens)
-        sums_MF = partial.sums_GTF.flatten(0, 1).index_select(0, wanted.gate_M * arrived.num_tokens + wanted.row_M)
-        back_MF = self._across.all_to_all(sums_MF, receive.sums, send.sums)
+
+        # Back travel the sums that are wanted, and are added up by gate and token.
+        row_M, gate_M = _wanted_sums(arrived.weight_GN, arrived.token_N, num_rows)
+        sums_MF = partial.sums_GTF.flatten(0, 1).index_select(0, gate_M * num_rows + row_M)
+        back_MF = across.all_to_all(sums_MF, sums_here, sums)
         shape = (len(pairs.weight_GN), pairs.num_tokens, back_MF.shape[1])
-        place_M = outgoing.wanted.gate_M * pairs.num_tokens + outgoing.token_U[outgoing.wanted.row_M]
+        place_M = wanted_gate_M * pairs.num_tokens + token_U[wanted_row_M]
         sums_GTF = back_MF.new_zeros(shape).flatten(0, 1).index_add(0, place_M, back_MF).view(shape)
         return Mixed(sums_GTF, partial.dtype, partial.rows_computed)
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """The M (row, gate) whose sums travel back, sorted by row, then by gate."""
-
-    row_M: Tensor
-    gate_M: Tensor
-
-
-@dataclass(frozen=True)
-class _Outgoing:
-    """The U distinct (part, token), sorted so; ``row_N``: of each pair, its place among those of its part.
-    ``counts_R3``: per part the numbers of a :class:`_PerPart`."""
-
-    token_U: Tensor
-    row_N: Tensor
-    wanted: _Sums
-    counts_R3: Tensor
-
-
-@dataclass(frozen=True)
-class _PerPart:
-    """Host integers: token rows, pairs and sums that belong to each part."""
-
-    rows: list[int]
-    pairs: list[int]
-    sums: list[int]
-
-
-def _group_by_part(pairs: Pairs, num_parts: int) -> _Outgoing:
-    tokens = max(pairs.num_tokens, 1)
-    part_N = pairs.expert_N // (len(pairs.rows_per_expert_E) // num_parts)
-    key_U, unique_N = torch.unique(part_N * tokens + pairs.token_N, return_inverse=True)
-    part_U = key_U // tokens
-    rows_R = torch.bincount(part_U, minlength=num_parts)
-    wanted = _wanted_sums(pairs.weight_GN, unique_N, len(key_U))
-    counts = [
-        rows_R,
-        torch.bincount(part_N, minlength=num_parts),
-        torch.bincount(part_U[wanted.row_M], minlength=num_parts),
-    ]
-    return _Outgoing(
-        token_U=key_U - part_U * tokens,
-        row_N=unique_N - (rows_R.cumsum(0) - rows_R)[part_N],
-        wanted=wanted,
-        counts_R3=torch.stack(counts, dim=1),
-    )
-
-
-def _wanted_sums(weight_GN: Tensor, row_N: Tensor, num_rows: int) -> _Sums:
-    """Known at both ends without a word on the wire: the weights are the same, bit by bit."""
+def _wanted_sums(weight_GN: Tensor, row_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The M (row, gate) whose sums travel back, sorted by row, then by gate; the weights tell both ends the same."""
     used_NG = (weight_GN.detach() != 0).t().to(torch.int32)
     used_UG = used_NG.new_zeros(num_rows, len(weight_GN)).index_add(0, row_N, used_NG)
-    return _Sums(*used_UG.nonzero(as_tuple=True))
+    row_M, gate_M = used_UG.nonzero(as_tuple=True)
+    return row_M, gate_M
 
 
-def _to_parts(
-    x_TD: Tensor, pairs: Pairs, outgoing: _Outgoing, send: _PerPart, receive: _PerPart, across: World
-) -> tuple[Tensor, Pairs]:
-    """The rows that arrive here from all ranks, and their pairs with the experts of this part."""
-    per_part = len(pairs.rows_per_expert_E) // across.size
-    key_N = outgoing.row_N * per_part + pairs.expert_N % per_part
-    rows_UD, weight_NG, key_N = exchange_packed(
-        (x_TD.index_select(0, outgoing.token_U), pairs.weight_GN.t(), key_N),
-        [send.rows, send.pairs, send.pairs],
-        [receive.rows, receive.pairs, receive.pairs],
-        across,
+def exchange_packed(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: World) -> tuple[Tensor, ...]:
+    """Return the row blocks that arrive of every tensor: ``sends[p][r]`` rows of ``tensors[p]`` go to rank r.
+
+    Differentiable by the floating-point tensors; gradients travel back in one all-to-all, too. In the
+    traffic only rows of ``tensors[0]`` count as rows; the bytes of all count. These rows, and no other tensor,
+    travel in the format of the world's wire.
+    """
+    return _Packed.apply(sends, receives, world, *tensors)
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sends: Splits, receives: Splits, world: World, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.sends, ctx.receives, ctx.world = sends, receives, world
+        ctx.flows = ctx.needs_input_grad[3:]
+        form = world.options.wire.rows
+        sent = (encoded(tensors[0], form), *tensors[1:])
+        rows, *lists = _exchange_bytes(sent, sends, receives, world)
+        received = (decoded(rows, form, tensors[0]), *lists)
+        _count(sent, sends, world, first=0)
+        ctx.mark_non_differentiable(*(x for x, flow in zip(received, ctx.flows, strict=True) if not flow))
+        return received
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        places = [p for p, flow in enumerate(ctx.flows) if flow]
+        form = ctx.world.options.wire.gradients
+        flowing = tuple(encoded(grads[p], form) if p == 0 else grads[p] for p in places)
+        sends, receives = [ctx.receives[p] for p in places], [ctx.sends[p] for p in places]
+        back = dict(zip(places, _exchange_bytes(flowing, sends, receives, ctx.world), strict=True))
+        if 0 in back:
+            back[0] = decoded(back[0], form, grads[0])
+        _count(flowing, sends, ctx.world, first=places[0])
+        return None, None, None, *(back.get(p) for p in range(len(grads)))
+
+
+def _exchange_bytes(tensors: tuple[Tensor, ...], sends: Splits, receives: Splits, world: World) -> tuple[Tensor, ...]:
+    """Exchange the tensors as bytes: what a rank gets is, of every tensor in turn, its block."""
+    widths = [x.shape[1:].numel() * x.element_size() for x in tensors]
+    # In one row with the stride 1 that a view as bytes needs, and axes of size 1 need not have.
+    flat = [x.contiguous().as_strided((x.numel(),), (1,)) for x in tensors]
+    blocks = [
+        numbers.view(torch.uint8).view(len(x), width).split(send)
+        for x, numbers, width, send in zip(tensors, flat, widths, sends, strict=True)
+    ]
+    packed = torch.cat([block.flatten() for of_rank in zip(*blocks, strict=True) for block in of_rank])
+    sent, got = _byte_splits(sends, widths), _byte_splits(receives, widths)
+    parts = world.exchange(packed, [sum(s) for s in sent], [sum(g) for g in got]).split([n for g in got for n in g])
+    return tuple(
+        torch.cat(parts[p :: len(tensors)]).view(x.dtype).view(sum(receives[p]), *x.shape[1:])
+        for p, x in enumerate(tensors)
     )
-    return rows_UD, _arrived_pairs(key_N, weight_NG, receive, per_part)
 
 
-def _arrived_pairs(key_N: Tensor, weight_NG: Tensor, receive: _PerPart, per_part: int) -> Pairs:
-    """Sorted as pairs are, by expert, then by row; rows are counted over all source ranks."""
-    rows_R, pairs_R = torch.tensor([receive.rows, receive.pairs], device=key_N.device)
-    first_row_N = (rows_R.cumsum(0) - rows_R).repeat_interleave(pairs_R)
-    expert_N, row_N = key_N % per_part, key_N // per_part + first_row_N
-    num_rows = sum(receive.rows)
-    order_N = (expert_N * max(num_rows, 1) + row_N).argsort()
-    return Pairs(
-        token_N=row_N[order_N],
-        expert_N=expert_N[order_N],
-        weight_GN=weight_NG.index_select(0, order_N).t().contiguous(),
-        rows_per_expert_E=torch.bincount(expert_N, minlength=per_part),
-        num_tokens=num_rows,
-    )
+def _byte_splits(splits: Splits, widths: list[int]) -> list[list[int]]:
+    """[rank][tensor]: bytes."""
+    return [[n * width for n, width in zip(of_rank, widths, strict=True)] for of_rank in zip(*splits, strict=True)]
+
+
+def _count(tensors: tuple[Tensor, ...], sends: Splits, world: World, first: int) -> None:
+    """``first``: the place of ``tensors[0]`` among all; the tensor at place 0 holds the token rows."""
+    for place, (x, send) in enumerate(zip(tensors, sends, strict=True), start=first):
+        world.traffic.add(x, send, world.rank, world.node_of_rank, are_tokens=place == 0)
+
+
+def ranks_per_node(node_of_rank: Sequence[int]) -> int | None:
+    """Return m if the ranks are whole blocks of m, each block on a node of its own; None if they are not."""
+    size = len(node_of_rank)
+    per_node = size // len(set(node_of_rank))
+    blocks = [node_of_rank[start : start + per_node] for start in range(0, size, per_node)]
+    alike = all(len(set(block)) == 1 for block in blocks)
+    return per_node if alike and len(blocks) == len(set(node_of_rank)) else None
+
+
+def open_levels(
+    worlds: Iterable[Sequence[int]],
+    per_node: int,
+    traffic: Traffic,
+    options: ExchangeOptions | None = None,
+    timeout: timedelta | None = None,
+) -> Levels:
+    """Open the levels of worlds that are divided into nodes of ``per_node`` ranks, and return those of this rank.
+
+    ``worlds``: the (global) ranks of every world of the job that is divided so, this rank's among them, the
+    same list on all ranks, for every rank takes part in opening every group. Groups of one rank are not opened.
+    ``traffic``, ``options``: those of this rank's world. Collective over all ranks of the job.
+    """
+    rank = dist.get_rank()
+    levels: dict[str, World] = {}
+    for ranks in worlds:
+        nodes = [ranks[start : start + per_node] for start in range(0, len(ranks), per_node)]
+        for level, members in [("within", node) for node in nodes] + [
+            ("across", peers) for peers in zip(*nodes, strict=True)
+        ]:
+            group = dist.new_group(list(members), timeout=timeout) if len(members) > 1 else None
+            if rank in members:
+                node_of_rank = range(len(members)) if level == "across" else None
+                levels[level] = (
+                    SingleWorld(traffic)
+                    if group is None
+                    else ProcessWorld(group, node_of_rank, traffic, options=options)
+                )
+    return Levels(**levels)

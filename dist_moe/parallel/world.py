@@ -1,16 +1,19 @@
-"""World: where the ranks of an expert-parallel group live, and the collectives they need."""
+"""World: where ranks live, and the collectives they need; the current world, and collectives over all of its ranks."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from dist_moe.parallel.phase_clock import PhaseClock
 from dist_moe.parallel.wire import RowFormat, Wire, decoded, encoded
@@ -57,7 +60,7 @@ class Traffic:
             self.rows_across_nodes += across
 
     def counts(self) -> dict[str, int]:
-        """The four numbers under the names by which a run records them."""
+        """Return the four numbers under the names by which a run records them."""
         return {
             "wire_rows": self.rows,
             "wire_bytes": self.bytes,
@@ -204,21 +207,27 @@ class SingleWorld(World):
         super().__init__(rank=0, size=1, traffic=traffic)
 
     def all_to_all(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        """Return the rows as they are: not rounded, not counted."""
         return x_ND
 
     def exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        """Return the rows as they are."""
         return x_ND
 
     def sum(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
         return x
 
     def gather(self, x: Tensor) -> list[Tensor]:
+        """Return ``x`` alone."""
         return [x]
 
     def gather_objects(self, x: T) -> list[T]:
+        """Return ``x`` alone, not copied."""
         return [x]
 
     def barrier(self) -> None:
@@ -242,46 +251,126 @@ class ProcessWorld(World):
         self.group = group
 
     def exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        """Exchange rows by one all-to-all."""
         received_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:])
         dist.all_to_all_single(received_ND, x_ND.contiguous(), receive_rows, send_rows, group=self.group)
         return received_ND
 
     def begin_exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Pending:
+        """Begin an all-to-all that goes on beside what this rank computes."""
         received_ND, sent_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:]), x_ND.contiguous()
         work = dist.all_to_all_single(received_ND, sent_ND, receive_rows, send_rows, group=self.group, async_op=True)
         return Pending(received_ND, sent_ND, work)
 
     def sum(self, x: Tensor) -> Tensor:
+        """Return the sum by an all-reduce of a copy."""
         total = x.detach().clone()
         dist.all_reduce(total, group=self.group)
         return total
 
     def broadcast(self, x: Tensor) -> Tensor:
+        """Return a copy of rank 0's ``x``."""
         taken = x.detach().contiguous().clone()
         dist.broadcast(taken, group=self.group, group_src=0)
         return taken
 
     def gather(self, x: Tensor) -> list[Tensor]:
+        """Return copies by an all-gather."""
         mine = x.detach().contiguous()
         everyones = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyones, mine, group=self.group)
         return everyones
 
     def gather_objects(self, x: T) -> list[T]:
+        """Return pickled copies by an all-gather."""
         everyones = [x] * self.size
         dist.all_gather_object(everyones, x, group=self.group)
         return everyones
 
     def barrier(self) -> None:
+        """Wait at the barrier of the process group."""
         dist.barrier(self.group)
 
 
-def experts_of_rank(num_experts: int, world: World) -> range:
-    """Return the global ids of the experts that live on this rank: contiguous, the same number on each rank.
+_world_in_use: ContextVar[World | None] = ContextVar("world_in_use", default=None)
 
-    Raises ValueError when ``num_experts`` is not divisible by the size of the world.
+
+def current_world() -> World:
+    """Return the world of all ranks of the job: this process or thread is one of them.
+
+    Within :func:`use_world` (and so within ``EmulatedWorld.run``) the world given there; otherwise all processes of
+    ``torch.distributed``; without a process group, or in one of a single process, this rank alone.
     """
-    if num_experts % world.size:
-        raise ValueError(f"num_experts={num_experts} is not divisible by the {world.size} ranks of its world")
-    per_rank = num_experts // world.size
-    return range(world.rank * per_rank, (world.rank + 1) * per_rank)
+    if (world := _world_in_use.get()) is not None:
+        return world
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        assert dist.group.WORLD is not None
+        return ProcessWorld(dist.group.WORLD)
+    return SingleWorld()
+
+
+@contextmanager
+def use_world(world: World) -> Iterator[None]:
+    """Make ``world`` the current one inside the block, in this thread only."""
+    before = _world_in_use.set(world)
+    try:
+        yield
+    finally:
+        _world_in_use.reset(before)
+
+
+def several_ranks() -> bool:
+    """Return whether the job has more than one rank."""
+    return current_world().size > 1
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Return the sum of ``x`` over all ranks, on every rank; not differentiable."""
+    return current_world().sum(x)
+
+
+def max_over_ranks(x: Tensor) -> Tensor:
+    """Return the elementwise maximum of ``x`` over all ranks, on every rank, NaN where any rank has one; not
+    differentiable."""
+    # Not the backends' own reduction, which may lose a NaN: a comparison with it is false.
+    return torch.stack(current_world().gather(x)).amax(dim=0)
+
+
+def added_over_ranks(x: Tensor) -> Tensor:
+    """Return the sum of ``x`` over all ranks, differentiably: the gradient of a rank's ``x`` is the sum of the
+    gradients that the result gets on all ranks.
+
+    Whoever adds the ranks' losses gets the true gradient. Backward is a collective too.
+    """
+    world = current_world()
+    return x if world.size == 1 else _Added.apply(x, world)
+
+
+def gather_columns(x_CN: Tensor, width: int) -> Tensor:
+    """Return the (C, N) blocks of all ranks side by side, in rank order; each is padded with 0 to ``width`` columns.
+
+    With one rank the block is returned as it is.
+    """
+    world = current_world()
+    return x_CN if world.size == 1 else torch.cat(world.gather(F.pad(x_CN, (0, width - x_CN.shape[1]))), dim=1)
+
+
+def gather_objects(mine: T) -> list[T]:
+    """Return every rank's (small, picklable) object, in rank order, on every rank."""
+    return current_world().gather_objects(mine)
+
+
+def wait_for_all() -> None:
+    """Wait until every rank has come here."""
+    current_world().barrier()
+
+
+class _Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        return world.sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.world.sum(grad.contiguous()), None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -89,20 +91,23 @@ def randomise_biases(bank: ExpertBank) -> None:
             torch.nn.init.uniform_(parameter, -0.2, 0.2)
 
 
-def small_conv_bank(side: int = 20, expert_ids: tuple[int, ...] = (0, 1, 2)) -> ConvBank:
-    """fp64, 2 and 3 filters, 5 and 4 units."""
+BANKS: dict[str, Callable[[Sequence[int]], ExpertBank]] = {
+    "conv": lambda ids: ConvBank(20, 8, ids, channels=(2, 3), units=(5, 4)),
+    "dense": lambda ids: DenseReLUBank(12, 5, 8, ids),
+    "plain": lambda ids: FeedForwardBank(7, 5, 8, ids, activation="relu", out_dim=4),
+    "gated": lambda ids: FeedForwardBank(7, 5, 8, ids, activation="silu", gated=True, bias=True),
+    "bert": lambda ids: BertFeedForwardBank(7, 5, 8, ids, dropout=0.0, norm_eps=1e-3),
+}
+"""Banks of every type without dropout, of some of 8 experts."""
+
+
+def small_bank(name: str) -> ExpertBank:
+    """Experts 2, 3 and 7 in fp64, every scale and bias drawn."""
     torch.manual_seed(5)
-    bank = ConvBank(side, 8, expert_ids, channels=(2, 3), units=(5, 4)).double()
+    bank = BANKS[name]([2, 3, 7]).double()
     randomise_biases(bank)
-    return bank
-
-
-def small_bert_bank() -> BertFeedForwardBank:
-    """fp64, without dropout, every scale and bias drawn."""
-    torch.manual_seed(6)
-    bank = BertFeedForwardBank(7, 5, 8, [2, 3, 7], dropout=0.0, norm_eps=1e-3).double()
-    randomise_biases(bank)
-    torch.nn.init.uniform_(bank.norm_weight, 0.5, 1.5)
+    if isinstance(bank, BertFeedForwardBank):
+        torch.nn.init.uniform_(bank.norm_weight, 0.5, 1.5)
     return bank
 
 

@@ -9,4 +9,4 @@ from unittest import mock
 
 def device_path_forced() -> AbstractContextManager[Any]:
     """Inside the block CPU tensors take the path for accelerators."""
-    return mock.patch("dist_moe.kernels.device_path._forced", True)
+    return mock.patch("dist_moe.kernels.operands._forced", True)

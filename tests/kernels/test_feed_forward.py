@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.kernels import ACTIVATIONS, FeedForwardWeights, across_cores, feed_forward, feed_forward_reference
+from dist_moe.kernels import ACTIVATIONS, across_cores, feed_forward, feed_forward_reference
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
+from tests.kernels.cases import leaves_of, networks_of, zero_and_not
 
 COUNTS = [[0, 0, 0], [4, 0, 1], [1, 9, 2], [0, 30, 0]]
 FORMS = [(activation, gated, bias) for activation in sorted(ACTIVATIONS) for gated, bias in product((0, 1), (0, 1))]
@@ -25,59 +26,35 @@ def _cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     torch.set_num_threads(before)
 
 
-def make(
-    counts: list[int], gated: int, bias: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, FeedForwardWeights]:
-    generator = torch.Generator().manual_seed(7)
-    groups, width, hidden, out = len(counts), 4, 6, 3
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    weights = FeedForwardWeights(
-        draw(groups, width, hidden),
-        draw(groups, hidden, out),
-        draw(groups, width, hidden) if gated else None,
-        draw(groups, hidden) if bias else None,
-        draw(groups, out) if bias else None,
-    )
-    return draw(sum(counts), width), weights
-
-
-def leaves(x_ND: Tensor, weights: FeedForwardWeights) -> dict[str, Tensor]:
-    return {"x": x_ND} | {name: weight for name, weight in weights._asdict().items() if weight is not None}
-
-
 @pytest.mark.usefixtures("_cores")
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize(("activation", "gated", "bias"), FORMS)
 def test_equals_reference(activation: str, gated: int, bias: int, counts: list[int]) -> None:
-    x_ND, weights = make(counts, gated, bias)
+    x_ND, weights = networks_of(counts, gated, bias)
     actual, expected = (f(x_ND, weights, activation, counts) for f in (feed_forward, feed_forward_reference))
     assert_same(actual, expected, 1e-13)
     cotangent = torch.randn_like(expected)
-    actual_grads, expected_grads = (gradients((y * cotangent).sum(), leaves(x_ND, weights)) for y in (actual, expected))
+    actual_grads, expected_grads = (
+        gradients((y * cotangent).sum(), leaves_of(x_ND, weights)) for y in (actual, expected)
+    )
     assert_all_same(actual_grads, expected_grads, 1e-12)
 
 
 @pytest.mark.usefixtures("_cores")
 def test_group_without_rows_has_zero_gradient_not_none() -> None:
     counts = [2, 0, 3]
-    x_ND, weights = make(counts, 1, 1)
+    x_ND, weights = networks_of(counts, 1, 1)
     feed_forward(x_ND, weights, "silu", counts).sum().backward()
-    for weight in weights:
-        assert weight is not None
-        assert weight.grad is not None
-        assert [bool(grad.any()) for grad in weight.grad] == [True, False, True]
+    assert zero_and_not(weights) == [[True, False, True]] * 5
 
 
 def test_gradient_and_rows_that_are_not_contiguous() -> None:
     counts = [2, 0, 3]
-    _, weights = make(counts, 1, 1)
+    _, weights = networks_of(counts, 1, 1)
     x_ND = torch.randn(4, 5, dtype=torch.float64).T.requires_grad_()
-    cotangent = torch.randn(3, 5, dtype=torch.float64).T
+    cotangent = torch.randn(7, 5, dtype=torch.float64).T
     actual, expected = (
-        gradients((f(x_ND, weights, "gelu", counts) * cotangent).sum(), leaves(x_ND, weights))
+        gradients((f(x_ND, weights, "gelu", counts) * cotangent).sum(), leaves_of(x_ND, weights))
         for f in (feed_forward, feed_forward_reference)
     )
     assert_all_same(actual, expected, 1e-12)
@@ -85,20 +62,20 @@ def test_gradient_and_rows_that_are_not_contiguous() -> None:
 
 def test_bf16_autocast_computes_in_bf16_and_gives_fp32_gradients() -> None:
     counts = [3, 0, 2]
-    x_ND, weights = make(counts, 1, 1, torch.float32)
+    x_ND, weights = networks_of(counts, 1, 1, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = feed_forward(x_ND, weights, "silu", counts)
     assert actual.dtype == torch.bfloat16
     expected = feed_forward_reference(x_ND.double(), weights.each(Tensor.double), "silu", counts)
     torch.testing.assert_close(actual.double(), expected, rtol=2**-5, atol=2**-4)
-    for grad in gradients(actual.float().sum(), leaves(x_ND, weights)).values():
+    for grad in gradients(actual.float().sum(), leaves_of(x_ND, weights)).values():
         assert grad.dtype == torch.float32
 
 
 def test_nothing_but_rows_and_what_goes_into_the_activation_is_kept() -> None:
     kept: list[tuple[int, ...]] = []
-    x_ND, weights = make([4, 3], 0, 1)
-    own = {id(leaf) for leaf in leaves(x_ND, weights).values()}
+    x_ND, weights = networks_of([4, 3], 0, 1)
+    own = {id(leaf) for leaf in leaves_of(x_ND, weights).values()}
 
     def pack(tensor: Tensor) -> Tensor:
         if id(tensor) not in own:
@@ -112,6 +89,6 @@ def test_nothing_but_rows_and_what_goes_into_the_activation_is_kept() -> None:
 
 @pytest.mark.parametrize("counts", [[2, 3], [2, 3, 1], [2, 2, 0], [2, 3, 0, 0]])
 def test_counts_that_do_not_fit_are_refused(counts: list[int]) -> None:
-    x_ND, weights = make([2, 3, 0], 0, 0)
+    x_ND, weights = networks_of([2, 3, 0], 0, 0)
     with pytest.raises(ValueError, match="3 groups and 5 rows do not fit the counts"):
         feed_forward(x_ND, weights, "relu", counts)

@@ -18,6 +18,7 @@ from dist_moe.kernels import (
     sparse_products_reference,
 )
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
+from tests.kernels.cases import drawn
 
 MODULE = sys.modules["dist_moe.kernels.sparse_products"]
 TOKENS, STACKS, ROWS, DIM = 6, 2, 15, 3
@@ -25,10 +26,8 @@ BANDS = [(0, 3), (3, 7), (7, 15)]
 
 
 def make_inputs(dtype: torch.dtype = torch.float64, tokens: int = TOKENS) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
     shapes = {"x": (tokens, DIM), "weight": (STACKS, ROWS, DIM), "bias": (STACKS, ROWS)}
-    draws = {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
-    return {name: draw.to(dtype).requires_grad_() for name, draw in draws.items()}
+    return {name: drawn(*shape, dtype=dtype) for name, shape in shapes.items()}
 
 
 def draw_pairs(share: float, tokens: int = TOKENS) -> tuple[Pairs, list[Band]]:

@@ -44,16 +44,20 @@ def rows_to_next(world: World, x_ND: Tensor) -> Tensor:
     return world.all_to_all(x_ND, send, receive)
 
 
+def assert_same_bits(emulated: list[dict[str, Any]], real: list[dict[str, Any]]) -> None:
+    for rank, (ours, theirs) in enumerate(zip(emulated, real, strict=True)):
+        assert ours.keys() == theirs.keys()
+        for name, array in theirs.items():
+            np.testing.assert_array_equal(ours[name], array, err_msg=f"rank {rank}: {name}")
+
+
 @pytest.mark.parametrize(("gate", "skewed"), [("comet", False), ("top_k", False), ("comet", True)])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_training_has_every_bit_of_real_ranks(size: int, gate: str, skewed: bool) -> None:
     """Dropout, noise, global statistics, learnt permutation and optimiser included; a rank without tokens, too."""
     real = on_real_worlds(size, train_on_rank, gate, skewed)
     emulated = EmulatedWorld(size).run(lambda world: train_on_rank(world, gate, skewed))
-    for rank in range(size):
-        assert emulated[rank].keys() == real[rank].keys()
-        for name, array in real[rank].items():
-            np.testing.assert_array_equal(emulated[rank][name], array, err_msg=f"rank {rank}: {name}")
+    assert_same_bits(emulated, real)
     assert np.abs(real[0]["2 grad experts.weight"]).max() > 0
     draws = {tuple(results["random"]) for results in real}
     assert len(draws) == len(set(TOKENS[:size])), "as many rows dropped, as many numbers drawn"
@@ -68,10 +72,7 @@ def test_training_in_nodes_has_every_bit_of_real_ranks(size: int, ranks_per_node
     """By the two-level exchange, and the traffic between nodes, too."""
     real = on_real_worlds(size, train_in_nodes, ranks_per_node, gate)
     emulated = EmulatedWorld(size, ranks_per_node=ranks_per_node)
-    for ours, theirs in zip(emulated.run(lambda world: train_on_rank(world, gate, False)), real, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, array in theirs.items():
-            np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    assert_same_bits(emulated.run(lambda world: train_on_rank(world, gate, False)), real)
     assert real[0]["traffic"]["bytes_across_nodes"] > 0
     flat = EmulatedWorld(size).run(lambda world: train_on_rank(world, gate, False))
     assert flat[0]["traffic"]["bytes"] != real[0]["traffic"]["bytes"]
@@ -101,13 +102,6 @@ def test_nodes_are_alike() -> None:
     for ranks_per_node in (0, 3, 8):
         with pytest.raises(ValueError, match=f"ranks_per_node={ranks_per_node} does not divide the 4 ranks"):
             EmulatedWorld(4, ranks_per_node=ranks_per_node)
-
-
-def test_again_and_again_the_same() -> None:
-    first, second = (EmulatedWorld(8).run(lambda world: train_on_rank(world, "comet", False)) for _ in range(2))
-    for one, other in zip(first, second, strict=True):
-        for name, array in one.items():
-            np.testing.assert_array_equal(other[name], array)
 
 
 def test_ranks_take_turns_and_rank_0_is_first() -> None:

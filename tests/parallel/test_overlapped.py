@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +24,8 @@ from dist_moe.parallel import (
 from dist_moe.parallel.overlapped import _parts, parts_of
 from tests.helpers.oracle import assert_all_same, gradients
 from tests.helpers.worlds import both_kinds, on_real_worlds, run_worlds
-from tests.layer.cases import Case, Layer, build_layer, build_tokens
+from tests.layer.cases import Case, build_layer
+from tests.parallel.shares import Share, shares_of, step
 
 SPLITS = {2: [[3, 2], [0, 4], [0, 0]], 4: [[2, 0, 1, 3], [0, 0, 0, 6]]}
 CASES = {
@@ -44,22 +44,24 @@ def test_chunks_are_about_equal_and_never_empty() -> None:
             assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
-def shares_of(case: Case, num_ranks: int, tokens_per_rank: list[int], learning: bool) -> list[tuple[Layer, Tensor]]:
-    case = replace(case, tokens=sum(tokens_per_rank))
-    layer = build_layer(case)
-    tokens = [x.requires_grad_(learning) for x in build_tokens(case).detach().split(tokens_per_rank)]
-    return [(layer.of_rank(rank, num_ranks), x) for rank, x in enumerate(tokens)]
+def chunked(run: Any, parts: list[Share], chunks: int, wire: str | None = None) -> list[tuple[dict[str, Tensor], int]]:
+    """A step of all ranks with ``chunks`` chunks, and without chunks where there is one."""
+
+    def of_rank(world: World) -> tuple[dict[str, Tensor], int]:
+        moe = parts[world.rank][0].moe(world)
+        assert isinstance(moe.exchange, OverlappedExchange if chunks > 1 else FlatExchange)
+        return step(parts[world.rank], world)
+
+    return run(len(parts), of_rank, options=ExchangeOptions(WIRES[wire], chunks))
 
 
-def step(layer: Layer, x_TD: Tensor, world: World) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Gradients, outputs, and bytes sent."""
-    moe = layer.moe(world)
-    assert isinstance(moe.exchange, OverlappedExchange if world.options.overlap_chunks > 1 else FlatExchange)
-    world.traffic.reset()
-    outputs = torch.stack(moe(x_TD).outputs)
-    loss = (outputs.square() * (1 + torch.arange(len(outputs))).view(-1, 1, 1)).sum()
-    leaves = layer.leaves() | ({"x": x_TD} if x_TD.requires_grad else {})
-    return gradients(loss, leaves), outputs.detach(), world.traffic.bytes
+def assert_same_steps(
+    actual: list[tuple[dict[str, Tensor], int]], expected: list[tuple[dict[str, Tensor], int]]
+) -> None:
+    for (results, size), (flat_results, flat_size) in zip(actual, expected, strict=True):
+        torch.testing.assert_close(results["out"], flat_results["out"], rtol=1e-13, atol=1e-13)
+        assert_all_same(results, flat_results, 1e-12)
+        assert size == flat_size
 
 
 @both_kinds
@@ -67,40 +69,16 @@ def step(layer: Layer, x_TD: Tensor, world: World) -> tuple[dict[str, Tensor], T
 @pytest.mark.parametrize(("num_ranks", "chunks"), [(2, 2), (2, 3), (4, 2), (4, 9)])
 def test_results_are_those_of_the_flat_exchange(run: Any, name: str, num_ranks: int, chunks: int) -> None:
     for tokens_per_rank in SPLITS[num_ranks]:
-        parts = shares_of(CASES[name], num_ranks, tokens_per_rank, learning=True)
-        flat, chunked = (
-            run(num_ranks, lambda w, p=parts: step(*p[w.rank], w), options=ExchangeOptions(overlap_chunks=c))
-            for c in (1, chunks)
-        )
-        for (grads, outputs, size), (expected_grads, expected, expected_size) in zip(chunked, flat, strict=True):
-            torch.testing.assert_close(outputs, expected, rtol=1e-13, atol=1e-13)
-            assert_all_same(grads, expected_grads, 1e-12)
-            assert size == expected_size
+        parts = shares_of(CASES[name], tokens_per_rank)
+        assert_same_steps(chunked(run, parts, chunks), chunked(run, parts, 1))
 
 
 @both_kinds
-def test_tokens_without_gradients_send_none_back(run: Any) -> None:
-    parts = shares_of(CASES["top-k"], 2, [3, 2], learning=False)
-    flat, chunked = (
-        run(2, lambda w: step(*parts[w.rank], w), options=ExchangeOptions(overlap_chunks=c)) for c in (1, 4)
-    )
-    for (grads, outputs, size), (expected_grads, expected, expected_size) in zip(chunked, flat, strict=True):
-        torch.testing.assert_close(outputs, expected, rtol=1e-13, atol=1e-13)
-        assert_all_same(grads, expected_grads, 1e-12)
-        assert size == expected_size
-
-
-@pytest.mark.parametrize("wire", ["bf16", "fp8_e4m3"])
-def test_rows_are_rounded_as_in_the_flat_exchange(wire: str) -> None:
-    parts = shares_of(CASES["top-k"], 2, [3, 2], learning=True)
-
-    flat, chunked = (
-        EmulatedWorld(2, options=ExchangeOptions(WIRES[wire], c)).run(lambda w: step(*parts[w.rank], w)) for c in (1, 4)
-    )
-    for (grads, outputs, size), (expected_grads, expected, expected_size) in zip(chunked, flat, strict=True):
-        torch.testing.assert_close(outputs, expected, rtol=1e-13, atol=1e-13)
-        assert_all_same(grads, expected_grads, 1e-12)
-        assert size == expected_size
+@pytest.mark.parametrize(("wire", "learning"), [(None, False), ("bf16", True), ("fp8_e4m3", True)])
+def test_rows_are_rounded_and_sent_back_as_in_the_flat_exchange(run: Any, wire: str | None, learning: bool) -> None:
+    """Tokens without gradients send none back."""
+    parts = shares_of(CASES["top-k"], [3, 2], learning)
+    assert_same_steps(chunked(run, parts, 4, wire), chunked(run, parts, 1, wire))
 
 
 @pytest.mark.parametrize("learning", [True, False])
@@ -108,7 +86,7 @@ def test_a_chunk_is_computed_while_its_neighbours_travel_and_the_order_is_fixed(
     monkeypatch: pytest.MonkeyPatch, learning: bool
 ) -> None:
     """Begun and awaited collectives and expert calls, forward and backward; the same on a rank without tokens."""
-    parts = shares_of(CASES["top-k"], 2, [5, 0], learning)
+    parts = shares_of(CASES["top-k"], [5, 0], learning)
     local = threading.local()
     begin = ProcessWorld.begin_exchange
 
@@ -143,19 +121,16 @@ def test_a_chunk_is_computed_while_its_neighbours_travel_and_the_order_is_fixed(
         assert [entry for entry in backward if entry != "experts back"] == ["begin 5", "begin 6", "end 5", "end 6"]
 
 
-def on_process(world: ProcessWorld, chunks: int) -> tuple[dict[str, Tensor], Tensor, int]:
+def on_process(world: ProcessWorld, chunks: int) -> tuple[dict[str, Tensor], int]:
     world = ProcessWorld(world.group, options=ExchangeOptions(overlap_chunks=chunks))
     assert dist.get_backend() == "gloo"
-    layer, x_TD = shares_of(CASES["comet"], world.size, [7, 3], learning=True)[world.rank]
-    return step(layer, x_TD, world)
+    return step(shares_of(CASES["comet"], [7, 3])[world.rank], world)
 
 
 def test_real_processes() -> None:
-    flat, chunked = (on_real_worlds(2, on_process, chunks) for chunks in (1, 4))
-    for (grads, outputs, size), (expected_grads, expected, expected_size) in zip(chunked, flat, strict=True):
-        torch.testing.assert_close(outputs, expected, rtol=1e-13, atol=1e-13)
-        assert_all_same(grads, expected_grads, 1e-12)
-        assert size == expected_size > 0
+    flat, in_chunks = (on_real_worlds(2, on_process, chunks) for chunks in (1, 4))
+    assert_same_steps(in_chunks, flat)
+    assert all(size > 0 for _, size in flat)
 
 
 def test_what_does_not_go_with_chunks_is_refused() -> None:

@@ -15,9 +15,9 @@ from dist_moe.layer import MoE
 from dist_moe.parallel import PHASES, FlatExchange, PhaseClock, SingleWorld, World, timed
 from dist_moe.parallel import phase_clock as module
 from dist_moe.routing import Route
-from tests.helpers.oracle import gradients
 from tests.helpers.worlds import both_kinds
 from tests.layer.cases import Case, build_layer, build_tokens
+from tests.parallel.shares import shares_of, step
 
 FORWARD = {"gate": 1.0, "dispatch": 2.0, "experts": 4.0, "combine": 8.0}
 BACKWARD = {"gate": 16.0, "dispatch": 32.0, "experts": 64.0, "combine": 128.0}
@@ -120,19 +120,12 @@ def test_a_clock_that_is_off_measures_and_changes_nothing() -> None:
 @both_kinds
 @pytest.mark.parametrize("recompute", [False, True])
 def test_outputs_and_gradients_are_the_same_to_the_bit(run: Any, recompute: bool) -> None:
-    case = Case(num_gates=2, hardness=0.6, tokens=10, recompute=recompute)
-    layer = build_layer(case)
-    layers = [layer.of_rank(rank, 4) for rank in range(4)]
-    tokens = [x.requires_grad_() for x in build_tokens(case).detach().split([3, 0, 5, 2])]
+    shares = shares_of(Case(num_gates=2, hardness=0.6, recompute=recompute), [3, 0, 5, 2])
 
     def of_rank(world: World, is_timed: bool) -> tuple[dict[str, Tensor], list[float]]:
-        mine, x_TD = layers[world.rank], tokens[world.rank]
         if is_timed:
             world.clock.start(CPU)
-        outputs = mine.moe(world)(x_TD).outputs
-        loss = sum((y_TF.square() * (1 + g)).sum() for g, y_TF in enumerate(outputs))
-        grads = gradients(loss, {"x": x_TD} | mine.leaves())
-        return grads | {"out": torch.stack(outputs).detach()}, world.clock.stop()
+        return step(shares[world.rank], world)[0], world.clock.stop()
 
     plain, timed = (run(4, lambda world, t=t: of_rank(world, t)) for t in (False, True))
     for (expected, nothing), (actual, seconds) in zip(plain, timed, strict=True):

@@ -21,12 +21,13 @@ from dist_moe.parallel import (
     dispatch,
     plan_dispatch,
 )
-from dist_moe.parallel.wire import Bf16Rows, Fp8Rows, RowFormat, decoded, encoded
-from tests.helpers.oracle import assert_all_same, gradients
+from dist_moe.parallel.wire import BF16_ROWS, FP8_ROWS, RowFormat, decoded, encoded
+from tests.helpers.oracle import assert_all_same
 from tests.helpers.worlds import both_kinds, in_nodes, run_worlds
-from tests.layer.cases import Case, Layer, build_layer, build_tokens
+from tests.layer.cases import Case
+from tests.parallel.shares import shares_of, step
 
-FORMATS = {"bf16": Bf16Rows(), "fp8": Fp8Rows()}
+FORMATS = {"bf16": BF16_ROWS, "fp8": FP8_ROWS}
 ERROR = {"bf16": 2.0**-8, "fp8_e4m3": 2.0**-4}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 COUNTS = [[2, 0, 3, 1], [0, 0, 4, 0], [1, 5, 0, 0], [0, 0, 0, 0]]
@@ -55,7 +56,8 @@ def test_error_of_a_row_is_that_of_its_format(name: str, dtype: torch.dtype) -> 
 def test_what_the_format_can_hold_arrives_exactly(name: str) -> None:
     numbers_D = torch.tensor([0.0, 1.0, -1.125, 240.0, -0.0625, 3.5, 2.0**-6])
     x_ND = numbers_D * 2.0 ** torch.tensor([-60, -3, 0, 5, 60]).unsqueeze(1)
-    assert torch.equal(there_and_back(x_ND, FORMATS[name]), x_ND)
+    for rows in (x_ND, x_ND[:, :6].unflatten(1, (2, 3))):  # rows with more than one axis, too
+        assert torch.equal(there_and_back(rows, FORMATS[name]), rows)
     assert there_and_back(x_ND[:0], FORMATS[name]).shape == (0, 7)
     assert torch.equal(there_and_back(torch.zeros(2, 3), FORMATS[name]), torch.zeros(2, 3))
 
@@ -69,15 +71,9 @@ def test_what_is_not_finite_stays_so(name: str, bad: float) -> None:
     assert torch.equal(back_ND[1], torch.tensor([1.0, 3.0, 2.0]))
 
 
-def test_rows_with_more_than_one_axis() -> None:
-    x = torch.randn(3, 2, 5)
-    for form in FORMATS.values():
-        torch.testing.assert_close(there_and_back(x, form), x, rtol=0.07, atol=1e-3)
-
-
 def test_bf16_rows_are_not_touched_by_a_wire_of_bf16() -> None:
     x_ND = torch.randn(2, 3).bfloat16()
-    assert encoded(x_ND, Bf16Rows()) is x_ND
+    assert encoded(x_ND, BF16_ROWS) is x_ND
     assert encoded(x_ND, None) is x_ND
 
 
@@ -165,25 +161,13 @@ class RoundedAlone(SingleWorld):
         return x_ND.to(torch.bfloat16).to(x_ND.dtype)
 
 
-def outputs_and_gradients(case: Case, mine: Layer, world: World, tokens_per_rank: list[int]) -> dict[str, Tensor]:
-    x_TD = build_tokens(case).detach().split(tokens_per_rank)[world.rank].requires_grad_()
-    outputs = mine.moe(world)(x_TD).outputs
-    loss = sum((y_TF.square() * (1 + g)).sum() for g, y_TF in enumerate(outputs))
-    return gradients(loss, {"x": x_TD} | mine.leaves()) | {"out": torch.stack(outputs, dim=1).detach()}
-
-
-def layers_of(case: Case, num_ranks: int) -> list[Layer]:
-    layer = build_layer(case)
-    return [layer.of_rank(rank, num_ranks) for rank in range(num_ranks)]
-
-
 LOCAL = ("x", "out", "experts.")
 
 
 def whole(of_ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """What each rank has a part of, put together; what all have, added."""
     return {
-        name: torch.cat(parts) if name.startswith(LOCAL) else torch.stack(parts).sum(0)
+        name: torch.cat(parts, dim=int(name == "out")) if name.startswith(LOCAL) else torch.stack(parts).sum(0)
         for name in of_ranks[0]
         for parts in [[of_rank[name] for of_rank in of_ranks]]
     }
@@ -191,29 +175,22 @@ def whole(of_ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["comet", "top_k"])
 def test_a_layer_rounds_exactly_where_rows_travel(name: Any) -> None:
-    """The same as one rank whose rows are cast: rows that stay at home are rounded too, weights are not."""
-    case, tokens_per_rank = Case(gate=name, num_gates=2, tokens=10), [3, 0, 5, 2]
-
-    layers = layers_of(case, 4)
-
-    def of_rank(world: World) -> dict[str, Tensor]:
-        return outputs_and_gradients(case, layers[world.rank], world, tokens_per_rank)
-
-    alone = outputs_and_gradients(case, build_layer(case), RoundedAlone(), [10])
-    assert_all_same(whole(EmulatedWorld(4, options=travelling("bf16")).run(of_rank)), alone, 1e-12)
-    exact = outputs_and_gradients(case, build_layer(case), SingleWorld(), [10])
+    """As one rank whose rows are cast: rows that stay at home are rounded too, weights are not."""
+    case = Case(gate=name, num_gates=2)
+    shares, (one,) = shares_of(case, [3, 0, 5, 2]), shares_of(case, [10])
+    alone, exact = (step(one, world)[0] for world in (RoundedAlone(), SingleWorld()))
+    of_ranks = EmulatedWorld(4, options=travelling("bf16")).run(lambda world: step(shares[world.rank], world)[0])
+    assert_all_same(whole(of_ranks), alone, 1e-12)
     assert (alone["out"] - exact["out"]).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("wire", ERROR)
 def test_two_levels_round_rows_and_sums_but_no_list(wire: str) -> None:
-    case, tokens_per_rank = Case(gate="top_k", num_gates=2, dim=4, hidden=4, tokens=10), [3, 0, 5, 2]
-
-    layers = layers_of(case, 4)
+    shares = shares_of(Case(gate="top_k", num_gates=2, dim=4, hidden=4), [3, 0, 5, 2])
 
     def of_rank(world: ProcessWorld) -> tuple[dict[str, Tensor], Traffic]:
         world = in_nodes(world, 2)
-        return outputs_and_gradients(case, layers[world.rank], world, tokens_per_rank), world.traffic
+        return step(shares[world.rank], world)[0], world.traffic
 
     plain, rounded = (run_worlds(4, of_rank, options=travelling(name)) for name in (None, wire))
     exact, actual = (whole([grads for grads, _ in of_ranks]) for of_ranks in (plain, rounded))

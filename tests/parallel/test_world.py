@@ -16,7 +16,6 @@ from dist_moe.gates import Comet
 from dist_moe.layer import MoE
 from dist_moe.parallel import (
     EmulatedWorld,
-    ProcessWorld,
     SingleWorld,
     World,
     experts_of_rank,
@@ -29,30 +28,11 @@ from dist_moe.search import PermutationSearch
 from tests.helpers.worlds import RunOnRanks, both_kinds, emulate, run_worlds
 
 COLLECTIVES = [
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "all_to_all",
-    "all_to_all_single",
-    "barrier",
-    "batch_isend_irecv",
-    "broadcast",
-    "broadcast_object_list",
-    "gather",
-    "gather_object",
-    "irecv",
-    "isend",
-    "monitored_barrier",
-    "new_group",
-    "recv",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "scatter",
-    "scatter_object_list",
-    "send",
-]
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",
+    "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather", "gather_object", "irecv",
+    "isend", "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+    "scatter", "scatter_object_list", "send",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -64,7 +44,8 @@ def no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dist, name, refuse)
 
 
-def train_one_step_with_search(search: PermutationSearch) -> None:
+def train_with_search(world: World | None = None) -> int:
+    search = PermutationSearch(4, stage_steps=2, num_gates=2)
     moe = MoE([Comet(3, 4), Comet(3, 4)], DenseReLUBank(3, 2, 4, range(4)), search)
     for _ in range(3):
         search.begin_step()
@@ -72,23 +53,13 @@ def train_one_step_with_search(search: PermutationSearch) -> None:
         (sum(y.sum() for y in output.outputs) + sum(output.aux.values())).backward()
         search.begin_evaluation()
         moe.eval()(torch.randn(2, 3))
+    return dist.get_world_size() if dist.is_initialized() else 0
 
 
 @pytest.mark.usefixtures("no_collectives")
-def test_one_rank_issues_no_collective_without_a_process_group() -> None:
-    train_one_step_with_search(PermutationSearch(4, stage_steps=2, num_gates=2))
-
-
-@pytest.mark.usefixtures("no_collectives")
-def test_one_rank_issues_no_collective_in_a_process_group_of_one() -> None:
-    search = PermutationSearch(4, stage_steps=2, num_gates=2)
-
-    def train(world: ProcessWorld) -> int:
-        assert dist.is_initialized()
-        train_one_step_with_search(search)
-        return world.size
-
-    assert run_worlds(1, train) == [1]
+def test_one_rank_issues_no_collective_with_a_process_group_and_without() -> None:
+    assert train_with_search() == 0
+    assert run_worlds(1, train_with_search) == [1]
 
 
 @pytest.mark.usefixtures("no_collectives")
@@ -220,13 +191,10 @@ def test_backward_of_the_exchange_is_the_exchange_back(run: RunOnRanks) -> None:
         assert grad_ND.flatten().tolist() == expected
 
 
-def test_experts_of_all_ranks_are_all_experts_in_order() -> None:
+def test_experts_of_all_ranks_are_all_experts_in_order_or_cannot_be_shared_out() -> None:
     ids = [list(experts_of_rank(12, world)) for world in EmulatedWorld(4).ranks]
     assert ids == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     assert list(experts_of_rank(5, SingleWorld())) == [0, 1, 2, 3, 4]
-
-
-def test_experts_that_cannot_be_shared_out_evenly_are_refused() -> None:
     for world in EmulatedWorld(3).ranks:
         with pytest.raises(ValueError, match="num_experts=8 is not divisible by the 3 ranks"):
             experts_of_rank(8, world)

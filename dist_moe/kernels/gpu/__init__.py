@@ -3,7 +3,7 @@
 Nothing here imports Triton before a kernel runs: builds of torch for CPUs come without it.
 """
 
-from dist_moe.kernels.gpu.networks import feed_forward, grouped_linear
-from dist_moe.kernels.gpu.rows import rows_of_tokens, weighted_scatter
+from dist_moe.kernels.gpu.networks import FeedForward, GroupedLinear
+from dist_moe.kernels.gpu.rows import WeightedScatter, rows_of_tokens
 
-__all__ = ["feed_forward", "grouped_linear", "rows_of_tokens", "weighted_scatter"]
+__all__ = ["FeedForward", "GroupedLinear", "WeightedScatter", "rows_of_tokens"]

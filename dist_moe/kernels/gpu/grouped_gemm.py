@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ ALIGNMENT_BYTES = 16
 
 
 def products(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, bias_EF: Tensor | None = None) -> Tensor:
-    """Rows of group e times ``weight_EDF[e]`` plus ``bias_EF[e]``: (N, F), in the type of ``x_ND``.
+    """Return rows of group e times ``weight_EDF[e]`` plus ``bias_EF[e]``: (N, F), in the type of ``x_ND``.
 
     ``x_ND``: (N, D), sorted by group. ``ends_E``: (E,) int32, the row after the last of each group, the last
     being N. ``weight_EDF``: (E, D, F), of any strides, in the type of ``x_ND``. Sums are fp32, or fp64 for fp64.
@@ -30,20 +32,21 @@ def products(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, bias_EF: Tensor |
 
 
 def outer_sums(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
-    """(E, D, F): of each group the sum over its rows of x^T grad, exactly 0 without rows."""
+    """Return (E, D, F): of each group the sum over its rows of x^T grad, exactly 0 without rows."""
     if _takes(x_ND, grad_NF) and _capability(x_ND.device) == 9:
         return F.grouped_mm(x_ND.t(), grad_NF, offs=ends_E)
     return _outer_sums(x_ND, grad_NF, ends_E)
 
 
-def group_sums(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
-    """(E, F): the sum of each group's rows, exactly 0 without rows."""
-    return _group_sums(rows_NF, ends_E)
-
-
 def triton_runs(x: Tensor) -> bool:
-    """Whether Triton computes on tensors like ``x``: on a GPU, or as its interpreter on a CPU."""
+    """Return whether Triton computes on tensors like ``x``: on a GPU, or as its interpreter on a CPU."""
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_triton(module: str, kernel: str, *operands: Any) -> Any:
+    """Launch ``kernel`` of ``module`` of this folder, imported only here: builds of torch for CPUs have no Triton."""
+    with torch.cuda.device_of(operands[0]):
+        return getattr(import_module(f"{__package__}.{module}"), kernel)(*operands)
 
 
 def _takes(*factors: Tensor) -> bool:
@@ -65,10 +68,7 @@ def _capability(device: torch.device) -> int:
 @torch.library.custom_op("dist_moe::group_products", mutates_args=())
 def _products(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
     if triton_runs(x_ND):
-        from dist_moe.kernels.gpu import triton_gemm
-
-        with torch.cuda.device_of(x_ND):
-            return triton_gemm.rows_times_weights(x_ND, weight_EDF, bias_EF, ends_E)
+        return on_triton("triton_gemm", "rows_times_weights", x_ND, weight_EDF, bias_EF, ends_E)
     blocks = [x @ weight for x, weight in zip(_split(x_ND, ends_E), weight_EDF, strict=True)]
     if bias_EF is not None:
         blocks = [block + bias for block, bias in zip(blocks, bias_EF, strict=True)]
@@ -83,10 +83,7 @@ def _(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None, ends_E: Tensor) 
 @torch.library.custom_op("dist_moe::group_outer_sums", mutates_args=())
 def _outer_sums(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
     if triton_runs(x_ND):
-        from dist_moe.kernels.gpu import triton_gemm
-
-        with torch.cuda.device_of(x_ND):
-            return triton_gemm.outer_sums(x_ND, grad_NF, ends_E)
+        return on_triton("triton_gemm", "outer_sums", x_ND, grad_NF, ends_E)
     pairs = zip(_split(x_ND, ends_E), _split(grad_NF, ends_E), strict=True)
     return torch.stack([x.t() @ grad for x, grad in pairs])
 
@@ -97,16 +94,14 @@ def _(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("dist_moe::group_sums", mutates_args=())
-def _group_sums(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
+def group_sums(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
+    """Return (E, F): the sum of each group's rows, exactly 0 without rows."""
     if triton_runs(rows_NF):
-        from dist_moe.kernels.gpu import triton_gemm
-
-        with torch.cuda.device_of(rows_NF):
-            return triton_gemm.group_sums(rows_NF, ends_E)
+        return on_triton("triton_gemm", "group_sums", rows_NF, ends_E)
     return torch.stack([rows.sum(0) for rows in _split(rows_NF, ends_E)])
 
 
-@_group_sums.register_fake
+@group_sums.register_fake
 def _(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
     return rows_NF.new_empty(ends_E.shape[0], rows_NF.shape[1])
 

@@ -1,4 +1,4 @@
-"""Linear maps and two-layer networks per group of rows, on an accelerator: arithmetic and what is kept.
+"""Linear maps, gated activations and two-layer networks per group of rows, on an accelerator; what is kept of them.
 
 The products of a group are those of the CPU's kernels; see feed_forward.py for the mathematics. Between the
 layers the active rows live in slices only: slices of equally many rows, whatever the groups, whose boundaries
@@ -15,45 +15,66 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_moe.kernels.activations import ACTIVATIONS
-from dist_moe.kernels.device_path import ends_of_groups
-from dist_moe.kernels.gpu.glu import gated, gated_backward
-from dist_moe.kernels.gpu.grouped_gemm import group_sums, outer_sums, products
-from dist_moe.kernels.weights import FeedForwardWeights
+from dist_moe.kernels.gpu.grouped_gemm import group_sums, on_triton, outer_sums, products, triton_runs
+from dist_moe.kernels.operands import ACTIVATIONS
 
 MOST_SLICES = 16
 FEWEST_ROWS = 8 * 1024
-"""Of a slice: with fewer, its products would not fill a GPU."""
+"""Rows of a slice: with fewer, its products would not fill a GPU."""
 
 
-def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, rows_per_group: Tensor) -> Tensor:
-    """Compute :func:`dist_moe.kernels.grouped_linear` with counts (E,) on the device."""
-    result: Tensor = _GroupedLinear.apply(x_ND, weight_EDF, bias_EF, ends_of_groups(rows_per_group))
-    return result
+@torch.library.custom_op("dist_moe::gated", mutates_args=())
+def gated(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
+    """Return act(gate) * up; both (N, F), contiguous. Not differentiable by itself, see :func:`gated_backward`."""
+    if triton_runs(up_NF):
+        return on_triton("triton_rows", "gated", gate_NF, up_NF, activation)
+    return ACTIVATIONS[activation].function(gate_NF) * up_NF
 
 
-def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, activation: str, rows_per_group: Tensor) -> Tensor:
-    """Compute :func:`dist_moe.kernels.feed_forward` with counts (E,) on the device."""
-    result: Tensor = _FeedForward.apply(x_ND, ends_of_groups(rows_per_group), activation, *weights)
-    return result
+@gated.register_fake
+def _(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
+    return up_NF.new_empty(up_NF.shape)
 
 
-class _GroupedLinear(torch.autograd.Function):
+@torch.library.custom_op("dist_moe::gated_backward", mutates_args=("grad_gate_NF", "grad_up_NF"))
+def gated_backward(
+    grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, grad_up_NF: Tensor, activation: str
+) -> None:
+    """Write the gradients of :func:`gated` for ``grad_NF`` into the last two tensors, which may be its arguments.
+
+    All (N, F), contiguous.
+    """
+    if triton_runs(up_NF):
+        on_triton("triton_rows", "gated_backward", grad_NF, gate_NF, up_NF, grad_gate_NF, grad_up_NF, activation)
+        return
+    act = ACTIVATIONS[activation]
+    active_NF, linear_NF = act.function(gate_NF), grad_NF * up_NF
+    act.backward(linear_NF, gate_NF, grad_gate_NF)
+    torch.mul(grad_NF, active_NF, out=grad_up_NF)
+
+
+class GroupedLinear(torch.autograd.Function):
+    """:func:`dist_moe.kernels.grouped_linear` with the ends of the groups, (E,) int32, on the device."""
+
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor, ends_E: Tensor) -> Tensor:
+        """Return (N, F) products plus biases."""
         ctx.save_for_backward(x_ND, weight_EDF, ends_E)
         return products(x_ND, weight_EDF, ends_E, bias_EF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return the gradients of rows, weights and biases."""
         x_ND, weight_EDF, ends_E = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()
         grad_x_ND = products(grad_NF, weight_EDF.transpose(1, 2), ends_E)
         return grad_x_ND, outer_sums(x_ND, grad_NF, ends_E), group_sums(grad_NF, ends_E), None
 
 
-class _FeedForward(torch.autograd.Function):
+class FeedForward(torch.autograd.Function):
+    """:func:`dist_moe.kernels.feed_forward` with the ends of the groups, (E,) int32, on the device."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -66,6 +87,7 @@ class _FeedForward(torch.autograd.Function):
         up_bias: Tensor | None,
         down_bias: Tensor | None,
     ) -> Tensor:
+        """Return (N, D') results, the active rows of a slice at a time."""
         x_ND = x_ND.contiguous()
         up_NF = products(x_ND, up, ends_E, up_bias)
         gate_NF = None if gate is None else products(x_ND, gate, ends_E)
@@ -80,6 +102,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of rows and weights."""
         x_ND, ends_E, up_NF, gate_NF, up, down, gate = ctx.saved_tensors
         grad_ND = grad_ND.contiguous()
         grad_down = outer_sums(_active(gate_NF, up_NF, ctx.activation), grad_ND, ends_E)

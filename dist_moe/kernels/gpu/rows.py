@@ -11,23 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_moe.kernels.gpu.grouped_gemm import triton_runs
-from dist_moe.kernels.token_index import TokenIndex
+from dist_moe.kernels.gpu.grouped_gemm import on_triton, triton_runs
+from dist_moe.kernels.operands import TokenIndex
 
 
 def rows_of_tokens(x_TD: Tensor, index: TokenIndex) -> Tensor:
-    """(N, D): row n is ``x_TD[token_N[n]]``, under autocast in its type already. Differentiable."""
+    """Return (N, D): row n is ``x_TD[token_N[n]]``, under autocast in its type already. Differentiable."""
     device = x_TD.device.type
     lower = torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if lower else x_TD.dtype
-    result: Tensor = _RowsOfTokens.apply(x_TD, *index, dtype)
-    return result
-
-
-def weighted_scatter(rows_NF: Tensor, weight_GN: Tensor, index: TokenIndex) -> Tensor:
-    """Compute :func:`dist_moe.kernels.weighted_scatter`: (G, T, F) in the precision of the weights."""
-    result: Tensor = _WeightedScatter.apply(rows_NF, weight_GN, *index)
-    return result
+    return _RowsOfTokens.apply(x_TD, *index, dtype)
 
 
 class _RowsOfTokens(torch.autograd.Function):
@@ -46,17 +39,21 @@ class _RowsOfTokens(torch.autograd.Function):
         return grad_1TD.squeeze(0), None, None, None, None
 
 
-class _WeightedScatter(torch.autograd.Function):
+class WeightedScatter(torch.autograd.Function):
+    """:func:`dist_moe.kernels.weighted_scatter` of rows, weights and index: (G, T, F) in the weights' precision."""
+
     @staticmethod
     def forward(
         ctx: Any, rows_NF: Tensor, weight_GN: Tensor, token_N: Tensor, row_N: Tensor, start_T1: Tensor
     ) -> Tensor:
+        """Return each token's sum of its weighted rows, in the order of the rows."""
         ctx.save_for_backward(rows_NF, weight_GN, token_N)
         return _token_sums(rows_NF, weight_GN, row_N, start_T1, weight_GN.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_GTF: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Return the gradients of rows and weights."""
         rows_NF, weight_GN, token_N = ctx.saved_tensors
         grad_rows, grad_weight = _token_sums_backward(grad_GTF, rows_NF, weight_GN, token_N)
         return grad_rows, grad_weight, None, None, None
@@ -65,10 +62,7 @@ class _WeightedScatter(torch.autograd.Function):
 @torch.library.custom_op("dist_moe::gather_rows", mutates_args=())
 def _gather(x_TD: Tensor, token_N: Tensor, dtype: torch.dtype) -> Tensor:
     if triton_runs(x_TD):
-        from dist_moe.kernels.gpu import triton_rows
-
-        with torch.cuda.device_of(x_TD):
-            return triton_rows.gather(x_TD, token_N, dtype)
+        return on_triton("triton_rows", "gather", x_TD, token_N, dtype)
     return x_TD.index_select(0, token_N).to(dtype)
 
 
@@ -80,10 +74,7 @@ def _(x_TD: Tensor, token_N: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op("dist_moe::token_sums", mutates_args=())
 def _token_sums(rows_NF: Tensor, weight_GN: Tensor, by_token_N: Tensor, start_T1: Tensor, dtype: torch.dtype) -> Tensor:
     if triton_runs(rows_NF):
-        from dist_moe.kernels.gpu import triton_rows
-
-        with torch.cuda.device_of(rows_NF):
-            return triton_rows.token_sums(rows_NF, weight_GN, by_token_N, start_T1, dtype)
+        return on_triton("triton_rows", "token_sums", rows_NF, weight_GN, by_token_N, start_T1, dtype)
     tokens = start_T1.shape[0] - 1
     token_N = torch.arange(tokens).repeat_interleave(start_T1.diff())
     total = torch.float64 if dtype == torch.float64 else torch.float32
@@ -102,10 +93,7 @@ def _token_sums_backward(
     grad_GTF: Tensor, rows_NF: Tensor, weight_GN: Tensor, token_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     if triton_runs(rows_NF):
-        from dist_moe.kernels.gpu import triton_rows
-
-        with torch.cuda.device_of(grad_GTF):
-            return triton_rows.token_sums_backward(grad_GTF, rows_NF, weight_GN, token_N)
+        return on_triton("triton_rows", "token_sums_backward", grad_GTF, rows_NF, weight_GN, token_N)
     grad_GNF = grad_GTF[:, token_N]
     grad_weight_GN = (grad_GNF * rows_NF.to(grad_GNF.dtype)).sum(dim=2)
     grad_rows_NF = (grad_GNF * weight_GN.unsqueeze(2)).sum(dim=0)

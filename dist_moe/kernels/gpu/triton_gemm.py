@@ -12,11 +12,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dist_moe.kernels.gpu.triton_types import accumulator, dot_type, precision, stages_and_warps
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """Return the type of sums over rows of ``dtype``."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _dot_type(dtype: torch.dtype) -> tl.dtype:
+    """The type in which a matrix product takes its factors. Triton's interpreter, which is numpy, has no bf16."""
+    return accumulator(dtype) if triton.knobs.runtime.interpret else _TYPES[dtype]
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """fp32 factors stay fp32, unless ``torch.set_float32_matmul_precision`` allows TF32."""
+    lower = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if lower else "ieee"
+
+
+def _stages_and_warps(dtype: torch.dtype) -> dict[str, int]:
+    """Fixed, not tuned at the first call: tuning would time kernels, which waits for the device."""
+    return {"num_stages": 3, "num_warps": 8} if dtype.itemsize == 2 else {"num_stages": 2, "num_warps": 4}
 
 
 def rows_times_weights(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
-    """(N, D) rows of group e times ``weight_EDF[e]``, of any strides, plus ``bias_EF[e]`` -> (N, F)."""
+    """Return (N, F): (N, D) rows of group e times ``weight_EDF[e]``, of any strides, plus ``bias_EF[e]``."""
     (rows, width), (groups, _, out_width) = x_ND.shape, weight_EDF.shape
     y_NF = x_ND.new_empty(rows, out_width)
     if y_NF.numel() == 0:
@@ -26,32 +47,17 @@ def rows_times_weights(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None,
     tile_ends_E = ((counts_E + block_n - 1) // block_n).cumsum(0, dtype=torch.int32)
     tiles = (triton.cdiv(rows, block_n) + groups) * triton.cdiv(out_width, block_f)
     _rows_times_weights[(tiles,)](
-        x_ND,
-        weight_EDF,
-        weight_EDF if bias_EF is None else bias_EF.contiguous(),
-        y_NF,
-        ends_E,
-        tile_ends_E,
-        groups,
-        width,
-        out_width,
-        *x_ND.stride(),
-        *weight_EDF.stride(),
-        GROUPS=triton.next_power_of_2(groups),
-        HAS_BIAS=bias_EF is not None,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        BLOCK_F=block_f,
-        DOT=dot_type(x_ND.dtype),
-        SUM=accumulator(x_ND.dtype),
-        PRECISION=precision(x_ND.dtype),
-        **stages_and_warps(x_ND.dtype),
-    )
+        x_ND, weight_EDF, weight_EDF if bias_EF is None else bias_EF.contiguous(), y_NF, ends_E, tile_ends_E, groups,
+        width, out_width, *x_ND.stride(), *weight_EDF.stride(),
+        GROUPS=triton.next_power_of_2(groups), HAS_BIAS=bias_EF is not None, BLOCK_N=block_n, BLOCK_D=block_d,
+        BLOCK_F=block_f, DOT=_dot_type(x_ND.dtype), SUM=accumulator(x_ND.dtype), PRECISION=_precision(x_ND.dtype),
+        **_stages_and_warps(x_ND.dtype),
+    )  # fmt: skip
     return y_NF
 
 
 def outer_sums(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
-    """(E, D, F): of each group the sum over its rows of the outer product of both rows, 0 without rows."""
+    """Return (E, D, F): of each group the sum over its rows of the outer product of both rows, 0 without rows."""
     groups, width, out_width = len(ends_E), x_ND.shape[1], grad_NF.shape[1]
     sums_EDF = x_ND.new_empty(groups, width, out_width)
     if sums_EDF.numel() == 0:
@@ -59,41 +65,23 @@ def outer_sums(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
     block_n, block_d, block_f = _blocks(x_ND, len(x_ND) // groups, width, out_width)
     block_d, block_n = max(block_d, min(128, _tile(width))) if x_ND.element_size() == 2 else block_d, min(block_n, 64)
     _outer_sums[(groups * triton.cdiv(width, block_d) * triton.cdiv(out_width, block_f),)](
-        x_ND,
-        grad_NF,
-        sums_EDF,
-        ends_E,
-        width,
-        out_width,
-        *x_ND.stride(),
-        *grad_NF.stride(),
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        BLOCK_F=block_f,
-        DOT=dot_type(x_ND.dtype),
-        SUM=accumulator(x_ND.dtype),
-        PRECISION=precision(x_ND.dtype),
-        **stages_and_warps(x_ND.dtype),
-    )
+        x_ND, grad_NF, sums_EDF, ends_E, width, out_width, *x_ND.stride(), *grad_NF.stride(),
+        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_F=block_f, DOT=_dot_type(x_ND.dtype), SUM=accumulator(x_ND.dtype),
+        PRECISION=_precision(x_ND.dtype), **_stages_and_warps(x_ND.dtype),
+    )  # fmt: skip
     return sums_EDF
 
 
 def group_sums(rows_NF: Tensor, ends_E: Tensor) -> Tensor:
-    """(E, F): the sum of each group's rows, 0 without rows."""
+    """Return (E, F): the sum of each group's rows, 0 without rows."""
     groups, width = len(ends_E), rows_NF.shape[1]
     sums_EF = rows_NF.new_empty(groups, width)
     block_f = min(128, _tile(width))
     if sums_EF.numel():
         _group_sums[(groups, triton.cdiv(width, block_f))](
-            rows_NF,
-            sums_EF,
-            ends_E,
-            width,
-            *rows_NF.stride(),
-            BLOCK_N=32,
-            BLOCK_F=block_f,
-            SUM=accumulator(rows_NF.dtype),
-        )
+            rows_NF, sums_EF, ends_E, width, *rows_NF.stride(),
+            BLOCK_N=32, BLOCK_F=block_f, SUM=accumulator(rows_NF.dtype),
+        )  # fmt: skip
     return sums_EF
 
 
@@ -113,29 +101,12 @@ def _tile(size: int) -> int:
 
 @triton.jit
 def _rows_times_weights(
-    x: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    y: tl.tensor,
-    ends: tl.tensor,
-    tile_ends: tl.tensor,
-    groups: tl.tensor,
-    width: tl.tensor,
-    out_width: tl.tensor,
-    x_n: tl.tensor,
-    x_d: tl.tensor,
-    weight_e: tl.tensor,
-    weight_d: tl.tensor,
-    weight_f: tl.tensor,
-    GROUPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    DOT: tl.constexpr,
-    SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
+    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, y: tl.tensor, ends: tl.tensor, tile_ends: tl.tensor,
+    groups: tl.tensor, width: tl.tensor, out_width: tl.tensor,
+    x_n: tl.tensor, x_d: tl.tensor, weight_e: tl.tensor, weight_d: tl.tensor, weight_f: tl.tensor,
+    GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     tiles_f = tl.cdiv(out_width, BLOCK_F)
     tile = tl.program_id(0) // tiles_f
     each = tl.arange(0, GROUPS)
@@ -167,23 +138,12 @@ def _rows_times_weights(
 
 @triton.jit
 def _outer_sums(
-    x: tl.tensor,
-    grad: tl.tensor,
-    sums: tl.tensor,
-    ends: tl.tensor,
-    width: tl.tensor,
-    out_width: tl.tensor,
-    x_n: tl.tensor,
-    x_d: tl.tensor,
-    grad_n: tl.tensor,
-    grad_f: tl.tensor,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    DOT: tl.constexpr,
-    SUM: tl.constexpr,
+    x: tl.tensor, grad: tl.tensor, sums: tl.tensor, ends: tl.tensor,
+    width: tl.tensor, out_width: tl.tensor,
+    x_n: tl.tensor, x_d: tl.tensor, grad_n: tl.tensor, grad_f: tl.tensor,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     tiles_d, tiles_f = tl.cdiv(width, BLOCK_D), tl.cdiv(out_width, BLOCK_F)
     group = tl.program_id(0) // (tiles_d * tiles_f)
     tile = tl.program_id(0) % (tiles_d * tiles_f)
@@ -209,16 +169,11 @@ def _outer_sums(
 
 @triton.jit
 def _group_sums(
-    rows: tl.tensor,
-    sums: tl.tensor,
-    ends: tl.tensor,
+    rows: tl.tensor, sums: tl.tensor, ends: tl.tensor,
     width: tl.tensor,
-    rows_n: tl.tensor,
-    rows_f: tl.tensor,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    SUM: tl.constexpr,
-) -> None:
+    rows_n: tl.tensor, rows_f: tl.tensor,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, SUM: tl.constexpr,
+) -> None:  # fmt: skip
     group = tl.program_id(0)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     start = tl.load(ends + group - 1, mask=group > 0, other=0)

@@ -1,4 +1,7 @@
-"""Triton: token rows to their assignments, and weighted rows back to their tokens. No atomics: same bits each time."""
+"""Triton: passes over rows. Tokens to their assignments, weighted rows back to their tokens, the gated activation.
+
+No atomics: the same bits each time.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dist_moe.kernels.gpu.triton_types import accumulator
+from dist_moe.kernels.gpu.triton_gemm import accumulator
 
 
 def gather(x_TD: Tensor, token_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, D): row n is ``x_TD[token_N[n]]`` in ``dtype``."""
+    """Return (N, D): row n is ``x_TD[token_N[n]]`` in ``dtype``."""
     rows_ND = x_TD.new_empty(len(token_N), x_TD.shape[1], dtype=dtype)
     if rows_ND.numel():
         width, block = x_TD.shape[1], _block(x_TD.shape[1])
@@ -20,53 +23,31 @@ def gather(x_TD: Tensor, token_N: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def token_sums(rows_NF: Tensor, weight_GN: Tensor, by_token_N: Tensor, start_T1: Tensor, dtype: torch.dtype) -> Tensor:
-    """(G, T, F) in ``dtype``: out[g, t] = sum of weight[g, n] rows[n] over the rows n = ``by_token_N[i]`` of token t,
-    whose i run from ``start_T1[t]`` to ``start_T1[t + 1]``, added in that order."""
+    """Return (G, T, F) in ``dtype``: out[g, t] = sum of weight[g, n] rows[n] over the rows n = ``by_token_N[i]`` of
+    token t, whose i run from ``start_T1[t]`` to ``start_T1[t + 1]``, added in that order."""
     gates, width, tokens = len(weight_GN), rows_NF.shape[1], len(start_T1) - 1
     sums_GTF = rows_NF.new_empty(gates, tokens, width, dtype=dtype)
     if sums_GTF.numel():
         block = _block(width)
         _token_sums[(tokens, triton.cdiv(width, block))](
-            rows_NF,
-            weight_GN,
-            by_token_N,
-            start_T1,
-            sums_GTF,
-            gates,
-            tokens,
-            width,
-            *rows_NF.stride(),
+            rows_NF, weight_GN, by_token_N, start_T1, sums_GTF, gates, tokens, width, *rows_NF.stride(),
             *weight_GN.stride(),
-            GATES=triton.next_power_of_2(gates),
-            BLOCK_F=block,
-            SUM=accumulator(dtype),
-        )
+            GATES=triton.next_power_of_2(gates), BLOCK_F=block, SUM=accumulator(dtype),
+        )  # fmt: skip
     return sums_GTF
 
 
 def token_sums_backward(grad_GTF: Tensor, rows_NF: Tensor, weight_GN: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`token_sums` to the rows and to the weights."""
+    """Return the gradients of :func:`token_sums` to the rows and to the weights."""
     gates, width = len(weight_GN), rows_NF.shape[1]
     grad_rows_NF = rows_NF.new_empty(rows_NF.shape)
     grad_weight_GN = weight_GN.new_empty(weight_GN.shape)
     if grad_weight_GN.numel():
         _token_sums_backward[(len(token_N),)](
-            grad_GTF,
-            rows_NF,
-            weight_GN,
-            token_N,
-            grad_rows_NF,
-            grad_weight_GN,
-            gates,
-            len(token_N),
-            width,
-            *grad_GTF.stride(),
-            *rows_NF.stride(),
-            *weight_GN.stride(),
-            GATES=triton.next_power_of_2(gates),
-            BLOCK_F=_block(width),
-            SUM=accumulator(weight_GN.dtype),
-        )
+            grad_GTF, rows_NF, weight_GN, token_N, grad_rows_NF, grad_weight_GN, gates, len(token_N), width,
+            *grad_GTF.stride(), *rows_NF.stride(), *weight_GN.stride(),
+            GATES=triton.next_power_of_2(gates), BLOCK_F=_block(width), SUM=accumulator(weight_GN.dtype),
+        )  # fmt: skip
     return grad_rows_NF, grad_weight_GN
 
 
@@ -76,14 +57,11 @@ def _block(width: int) -> int:
 
 @triton.jit
 def _gather(
-    x: tl.tensor,
-    token_of: tl.tensor,
-    rows: tl.tensor,
+    x: tl.tensor, token_of: tl.tensor, rows: tl.tensor,
     width: tl.tensor,
-    x_t: tl.tensor,
-    x_f: tl.tensor,
+    x_t: tl.tensor, x_f: tl.tensor,
     BLOCK_F: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     row = tl.load(x + tl.load(token_of + n) * x_t + f * x_f, mask=f < width, other=0)
@@ -92,22 +70,11 @@ def _gather(
 
 @triton.jit
 def _token_sums(
-    rows: tl.tensor,
-    weight: tl.tensor,
-    by_token: tl.tensor,
-    start_of: tl.tensor,
-    sums: tl.tensor,
-    gates: tl.tensor,
-    tokens: tl.tensor,
-    width: tl.tensor,
-    rows_n: tl.tensor,
-    rows_f: tl.tensor,
-    weight_g: tl.tensor,
-    weight_n: tl.tensor,
-    GATES: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    SUM: tl.constexpr,
-) -> None:
+    rows: tl.tensor, weight: tl.tensor, by_token: tl.tensor, start_of: tl.tensor, sums: tl.tensor,
+    gates: tl.tensor, tokens: tl.tensor, width: tl.tensor,
+    rows_n: tl.tensor, rows_f: tl.tensor, weight_g: tl.tensor, weight_n: tl.tensor,
+    GATES: tl.constexpr, BLOCK_F: tl.constexpr, SUM: tl.constexpr,
+) -> None:  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     g = tl.arange(0, GATES)
@@ -123,26 +90,13 @@ def _token_sums(
 
 @triton.jit
 def _token_sums_backward(
-    grad: tl.tensor,
-    rows: tl.tensor,
-    weight: tl.tensor,
-    token_of: tl.tensor,
-    grad_rows: tl.tensor,
+    grad: tl.tensor, rows: tl.tensor, weight: tl.tensor, token_of: tl.tensor, grad_rows: tl.tensor,
     grad_weight: tl.tensor,
-    gates: tl.tensor,
-    num_rows: tl.tensor,
-    width: tl.tensor,
-    grad_g: tl.tensor,
-    grad_t: tl.tensor,
-    grad_f: tl.tensor,
-    rows_n: tl.tensor,
-    rows_f: tl.tensor,
-    weight_g: tl.tensor,
-    weight_n: tl.tensor,
-    GATES: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    SUM: tl.constexpr,
-) -> None:
+    gates: tl.tensor, num_rows: tl.tensor, width: tl.tensor,
+    grad_g: tl.tensor, grad_t: tl.tensor, grad_f: tl.tensor, rows_n: tl.tensor, rows_f: tl.tensor,
+    weight_g: tl.tensor, weight_n: tl.tensor,
+    GATES: tl.constexpr, BLOCK_F: tl.constexpr, SUM: tl.constexpr,
+) -> None:  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     t = tl.load(token_of + n)
     g = tl.arange(0, GATES)
@@ -160,3 +114,72 @@ def _token_sums_backward(
         grad_row = tl.sum(share[:, None] * given, axis=0)
         tl.store(grad_rows + n * width + f, grad_row.to(grad_rows.dtype.element_ty), mask=f < width)
     tl.store(grad_weight + g * num_rows + n, along.to(grad_weight.dtype.element_ty), mask=g < gates)
+
+
+GATED_BLOCK = 1024
+
+
+def gated(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
+    """Return act(gate) * up. Both contiguous."""
+    result_NF = up_NF.new_empty(up_NF.shape)
+    size = up_NF.numel()
+    if size:
+        _gated[(triton.cdiv(size, GATED_BLOCK),)](
+            gate_NF, up_NF, result_NF, size, ACT=activation, SUM=accumulator(up_NF.dtype), BLOCK=GATED_BLOCK
+        )
+    return result_NF
+
+
+def gated_backward(
+    grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, grad_up_NF: Tensor, activation: str
+) -> None:
+    """Write ``grad_gate_NF`` and ``grad_up_NF``, which may be ``gate_NF`` and ``up_NF``. All contiguous."""
+    size = up_NF.numel()
+    if size:
+        _gated_backward[(triton.cdiv(size, GATED_BLOCK),)](
+            grad_NF, gate_NF, up_NF, grad_gate_NF, grad_up_NF, size,
+            ACT=activation, SUM=accumulator(up_NF.dtype), BLOCK=GATED_BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _activate(h: tl.tensor, ACT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The activation of ``h`` and its derivative."""
+    if ACT == "relu":
+        value, slope = tl.where(h > 0, h, 0), tl.where(h > 0, 1.0, 0.0)
+    elif ACT == "gelu":
+        below = 0.5 * (1 + tl.erf(h * 0.7071067811865476))
+        value, slope = h * below, below + h * tl.exp(-0.5 * h * h) * 0.3989422804014327
+    else:
+        share = 1 / (1 + tl.exp(-h))
+        value, slope = h * share, share * (1 + h * (1 - share))
+    return value, slope
+
+
+@triton.jit
+def _gated(
+    gate: tl.tensor, up: tl.tensor, result: tl.tensor,
+    size: tl.tensor,
+    ACT: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value, _ = _activate(tl.load(gate + i, mask=i < size, other=0).to(SUM), ACT)
+    tl.store(
+        result + i,
+        (value * tl.load(up + i, mask=i < size, other=0).to(SUM)).to(result.dtype.element_ty),
+        mask=i < size,
+    )
+
+
+@triton.jit
+def _gated_backward(
+    grad: tl.tensor, gate: tl.tensor, up: tl.tensor, grad_gate: tl.tensor, grad_up: tl.tensor,
+    size: tl.tensor,
+    ACT: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value, slope = _activate(tl.load(gate + i, mask=i < size, other=0).to(SUM), ACT)
+    given = tl.load(grad + i, mask=i < size, other=0).to(SUM)
+    linear = tl.load(up + i, mask=i < size, other=0).to(SUM)
+    tl.store(grad_gate + i, (given * linear * slope).to(grad_gate.dtype.element_ty), mask=i < size)
+    tl.store(grad_up + i, (given * value).to(grad_up.dtype.element_ty), mask=i < size)

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dist_moe.kernels.gpu import triton_gemm, triton_glu, triton_rows
+from dist_moe.kernels.gpu import triton_gemm, triton_rows
 
 TYPES = {
     torch.float64: "*fp64",
@@ -65,7 +65,7 @@ class Launches:
 
 
 def main(capability: int, dtypes: list[str]) -> None:
-    for module in (triton_gemm, triton_glu, triton_rows):
+    for module in (triton_gemm, triton_rows):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and name != "_activate":
                 setattr(module, name, Launches(value, capability))
@@ -88,8 +88,8 @@ def compile_all(dtype: torch.dtype) -> None:
     triton_rows.token_sums(x_ND, weight_GN, token_N, torch.arange(1025), weights)
     triton_rows.token_sums_backward(torch.empty(2, 1024, 256, dtype=weights), x_ND, weight_GN, token_N)
     for activation in ("relu", "gelu", "silu"):
-        triton_glu.gated(x_ND, x_ND, activation)
-        triton_glu.gated_backward(*x_ND.new_empty(5, 1024, 256), activation)
+        triton_rows.gated(x_ND, x_ND, activation)
+        triton_rows.gated_backward(*x_ND.new_empty(5, 1024, 256), activation)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.kernels.gpu import triton_gemm, triton_glu, triton_rows
+from dist_moe.kernels.gpu import triton_gemm, triton_rows
 from tests.helpers.host import NoLook
 
 ENDS_E = torch.tensor([3, 3, 9], dtype=torch.int32)
@@ -23,8 +23,8 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "gather": lambda: triton_rows.gather(X_ND, TOKEN_N, torch.bfloat16),
     "token sums": lambda: triton_rows.token_sums(X_ND, WEIGHT_1N, BY_TOKEN_N, START_T1, torch.float32),
     "token sums, backward": lambda: triton_rows.token_sums_backward(torch.randn(1, 3, 4), X_ND, WEIGHT_1N, TOKEN_N),
-    "gated": lambda: triton_glu.gated(X_ND, X_ND, "silu"),
-    "gated, backward": lambda: triton_glu.gated_backward(*X_ND.new_empty(5, 9, 4), "silu"),
+    "gated": lambda: triton_rows.gated(X_ND, X_ND, "silu"),
+    "gated, backward": lambda: triton_rows.gated_backward(*X_ND.new_empty(5, 9, 4), "silu"),
 }
 
 

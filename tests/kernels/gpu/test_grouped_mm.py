@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,12 +12,11 @@ from torch.nn import functional as F
 from dist_moe.kernels import FeedForwardWeights, feed_forward, feed_forward_reference
 from dist_moe.kernels.gpu import grouped_gemm
 from tests.helpers.oracle import assert_all_same, gradients
+from tests.kernels.cases import drawn, in_fp64, leaves_of
 
 COUNTS = [5, 0, 11, 0]
 
-
-def bf16(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16().requires_grad_()
+bf16 = partial(drawn, dtype=torch.bfloat16)
 
 
 @pytest.fixture
@@ -41,12 +42,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def test_all_products_of_a_network_in_bf16_without_bias(calls: list[tuple[int, ...]]) -> None:
     weights = FeedForwardWeights(bf16(4, 8, 16), bf16(4, 16, 24), bf16(4, 8, 16))
-    leaves = {"x": bf16(16, 8), "up": weights.up, "down": weights.down, "gate": weights.gate}
-    named = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    actual = gradients(feed_forward(named["x"], weights, "silu", torch.tensor(COUNTS)).float().square().sum(), named)
-    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in named.items()}
-    in_fp64 = FeedForwardWeights(exact["up"], exact["down"], exact["gate"])
-    expected = gradients(feed_forward_reference(exact["x"], in_fp64, "silu", COUNTS).square().sum(), exact)
+    leaves = leaves_of(bf16(16, 8), weights)
+    actual = gradients(feed_forward(leaves["x"], weights, "silu", torch.tensor(COUNTS)).float().square().sum(), leaves)
+    exact = in_fp64(leaves)
+    fp64_weights = FeedForwardWeights(exact["up"], exact["down"], exact["gate"])
+    expected = gradients(feed_forward_reference(exact["x"], fp64_weights, "silu", COUNTS).square().sum(), exact)
     assert_all_same({name: grad.double() for name, grad in actual.items()}, expected, 2**-5)
     assert sorted(calls) == sorted([(16, 16)] * 3 + [(16, 24)] + [(16, 8)] * 2 + [(4, 8, 16)] * 2 + [(4, 16, 24)])
 

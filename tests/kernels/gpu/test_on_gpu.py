@@ -20,6 +20,7 @@ from dist_moe.kernels import (
     weighted_scatter_reference,
 )
 from tests.helpers.oracle import gradients
+from tests.kernels.cases import in_fp64
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,10 +50,6 @@ def assert_near_fp64(actual: Tensor, leaves: dict[str, Tensor], expected: Tensor
             other = theirs[name].detach()
             error = (one.detach().cpu().double() - other).abs().max()
             assert error <= most * other.abs().max(), name
-
-
-def in_fp64(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: leaf.detach().cpu().double().requires_grad_() for name, leaf in leaves.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

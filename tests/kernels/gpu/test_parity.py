@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -30,67 +30,23 @@ from dist_moe.kernels import (
 from dist_moe.kernels.gpu import grouped_gemm, networks
 from dist_moe.kernels.gpu.rows import _token_sums
 from tests.helpers.device_path import device_path_forced
-from tests.helpers.oracle import assert_all_same, assert_same, gradients
+from tests.helpers.oracle import assert_all_same, gradients
+from tests.kernels.cases import assert_like_fp64, drawn, leaves_of, networks_of, zero_and_not
 
 COUNTS = [[0, 0, 0], [4, 0, 1], [0, 20, 0], [3]]
 FORMS = [("gelu", 0, 1), ("relu", 0, 0), ("silu", 1, 0), ("gelu", 1, 1), ("relu", 1, 0)]
-CASES = [(*form, [1, 18, 2]) for form in FORMS] + [("silu", 1, 1, counts) for counts in COUNTS]
+CASES = [
+    *((*form, [1, 18, 2], torch.float64, 4, 6) for form in FORMS),
+    *(("silu", 1, 1, counts, torch.float64, 4, 6) for counts in COUNTS),
+    *(("silu", 1, 1, [1, 18, 0, 7], dtype, 4, 6) for dtype in (torch.float32, torch.bfloat16)),
+    ("silu", 1, 0, [40, 0, 23], torch.float32, 37, 70),  # tiles that do not fit the widths
+]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-5}
-Weights = tuple[Tensor, FeedForwardWeights]
 
 
-def drawn(*shape: int, seed: int = 7, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-
-def networks_of(counts: Sequence[int], gated: int, bias: int, dtype: torch.dtype, width: int, hidden: int) -> Weights:
-    groups, out = len(counts), width + 3
-    weights = FeedForwardWeights(
-        drawn(groups, width, hidden, dtype=dtype),
-        drawn(groups, hidden, out, dtype=dtype),
-        drawn(groups, width, hidden, seed=8, dtype=dtype) if gated else None,
-        drawn(groups, hidden, dtype=dtype) if bias else None,
-        drawn(groups, out, dtype=dtype) if bias else None,
-    )
-    return drawn(sum(counts), width, dtype=dtype), weights
-
-
-def leaves_of(x_ND: Tensor, weights: FeedForwardWeights) -> dict[str, Tensor]:
-    return {"x": x_ND} | {name: weight for name, weight in weights._asdict().items() if weight is not None}
-
-
-def assert_like_fp64(
-    ours: Callable[..., Tensor], reference: Callable[..., Tensor], leaves: dict[str, Tensor], tolerance: float
-) -> None:
-    """``ours`` of the leaves and ``reference`` of the same in fp64: values and gradients by a random cotangent."""
-    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
-    actual, expected = ours(**leaves), reference(**exact)
-    assert_same(actual.double(), expected, tolerance)
-    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(actual.dtype)
-    actual_grads = gradients((actual * cotangent).sum(), leaves)
-    expected_grads = gradients((expected * cotangent.double()).sum(), exact)
-    assert all(actual_grads[name].dtype == leaves[name].dtype for name in leaves)
-    assert_all_same({name: grad.double() for name, grad in actual_grads.items()}, expected_grads, tolerance)
-
-
-@pytest.mark.parametrize(("activation", "gated", "bias", "counts"), CASES)
-def test_feed_forward(activation: str, gated: int, bias: int, counts: list[int]) -> None:
-    check_feed_forward(activation, gated, bias, counts, torch.float64)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("activation", "gated", "bias"), [("silu", 1, 1)])
-def test_feed_forward_in_lower_precision(activation: str, gated: int, bias: int, dtype: torch.dtype) -> None:
-    check_feed_forward(activation, gated, bias, [1, 18, 0, 7], dtype)
-
-
-def test_tiles_that_do_not_fit_the_widths() -> None:
-    check_feed_forward("silu", 1, 0, [40, 0, 23], torch.float32, width=37, hidden=70)
-
-
-def check_feed_forward(
-    activation: str, gated: int, bias: int, counts: list[int], dtype: torch.dtype, width: int = 4, hidden: int = 6
+@pytest.mark.parametrize(("activation", "gated", "bias", "counts", "dtype", "width", "hidden"), CASES)
+def test_feed_forward(
+    activation: str, gated: int, bias: int, counts: list[int], dtype: torch.dtype, width: int, hidden: int
 ) -> None:
     x_ND, weights = networks_of(counts, gated, bias, dtype, width, hidden)
     # Products of bf16 hidden rows that have been rounded: errors are those of a few roundings of large sums.
@@ -125,28 +81,25 @@ def test_grouped_linear(counts: list[int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gated", [0, 1])
 def test_slices_change_nothing(gated: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "FEWEST_ROWS", 5)
-    check_feed_forward("silu", gated, 1, [3, 0, 12, 1], torch.float64)
+    test_feed_forward("silu", gated, 1, [3, 0, 12, 1], torch.float64, 4, 6)
 
 
 def test_group_without_rows_has_zero_gradient_not_none() -> None:
-    x_ND, weights = networks_of([2, 0, 3], 1, 1, torch.float64, 4, 6)
+    x_ND, weights = networks_of([2, 0, 3], 1, 1)
     feed_forward(x_ND, weights, "silu", torch.tensor([2, 0, 3])).sum().backward()
-    for weight in weights:
-        assert weight is not None
-        assert weight.grad is not None
-        assert [bool(grad.any()) for grad in weight.grad] == [True, False, True]
+    assert zero_and_not(weights) == [[True, False, True]] * 5
 
 
 @pytest.mark.parametrize("gated", [0, 1])
 def test_two_backward_passes_through_a_kept_graph_agree(gated: int) -> None:
-    x_ND, weights = networks_of([2, 0, 3], gated, 0, torch.float64, 4, 6)
+    x_ND, weights = networks_of([2, 0, 3], gated, 0)
     y_ND = feed_forward(x_ND, weights, "silu", torch.tensor([2, 0, 3]))
     first, second = (torch.autograd.grad(y_ND.sum(), x_ND, retain_graph=keep)[0] for keep in (True, False))
     assert torch.equal(first, second)
 
 
 def test_a_graph_that_was_not_kept_is_refused_not_wrong() -> None:
-    x_ND, weights = networks_of([2, 0, 3], 1, 0, torch.float64, 4, 6)
+    x_ND, weights = networks_of([2, 0, 3], 1, 0)
     y_ND = feed_forward(x_ND, weights, "silu", torch.tensor([2, 0, 3]))
     y_ND.sum().backward()
     with pytest.raises(RuntimeError):
@@ -155,7 +108,7 @@ def test_a_graph_that_was_not_kept_is_refused_not_wrong() -> None:
 
 def test_rows_and_gradients_that_are_not_contiguous() -> None:
     counts = [2, 0, 3]
-    _, weights = networks_of(counts, 1, 1, torch.float64, 4, 6)
+    _, weights = networks_of(counts, 1, 1)
     x_ND = drawn(4, 5).detach().T.requires_grad_()
     cotangent = drawn(7, 5).detach().T
     actual, expected = (
@@ -166,7 +119,7 @@ def test_rows_and_gradients_that_are_not_contiguous() -> None:
 
 
 def test_counts_for_other_groups_are_refused() -> None:
-    x_ND, weights = networks_of([2, 3], 0, 0, torch.float64, 4, 6)
+    x_ND, weights = networks_of([2, 3], 0, 0)
     with pytest.raises(ValueError, match="2 groups and 5 rows do not fit the counts"):
         feed_forward(x_ND, weights, "relu", torch.tensor([2, 3, 0]))
 
@@ -183,7 +136,7 @@ def test_weighted_scatter(rows: int, tokens: int, gates: int, dtype: torch.dtype
     weights = torch.promote_types(dtype, torch.float32)
     leaves = {"rows_NF": drawn(rows, 13, dtype=dtype), "weight_GN": drawn(gates, rows, dtype=weights)}
     assert_like_fp64(
-        lambda **parts: gpu.weighted_scatter(**parts, index=index),
+        lambda rows_NF, weight_GN: gpu.WeightedScatter.apply(rows_NF, weight_GN, *index),
         lambda **parts: weighted_scatter_reference(**parts, index=index),
         leaves,
         TOLERANCE[dtype],
@@ -216,13 +169,13 @@ def test_rows_are_gathered_in_the_type_of_autocast_and_their_gradients_come_back
 
 
 def test_weighted_scatter_takes_the_path_where_it_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
-    monkeypatch.setattr(gpu, "weighted_scatter", lambda *arguments: taken.append(len(arguments)))
+    taken = mock.Mock()
+    monkeypatch.setattr(gpu, "WeightedScatter", taken)
     arguments = (torch.ones(2, 3), torch.ones(1, 2), TokenIndex.of(torch.tensor([0, 1]), 2))
     weighted_scatter(*arguments)
     with device_path_forced():
         weighted_scatter(*arguments)
-    assert taken == [3]
+    assert taken.apply.call_count == 1
 
 
 def test_sums_of_bf16_rows_are_not_bf16() -> None:
