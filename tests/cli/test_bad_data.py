@@ -62,7 +62,7 @@ def test_a_malformed_line(refused: Refused, config: Path, tiny_data: dict[str, s
         (root / source.name).write_bytes(source.read_bytes())
     with (root / "ratings.dat").open("a") as file:
         file.write("1::one::5::0\n")
-    refused(["train", config, "--data-root", root], "ratings.dat, line", "'1::one::5::0'")
+    refused(["train", config, "--data-root", root], "ratings.dat, line", "MovieID='one'; expected a whole number")
 
 
 def test_a_cache_that_cannot_be_written(refused: Refused, config: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -69,6 +70,25 @@ def test_ties_and_products_at_the_edge_of_saturation(n: int, edge: float) -> Non
             gate.split_bias.fill_(edge * gate.gamma / 2)
     assert_lazy_is_dense(dense, lazy, tokens(3))
     assert lazy(tokens(3)).num_assignments == 3 * (n if edge == 0 else 1)
+
+
+def nodes_visited(n: int, k: int, num_tokens: int) -> tuple[float, float]:
+    """Splits and leaves per token of trees that are hard but for a few splits."""
+    torch.manual_seed(0)
+    gate = Comet(8, n, k, gamma=1.0, lazy=True)
+    with torch.no_grad():
+        gate.split_weight.normal_(std=30)
+    visit = gate._visit(torch.randn(num_tokens, 8))
+    assert visit is not None
+    return len(visit.splits) / num_tokens, len(visit.leaves) / num_tokens
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_visited_nodes_grow_as_k_log_n(k: int) -> None:
+    for n in (64, 1024, 16384):
+        splits, leaves = nodes_visited(n, k, 50)
+        assert k * math.log2(n) <= splits < 1.3 * k * math.log2(n), n
+        assert k <= leaves < 1.4 * k, n
 
 
 def test_lazy_is_chosen_for_large_trees_once_they_are_hard() -> None:

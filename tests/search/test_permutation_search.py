@@ -15,8 +15,9 @@ from dist_moe.routing import HardMap, Route, SoftPermutation
 from dist_moe.search import PermutationSearch, PermutationSearchConfig
 from dist_moe.search import permutation as module
 from dist_moe.search.agreement import round_to_table
-from tests.helpers.branches import naive_branch_relabel
-from tests.helpers.oracle import assert_same
+from dist_moe.search.sinkhorn import permutation_entropy
+from tests.helpers.branches import naive_branch_mix, naive_branch_relabel
+from tests.helpers.oracle import assert_same, naive_sinkhorn
 
 STAGE = 6
 WARM = {"temperature": (1e-1, 1e-2), "iterations": (3, 7)}
@@ -72,6 +73,41 @@ def test_schedule_is_the_paper_code_s(
     actual_temperature, actual_iterations = sinkhorn_arguments(search, monkeypatch)
     assert actual_temperature == pytest.approx(temperature, rel=1e-12)
     assert actual_iterations == iterations
+
+
+def test_steps_count_from_one() -> None:
+    search = make_search(stage=2)
+    assert int(search.step) == 0
+    search.begin_step()
+    assert (int(search.step), search.learning) == (1, True)
+    search.begin_step()
+    assert (int(search.step), search.learning) == (2, False)
+
+
+def test_training_in_the_stage_mixes_with_the_sinkhorn_matrix() -> None:
+    search = make_search().double()
+    search.begin_step()
+    (permutation,), aux = search.train()()
+    assert isinstance(permutation, SoftPermutation)
+    expected = naive_sinkhorn(search.relaxed[0, 0] / 10 ** (-1 - 1 / STAGE), 3)
+    assert_same(permutation.matrix_KEE, expected.unsqueeze(0), 1e-12)
+    assert torch.equal(search.soft[0], permutation.matrix_KEE.detach())
+    assert torch.equal(aux["permutation"], 1e-4 * permutation_entropy(permutation.matrix_KEE))
+    mixture_TS = torch.rand(3, 5, dtype=torch.float64)
+    assert_same(
+        permutation.apply(Route.from_dense(mixture_TS)).dense(),
+        naive_branch_mix(mixture_TS, expected.unsqueeze(0)),
+        1e-12,
+    )
+    (grad,) = torch.autograd.grad(aux["permutation"] + permutation.matrix_KEE[0, 0, 0], search.relaxed)
+    assert grad.abs().max() > 0
+
+
+def test_penalty_carries_its_coefficient() -> None:
+    light, heavy = make_search(entropy_weight=1e-4), make_search(entropy_weight=1e-3)
+    for search in (light, heavy):
+        search.begin_step()
+    assert heavy()[1]["permutation"].item() == pytest.approx(10 * light()[1]["permutation"].item(), rel=1e-5)
 
 
 def test_stage_ends_with_the_rounding_of_the_last_soft_matrix() -> None:

@@ -107,6 +107,19 @@ def test_first_order_gain_is_exact_where_the_loss_is_linear() -> None:
         assert estimate.item() == pytest.approx(before - loss, abs=1e-10)
 
 
+def test_ends_in_a_local_optimum() -> None:
+    model = scrambled("top_k", 8, steps=30)
+    tokens = make_tokens(8, 400, seed=4)
+    report = search(model, [tokens], model.loss, verified_per_round=5).run()
+    assert report.local_optimum
+    assert report.losses[-1] == pytest.approx(loss_by_running_everything(model, [tokens], model.loss), rel=1e-6)
+    for swap in all_swaps([model.table]):
+        swap_in_place([model.table], swap)
+        loss = loss_by_running_everything(model, [tokens], model.loss)
+        assert loss >= report.losses[-1] * (1 - 1.1e-6)
+        swap_in_place([model.table], swap)
+
+
 def test_budgets_end_the_search() -> None:
     tokens = make_tokens(8, 200, seed=5)
     model = scrambled("top_k", 8, steps=60)
