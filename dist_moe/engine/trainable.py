@@ -58,7 +58,7 @@ def hold_still(model: nn.Module, trained: Trained) -> Iterator[None]:
     for module in held:
         module.eval()
         # train() of a parent calls that of its children: this one keeps its mode, and hands the call to no child.
-        # By this, search.steps.is_held knows held modules.
+        # By this, search.layers.is_held knows held modules.
         vars(module)["train"] = partial(_keep_mode, module)
         vars(module).update({name: _ignore for name in _HEARD if hasattr(module, name)})
     for parameter in still:

@@ -22,7 +22,7 @@ from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.sharded_parameters import restore_parameters
 from dist_moe.engine.health.heartbeats import ACTIVITY
-from dist_moe.engine.health.nonfinite import SkippedSteps, diverged
+from dist_moe.engine.health.nonfinite import diverged
 from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS, Monitor
@@ -34,7 +34,7 @@ from dist_moe.engine.trainable import Trained, hold_still
 from dist_moe.errors import DivergedError
 from dist_moe.recording import Recorder, recording
 from dist_moe.search import SlotTable
-from dist_moe.search.steps import begin_step, end_step, moe_layers, slot_tables
+from dist_moe.search.layers import moe_layers, slot_tables
 
 DEFAULT_DEEPSPEED: Mapping[str, Any] = {
     "optimizer": {"type": "AdamW", "params": {"lr": 5e-4, "eps": 1e-7, "weight_decay": 0.0}},
@@ -179,7 +179,7 @@ class Trainer:
             raise ValueError(f"callbacks of a fit need different names, got {sorted(names)}")
         self._layers = list(moe_layers(engine.module).values())
         self._window, self._host_records = StepWindow(), list[dict[str, Any]]()
-        self._skipped = SkippedSteps(settings.max_skipped_steps)
+        self._skipped_in_a_row = 0
         self._is_ending = self._checkpoint_is_due = False
         self._seconds_before, self._started = 0.0, time.monotonic()
 
@@ -279,7 +279,8 @@ class Trainer:
         # Every random number of the step is keyed by (seed, step, rank): a resumed run needs no saved state.
         engine.train()
         seed_step(self._seed, step, self.groups.environment.rank)
-        begin_step(self._layers, step)
+        for layer in self._layers:
+            layer.begin_step(step)
         self.call("before_step", step)
         world.traffic.reset()
         if is_timed(step + 1, self.settings.time_every):
@@ -311,9 +312,11 @@ class Trainer:
             }
         )
         self.step = step + 1
-        end_step(self._layers, skipped=skipped)
+        for layer in self._layers:
+            layer.end_step(skipped=skipped)
         self.call("after_step", self.step)
-        if self._skipped.add(skipped):
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row == self.settings.max_skipped_steps:
             self._collect()
             raise self._diverged(step)
 

@@ -1,4 +1,4 @@
-"""The base class of gates and of their settings, the registry of gates, the precision in which every gate computes."""
+"""The base class of gates and of their settings, the registry of gates, and what gates compute with."""
 
 from __future__ import annotations
 
@@ -199,6 +199,23 @@ def affine(x_TD: Tensor, weight_QD: Tensor | None, bias_Q: Tensor) -> Tensor:
     weight = weight_QD.reshape(-1, weight_QD.shape[-1]).to(x_TD.dtype)
     values = nn.functional.linear(x_TD, weight, bias_Q.flatten().to(x_TD.dtype))
     return values.view(-1, *bias_Q.shape)
+
+
+def smooth_step(t: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Return the smooth-step S(t) and 1 - S(t), of any shape: a sigmoid that reaches 0 and 1 exactly.
+
+    Hazimeh et al., The Tree Ensemble Layer (ICML 2020), eq. 2; used by DSelect-k (2021) and COMET (KDD 2023)::
+
+        S(t) = 0 for t <= -gamma/2,  1 for t >= gamma/2,  -2 t^3/gamma^3 + 3 t/(2 gamma) + 1/2 between
+
+    With u = clamp(t/gamma + 1/2, 0, 1) the cubic is u^2 (3 - 2u) and its complement
+    (1-u)^2 (1 + 2u). The cubic as printed gives values below 0 just inside the left edge in fp32,
+    and 1 - S loses all precision near 1; this form does neither. Both derivatives are exactly 0
+    outside the open interval, which is what makes skipping an expert exact.
+    """
+    u = (t / gamma + 0.5).clamp(0.0, 1.0)
+    w = 1.0 - u
+    return u * u * (3.0 - 2.0 * u), w * w * (1.0 + 2.0 * u)
 
 
 def _alone(x: Tensor) -> Tensor:

@@ -26,9 +26,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture, affine, check_k
+from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture, affine, check_k, smooth_step
 from dist_moe.gates.lazy_tree import Visit, dense_rows, descend_lazily, roots_of
-from dist_moe.gates.smooth_step import smooth_step
 from dist_moe.gates.top_k import largest
 from dist_moe.gates.tree import descend, one_sided_splits
 from dist_moe.kernels import DENSE_GAIN, Band, Pairs, dense_products, products_of_band, select, sparse_products

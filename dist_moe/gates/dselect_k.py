@@ -23,9 +23,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture, affine, check_k
+from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture, affine, check_k, smooth_step
 from dist_moe.gates.comet import leaf_entropy
-from dist_moe.gates.smooth_step import smooth_step
 
 RECIPROCAL_EPSILON = 1e-6
 SELECTOR_INIT_RANGE = 0.05

@@ -47,6 +47,9 @@ class SlotMapSource(Protocol):
         """Number of maps of each gate: 1, or one for each of its branches."""
         ...
 
+    def begin_step(self) -> None:
+        """Prepare for a training step. On every rank: searches agree here."""
+
     def __call__(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]: ...
 
 
@@ -167,9 +170,11 @@ class MoE(nn.Module):
         return self.by_expert(results_NF.view(experts, tokens, self.experts.out_dim)).transpose(0, 1)
 
     def begin_step(self, step: int) -> None:
-        """Tell the gates that training step ``step`` (from 0) begins. On every rank."""
+        """Tell the gates and the slot map that training step ``step`` (from 0) begins. On every rank."""
         for gate in self.each_gate:
             gate.begin_step(step)
+        if self.slot_map is not None:
+            self.slot_map.begin_step()
         self._before_step = [(buffer, buffer.clone()) for gate in self.each_gate for buffer in gate.buffers()]
 
     def end_step(self, *, skipped: bool = False) -> None:

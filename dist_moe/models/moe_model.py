@@ -17,7 +17,7 @@ from dist_moe.gates import CometConfig, GateConfig, GateContext
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import World, sum_over_ranks
 from dist_moe.search import PermutationSearchConfig, SlotTable
-from dist_moe.search.steps import begin_step, end_step, is_held, moe_layers, slot_tables
+from dist_moe.search.layers import is_held, moe_layers, slot_tables
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,13 @@ class MoEModel(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Tell gates and tables that training step ``step`` (from 0) begins. On every rank."""
-        begin_step(self.moe_layers.values(), step)
+        for layer in self.moe_layers.values():
+            layer.begin_step(step)
 
     def end_step(self, *, skipped: bool) -> None:
         """Tell the gates that a training step has ended, or was skipped. On every rank."""
-        end_step(self.moe_layers.values(), skipped=skipped)
+        for layer in self.moe_layers.values():
+            layer.end_step(skipped=skipped)
 
     def begin_evaluation(self) -> None:
         """Tell the tables that an evaluation begins. On every rank."""

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from dist_moe.config.settings import Settings
 from dist_moe.parallel import sum_over_ranks
 from dist_moe.search.agreement import assert_same_on_all_ranks, take_from_first_rank
+from dist_moe.search.layers import is_held, moe_layers, slot_tables
 from dist_moe.search.replay import Recorder, Recording, Replayed, replaying
-from dist_moe.search.steps import is_held, moe_layers, slot_tables
 
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-11}
 """By the loss's precision, the share of the loss below which two candidates count as equal: the rounding of

@@ -1,4 +1,4 @@
-"""The loss of a step, shared out over ranks and micro-batches so that the layout cannot change it."""
+"""The loss of a step, shared out over ranks and micro-batches so that the layout cannot change it; its precision."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from dist_moe.engine.monitor.step_window import Sums
 from dist_moe.engine.training import StepLoss
 from dist_moe.models import ModelOutput
 from dist_moe.tasks.task import Task
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return ``x`` in the precision in which losses are computed: its own, or fp32 if that is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def weighted_sum(losses: dict[str, Tensor], weights: tuple[float, ...]) -> Tensor:
+    """Return the weighted sum of the targets' losses, given in the order of the weights."""
+    return torch.stack([w * loss for w, loss in zip(weights, losses.values(), strict=True)]).sum()
 
 
 class WeightedObjective:
@@ -38,7 +48,7 @@ class WeightedObjective:
         """Return the summands of the step that ``batch`` adds: ``loss``, weighted; ``total_loss``, with the auxiliary
         ones; then each target's loss and each auxiliary one by name."""
         by_target = self._task.task_losses(output, batch)
-        weighted = self._task.weighted(by_target, self._weights)
+        weighted = weighted_sum(by_target, self._weights)
         # An auxiliary loss is a mean over this rank's tokens: it counts with their share of the step's.
         aux = {
             name: loss * (len(output.layers[0].outputs[0]) / batch.tokens_in_step) for name, loss in output.aux.items()

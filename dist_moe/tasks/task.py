@@ -22,11 +22,6 @@ Metrics = dict[str, float]
 Columns = NDArray[np.float64]
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Return ``x`` in the precision in which losses are computed: its own, or fp32 if that is narrower."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 @dataclass(frozen=True)
 class ExampleShape:
     """The size of an example, for plans. ``tokens``: rows that are routed, on average. ``places``: length of the row
@@ -93,10 +88,6 @@ class Task(ABC):
     def final_report(self, model: Any) -> str:
         """Return what to print when training has ended, beside the table of metrics. Collective over all ranks."""
         return ""
-
-    def weighted(self, losses: dict[str, Tensor], weights: tuple[float, ...]) -> Tensor:
-        """Return the weighted sum of the targets' losses."""
-        return torch.stack([w * loss for w, loss in zip(weights, losses.values(), strict=True)]).sum()
 
 
 class ModelRun(Protocol):

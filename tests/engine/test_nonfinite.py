@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.health.nonfinite import SkippedSteps, first_nonfinite
+from dist_moe.engine.health.nonfinite import first_nonfinite
 
 
 class Root(nn.Module):
@@ -65,11 +64,3 @@ def test_a_loss_of_finite_outputs() -> None:
 def test_the_first_gradient_in_the_order_of_the_backward_pass() -> None:
     """sqrt'(0) spoils its own factor, then what is below it, and leaves the layer above alone."""
     assert nonfinite_of(Net(), torch.zeros(1, 2)) == "the gradient of root.scale"
-
-
-@pytest.mark.parametrize(
-    ("skipped", "too_many"), [([1, 1, 1], [0, 0, 1]), ([1, 1, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1]), ([0, 1], [0, 0])]
-)
-def test_only_steps_in_a_row_count(skipped: list[int], too_many: list[int]) -> None:
-    counter = SkippedSteps(3)
-    assert [counter.add(bool(step)) for step in skipped] == [bool(end) for end in too_many]

@@ -33,7 +33,7 @@ from dist_moe.models import MoEModel
 from dist_moe.parallel import Placement, SingleWorld, World, experts_of_rank, sum_over_ranks
 from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig, SwapSearchCallback
 from dist_moe.search import PermutationSearch
-from dist_moe.search.steps import is_held
+from dist_moe.search.layers import is_held
 from tests.helpers.parity import owned_numbers
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import save_checkpoint

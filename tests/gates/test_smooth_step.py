@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_moe.gates.smooth_step import smooth_step
+from dist_moe.gates.base import smooth_step
 from tests.helpers.oracle import naive_smooth_step
 
 GAMMAS = [0.001, 0.1, 1.0, 10.0]

@@ -64,8 +64,6 @@ def _build(world: World, gate_name: str, skewed: bool) -> MoE:
 
 def _step(model: MoE, x_TD: Tensor, step: int) -> Tensor:
     model.begin_step(step)
-    assert isinstance(model.slot_map, PermutationSearch)
-    model.slot_map.begin_step()
     out = model(dropout(x_TD, 0.3, training=True))
     output_TF = F.dropout(out.outputs[0], 0.2)
     (output_TF.square().sum() + sum(out.aux.values())).backward()

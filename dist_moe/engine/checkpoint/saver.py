@@ -33,7 +33,7 @@ from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
 from dist_moe.engine.deepspeed.parameter_state import ParameterState, read_parameter_state
 from dist_moe.errors import UserError
 from dist_moe.parallel import gather_objects
-from dist_moe.search.steps import moe_layers
+from dist_moe.search.layers import moe_layers
 
 if TYPE_CHECKING:
     from dist_moe.engine.deepspeed.engine import ExpertParallelEngine

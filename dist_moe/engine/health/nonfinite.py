@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: skipped on all ranks alike, counted, and traced to a layer.
+"""Steps whose gradient is not finite: skipped on all ranks alike, and traced to a layer.
 
 The global norm of all gradients is the same on all ranks and not finite as soon as one gradient of one
 rank is not. So every rank leaves the step out by itself, without a message: DeepSpeed from ZeRO stage 1
@@ -32,19 +32,6 @@ class NonFinite:
     order: int
     rank: int
     what: str
-
-
-class SkippedSteps:
-    """A count of the steps that were skipped in a row; ``limit`` of them are too many."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._in_a_row = 0
-
-    def add(self, skipped: bool) -> bool:
-        """Count a step; return whether it is one too many."""
-        self._in_a_row = self._in_a_row + 1 if skipped else 0
-        return self._in_a_row >= self._limit
 
 
 def diverged(model: nn.Module, micro_batches: Sequence[Losses], rank: int, step: int, limit: int) -> DivergedError:

@@ -22,7 +22,8 @@ from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.recording import recording
 from dist_moe.search import SwapReport, SwapSearch, SwapSearchConfig
-from dist_moe.search.steps import is_held
+from dist_moe.search.layers import is_held
+from dist_moe.tasks.objective import weighted_sum
 from dist_moe.tasks.task import Task
 
 
@@ -103,7 +104,7 @@ def search_swaps(
         ACTIVITY.beat()
         precision = next(model.parameters()).dtype
         inputs = (x.to(precision) if x.is_floating_point() else x for x in batch.inputs)
-        return task.weighted(task.task_losses(model(*inputs), batch), weights)
+        return weighted_sum(task.task_losses(model(*inputs), batch), weights)
 
     model.begin_evaluation()
     with in_double_precision(model), recording(None):

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_moe.config.settings import Settings
-from dist_moe.tasks.task import at_least_fp32
+from dist_moe.tasks.objective import at_least_fp32
 
 
 class HasAuxiliaryLogits(Protocol):

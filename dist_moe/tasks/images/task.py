@@ -14,7 +14,8 @@ from dist_moe.data.batches import shard_batches
 from dist_moe.data.two_images import FRAME_SIDE, ImageBatch, ImagePairs, TwoImages
 from dist_moe.models import ModelOutput
 from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
-from dist_moe.tasks.task import Columns, Metrics, Task, at_least_fp32
+from dist_moe.tasks.objective import at_least_fp32
+from dist_moe.tasks.task import Columns, Metrics, Task
 
 NUM_CLASSES = 10
 TARGETS = ("top_left", "bottom_right")

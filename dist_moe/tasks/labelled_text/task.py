@@ -14,7 +14,8 @@ from dist_moe.data.labelled_text import LabelledBatch, LabelledTable
 from dist_moe.errors import UserError
 from dist_moe.models import ModelOutput
 from dist_moe.tasks.labelled_text.encoder import Encoder
-from dist_moe.tasks.task import ExampleShape, Task, at_least_fp32
+from dist_moe.tasks.objective import at_least_fp32
+from dist_moe.tasks.task import ExampleShape, Task
 
 
 class TextData(Protocol):

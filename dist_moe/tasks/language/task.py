@@ -20,7 +20,8 @@ from dist_moe.data.batches import shard_batches
 from dist_moe.data.text import Text, TokenBatch, TokenTable
 from dist_moe.models import ModelOutput, Transformer
 from dist_moe.tasks.language.samples import sample_text
-from dist_moe.tasks.task import Columns, Metrics, Task, at_least_fp32
+from dist_moe.tasks.objective import at_least_fp32
+from dist_moe.tasks.task import Columns, Metrics, Task
 
 EVAL_TOKENS = 4096
 """Evaluated at once on a rank: their logits are V numbers each."""

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dist_moe.data.movielens import MovieLens, PairBatch, PairTable
 from dist_moe.models import ModelOutput
+from dist_moe.tasks.objective import at_least_fp32
 from dist_moe.tasks.recommendation.baselines import baseline_metrics
 from dist_moe.tasks.recommendation.metrics import two_task_metrics
-from dist_moe.tasks.task import Columns, Metrics, Task, at_least_fp32
+from dist_moe.tasks.task import Columns, Metrics, Task
 
 TARGETS = ("watched", "rating")
 

@@ -1,8 +1,6 @@
-"""Telling the gates and tables of a model where training is. On every rank alike: searches agree here."""
+"""The MoE layers of a model and their tables, by name."""
 
 from __future__ import annotations
-
-from collections.abc import Collection
 
 from torch import nn
 
@@ -24,18 +22,3 @@ def slot_tables(model: nn.Module) -> dict[str, SlotTable]:
 def is_held(module: nn.Module) -> bool:
     """Return whether ``module`` is held still while others train (engine's ``hold_still``): no search may change it."""
     return "train" in vars(module)
-
-
-def begin_step(layers: Collection[MoE], step: int) -> None:
-    """Tell the gates and tables of ``layers`` that training step ``step`` (from 0) begins."""
-    for layer in layers:
-        layer.begin_step(step)
-    for layer in layers:
-        if isinstance(layer.slot_map, SlotTable):
-            layer.slot_map.begin_step()
-
-
-def end_step(layers: Collection[MoE], *, skipped: bool) -> None:
-    """Tell the gates of ``layers`` that a training step has ended, or was skipped."""
-    for layer in layers:
-        layer.end_step(skipped=skipped)
