@@ -69,6 +69,10 @@ def test_parts_hold_each_rating_once_and_as_many_negatives(tmp_path: Path, name:
         np.testing.assert_array_equal(negative_U, np.minimum(rated_U, items - rated_U))
     else:
         assert negative_U.sum() == rated_U.sum()
+    for part in (data.val, data.test):  # a tenth of the rated pairs, halves up, and of the others
+        assert [int((part.watched == value).sum()) for value in (True, False)] == [
+            (int(count.sum()) + 5) // 10 for count in (rated_U, negative_U)
+        ]
     manifest = data.manifest
     assert [manifest["counts"][part] for part in PARTS] == [len(part) for part in parts]
     assert (manifest["counts"]["ratings"], manifest["counts"]["negatives"]) == (rated_U.sum(), negative_U.sum())
@@ -78,12 +82,23 @@ def test_parts_hold_each_rating_once_and_as_many_negatives(tmp_path: Path, name:
     assert str(tmp_path) not in json.dumps(manifest)
 
 
-def test_the_seed_and_only_the_seed_changes_the_draw(tiny: Path, tmp_path: Path) -> None:
-    first = prepare(tmp_path / "a", tiny)
-    assert_same_arrays(first, prepare(tmp_path / "b", tiny))
-    other = prepare(tmp_path / "a", tiny, seed=1)
+@pytest.mark.parametrize("negatives", ["uniform", "per_user"])
+def test_the_seed_and_only_the_seed_changes_the_draw(tiny: Path, tmp_path: Path, negatives: str) -> None:
+    first = prepare(tmp_path / "a", tiny, negatives=negatives)
+    assert_same_arrays(first, prepare(tmp_path / "b", tiny, negatives=negatives))
+    other = prepare(tmp_path / "a", tiny, negatives=negatives, seed=1)
     assert first.train.item_N.tobytes() != other.train.item_N.tobytes()
     assert (len(first.train), other.manifest["seed"]) == (len(other.train), 1)
+
+
+def test_prepared_once_for_each_kind_of_negatives(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = (prepare(tmp_path, tiny, negatives=negatives) for negatives in ("uniform", "per_user"))
+    assert (first.manifest["negatives"], other.manifest["negatives"]) == ("uniform", "per_user")
+    monkeypatch.setattr(movielens, "_build", lambda *_: pytest.fail("prepared again"))
+    forbid_fetching(monkeypatch)
+    again = prepare(tmp_path, tiny)
+    assert_same_arrays(again, first)
+    assert all(isinstance(getattr(again.train, column), np.memmap) for column in COLUMNS)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -116,6 +116,7 @@ def test_two_white_images_give_two_where_they_overlap() -> None:
 def test_fewer_examples_are_the_first_of_all(root: Path, tmp_path: Path) -> None:
     whole = prepare(tmp_path / "cache", root)
     some = prepare(tmp_path / "cache", root, train_examples=12, eval_examples=9)
+    assert all(isinstance(array, np.memmap) for array in (some.train.images, some.train.left_N))
     assert [len(part) for part in parts_of(some)] == [12, 9, 9]
     for part, all_of_it in zip(parts_of(some), parts_of(whole), strict=True):
         assert part.left_N.tolist() == all_of_it.left_N[: len(part)].tolist()
@@ -134,6 +135,12 @@ def test_the_seed_and_only_the_seed_changes_the_draw(root: Path, tmp_path: Path)
     assert first.train.right_N.tobytes() != other.train.right_N.tobytes()
     assert first.val.images.tobytes() != other.val.images.tobytes()
     assert other.manifest["seed"] == 1
+
+
+def test_a_changed_root_is_prepared_anew(root: Path, tmp_path: Path) -> None:
+    first = prepare(tmp_path / "cache", root).test.images.tobytes()
+    write_tiny_images(root, seed=5)
+    assert prepare(tmp_path / "cache", root).test.images.tobytes() != first
 
 
 def test_parts_draw_pairs_of_their_own(tmp_path: Path) -> None:

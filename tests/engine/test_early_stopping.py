@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from dist_moe.config.settings import Settings
 from dist_moe.engine.callbacks import EarlyStopping
+from dist_moe.engine.checkpoint.format import TrainingHistory
 from dist_moe.engine.settings import TrainConfig
 
 LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, math.inf, math.nan]), max_size=12)
@@ -39,6 +41,22 @@ def test_by_a_loop(losses: list[float], patience: int) -> None:
     for i, loss in enumerate(losses):
         assert progress.is_better(loss) == is_best[i]
         assert progress.exhausted == is_exhausted[i]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(LOSSES, st.integers(0, 12), st.integers(1, 4))
+def test_a_history_in_any_order_is_as_good_as_having_seen_it(losses: list[float], seen: int, patience: int) -> None:
+    whole, resumed, ended = EarlyStopping(patience), EarlyStopping(patience), []
+    history = {7 * (i + 1): loss for i, loss in enumerate(losses[:seen])}
+    for loss in history.values():
+        whole.is_better(loss)
+    read = TrainingHistory(dict(reversed(history.items())))
+    trainer: Any = SimpleNamespace(history=read, end=lambda: ended.append(True))
+    resumed.on_start(trainer)
+    assert bool(ended) == whole.exhausted == resumed.exhausted
+    for loss in losses[seen:]:
+        assert resumed.is_better(loss) == whole.is_better(loss)
+        assert resumed.exhausted == whole.exhausted
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def opened(config: ParallelConfig, node_names: list[str] | None) -> tuple[list[i
     ("config", "node_names", "expected"),
     [
         ({}, ["7", "7", "3", "3"], [([0, 0, 1, 1], "2x2", 2)] * 4),
+        ({}, ["b", "a", "b", "c"], [([0, 1, 0, 2], None, 1)] * 4),
         (
             {"exchange": "two_level", "ranks_per_node": 1, "expert_parallel_size": 2},
             None,

@@ -80,6 +80,7 @@ def test_patience_ends_the_run(runs: dict[int, Path]) -> None:
     assert [record["step"] for record in records_of(run)] == list(range(1, last + 1))
     summary = summary_of(run)
     assert (summary["steps"], summary["tested_step"]) == (last, best)
+    assert losses[best] == pytest.approx(summary["val"]["loss"], rel=1e-6)  # chosen by the validation part alone
     assert newest_checkpoint(run).name == f"step-{last:08d}"
 
 

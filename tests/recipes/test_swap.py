@@ -63,6 +63,7 @@ def test_all_of_validation_is_looked_at(config: SupervisedConfig, task: Task, mo
     batch = table.batch
 
     def spied(self: object, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> object:
+        assert self is task.val
         seen.extend(index_B.tolist())
         return batch(self, index_B, step_index)
 

@@ -121,6 +121,19 @@ def test_diverged_pruned_and_failed_trials_in_the_summary() -> None:
     assert row.exact[0] == pytest.approx((3 + 3 + 1 + 3) / 4)  # without a result: the worst that there is
 
 
+def test_trials_are_chosen_by_validation_alone() -> None:
+    """The test loss says the opposite: neither means, nor the best trial, nor the budget curve go by it."""
+    records = [record(i, val, 10 - val, auc=val) for i, val in enumerate((3.0, 1.0, 4.0, 2.0))]
+    (row,) = summarise({"A": records}, fraction=0.5, seed=0)
+    assert (row.metrics["loss"].mean, row.metrics["auc"].mean) == (8.5, 1.5)
+    assert row.best == records[1]
+    assert row.exact is not None
+    assert row.curve is not None
+    for expected in (row.exact, row.curve.expected):
+        assert expected[0] == pytest.approx(7.5, abs=0.1)
+        assert 8.5 < expected[-1] < 9
+
+
 def test_only_metrics_that_all_rows_have_are_compared() -> None:
     rows = {"A": [record(0, 1.0, 1.0, auc=0.5, mse=1.0)], "B": [record(0, 1.0, 1.0, auc=0.5, dead_experts=1.0)]}
     assert [list(row.metrics) for row in summarise(rows, 0.05, 0)] == [["loss", "auc"], ["loss", "auc"]]

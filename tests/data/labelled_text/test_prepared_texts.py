@@ -110,9 +110,11 @@ def test_prepared_once_for_each_seed_length_and_tokenizer(tmp_path: Path, monkey
 
     monkeypatch.setattr(prepared_texts, "_build", refuse)
     assert_same_arrays(prepare(tmp_path), first)
-    for given, change in ((TOKENIZER, {"seed": 1}), (TOKENIZER, {"max_length": 8}), (with_another_token(), {})):
+    assert isinstance(first.train.token_M, np.memmap)
+    changed = {"root": write_messages(tmp_path / "changed", count=40)}
+    for change in ({"seed": 1}, {"max_length": 8}, changed, {"given": with_another_token()}):
         with pytest.raises(AssertionError, match="built again"):
-            prepare(tmp_path, given, **change)
+            prepare(tmp_path, **change)
 
 
 def test_the_tokenizer_of_the_configuration_comes_first(tmp_path: Path) -> None:

@@ -165,6 +165,12 @@ def test_prepared_once_for_each_length_and_stride(tmp_path: Path, monkeypatch: p
     assert not np.array_equal(prepare(tmp_path, stride=STRIDE + 1).train.token_M, data.train.token_M)
     monkeypatch.setattr(prepared_questions, "_build", lambda *_: pytest.fail("prepared again"))
     assert_same_arrays(prepare(tmp_path), data)
+    assert isinstance(data.train.token_M, np.memmap)
+    changed = Path(shutil.copytree(SAMPLES / "SQuAD", tmp_path / "changed"))
+    with (changed / DEV_FILE).open("a") as file:
+        file.write("\n")
+    with pytest.raises(pytest.fail.Exception, match="prepared again"):
+        prepare(tmp_path, root=changed)
 
 
 def test_a_batch_has_the_ends_of_its_answers(tmp_path: Path) -> None:

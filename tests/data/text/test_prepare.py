@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_moe.data.prepared import MANIFEST
-from dist_moe.data.text import Text, TextConfig, TokenTable, prepare_text
+from dist_moe.data.text import Text, TextConfig, TokenTable, prepare, prepare_text
 from dist_moe.errors import UserError
 from tests.data.checks import PARTS
 
@@ -144,6 +145,20 @@ def test_another_seed_splits_otherwise(root: Path, text: Text, tmp_path: Path) -
     assert set(documents_of(other, "val", 0)) != set(documents_of(text, "val", 0))
 
 
+def test_prepared_once_for_each_setting_that_the_tokens_depend_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokens(**change: Any) -> bytes:
+        config = TextConfig(root=root, cache=tmp_path, **SMALL | change)
+        return prepare_text(config, progress=False).train.token_M.tobytes()
+
+    changes = ({}, {"seed": 1}, {"held_out": 0.3}, {"vocab_size": 300}, {"characters_per_domain": 4000})
+    first = [tokens(**change) for change in changes]
+    assert len(set(first)) == len(changes)
+    monkeypatch.setattr(prepare, "_build", lambda *_: pytest.fail("prepared again"))
+    assert [tokens(**change) for change in changes] == first
+
+
 def test_length_of_sequences_needs_no_new_preparation(root: Path, tmp_path: Path) -> None:
     for length in (8, 32):
         prepared = prepare_text(
@@ -151,6 +166,14 @@ def test_length_of_sequences_needs_no_new_preparation(root: Path, tmp_path: Path
         )
         assert prepared.train.batch(np.arange(3), np.arange(3)).token_BS.shape == (3, length)
     assert len(list((tmp_path / "text").glob(f"*/{MANIFEST}"))) == 1
+
+
+def test_tokens_are_memory_mapped_and_read_only(text: Text) -> None:
+    for part in PARTS:
+        token_M = getattr(text, part).token_M
+        assert isinstance(token_M, np.memmap)
+        assert token_M.dtype == np.uint16
+        assert not token_M.flags.writeable
 
 
 def test_empty_batches_have_their_shapes(text: Text) -> None:
