@@ -51,6 +51,7 @@ def definitions(nodes: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDe
 DOCUMENTED = 0.95
 """Share of public classes, functions and methods that have a docstring."""
 
+DOCUMENTED_BLOCKS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 NEEDS_ITS_NEIGHBOURS = re.compile(r"(Of|What|The same|As|Whether what)\b")
 
 
@@ -64,12 +65,16 @@ def test_what_is_public_is_documented() -> None:
 
 
 def test_docstrings_are_understood_without_their_neighbours() -> None:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    """Those of modules, classes, functions and constants, of the package and of the tools."""
     lame = [
-        f"{name_of(path)}: {docstring.splitlines()[0]}"
-        for path in MODULES
+        f"{name_of(path)}:{statement.lineno}: {text.splitlines()[0]}"
+        for path in [*MODULES, *sorted((REPOSITORY / "tools").rglob("*.py"))]
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, documented) and NEEDS_ITS_NEIGHBOURS.match(docstring := ast.get_docstring(node) or "")
+        for statement in (node.body if isinstance(node, DOCUMENTED_BLOCKS) else [])
+        if isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(text := statement.value.value, str)
+        and NEEDS_ITS_NEIGHBOURS.match(text.strip())
     ]
     assert lame == []
 

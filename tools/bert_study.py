@@ -103,7 +103,7 @@ class Study:
         return self._run(task, seed, f"{order} neurons untrained", overrides)
 
     def distilled(self, task: str, seed: int, order: str) -> StudyRun:
-        """The same, distilled."""
+        """Return the command that trains the student, distilled."""
         if order == ORDERS[0]:
             return self.student(task, seed, HASH)
         return self._run(task, seed, f"{order} neurons", self._ordered(task, seed, order))
@@ -129,7 +129,7 @@ class Study:
         return tuple(override.format(seed=seed, search_epochs=epochs) for override in STUDENTS[name])
 
     def _steps_per_epoch(self, task: str, seed: int) -> int:
-        """As the teacher's first step tells."""
+        """Read a number as the teacher's first step tells it."""
         with RunDirectory(self.teacher(task, seed).directory).metrics.open() as records:
             return round(1 / json.loads(next(records))["epoch"])
 
@@ -211,7 +211,7 @@ def run_of(study: Study, task: str, seed: int, name: str) -> StudyRun:
 
 
 def experts_per_token(study: Study, name: str) -> str:
-    """As measured on the test part; the mean over all tasks and seeds."""
+    """Return the metrics of the test part; the mean over all tasks and seeds."""
     runs = [run_of(study, task, seed, name) for task in study.tasks for seed in range(study.seeds)]
     return f"{statistics.mean(run.summary['test']['active_experts'] for run in runs):.2f}"
 

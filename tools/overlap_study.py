@@ -98,7 +98,7 @@ def _row(rate: str, measured: dict[str, list[float]]) -> str:
 
 
 def measured_over(rate: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """What :func:`measure` gives on ranks behind such cables; without a cable, on one machine."""
+    """Return what :func:`measure` gives on ranks behind such cables; without a cable, on one machine."""
     with tempfile.TemporaryDirectory() as directory:
         measured = Path(directory) / "measured.json"
         words = [sys.executable, *sys.argv, "--measured", str(measured)]

@@ -112,7 +112,7 @@ def summary(
 
 @torch.no_grad()
 def seconds_per_naive_candidate(run: TrainedRun) -> float:
-    """Of running the whole model, experts included, on the search's examples, in the search's precision."""
+    """Return how long the whole model takes on the search's examples, in the search's precision."""
     environment = LaunchEnvironment.read()
     examples = np.arange(min(CONFIG.examples, len(run.task.val)))
     parts = shard_batches(examples, CONFIG.batch_size, rank=environment.rank, world_size=environment.world_size)

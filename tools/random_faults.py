@@ -85,7 +85,7 @@ class Job:
         self.starts += 1
 
     def pid_of(self, rank: int) -> int | None:
-        """Of a rank that trains; None while it starts up."""
+        """Return the process id of a rank that trains; None while it starts up."""
         for directory in (self.directory / "heartbeats").glob("*"):
             beat = read_heartbeat(directory, rank)
             if beat is not None and beat.process.is_here():
@@ -183,7 +183,7 @@ def write_config(work: Path, steps: int) -> Path:
 
 
 def differences(run: Path, reference: Path, steps: int) -> list[str]:
-    """What is not as in the undisturbed run."""
+    """Return what is not as in the undisturbed run."""
     found = []
     records = [
         [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, reference)

@@ -206,7 +206,7 @@ def prepare(directory: Path) -> Path:
 
 
 def train_alone(config: Path) -> Result:
-    """What one process makes of it."""
+    """Train in one process and return its result."""
     run = config.with_name("one-process")
     _run_all([Start(["dist-moe", "train", str(config), "--run-dir", str(run)])])
     return Result.read(run)

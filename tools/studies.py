@@ -33,7 +33,7 @@ class StudyRun:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Of the trained run."""
+        """The summary of the trained run."""
         content: dict[str, Any] = json.loads(RunDirectory(self.directory).summary.read_text())
         return content
 
@@ -70,7 +70,7 @@ def train_all(runs: Iterable[StudyRun], at_once: int, keep_weights: bool = True)
 
 
 def dist_moe(*arguments: object) -> str:
-    """What the command prints; one thread. Raises SystemExit with its last words if it fails."""
+    """Return what the command prints; one thread. Raises SystemExit with its last words if it fails."""
     words = [sys.executable, "-m", "dist_moe", *map(str, arguments)]
     done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
@@ -101,7 +101,7 @@ def command_given() -> str:
 
 
 def machine() -> str:
-    """What computed the figures, for a table's caption."""
+    """Return which machine computed the figures, for a table's caption."""
     return f"{os.cpu_count()} cores, torch {torch.__version__.split('+')[0]}"
 
 

@@ -1,4 +1,4 @@
-"""What `dist-moe plan` predicts for a step, against real steps: constants measured in the same processes, just before.
+"""Predictions of `dist-moe plan` for a step, against real steps: constants measured in the same processes, just before.
 
     python -m tools.validate_plan --report results/plan_validation.md    # as root, on Linux with iproute2
 

@@ -42,9 +42,10 @@ class DataSettings(Settings):
     def fetch(self, progress: bool) -> str:
         """Prepare the data set, reporting on stderr if ``progress``, and return what there is of it, for a person.
 
-        Raises `UserError` for anything that the user can fix.
+        One whose task makes its data in memory has nothing to prepare. Raises `UserError` for anything that the user
+        can fix.
         """
-        raise NotImplementedError
+        return f"{self.name}: nothing to prepare, its task makes the data in memory"
 
 
 @dataclass(frozen=True)

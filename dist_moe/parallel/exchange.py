@@ -35,7 +35,7 @@ LocalExperts = Callable[[Tensor, RowCounts], Tensor]
 """(N, D) rows sorted by local expert, and their counts -> (N, F), as a bank of experts does it."""
 
 Meanwhile = Callable[[], None]
-"""What a rank computes while rows travel."""
+"""A computation that a rank does while rows travel."""
 
 
 def nothing() -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 ShareOut = Callable[[list[Any]], Sequence[Any]]
-"""What all ranks brought to a meeting -> what each of them takes away, both in rank order."""
+"""Objects that all ranks brought to a meeting -> those that they take away, both in rank order."""
 
 UNWINDING_S = 5.0
 """How long ranks may take to end after one has been given up, or the caller been interrupted."""

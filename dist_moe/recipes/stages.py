@@ -95,7 +95,7 @@ class Stage:
 
 
 StageFunction = Callable[[Stage], Mapping[str, Any] | None]
-"""What a stage does, on every rank that takes part. What it returns must be JSON, and is kept as the stage's result."""
+"""The work of a stage, on every rank that takes part. It returns JSON, which is kept as the stage's result."""
 
 
 class Stages:

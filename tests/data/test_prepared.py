@@ -65,6 +65,10 @@ def test_a_prepared_cache_need_not_be_writable(tmp_path: Path, monkeypatch: pyte
     assert prepared(tmp_path / "key", no_build, SILENT).manifest["answer"] == 42
 
 
+def test_data_that_is_made_in_memory_has_nothing_to_prepare() -> None:
+    assert DataSettings(name="waves").fetch(progress=False).startswith("waves: nothing to prepare")
+
+
 def flip_a_bit(target: Path) -> None:
     content = bytearray((target / "a.npy").read_bytes())
     content[-3] ^= 1

@@ -1,4 +1,4 @@
-"""What is timed: a layer of somebody's, built from the given weights."""
+"""The thing that is timed: a layer of somebody's, built from the given weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Layer(nn.Module, ABC):
 
     @abstractmethod
     def gradients(self) -> Gradients:
-        """Of the last backward pass, in the common layout; zeros where the system leaves none."""
+        """Return the gradients of the last backward pass, in the common layout; zeros where the system leaves none."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ LARGEST_ERROR = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 6e-2), "float64": (
 
 @dataclass(frozen=True)
 class Expected:
-    """Of this rank: ``output`` and ``x``'s gradient; gradients of the router by this rank's tokens, and of this
+    """Results of this rank: ``output`` and ``x``'s gradient; gradients of the router by this rank's tokens, and of this
     rank's experts by all ranks' tokens."""
 
     tensors: dict[str, Tensor]
@@ -89,7 +89,7 @@ def _difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
 
 
 def unequal(workload: Workload, found: dict[str, tuple[float, float]]) -> str | None:
-    """What is wrong, in words; None if everything is equal."""
+    """Return the difference in words; None if everything is equal."""
     norm, largest = LARGEST_ERROR[workload.dtype]
     wrong = [f"{name} by {of_norm:.1e}" for name, (of_norm, most) in found.items() if of_norm > norm or most > largest]
     return f"unequal: {', '.join(wrong)}" if wrong else None

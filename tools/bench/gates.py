@@ -1,4 +1,4 @@
-"""What a COMET gate with hard trees costs against a linear top-k router over the same experts.
+"""The cost of a COMET gate with hard trees against a linear top-k router over the same experts.
 
     python -m tools.bench.gates --report results/bench_gates.md
 
@@ -99,7 +99,7 @@ def step_of_gate(gate: Gate, x_TD: Tensor) -> None:
 
 
 def step_of_linear_router(n: int, k: int, x_TD: Tensor) -> Callable[[], None]:
-    """The same of a bare linear router, by autograd."""
+    """Return a step of a bare linear router, by autograd."""
     weight_ED = nn.Parameter(torch.randn(n, x_TD.shape[1], device=x_TD.device) / x_TD.shape[1] ** 0.5)
 
     def step() -> None:
@@ -112,12 +112,12 @@ def step_of_linear_router(n: int, k: int, x_TD: Tensor) -> Callable[[], None]:
 
 
 def norm_of_gradients(gate: Gate) -> float:
-    """As clipping computes it: every gradient is read once."""
+    """Compute the norm as clipping does: every gradient is read once."""
     return float(torch.nn.utils.get_total_norm([p.grad for p in gate.parameters() if p.grad is not None]))
 
 
 def forget_gradients(tensors: Sequence[Tensor]) -> None:
-    """As ``zero_grad`` does at the start of a step."""
+    """Forget the gradients, as ``zero_grad`` does at the start of a step."""
     for tensor in tensors:
         tensor.grad = None
 

@@ -46,7 +46,7 @@ class Size:
 
     @property
     def flops(self) -> int:
-        """Of the experts' products in one forward and backward pass: three matrices, three products each."""
+        """Operations of the experts' products in a forward and a backward pass: three matrices, three products each."""
         return 3 * 3 * 2 * self.tokens * self.k * self.width * self.hidden
 
     @property
@@ -69,7 +69,7 @@ class Result:
     missing: dict[str, str]
 
     def share(self, candidate: str) -> float | None:
-        """Of the dense rate, that is dense time over the candidate's."""
+        """Return the share of the dense rate, that is dense time over the candidate's."""
         return self.seconds["dense"] / self.seconds[candidate] if candidate in self.seconds else None
 
 
@@ -108,7 +108,7 @@ def measure(size: Size, rounds: int, device: torch.device, dtype: torch.dtype = 
 
 
 def seconds_of(step: Step, device: torch.device) -> float:
-    """Of one step, by a GPU's own clock. On a CPU, where only tests measure, by the host's."""
+    """Return the seconds of one step, by a GPU's own clock. On a CPU, where only tests measure, by the host's."""
     if device.type == "cpu":
         began = time.perf_counter()
         step()

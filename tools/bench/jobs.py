@@ -67,8 +67,8 @@ class JobFailed(Exception):
 
 
 def run(job: Job, candidates: tuple[str, ...], say: Callable[[str], None]) -> dict[str, Any]:
-    """What the job measured. A candidate that fails, kills its process or hangs is left out, and the rest is measured
-    without it. Raises JobFailed where something else fails."""
+    """Return the measurements of the job. A candidate that fails, kills its process or hangs is left out, and the rest
+    is measured without it. Raises JobFailed where something else fails."""
     while True:
         try:
             return _run(job, say)

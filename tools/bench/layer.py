@@ -149,7 +149,7 @@ def check(
 def in_turns(
     candidates: Mapping[str, Callable[[], object]], repetitions: int, clock: Clock = "wall", say: Say = _nobody
 ) -> dict[str, list[float]]:
-    """As :func:`interleaved`; all ranks start together, and the slowest counts."""
+    """Time candidates like :func:`interleaved`; all ranks start together, and the slowest counts."""
     calls = 0
 
     def together() -> None:

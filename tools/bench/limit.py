@@ -141,7 +141,7 @@ class Needed:
 
 @dataclass(frozen=True)
 class Roof:
-    """What this machine reaches: FLOP/s of a large product, bytes/s of a large copy (read and written)."""
+    """Rates that this machine reaches: FLOP/s of a large product, bytes/s of a large copy (read and written)."""
 
     flops_per_s: float
     bytes_per_s: float

@@ -23,7 +23,7 @@ VERSIONS = ("torch", "deepspeed", "fairscale", "transformers")
 
 @dataclass(frozen=True)
 class Options:
-    """As the command line gives them. ``only``: parts of job names, ``candidates``: of candidates' names."""
+    """Choices of the command line. ``only``: parts of job names, ``candidates``: of candidates' names."""
 
     scope: str = "default"
     only: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ def commit_ratios(options: Options) -> int:
 
 
 def about(options: Options) -> dict[str, Any]:
-    """What belongs to the figures."""
+    """Return command, seed and machine that belong to the figures."""
     return {"command": options.command, "seed": options.seed, "machine": machine()}
 
 

@@ -40,7 +40,7 @@ def measure(call: Callable[[], object]) -> Memory:
 
 
 def of_layer(layer: Layer, given: Material) -> Memory:
-    """Of a step, after one that makes what is made once and kept. The gradients are forgotten afterwards."""
+    """Return the memory of a step, after one that makes what is kept. The gradients are forgotten afterwards."""
     step(layer, given.x_TD, given.cotangent_TD)
     layer.zero_grad(set_to_none=True)
     found = measure(lambda: step(layer, given.x_TD, given.cotangent_TD))
@@ -63,7 +63,7 @@ def needed(workload: Workload) -> dict[str, int]:
 
 
 def study(job: Job, place: Place) -> dict[str, Any]:
-    """Of every candidate that can do the workload, on one rank."""
+    """Return the memory of every candidate that can do the workload, on one rank."""
     workload = job.workload
     given = material(workload, seed=job.seed)
     left_out = reasons(workload, Effort(excluded=dict(job.excluded)))

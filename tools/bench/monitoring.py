@@ -1,4 +1,4 @@
-"""What monitoring and idle search hooks take of a training step, in processor time.
+"""The share of monitoring and idle search hooks in a training step, in processor time.
 
     python tools/bench/monitoring.py --report results/bench_monitoring.md
 

@@ -34,7 +34,7 @@ class OurLayer(Layer):
 
 
 class PaddedLayer(Layer):
-    """The same bank behind tables of shape (T, K), the way of systems with a fixed k."""
+    """Our bank behind tables of shape (T, K), the way of systems with a fixed k."""
 
     def __init__(self, workload: Workload, given: Material, world: World) -> None:
         super().__init__()

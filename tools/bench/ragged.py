@@ -145,7 +145,7 @@ def study(job: Job, place: Place) -> dict[str, Any]:
 
 
 def slope(share: list[float], quantity: list[float]) -> float:
-    """Of ``quantity``, divided by what it is at the largest share, against the share: 1 where it is proportional."""
+    """Return the slope of ``quantity``, relative to that at the largest share: 1 where it is proportional."""
     relative = np.divide(quantity, quantity[int(np.argmax(share))])
     return float(np.polyfit(share, relative, 1)[0])
 

@@ -1,4 +1,4 @@
-"""What was measured, as JSON, as Markdown and as a picture."""
+"""The measurements, as JSON, as Markdown and as a picture."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def of_study(results: Results, study: str) -> Results:
 
 
 def ratios(measured: dict[str, Any], base: str = OURS) -> dict[str, Spread]:
-    """Of a layer job, by candidate: its time over that of ``base``, round by round. The base must be in every batch."""
+    """Return the time of each candidate of a layer job over that of ``base``, which must be in every batch."""
     return {name: ratio(seconds, batch[base]) for batch in measured["batches"] for name, seconds in batch.items()} | {
         OURS: ratio(measured["batches"][0][OURS], measured["batches"][0][base])
     }

@@ -38,7 +38,7 @@ MakeMoE = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the layer of experts, and the tokens of a step."""
+    """Sizes of the layer of experts, and the tokens of a step."""
 
     width: int
     hidden: int
@@ -58,7 +58,7 @@ class OurMoE(nn.Module):
 
 
 class ReLUExpert(nn.Module):
-    """What a user of DeepSpeed's layer writes."""
+    """A model as a user of DeepSpeed's layer writes it."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def our_engine(model: nn.Module, groups: ProcessGroups, tokens: int) -> ExpertPa
 
 
 def their_engine(model: nn.Module, tokens: int) -> nn.Module:
-    """As their tutorial has it; torch's AdamW, because theirs is compiled first on a CPU."""
+    """Set DeepSpeed's layer up as its tutorial does; torch's AdamW, because theirs is compiled first on a CPU."""
     deepspeed = import_deepspeed()
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 

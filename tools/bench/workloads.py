@@ -50,7 +50,7 @@ class Workload:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all experts."""
+        """Size of the weights of all experts."""
         return 3 * self.experts * self.width * self.hidden * self.torch_dtype.itemsize
 
     def tokens_of(self, rank: int) -> int:
@@ -72,7 +72,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Material:
-    """What a rank's layer works on. ``expert_TK``: which experts the router's weights make each token choose."""
+    """Inputs of a rank's layer. ``expert_TK``: which experts the router's weights make each token choose."""
 
     x_TD: Tensor
     cotangent_TD: Tensor
@@ -84,7 +84,7 @@ class Material:
 
 
 def material(workload: Workload, rank: int = 0, seed: int = 0) -> Material:
-    """The same weights on every rank, and tokens of its own. Raises ValueError for an impossible workload."""
+    """Return weights, alike on every rank, and tokens of its own. Raises ValueError for an impossible workload."""
     if reason := workload.impossible():
         raise ValueError(reason)
     w, dtype = workload, workload.torch_dtype

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Allowed = Mapping[tuple[str, str], Any]
-"""What stands for each (module, name) that a pickle may refer to."""
+"""The values that stand for each (module, name) that a pickle may refer to."""
 
 
 def read_arrays(content: bytes, *, encoding: str = "ASCII", allowed: Allowed | None = None) -> Any:

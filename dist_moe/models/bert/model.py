@@ -39,7 +39,7 @@ from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, Run
 from dist_moe.parallel import experts_of_rank
 
 ABOVE = ("pooler.", "classifier.", "span.", "auxiliary.")
-"""What may stand above the encoder, as parameters' names begin."""
+"""Beginnings of the parameters' names of all parts that may stand above the encoder."""
 AUXILIARY = ABOVE[-1]
 
 

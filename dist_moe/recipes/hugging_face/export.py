@@ -32,10 +32,10 @@ SPECIAL_TOKENS = {
     "unk_token": ("[UNK]", "<unk>"),
     "mask_token": ("[MASK]", "<mask>"),
 }
-"""What transformers' tokenizers of encoders want to know by name, and usual names."""
+"""Tokens that transformers' tokenizers of encoders want to know by name, and how they are usually written."""
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
-"""Of a BERT; transformers' tokenizers leave out the second unless they are told."""
+"""Inputs of a BERT; transformers' tokenizers leave out the second unless they are told."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from dist_moe.tasks.evaluation import expert_metrics
 from dist_moe.tasks.task import Metrics
 
 VARYING = ("deepspeed.optimizer.params.lr", "model.permutation.epochs", "model.permutation.entropy_weight")
-"""What may differ between the trials of a stack, whatever their gate; see :class:`~dist_moe.gates.GateSettings`."""
+"""Fields that may differ between trials of a stack, whatever the gate; see :class:`~dist_moe.gates.GateSettings`."""
 
 _EVAL_BATCH = 1024
 

@@ -25,7 +25,7 @@ from dist_moe.tasks.language import LanguageModelTask
 
 _MAY_DIFFER = {"activation_checkpointing"}
 _SPLIT = ("seed", "held_out", "characters_per_domain")
-"""What decides in which part a document is."""
+"""Fields of ``data`` that decide in which part a document is."""
 
 
 class DecoderStart(StartSettings):
