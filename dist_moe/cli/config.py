@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from dist_moe.cli.commands import Commands
+from dist_moe.config.files import json_text
 from dist_moe.errors import UserError
 
 
@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
         print(field_listing(chosen, options.fields))
         return 0
     if options.schema:
-        print(json.dumps(configuration_of(content.get("recipe")).model_json_schema(), indent=2))
+        print(json_text(configuration_of(content.get("recipe")).model_json_schema()).rstrip())
         return 0
     if options.config is None:
         raise UserError("name a configuration to check, or ask for --fields")

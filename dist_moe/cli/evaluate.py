@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from dist_moe.cli.commands import Commands
+from dist_moe.config.files import json_text
 
 
 def add_to(commands: Commands) -> None:
@@ -34,5 +34,5 @@ def _run(options: argparse.Namespace) -> int:
     result = evaluate_run(options.run_dir, options.overrides)
     if LaunchEnvironment.read().is_rank_zero:
         table = metrics_table(result["test"], predictor_rows(result["baselines"]))
-        print(json.dumps(result, indent=2) if options.json else f"{result['checkpoint']}\n{table}")
+        print(json_text(result).rstrip() if options.json else f"{result['checkpoint']}\n{table}")
     return 0

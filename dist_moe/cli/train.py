@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_moe.cli.commands import Commands
+from dist_moe.config.files import json_line
 from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _plan_and(train: Callable[[Plan], int], options: argparse.Namespace) -> int:
 
     overrides = list(options.overrides)
     if options.data_root is not None:
-        overrides.append(f"data.root={json.dumps(str(options.data_root))}")
+        overrides.append(f"data.root={json_line(str(options.data_root))}")
     if options.resume is not None:
         if options.run_dir is not None:
             raise UserError("--resume names the run directory already; leave --run-dir out")

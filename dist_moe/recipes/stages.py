@@ -11,7 +11,6 @@ anew, over the ranks that take part: to all that happens within, these are all r
 
 from __future__ import annotations
 
-import json
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from dist_moe.config.files import write_json
+from dist_moe.config.files import read_json, write_json
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
@@ -143,7 +142,7 @@ class Stages:
             self._store.tell(f"interrupted-{self._count}")
             raise
         self._wait_for_all()
-        return {name: json.loads((self.directory(name).root / RESULT).read_text()) for name in functions}
+        return {name: read_json(self.directory(name).root / RESULT) for name in functions}
 
     def _run_here(
         self, name: str, function: StageFunction, environment: LaunchEnvironment, parallel: ParallelConfig

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from dist_moe.config.files import json_line, parse_json
 from dist_moe.config.overrides import read_yaml
 from dist_moe.errors import UserError
 from dist_moe.recipes.recipe import load_config
@@ -126,7 +126,7 @@ def _flat(prefix: str, content: Any) -> Iterator[tuple[str, Any]]:
 
 def digest(settings: dict[str, Any]) -> str:
     """Return the SHA-256 of settings, whatever the order of their fields."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json_line(settings, sort_keys=True).encode()).hexdigest()
 
 
 def check_unchanged(plan: SweepPlan, directory: Path, attributes: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def check_unchanged(plan: SweepPlan, directory: Path, attributes: dict[str, Any]
     remedy = f"put it back as it was, or name another directory by --sweep-dir (this one is {directory})"
     settings = plan.settings()
     if "digest" in attributes and attributes["digest"] != digest(settings):
-        changes = "; ".join(_changes(attributes["settings"], json.loads(json.dumps(settings))))
+        changes = "; ".join(_changes(attributes["settings"], parse_json(json_line(settings))))
         raise UserError(f"sweep {plan.path} is not what it was when its trials began: {changes}. {remedy.capitalize()}")
     if attributes.get("trials", 0) > plan.sweep.trials:
         raise UserError(

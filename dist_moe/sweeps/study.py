@@ -24,6 +24,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
+from dist_moe.config.files import finite
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.plan import Row, SweepPlan, check_unchanged, digest
 from dist_moe.sweeps.records import (
@@ -181,7 +182,7 @@ class Studies:
         self, taken: TakenTrial, name: str, content: dict[str, Any], state: TrialState, value: float | None = None
     ) -> bool:
         try:
-            taken.trial.set_user_attr(name, content)
+            taken.trial.set_user_attr(name, finite(content))
         except UpdateFinishedTrialError:
             return False
         study = self._studies[taken.row.name]

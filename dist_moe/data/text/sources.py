@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dist_moe.config.files import digest_of
+from dist_moe.config.files import digest_of, json_line
 from dist_moe.data.fetch.files import readable, short_digest
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.text.brown import GENRES
@@ -49,7 +48,7 @@ def choose(name: str, root: Path | None, domains: Collection[str] | None) -> Cor
     root = root.expanduser().absolute()
     own = _selected(domains, directory_files(root))
     # Names count: a file that moves to another domain is another corpus.
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json_line(own, sort_keys=True).encode()).hexdigest()[:16]
     return Corpus({name: partial(_read_own, root, name, files) for name, files in own.items()}, digest)
 
 

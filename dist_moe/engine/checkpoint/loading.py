@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dist_moe.config.files import parse_json
 from dist_moe.engine.checkpoint.files import partial_directory, publish, read_manifest
 from dist_moe.engine.checkpoint.format import (
     BUFFER,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def read_trainer_state(directory: Path) -> TrainerState:
     """Return the content of a verified checkpoint besides tensors."""
-    return TrainerState(**json.loads((directory / TRAINER_FILE).read_text()))
+    return TrainerState(**parse_json((directory / TRAINER_FILE).read_bytes()))
 
 
 def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerState:

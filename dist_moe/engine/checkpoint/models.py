@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dist_moe.config.files import json_line
 from dist_moe.engine.checkpoint.files import partial_directory, publish, step_directory, verify_checkpoint
 from dist_moe.engine.checkpoint.format import (
     BUFFER,
@@ -179,10 +180,10 @@ def write_model(
     }
     metadata = {
         "format": EXPORT_FORMAT,
-        "configuration": json.dumps(configuration),
+        "configuration": json_line(configuration),
         "step": str(weights.step),
         "dtype": str(dtype).removeprefix("torch."),
-        "kinds": json.dumps(dict(weights.kinds)),
+        "kinds": json_line(dict(weights.kinds)),
     }
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -6,7 +6,6 @@ it, here or in a module under ``imports``. See docs/extending/tracker.md.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
+from dist_moe.config.files import json_line
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.engine.monitor.record_file import RecordFile
@@ -124,4 +124,4 @@ class MetricsFile(FileTracker):
             self._write(self._validations.pop(0))
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.add(f"{json.dumps(record)}\n".encode())
+        self._file.add(f"{json_line(record)}\n".encode())
