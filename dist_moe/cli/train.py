@@ -80,6 +80,10 @@ def _emulate(options: argparse.Namespace) -> int:
 
 
 def _plan_and(train: Callable[[Plan], int], options: argparse.Namespace) -> int:
+    """Plan the run and train it under the lock of its directory, so that what stands there is judged by one job."""
+    from dist_moe.engine.launch.environment import LaunchEnvironment
+    from dist_moe.engine.monitor.run_directory import RunDirectory
+    from dist_moe.engine.monitor.run_lock import WAIT_FOR_END_S, held
     from dist_moe.recipes.recipe import plan_new_run, plan_restartable_run, plan_resumed_run
 
     overrides = list(options.overrides)
@@ -92,9 +96,16 @@ def _plan_and(train: Callable[[Plan], int], options: argparse.Namespace) -> int:
             overrides.insert(0, str(options.config))
         if options.auto_resume:
             raise UserError("--resume goes on with a run already; leave --auto-resume out")
-        return train(plan_resumed_run(options.resume, overrides))
+        RunDirectory(options.resume).check_exists()
+        with held(options.resume, LaunchEnvironment.read(), option="--resume") as begin:
+            resumed = plan_resumed_run(options.resume, overrides)
+            begin()
+            return train(resumed)
     if options.config is None:
         raise UserError("name a configuration (see configs/), or a run with --resume")
     run_dir = options.run_dir or Path("runs") / options.config.stem
     plan = plan_restartable_run if options.auto_resume else plan_new_run
-    return train(plan(options.config, overrides, run_dir))
+    with held(run_dir, LaunchEnvironment.read(), wait_s=WAIT_FOR_END_S if options.auto_resume else 0.0) as begin:
+        planned = plan(options.config, overrides, run_dir)
+        begin()
+        return train(planned)

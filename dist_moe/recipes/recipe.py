@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field, SerializeAsAny
 
@@ -25,12 +25,16 @@ from dist_moe.config.overrides import Content, parse_override, read_yaml
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.config.validation import import_modules, override, validate
+from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.trackers import TrackerConfig
 from dist_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_moe.engine.training import Trainer
 
 
 class RecipeSettings(Settings, ABC):
@@ -120,6 +124,38 @@ class RunStart:
             print(text, file=sys.stderr)
 
 
+class Described(Callback):
+    """Writes down what is trained in the directories of its run, with the first records or the first validation.
+
+    So a start that fails before leaves no run behind. ``start``: the whole run. ``stage``: the directory of the stage
+    that is trained, if it is one.
+    """
+
+    def __init__(self, start: RunStart, stage: RunDirectory | None = None) -> None:
+        self._start, self._stage, self._is_done = start, stage, False
+
+    def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        """Write if that has not been done."""
+        self.write()
+
+    def on_validation(self, trainer: Trainer, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write if that has not been done: a checkpoint of the best loss may follow."""
+        self.write()
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Write if that has not been done: there was no step left."""
+        self.write()
+
+    def write(self) -> None:
+        """Write the configuration, and what is known of the machine, on rank 0. Raises UserError."""
+        if self._is_done or not self._start.environment.is_rank_zero:
+            return
+        self._is_done = True
+        for run in (self._start.run, self._stage):
+            if run is not None:
+                run.describe(self._start.config.plain(), self._start.environment)
+
+
 class Plan(Protocol):
     """All that a recipe has checked and decided of a run before any process group exists."""
 
@@ -179,12 +215,15 @@ def plan_new_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> 
 
 
 def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> Any:
-    """Plan the run in ``run_dir`` going on from where it is. Raises UserError if it is none, or would be another."""
+    """Plan the run in ``run_dir`` going on from where it is, or again if it died before its first checkpoint was due.
+
+    Raises UserError if it is none, would be another, or if its checkpoints are gone.
+    """
     run = RunDirectory(run_dir)
     run.check_exists()
     environment, config = _read(run.config, overrides)
-    _check_same_run(load_config(run.config), config)
-    return _plan(RunStart(config, run, environment, resumes=True))
+    due = getattr(getattr(load_config(run.config), "train", None), "checkpoint_every", 1)
+    return _plan(_going_on(config, run, environment, may_begin=run.last_step < due))
 
 
 def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> Any:
@@ -195,11 +234,21 @@ def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: P
     """
     environment, config = _read(config_path, overrides)
     run = RunDirectory(run_dir)
-    if not run.has_progress:
-        return _plan(RunStart(config, run, environment))
+    if run.config.exists() or run.has_progress:
+        return _plan(_going_on(config, run, environment, may_begin=True))
+    if environment.is_rank_zero:
+        run.check_unused()
+    return _plan(RunStart(config, run, environment))
+
+
+def _going_on(config: Any, run: RunDirectory, environment: LaunchEnvironment, *, may_begin: bool) -> RunStart:
+    """Return the start of a run that is there already. ``may_begin``: again, where there is nothing to go on from."""
     run.check_exists()
     _check_same_run(load_config(run.config), config)
-    return _plan(RunStart(config, run, environment, resumes=True))
+    start = RunStart(config, run, environment, resumes=run.has_progress or not may_begin)
+    if not start.resumes:
+        start.warnings.append(f"{run.root} has no checkpoint yet: the run begins again")
+    return start
 
 
 def _plan(start: RunStart) -> Plan:

@@ -29,7 +29,7 @@ from dist_moe.engine.launch.process_groups import JobStore, ParallelConfig, Proc
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import Feed, FitResult, Objective, fit
-from dist_moe.recipes.recipe import Plan, RecipeConfig, RecipeSettings, RunStart
+from dist_moe.recipes.recipe import Described, Plan, RecipeConfig, RecipeSettings, RunStart
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.tasks import Task
 
@@ -77,6 +77,7 @@ class Stage:
         config = self.start.config
         given = {name: getattr(config, name) for name in ("trackers", "seed", "deepspeed") if hasattr(config, name)}
         options = given | options
+        callbacks = [Described(self.start, self.run), *options.pop("callbacks", ())]
         result = fit(
             model,
             feed,
@@ -86,6 +87,7 @@ class Stage:
             resume_from=self.checkpoint,
             groups=self.groups,
             stop=self.stop,
+            callbacks=callbacks,
             **options,
         )
         if result.interrupted:
@@ -150,7 +152,6 @@ class Stages:
         directory = self.directory(name)
         if environment.is_rank_zero:
             directory.create()
-            directory.describe(self._start.config.plain(), environment)
         kept = complete_directories(checkpoints_of(directory.root))
         checkpoint = newest_good_checkpoint(directory.root)[0] if kept else None
         with (
@@ -159,6 +160,7 @@ class Stages:
         ):
             result = function(Stage(self._start, directory, groups, checkpoint, self._stop))
             if environment.is_rank_zero:
+                Described(replace(self._start, environment=environment), directory).write()
                 write_json(directory.root / RESULT, dict(result or {}))
 
     def _wait_for_all(self) -> None:
@@ -202,7 +204,8 @@ class StagedRecipe(RecipeSettings):
         start = plan.start
         if start.environment.is_rank_zero:
             start.run.create()
-            start.run.describe(start.config.plain(), start.environment)
+        for warning in start.warnings:
+            start.say(warning)
         with stop_requests() as stop:
             try:
                 self.run(plan, Stages(start, stop))

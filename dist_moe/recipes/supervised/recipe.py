@@ -25,7 +25,7 @@ from dist_moe.errors import UserError
 from dist_moe.parallel import gather_objects
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
-from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart
+from dist_moe.recipes.recipe import Described, RecipeConfig, RecipeSettings, RunStart
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
 from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate
@@ -97,8 +97,6 @@ class SupervisedRecipe(RecipeSettings):
         start, config = plan.start, plan.config
         if start.environment.is_rank_zero:
             start.run.create()
-            if plan.checkpoint is None:
-                start.run.describe(config.plain(), start.environment)
         # A signal while the groups open ends the process at once: there is nothing to save, and perhaps a dead peer.
         with process_groups(start.environment, config.parallel) as groups, stop_requests() as stop:
             result = self.train_in_groups(plan, groups, stop)
@@ -116,8 +114,6 @@ class SupervisedRecipe(RecipeSettings):
         model = build_model(config, task, groups.world)
         if checkpoint is None and config.start is not None:
             config.start.fill(model, config, task, start.environment)
-        if checkpoint is not None and start.environment.is_rank_zero:
-            start.run.describe(config.plain(), start.environment)
         ending = FinalEvaluation(task, config.target_weights)
         with watchdog(start.run.root, start.environment, config.parallel):
             fitted = fit(
@@ -127,7 +123,7 @@ class SupervisedRecipe(RecipeSettings):
                 config.train,
                 deepspeed=config.deepspeed,
                 seed=config.seed,
-                callbacks=[Opening(plan), *callbacks_of(config, task, on_validation), ending],
+                callbacks=[Opening(plan), Described(start), *callbacks_of(config, task, on_validation), ending],
                 trackers=config.trackers,
                 run=start.run,
                 resume_from=checkpoint,

@@ -18,6 +18,7 @@ from dist_moe.engine.checkpoint.format import MANIFEST
 from dist_moe.engine.checkpoint.reshard import reshard_checkpoint
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.engine.monitor.run_lock import held
 from dist_moe.errors import UserError
 from dist_moe.models import models_of_kind
 from dist_moe.parallel import SingleWorld, World
@@ -97,15 +98,15 @@ def import_weights(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -
     The configuration is the one in the file, with ``overrides``. Raises UserError.
     """
     run = RunDirectory(run_dir)
-    run.check_unused("RUN_DIR")
-    exported = read_model(source)
-    content = dict(exported.configuration)
-    set_fields(content, overrides)
-    config = validate_config(content)
-    config.check(config.parallel.expert_parallel_size)  # the least number of ranks
-    run.create()
-    written = write_first_checkpoint(exported, checkpoints_of(run_dir), f"{source.name} ({exported.digest[:12]})")
-    run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
+    with held(run_dir, LaunchEnvironment(), option="RUN_DIR"):
+        run.check_unused("RUN_DIR")
+        exported = read_model(source)
+        content = dict(exported.configuration)
+        set_fields(content, overrides)
+        config = validate_config(content)
+        config.check(config.parallel.expert_parallel_size)  # the least number of ranks
+        written = write_first_checkpoint(exported, checkpoints_of(run_dir), f"{source.name} ({exported.digest[:12]})")
+        run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
     return written, exported
 
 
@@ -114,13 +115,14 @@ def reshard_run(source: Path, output: Path, expert_files: int) -> Path:
     files, in a run directory of its own. Returns the new checkpoint. Raises UserError."""
     run, checkpoint = _run_and_checkpoint(source)
     written = RunDirectory(output)
-    written.check_unused("--output")
-    checkpoint = checkpoint or newest_checkpoint(source)
-    final = reshard_checkpoint(checkpoint, checkpoints_of(output), expert_files)
-    if run is not None:
-        for ours, theirs in ((run.environment, written.environment), (run.config, written.config)):
-            if ours.is_file():
-                shutil.copy(ours, theirs)
+    with held(output, LaunchEnvironment(), option="--output"):
+        written.check_unused("--output")
+        checkpoint = checkpoint or newest_checkpoint(source)
+        final = reshard_checkpoint(checkpoint, checkpoints_of(output), expert_files)
+        if run is not None:
+            for ours, theirs in ((run.environment, written.environment), (run.config, written.config)):
+                if ours.is_file():
+                    shutil.copy(ours, theirs)
     return final
 
 

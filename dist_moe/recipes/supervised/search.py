@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.checkpoint.loading import copy_with_buffers
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.engine.monitor.run_lock import held
 from dist_moe.parallel import wait_for_all
 from dist_moe.recipes.callbacks.swap_search import search_swaps
 from dist_moe.recipes.supervised.evaluate import TrainedRun, trained_run
@@ -30,11 +32,10 @@ def search_run(run_dir: Path, output: Path, config: SwapSearchConfig) -> dict[st
     """
     environment = LaunchEnvironment.read()
     found = RunDirectory(output)
-    if environment.is_rank_zero:
-        found.check_unused("--output")
-    with trained_run(run_dir) as run:
+    with held(output, environment, option="--output"), ExitStack() as stack:
         if environment.is_rank_zero:
-            found.create()
+            found.check_unused("--output")
+        run = stack.enter_context(trained_run(run_dir))
         run.model.end_learning()
         before = _metrics(run)
         swaps = search_swaps(run.task, run.model, config, run.config.target_weights, environment)
