@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one rename: a process that is killed meanwhile leaves the old file, or none."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # stages at once write the same file
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

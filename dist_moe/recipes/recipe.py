@@ -125,35 +125,34 @@ class RunStart:
 
 
 class Described(Callback):
-    """Writes down what is trained in the directories of its run, with the first records or the first validation.
+    """Writes down what is trained in the directory of a run, with the first records or the first validation.
 
-    So a start that fails before leaves no run behind. ``start``: the whole run. ``stage``: the directory of the stage
-    that is trained, if it is one.
+    So a start that fails before leaves no run behind. ``of_stage``: the fit is a stage's, and what is written into its
+    directory is written into that of the whole run, too.
     """
 
-    def __init__(self, start: RunStart, stage: RunDirectory | None = None) -> None:
-        self._start, self._stage, self._is_done = start, stage, False
+    def __init__(self, start: RunStart, *, of_stage: bool = False) -> None:
+        self._start, self._of_stage, self._is_done = start, of_stage, False
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         """Write if that has not been done."""
-        self.write()
+        self.write(trainer.run)
 
     def on_validation(self, trainer: Trainer, step: int, metrics: Mapping[str, Any]) -> None:
         """Write if that has not been done: a checkpoint of the best loss may follow."""
-        self.write()
+        self.write(trainer.run)
 
     def on_end(self, trainer: Trainer) -> None:
         """Write if that has not been done: there was no step left."""
-        self.write()
+        self.write(trainer.run)
 
-    def write(self) -> None:
-        """Write the configuration, and what is known of the machine, on rank 0. Raises UserError."""
-        if self._is_done or not self._start.environment.is_rank_zero:
+    def write(self, run: RunDirectory | None) -> None:
+        """Write the configuration, and what is known of the machine, into ``run``, on rank 0. Raises UserError."""
+        if self._is_done or run is None or not self._start.environment.is_rank_zero:
             return
         self._is_done = True
-        for run in (self._start.run, self._stage):
-            if run is not None:
-                run.describe(self._start.config.plain(), self._start.environment)
+        for one in (RunDirectory(run.root.parent.parent), run) if self._of_stage else (run,):
+            one.describe(self._start.config.plain(), self._start.environment)
 
 
 class Plan(Protocol):

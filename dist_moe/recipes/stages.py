@@ -77,7 +77,10 @@ class Stage:
         config = self.start.config
         given = {name: getattr(config, name) for name in ("trackers", "seed", "deepspeed") if hasattr(config, name)}
         options = given | options
-        callbacks = [Described(self.start, self.run), *options.pop("callbacks", ())]
+        callbacks = [
+            Described(replace(self.start, environment=self.environment), of_stage=True),
+            *options.pop("callbacks", ()),
+        ]
         result = fit(
             model,
             feed,
@@ -160,7 +163,7 @@ class Stages:
         ):
             result = function(Stage(self._start, directory, groups, checkpoint, self._stop))
             if environment.is_rank_zero:
-                Described(replace(self._start, environment=environment), directory).write()
+                Described(replace(self._start, environment=environment), of_stage=True).write(directory)
                 write_json(directory.root / RESULT, dict(result or {}))
 
     def _wait_for_all(self) -> None:

@@ -91,6 +91,14 @@ class Monitor:
         for tracker in self._trackers.values():
             tracker.image(name, matrix, step)
 
+    def follow(self, run: RunDirectory | None) -> None:
+        """Write to where the run directory is now; None: there is none any more, and nothing is written."""
+        for tracker in self._trackers.values():
+            if run is not None:
+                tracker.follow(run.root)
+        if run is None:
+            self._trackers = {}
+
     def close(self) -> None:
         """Write for the last time."""
         for tracker in self._trackers.values():

@@ -19,8 +19,8 @@ from typing import IO
 
 from dist_moe.config.files import json_line, parse_json
 
-SURVIVED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE})
-"""Disk full, quota or file size used up, read-only, failing, or its server gone for a while."""
+SURVIVED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT})
+"""Disk full, quota or file size used up, read-only, failing, its server gone for a while, or the directory renamed."""
 
 KEPT_BYTES = 16 * 2**20
 """The size of the records that may wait for the disk; beyond it the oldest are given up."""
@@ -29,12 +29,17 @@ KEPT_BYTES = 16 * 2**20
 class RecordFile:
     """Appends records to ``path``, which it makes, with the directories above it.
 
+    ``within``: a directory above; as soon as its path leads to another one, or to none, nothing is written or made.
+
     ``say``: gets one sentence when the disk first fails, and one in the end if records were lost. ``lost``: how
     many were; final after :meth:`close`. Only one process may write. Raises OSError for errors not in SURVIVED.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None], kept_bytes: int = KEPT_BYTES) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, say: Callable[[str], None], kept_bytes: int = KEPT_BYTES, within: Path | None = None
+    ) -> None:
+        self.path, self.within = path, within
+        self._began_in = within.stat() if within is not None and within.is_dir() else None
         self.lost = 0
         self._say = say
         self._kept_bytes = kept_bytes
@@ -78,7 +83,12 @@ class RecordFile:
 
     def _write(self) -> None:
         # Opened anew each time: a file that stays open keeps a disk from being repaired, and may go stale.
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.within is None or self._began_in is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        elif os.path.samestat(self.within.stat(), self._began_in):
+            self.path.parent.mkdir(exist_ok=True)
+        else:
+            raise FileNotFoundError(errno.ENOENT, "another directory has taken its place")
         with self.path.open("ab", buffering=0) as file:
             if self._torn_at is not None:
                 self._cut(file, self._torn_at)

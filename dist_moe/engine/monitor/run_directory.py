@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import weakref
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -151,3 +152,30 @@ class RunDirectory:
             return sift_records(self.metrics, step) if self.metrics.exists() else 0
         except OSError as error:
             raise UserError(f"{self.metrics} cannot be cut for a run that goes on: {error}") from error
+
+
+class OpenDirectory:
+    """A directory that is held open, by which is known when its path leads to another one, or to none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the path still leads to it."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+        except OSError:  # its server is away for a while, which says nothing of where it is
+            return True
+
+    def find(self) -> Path | None:
+        """Return where it is now; None if it was removed, or if this system cannot tell."""
+        try:
+            path = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+            return path if os.path.samestat(os.stat(path), os.fstat(self._descriptor)) else None
+        except OSError:
+            return None

@@ -40,6 +40,9 @@ class Tracker(ABC):
     def image(self, name: str, matrix: Tensor, step: int) -> None:  # noqa: B027 (most show none)
         """Take an (H, W) picture with entries in 0..1: 0 is white, 1 is black."""
 
+    def follow(self, root: Path) -> None:  # noqa: B027 (some write elsewhere)
+        """Take the news that the run directory is ``root`` from now on: it was renamed."""
+
     def flush(self) -> None:  # noqa: B027 (some write at once)
         """Write what has been taken in so far."""
 
@@ -78,6 +81,12 @@ class FileTracker(Tracker):
         """The number of records that could not be written."""
         return self._file.lost
 
+    def follow(self, root: Path) -> None:
+        """Write to the file where it is now."""
+        if self._file.within is not None:
+            self._file.path = root / self._file.path.relative_to(self._file.within)
+            self._file.within = root
+
     def flush(self) -> None:
         """Write what has been taken in so far."""
         self._file.flush()
@@ -95,7 +104,7 @@ class MetricsFileSettings(TrackerSettings):
 
     def build(self, root: Path, first_step: int, say: Say) -> Tracker:
         """Return the tracker that writes that file."""
-        return MetricsFile(RecordFile(root / "metrics.jsonl", say), first_step)
+        return MetricsFile(RecordFile(root / "metrics.jsonl", say, within=root), first_step)
 
 
 class MetricsFile(FileTracker):
