@@ -11,7 +11,6 @@ needs an engine or a process group, and no more than one expert's tensor is in m
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dist_moe.config.files import json_line
+from dist_moe.config.files import json_line, parse_json
 from dist_moe.engine.checkpoint.files import partial_directory, publish, step_directory, verify_checkpoint
 from dist_moe.engine.checkpoint.format import (
     BUFFER,
@@ -258,9 +257,9 @@ def _read_file(path: Path) -> ModelWeights:
         tensor: Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
         return tensor
 
-    kinds = json.loads(metadata["kinds"])
+    kinds = parse_json(metadata["kinds"])
     specs = {name: spec_in_file(file, name) for name in kinds}
-    configuration = json.loads(metadata["configuration"])
+    configuration = parse_json(metadata["configuration"])
     return ModelWeights(kinds, specs, read, path, int(metadata["step"]), configuration, metadata[SEAL])
 
 
