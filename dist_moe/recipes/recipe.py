@@ -214,15 +214,17 @@ def plan_new_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> 
 
 
 def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> Any:
-    """Plan the run in ``run_dir`` going on from where it is, or again if it died before its first checkpoint was due.
+    """Plan the run in ``run_dir`` going on from where it is, or again if it died before it had a first checkpoint.
 
     Raises UserError if it is none, would be another, or if its checkpoints are gone.
     """
     run = RunDirectory(run_dir)
     run.check_exists()
     environment, config = _read(run.config, overrides)
-    due = getattr(getattr(load_config(run.config), "train", None), "checkpoint_every", 1)
-    return _plan(_going_on(config, run, environment, may_begin=run.last_step < due))
+    every = getattr(getattr(load_config(run.config), "train", None), "checkpoint_every", 1)
+    # A second checkpoint is written after the first: a run that has come so far has had one, and lost it.
+    is_young = not run.summary.exists() and run.last_step < 2 * every
+    return _plan(_going_on(config, run, environment, may_begin=is_young))
 
 
 def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> Any:

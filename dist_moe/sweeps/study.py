@@ -23,8 +23,10 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvin
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DatabaseError
 
 from dist_moe.config.files import finite
+from dist_moe.errors import UserError
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.plan import Row, SweepPlan, check_unchanged, digest
 from dist_moe.sweeps.records import (
@@ -67,24 +69,31 @@ class TakenTrial:
 class Studies:
     """The studies of ``plan`` in ``directory``, made where they are not there yet.
 
-    Raises UserError if they were made for another sweep.
+    Raises UserError if they were made for another sweep, and for a file that is none of Optuna's.
     """
 
     def __init__(self, directory: SweepDirectory, plan: SweepPlan) -> None:
         self._directory = directory
         self._plan = plan
         self._next_look = 0.0
+        try:
+            self._open_all()
+        except (DatabaseError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{directory.database} cannot be used as the studies of a sweep: {reason}") from error
+
+    def _open_all(self) -> None:
         with _without_optunas_remarks():
             self._storage = RDBStorage(
-                f"sqlite:///{directory.database}",
+                f"sqlite:///{self._directory.database}",
                 engine_kwargs={"connect_args": {"timeout": SQLITE_TIMEOUT_S}},
                 heartbeat_interval=BEAT_EVERY_S,
                 grace_period=STALE_AFTER_S,
                 heartbeat_stale_trial_callback=_try_again_after_death,
             )
         for summary in optuna.get_all_study_summaries(self._storage):
-            check_unchanged(plan, directory.root, summary.user_attrs)
-        self._studies = {row.name: self._open(row) for row in plan.rows}
+            check_unchanged(self._plan, self._directory.root, summary.user_attrs)
+        self._studies = {row.name: self._open(row) for row in self._plan.rows}
 
     def _open(self, row: Row) -> optuna.Study:
         study = optuna.create_study(

@@ -18,11 +18,12 @@ import pytest
 import torch
 import yaml
 
+from dist_moe.config.files import parse_json
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, verify_checkpoint
 from dist_moe.engine.monitor import run_lock
 from dist_moe.engine.monitor.run_lock import take
-from tests.helpers.commands import run_here, succeed
-from tests.helpers.pool import on_ranks
+from tests.helpers.commands import finish, run_here, start, succeed, wait_for_steps
+from tests.helpers.pool import free_port, on_ranks
 from tests.helpers.runs import records_of, summary_of, tensors_of, write_config
 
 from .conftest import Refused
@@ -226,3 +227,37 @@ def test_fifty_random_starts(config: Path, references: dict[int, Path], tmp_path
         assert code == 0, (number, names, said)
         check_whole(run, references)
         shutil.rmtree(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["emulated", "torchrun"])
+def test_a_job_of_two_ranks_is_left_alone(config: Path, tmp_path: Path, launcher: str) -> None:
+    """While it trains, others are refused; when its first rank is killed, the next takes over at once."""
+    run = tmp_path / "run"
+    train = ["train", config, "--run-dir", run, "train.max_steps=100000", "parallel.expert_parallel_size=2"]
+    by = ["torchrun", "--nproc-per-node", 2, "--master-port", free_port(), "-m", "dist_moe", *train]
+    process = start(*by) if launcher == "torchrun" else start("dist-moe", *train, "--emulate", 2)
+    try:
+        wait_for_steps(run, EVERY + 2, process)
+        others = [
+            ["train", "--resume", run],
+            ["train", config, "--run-dir", run, "--auto-resume"],
+            ["train", config, "--run-dir", run, "--auto-resume", "seed=1"],
+            ["train", config, "--run-dir", run],
+            ["train", "--resume", run, "--emulate", 2],
+            ["train", config, "--run-dir", run, "--auto-resume", "--emulate", 2],
+        ]
+        for arguments in others:
+            outcome = finish(start("dist-moe", *arguments))
+            assert outcome.code == 2, outcome.err
+            assert "in use by process" in outcome.err
+            assert process.poll() is None
+        (lock,) = run.glob("*.lock")
+        os.kill(parse_json(lock.read_text())["process"]["pid"], signal.SIGKILL)
+        assert finish(process).code != 0
+    finally:
+        process.kill()
+    steps = records_of(run)[-1]["step"]
+    outcome = finish(start("dist-moe", "train", "--resume", run, f"train.max_steps={steps + 10}"))
+    assert outcome.code == 0, outcome.err
+    assert [record["step"] for record in records_of(run)] == list(range(1, steps + 11))

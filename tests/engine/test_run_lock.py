@@ -24,6 +24,7 @@ from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor import run_lock
 from dist_moe.engine.monitor.run_lock import Holder, held, take
 from dist_moe.errors import UserError
+from tests.helpers.disks import fill, small_disk
 
 fork = multiprocessing.get_context("fork")
 RANK_0 = LaunchEnvironment()
@@ -210,6 +211,15 @@ def test_a_job_that_lost_its_lock_ends(tmp_path: Path, capfd: pytest.CaptureFixt
     assert process.exitcode == 2
     assert f"is used by process {os.getpid()}" in capfd.readouterr().err
     lock.release()
+
+
+def test_a_full_disk_stops_nobody(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=128) as disk:
+        (disk / "run").mkdir()
+        fill(disk)
+        with held(disk / "run", RANK_0), pytest.raises(UserError, match="in use by a job that begins"):
+            take(disk / "run")
+        assert locks_in(disk / "run") == []
 
 
 def contend(root: Path, seed: int, out: Connection) -> None:

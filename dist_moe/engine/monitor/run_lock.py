@@ -234,7 +234,11 @@ def _claim(root: Path, dead: list[_Found], made: list[Path]) -> RunLock | None:
     try:
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         holder = Holder(Process.this(), since, " ".join(sys.argv), _boot(), _flock(descriptor))
-        _write(descriptor, holder)
+        try:
+            _write(descriptor, holder)
+        except OSError as error:  # a full disk stops no job that others see by its flock
+            if not holder.has_flock or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
         # The next number may have been free because somebody had taken it, removed it and begun to count anew.
         if {one.identity for one in _locks_in(root) if one.path != path} <= {one.identity for one in dead}:
             for one in dead:

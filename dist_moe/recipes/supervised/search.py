@@ -68,6 +68,7 @@ def _write(run: TrainedRun, run_dir: Path, found: RunDirectory, report: dict[str
         for name, buffer in table.named_buffers()
     }
     copy_with_buffers(run.checkpoint, checkpoints_of(found.root), tables)
-    shutil.copy(RunDirectory(run_dir).environment, found.environment)
+    if RunDirectory(run_dir).environment.is_file():
+        shutil.copy(RunDirectory(run_dir).environment, found.environment)
     write_json(found.root / REPORT, report)
     shutil.copy(RunDirectory(run_dir).config, found.config)  # last: its presence makes it a run
