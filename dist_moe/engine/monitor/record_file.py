@@ -29,8 +29,7 @@ KEPT_BYTES = 16 * 2**20
 class RecordFile:
     """Appends records to ``path``, which it makes, with the directories above it.
 
-    ``within``: a directory above; as soon as its path leads to another one, or to none, nothing is written or made.
-
+    ``within``: a directory above; once its path leads to another one, or to none, nothing is written or made there.
     ``say``: gets one sentence when the disk first fails, and one in the end if records were lost. ``lost``: how
     many were; final after :meth:`close`. Only one process may write. Raises OSError for errors not in SURVIVED.
     """
@@ -83,12 +82,9 @@ class RecordFile:
 
     def _write(self) -> None:
         # Opened anew each time: a file that stays open keeps a disk from being repaired, and may go stale.
-        if self.within is None or self._began_in is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        elif os.path.samestat(self.within.stat(), self._began_in):
-            self.path.parent.mkdir(exist_ok=True)
-        else:
+        if self.within and self._began_in and not os.path.samestat(self.within.stat(), self._began_in):
             raise FileNotFoundError(errno.ENOENT, "another directory has taken its place")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
             if self._torn_at is not None:
                 self._cut(file, self._torn_at)

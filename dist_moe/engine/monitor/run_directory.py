@@ -65,8 +65,7 @@ class RunDirectory:
         return self.root / "summary.json"
 
     def check_unused(self, option: str = "--run-dir") -> None:
-        """Raise UserError, naming the command's ``option``, if the directory holds a run already, or what is left of
-        one."""
+        """Raise UserError, naming the command's ``option``, if the directory holds a run, or what is left of one."""
         if self.config.exists():
             raise UserError(
                 f"{option} {self.root} holds a run already; name another directory, or go on with that run by "
@@ -167,7 +166,7 @@ class OpenDirectory:
         """Whether the path still leads to it."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:  # its server is away for a while, which says nothing of where it is
             return True
