@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field
 
 from dist_moe.config.settings import Settings
+from dist_moe.errors import UserError
+
+LARGEST_STEP = 10**8 - 1
+"""The last step that a run can have: checkpoints are named by steps of eight digits."""
 
 
 class TrainConfig(Settings):
@@ -12,7 +18,10 @@ class TrainConfig(Settings):
 
     epochs: float = Field(1.0, gt=0, description="passes over the training examples")
     max_steps: int | None = Field(
-        None, ge=1, description="stop after this many steps, whatever epochs says (null: epochs decides)"
+        None,
+        ge=1,
+        le=LARGEST_STEP,
+        description="stop after this many steps, whatever epochs says (null: epochs decides)",
     )
     batch_size: int = Field(
         512, ge=1, description="global batch: examples per step over all ranks and accumulation steps"
@@ -56,6 +65,11 @@ class TrainConfig(Settings):
     )
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Return the number of steps of the whole run."""
-        steps = max(1, round(self.epochs * steps_per_epoch))
-        return min(steps, self.max_steps) if self.max_steps else steps
+        """Return the number of steps of the whole run. Raises UserError for more than LARGEST_STEP."""
+        steps = max(1.0, min(self.epochs * steps_per_epoch, self.max_steps or math.inf))
+        if steps > LARGEST_STEP:
+            raise UserError(
+                f"train.epochs={self.epochs:g} at {steps_per_epoch} steps per epoch are {steps:.3g} steps; at most "
+                f"{LARGEST_STEP} can be counted: choose fewer epochs, or train.max_steps"
+            )
+        return round(steps)

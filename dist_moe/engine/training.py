@@ -256,11 +256,12 @@ class Trainer:
                 if callback.name in state.callbacks:
                     callback.load_state_dict(state.callbacks[callback.name])
         is_rank_zero = self.groups.environment.is_rank_zero
+        told: list[str] = []
         if is_rank_zero and self.run is not None:
             # What a resumed run does again, or could not be read; and what another patience once kept.
             root = checkpoints_of(self.run.root)
-            drop_after(root, self.step)
-            drop_after(best_of(root), self.step if self.settings.patience is not None else -1)
+            told += drop_after(root, self.step)
+            told += drop_after(best_of(root), self.step if self.settings.patience is not None else -1)
         self.monitor = Monitor(
             self.run,
             self._trackers,
@@ -270,6 +271,8 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             batch_size=self.settings.batch_size,
         )
+        for sentence in told:
+            self.monitor.say(f"warning: {sentence}")
 
     def _train_step(self, recorder: Recorder) -> None:
         """Take one step, from its data to its callbacks; ``recorder`` gets what is recorded on the way."""

@@ -48,6 +48,9 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype} of shape {self.shape}"
+
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
         """Return those of ``tensor``."""
@@ -60,8 +63,10 @@ class TensorSpec:
 
 
 def spec_in_file(file: Any, name: str) -> TensorSpec:
-    """Return the spec of a tensor in an open safetensors file, without reading it."""
+    """Return the spec of a tensor in an open safetensors file, without reading it. Raises ValueError."""
     part = file.get_slice(name)
+    if part.get_dtype() not in _DTYPES:
+        raise ValueError(f"{name} has the dtype {part.get_dtype()}; allowed: {', '.join(_DTYPES)}")
     return TensorSpec(_DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
 

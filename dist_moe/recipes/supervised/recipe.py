@@ -14,7 +14,7 @@ from dist_moe.config.files import write_json
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.callbacks import Callback, Validation
 from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint
-from dist_moe.engine.checkpoint.loading import read_trainer_state
+from dist_moe.engine.checkpoint.format import read_trainer_state
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
@@ -87,6 +87,7 @@ class SupervisedRecipe(RecipeSettings):
         if checkpoint is None and config.start is not None:
             config.start.check(config, task)
         feed = feed_of(config, task, start.environment)
+        config.train.total_steps(feed.steps_per_epoch)  # more than can be counted are refused
         if config.swap_search is not None:
             config.swap_search.check(config.train, feed.steps_per_epoch)
         return SupervisedPlan(start, task, feed, checkpoint)
