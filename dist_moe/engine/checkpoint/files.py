@@ -170,6 +170,11 @@ def check_files(directory: Path) -> Manifest:
     return manifest
 
 
+def reads_all() -> bool:
+    """Return whether this rank reads files from end to end for its node; the others trust it."""
+    return LaunchEnvironment.read().local_rank == 0
+
+
 def verify_checkpoint(directory: Path) -> Manifest:
     """Check a checkpoint: its files, their digests, and that what they hold can be a model's state.
 
@@ -177,12 +182,11 @@ def verify_checkpoint(directory: Path) -> Manifest:
     file system gives every byte once per node. Raises UserError naming the file, and what in it is wrong.
     """
     manifest = check_files(directory)
-    reads_all = LaunchEnvironment.read().local_rank == 0
-    for name, expected in manifest.files.items() if reads_all else ():
+    for name, expected in manifest.files.items() if reads_all() else ():
         if digest_of(directory / name) != expected:
             file = directory / name
             raise UserError(f"checkpoint file {file} is torn or altered: its sha256 is not the one of {MANIFEST}")
-    check_contents(directory, manifest, values=reads_all)
+    check_contents(directory, manifest, values=reads_all())
     return manifest
 
 
