@@ -17,6 +17,8 @@ from dist_moe.errors import UserError
 
 _NEVER_NEGATIVE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf", "sum"}
 """States of torch's and DeepSpeed's optimizers that are sums or maxima of squares or magnitudes."""
+_UNCOUNTED = "momentum_buffer"
+"""The state of those optimizers (SGD, Muon) that count no steps; all others do, from 0."""
 _NAMES_SHOWN = 5
 
 
@@ -49,6 +51,10 @@ def _wrong_states(reader: CheckpointReader, trainer: TrainerState) -> Iterator[s
             yield f"{entry.name} has the states {list(entry.states)}, others have {list(moments)}"
     if trainer.scalars and len(moments) < 2:
         yield f"{TRAINER_FILE} has scalars={trainer.scalars}, and there is no optimizer state"
+    counts_steps = not set(moments) <= {*moments[:1], _UNCOUNTED}
+    if counts_steps and trainer.scalars.get("step", -1.0) < 0:
+        counting = f"an optimizer with {list(moments[1:])} counts its steps"
+        yield f"{TRAINER_FILE} has scalars={trainer.scalars}, and {counting}"
     if parameters and not moments:
         yield "it has no masters"
 

@@ -118,7 +118,7 @@ def drop_after(root: Path, step: int) -> list[str]:
 
 def _take_away(directory: Path) -> list[str]:
     try:
-        verify_checkpoint(directory)
+        verify_checkpoint(directory, whole=True)
     except UserError as error:
         return [f"{error}; it is kept as {set_aside(directory)}"]
     remove(directory)
@@ -175,18 +175,19 @@ def reads_all() -> bool:
     return LaunchEnvironment.read().local_rank == 0
 
 
-def verify_checkpoint(directory: Path) -> Manifest:
+def verify_checkpoint(directory: Path, *, whole: bool | None = None) -> Manifest:
     """Check a checkpoint: its files, their digests, and that what they hold can be a model's state.
 
-    On one rank of each node: the first reads every byte, the others only what is small, sizes and heads, so that a
-    file system gives every byte once per node. Raises UserError naming the file, and what in it is wrong.
+    ``whole``: read every byte, else only what is small, sizes and heads; None: on the first rank of each node, so that
+    a file system gives every byte once per node. Raises UserError naming the file, and what in it is wrong.
     """
     manifest = check_files(directory)
-    for name, expected in manifest.files.items() if reads_all() else ():
+    whole = reads_all() if whole is None else whole
+    for name, expected in manifest.files.items() if whole else ():
         if digest_of(directory / name) != expected:
             file = directory / name
             raise UserError(f"checkpoint file {file} is torn or altered: its sha256 is not the one of {MANIFEST}")
-    check_contents(directory, manifest, values=reads_all())
+    check_contents(directory, manifest, values=whole)
     return manifest
 
 
@@ -212,11 +213,12 @@ def _newest_in(root: Path) -> Path:
     return directories[-1]
 
 
-def newest_good_checkpoint(run_dir: Path) -> tuple[Path, list[UserError]]:
+def newest_good_checkpoint(run_dir: Path, *, whole: bool | None = None) -> tuple[Path, list[UserError]]:
     """Return the newest checkpoint of ``run_dir`` that is intact, and what is wrong with newer ones.
 
-    Raises UserError if there is none, and if a newer one, or the best one, is of another format: it is not damaged,
-    and a run that goes on before it would be another.
+    ``whole``: as for :func:`verify_checkpoint`; a rank that decides for others must read all. Raises UserError if
+    there is none, and if a newer one, or the best one, is of another format: that is no damage, and a run that went on
+    from before it would lose what was done since.
     """
     root = checkpoints_of(run_dir)
     errors: list[UserError] = []
@@ -224,7 +226,7 @@ def newest_good_checkpoint(run_dir: Path) -> tuple[Path, list[UserError]]:
         try:
             read_manifest(directory)
             if directory.parent == root:
-                verify_checkpoint(directory)
+                verify_checkpoint(directory, whole=whole)
                 return directory, errors
         except OtherFormatError as error:
             remedy = f"to go on without it, move {directory.name} out of {directory.parent}"

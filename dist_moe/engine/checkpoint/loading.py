@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_moe.engine.checkpoint.files import partial_directory, publish, read_manifest
+from dist_moe.engine.checkpoint.files import (
+    checkpoints_of,
+    partial_directory,
+    publish,
+    read_manifest,
+    step_directory,
+)
 from dist_moe.engine.checkpoint.format import (
     BUFFER,
     DENSE_FILE,
@@ -27,11 +33,20 @@ from dist_moe.engine.checkpoint.reader import CheckpointReader
 from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
 from dist_moe.engine.deepspeed.parameter_state import MASTER, write_parameter_state
 from dist_moe.errors import UserError
-from dist_moe.parallel import Placement
+from dist_moe.parallel import Placement, gather_objects
 from dist_moe.search.layers import moe_layers
 
 if TYPE_CHECKING:
     from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+
+
+def agree_on_checkpoint(run_dir: Path, mine: Path | None) -> Path | None:
+    """Return the first rank's choice among the checkpoints of a run, for all. Collective over all ranks.
+
+    To another machine a shared directory may look older, and only some ranks have read every byte.
+    """
+    name = gather_objects(mine.name if mine else None)[0]
+    return checkpoints_of(run_dir) / name if name else None
 
 
 def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerState:
@@ -109,11 +124,11 @@ def copy_with_buffers(source: Path, root: Path, buffers: Mapping[str, Tensor]) -
 
     Raises KeyError if the checkpoint has no such buffer.
     """
-    final = root / source.name
+    manifest = read_manifest(source)
+    final = step_directory(root, manifest.step)
     partial = partial_directory(final)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
-    manifest = read_manifest(partial)
     tensors = load_file(source / DENSE_FILE)  # mapped into memory: not from the file that is written
     for name, value in buffers.items():
         key = str(Key(name, BUFFER))

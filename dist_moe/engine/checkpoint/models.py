@@ -157,6 +157,8 @@ def place_weights(model: nn.Module, weights: Mapping[str, Tensor], fresh: Sequen
         expected = shape if bank is None else (bank.num_experts, *shape[1:])
         if given.specs[name].shape != expected:
             misfits.append(f"{name} has shape {given.specs[name].shape}, the model's is {expected}")
+        elif given.specs[name].dtype.is_floating_point != places[name].dtype.is_floating_point:
+            misfits.append(f"{name} is {given.specs[name].dtype}, the model's is {places[name].dtype}")
     if misfits:
         subject = "these weights are" if given.path is None else f"{given.path} is"
         remedy = "" if given.path is None else "; use the configuration with which it was written"
