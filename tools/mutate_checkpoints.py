@@ -141,7 +141,7 @@ def change_trainer_text(directory: Path, drawn: random.Random) -> str:
             ("list", f"[{text}]"),
             ("two objects", text + text),
             ("number", "1e999"),
-            ("large", text + " " * (65 * 2**20)),
+            ("large", text + " " * (129 * 2**20)),
         ]
     )
     (directory / TRAINER).write_text(odd)

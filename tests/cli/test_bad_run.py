@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, drop_after
 from dist_moe.engine.checkpoint.format import FORMAT_VERSION
 from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import succeed
@@ -194,6 +194,33 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(run: Path, tmp
     ]
 
 
+def test_what_stands_in_the_place_of_a_checkpoint_is_kept(run: Path, tmp_path: Path) -> None:
+    """A file, a link to an intact checkpoint of a step that is done again, and a file where one is being written."""
+    older, newer = checkpoints(run)
+    newer.rename(tmp_path / "elsewhere")
+    newer.symlink_to(tmp_path / "elsewhere")
+    (older / "dense.safetensors").rename(older / "away")  # so that the run goes on from the link
+    ahead = newer.with_name(f"step-{STEPS + 2:08d}")
+    ahead.write_text("mine")
+    ahead.with_name(f".{ahead.name}.partial").write_text("mine too")
+    (outcome,) = succeed(1, "train", "--resume", run, f"train.max_steps={STEPS + 2}")
+    assert ahead.is_dir()
+    assert ahead.with_name(f"{ahead.name}.replaced").read_text() == "mine"
+    assert ahead.with_name(f".{ahead.name}.partial.replaced").read_text() == "mine too"
+    assert str(ahead.with_name(f"{ahead.name}.replaced")) in outcome.err
+    assert (tmp_path / "elsewhere" / "dense.safetensors").is_file()
+
+
+def test_a_link_to_a_step_that_is_done_again_is_kept(run: Path, tmp_path: Path) -> None:
+    _, newer = checkpoints(run)
+    newer.rename(tmp_path / newer.name)
+    newer.symlink_to(tmp_path / newer.name)
+    before = contents_of(tmp_path / newer.name)
+    assert len(drop_after(checkpoints_of(run), EVERY)) == 1
+    assert newer.with_name(f"{newer.name}.replaced").is_symlink()
+    assert contents_of(tmp_path / newer.name) == before
+
+
 def test_an_unreadable_old_checkpoint_is_not_removed(run: Path) -> None:
     older, _ = checkpoints(run)
     (older / "manifest.json").write_text("torn")
@@ -235,6 +262,14 @@ def test_a_run_directory_that_is_used(refused: Refused, run: Path, config: Path)
     before = sorted(path for path in run.rglob("*") if path.is_file())
     refused(["train", "--run-dir", run, config], f"--run-dir {run}", f"--resume {run}")
     assert sorted(path for path in run.rglob("*") if path.is_file()) == before
+
+
+def test_checkpoints_of_a_run_without_its_configuration(refused: Refused, run: Path, config: Path) -> None:
+    """A new run there would remove them."""
+    (run / "config.yaml").unlink()
+    before = contents_of(run)
+    refused(["train", "--run-dir", run, config], f"--run-dir {run}", "checkpoints", "config.yaml")
+    assert contents_of(run) == before
 
 
 def test_a_run_directory_that_cannot_be_made(refused: Refused, tmp_path: Path, config: Path) -> None:

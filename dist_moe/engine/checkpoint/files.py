@@ -56,16 +56,18 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> Path | None:
     (partial / MANIFEST).write_text(replace(manifest, sizes=sizes).text)
     for path in [*partial.iterdir(), partial]:
         _flush(path)
-    aside = set_aside(final) if os.path.lexists(final) else None
+    aside = set_aside(final, "replaced") if os.path.lexists(final) else None
     os.rename(partial, final)
     _flush(final.parent)
     return aside
 
 
-def set_aside(path: Path) -> Path:
+def set_aside(path: Path, reason: str) -> Path:
     """Give what is not to be read, nor to be lost, a name that is not ours; return it. Raises OSError."""
-    names = (f"{path.name}.damaged" + (f"-{number}" if number > 1 else "") for number in range(1, 10**6))
-    aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+    aside, number = path.with_name(f"{path.name}.{reason}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.{reason}-{number}")
     os.rename(path, aside)
     return aside
 
@@ -102,7 +104,7 @@ def drop_after(root: Path, step: int) -> list[str]:
     """
     told = []
     for directory in complete_directories(root):
-        if directory.name > step_directory(root, step).name or step < 0:
+        if int(directory.name.rpartition("-")[2]) > step:
             try:
                 told += _take_away(directory)
             except OSError as error:
@@ -120,7 +122,9 @@ def _take_away(directory: Path) -> list[str]:
     try:
         verify_checkpoint(directory, whole=True)
     except UserError as error:
-        return [f"{error}; it is kept as {set_aside(directory)}"]
+        return [f"{error}; it is kept as {set_aside(directory, 'damaged')}"]
+    if directory.is_symlink():
+        return [f"the link {directory}, to a step that is done again, is kept as {set_aside(directory, 'replaced')}"]
     remove(directory)
     return []
 

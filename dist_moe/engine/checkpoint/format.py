@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from dist_moe.config.files import digest_of, json_text, write_json
+from dist_moe.config.files import digest_of, json_text, replace_text
 from dist_moe.engine.settings import LARGEST_STEP
 from dist_moe.errors import UserError
 from dist_moe.experts import ExpertBank
@@ -49,8 +49,8 @@ OWN_DIGEST = "sha256"
 CallbackStates = Mapping[str, dict[str, Any]]
 """The states of callbacks by their names, as JSON can hold them."""
 
-LARGEST_JSON = 64 * 2**20
-"""Bytes of the largest JSON file of a checkpoint that is read."""
+LARGEST_JSON = 128 * 2**20
+"""Bytes of the largest JSON file of a checkpoint that is written, and read."""
 _KEY = re.compile(r"([^|]+)\|([A-Za-z_]\w*)(?:\|(0|[1-9][0-9]{0,8}))?", re.ASCII)
 _VALUE_SHOWN = 60
 
@@ -253,9 +253,12 @@ class TrainerState:
         return TrainingHistory(losses, self.training_seconds)
 
     def write(self, directory: Path) -> dict[str, str]:
-        """Write TRAINER_FILE; return its digest by its name. Raises OSError."""
-        path = directory / TRAINER_FILE
-        write_json(path, asdict(self))
+        """Write TRAINER_FILE, on one line; return its digest by its name. Raises OSError."""
+        path, text = directory / TRAINER_FILE, json.dumps(asdict(self)) + "\n"
+        if len(text) > LARGEST_JSON:
+            sizes = {name: len(json.dumps(state)) for name, state in self.callbacks.items()}
+            raise OSError(f"{path} would have {len(text)} bytes, at most {LARGEST_JSON} may; callbacks hold {sizes}")
+        replace_text(path, text)
         return {path.name: digest_of(path)}
 
 

@@ -8,6 +8,7 @@ the first rank publishes. So a rank that dies meanwhile, or whose disk is full, 
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.checkpoint.files import drop_old, partial_directory, publish, step_directory
+from dist_moe.engine.checkpoint.files import drop_old, partial_directory, publish, set_aside, step_directory
 from dist_moe.engine.checkpoint.format import (
     BUFFER,
     DENSE_FILE,
@@ -185,8 +186,10 @@ class _Job(threading.Thread):
 
 def _prepare(directory: Path) -> None:
     partial = partial_directory(directory)
-    if partial.exists():
-        shutil.rmtree(partial)
+    if partial.is_dir() and not partial.is_symlink():
+        shutil.rmtree(partial)  # of a save that failed
+    elif os.path.lexists(partial):
+        set_aside(partial, "replaced")
     partial.mkdir(parents=True)
 
 
