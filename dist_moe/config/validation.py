@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dist_moe.config.listing import fields_of, registry_of
-from dist_moe.config.overrides import Content, assign, parse_override
+from dist_moe.config.overrides import assign, parse_overrides
+from dist_moe.config.plain_yaml import Content
 from dist_moe.config.registry import UNKNOWN_NAME
 from dist_moe.config.settings import Settings
 from dist_moe.errors import UserError
@@ -31,7 +32,7 @@ def validate(config: type[S], content: Content) -> S:
 
 def validate_section(section: type[S], overrides: Sequence[str]) -> S:
     """Return a single section from ``key=value`` overrides of its defaults; raises UserError as :func:`validate`."""
-    return validate(section, dict(parse_override(text) for text in overrides))
+    return validate(section, parse_overrides(overrides))
 
 
 def override(config: type[BaseModel], content: Content, assignments: Mapping[str, Any]) -> None:

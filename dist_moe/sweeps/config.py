@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dist_moe.config.overrides import read_yaml
+from dist_moe.config.plain_yaml import read_yaml
 from dist_moe.config.settings import Settings
 from dist_moe.errors import UserError
 from dist_moe.sweeps.distributions import KINDS, Distribution
@@ -50,7 +50,7 @@ def load_sweep(path: Path) -> SweepConfig:
     Raises UserError that names the file, the row and the key, the value and what is allowed.
     """
     try:
-        sweep = SweepConfig.model_validate(read_yaml(path))
+        sweep = SweepConfig.model_validate(read_yaml(path, "sweep"))
     except ValidationError as error:
         lines = [_explain(wrong) for wrong in error.errors()]
         raise UserError(f"sweep {path} is not valid:\n  " + "\n  ".join(lines)) from error

@@ -57,7 +57,7 @@ def _run_alone(config: SupervisedConfig, report: Report) -> TrialResult | None:
         start.run.create()
         try:
             with (
-                (root / "log").open("w") as log,
+                (root / "log").open("w", encoding="utf-8") as log,
                 redirect_stdout(log),
                 redirect_stderr(log),
                 process_groups(start.environment, config.parallel) as groups,

@@ -44,7 +44,7 @@ def complete_directories(root: Path) -> list[Path]:
 
 def publish(partial: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest, flush everything to disk and make the checkpoint visible in one rename."""
-    (partial / MANIFEST).write_text(manifest.text)
+    (partial / MANIFEST).write_text(manifest.text, encoding="utf-8")
     for path in [*partial.iterdir(), partial]:
         _flush(path)
     shutil.rmtree(final, ignore_errors=True)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def read_trainer_state(directory: Path) -> TrainerState:
     """Return the content of a verified checkpoint besides tensors."""
-    return TrainerState(**json.loads((directory / TRAINER_FILE).read_text()))
+    return TrainerState(**json.loads((directory / TRAINER_FILE).read_text(encoding="utf-8")))
 
 
 def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerState:
