@@ -188,8 +188,12 @@ class _Reader:
     def _scalar(self, event: Any) -> Any:
         text = event.value
         if not event.implicit[0]:
-            if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-                self._refuse(event, f"the text {shown(text)} holds NUL or half a character, which no file name can")
+            try:  # JSON, which YAML 1.2 includes, writes a character beyond the first 65,536 as two escapes
+                text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+            except UnicodeDecodeError:
+                self._refuse(event, f"the text {shown(text)} holds half a character")
+            if "\0" in text:
+                self._refuse(event, f"the text {shown(text)} holds NUL, which no name of a file can")
             return text
         if text in _WORDS:
             return _WORDS[text]

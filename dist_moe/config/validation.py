@@ -16,9 +16,12 @@ from dist_moe.config.overrides import assign, parse_overrides
 from dist_moe.config.plain_yaml import Content
 from dist_moe.config.registry import UNKNOWN_NAME
 from dist_moe.config.settings import Settings
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 S = TypeVar("S", bound=Settings)
+
+SHOWN_FAULTS = 10
+"""Faults of a configuration that are told at once."""
 
 
 def validate(config: type[S], content: Content) -> S:
@@ -26,7 +29,9 @@ def validate(config: type[S], content: Content) -> S:
     try:
         return config.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(one, config) for one in error.errors()]
+        faults = error.errors()
+        lines = [_explain(one, config) for one in faults[:SHOWN_FAULTS]]
+        lines += [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
         raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from error
 
 
@@ -104,6 +109,6 @@ def _explain(error: Any, config: type[Settings]) -> str:
         hint = f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --fields'"
         if near == [field]:  # of another member of a registry
             hint = f" with this {field.rpartition('.')[0]}.name; see 'dist-moe config --fields'"
-        return f"{field}={error['input']!r}: there is no such field{hint}"
+        return f"{field}={shown(error['input'])}: there is no such field{hint}"
     message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list, for example '[a, b]'")
-    return f"{field}={error['input']!r}: {message[0].lower() + message[1:]}"
+    return f"{field}={shown(error['input'])}: {message[0].lower() + message[1:]}"

@@ -10,12 +10,10 @@ from pydantic import Field, ValidationError
 
 from dist_moe.config.plain_yaml import read_yaml
 from dist_moe.config.settings import Settings
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 from dist_moe.sweeps.distributions import KINDS, Distribution
 
 Space = dict[str, Distribution]
-
-SHOWN_CHARACTERS = 80
 
 
 class RowConfig(Settings):
@@ -64,10 +62,8 @@ def _explain(wrong: Any) -> str:
     if wrong["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(wrong["loc"][-1]), [*SweepConfig.model_fields], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        value = repr(wrong["input"])
-        value = value if len(value) <= SHOWN_CHARACTERS else f"{value[:SHOWN_CHARACTERS]}..."
-        return f"{place}={value}: there is no such field of a sweep{hint}"
-    return f"{place}={wrong['input']!r}: {message[0].lower() + message[1:]}"
+        return f"{place}={shown(wrong['input'])}: there is no such field of a sweep{hint}"
+    return f"{place}={shown(wrong['input'])}: {message[0].lower() + message[1:]}"
 
 
 def _place(location: tuple[Any, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -80,6 +81,11 @@ def test_what_is_refused_is_named_with_its_place(text: str, place: str, word: st
     assert place in message
     assert word in message
     assert len(message) < 300
+
+
+def test_text_in_the_escapes_of_json() -> None:
+    text = 'é漢\U0001f600"\\/\t'
+    assert parse_yaml(json.dumps(text), "it") == text
 
 
 def test_aliases_and_merged_keys_are_copies() -> None:

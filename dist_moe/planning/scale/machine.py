@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from dist_moe.config.plain_yaml import read_yaml, yaml_text
 from dist_moe.config.settings import Settings
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -126,5 +126,5 @@ def read_machine(name: str) -> Machine:
             if each["type"] == "missing":
                 lines.append(f"{field}: required, but not given; measure it with 'dist-moe plan --measure FILE.yaml'")
             else:
-                lines.append(f"{field}={each['input']!r}: {message[0].lower() + message[1:]}")
+                lines.append(f"{field}={shown(each['input'])}: {message[0].lower() + message[1:]}")
         raise UserError(f"the machine in {path} is not valid:\n  " + "\n  ".join(lines)) from error

@@ -28,6 +28,7 @@ from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
 from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
+from dist_moe.recipes.supervised.size import check_fits
 from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate
 
 OnValidation = Callable[[int, float], bool]
@@ -84,6 +85,7 @@ class SupervisedRecipe(RecipeSettings):
         checkpoint = newest_checkpoint_of(start) if start.resumes else None
         task = config.data.open(progress=start.environment.is_rank_zero)
         self.check(config, task)
+        check_fits(config, task, start.environment)
         if checkpoint is None and config.start is not None:
             config.start.check(config, task)
         feed = feed_of(config, task, start.environment)
