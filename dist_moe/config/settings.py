@@ -15,8 +15,11 @@ LARGEST_INTEGER = 2**53 - 1
 LARGEST_FLOAT = 3.4e38
 """Beyond it is infinity in fp32, in which models compute."""
 
+LARGEST_COUNT = 2**16
+"""Experts, slots and null slots: more than have been trained, and each takes time to be made."""
+
 LARGEST_SIZE = 2**20
-"""Widths, and numbers of experts, slots, units, ...: a tensor with three of them still has less than 2^63 elements."""
+"""Widths and lengths: a tensor with three of them still has less than 2^63 elements."""
 
 LARGEST_DEPTH = 1000
 """Layers of a model: each takes time to be built."""
@@ -28,7 +31,7 @@ LARGEST_EPOCHS = 1e6
 """Passes over the data."""
 
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
-"""A width, or a number of parts of a model."""
+"""A width of some part of a model."""
 
 _PATH_BYTES, _NAME_BYTES = 4095, 255
 """Lengths of a path and of a name in it that Linux takes."""

@@ -23,6 +23,9 @@ S = TypeVar("S", bound=Settings)
 SHOWN_FAULTS = 10
 """Faults of a configuration that are told at once."""
 
+SHOWN_CHARACTERS = 800
+"""Of a fault at most, whose message may repeat a value of any length."""
+
 
 def validate(config: type[S], content: Content) -> S:
     """Return ``content`` as a ``config``; UserError with a line per field that is unknown, mistyped or out of range."""
@@ -30,7 +33,7 @@ def validate(config: type[S], content: Content) -> S:
         return config.model_validate(content)
     except ValidationError as error:
         faults = error.errors()
-        lines = [_explain(one, config) for one in faults[:SHOWN_FAULTS]]
+        lines = [line[:SHOWN_CHARACTERS] for line in (_explain(one, config) for one in faults[:SHOWN_FAULTS])]
         lines += [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
         raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from error
 

@@ -22,7 +22,7 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_moe.config.settings import LARGEST_DEPTH, LARGEST_SIZE
+from dist_moe.config.settings import LARGEST_COUNT, LARGEST_DEPTH, LARGEST_SIZE
 from dist_moe.errors import UserError
 from dist_moe.experts import EXPERTS, ExpertSettings, FeedForwardConfig
 from dist_moe.layer import MoE, MoEOutput
@@ -41,7 +41,7 @@ class TransformerConfig(MoEModelConfig):
     one_layer: ClassVar[bool] = False
 
     name: Literal["transformer"] = Field("transformer", description="which model this is")
-    num_experts: int = Field(8, ge=2, le=LARGEST_SIZE, description="experts of a layer, over all ranks")
+    num_experts: int = Field(8, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
     layers: int = Field(4, ge=1, le=LARGEST_DEPTH, description="layers, each of attention and a feed-forward network")
     dim: int = Field(128, ge=2, le=LARGEST_SIZE, description="width of the residual stream")
     heads: int = Field(4, ge=1, description="attention heads, each of width dim / heads")

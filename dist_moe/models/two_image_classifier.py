@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
-from dist_moe.config.settings import LARGEST_SIZE, Size
+from dist_moe.config.settings import LARGEST_COUNT, Size
 from dist_moe.errors import UserError
 from dist_moe.experts import EXPERTS, ConvConfig, ExpertSettings
 from dist_moe.layer import MoE
@@ -30,7 +30,7 @@ class TwoImageClassifierConfig(MoEModelConfig):
     kind: ClassVar[str] = "two_images"
 
     name: Literal["two_image_classifier"] = Field("two_image_classifier", description="which model this is")
-    num_experts: int = Field(5, ge=2, le=LARGEST_SIZE, description="experts in all, over all ranks")
+    num_experts: int = Field(5, ge=2, le=LARGEST_COUNT, description="experts in all, over all ranks")
     experts: Annotated[SerializeAsAny[ExpertSettings], EXPERTS.with_default("conv")] = Field(
         default_factory=lambda: ConvConfig(), description="the experts"
     )

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_moe import kernels
-from dist_moe.config.settings import LARGEST_SIZE
+from dist_moe.config.settings import LARGEST_COUNT, LARGEST_SIZE
 from dist_moe.engine.checkpoint import place_weights
 from dist_moe.errors import UserError
 from dist_moe.experts import BertFeedForwardBank, ExpertBank, FeedForwardBank
@@ -53,7 +53,7 @@ class BertConfig(MoEModelConfig):
 
     one_layer: ClassVar[bool] = False
 
-    num_experts: int = Field(4, ge=2, le=LARGEST_SIZE, description="experts of a layer, over all ranks")
+    num_experts: int = Field(4, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
     moe_every: int = Field(
         1,
         ge=0,
