@@ -230,7 +230,7 @@ def main() -> int:
     text = page(counts, found, command, files)
     print(text)
     if options.report is not None:
-        options.report.write_text(text)
+        options.report.write_text(text, encoding="utf-8")
     return 0 if counts == found else 1
 
 

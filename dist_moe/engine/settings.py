@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 from pydantic import Field
 
-from dist_moe.config.settings import Settings
+from dist_moe.config.settings import LARGEST_EPOCHS, LARGEST_STEP, Settings
 from dist_moe.errors import UserError
-
-LARGEST_STEP = 10**8 - 1
-"""The last step that a run can have: checkpoints are named by steps of eight digits."""
 
 
 class TrainConfig(Settings):
     """How long, how much at once, and how often to write."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the training examples")
+    epochs: float = Field(1.0, gt=0, le=LARGEST_EPOCHS, description="passes over the training examples")
     max_steps: int | None = Field(
         None,
         ge=1,
@@ -65,11 +60,12 @@ class TrainConfig(Settings):
     )
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Return the number of steps of the whole run. Raises UserError for more than LARGEST_STEP."""
-        steps = max(1.0, min(self.epochs * steps_per_epoch, self.max_steps or math.inf))
+        """Return the number of steps of the whole run. Raises UserError if there are too many."""
+        steps = max(1, round(self.epochs * steps_per_epoch))
+        steps = min(steps, self.max_steps) if self.max_steps else steps
         if steps > LARGEST_STEP:
             raise UserError(
-                f"train.epochs={self.epochs:g} at {steps_per_epoch} steps per epoch are {steps:.3g} steps; at most "
-                f"{LARGEST_STEP} can be counted: choose fewer epochs, or train.max_steps"
+                f"train.epochs={self.epochs:g} are {steps:,} steps of a batch of {self.batch_size}; a run has at most "
+                f"{LARGEST_STEP:,}: give train.max_steps, or fewer epochs"
             )
-        return round(steps)
+        return steps

@@ -144,7 +144,9 @@ class Stages:
             self._store.tell(f"interrupted-{self._count}")
             raise
         self._wait_for_all()
-        return {name: json.loads((self.directory(name).root / RESULT).read_text()) for name in functions}
+        return {
+            name: json.loads((self.directory(name).root / RESULT).read_text(encoding="utf-8")) for name in functions
+        }
 
     def _run_here(
         self, name: str, function: StageFunction, environment: LaunchEnvironment, parallel: ParallelConfig

@@ -53,7 +53,7 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> Path | None:
     What stands in its place is moved aside; returns where that is now. Raises OSError, also where a file is missing.
     """
     sizes = {name: (partial / name).stat().st_size for name in manifest.files}
-    (partial / MANIFEST).write_text(replace(manifest, sizes=sizes).text)
+    (partial / MANIFEST).write_text(replace(manifest, sizes=sizes).text, encoding="utf-8")
     for path in [*partial.iterdir(), partial]:
         _flush(path)
     aside = set_aside(final, "replaced") if os.path.lexists(final) else None

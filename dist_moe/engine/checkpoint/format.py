@@ -28,7 +28,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
 from dist_moe.config.files import digest_of, json_text, replace_text
-from dist_moe.engine.settings import LARGEST_STEP
+from dist_moe.config.settings import LARGEST_STEP
 from dist_moe.errors import UserError
 from dist_moe.experts import ExpertBank
 from dist_moe.parallel import Placement

@@ -24,6 +24,7 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dist_moe.config.settings import LARGEST_STEP
 from dist_moe.engine.checkpoint.files import (
     partial_directory,
     publish,
@@ -52,7 +53,6 @@ from dist_moe.engine.checkpoint.safetensors_writer import (
     write_sealed,
 )
 from dist_moe.engine.deepspeed.parameter_state import MASTER
-from dist_moe.engine.settings import LARGEST_STEP
 from dist_moe.errors import UserError
 from dist_moe.experts import ExpertBank
 

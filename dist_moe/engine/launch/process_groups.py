@@ -36,6 +36,7 @@ from dist_moe.parallel import (
     ranks_per_node,
 )
 
+_YEAR_S = 31_536_000
 _NODE_NUMBER = ("GROUP_RANK", "CROSS_RANK")
 """Set by torchrun and TorchX; by DeepSpeed's launcher. They tell nodes apart even where host names are equal."""
 
@@ -76,7 +77,7 @@ class ParallelConfig(Settings):
         description="where expert_parallel_size does not divide the number of ranks, as after the loss of a machine, "
         "split the experts over the most ranks that do (false: refuse)",
     )
-    timeout_s: int = Field(600, ge=1, description="seconds after which a collective that waits is an error")
+    timeout_s: int = Field(600, ge=1, le=_YEAR_S, description="seconds after which a collective that waits is an error")
     stall_s: float | None = Field(
         None,
         ge=0,

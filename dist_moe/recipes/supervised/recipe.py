@@ -28,7 +28,9 @@ from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
 from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
-from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate
+from dist_moe.recipes.supervised.size import check_fits
+from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate, evaluate_baselines
+from dist_moe.tasks.evaluation import check_parts, check_selection, label_warnings
 
 OnValidation = Callable[[int, float], bool]
 """Called after each validation with (steps done, validation loss); True gives the run up."""
@@ -83,7 +85,12 @@ class SupervisedRecipe(RecipeSettings):
         config: SupervisedConfig = start.config
         checkpoint = newest_checkpoint_of(start) if start.resumes else None
         task = config.data.open(progress=start.environment.is_rank_zero)
+        check_parts(task)
+        if config.train.patience is not None:
+            check_selection(task, config.target_weights, f"train.patience={config.train.patience}")
+        start.warnings.extend(label_warnings(task, config.target_weights))
         self.check(config, task)
+        check_fits(config, task, start.environment)
         if checkpoint is None and config.start is not None:
             config.start.check(config, task)
         feed = feed_of(config, task, start.environment)
@@ -249,7 +256,7 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
     """Print the table of metrics and write the run's summary. Raises UserError if it cannot be written."""
     task, run, fitted = plan.task, plan.start.run, result.fit
     assert result.test is not None
-    baselines = task.baselines(task.test, plan.config.target_weights)
+    baselines = evaluate_baselines(task, task.test, plan.config.target_weights)
     summary = {
         "val": result.val,
         "test": result.test,
