@@ -157,7 +157,7 @@ def write_heartbeat(directory: Path, heartbeat: Heartbeat) -> None:
     """Replace the file of the heartbeat's rank. Raises OSError if the directory is gone or the disk is full."""
     path = _file_of(directory, heartbeat.rank)
     partial = path.with_suffix(".partial")
-    partial.write_text(json_line(asdict(heartbeat)))
+    partial.write_text(json_line(asdict(heartbeat)), encoding="utf-8")
     partial.replace(path)
 
 
@@ -199,6 +199,6 @@ def _start_ticks(pid: int) -> int:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""

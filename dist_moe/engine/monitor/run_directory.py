@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dist_moe.config.files import replace_text, write_json
+from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.record_file import last_step_in, sift_records
@@ -117,7 +117,7 @@ class RunDirectory:
 
     def describe(self, config: dict[str, Any], environment: LaunchEnvironment) -> None:
         """Write the resolved configuration and, if it is not there yet, the versions and machine of the beginning."""
-        replace_text(self.config, yaml.safe_dump(config, sort_keys=False))
+        replace_text(self.config, yaml_text(config))
         if self.environment.exists():
             return
         write_json(
