@@ -1,0 +1,65 @@
+"""Split experts inside torch's DDP and FSDP2: the numbers of one process."""
+
+from __future__ import annotations
+
+import pytest
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_moe.integrations.data_parallel import (
+    clip_grad_norm_,
+    fully_shard_dense,
+    prepare_for_ddp,
+    wrap_ddp,
+)
+from tests.helpers.pool import on_ranks
+from tests.integrations.steps import (
+    CLIPPING,
+    Numbers,
+    assert_one_process,
+    build,
+    expert_world,
+    plain_group,
+    train,
+)
+
+Course = tuple[Numbers, list[float]]
+
+
+def train_in_ddp(ep: int, by_hand: bool) -> Course:
+    with plain_group():
+        model = build(expert_world(ep))
+        ddp = DistributedDataParallel(prepare_for_ddp(model)) if by_hand else wrap_ddp(model)
+        return train(ddp, lambda: clip_grad_norm_(ddp, CLIPPING), model)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_ddp(by_hand: bool) -> None:
+    assert_one_process(on_ranks(2, train_in_ddp, 2, by_hand), 1e-12)
+
+
+@pytest.mark.slow
+def test_ddp_with_copies_of_experts() -> None:
+    assert_one_process(on_ranks(4, train_in_ddp, 2, False), 1e-12)
+
+
+def train_in_fsdp(ep: int, by_hand: bool) -> Course:
+    with plain_group():
+        model = build(expert_world(ep))
+        experts = {p for block in model.blocks for p in block.moe.experts.parameters()}
+        for module in [*model.blocks, model]:
+            if by_hand:
+                fully_shard(module, ignored_params=experts)
+            else:
+                fully_shard_dense(module)
+        return train(model, lambda: clip_grad_norm_(model, CLIPPING), model)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_fsdp2(by_hand: bool) -> None:
+    assert_one_process(on_ranks(2, train_in_fsdp, 2, by_hand), 1e-12)
+
+
+@pytest.mark.slow
+def test_fsdp2_with_copies_of_experts() -> None:
+    assert_one_process(on_ranks(4, train_in_fsdp, 2, False), 1e-12)
