@@ -51,7 +51,7 @@ def replica_group(world: World, group: dist.ProcessGroup | None = None) -> dist.
     size = dist.get_world_size(group)
     if size == world.size:
         return None
-    places = [torch.zeros(1, dtype=torch.int64, device=_device_of(group)) for _ in range(size)]
+    places = [torch.zeros(1, dtype=torch.int64, device=device_of(group)) for _ in range(size)]
     dist.all_gather(places, torch.full_like(places[0], world.rank), group=group)
     members = [rank for rank, place in enumerate(places) if int(place) == world.rank]
     whole = group or dist.group.WORLD
@@ -92,5 +92,6 @@ def _shares_ranks(ranks: list[int], world: World) -> bool:
     return len(set(ranks) & set(dist.get_process_group_ranks(world.group))) > 1
 
 
-def _device_of(group: dist.ProcessGroup | None) -> torch.device:
+def device_of(group: dist.ProcessGroup | None) -> torch.device:
+    """Return the kind of device whose tensors the collectives of ``group`` take."""
     return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
