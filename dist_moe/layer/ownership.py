@@ -13,6 +13,7 @@ no such case: there the other rank no longer has what it was dealt. What is load
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,6 +30,7 @@ from dist_moe.parallel.wrappers import (
     ddp_around,
     is_fully_sharded,
     is_fully_sharded_alone,
+    ranks_of_job,
     shares_rows,
 )
 
@@ -79,7 +81,7 @@ class Ownership:
             ddp = ddp_around(self._world)
             if self._is_first_look(layer, ddp):
                 self._check_wrappers(layer, bank, ddp)
-                _compare_when_called(bank, self._world, layer)
+                _compare(bank, self._world, layer)
             self.averaged = ddp is not None or is_fully_sharded(layer)
         return averaged_experts(bank, self._world.size) if self.averaged else bank
 
@@ -108,16 +110,25 @@ class Ownership:
             for p in replaced
         ):
             raise RuntimeError(_foreign(layer, "FSDP", "shards the experts as if they were copies of one another"))
+        if is_fully_sharded(layer) and ranks_of_job() > self._world.size and not is_fully_sharded_alone(bank):
+            warnings.warn(
+                f"{_named(layer, None)}: FSDP leaves its experts alone, which is right, but if other ranks hold copies "
+                f"of them, no one averages over those; {REMEDIES['FSDP']}",
+                stacklevel=2,
+            )
 
 
-def _compare_when_called(bank: ExpertBank, world: World, layer: nn.Module) -> None:
-    """Compare the ranks' experts when ``bank`` next runs: ZeRO stage 3 and FSDP have put them together by then."""
+def _compare(bank: ExpertBank, world: World, layer: nn.Module) -> None:
+    """Compare the ranks' experts now, or where they are in slices, as soon as ``bank`` runs: they are whole then."""
+    if bank.fingerprint() is not None:
+        compare_with_dealt(bank, world, layer)
+        return
 
     def compare(*_: Any) -> None:
         handle.remove()
         compare_with_dealt(bank, world, layer)
 
-    handle = bank.register_forward_hook(compare, prepend=True)
+    handle = bank.register_forward_hook(compare, prepend=True)  # before the hooks of ZeRO stage 3 and FSDP
 
 
 @torch.no_grad()

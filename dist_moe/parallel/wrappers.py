@@ -60,6 +60,11 @@ def replica_group(world: World, group: dist.ProcessGroup | None = None) -> dist.
     return dist.new_group(ranks, use_local_synchronization=True)
 
 
+def ranks_of_job() -> int:
+    """Return the number of processes of ``torch.distributed``; 1 without."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def averaged_experts(experts: Callable[[Tensor, RowCounts], Tensor], ranks: int) -> Callable[..., Tensor]:
     """Return ``experts`` whose parameters get their gradients divided by ``ranks``; rows keep theirs.
 

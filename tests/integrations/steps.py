@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from dist_moe import MoE
 from dist_moe.engine.launch.environment import LaunchEnvironment
@@ -18,7 +19,7 @@ from dist_moe.engine.launch.process_groups import store_of_this_attempt
 from dist_moe.experts import FeedForwardBank
 from dist_moe.gates import Comet, TopK
 from dist_moe.integrations.deepspeed import import_deepspeed
-from dist_moe.parallel import ProcessWorld, SingleWorld, World, experts_of_rank
+from dist_moe.parallel import ExchangeOptions, ProcessWorld, SingleWorld, World, experts_of_rank
 
 WIDTH, EXPERTS, TOKENS, STEPS = 6, 4, 24, 5
 CLIPPING = 0.05
@@ -29,11 +30,11 @@ Numbers = dict[str, Tensor]
 class Block(nn.Module):
     """Dense, then experts, with a residual connection; keeps the auxiliary loss of the last pass."""
 
-    def __init__(self, gate: nn.Module, world: World) -> None:
+    def __init__(self, gate: nn.Module, world: World, **of_layer: Any) -> None:
         super().__init__()
         self.dense = nn.Linear(WIDTH, WIDTH)
         bank = FeedForwardBank(WIDTH, 5, EXPERTS, experts_of_rank(EXPERTS, world), bias=True)
-        self.moe = MoE(gate, bank, world=world)
+        self.moe = MoE(gate, bank, world=world, **of_layer)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         out = self.moe(self.dense(x_TD).tanh())
@@ -41,22 +42,30 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, world: World) -> None:
+    """``reentrant``: blocks keep nothing for the backward pass, by the kind of checkpointing that runs them anew."""
+
+    def __init__(self, world: World, reentrant: bool = False, **of_layer: Any) -> None:
         super().__init__()
+        self.reentrant = reentrant
         gates = [Comet(WIDTH, EXPERTS, k=2, entropy_weight=0.1), TopK(WIDTH, EXPERTS, k=2)]
-        self.blocks = nn.ModuleList(Block(gate, world) for gate in gates)
+        self.blocks = nn.ModuleList(Block(gate, world, **of_layer) for gate in gates)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         aux = x_TD.new_zeros(())
         for block in self.blocks:
-            x_TD, block_aux = block(x_TD)
+            x_TD, block_aux = self._run(block, x_TD)
             aux = aux + block_aux
         return x_TD.square().mean() + aux
 
+    def _run(self, block: nn.Module, x_TD: Tensor) -> Any:
+        if not self.reentrant:
+            return block(x_TD)
+        return checkpoint(block, x_TD if x_TD.requires_grad else x_TD.requires_grad_(), use_reentrant=True)
 
-def build(world: World, dtype: torch.dtype = torch.float64) -> Model:
+
+def build(world: World, dtype: torch.dtype = torch.float64, **options: Any) -> Model:
     torch.manual_seed(5)
-    return Model(world).to(dtype)
+    return Model(world, **options).to(dtype)
 
 
 def tokens(step: int, rank: int, ranks: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -64,26 +73,32 @@ def tokens(step: int, rank: int, ranks: int, dtype: torch.dtype = torch.float64)
     return x_TD.chunk(ranks)[rank].to(dtype)
 
 
-def one_process(ranks: int, dtype: torch.dtype = torch.float64) -> tuple[Numbers, list[float]]:
-    """Parameters and norms of plain torch: the loss is the mean of the losses of ``ranks`` shares of the tokens."""
+def one_process(shares: int, dtype: torch.dtype = torch.float64) -> tuple[Numbers, list[float]]:
+    """Parameters and norms of plain torch: the loss is the mean over ``shares`` of the tokens."""
     model = build(SingleWorld(), dtype)
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     norms = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        torch.stack([model(tokens(step, rank, ranks, dtype)) for rank in range(ranks)]).mean().backward()
+        torch.stack([model(tokens(step, share, shares, dtype)) for share in range(shares)]).mean().backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)))
         optimizer.step()
     return numbers(model), norms
 
 
-def train(model: nn.Module, clip: Callable[[], Tensor], bare: nn.Module) -> tuple[Numbers, list[float]]:
-    """Parameters and norms of the same steps on this rank's share of the tokens."""
+def train(
+    model: nn.Module, clip: Callable[[], Tensor], bare: nn.Module, micro_batches: int = 1
+) -> tuple[Numbers, list[float]]:
+    """Parameters and norms of the same steps on this rank's share of the tokens; DDP reduces in the last backward."""
+    rank, shares = dist.get_rank(), dist.get_world_size() * micro_batches
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     norms = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        model(tokens(step, dist.get_rank(), dist.get_world_size())).backward()
+        for micro in range(micro_batches):
+            last = micro == micro_batches - 1
+            with nullcontext() if last else model.no_sync():  # type: ignore[operator]
+                (model(tokens(step, rank * micro_batches + micro, shares)) / micro_batches).backward()
         norms.append(float(clip()))
         optimizer.step()
     return numbers(bare), norms
@@ -104,9 +119,11 @@ def numbers(model: nn.Module, values: Numbers | None = None) -> Numbers:
     return result
 
 
-def assert_one_process(results: list[tuple[Numbers, list[float]]], tolerance: float, **of_reference: Any) -> None:
+def assert_one_process(
+    results: list[tuple[Numbers, list[float]]], tolerance: float, micro_batches: int = 1, **of_reference: Any
+) -> None:
     """Every rank's dense parameters and experts are those of one process, to ``tolerance`` by absolute value."""
-    wanted, norms = one_process(len(results), **of_reference)
+    wanted, norms = one_process(len(results) * micro_batches, **of_reference)
     assert all(norm > CLIPPING for norm in norms)
     found = {name for values, _ in results for name in values}
     assert found == set(wanted)
@@ -131,7 +148,7 @@ def plain_group() -> Iterator[None]:
         (deepspeeds if deepspeeds.is_initialized() else dist).destroy_process_group()
 
 
-def expert_world(size: int) -> ProcessWorld:
+def expert_world(size: int, options: ExchangeOptions | None = None) -> ProcessWorld:
     """Return this rank's world of ``size`` neighbours. Collective over all ranks."""
     groups = [dist.new_group(range(start, start + size)) for start in range(0, dist.get_world_size(), size)]
-    return ProcessWorld(groups[dist.get_rank() // size])
+    return ProcessWorld(groups[dist.get_rank() // size], options=options)

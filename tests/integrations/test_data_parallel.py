@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -12,6 +14,7 @@ from dist_moe.integrations.data_parallel import (
     prepare_for_ddp,
     wrap_ddp,
 )
+from dist_moe.parallel import ExchangeOptions
 from tests.helpers.pool import on_ranks
 from tests.integrations.steps import (
     CLIPPING,
@@ -26,11 +29,11 @@ from tests.integrations.steps import (
 Course = tuple[Numbers, list[float]]
 
 
-def train_in_ddp(ep: int, by_hand: bool) -> Course:
+def train_in_ddp(ep: int, by_hand: bool, micro_batches: int = 1, chunks: int = 1, **options: Any) -> Course:
     with plain_group():
-        model = build(expert_world(ep))
+        model = build(expert_world(ep, ExchangeOptions(overlap_chunks=chunks)), **options)
         ddp = DistributedDataParallel(prepare_for_ddp(model)) if by_hand else wrap_ddp(model)
-        return train(ddp, lambda: clip_grad_norm_(ddp, CLIPPING), model)
+        return train(ddp, lambda: clip_grad_norm_(ddp, CLIPPING), model, micro_batches)
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -38,9 +41,28 @@ def test_ddp(by_hand: bool) -> None:
     assert_one_process(on_ranks(2, train_in_ddp, 2, by_hand), 1e-12)
 
 
+def train_in_other_ways(way: str) -> Course:
+    return train_in_ddp(2, False, **WAYS[way])
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "accumulation": {"micro_batches": 3},
+    "overlapped": {"chunks": 2},
+    "recomputed": {"recompute_experts": True},
+    "reentrant": {"reentrant": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ddp_in_other_ways(way: str) -> None:
+    results = on_ranks(2, train_in_other_ways, way)
+    assert_one_process(results, 1e-12, micro_batches=WAYS[way].get("micro_batches", 1))
+
+
 @pytest.mark.slow
-def test_ddp_with_copies_of_experts() -> None:
-    assert_one_process(on_ranks(4, train_in_ddp, 2, False), 1e-12)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_ddp_with_copies_of_experts(micro_batches: int) -> None:
+    assert_one_process(on_ranks(4, train_in_ddp, 2, False, micro_batches), 1e-12, micro_batches)
 
 
 def train_in_fsdp(ep: int, by_hand: bool) -> Course:

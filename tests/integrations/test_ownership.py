@@ -19,7 +19,7 @@ from dist_moe.experts import FeedForwardBank
 from dist_moe.gates import TopK
 from dist_moe.integrations.data_parallel import prepare_for_ddp
 from dist_moe.integrations.deepspeed import import_deepspeed
-from dist_moe.parallel import SingleWorld, World, experts_of_rank
+from dist_moe.parallel import ExchangeOptions, SingleWorld, World, experts_of_rank
 from tests.helpers.pool import on_ranks
 from tests.helpers.worlds import emulate
 from tests.integrations.steps import WIDTH, Model, Numbers, build, expert_world, plain_group, tokens
@@ -143,9 +143,9 @@ OVERWRITTEN: dict[str, Callable[[MoE], None]] = {
 }
 
 
-@pytest.mark.parametrize("experts_per_rank", [1, 2])
+@pytest.mark.parametrize(("experts_per_rank", "chunks"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("how", OVERWRITTEN)
-def test_overwritten_experts_are_an_error_on_all_ranks(how: str, experts_per_rank: int) -> None:
+def test_overwritten_experts_are_an_error_on_all_ranks(how: str, experts_per_rank: int, chunks: int) -> None:
     def message(world: World) -> str:
         layer = layer_of(world, experts_per_rank)
         if how == "of a copy":
@@ -155,7 +155,7 @@ def test_overwritten_experts_are_an_error_on_all_ranks(how: str, experts_per_ran
             forward(layer)
         return str(raised.value)
 
-    messages = emulate(3, message)
+    messages = emulate(3, message, options=ExchangeOptions(overlap_chunks=chunks))
     assert len(set(messages)) == 1
     assert "rank(s) [1, 2]" in messages[0]
     assert "of rank 0" in messages[0]
