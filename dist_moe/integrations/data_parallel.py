@@ -114,6 +114,29 @@ def _ranks_of(mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
 
 
 @torch.no_grad()
+def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Average the gradients of ``model`` over the ranks of ``group`` (None: all), in a loop without any wrapper.
+
+    After the last backward pass of a step, in place of an all-reduce of every ``grad``: dense gradients are summed over
+    the ranks and divided by their number, those of experts, sums over their world already, are summed over the ranks
+    that hold copies of them and divided alike. A dense parameter without a gradient on one rank counts as zero there.
+    Collective.
+    """
+    owners, ranks = split_parameters(model), dist.get_world_size(group)
+    copies = {world: replica_group(world, group) for world in dict.fromkeys(owners.values())}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if parameter not in owners:
+            dist.all_reduce(parameter.grad, group=group)
+        elif (of_copies := copies[owners[parameter]]) is not None:
+            dist.all_reduce(parameter.grad, group=of_copies)
+        parameter.grad /= ranks
+
+
+@torch.no_grad()
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients of ``model`` to a norm of at most ``max_norm``; return the norm that they had.
 

@@ -46,11 +46,18 @@ def shares_rows(parameter: Tensor, world: World) -> bool:
 def replica_group(world: World, group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
     """Return the ranks of ``group`` (None: all) that hold copies of this rank's experts; None if no other does.
 
-    Those in the same place of their expert-parallel worlds. Collective over ``group``.
+    Those in the same place of their expert-parallel worlds. Collective over ``group``, the first time.
     """
     size = dist.get_world_size(group)
     if size == world.size:
         return None
+    known: dict[Any, dist.ProcessGroup] = vars(world).setdefault("_replica_groups", {})
+    if group not in known:
+        known[group] = _new_replica_group(world, group, size)
+    return known[group]
+
+
+def _new_replica_group(world: World, group: dist.ProcessGroup | None, size: int) -> dist.ProcessGroup:
     places = [torch.zeros(1, dtype=torch.int64, device=device_of(group)) for _ in range(size)]
     dist.all_gather(places, torch.full_like(places[0], world.rank), group=group)
     members = [rank for rank, place in enumerate(places) if int(place) == world.rank]

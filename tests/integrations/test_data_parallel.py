@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_moe.integrations.data_parallel import (
+    average_gradients,
     clip_grad_norm_,
     fully_shard_dense,
     prepare_for_ddp,
@@ -63,6 +65,25 @@ def test_ddp_in_other_ways(way: str) -> None:
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_ddp_with_copies_of_experts(micro_batches: int) -> None:
     assert_one_process(on_ranks(4, train_in_ddp, 2, False, micro_batches), 1e-12, micro_batches)
+
+
+def train_without_wrapper(ep: int) -> Course:
+    def clip() -> Tensor:
+        average_gradients(model)
+        return clip_grad_norm_(model, CLIPPING)
+
+    with plain_group():
+        model = build(expert_world(ep))
+        return train(model, clip, model)
+
+
+def test_no_wrapper() -> None:
+    assert_one_process(on_ranks(2, train_without_wrapper, 2), 1e-12)
+
+
+@pytest.mark.slow
+def test_no_wrapper_with_copies_of_experts() -> None:
+    assert_one_process(on_ranks(4, train_without_wrapper, 2), 1e-12)
 
 
 def train_in_fsdp(ep: int, by_hand: bool) -> Course:
