@@ -18,11 +18,12 @@ class ExpertBank(nn.Module, ABC):
 
     ``expert_ids``: distinct global ids of the experts that this bank holds, in the order of axis 0.
     ``dim``, ``out_dim``: width of the rows it takes and of those it gives.
-    ``group_name``: None, or the name under which its parameters are marked, see :meth:`mark`. ``dealt_PE``: None, or
-    the :meth:`fingerprint` of what it was last given: built, loaded, cast or moved.
+    ``group_name``: None, or the name under which its ``num_marked`` parameters are marked, see :meth:`mark`.
+    ``dealt_PE``: None, or the :meth:`fingerprint` of what it was last given: built, loaded, cast or moved.
     """
 
     group_name: str | None = None
+    num_marked: int = 0
     dealt_PE: Tensor | None = None
 
     def __init__(self, dim: int, out_dim: int, num_experts: int, expert_ids: Sequence[int]) -> None:
@@ -96,6 +97,7 @@ class ExpertBank(nn.Module, ABC):
         loading, and what ``Module.to`` and its like do to parameters. What the experts are now counts as dealt.
         """
         self.group_name = group_name
+        self.num_marked = len(list(self.parameters()))
         marks = {
             "allreduce": False,
             "group_name": group_name,

@@ -219,12 +219,12 @@ class MoE(nn.Module):
 
     def _own_experts(self) -> LocalExperts:
         """Return the experts for this pass; those of several ranks are looked at first where others may wrap them."""
-        own = self._ownership
-        bare = DistributedDataParallel._active_ddp_module is None and not self._is_fsdp_managed_module
-        in_training = self.training and torch.is_grad_enabled()
-        if self.world.size == 1 or (bare and not own.averaged and in_training in own.looked_at):
+        if self.world.size == 1:
             return self.experts
-        return own.experts(self, self.experts)
+        own, in_training = self._ownership, self.training and torch.is_grad_enabled()
+        bare = DistributedDataParallel._active_ddp_module is None and not self._is_fsdp_managed_module
+        is_settled = bare and not own.averaged and in_training in own.looked_at
+        return self.experts if is_settled else own.experts(self, self.experts)
 
     def _share(self, x_TD: Tensor) -> Tensor | None:
         return None if self.shared is None else self.shared(x_TD)

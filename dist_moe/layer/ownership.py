@@ -103,12 +103,7 @@ class Ownership:
             if ddp.process_group.size() > self._world.size and not getattr(ddp, "averages_copies_of_experts", False):
                 did = f"has {ddp.process_group.size()} ranks, and no one averages over those that hold copies"
                 raise RuntimeError(_foreign(layer, "DistributedDataParallel", did, prefix))
-        # fully_shard puts parameters of its own in the place of those that it manages.
-        replaced = [p for p in bank.parameters() if not hasattr(p, "group_name")]
-        if is_fully_sharded(layer) and any(
-            shares_rows(p, self._world) or (type(p) is nn.Parameter and not is_fully_sharded_alone(bank))
-            for p in replaced
-        ):
+        if is_fully_sharded(layer) and self._is_sharded(bank):
             raise RuntimeError(_foreign(layer, "FSDP", "shards the experts as if they were copies of one another"))
         if is_fully_sharded(layer) and ranks_of_job() > self._world.size and not is_fully_sharded_alone(bank):
             warnings.warn(
@@ -116,6 +111,17 @@ class Ownership:
                 f"of them, no one averages over those; {REMEDIES['FSDP']}",
                 stacklevel=2,
             )
+
+    def _is_sharded(self, bank: ExpertBank) -> bool:
+        """Return whether FSDP has spread the experts over other ranks of the world.
+
+        During the pass ``fully_shard`` has parameters of its own in the place of those that it manages, the older class
+        plain tensors, or none.
+        """
+        parameters = list(bank.parameters())
+        foreign = [p for p in parameters if not hasattr(p, "group_name")]
+        taken = any(type(p) in (nn.Parameter, torch.Tensor) for p in foreign) or len(parameters) < bank.num_marked
+        return (taken and not is_fully_sharded_alone(bank)) or any(shares_rows(p, self._world) for p in foreign)
 
 
 def _compare(bank: ExpertBank, world: World, layer: nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
@@ -43,6 +43,8 @@ def wrapped_unprepared(wrapper: str, changed_before: bool) -> str:
                 DistributedDataParallel(model)(tokens(0, 0, 2))
             elif wrapper == "FSDP":
                 fully_shard(model)(tokens(0, 0, 2))
+            elif wrapper == "FullyShardedDataParallel":
+                FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))(tokens(0, 0, 2))
             else:
                 section = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {}}}
                 import_deepspeed().initialize(model=model.float(), config=section)
@@ -52,12 +54,13 @@ def wrapped_unprepared(wrapper: str, changed_before: bool) -> str:
 
 
 @pytest.mark.parametrize("changed_before", [False, True])
-@pytest.mark.parametrize("wrapper", REMEDY)
+@pytest.mark.parametrize("wrapper", [*REMEDY, "FullyShardedDataParallel"])
 def test_a_wrapper_that_knows_nothing_of_experts_is_refused_on_all_ranks(wrapper: str, changed_before: bool) -> None:
     for message in on_ranks(2, wrapped_unprepared, wrapper, changed_before):
         assert message.startswith("MoE")
-        assert wrapper in message
-        assert REMEDY[wrapper] in message
+        name = "FSDP" if wrapper == "FullyShardedDataParallel" else wrapper
+        assert name in message
+        assert REMEDY[name] in message
 
 
 def gradients_of_a_layer() -> Numbers:
