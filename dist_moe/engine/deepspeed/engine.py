@@ -42,7 +42,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         """Wrap ``model``. ``given``: what else DeepSpeed's engine takes, such as an ``optimizer``."""
         mark_experts(model, groups.expert_group_name)
         self.__dict__["process_groups"] = groups  # before the base class is initialised, as its hooks need them
-        self.__dict__["held_masters"] = {}  # see _held_master of parameter_state.py
+        self.__dict__["held_masters"] = {}  # see _own_part of parameter_state.py
         config = _deepspeed.DeepSpeedConfig(section)
         _deepspeed.set_optimizer_flags(config, model)
         super().__init__(
