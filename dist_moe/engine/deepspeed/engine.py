@@ -25,6 +25,7 @@ from dist_moe.engine.deepspeed.sharded_parameters import (
 )
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.experts import ExpertBank
+from dist_moe.layer.ownership import engine_knows_experts
 
 _deepspeed = import_deepspeed()
 
@@ -37,17 +38,16 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     its own only, see :mod:`dist_moe.engine.deepspeed.sharded_parameters`.
     """
 
-    def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups) -> None:
+    def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups, **given: Any) -> None:
+        """Wrap ``model``. ``given``: what else DeepSpeed's engine takes, such as an ``optimizer``."""
         mark_experts(model, groups.expert_group_name)
         self.__dict__["process_groups"] = groups  # before the base class is initialised, as its hooks need them
         self.__dict__["held_masters"] = {}  # see _own_part of parameter_state.py
         config = _deepspeed.DeepSpeedConfig(section)
         _deepspeed.set_optimizer_flags(config, model)
         super().__init__(
-            args=None,
+            **{"args": None, "model_parameters": _trained_groups(model), "dist_init_required": False} | given,
             model=model,
-            model_parameters=_trained_groups(model),
-            dist_init_required=False,
             config=section,
             config_class=config,
         )
@@ -79,7 +79,8 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     def _configure_distributed_model(self, model: nn.Module) -> None:
         experts = [parameter for parameter in model.parameters() if is_expert_parameter(parameter)]
         self.has_moe_layers = bool(experts)  # else DeepSpeed misses their groups
-        super()._configure_distributed_model(model)
+        with engine_knows_experts():
+            super()._configure_distributed_model(model)
         if not self.shards_parameters and not any(parameter.requires_grad for parameter in experts):
             self.has_moe_layers = False  # ZeRO stages 1 and 2 insist on a group of trained experts where it is set
 
@@ -142,15 +143,7 @@ def mark_experts(model: nn.Module, group_name: str) -> None:
     """Put DeepSpeed's attributes on the parameters of every bank of experts in ``model``."""
     for bank in model.modules():
         if isinstance(bank, ExpertBank):
-            for parameter in bank.parameters():
-                marks = {
-                    "allreduce": False,
-                    "group_name": group_name,
-                    "ds_zero_placement_family": "autoep_expert",
-                    "ds_zero_partition_group_name": group_name,
-                }
-                for name, value in marks.items():
-                    setattr(parameter, name, value)
+            bank.mark(group_name)
 
 
 def is_expert_parameter(parameter: nn.Parameter) -> bool:
