@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_moe.cli.commands import Commands
+from dist_moe.cli.commands import Commands, add_changed_data
 from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def add_to(commands: Commands) -> None:
     )
     train.add_argument("--data-root", type=Path, metavar="DIR", help="the data's original files (data.root)")
     train.add_argument("--emulate", type=int, metavar="R", help="start R ranks on this machine, which share its device")
+    add_changed_data(train)
     train.set_defaults(run=_run)
 
 
@@ -92,9 +93,11 @@ def _plan_and(train: Callable[[Plan], int], options: argparse.Namespace) -> int:
             overrides.insert(0, str(options.config))
         if options.auto_resume:
             raise UserError("--resume goes on with a run already; leave --auto-resume out")
-        return train(plan_resumed_run(options.resume, overrides))
+        return train(plan_resumed_run(options.resume, overrides, allow_changed_data=options.allow_changed_data))
     if options.config is None:
         raise UserError("name a configuration (see configs/), or a run with --resume")
     run_dir = options.run_dir or Path("runs") / options.config.stem
-    plan = plan_restartable_run if options.auto_resume else plan_new_run
-    return train(plan(options.config, overrides, run_dir))
+    if options.auto_resume:
+        allow = options.allow_changed_data
+        return train(plan_restartable_run(options.config, overrides, run_dir, allow_changed_data=allow))
+    return train(plan_new_run(options.config, overrides, run_dir))

@@ -106,13 +106,15 @@ def validate_recipe(name: str) -> RecipeSettings:
 @dataclass(frozen=True)
 class RunStart:
     """A run that is to begin or to go on. ``resumes``: whether ``run`` holds what it goes on from.
-    ``warnings``: sentences for the user, to which a recipe's plan may add."""
+    ``warnings``: sentences for the user, to which a recipe's plan may add. ``allow_changed_data``: whether it may go on
+    with other data, tokenizer or start weights, see :mod:`dist_moe.recipes.identity`."""
 
     config: Any
     run: RunDirectory
     environment: LaunchEnvironment
     resumes: bool = False
     warnings: list[str] = field(default_factory=list)
+    allow_changed_data: bool = False
 
     def say(self, text: str) -> None:
         """Print a sentence for the user, on rank 0."""
@@ -178,16 +180,18 @@ def plan_new_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> 
     return _plan(RunStart(config, run, environment))
 
 
-def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> Any:
+def plan_resumed_run(run_dir: Path, overrides: Sequence[str], *, allow_changed_data: bool = False) -> Any:
     """Plan the run in ``run_dir`` going on from where it is. Raises UserError if it is none, or would be another."""
     run = RunDirectory(run_dir)
     run.check_exists()
     environment, config = _read(run.config, overrides)
     _check_same_run(load_config(run.config), config)
-    return _plan(RunStart(config, run, environment, resumes=True))
+    return _plan(RunStart(config, run, environment, resumes=True, allow_changed_data=allow_changed_data))
 
 
-def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> Any:
+def plan_restartable_run(
+    config_path: Path, overrides: Sequence[str], run_dir: Path, *, allow_changed_data: bool = False
+) -> Any:
     """Plan a new run, or the one in ``run_dir`` going on from where it is: the same command serves for both.
 
     A run that has nothing to go on from yet begins again. Raises UserError as the two others do, and if ``run_dir``
@@ -196,10 +200,10 @@ def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: P
     environment, config = _read(config_path, overrides)
     run = RunDirectory(run_dir)
     if not run.has_progress:
-        return _plan(RunStart(config, run, environment))
+        return _plan(RunStart(config, run, environment, allow_changed_data=allow_changed_data))
     run.check_exists()
     _check_same_run(load_config(run.config), config)
-    return _plan(RunStart(config, run, environment, resumes=True))
+    return _plan(RunStart(config, run, environment, resumes=True, allow_changed_data=allow_changed_data))
 
 
 def _plan(start: RunStart) -> Plan:

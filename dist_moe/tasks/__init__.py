@@ -10,7 +10,7 @@ from dist_moe.tasks.language import LanguageModelSettings
 from dist_moe.tasks.objective import WeightedObjective
 from dist_moe.tasks.recommendation import RecommendationSettings
 from dist_moe.tasks.settings import TASKS, TaskConfig, TaskSettings
-from dist_moe.tasks.task import ExampleShape, Task, build_model
+from dist_moe.tasks.task import ExampleShape, Task, build_model, check_model
 
 for _settings in (
     RecommendationSettings,
@@ -29,5 +29,6 @@ __all__ = [
     "TaskSettings",
     "WeightedObjective",
     "build_model",
+    "check_model",
     "evaluate",
 ]

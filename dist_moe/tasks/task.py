@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -13,10 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_moe.data.batches import Examples
+from dist_moe.data.digests import digest_of_content
+from dist_moe.data.prepared import PARTS, digests_by_part
 from dist_moe.engine.settings import TrainConfig
+from dist_moe.errors import UserError
 from dist_moe.gates import GateContext
 from dist_moe.models import ModelOutput, MoEModelConfig, RunShape
-from dist_moe.parallel import World
+from dist_moe.parallel import SingleWorld, World
 
 Metrics = dict[str, float]
 Columns = NDArray[np.float64]
@@ -52,6 +56,19 @@ class Task(ABC):
     def model_inputs(self) -> dict[str, Any]:
         """Return the sizes that a model of the task's kind is built with: keyword arguments of its ``build``."""
         return {}
+
+    def digests(self) -> dict[str, str]:
+        """Return digests by name that tell these data from any other; a run whose data have others is another run.
+
+        Of prepared data they are those of the files that its manifest names, else those of the tables in memory, and
+        in either case of the sizes for models. A task whose tables only say where examples lie overrides this.
+        """
+        files = self.manifest.get("files")
+        parts = {part: digest_of_content(getattr(self, part)) for part in PARTS} if files is None else {}
+        sizes = {"sizes": digest_of_content(self.model_inputs())}
+        version = self.manifest.get("format_version")  # of the code that prepared them
+        preparation = {} if version is None else {"preparation": str(version)}
+        return preparation | digests_by_part(files or {}) | parts | sizes
 
     def build_model(self, model: MoEModelConfig, run: RunShape) -> Any:
         """Return this rank's part of the model that ``model`` describes; all ranks must have seeded torch alike."""
@@ -110,6 +127,44 @@ def build_model(config: ModelRun, task: Task, world: World) -> Any:
     """Return this rank's part of the model for ``task``; dense parameters are alike on all ranks."""
     torch.manual_seed(config.seed)
     return task.build_model(config.model, run_shape(config, task, world))
+
+
+class _PlannedWorld(SingleWorld):
+    """A world of several ranks, of which only the number is real: nothing is exchanged in a plan."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+
+def planned_model(config: ModelRun, task: Task, size: int = 1) -> Any:
+    """Return a rank's part of the model, its experts over ``size`` ranks, without storage.
+
+    Raises UserError where it cannot be built for ``task``.
+    """
+    with torch.device("meta"), _explaining(config):
+        return build_model(config, task, _PlannedWorld(size))
+
+
+@contextmanager
+def _explaining(config: ModelRun) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"model.name={config.model.name} cannot be built for these data: {error}") from error
+
+
+def check_model(config: ModelRun, task: Task) -> None:
+    """Raise UserError where the model of ``config`` cannot be built for ``task``, before there are process groups.
+
+    A model that cannot do without storage is not rehearsed: what is wrong with it, its building tells.
+    """
+    model, shape = config.model, run_shape(config, task, SingleWorld())
+    with torch.random.fork_rng(devices=[]), suppress(RuntimeError):  # such as: a tensor's value is asked for
+        if model.num_moe_layers:  # a gate is asked first: its model may not come as far
+            with torch.device("meta"), _explaining(config):
+                model.gate.build(1, model.slots_per_gate, shape.gates)
+        planned_model(config, task, model.num_experts)  # banks of one expert say all that larger ones would
 
 
 def run_shape(config: ModelRun, task: Task, world: World) -> RunShape:

@@ -25,10 +25,11 @@ from dist_moe.errors import UserError
 from dist_moe.parallel import gather_objects
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
+from dist_moe.recipes.identity import Identity, IdentityCallback, identify
 from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
-from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate
+from dist_moe.tasks import Task, WeightedObjective, build_model, check_model, evaluate
 
 OnValidation = Callable[[int, float], bool]
 """Called after each validation with (steps done, validation loss); True gives the run up."""
@@ -40,12 +41,14 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class SupervisedPlan:
-    """A run whose checks have passed. ``checkpoint``: where to go on from; None for a new run."""
+    """A run whose checks have passed. ``checkpoint``: where to go on from; None for a new run. ``identity``: what it
+    is beside its configuration."""
 
     start: RunStart
     task: Task
     feed: ShuffledFeed[Any]
     checkpoint: Path | None
+    identity: Identity
 
     @property
     def config(self) -> SupervisedConfig:
@@ -84,12 +87,14 @@ class SupervisedRecipe(RecipeSettings):
         checkpoint = newest_checkpoint_of(start) if start.resumes else None
         task = config.data.open(progress=start.environment.is_rank_zero)
         self.check(config, task)
+        check_model(config, task)
         if checkpoint is None and config.start is not None:
             config.start.check(config, task)
+        identity = identify(start, Identity(data=task.digests(), weights=self.weights(config, task)), checkpoint)
         feed = feed_of(config, task, start.environment)
         if config.swap_search is not None:
             config.swap_search.check(config.train, feed.steps_per_epoch)
-        return SupervisedPlan(start, task, feed, checkpoint)
+        return SupervisedPlan(start, task, feed, checkpoint, identity)
 
     def train(self, plan: SupervisedPlan) -> int:
         """Open the process groups and train; 0, or 128 + signal if it was asked to stop."""
@@ -98,6 +103,7 @@ class SupervisedRecipe(RecipeSettings):
         if start.environment.is_rank_zero:
             start.run.create()
             if plan.checkpoint is None:
+                plan.identity.write(start.run)
                 start.run.describe(config.plain(), start.environment)
         # A signal while the groups open ends the process at once: there is nothing to save, and perhaps a dead peer.
         with process_groups(start.environment, config.parallel) as groups, stop_requests() as stop:
@@ -117,6 +123,7 @@ class SupervisedRecipe(RecipeSettings):
         if checkpoint is None and config.start is not None:
             config.start.fill(model, config, task, start.environment)
         if checkpoint is not None and start.environment.is_rank_zero:
+            plan.identity.write(start.run)
             start.run.describe(config.plain(), start.environment)
         ending = FinalEvaluation(task, config.target_weights)
         with watchdog(start.run.root, start.environment, config.parallel):
@@ -127,7 +134,12 @@ class SupervisedRecipe(RecipeSettings):
                 config.train,
                 deepspeed=config.deepspeed,
                 seed=config.seed,
-                callbacks=[Opening(plan), *callbacks_of(config, task, on_validation), ending],
+                callbacks=[
+                    Opening(plan),
+                    IdentityCallback(plan.identity),
+                    *callbacks_of(config, task, on_validation),
+                    ending,
+                ],
                 trackers=config.trackers,
                 run=start.run,
                 resume_from=checkpoint,
@@ -146,6 +158,14 @@ class SupervisedRecipe(RecipeSettings):
 
     def check(self, config: SupervisedConfig, task: Task) -> None:
         """Raise UserError for what a run, new or resumed, could not train with."""
+
+    def weights(self, config: SupervisedConfig, task: Task) -> dict[str, str]:
+        """Return digests of the weights that a run starts from or follows, by name, as far as they are (still) there.
+
+        Raises UserError for weights that are not intact.
+        """
+        start = None if config.start is None else config.start.digest(task)
+        return {} if start is None else {"start": start}
 
     def objective(self, config: SupervisedConfig, task: Task, groups: ProcessGroups) -> Objective:
         """Return what the model is trained for. Raises UserError if what it needs is not there."""
@@ -260,6 +280,7 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
         "test": result.test,
         "baselines": baselines,
         "data": task.manifest,
+        "data_changes": plan.identity.plain()["changes"],
         "steps": fitted.steps,
         "first_step": fitted.first_step,
         "training_seconds": fitted.history.seconds,

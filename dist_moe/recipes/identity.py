@@ -1,0 +1,169 @@
+"""What a run is beside its configuration: digests of its data, and of the weights that it starts from or follows.
+
+A run writes them into ``identity.json`` and every checkpoint when it begins. Whoever goes on with it, or evaluates,
+searches or exports its weights on data compares: figures of other data, of another split or of ids that mean other
+tokens look like any others. What was let pass by ``--allow-changed-data`` is recorded beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from dist_moe.config.files import write_json
+from dist_moe.config.settings import Settings
+from dist_moe.engine.callbacks import Callback
+from dist_moe.engine.checkpoint.format import IDENTITY
+from dist_moe.engine.checkpoint.loading import read_trainer_state
+from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.errors import UserError
+from dist_moe.recipes.recipe import RunStart
+
+OPTION = "--allow-changed-data"
+
+UNKNOWN = "{} has no digests of its data: whether they are the same is not known"
+"""Said of a run that was written without."""
+
+_IN_WORDS = {
+    "train": "the prepared data of part train",
+    "val": "the prepared data of part val",
+    "test": "the prepared data of part test",
+    "sizes": "the vocabulary or sizes that the model is built for",
+    "preparation": "the code that prepares the data",
+    "tokenizer": "the tokenizer",
+    "encoder": "the encoder",
+    "split": "the texts and their split",
+    "start": "the start weights",
+    "teacher": "the teacher",
+}
+
+
+class Change(Settings):
+    """A difference that was let pass: after which ``step``, what had ``changed`` by name, the digests ``before``."""
+
+    step: int
+    changed: tuple[str, ...]
+    before: dict[str, str | None]
+
+
+class Identity(Settings):
+    """Digests by name. ``data``: those of the task. ``weights``: of what the run starts from, and of its teacher.
+    ``changes``: what was let pass so far."""
+
+    data: dict[str, str] = Field(default_factory=dict)
+    weights: dict[str, str] = Field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """Return the content as JSON can hold it."""
+        return self.model_dump(mode="json")
+
+    def differences(self, other: Identity) -> list[str]:
+        """Return the names under which two identities differ; where one of them is not known, nothing does.
+
+        Data differ where one lacks a name, too; weights may be gone by now, and are compared where both are known.
+        """
+        both = self.weights.keys() & other.weights.keys()
+        names = self.data.keys() | other.data.keys() if self.data and other.data else ()
+        return [
+            *(name for name in names if self.data.get(name) != other.data.get(name)),
+            *(name for name in both if self.weights[name] != other.weights[name]),
+        ]
+
+    def write(self, run: RunDirectory) -> None:
+        """Write the file of a run. Raises OSError."""
+        write_json(run.identity, self.plain())
+
+
+NOTHING = Identity()
+"""The identity of which nothing is known, and from which nothing differs."""
+
+
+class IdentityCallback(Callback):
+    """Puts the identity of the run into every checkpoint."""
+
+    name = IDENTITY
+
+    def __init__(self, identity: Identity) -> None:
+        self._content = identity.plain()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the identity as JSON can hold it."""
+        return self._content
+
+
+def recorded_identity(run: RunDirectory, checkpoint: Path | None) -> Identity:
+    """Return the identity that ``checkpoint`` of a run carries, else the one in the run's file.
+
+    It is empty for a directory that holds no run, and for a run that was written without. Raises UserError for a file
+    that cannot be read.
+    """
+    if checkpoint is not None and (content := read_trainer_state(checkpoint).identity):
+        return Identity.model_validate(content)
+    if not (run.config.is_file() and run.identity.is_file()):
+        return Identity()
+    try:
+        return Identity.model_validate_json(run.identity.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{run.identity} cannot be read: {error}; put it back, or remove it if the data are surely those of the run"
+        ) from error
+
+
+def check_same(subject: Path, recorded: Identity, present: Identity, *, allowed: bool = False) -> list[str]:
+    """Return the names under which ``present`` differs from what was ``recorded`` of ``subject``, in order.
+
+    Raises UserError that names them unless ``allowed``.
+    """
+    order = list(_IN_WORDS | recorded.data | present.data | present.weights)
+    names = sorted(recorded.differences(present), key=order.index)
+    if names and not allowed:
+        raise UserError(
+            f"{subject}: {_in_words(names)} changed since it was trained; put back what was there, or go on by "
+            f"{OPTION}, which is recorded"
+        )
+    return names
+
+
+def check_stem(field: str, run: Path, recorded: Identity, present: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raise UserError where ``run``, from which another stems, is known to have other digests of ``names`` than these.
+
+    ``field``: of the configuration, that names it. ``present``: digests of the task of the run that stems from it.
+    """
+    found = [name for name in names if name in recorded.data and recorded.data[name] != present.get(name)]
+    if found:
+        raise UserError(
+            f"{field}={run} was trained with other data: {_in_words(found)} differ from those of this run; name a run "
+            "of the same, or train it anew"
+        )
+
+
+def let_pass(names: Sequence[str]) -> str:
+    """Return the sentence about changes that the option lets pass."""
+    return f"{_in_words(names)} changed since the run was trained; going on by {OPTION}"
+
+
+def _in_words(names: Sequence[str]) -> str:
+    return ", ".join(_IN_WORDS.get(name, name) for name in names)
+
+
+def identify(start: RunStart, present: Identity, checkpoint: Path | None) -> Identity:
+    """Return the identity of a run that begins, or goes on from ``checkpoint``, with what was let pass before.
+
+    The warnings of ``start`` get a sentence where something is let pass or is not known. Raises UserError where it
+    would become another run.
+    """
+    recorded = recorded_identity(start.run, checkpoint)
+    state = None if checkpoint is None else read_trainer_state(checkpoint)
+    if start.resumes and not recorded.data and not (state and state.imported_from):
+        start.warnings.append(f"warning: {UNKNOWN.format(start.run.root)}")
+    names = check_same(start.run.root, recorded, present, allowed=start.allow_changed_data)
+    changes = recorded.changes
+    if names:
+        before = {name: (recorded.data | recorded.weights).get(name) for name in names}
+        changes += (Change(step=state.step if state else 0, changed=tuple(names), before=before),)
+        start.warnings.append(f"warning: {let_pass(names)}")
+    return Identity(data=present.data, weights=recorded.weights | present.weights, changes=changes)
