@@ -1,4 +1,4 @@
-"""A module of somebody else: a task that makes its data of a file, in memory, and a recipe; both know nothing of digests."""
+"""A module of somebody else: a task whose data are made of a file, in memory, and a recipe; both know no digests."""
 
 from __future__ import annotations
 
