@@ -7,11 +7,12 @@ tokens look like any others. What was let pass by ``--allow-changed-data`` is re
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from dist_moe.config.files import write_json
 from dist_moe.config.settings import Settings
@@ -102,15 +103,25 @@ def recorded_identity(run: RunDirectory, checkpoint: Path | None) -> Identity:
     that cannot be read.
     """
     if checkpoint is not None and (content := read_trainer_state(checkpoint).identity):
-        return Identity.model_validate(content)
+        return identity_in(content, checkpoint)
     if not (run.config.is_file() and run.identity.is_file()):
-        return Identity()
+        return NOTHING
     try:
-        return Identity.model_validate_json(run.identity.read_bytes())
+        content = json.loads(run.identity.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{run.identity} cannot be read: {error}; put it back, or remove it if the data are surely those of the run"
-        ) from error
+        raise UserError(f"{run.identity} cannot be read: {error}; {_PUT_BACK}") from error
+    return identity_in(content, run.identity)
+
+
+def identity_in(content: Any, path: Path) -> Identity:
+    """Return the identity that :meth:`Identity.plain` gave. Raises UserError, naming ``path``, if it is none."""
+    try:
+        return Identity.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path} says nothing readable of its data: {error.errors()[0]['msg']}; {_PUT_BACK}") from error
+
+
+_PUT_BACK = "put back what was written, or train anew"
 
 
 def check_same(subject: Path, recorded: Identity, present: Identity, *, allowed: bool = False) -> list[str]:

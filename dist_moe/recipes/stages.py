@@ -227,6 +227,8 @@ class StagedRecipe(RecipeSettings):
         if start.environment.is_rank_zero:
             start.run.create()
             identity.write(start.run)
+            for warning in start.warnings:
+                start.say(warning)
             start.run.describe(start.config.plain(), start.environment)
         with stop_requests() as stop:
             try:

@@ -40,7 +40,8 @@ def test_a_stage_goes_on_with_the_data_of_its_run_only(tmp_path: Path) -> None:
     (unsaid / "identity.json").unlink()
     with pytest.raises(UserError, match=r"stages/second: the prepared data of part train.*--allow-changed-data"):
         plan_resumed_run(unsaid, [])
-    succeed(1, "train", "--resume", run, "train.max_steps=3", "--allow-changed-data")
+    (passed,) = succeed(1, "train", "--resume", run, "train.max_steps=3", "--allow-changed-data")
+    assert "the prepared data of part train changed since the run was trained" in passed.err
     (change,) = json.loads((run / "identity.json").read_text())["changes"]
     assert change["changed"] == ["train"]  # the last fifth of the rows is what it was
     now = read_trainer_state(newest_checkpoint(stages[1]))

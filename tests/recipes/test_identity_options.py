@@ -130,9 +130,10 @@ def test_a_run_before_its_first_checkpoint_begins_again_with_the_same_data_only(
 
 def test_what_is_not_known_is_said_and_a_damaged_record_is_refused(trained: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained / "run", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    (run / "identity.json").write_text("[1, 2")
-    with pytest.raises(UserError, match=r"identity\.json cannot be read"):
-        plan_restartable_run(trained / "config.yaml", [], run)
+    for text in ("[1, 2", "[1, 2]", '{"data": {"train": 5}}', '{"other": 1}'):
+        (run / "identity.json").write_text(text)
+        with pytest.raises(UserError, match=r"identity\.json (cannot be read|says nothing readable).*put back"):
+            plan_restartable_run(trained / "config.yaml", [], run)
     shutil.copytree(trained / "run" / "checkpoints", run / "checkpoints")
     assert plan_resumed_run(run, []).start.warnings == []  # the checkpoint carries it as well
 

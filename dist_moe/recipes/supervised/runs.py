@@ -22,7 +22,7 @@ from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.errors import UserError
 from dist_moe.models import models_of_kind
 from dist_moe.parallel import SingleWorld, World
-from dist_moe.recipes.identity import UNKNOWN, Identity, check_same, let_pass
+from dist_moe.recipes.identity import UNKNOWN, Identity, check_same, identity_in, let_pass
 from dist_moe.recipes.recipe import load_config, set_fields, validate_config
 from dist_moe.tasks.task import Task, run_shape
 
@@ -43,7 +43,7 @@ class Weights:
     @property
     def identity(self) -> Identity:
         """Digests of the data that they were trained on; empty where they are not known."""
-        return Identity.model_validate(self.stored.identity)
+        return identity_in(self.stored.identity, self.path)
 
     def load(self, model: nn.Module) -> None:
         """Copy them into a bare model with any share of the experts. Raises UserError if they are not of it."""
