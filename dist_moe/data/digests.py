@@ -55,6 +55,7 @@ def _add(sha256: Any, value: Any, inside: tuple[int, ...]) -> None:
 def _add_parts(sha256: Any, value: Any, inside: tuple[int, ...]) -> None:
     """Hash what consists of others: containers and objects."""
     parts: list[Any]
+    kind = "row"  # no name of a class: who renames one changes no data
     if isinstance(value, set | frozenset):
         parts = sorted(map(digest_of_content, value))
     elif isinstance(value, np.ndarray):
@@ -64,8 +65,8 @@ def _add_parts(sha256: Any, value: Any, inside: tuple[int, ...]) -> None:
     elif isinstance(value, _OPAQUE):
         parts = []
     else:
-        parts = [part for item in _items_of(value) for part in item]
-    _head(sha256, "parts", len(parts))  # no names of classes: who renames one changes no data
+        kind, parts = "items", [part for item in _items_of(value) for part in item]
+    _head(sha256, kind, len(parts))
     for part in parts:
         _add(sha256, part, inside)
 

@@ -147,8 +147,8 @@ def check_stem(field: str, run: Path, recorded: Identity, present: Mapping[str, 
     found = [name for name in names if name in recorded.data and recorded.data[name] != present.get(name)]
     if found:
         raise UserError(
-            f"{field}={run} was trained with other data: {_in_words(found)} differ from those of this run; name a run "
-            "of the same, or train it anew"
+            f"{field}={run} was trained with other data than this run has; what differs: {_in_words(found)}; name "
+            "another, or train it anew"
         )
 
 

@@ -18,7 +18,7 @@ import torch
 
 from dist_moe.errors import UserError
 from dist_moe.recipes.hugging_face.export import export_hugging_face
-from dist_moe.recipes.recipe import load_config, plan_restartable_run, plan_resumed_run
+from dist_moe.recipes.recipe import load_config, plan_new_run, plan_restartable_run, plan_resumed_run
 from dist_moe.recipes.supervised import evaluate as evaluation
 from dist_moe.recipes.supervised.evaluate import evaluate_run
 from dist_moe.recipes.supervised.search import search_run
@@ -303,6 +303,18 @@ def test_changed_data_are_refused_by_all_who_meet_them(
     assert {path: path.read_bytes() for path in trained.run.iterdir() if path.is_file()} == before
     assert not (tmp_path / "written").exists()
     assert warnings_of(trained.run) == []  # and with the data put back it goes on
+
+
+@pytest.mark.parametrize("trained", ["text"], indirect=True)
+def test_no_decoder_starts_from_a_run_whose_vocabulary_is_gone(trained: Trained, tmp_path: Path) -> None:
+    """A vocabulary is learnt from the text: of the text as it is now it is that of the new run, not of the old one."""
+    config, start = trained.run / "config.yaml", f"start={{name: decoder, run: {trained.run}}}"
+    assert plan_new_run(config, [start], tmp_path / "new").identity.weights.keys() == {"start"}
+    with (
+        changed(trained, "a document more in each domain", tmp_path / "aside"),
+        pytest.raises(UserError, match=r"start\.run=.*with other data than this run has; what differs: the tokenizer"),
+    ):
+        plan_new_run(config, [start], tmp_path / "new")
 
 
 def warnings_of(run: Path, *overrides: str) -> list[str]:
