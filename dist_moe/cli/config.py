@@ -23,11 +23,9 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import yaml
-
     from dist_moe.config.listing import field_listing
-    from dist_moe.config.overrides import read_yaml
     from dist_moe.config.packaged import packaged_listing
+    from dist_moe.config.plain_yaml import read_yaml, yaml_text
     from dist_moe.config.validation import import_modules
     from dist_moe.recipes import RECIPES, load_config
     from dist_moe.recipes.recipe import configuration_of
@@ -50,5 +48,5 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("name a configuration to check, or ask for --fields or --list")
     config = load_config(options.config, options.overrides)
     config.check(config.parallel.expert_parallel_size)
-    print(yaml.safe_dump(config.plain(), sort_keys=False), end="")
+    print(yaml_text(config.plain()), end="")
     return 0

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dist_moe.config.settings import LARGEST_COUNT
 from dist_moe.gates.balance import load_balance
 from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture
 from dist_moe.gates.top_k import TopK
@@ -32,7 +33,7 @@ class AdaMoEConfig(GateSettings):
 
     name: Literal["ada_moe"] = "ada_moe"
     k: int = Field(4, ge=1, description="slots per token, experts and nulls together")
-    null_slots: int = Field(16, ge=0, description="slots that do nothing, beside the experts")
+    null_slots: int = Field(16, ge=0, le=LARGEST_COUNT, description="slots that do nothing, beside the experts")
     balance_weight: float = Field(
         1e-4, ge=0, description="weight of the load-balance loss over experts and nulls, which is 1 when uniform"
     )

@@ -27,8 +27,9 @@ from dist_moe.engine.deepspeed.engine import is_expert_parameter, mark_experts
 from dist_moe.models import MoEModel
 from dist_moe.planning.activations import RowsPerToken, bytes_per_example
 from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.recipes.supervised.size import planned_model
 from dist_moe.search import SlotTable
-from dist_moe.tasks.task import Task, planned_model
+from dist_moe.tasks.task import Task
 
 STAGES = (0, 1, 2, 3)
 ALIGNMENT = 2

@@ -3,14 +3,14 @@
 Importing this package registers the tasks that come with it.
 """
 
-from dist_moe.tasks.evaluation import evaluate
+from dist_moe.tasks.evaluation import evaluate, evaluate_baselines
 from dist_moe.tasks.images import TwoImagesSettings
 from dist_moe.tasks.labelled_text import QuestionAnsweringSettings, TextClassificationSettings
 from dist_moe.tasks.language import LanguageModelSettings
 from dist_moe.tasks.objective import WeightedObjective
 from dist_moe.tasks.recommendation import RecommendationSettings
 from dist_moe.tasks.settings import TASKS, TaskConfig, TaskSettings
-from dist_moe.tasks.task import ExampleShape, Task, build_model, check_model
+from dist_moe.tasks.task import ExampleShape, Task, build_model
 
 for _settings in (
     RecommendationSettings,
@@ -29,6 +29,6 @@ __all__ = [
     "TaskSettings",
     "WeightedObjective",
     "build_model",
-    "check_model",
     "evaluate",
+    "evaluate_baselines",
 ]

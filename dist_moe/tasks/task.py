@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -17,10 +16,9 @@ from dist_moe.data.batches import Examples
 from dist_moe.data.digests import digest_of_content
 from dist_moe.data.prepared import PARTS, digests_by_part
 from dist_moe.engine.settings import TrainConfig
-from dist_moe.errors import UserError
 from dist_moe.gates import GateContext
 from dist_moe.models import ModelOutput, MoEModelConfig, RunShape
-from dist_moe.parallel import SingleWorld, World
+from dist_moe.parallel import World
 
 Metrics = dict[str, float]
 Columns = NDArray[np.float64]
@@ -94,6 +92,13 @@ class Task(ABC):
     def metrics(self, columns: Columns, part: Any, weights: tuple[float, ...]) -> Metrics:
         """Return the metrics of (C, N) observed columns of all rows of ``part``; "loss" is the weighted loss."""
 
+    def undefined(self, part: Any, weights: tuple[float, ...]) -> dict[str, str]:
+        """Return why metrics have no value on ``part``, by their names: from its labels, whatever a model predicts.
+
+        They are null wherever metrics are written. "loss" is among them where no label of ``part`` decides it.
+        """
+        return {}
+
     def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """Return the metrics of predictors that a model must beat, by name."""
         return {}
@@ -127,44 +132,6 @@ def build_model(config: ModelRun, task: Task, world: World) -> Any:
     """Return this rank's part of the model for ``task``; dense parameters are alike on all ranks."""
     torch.manual_seed(config.seed)
     return task.build_model(config.model, run_shape(config, task, world))
-
-
-class _PlannedWorld(SingleWorld):
-    """A world of several ranks, of which only the number is real: nothing is exchanged in a plan."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-
-def planned_model(config: ModelRun, task: Task, size: int = 1) -> Any:
-    """Return a rank's part of the model, its experts over ``size`` ranks, without storage.
-
-    Raises UserError where it cannot be built for ``task``.
-    """
-    with torch.device("meta"), _explaining(config):
-        return build_model(config, task, _PlannedWorld(size))
-
-
-@contextmanager
-def _explaining(config: ModelRun) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"model.name={config.model.name} cannot be built for these data: {error}") from error
-
-
-def check_model(config: ModelRun, task: Task) -> None:
-    """Raise UserError where the model of ``config`` cannot be built for ``task``, before there are process groups.
-
-    A model that cannot do without storage is not rehearsed: what is wrong with it, its building tells.
-    """
-    model, shape = config.model, run_shape(config, task, SingleWorld())
-    with torch.random.fork_rng(devices=[]), suppress(RuntimeError):  # such as: a tensor's value is asked for
-        if model.num_moe_layers:  # a gate is asked first: its model may not come as far
-            with torch.device("meta"), _explaining(config):
-                model.gate.build(1, model.slots_per_gate, shape.gates)
-        planned_model(config, task, model.num_experts)  # banks of one expert say all that larger ones would
 
 
 def run_shape(config: ModelRun, task: Task, world: World) -> RunShape:

@@ -17,7 +17,7 @@ from .conftest import Refused
     [
         ("seed=-1", ["seed=-1", "greater than or equal to 0"]),
         ("train.batch_size=abc", ["train.batch_size='abc'", "integer"]),
-        ("train.batch_size=", ["train.batch_size=None", "integer"]),
+        ("train.batch_size=", ["gives no value", "train.batch_size=null"]),
         ("train.max_steps=0", ["train.max_steps=0", "greater than or equal to 1"]),
         ("train=[]", ["train=[]", "dictionary"]),
         ("model.experts.dropout=1", ["model.experts.dropout=1", "less than 1"]),

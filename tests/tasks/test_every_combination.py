@@ -19,7 +19,8 @@ from dist_moe.gates import GATES
 from dist_moe.models import models_of_kind
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import validate_config
-from dist_moe.tasks import TASKS, Task, WeightedObjective, build_model, check_model
+from dist_moe.recipes.supervised.size import check_model
+from dist_moe.tasks import TASKS, Task, WeightedObjective, build_model
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
 from tests.data.tiny_images import write_tiny_images
 from tests.data.tiny_movielens import write_tiny_movielens

@@ -27,7 +27,8 @@ from dist_moe.planning.scale.step_time import (
 )
 from dist_moe.planning.scale.work import work_of_layer, work_of_model
 from dist_moe.recipes.supervised.config import SupervisedConfig
-from dist_moe.tasks.task import Task, planned_model
+from dist_moe.recipes.supervised.size import planned_model
+from dist_moe.tasks.task import Task
 
 
 @dataclass(frozen=True)
