@@ -8,6 +8,7 @@ loading, and as everything in it can be made again, it is made again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,6 +65,18 @@ class Prepared:
 def by_part(columns: Mapping[str, Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """Return the named arrays of each part under names by which `Prepared.columns` finds them."""
     return {f"{part}_{name}": array for part, arrays in columns.items() for name, array in arrays.items()}
+
+
+def digests_by_part(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return a SHA-256 for each part of the data, and for each array that belongs to none, by its name.
+
+    ``files``: the entries that a manifest has of its arrays, whose digests these are made of.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(files):
+        part = next((part for part in PARTS if name.startswith(f"{part}_")), name)
+        found.setdefault(part, []).append(f"{name} {files[name]['sha256']}\n")
+    return {part: hashlib.sha256("".join(lines).encode()).hexdigest() for part, lines in found.items()}
 
 
 class NotUsable(Exception):

@@ -43,6 +43,8 @@ BUFFER = "buffer"
 """The state of a buffer; those of a parameter are MASTER and the optimizer's."""
 DENSE, EXPERTS = "dense", "experts"
 """The kinds of tensors of a model, beside BUFFER."""
+IDENTITY = "identity"
+"""The name among the states of callbacks under which a run says what it is: see dist_moe.recipes.identity."""
 OWN_DIGEST = "sha256"
 """The manifest's field for its own digest."""
 
@@ -245,6 +247,11 @@ class TrainerState:
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run says of its data and of what it starts from; nothing where it has nothing to say."""
+        return self.callbacks.get(IDENTITY, {})
 
     @property
     def history(self) -> TrainingHistory:

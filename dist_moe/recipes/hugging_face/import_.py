@@ -27,6 +27,7 @@ from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, read_decoder
 from dist_moe.models.hugging_face.decoder_config import CLASSES
 from dist_moe.models.hugging_face.files import TOKENIZER
 from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.identity import Identity
 from dist_moe.recipes.recipe import set_fields, validate_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.tasks import build_model
@@ -62,7 +63,9 @@ def import_hugging_face(
         _check_tokens(source, checkpoint, task)
         _fill(model, checkpoint, conversion)
         imported_from = f"{source.name} ({CLASSES[checkpoint.architecture]})"
-        written = write_first_checkpoint(model, checkpoints_of(run_dir), imported_from)
+        identity = Identity(data=task.digests())
+        written = write_first_checkpoint(model, checkpoints_of(run_dir), imported_from, identity.plain())
+        identity.write(run)
         run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
     return written, config
 

@@ -25,7 +25,8 @@ from dist_moe.engine.training import FitResult, Objective, Trainer, fit
 from dist_moe.errors import UserError
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
-from dist_moe.recipes.recipe import Described, RecipeConfig, RecipeSettings, RunStart
+from dist_moe.recipes.identity import Described, Identity, identify
+from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
 from dist_moe.recipes.supervised.size import check_fits
@@ -42,12 +43,14 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class SupervisedPlan:
-    """A run whose checks have passed. ``checkpoint``: where to go on from; None for a new run."""
+    """A run whose checks have passed. ``checkpoint``: where to go on from; None for a new run. ``identity``: what it
+    is beside its configuration."""
 
     start: RunStart
     task: Task
     feed: ShuffledFeed[Any]
     checkpoint: Path | None
+    identity: Identity
 
     @property
     def config(self) -> SupervisedConfig:
@@ -93,11 +96,12 @@ class SupervisedRecipe(RecipeSettings):
         check_fits(config, task, start.environment)
         if checkpoint is None and config.start is not None:
             config.start.check(config, task)
+        identity = identify(start, Identity(data=task.digests(), weights=self.weights(config, task)), checkpoint)
         feed = feed_of(config, task, start.environment)
         config.train.total_steps(feed.steps_per_epoch)  # more than can be counted are refused
         if config.swap_search is not None:
             config.swap_search.check(config.train, feed.steps_per_epoch)
-        return SupervisedPlan(start, task, feed, checkpoint)
+        return SupervisedPlan(start, task, feed, checkpoint, identity)
 
     def train(self, plan: SupervisedPlan) -> int:
         """Open the process groups and train; 0, or 128 + signal if it was asked to stop."""
@@ -131,7 +135,12 @@ class SupervisedRecipe(RecipeSettings):
                 config.train,
                 deepspeed=config.deepspeed,
                 seed=config.seed,
-                callbacks=[Opening(plan), Described(start), *callbacks_of(config, task, on_validation), ending],
+                callbacks=[
+                    Opening(plan),
+                    Described(start, plan.identity),
+                    *callbacks_of(config, task, on_validation),
+                    ending,
+                ],
                 trackers=config.trackers,
                 run=start.run,
                 resume_from=checkpoint,
@@ -150,6 +159,14 @@ class SupervisedRecipe(RecipeSettings):
 
     def check(self, config: SupervisedConfig, task: Task) -> None:
         """Raise UserError for what a run, new or resumed, could not train with."""
+
+    def weights(self, config: SupervisedConfig, task: Task) -> dict[str, str]:
+        """Return digests of the weights that a run starts from or follows, by name, as far as they are (still) there.
+
+        Raises UserError for weights that are not intact.
+        """
+        start = None if config.start is None else config.start.digest(task)
+        return {} if start is None else {"start": start}
 
     def objective(self, config: SupervisedConfig, task: Task, groups: ProcessGroups) -> Objective:
         """Return what the model is trained for. Raises UserError if what it needs is not there."""
@@ -258,6 +275,7 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
         "test": result.test,
         "baselines": baselines,
         "data": task.manifest,
+        "data_changes": plan.identity.plain()["changes"],
         "steps": fitted.steps,
         "first_step": fitted.first_step,
         "training_seconds": fitted.history.seconds,

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.data.encoder import open_encoder
+from dist_moe.data.encoder import WEIGHTS, open_encoder
 from dist_moe.errors import UserError
 from dist_moe.models import BertShape
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A checkpoint directory, its sizes, and where it came from (never a path)."""
+    """A checkpoint directory, its sizes, where it came from (never a path), and the SHA-256 of its weights."""
 
     directory: Path
     shape: BertShape
     provenance: dict[str, Any]
+    weights: str
 
     @property
     def tokenizer(self) -> Path:
@@ -34,4 +35,4 @@ def find_encoder(directory: Path | None, cache: Path | None, *, progress: bool) 
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    return Encoder(source.directory, BertShape.from_hugging_face(content), source.provenance)
+    return Encoder(source.directory, BertShape.from_hugging_face(content), source.provenance, source.files[WEIGHTS])
