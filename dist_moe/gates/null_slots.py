@@ -87,7 +87,7 @@ class NullSlots(Gate):
             probability_TS = inner.weight_TKE.sum(dim=1)
         aux = inner.aux
         if self.balance_weight and self.training:
-            selected_TS = (inner.weight_TKE.detach() > 0).any(dim=1)
+            selected_TS = (inner.weight_TKE.detach() != 0).any(dim=1)
             loss = load_balance(self, selected_TS, probability_TS, self.null_slots)
             aux = aux | {"null_balance": self.balance_weight * loss}
         return Mixture(without_null(inner.weight_TKE, self.null_slots), aux)
@@ -112,5 +112,5 @@ def without_null(weight_TKS: Tensor, null_slots: int) -> Tensor:
     num_experts = weight_TKS.shape[-1] - null_slots
     weight_TKE, null_TKM = weight_TKS[..., :num_experts], weight_TKS[..., num_experts:]
     left_T11 = weight_TKE.sum(dim=(1, 2), keepdim=True)
-    shared_T11 = (null_TKM > 0).any(dim=2, keepdim=True).any(dim=1, keepdim=True) & (left_T11 > 0)
+    shared_T11 = (null_TKM != 0).any(dim=2, keepdim=True).any(dim=1, keepdim=True) & (left_T11 != 0)
     return torch.where(shared_T11, weight_TKE / torch.where(shared_T11, left_T11, 1), weight_TKE)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from dist_moe.config.packaged import config_path
 from dist_moe.config.plain_yaml import read_yaml
 from dist_moe.config.settings import Settings
 from dist_moe.errors import UserError, shown
@@ -26,7 +27,9 @@ class RowConfig(Settings):
 class SweepConfig(Settings):
     """A sweep: ``trials`` draws for each of ``rows``."""
 
-    config: Path = Field(description="the base run configuration, relative to the sweep file")
+    config: Path = Field(
+        description="the base run configuration: a file, relative to the sweep file, or @NAME for one of the package's"
+    )
     trials: int = Field(ge=1, description="trials per row; may grow later")
     seed: int = Field(0, ge=0, description="seed of the draws")
     sampler: Literal["random", "tpe"] = Field(
@@ -52,7 +55,7 @@ def load_sweep(path: Path) -> SweepConfig:
     except ValidationError as error:
         lines = [_explain(wrong) for wrong in error.errors()]
         raise UserError(f"sweep {path} is not valid:\n  " + "\n  ".join(lines)) from error
-    return sweep.model_copy(update={"config": path.parent / sweep.config})
+    return sweep.model_copy(update={"config": config_path(sweep.config, path.parent)})
 
 
 def _explain(wrong: Any) -> str:

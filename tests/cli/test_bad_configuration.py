@@ -134,7 +134,7 @@ def test_a_file_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_neither_configuration_nor_run(refused: Refused, tmp_path: Path) -> None:
-    refused(["train"], "--resume", "configs/")
+    refused(["train"], "--resume", "config --list")
     refused(["config"], "--fields")
     refused(["train", "--resume", tmp_path, "--run-dir", tmp_path], "--run-dir")
 

@@ -63,6 +63,11 @@ class RunDirectory:
                 f"{option} {self.root} holds a run already; name another directory, or go on with that run by "
                 f"'dist-moe train --resume {self.root}'"
             )
+        if complete_directories(checkpoints_of(self.root)):
+            raise UserError(
+                f"{option} {self.root} holds checkpoints already, of a run without {self.config.name}; name another "
+                f"directory, or put the file back"
+            )
 
     def check_exists(self) -> None:
         """Raise UserError if the directory holds no run."""

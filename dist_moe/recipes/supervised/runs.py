@@ -130,8 +130,12 @@ def _run_and_checkpoint(path: Path) -> tuple[RunDirectory | None, Path | None]:
         run = RunDirectory(path)
         run.check_exists()
         return run, None
-    run = RunDirectory(path.resolve().parent.parent)
-    return (run if run.config.is_file() else None), path
+    # As it was named first: its directory may be a link to another disk.
+    for place in (path.absolute(), path.resolve()):
+        run = RunDirectory(place.parent.parent)
+        if run.config.is_file():
+            return run, path
+    return None, path
 
 
 _GATE = "model.gate."
