@@ -35,6 +35,7 @@ NEWSGROUPS = (
     *("soc.religion.christian", "talk.politics.guns", "talk.politics.mideast", "talk.politics.misc"),
     "talk.religion.misc",
 )
+NEWSGROUPS_SET = frozenset(NEWSGROUPS)
 HEADER_LINES_OF_ORANGE = 3
 """Names, types and roles of the columns."""
 
@@ -84,6 +85,9 @@ def read_newsgroups(files: list[File], progress: Progress) -> Published:
 def _posts(file: File) -> LabelledTexts:
     whole = separated(file)
     orange = HEADER_LINES_OF_ORANGE - 1  # the first line has become the header
+    for line, row in zip(whole.line_N[:orange], whole.rows[:orange], strict=True):
+        if NEWSGROUPS_SET.intersection(row):
+            raise UserError(f"{file.path}, line {line}: an example, where types and roles of the columns are expected")
     table = Table(whole.path, whole.header, whole.rows[orange:], whole.line_N[orange:])
     return LabelledTexts(_single(table.texts("Text")), table.classes("Category", NEWSGROUPS))
 

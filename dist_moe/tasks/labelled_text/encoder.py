@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_moe.config.files import read_json
 from dist_moe.data.encoder import open_encoder
 from dist_moe.errors import UserError
 from dist_moe.models import BertShape
@@ -31,7 +31,7 @@ def find_encoder(directory: Path | None, cache: Path | None, *, progress: bool) 
     source = open_encoder(directory, cache, progress=progress)
     path = source.directory / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return Encoder(source.directory, BertShape.from_hugging_face(content), source.provenance)
