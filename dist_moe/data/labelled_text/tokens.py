@@ -18,11 +18,10 @@ from torch import Tensor
 from dist_moe.data.batches import TensorBatch
 from dist_moe.data.encoder import ENCODER_DESCRIPTION, open_encoder
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.fetch.tables import shown
 from dist_moe.data.labelled_text.texts import TextOrPair
 from dist_moe.data.prepared import DataSettings
 from dist_moe.data.tokenizer_files import read_tokenizer, refusing
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 TEXTS_AT_ONCE = 1024
 PADDING_TOKENS = ("[PAD]", "<pad>", "<|padding|>")

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.restricted_pickle import Allowed, read_arrays
-from dist_moe.data.fetch.tables import Table, comma_separated, separated, shown
-from dist_moe.errors import UserError
+from dist_moe.data.fetch.tables import Table, comma_separated, separated
+from dist_moe.errors import UserError, shown
 
 RATINGS, MOVIES = "ratings.dat", "movies.dat"
 SMALL_RATINGS, SMALL_MOVIES = "ratings.csv", "movies.csv"

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dist_moe.config.files import read_json
-from dist_moe.data.fetch.tables import shown
 from dist_moe.data.text.tokens import TokenIds
 from dist_moe.data.tokenizer_files import LARGEST_VOCABULARY, ids_of, read_tokenizer, refusing
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 SEPARATOR = "<|endoftext|>"
 SEPARATOR_ID = 0

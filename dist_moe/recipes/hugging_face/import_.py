@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from dist_moe.config.overrides import Content, parse_override, read_yaml
+from dist_moe.data.tokenizer_files import read_tokenizer
 from dist_moe.engine.checkpoint import ROUTERS, place_weights, write_first_checkpoint
 from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.launch.environment import LaunchEnvironment
@@ -117,10 +116,8 @@ def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, task: LanguageMod
 
 
 def _tokens_of(path: Path) -> dict[str, int]:
-    try:
-        return Tokenizer.from_file(str(path)).get_vocab()
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{path} cannot be read as a tokenizer of the library tokenizers: {error}") from error
+    vocabulary: dict[str, int] = read_tokenizer(path)[0].get_vocab()
+    return vocabulary
 
 
 def _fill(model: Transformer, checkpoint: DecoderCheckpoint, conversion: DecoderConversionConfig) -> None:
