@@ -17,10 +17,10 @@ LARGEST_VOCABULARY = 1 << 24
 
 
 @contextmanager
-def refusing(path: Path | None, remedy: str, failure: str = "fails on the text") -> Iterator[None]:
-    """Turn what the library raises within, bare exceptions and panics, into a `UserError` about ``path``.
+def refusing(subject: str, remedy: str, failure: str = "fails on the text") -> Iterator[None]:
+    """Turn what the library raises within, bare exceptions and panics, into a `UserError` about ``subject``.
 
-    ``failure``: what it says of the tokenizer.
+    ``failure``: what it says of that.
     """
     try:
         yield
@@ -29,41 +29,40 @@ def refusing(path: Path | None, remedy: str, failure: str = "fails on the text")
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        which = "" if path is None else f"={path}"
-        raise UserError(f"data.tokenizer{which} {failure}: {error}. Remedy: {remedy}") from error
+        raise UserError(f"{subject} {failure}: {error}. Remedy: {remedy}") from error
 
 
-def read_tokenizer(path: Path) -> tuple[Tokenizer, Path, bytes]:
+def read_tokenizer(path: Path, subject: str | None = None) -> tuple[Tokenizer, Path, bytes]:
     """Return a tokenizer that neither cuts nor pads, its file and what is in it.
 
-    ``path``: a tokenizer.json, or a directory that has one. Raises `UserError` for any other file, and for one whose
+    ``path``: a tokenizer.json, or a directory that has one. ``subject``: how messages name it. Raises `UserError` for any other file, and for one whose
     ids go beyond `LARGEST_VOCABULARY`.
     """
+    subject = subject or f"data.tokenizer={path}"
     file = absolute(path)
     remedy = "give a tokenizer.json as the library tokenizers writes it, or a Hugging Face directory that has one"
-    with refusing(path, remedy, "cannot be read"):
+    with refusing(subject, remedy, "cannot be read"):
         if file.is_dir():
             file = file / FILE
         content = read_bytes(file)
         tokenizer = Tokenizer.from_str(content.decode())
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    ids_of(tokenizer, path)
+    ids_of(tokenizer, subject)
     return tokenizer, file, content
 
 
-def ids_of(tokenizer: Tokenizer, path: Path | None = None) -> int:
+def ids_of(tokenizer: Tokenizer, subject: str = "data.tokenizer") -> int:
     """Return one more than the largest id: there may be fewer tokens, where ids have gaps.
 
     Raises `UserError` for a tokenizer without tokens, or with ids beyond `LARGEST_VOCABULARY`.
     """
-    which = "" if path is None else f"={path}"
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     if not ids:
-        raise UserError(f"data.tokenizer{which} has no tokens; give one that was trained")
+        raise UserError(f"{subject} has no tokens; give one that was trained")
     if max(ids) >= LARGEST_VOCABULARY:
         raise UserError(
-            f"data.tokenizer{which} has {len(ids):,} tokens, but one of id {max(ids):,}; allowed: ids below "
+            f"{subject} has {len(ids):,} tokens, but one of id {max(ids):,}; allowed: ids below "
             f"{LARGEST_VOCABULARY:,}. Remedy: number them without large gaps"
         )
     return max(ids) + 1

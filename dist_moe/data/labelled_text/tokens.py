@@ -126,7 +126,7 @@ def encodings(tokenizer: Tokenizer, texts: list[TextOrPair], part: str, progress
     """Yield the encoding of each text or pair, in order. ``part``: what is tokenised, for a person to see."""
     blocks = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
     for block in progress.track(blocks, f"tokenising {part}", total=len(blocks), unit=f"x {TEXTS_AT_ONCE} texts"):
-        with refusing(None, "a tokenizer that has a token for every text, [UNK] for one"):
+        with refusing("data.tokenizer", "a tokenizer that has a token for every text, [UNK] for one"):
             found = tokenizer.encode_batch([text[0] if len(text) == 1 else text for text in block])
         yield from found
 

@@ -134,7 +134,7 @@ class OwnTokenizer:
 
     def _encodings(self, name: str, documents: list[str]) -> Iterator[tuple[str, Encoding]]:
         for some in batches(documents):
-            with refusing(self.path, "a tokenizer that knows every byte"):
+            with refusing(f"data.tokenizer={self.path}", "a tokenizer that knows every byte"):
                 encodings = self.tokenizer.encode_batch(some, add_special_tokens=False)
                 again = self.tokenizer.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
             for text, encoding, back in zip(some, encodings, again, strict=True):
@@ -170,7 +170,7 @@ def open_own_tokenizer(path: Path, end_of_text: str | None) -> OwnTokenizer:
             f"data.tokenizer: {file.parent / MODEL_CONFIG} has vocab_size={shown(of_model)}; expected a whole number "
             f"from 1 to {LARGEST_VOCABULARY}"
         )
-    vocab_size = max(ids_of(tokenizer, path), of_model or 0)
+    vocab_size = max(ids_of(tokenizer, f"data.tokenizer={path}"), of_model or 0)
     digest = hashlib.sha256(content + f" {end} {vocab_size}".encode()).hexdigest()[:16]
     return OwnTokenizer(path, tokenizer, end, vocab_size, digest)
 

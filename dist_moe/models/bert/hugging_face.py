@@ -147,6 +147,8 @@ def read_hugging_face(directory: Path) -> BertCheckpoint:
         prefixed |= name.startswith(PREFIX)
         name = name.removeprefix(PREFIX)  # and today's names for the oldest checkpoints' scale and shift
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name in tensors:
+            raise UserError(f"{directory / WEIGHTS} has {name} twice, under two names that mean the same; leave one")
         tensors[name] = tensor
     position_ids = tensors.pop(POSITION_IDS, None)
     if position_ids is not None and position_ids.flatten().tolist() != list(range(shape.positions)):

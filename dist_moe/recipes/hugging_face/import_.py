@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dist_moe.config.overrides import Content, parse_override, read_yaml
 from dist_moe.data.tokenizer_files import read_tokenizer
 from dist_moe.engine.checkpoint import ROUTERS, place_weights, write_first_checkpoint
@@ -54,8 +56,13 @@ def import_hugging_face(
     config = validate_config(_fitted(content, assignments, checkpoint, conversion))
     assert isinstance(config.model, TransformerConfig)
     config.check(config.parallel.expert_parallel_size)  # the least number of ranks
-    task, model = _open(config)
+    task = config.data.open(progress=True)
+    assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
     _check_tokens(source, checkpoint, task)
+    if checkpoint.config.moe_every:  # without storage first: sizes that no tensor has would take memory
+        with torch.device("meta"):
+            checkpoint.into(_model(config, task))
+    model = _model(config, task)
     _fill(model, checkpoint, conversion)
     run.create()
     imported_from = f"{source.name} ({CLASSES[checkpoint.architecture]})"
@@ -64,13 +71,10 @@ def import_hugging_face(
     return written, config
 
 
-def _open(config: SupervisedConfig) -> tuple[LanguageModelTask, Transformer]:
-    """The data and the whole model, in this process."""
-    task = config.data.open(progress=True)
-    assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
+def _model(config: SupervisedConfig, task: LanguageModelTask) -> Transformer:
     model = build_model(config, task, SingleWorld())
     assert isinstance(model, Transformer)
-    return task, model
+    return model
 
 
 def _fitted(
@@ -116,7 +120,7 @@ def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, task: LanguageMod
 
 
 def _tokens_of(path: Path) -> dict[str, int]:
-    vocabulary: dict[str, int] = read_tokenizer(path)[0].get_vocab()
+    vocabulary: dict[str, int] = read_tokenizer(path, str(path))[0].get_vocab()
     return vocabulary
 
 
