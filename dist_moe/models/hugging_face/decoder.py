@@ -38,6 +38,7 @@ from dist_moe.models.hugging_face.files import (
     CONFIG,
     DECODER,
     WEIGHTS,
+    WEIGHTS_ARE,
     check_names,
     check_tensors,
     dtype_fields,
@@ -99,7 +100,8 @@ class DecoderCheckpoint:
         for name, tensor in self.weights.items():
             limit = self.config.num_experts if "slot_map" in name else self.config.slots_per_gate
             fault = None
-            if tensor.dtype.is_floating_point != state[name].dtype.is_floating_point:
+            kinds = {tensor.dtype, state[name].dtype}
+            if not (kinds <= set(WEIGHTS_ARE) or len(kinds) == 1):
                 fault = f"is of {tensor.dtype}, the model's of {state[name].dtype}"
             elif tensor.dtype.is_floating_point and not tensor.isfinite().all():
                 fault = "holds values that are not finite"
@@ -122,9 +124,7 @@ def read_decoder(directory: Path) -> DecoderCheckpoint:
         raise UserError(f"{directory / CONFIG}: {error}") from error
     architecture: Architecture = content["model_type"]
     tensors = without_buffers(read_tensors(directory))
-    for field, count in (("layers", config.layers), ("experts", config.num_experts if config.moe_every else 0)):
-        if count > len(tensors) and (field == "layers" or architecture in _OF_EXPERT):
-            raise UserError(f"{directory / CONFIG} says {count:,} {field}, and there are {len(tensors)} tensors")
+    _check_counts(directory, config, architecture, tensors)
     has_tied_head = config.tied_embeddings and HEAD in tensors
     if has_tied_head and not _same(tensors.pop(HEAD), tensors.get(TIED_TO)):
         raise UserError(f"{directory / WEIGHTS}: tie_word_embeddings=true, and {HEAD} is not {TIED_TO}")
@@ -224,6 +224,19 @@ def _shapes(config: TransformerConfig, vocab_size: int, architecture: Architectu
             for ours, theirs in _OF_EXPERT[architecture].items():
                 shapes[f"{prefix}.experts.{expert}.{theirs}.weight"] = (dim, width) if ours == "down" else (width, dim)
     return shapes
+
+
+def _check_counts(directory: Path, config: TransformerConfig, architecture: Architecture, tensors: Tensors) -> None:
+    """Raise UserError for more layers or experts than there can be: nothing of that size shall be built."""
+    if config.layers > len(tensors):
+        raise UserError(f"{directory / CONFIG} says {config.layers:,} layers, and there are {len(tensors)} tensors")
+    if not config.moe_every:
+        return
+    rows = {tensor.shape[0] for name, tensor in tensors.items() if ".moe.experts." in name and tensor.dim()}
+    if config.num_experts > len(tensors) if architecture in _OF_EXPERT else rows - {config.num_experts}:
+        raise UserError(
+            f"{directory / CONFIG} says {config.num_experts:,} experts, and the tensors are of fewer or more"
+        )
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:

@@ -15,7 +15,7 @@ from dist_moe.errors import UserError, shown
 from dist_moe.experts import FeedForwardConfig
 from dist_moe.gates import TopKConfig
 from dist_moe.gates.top_k import Scores
-from dist_moe.models.hugging_face.files import CONTEXT, MIXTURE, field_errors, followed
+from dist_moe.models.hugging_face.files import CONTEXT, LARGEST_SIZE, MIXTURE, field_errors, followed
 from dist_moe.models.transformer import TransformerConfig
 
 Architecture = Literal["llama", "mixtral", "olmoe", "dist_moe"]
@@ -90,7 +90,10 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
     else:
         fields |= {"dense_hidden": content["intermediate_size"], **content[MIXTURE]}
     with followed():
-        return TransformerConfig(**fields), content["vocab_size"]
+        config = TransformerConfig(**fields)
+    for error in config.validation_errors():
+        raise UserError(f"the Hugging Face configuration cannot be followed: {error}")
+    return config, content["vocab_size"]
 
 
 def write_decoder_config(
@@ -185,10 +188,22 @@ def _malformed(content: Content, wanted: set[str]) -> Iterator[str]:
     )
     sizes = {*wanted, "num_key_value_heads"} - {"rms_norm_eps", "tie_word_embeddings", MIXTURE}
     yield from field_errors(given, sorted(sizes), sorted(numbers))
+    for name, value in _numbers(given.get(MIXTURE), MIXTURE):
+        if abs(value) > LARGEST_SIZE:
+            yield f"{name}={shown(value)}; expected at most {LARGEST_SIZE}"
     for field in ("tie_word_embeddings", "norm_topk_prob"):
         if not isinstance(given.get(field, True), bool):
             yield f"{field}={shown(given[field])}; expected true or false"
     yield from field_errors(_rope(content), (), ("rope_theta",))
+
+
+def _numbers(content: Any, name: str) -> Iterator[tuple[str, int]]:
+    """Yield all whole numbers within an object by their dotted names."""
+    entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in entries:
+        if isinstance(value, int):
+            yield f"{name}.{key}", value
+        yield from _numbers(value, f"{name}.{key}")
 
 
 def _rope(content: Content) -> dict[str, Any]:

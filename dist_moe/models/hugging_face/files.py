@@ -44,7 +44,9 @@ _BUFFERS = re.compile(
 )
 """The names of constants that older versions of transformers kept beside weights, and that today's pass over."""
 
-_WEIGHTS_ARE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WEIGHTS_ARE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types of numbers that weights are read in."""
+
 _MISFITS_SHOWN = 5
 
 
@@ -59,7 +61,7 @@ def check_tensors(directory: Path, tensors: Mapping[str, Tensor], shapes: Mappin
     misfits = []
     for name, shape in shapes.items():
         tensor = tensors[name]
-        if tensor.dtype not in _WEIGHTS_ARE:
+        if tensor.dtype not in WEIGHTS_ARE:
             misfits.append(f"{name} is of {tensor.dtype}, and weights are fp32, bf16, fp16 or fp64")
         elif tuple(tensor.shape) != shape:
             misfits.append(f"{name} has shape {tuple(tensor.shape)}, and {CONFIG} says {shape}")
