@@ -35,8 +35,8 @@ def refusing(subject: str, remedy: str, failure: str = "fails on the text") -> I
 def read_tokenizer(path: Path, subject: str | None = None) -> tuple[Tokenizer, Path, bytes]:
     """Return a tokenizer that neither cuts nor pads, its file and what is in it.
 
-    ``path``: a tokenizer.json, or a directory that has one. ``subject``: how messages name it. Raises `UserError` for any other file, and for one whose
-    ids go beyond `LARGEST_VOCABULARY`.
+    ``path``: a tokenizer.json, or a directory that has one. ``subject``: how messages name it. Raises `UserError` for
+    any other file, and for one whose ids go beyond `LARGEST_VOCABULARY`.
     """
     subject = subject or f"data.tokenizer={path}"
     file = absolute(path)

@@ -15,6 +15,7 @@ from dist_moe.recipes.recipe import plan_new_run
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.runs import write_config
 from tools.fuzzing.case import Area, Case
+from tools.fuzzing.mutate import words
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GOOD = {
@@ -27,36 +28,8 @@ GOOD = {
 }
 OTHERS = ("HOME", "TMPDIR", CACHE_ENV, "OMP_NUM_THREADS", "DIST_MOE_DATA_ROOT", "COLUMNS", "LANG")
 ODD = (
-    *(
-        "",
-        " ",
-        "-1",
-        "0",
-        "1",
-        "2",
-        "abc",
-        "1.5",
-        "1e3",
-        "\u0661",
-        "\u00b2",
-        "+1",
-        " 1",
-        "1 ",
-        "0x1",
-        "99999999999999999999",
-    ),
-    *(
-        "9" * 5000,
-        "nan",
-        "/nowhere/at/all",
-        "~nobody/x",
-        "~",
-        "relative",
-        "/dev/null",
-        "/" + "a" * 300,
-        "\udcff",
-        "None",
-    ),
+    *words("-1 0 1 2 abc 1.5 1e3 +1 0x1 nan /nowhere/at/all ~nobody/x ~ relative /dev/null"),
+    *("", " ", " 1", "1 ", "\u0661", "\u00b2", "\udcff", "9" * 20, "9" * 5000, "/" + "a" * 300),
 )
 
 
@@ -67,7 +40,7 @@ class EnvironmentArea(Area):
 
     def prepare(self) -> None:
         """Write a configuration on tiny data."""
-        root = write_tiny_movielens(self.base / "raw", users=12, items=9)
+        root = write_tiny_movielens(self.base / "raw", users=40, items=20)
         write_config(self.base, {"root": str(root), "cache": str(self.base / "cache")})
         plan_new_run(self.base / "config.yaml", [], self.base / "run")
 
@@ -97,11 +70,8 @@ class EnvironmentArea(Area):
                 return f"{CACHE_ENV}={given!r} is read as {cache}"
             return None
 
-        return Case(
-            f"{ {name: (value or '')[:40] if value is not None else None for name, value in variables.items()} }",
-            run,
-            check,
-        )
+        shown = ", ".join(f"{name}={value[:40]!r}" for name, value in variables.items() if value is not None)
+        return Case(shown, run, check)
 
 
 @contextmanager
