@@ -82,7 +82,9 @@ def open_tokenizer(given: Tokenizer | Path, max_length: int) -> Tokenizer:
         tokenizer, _, _ = read_tokenizer(given)
     tokenizer.no_padding()
     with refusing(
-        None, f"a larger data.max_length than {max_length}, or a tokenizer that adds fewer tokens", "cannot cut"
+        "data.tokenizer",
+        f"a larger data.max_length than {max_length}, or a tokenizer that adds fewer tokens",
+        "cannot cut",
     ):
         tokenizer.enable_truncation(max_length)
     return tokenizer
