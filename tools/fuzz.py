@@ -122,8 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--case {options.case}: expected AREA:NUMBER, AREA one of {', '.join(AREAS)}")
         first, cases, names = int(number), 1, [area]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        until = time.monotonic() + 60 * options.minutes
         areas = prepared(names, Path(scratch))
+        until = time.monotonic() + 60 * options.minutes
         tallies = fuzz(areas, options.seed, Path(scratch), until=until, cases=cases, first=first)
     for name, tally in tallies.items():
         for number, outcome in tally.faults:

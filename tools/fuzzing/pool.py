@@ -17,6 +17,9 @@ LIMIT_S = 10.0
 """Longest time that a case may take; one that needs more has three times as long for a second try, for a machine that
 is busy with other things."""
 
+START_S = 300.0
+"""Longest time that a process may take to import all that it needs."""
+
 MEMORY_BYTES = 6 << 30
 """What a process may take: more is a fault that must not fell the machine."""
 
@@ -28,6 +31,7 @@ def serve(calls: Connection, area: Area, seed: int, place: Path) -> None:
     for descriptor in (0, 1, 2):  # also what the libraries in Rust say on their own
         os.dup2(null, descriptor)
     sys.stdin = sys.stdin if sys.stdin and not sys.stdin.closed else open(os.devnull)  # noqa: SIM115
+    calls.send(None)  # all is imported: from here on it is the case that takes time
     while True:
         try:
             number = calls.recv()
@@ -84,6 +88,9 @@ class Worker:
         self._process = self._context.Process(target=serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
+        if not self._calls.poll(START_S):
+            raise RuntimeError(f"no process was ready after {START_S:g} s")
+        self._calls.recv()
 
     def _stop(self) -> None:
         if self._process is not None:

@@ -20,7 +20,7 @@ from dist_moe.data.encoder import ENCODER_DESCRIPTION, open_encoder
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.texts import TextOrPair
 from dist_moe.data.prepared import DataSettings
-from dist_moe.data.tokenizer_files import read_tokenizer, refusing
+from dist_moe.data.tokenizer_files import ids_of, read_tokenizer, refusing
 from dist_moe.errors import UserError, shown
 
 TEXTS_AT_ONCE = 1024
@@ -78,6 +78,7 @@ def open_tokenizer(given: Tokenizer | Path, max_length: int) -> Tokenizer:
     """
     if isinstance(given, Tokenizer):
         tokenizer = Tokenizer.from_str(given.to_str())
+        ids_of(tokenizer)
     else:
         tokenizer, _, _ = read_tokenizer(given)
     tokenizer.no_padding()

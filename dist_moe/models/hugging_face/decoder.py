@@ -232,11 +232,13 @@ def _check_counts(directory: Path, config: TransformerConfig, architecture: Arch
         raise UserError(f"{directory / CONFIG} says {config.layers:,} layers, and there are {len(tensors)} tensors")
     if not config.moe_every:
         return
-    rows = {tensor.shape[0] for name, tensor in tensors.items() if ".moe.experts." in name and tensor.dim()}
-    if config.num_experts > len(tensors) if architecture in _OF_EXPERT else rows - {config.num_experts}:
-        raise UserError(
-            f"{directory / CONFIG} says {config.num_experts:,} experts, and the tensors are of fewer or more"
-        )
+    if architecture in _OF_EXPERT:
+        others = ["the tensors"] if config.num_experts > len(tensors) else []
+    else:
+        stacks = {name: tensor.shape[:1] for name, tensor in tensors.items() if ".moe.experts." in name}
+        others = [name for name, rows in stacks.items() if rows != (config.num_experts,)]
+    if others:
+        raise UserError(f"{directory / CONFIG} says {config.num_experts:,} experts, and {others[0]} has another number")
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:

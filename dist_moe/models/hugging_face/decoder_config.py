@@ -91,7 +91,8 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
         fields |= {"dense_hidden": content["intermediate_size"], **content[MIXTURE]}
     with followed():
         config = TransformerConfig(**fields)
-    for error in config.validation_errors():
+    of_gate = config.gate_errors() if config.moe_every else ()
+    for error in (*config.validation_errors(), *of_gate):
         raise UserError(f"the Hugging Face configuration cannot be followed: {error}")
     return config, content["vocab_size"]
 
