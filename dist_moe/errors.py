@@ -2,21 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-_SHOWN = 40
-_MOST_DIGITS = 64
-
-
-def shown(value: Any) -> str:
-    """Return a value as a message quotes it: texts in quotes, and cut where it is long."""
-    if isinstance(value, int) and value.bit_length() > _MOST_DIGITS:
-        return "a number of very many digits"  # Python refuses to write out thousands of them
-    if isinstance(value, str):
-        return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}...")
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
 
 class UserError(Exception):
     """A mistake in what the user gave: configuration, data, checkpoint or command line.
@@ -32,3 +17,12 @@ class DivergedError(UserError):
     """Training gave no finite loss or gradient any more, for too many steps in a row."""
 
     exit_code = 3
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return ``repr(value)`` for a message, cut to ``limit`` characters."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of very many digits"  # Python refuses to write out thousands of them
+    return text if len(text) <= limit else f"{text[:limit]}..."

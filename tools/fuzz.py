@@ -62,19 +62,20 @@ def fuzz(
     seed: int,
     scratch: Path,
     *,
-    until: float,
+    minutes: float,
     cases: int | None = None,
     first: int = 0,
     limit_s: float = LIMIT_S,
 ) -> dict[str, Tally]:
     """Try cases of all areas, each for as long as the others, and return what came of them by area.
 
-    ``until``: the value of `time.monotonic` at which to end. ``cases``: at most so many of each area, from ``first``.
+    ``minutes``: how long, once all is imported. ``cases``: at most so many of each area, from ``first``.
     """
     tallies = {area.name: Tally() for area in areas}
     numbers = dict.fromkeys(tallies, first)
     with ExitStack() as stack:
         workers = {a.name: stack.enter_context(Worker(a, seed, scratch / "place" / a.name, limit_s)) for a in areas}
+        until = time.monotonic() + 60 * minutes
         while time.monotonic() < until:
             waiting = [name for name in tallies if cases is None or numbers[name] < first + cases]
             if not waiting:
@@ -123,8 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first, cases, names = int(number), 1, [area]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         areas = prepared(names, Path(scratch))
-        until = time.monotonic() + 60 * options.minutes
-        tallies = fuzz(areas, options.seed, Path(scratch), until=until, cases=cases, first=first)
+        tallies = fuzz(areas, options.seed, Path(scratch), minutes=options.minutes, cases=cases, first=first)
     for name, tally in tallies.items():
         for number, outcome in tally.faults:
             print(

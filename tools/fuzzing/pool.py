@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import sys
+import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 from tools.fuzzing.case import Area, Outcome, attempt
 
 LIMIT_S = 10.0
-"""Longest time that a case may take; one that needs more has three times as long for a second try, for a machine that
-is busy with other things."""
+"""Longest time that a case may take. One that needs more has a second try, of so much time of a processor and three
+times as much by the clock: the machine may be busy with other things."""
 
 START_S = 300.0
 """Longest time that a process may take to import all that it needs."""
@@ -37,11 +38,12 @@ def serve(calls: Connection, area: Area, seed: int, place: Path) -> None:
             number = calls.recv()
         except EOFError:
             return
+        begin = time.process_time()
         try:
             outcome = attempt(area, seed, number, place)
         except Exception:
             outcome = Outcome("traceback", "the fuzzer itself", traceback.format_exc()[-1500:])
-        calls.send(outcome)
+        calls.send((outcome, time.process_time() - begin))
 
 
 class Worker:
@@ -55,6 +57,7 @@ class Worker:
         self._calls: Connection | None = None
 
     def __enter__(self) -> Worker:
+        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,12 +77,15 @@ class Worker:
             self._stop()
             return Outcome("hang", f"case {number}", f"not finished after {limit_s:g} s")
         try:
-            outcome: Outcome = self._calls.recv()
+            outcome: Outcome
+            outcome, seconds = self._calls.recv()
         except (EOFError, ConnectionError):
             self._process.join()
             code = self._process.exitcode
             self._stop()
             return Outcome("traceback", f"case {number}", f"the process died: exit code {code}")
+        if seconds > self._limit_s:
+            return Outcome("hang", outcome.what, f"{seconds:.0f} s of a processor")
         return outcome
 
     def _start(self) -> None:
