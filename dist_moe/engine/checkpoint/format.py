@@ -4,8 +4,8 @@
         manifest.json             format, step, layout that wrote it, digests, and a digest of itself
         dense.safetensors         "NAME|master", "NAME|exp_avg", ... and "NAME|buffer"
         experts-00001.safetensors "NAME|master|EXPERT", ...: the experts of expert-parallel rank 1
-        trainer.json              step, optimizer's step counter, learning-rate schedule, validations, placements,
-                                  what the callbacks hold
+        trainer.json              step, optimizer's step counter, steps of the learning-rate schedule, validations,
+                                  placements, what the callbacks hold
 
 Experts are stored one by one under their global id, masters and moments whole and in fp32, so that a checkpoint
 loads at any number of ranks, expert-parallel size and ZeRO stage: with its placements where the expert-parallel
@@ -27,7 +27,7 @@ from torch import nn
 from dist_moe.config.files import digest_of, json_text, write_json
 from dist_moe.experts import ExpertBank
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 DENSE_FILE = "dense.safetensors"
 EXPERT_FILES = "experts-"
@@ -113,16 +113,15 @@ class TrainingHistory:
 class TrainerState:
     """The content of a checkpoint besides tensors.
 
-    ``scalars``: the optimizer's, see ParameterState. ``learning_rates``: of its parameter groups, which a schedule
-    sets only at its next step. ``validation_losses``, ``training_seconds``: of the run so far, the former by step.
+    ``scalars``: the optimizer's, see ParameterState. ``schedule_steps``: taken by the learning-rate schedule, which are
+    all that it has of a state. ``validation_losses``, ``training_seconds``: of the run so far, the former by step.
     ``imported_from``: the exported file whose weights these are, where there is no optimizer state yet.
     ``placements``: where experts do not lie in order. ``callbacks``: what they hold, by their names.
     """
 
     step: int
     scalars: dict[str, float]
-    learning_rates: list[float]
-    lr_scheduler: dict[str, Any] | None
+    schedule_steps: int
     validation_losses: dict[str, float] = field(default_factory=dict)
     training_seconds: float = 0.0
     imported_from: str | None = None

@@ -24,7 +24,10 @@ from dist_moe.engine.checkpoint.format import (
 )
 from dist_moe.engine.checkpoint.reader import CheckpointReader
 from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
-from dist_moe.engine.deepspeed.parameter_state import ParameterState, write_parameter_state
+from dist_moe.engine.deepspeed.config import DeepSpeedSection
+from dist_moe.engine.deepspeed.optimizers import has_shape
+from dist_moe.engine.deepspeed.parameter_state import MASTER, ParameterState, write_parameter_state
+from dist_moe.engine.deepspeed.schedules import first_states
 from dist_moe.errors import UserError
 from dist_moe.parallel import Placement
 from dist_moe.search.layers import moe_layers
@@ -39,8 +42,9 @@ def read_trainer_state(directory: Path) -> TrainerState:
 
 
 def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerState:
-    """Copy masters, optimizer state, buffers and schedule of a verified checkpoint into ``engine``.
+    """Copy masters, optimizer state and buffers of a verified checkpoint into ``engine``; advance its schedule.
 
+    The schedule is that of the engine's configuration, after as many steps as the checkpoint's has taken.
     An imported checkpoint has no optimizer state; the optimizer then begins as at the first step of a run. Parameters
     that the engine does not train need none. Collective over all ranks. Raises UserError if the checkpoint is of
     another model.
@@ -51,14 +55,27 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     reader.check_states(trained, moments=bool(trainer.scalars))  # it cannot count steps and have no moments
     _copy_tensors(engine, reader, trained, trainer.scalars)
-    if engine.lr_scheduler is not None and trainer.lr_scheduler is not None:
-        if len(trainer.learning_rates) != len(engine.optimizer.param_groups):
-            raise UserError(f"checkpoint {directory}: its run trained another part of the model; train the same part")
-        engine.lr_scheduler.load_state_dict(trainer.lr_scheduler)
-        for group, learning_rate in zip(engine.optimizer.param_groups, trainer.learning_rates, strict=True):
-            group["lr"] = learning_rate
+    engine.lr_scheduler.advance_to(trainer.schedule_steps)
     engine.global_steps = trainer.step
     return trainer
+
+
+def check_optimizer_of_checkpoint(directory: Path, section: DeepSpeedSection) -> None:
+    """Raise UserError unless the optimizer of a DeepSpeed section goes on from the states in a verified checkpoint.
+
+    One without any state, as an imported one, suits all: the optimizer begins as at the first step of a run.
+    """
+    needed = {key: has_shape(state) for key, state in first_states(section).items()}
+    entries = CheckpointReader(directory).entries.values()
+    found = {state: True for entry in entries for state in entry.states if state not in (MASTER, BUFFER)}
+    found |= dict.fromkeys(read_trainer_state(directory).scalars, False)
+    if found and found != needed:
+        raise UserError(
+            f"deepspeed.optimizer.type={section['optimizer']['type']} cannot go on from {directory}: as configured it "
+            f"keeps {', '.join(sorted(needed)) or 'nothing'} of every parameter, and the run's kept "
+            f"{', '.join(sorted(found))}; leave deepspeed.optimizer as it was, or begin a new run from the weights "
+            "(dist-moe export, then import)"
+        )
 
 
 def _restore_placements(model: nn.Module, saved: SavedPlacements) -> None:

@@ -222,7 +222,7 @@ def write_first_checkpoint(source: nn.Module | ModelWeights, root: Path, importe
 
     final = step_directory(root, 0)
     partial = partial_directory(final)
-    trainer = TrainerState(0, {}, [], None, imported_from=imported_from)
+    trainer = TrainerState(0, {}, 0, imported_from=imported_from)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -218,12 +218,10 @@ def take_snapshot(
     if environment.is_rank_zero:
         buffers = {Key(name, BUFFER): buffer for name, buffer in engine.module.named_buffers()}
         files[DENSE_FILE] = _host_copies(_states(engine, state, of_experts=False) | buffers)
-        schedule = engine.lr_scheduler
         trainer = TrainerState(
             step,
             state.scalars,
-            [float(group["lr"]) for group in engine.optimizer.param_groups],
-            schedule.state_dict() if schedule is not None else None,
+            engine.lr_scheduler.steps,
             {str(at): loss for at, loss in history.validation_losses.items()},
             history.seconds,
             placements={

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dist_moe.engine.deepspeed.optimizers import has_shape
 from dist_moe.engine.deepspeed.sharded_parameters import gather_kept, own_slice
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class ParameterState:
 def read_parameter_state(engine: ExpertParallelEngine) -> ParameterState:
     """Return the state of all dense parameters and of this rank's experts. Collective over all ranks."""
     keys, states = state_keys(engine), _optimizer_states(engine)
-    scalars = {k: float(v) for k, v in states[0].items() if not _has_shape(v)} if states else {}
+    scalars = {k: float(v) for k, v in states[0].items() if not has_shape(v)} if states else {}
     tensors = {
         name: {key: read_state(engine, parameter, key) for key in keys if key == MASTER or parameter.requires_grad}
         for name, parameter in engine.module.named_parameters()
@@ -51,9 +52,8 @@ def write_parameter_state(engine: ExpertParallelEngine, state: ParameterState) -
 
     Collective over all ranks.
     """
-    keys = sorted({key for tensors in state.tensors.values() for key in tensors if key != MASTER})
-    if keys or state.scalars:
-        _create_optimizer_states(engine, keys, state.scalars)
+    if state.scalars or any(key != MASTER for tensors in state.tensors.values() for key in tensors):
+        _create_optimizer_states(engine, state.scalars)
     for name, parameter in engine.module.named_parameters():
         for key, value in state.tensors[name].items():
             write_state(engine, parameter, key, value)
@@ -66,7 +66,7 @@ def state_keys(engine: ExpertParallelEngine) -> list[str]:
     states = _optimizer_states(engine)
     if states:
         _link_states(engine)
-    return [MASTER, *(key for key, value in (states[0] if states else {}).items() if _has_shape(value))]
+    return [MASTER, *(key for key, value in (states[0] if states else {}).items() if has_shape(value))]
 
 
 def read_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) -> Tensor:
@@ -114,10 +114,6 @@ def _held_master(engine: ExpertParallelEngine, parameter: nn.Parameter) -> Tenso
     return engine.held_masters.get(parameter, parameter.detach()).float()
 
 
-def _has_shape(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
-
-
 def _torch_optimizer(engine: ExpertParallelEngine) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
 
@@ -126,8 +122,11 @@ def _optimizer_states(engine: ExpertParallelEngine) -> list[dict[str, Any]]:
     return [dict(state) for state in _torch_optimizer(engine).state.values()]
 
 
-def _create_optimizer_states(engine: ExpertParallelEngine, keys: list[str], scalars: dict[str, float]) -> None:
+def _create_optimizer_states(engine: ExpertParallelEngine, scalars: dict[str, float]) -> None:
     """Give each tensor that the optimizer owns a state of its own (none shares its step with another).
+
+    Numbers are as the optimizer itself would make them: torch's fused Adam counts steps on the device, others count
+    on the CPU, DeepSpeed's Adam counts in Python.
 
     At stage 3 (0.19.8) DeepSpeed puts its sub-groups into the optimizer's parameter groups one by one, within a step
     only; between steps the groups there are not what has state.
@@ -135,11 +134,19 @@ def _create_optimizer_states(engine: ExpertParallelEngine, keys: list[str], scal
     optimizer = _torch_optimizer(engine)
     groups = optimizer.param_groups
     sharded = engine.shards_parameters
-    for owned in engine.optimizer.fp32_partitioned_groups_flat if sharded else (p for g in groups for p in g["params"]):
-        optimizer.state[owned] = {key: torch.zeros_like(owned) for key in keys} | {
-            key: torch.tensor(value) for key, value in scalars.items()
+    all_owned = engine.optimizer.fp32_partitioned_groups_flat if sharded else [p for g in groups for p in g["params"]]
+    like = engine.first_states(all_owned[0].device)
+    for owned in all_owned:
+        optimizer.state[owned] = {
+            key: torch.zeros_like(owned) if has_shape(value) else number_like(value, scalars[key])
+            for key, value in like.items()
         }
     _link_states(engine)
+
+
+def number_like(value: Any, number: float) -> Any:
+    """Return ``number`` as ``value`` is: a tensor of its dtype on its device, or a number of Python."""
+    return torch.full_like(value, number) if isinstance(value, Tensor) else type(value)(number)
 
 
 def _link_states(engine: ExpertParallelEngine) -> None:

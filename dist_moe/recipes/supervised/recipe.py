@@ -14,8 +14,9 @@ from dist_moe.config.files import write_json
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.callbacks import Callback, Validation
 from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint
-from dist_moe.engine.checkpoint.loading import read_trainer_state
+from dist_moe.engine.checkpoint.loading import check_optimizer_of_checkpoint, read_trainer_state
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.deepspeed.schedules import check_length_of_schedule
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
 from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest, disable_malloc_trim, stop_requests
@@ -89,6 +90,9 @@ class SupervisedRecipe(RecipeSettings):
         feed = feed_of(config, task, start.environment)
         if config.swap_search is not None:
             config.swap_search.check(config.train, feed.steps_per_epoch)
+        check_length_of_schedule(config.deepspeed, config.train.total_steps(feed.steps_per_epoch))
+        if checkpoint is not None:
+            check_optimizer_of_checkpoint(checkpoint, config.deepspeed)
         return SupervisedPlan(start, task, feed, checkpoint)
 
     def train(self, plan: SupervisedPlan) -> int:
