@@ -159,7 +159,7 @@ def test_refused_combinations(changes: dict[str, Any], parts: list[str]) -> None
 
 @NO_GPU
 def test_fp16_needs_a_gpu() -> None:
-    with pytest.raises(UserError, match="fp16 is refused: there is no GPU"):
+    with pytest.raises(UserError, match=r"fp16.enabled=true is refused: there is no GPU"):
         check_deepspeed_section(with_key("fp16.enabled", True), batch_size=64, world_size=1)
 
 
@@ -167,7 +167,7 @@ def test_fp16_needs_a_gpu() -> None:
 def test_low_precision_at_stage_0_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     section = with_key(f"{name}.enabled", True) | {"zero_optimization": {"stage": 0}}
-    with pytest.raises(UserError, match=f"{name} with deepspeed.zero_optimization.stage=0 is refused"):
+    with pytest.raises(UserError, match=f"{name}.enabled=true with deepspeed.zero_optimization.stage=0 is refused"):
         check_deepspeed_section(section, batch_size=64, world_size=1)
 
 

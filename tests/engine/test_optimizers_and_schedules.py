@@ -13,26 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.checkpoint.files import checkpoints_of, step_directory
 from dist_moe.engine.deepspeed.optimizers import OPTIMIZERS
 from dist_moe.engine.deepspeed.parameter_state import read_parameter_state
-from dist_moe.engine.deepspeed.schedules import SCHEDULES
+from dist_moe.engine.deepspeed.schedules import SCHEDULES, check_length_of_schedule
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.settings import TrainConfig
-from dist_moe.engine.training import StepLoss, Trainer, fit
+from dist_moe.engine.training import Trainer, fit
 from dist_moe.errors import UserError
-from dist_moe.experts import FeedForwardBank
-from dist_moe.gates import TopK
-from dist_moe.layer import MoE
-from dist_moe.parallel import experts_of_rank
+from tests.helpers.fits import ROWS, Model, Rows, objective
 from tests.helpers.pool import on_ranks
 
-DIM, EXPERTS, ROWS, STEPS, SAVED_AT = 4, 4, 8, 6, 3
+STEPS, SAVED_AT = 6, 3
 STAGES = range(4)
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -99,36 +96,6 @@ class Cell:
         return not (self.schedule in CYCLING and self.optimizer in WITHOUT_MOMENTUM)
 
 
-class Rows:
-    """This rank's share of ROWS rows a step."""
-
-    steps_per_epoch = STEPS
-
-    def __init__(self, environment: LaunchEnvironment) -> None:
-        size = ROWS // environment.world_size
-        self._mine = slice(environment.rank * size, (environment.rank + 1) * size)
-
-    def micro_batches(self, step: int) -> list[Tensor]:
-        return [torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(step))[self._mine]]
-
-
-class Model(nn.Module):
-    def __init__(self, groups: ProcessGroups) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        bank = FeedForwardBank(DIM, 6, EXPERTS, experts_of_rank(EXPERTS, groups.world))
-        self.moe = MoE(TopK(DIM, EXPERTS, k=2), bank, world=groups.world)
-        self.head = nn.Linear(DIM, 1)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y_T: Tensor = self.head(self.moe(x_TD).outputs[0])[:, 0]
-        return y_T
-
-
-def objective(model: nn.Module, x_TD: Tensor) -> StepLoss:
-    return StepLoss((model(x_TD) - x_TD.prod(dim=1)).square().mean())
-
-
 @dataclass
 class Course(Callback):
     """Everything that a run computes with, after so many steps: states, values of the parameter groups, losses."""
@@ -155,6 +122,7 @@ class Course(Callback):
 
 def course(groups: ProcessGroups, section: Mapping[str, Any], run: Path | None, resume_from: Path | None) -> Course:
     taken = Course()
+    torch.manual_seed(0)
     settings = TrainConfig(
         max_steps=STEPS, batch_size=ROWS, checkpoint_every=SAVED_AT, async_checkpoints=False, keep_checkpoints=9
     )
@@ -248,6 +216,72 @@ def test_every_optimizer_and_every_schedule() -> None:
         for i, schedule in enumerate(SCHEDULES)
     ]
     check(cells)
+
+
+def rates_after_a_change(cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[list[float], list[float]]]:
+    """Rates of the steps after a resumption with another section; and of a run that had it from the start."""
+    rates = []
+    with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=1)) as groups:
+        for before, after in cases:
+            with tempfile.TemporaryDirectory() as own:
+                course(groups, before, Path(own), None)
+                resumed = course(groups, after, None, step_directory(checkpoints_of(Path(own)), SAVED_AT))
+            always = course(groups, after, None, None)
+            later = range(SAVED_AT, STEPS + 1)
+            rates.append(tuple([one.values[step][-1]["lr"] for step in later] for one in (resumed, always)))
+    return rates
+
+
+def test_a_changed_schedule_or_rate_takes_effect_as_if_it_had_always_been_so() -> None:
+    def changed(name: str | None, stage: int, params: dict[str, Any], lr: float = 0.02) -> dict[str, Any]:
+        section = Cell("SGD", name, 0, 0).section(stage, optimizer={"type": "SGD", "params": {"lr": lr}})
+        return section | ({} if name is None else {"scheduler": {"type": name, "params": params}})
+
+    half = {"step_size": 2, "gamma": 0.5}
+    cases = [
+        (changed("StepLR", 0, half), changed("StepLR", 0, half | {"step_size": 5})),
+        (changed("StepLR", 0, half), changed("StepLR", 1, half, lr=0.5)),
+        (changed("CosineAnnealingLR", 0, {"T_max": 9}), changed("CosineAnnealingLR", 2, {"T_max": 4})),
+        (changed("StepLR", 3, half), changed("ExponentialLR", 0, {"gamma": 0.9})),
+        (changed("StepLR", 1, half), changed(None, 1, {})),
+        (changed(None, 0, {}), changed("WarmupLR", 3, {"warmup_num_steps": 6, "warmup_type": "linear"})),
+    ]
+    (rates,) = on_ranks(1, rates_after_a_change, cases)
+    for resumed, always in rates:
+        assert resumed == always
+    assert len({tuple(resumed) for resumed, _ in rates}) == len(cases)
+
+
+def refusals(root: Path, sections: list[dict[str, Any]]) -> list[str]:
+    """What is said to sections that would go on from a checkpoint of AdamW, before a model is built."""
+    with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=1)) as groups:
+        course(groups, Cell("AdamW", None, 1, 1).section(1), root, None)
+        said = []
+        for section in sections:
+            with pytest.raises(UserError) as error:
+                course(groups, section, None, step_directory(checkpoints_of(root), SAVED_AT))
+            said.append(str(error.value))
+    return said
+
+
+def test_an_optimizer_with_other_states_is_refused_by_name(tmp_path: Path) -> None:
+    others = [("SGD", {}), ("NAdam", {}), ("AdamW", {"amsgrad": True}), ("RMSprop", {"momentum": 0.9})]
+    sections = [Cell("AdamW", None, 1, 1).section(1, optimizer={"type": n, "params": params}) for n, params in others]
+    (said,) = on_ranks(1, refusals, tmp_path, sections)
+    for (name, _), sentence in zip(others, said, strict=True):
+        assert f"deepspeed.optimizer.type={name} cannot go on from" in sentence
+        assert "the run's kept exp_avg, exp_avg_sq, step" in sentence
+
+
+def test_a_run_longer_than_its_schedule_is_refused() -> None:
+    section = Cell("SGD", "OneCycleLR", 1, 1).section(1)
+    check_length_of_schedule(section, STEPS)
+    with pytest.raises(UserError, match=f"OneCycleLR ends after {STEPS} steps and the run takes {STEPS + 1}"):
+        check_length_of_schedule(section, STEPS + 1)
+    growing = section | {"scheduler": {"type": "ExponentialLR", "params": {"gamma": 10.0}}}
+    check_length_of_schedule(growing, 300)
+    with pytest.raises(UserError, match="after 310 steps the learning rate is inf"):
+        check_length_of_schedule(growing, 2_000)
 
 
 @pytest.mark.slow

@@ -221,11 +221,11 @@ def _check_precision(section: DeepSpeedSection) -> None:
         if not is_enabled(section, name):
             continue
         if name == "fp16" and not torch.cuda.is_available():
-            raise UserError("deepspeed.fp16 is refused: there is no GPU and CPUs train in fp32 or bf16 only")
+            raise UserError("deepspeed.fp16.enabled=true is refused: there is no GPU; CPUs train in fp32 or bf16 only")
         if zero_stage(section) == 0:
             raise UserError(
-                f"deepspeed.{name} with deepspeed.zero_optimization.stage=0 is refused: DeepSpeed takes one "
-                "optimizer step without gradients there; use stage 1, 2 or 3"
+                f"deepspeed.{name}.enabled=true with deepspeed.zero_optimization.stage=0 is refused: DeepSpeed takes "
+                "one optimizer step without gradients there; use stage 1, 2 or 3"
             )
 
 
