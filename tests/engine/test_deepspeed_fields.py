@@ -23,7 +23,7 @@ from tests.helpers.fits import ROWS, Model, Rows, objective
 from tests.helpers.pool import on_ranks
 
 NAN, INF = float("nan"), float("inf")
-NUMBERS = [NAN, INF, -INF, -1, -1e-9, 0, 1, 2, 0.5, 2.5, 5e8, 2**31, 2**63 - 1, 10**400, 1e-320, 1e308]
+NUMBERS = [NAN, INF, -INF, -1, -1e-9, 0, 1, 2, 0.5, 2.5, 5e8, 2**31 - 1, 2**31, 2**63 - 1, 10**400, 1e-320, 1e308]
 OTHERS = [None, True, False, "auto", "yes", "false", "1e-3", "", "x" * 10**6, [], [0.9], {}, {"a": 1}, object]
 LISTS = [[0.9, NAN], [0.9, 1], [0.5, 0.6], [2, 1], ["a", "b"], [1, 2.5], [True, 1], (1, 2), [10**400, 1]]
 VALUES: list[Any] = [*NUMBERS, *OTHERS, *LISTS]

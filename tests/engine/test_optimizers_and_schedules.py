@@ -19,7 +19,7 @@ from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.checkpoint.files import checkpoints_of, step_directory
 from dist_moe.engine.deepspeed.optimizers import OPTIMIZERS
 from dist_moe.engine.deepspeed.parameter_state import read_parameter_state
-from dist_moe.engine.deepspeed.schedules import SCHEDULES, check_length_of_schedule
+from dist_moe.engine.deepspeed.schedules import SCHEDULES, check_changes_have_effect, check_length_of_schedule
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.engine.monitor.run_directory import RunDirectory
@@ -250,6 +250,32 @@ def test_a_changed_schedule_or_rate_takes_effect_as_if_it_had_always_been_so() -
     for resumed, always in rates:
         assert resumed == always
     assert len({tuple(resumed) for resumed, _ in rates}) == len(cases)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "key", "value", "overwritten"),
+    [
+        ("OneCycle", "lr", 0.5, True),
+        ("CyclicLR", "lr", 0.5, True),
+        ("OneCycle", "betas", [0.1, 0.2], True),
+        ("OneCycle", "weight_decay", 0.5, False),
+        ("OneCycle", "fused", True, False),
+        ("StepLR", "lr", 0.5, False),
+        (None, "lr", 0.5, False),
+        (None, "eps", 1e-8, False),
+    ],
+)
+def test_a_change_that_the_schedule_overwrites_is_refused(
+    schedule: str | None, key: str, value: Any, overwritten: bool
+) -> None:
+    before = Cell("AdamW", schedule, 0, 0).section(0)
+    after = before | {"optimizer": {"type": "AdamW", "params": before["optimizer"]["params"] | {key: value}}}
+    check_changes_have_effect(before, before)
+    if overwritten:
+        with pytest.raises(UserError, match=rf"params\.{key}=.* the change has no effect: {schedule} sets it"):
+            check_changes_have_effect(before, after)
+    else:
+        check_changes_have_effect(before, after)
 
 
 def refusals(root: Path, sections: list[dict[str, Any]]) -> list[str]:

@@ -129,7 +129,7 @@ _ZERO: dict[str, Kind] = {
     "overlap_comm": FLAG,
     "reduce_bucket_size": size(1),
     "allgather_partitions": FLAG,
-    "allgather_bucket_size": size(1),
+    "allgather_bucket_size": Kind("an even whole number >= 2", lambda v: size(2).holds(v) and v % 2 == 0),
     "contiguous_gradients": FLAG,
     "reduce_scatter": FLAG,
     "ignore_unused_parameters": FLAG,

@@ -232,6 +232,36 @@ def check_length_of_schedule(section: DeepSpeedSection, total_steps: int) -> Non
         schedule.step()
 
 
+def check_changes_have_effect(before: DeepSpeedSection, after: DeepSpeedSection) -> None:
+    """Raise UserError for a parameter of the optimizer that was changed, and that the schedule overwrites.
+
+    ``before``, ``after``: the sections of a run and of its resumption, both checked.
+    """
+    old, new = (section["optimizer"].get("params", {}) for section in (before, after))
+    if "scheduler" not in after or before["optimizer"]["type"] != after["optimizer"]["type"]:
+        return
+    for key in sorted(old.keys() | new.keys()):
+        undone = {name: value for name, value in new.items() if name != key} | ({key: old[key]} if key in old else {})
+        alone = {"optimizer": after["optimizer"]}, {"optimizer": after["optimizer"] | {"params": undone}}
+        both = [section | {"scheduler": after["scheduler"]} for section in alone]
+        if _first_values(alone[0]) != _first_values(alone[1]) and _first_values(both[0]) == _first_values(both[1]):
+            raise UserError(
+                f"deepspeed.optimizer.params.{key}={shown(new.get(key))} was {shown(old.get(key))}, and the change has "
+                f"no effect: {after['scheduler']['type']} sets it; change deepspeed.scheduler.params"
+            )
+
+
+def _first_values(section: DeepSpeedSection) -> list[dict[str, Any]]:
+    """Return the values of the parameter group in each of the first steps; ``initial_lr`` is only torch's own note."""
+    optimizer = optimizer_on_two_numbers(section)
+    (group,) = optimizer.param_groups
+    schedule, values = Schedule(section, [group]), []
+    for _ in range(int(min(FIRST_STEPS, schedule.longest))):
+        values.append({key: value for key, value in group.items() if key not in ("params", "initial_lr")})
+        schedule.step()
+    return values
+
+
 def _check_values(section: DeepSpeedSection, groups: list[dict[str, Any]], step: int) -> None:
     (group,) = groups
     betas = group.get("betas", (group.get("momentum", 0.0),))

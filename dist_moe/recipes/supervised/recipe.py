@@ -16,7 +16,7 @@ from dist_moe.engine.callbacks import Callback, Validation
 from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint
 from dist_moe.engine.checkpoint.loading import check_optimizer_of_checkpoint, read_trainer_state
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
-from dist_moe.engine.deepspeed.schedules import check_length_of_schedule
+from dist_moe.engine.deepspeed.schedules import check_changes_have_effect, check_length_of_schedule
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
 from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest, disable_malloc_trim, stop_requests
@@ -26,7 +26,7 @@ from dist_moe.errors import UserError
 from dist_moe.parallel import gather_objects
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
-from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart
+from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart, load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
 from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate
@@ -93,6 +93,7 @@ class SupervisedRecipe(RecipeSettings):
         check_length_of_schedule(config.deepspeed, config.train.total_steps(feed.steps_per_epoch))
         if checkpoint is not None:
             check_optimizer_of_checkpoint(checkpoint, config.deepspeed)
+            check_changes_have_effect(load_config(start.run.config).deepspeed, config.deepspeed)
         return SupervisedPlan(start, task, feed, checkpoint)
 
     def train(self, plan: SupervisedPlan) -> int:
