@@ -31,6 +31,7 @@ from tests.helpers.pool import on_ranks
 
 STEPS, SAVED_AT = 6, 3
 STAGES = range(4)
+CELLS_AT_ONCE = 32
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "AdamW": [
@@ -190,12 +191,15 @@ def walk(cells: Iterable[Cell], ep: int = 1) -> dict[Cell, list[str]]:
 
 
 def check(cells: list[Cell], world: int = 1, ep: int = 1) -> None:
-    """Walk over cells; those that suit have no fault, and the others are refused."""
-    for results in on_ranks(world, walk, cells, ep):
-        print(Counter("bit-equal" if not faults else faults[0].split(":")[0] for faults in results.values()))
-        assert {cell: faults for cell, faults in results.items() if faults and cell.suits} == {}
-        for cell, faults in results.items():
-            assert cell.suits or "momentum" in faults[0], (cell, faults)
+    """Walk over cells, CELLS_AT_ONCE; those that suit have no fault, and the others are refused."""
+    seen: Counter[str] = Counter()
+    for first in range(0, len(cells), CELLS_AT_ONCE):
+        for results in on_ranks(world, walk, cells[first : first + CELLS_AT_ONCE], ep):
+            seen.update("bit-equal" if not faults else faults[0].split(":")[0] for faults in results.values())
+            assert {cell: faults for cell, faults in results.items() if faults and cell.suits} == {}
+            for cell, faults in results.items():
+                assert cell.suits or "momentum" in faults[0], (cell, faults)
+    print(f"{len(cells)} cells on {world} ranks:", dict(seen))
 
 
 def stages(number: int) -> tuple[int, int]:

@@ -140,6 +140,8 @@ _ZERO: dict[str, Kind] = {
     "stage3_max_live_parameters": _SOME_ELEMENTS,
     "stage3_max_reuse_distance": _SOME_ELEMENTS,
     "stage3_gather_16bit_weights_on_model_save": FLAG,
+    "stage3_use_all_reduce_for_fetch_params": FLAG,
+    "stage3_allgather_sequential": FLAG,
     **{f"{part}.device": one_of("none", "cpu") for part in OFFLOADS},
     **{f"{part}.pin_memory": FLAG for part in OFFLOADS},
 }
