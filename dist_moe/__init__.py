@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dist_moe.recording import record
     from dist_moe.routing import Route
 
+__version__ = "0.1.0"
+
 __all__ = ["MoE", "MoEOutput", "Route", "experts", "fit", "gates", "parallel", "record", "routing"]
 
 _MODULE_OF = {

@@ -15,3 +15,9 @@ class DivergedError(UserError):
     """Training gave no finite loss or gradient any more, for too many steps in a row."""
 
     exit_code = 3
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return ``repr(value)`` for a message, cut to ``limit`` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -15,6 +15,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 MODULES = [path for root in ("dist_moe", "launch") for path in sorted((REPOSITORY / root).rglob("*.py"))]
+TOOLS = sorted((REPOSITORY / "tools").rglob("*.py"))
 LONGEST_FILE, FULLEST_FOLDER = 400, 20
 
 
@@ -68,7 +69,7 @@ def test_docstrings_are_understood_without_their_neighbours() -> None:
     """Those of modules, classes, functions and constants, of the package and of the tools."""
     lame = [
         f"{name_of(path)}:{statement.lineno}: {text.splitlines()[0]}"
-        for path in [*MODULES, *sorted((REPOSITORY / "tools").rglob("*.py"))]
+        for path in [*MODULES, *TOOLS]
         for node in ast.walk(ast.parse(path.read_text()))
         for statement in (node.body if isinstance(node, DOCUMENTED_BLOCKS) else [])
         if isinstance(statement, ast.Expr)
@@ -77,6 +78,43 @@ def test_docstrings_are_understood_without_their_neighbours() -> None:
         and NEEDS_ITS_NEIGHBOURS.match(text.strip())
     ]
     assert lame == []
+
+
+def is_text_in_the_locale(call: ast.Call) -> bool:
+    """Whether a call opens a file, or another program's output, as text without saying in which encoding.
+
+    Methods ``open`` of tasks, archives and the like are told by their arguments.
+    """
+    function, given = call.func, {keyword.arg for keyword in call.keywords}
+    name = getattr(function, "attr", getattr(function, "id", ""))
+    if "encoding" in given:
+        return False
+    if name in ("run", "Popen", "check_output", "check_call"):
+        return not given.isdisjoint({"text", "universal_newlines"})
+    if name in ("open", "fdopen"):
+        modes = call.args[isinstance(function, ast.Name) or name == "fdopen" :]
+        if not modes:
+            return given <= {"newline", "errors", "buffering"} and (bool(call.args) or name == "open")
+        mode = getattr(modes[0], "value", None)
+        return isinstance(mode, str) and len(mode) <= 3 and "b" not in mode
+    return name in ("read_text", "write_text", "TextIOWrapper")
+
+
+def test_text_is_utf_8_whatever_the_locale() -> None:
+    calls = [
+        f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}"
+        for path in [*MODULES, *TOOLS]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and is_text_in_the_locale(node)
+    ]
+    assert calls == []
+
+
+def test_yaml_is_read_and_written_in_one_place() -> None:
+    importing = [
+        name_of(path) for path in [*MODULES, *TOOLS] if re.search(r"^ *(import|from) yaml\b", path.read_text(), re.M)
+    ]
+    assert importing == ["dist_moe/config/plain_yaml.py"]
 
 
 def test_no_folder_is_too_full() -> None:

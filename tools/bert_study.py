@@ -130,7 +130,7 @@ class Study:
 
     def _steps_per_epoch(self, task: str, seed: int) -> int:
         """Read a number as the teacher's first step tells it."""
-        with RunDirectory(self.teacher(task, seed).directory).metrics.open() as records:
+        with RunDirectory(self.teacher(task, seed).directory).metrics.open(encoding="utf-8") as records:
             return round(1 / json.loads(next(records))["epoch"])
 
     def _run(self, task: str, seed: int, name: str, overrides: tuple[str, ...]) -> StudyRun:

@@ -164,7 +164,10 @@ def faults_of_refusal(newest: Path, damage: Damage) -> list[str]:
 
 
 def faults_of_fallback(run: Path, newest: Path, older: Path) -> list[str]:
-    found, faults = newest_good_checkpoint(run)
+    try:
+        found, faults = newest_good_checkpoint(run)
+    except UserError as refusal:  # of another format, as one bit of the manifest may say
+        return [] if "format_version" in str(refusal) and str(newest) in str(refusal) else [f"refused by: {refusal}"]
     wrong = [] if (found, len(faults)) == (older, 1) else [f"{found.name} was taken, {len(faults)} fault(s) reported"]
     try:
         tested_checkpoint(run)
@@ -227,7 +230,7 @@ def main() -> int:
     text = page(counts, found, command, files)
     print(text)
     if options.report is not None:
-        options.report.write_text(text)
+        options.report.write_text(text, encoding="utf-8")
     return 0 if counts == found else 1
 
 

@@ -46,7 +46,9 @@ class House:
 
 def survey(repository: Path = REPOSITORY) -> House:
     """Read floors, rooms and imports from the source."""
-    contracts = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     names = [[module.strip() for module in layer.split("|")] for layer in layers]
     floors = [[_room(repository / name.replace(".", "/")) for name in floor] for floor in names]
@@ -64,16 +66,16 @@ def _modules(path: Path) -> list[Path]:
 
 
 def _room(path: Path) -> Room:
-    lines = sum(len(module.read_text().splitlines()) for module in _modules(path))
+    lines = sum(len(module.read_text(encoding="utf-8").splitlines()) for module in _modules(path))
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    about = (ast.get_docstring(ast.parse(source.read_text())) or "").split("\n")[0]
+    about = (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").split("\n")[0]
     inside = [one for one in sorted(path.glob("*/")) if (one / "__init__.py").exists()] if path.is_dir() else []
     return Room(path.name, lines, about, tuple(_room(one) for one in inside))
 
 
 def _imported(path: Path) -> Iterator[str]:
     """Yield the modules of the package that a file imports, one for each import statement."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -211,4 +213,4 @@ def _shortened(words: str, width: float, size: float) -> str:
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(draw(survey()))
+    PICTURE.write_text(draw(survey()), encoding="utf-8")

@@ -96,7 +96,9 @@ def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
     """The run at the end of its training, and what else its weights are good for."""
     run = study_run(name, seed, options)
     model, sequence_length = built(run.directory)
-    records = [json.loads(line) for line in RunDirectory(run.directory).metrics.read_text().splitlines()]
+    records = [
+        json.loads(line) for line in RunDirectory(run.directory).metrics.read_text(encoding="utf-8").splitlines()
+    ]
     steps = [record for record in records if "validation" not in record]
     tokens = load_config(RunDirectory(run.directory).config).train.batch_size * sequence_length
     trained = sum(tokens * model.training_flops_per_token(sequence_length, active(step)) for step in steps)

@@ -103,4 +103,4 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout

@@ -52,12 +52,12 @@ def main() -> None:
     if options.measured is not None:
         measured = measure(options)
         if os.environ["RANK"] == "0":
-            options.measured.write_text(json.dumps(measured))
+            options.measured.write_text(json.dumps(measured), encoding="utf-8")
         return
     page = table(options)
     print(page)
     if options.report is not None:
-        options.report.write_text(page)
+        options.report.write_text(page, encoding="utf-8")
 
 
 def table(options: argparse.Namespace) -> str:
@@ -107,7 +107,7 @@ def measured_over(rate: str, options: argparse.Namespace) -> dict[str, list[floa
         else:
             with cluster(RANKS, rate) as nodes:
                 run_ranks(words, nodes, 1, port=PORT, patience_s=PATIENCE_S)
-        seconds: dict[str, list[float]] = json.loads(measured.read_text())
+        seconds: dict[str, list[float]] = json.loads(measured.read_text(encoding="utf-8"))
     return seconds
 
 

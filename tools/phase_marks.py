@@ -16,7 +16,7 @@ _enter = Activity.enter
 
 def _enter_and_tell(self: Activity, phase: str, step: int | None = None) -> None:
     if _FILE is not None and (phase != self.phase or step is not None):
-        _FILE.write_text(phase)
+        _FILE.write_text(phase, encoding="utf-8")
     _enter(self, phase, step)
 
 

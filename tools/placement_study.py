@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("results/placement.md"))
     parser.add_argument("--seeds", type=int, default=20, help="popularities drawn per row, seeds 0, 1, ...")
     options = parser.parse_args()
-    options.report.write_text(page(options.seeds))
-    print(options.report.read_text())
+    options.report.write_text(page(options.seeds), encoding="utf-8")
+    print(options.report.read_text(encoding="utf-8"))
 
 
 def page(seeds: int) -> str:

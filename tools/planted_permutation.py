@@ -53,7 +53,7 @@ def main() -> None:
             alone, together = (searched(run, options.seed, ranks) for ranks in (1, 4))
             rows.append(row(gate, num_experts, alone, together))
             print(rows[-1], flush=True)
-    options.report.write_text(page(rows, options.seed))
+    options.report.write_text(page(rows, options.seed), encoding="utf-8")
 
 
 def train(run: Path, gate: str, num_experts: int) -> Path:
@@ -73,6 +73,7 @@ def searched(run: Path, seed: int, ranks: int) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        encoding="utf-8",
     )
     return json.loads(done.stdout.splitlines()[-1])
 

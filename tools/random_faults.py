@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from dist_moe.config.plain_yaml import yaml_text  # noqa: E402
 from dist_moe.engine.checkpoint.files import (  # noqa: E402
     checkpoints_of,
     complete_directories,
@@ -142,7 +142,7 @@ class Job:
 
     def phase_of(self, rank: int) -> str:
         mark = self.marks / f"rank-{rank}"
-        return mark.read_text() if mark.exists() else ""
+        return mark.read_text(encoding="utf-8") if mark.exists() else ""
 
     def forget_phases(self) -> None:
         """Those of processes that are gone by now."""
@@ -178,7 +178,7 @@ def write_config(work: Path, steps: int) -> Path:
         },
     }
     path = work / "config.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml_text(content), encoding="utf-8")
     return path
 
 
@@ -186,7 +186,8 @@ def differences(run: Path, reference: Path, steps: int) -> list[str]:
     """Return what is not as in the undisturbed run."""
     found = []
     records = [
-        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, reference)
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for path in (run, reference)
     ]
     if len(records[0]) != len(records[1]):
         found.append("the number of records")
@@ -202,7 +203,7 @@ def differences(run: Path, reference: Path, steps: int) -> list[str]:
         for p in (run, reference)
     )
     found += [f"tensor {name}" for name in theirs if name not in ours or not ours[name].equal(theirs[name])]
-    tests = [json.loads((path / "summary.json").read_text())["test"] for path in (run, reference)]
+    tests = [json.loads((path / "summary.json").read_text(encoding="utf-8"))["test"] for path in (run, reference)]
     return found + (["the test figures"] if tests[0] != tests[1] else [])
 
 
@@ -242,7 +243,7 @@ def main() -> int:
             f"{faults[job.directory] or 'equal'}"
         )
         if options.output:
-            options.output.write_text(result(options, jobs, faults))
+            options.output.write_text(result(options, jobs, faults), encoding="utf-8")
     return int(any(faults.values()))
 
 

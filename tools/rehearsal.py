@@ -129,10 +129,12 @@ def deepspeed_pdsh(rehearsal: Rehearsal, run: Path) -> list[Start]:
     hostfile = _write_hostfile(rehearsal, run)
     work = hostfile.parent
     pdsh = work / "pdsh"
-    pdsh.write_text(PDSH)
+    pdsh.write_text(PDSH, encoding="utf-8")
     pdsh.chmod(0o755)
     needed = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    (work / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in needed.items()))
+    (work / ".deepspeed_env").write_text(
+        "".join(f"{name}={value}\n" for name, value in needed.items()), encoding="utf-8"
+    )
     first = rehearsal.nodes[0].address
     options = ["--hostfile", hostfile, "--no_ssh_check", "--master_addr", first, "--master_port", PORT]
     nodes = " ".join(f"{node.address}={node.namespace}" for node in rehearsal.nodes)
@@ -145,7 +147,9 @@ def _write_hostfile(rehearsal: Rehearsal, run: Path) -> Path:
     work = run.with_name(f"{run.name}-launcher")
     work.mkdir()
     hostfile = work / "hostfile"
-    hostfile.write_text("".join(f"{node.address} slots={rehearsal.ranks}\n" for node in rehearsal.nodes))
+    hostfile.write_text(
+        "".join(f"{node.address} slots={rehearsal.ranks}\n" for node in rehearsal.nodes), encoding="utf-8"
+    )
     return hostfile
 
 
@@ -187,8 +191,8 @@ class Result:
 
     @classmethod
     def read(cls, run: Path) -> Result:
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        test = json.loads((run / "summary.json").read_text())["test"]
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        test = json.loads((run / "summary.json").read_text(encoding="utf-8"))["test"]
         losses = [float(record["loss"]) for record in records]
         return cls(losses, test, sum(int(record["wire_rows"]) for record in records))
 
@@ -236,10 +240,18 @@ def _run_all(starts: Sequence[Start]) -> None:
         try:
             for number, start in enumerate(starts):
                 own = {name: value for name, value in start.variables.items() if value}
-                with open(f"{logs}/{number}", "w") as log:
+                with open(f"{logs}/{number}", "w", encoding="utf-8") as log:
                     environment = os.environ | common | own
                     processes.append(
-                        subprocess.Popen(start.words, cwd=start.cwd, env=environment, stdout=log, stderr=log, text=True)
+                        subprocess.Popen(
+                            start.words,
+                            cwd=start.cwd,
+                            env=environment,
+                            stdout=log,
+                            stderr=log,
+                            text=True,
+                            encoding="utf-8",
+                        )
                     )
             codes = _wait(processes)
         finally:
@@ -262,7 +274,7 @@ def _wait(processes: Sequence[subprocess.Popen[str]]) -> list[int | None]:
 
 def _story(starts: Sequence[Start], codes: Sequence[int | None], logs: Path) -> str:
     ends = [f"{shlex.join(start.words)}\nended with {code}:" for start, code in zip(starts, codes, strict=True)]
-    said = [(logs / str(number)).read_text()[-3000:] for number in range(len(starts))]
+    said = [(logs / str(number)).read_text(encoding="utf-8")[-3000:] for number in range(len(starts))]
     return "\n".join(part for pair in zip(ends, said, strict=True) for part in pair)
 
 
@@ -287,7 +299,7 @@ def main() -> None:
     report = describe(options, one, results)
     print(report)
     if options.report:
-        options.report.write_text(report)
+        options.report.write_text(report, encoding="utf-8")
     if any(result.difference(one) > SAME for result in results.values()):
         sys.exit("not every way gives what one process gives")
 

@@ -34,7 +34,7 @@ class StudyRun:
     @property
     def summary(self) -> dict[str, Any]:
         """The summary of the trained run."""
-        content: dict[str, Any] = json.loads(RunDirectory(self.directory).summary.read_text())
+        content: dict[str, Any] = json.loads(RunDirectory(self.directory).summary.read_text(encoding="utf-8"))
         return content
 
     def train(self, keep_weights: bool = True) -> None:
@@ -72,7 +72,9 @@ def train_all(runs: Iterable[StudyRun], at_once: int, keep_weights: bool = True)
 def dist_moe(*arguments: object) -> str:
     """Return what the command prints; one thread. Raises SystemExit with its last words if it fails."""
     words = [sys.executable, "-m", "dist_moe", *map(str, arguments)]
-    done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, encoding="utf-8"
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
     return done.stdout
@@ -86,7 +88,7 @@ def directory_name(*parts: object) -> str:
 def write_report(directory: Path, page: str, draw: Callable[[Path], None]) -> None:
     """``table.md``, which is printed too, and ``figure.png``."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "table.md").write_text(page)
+    (directory / "table.md").write_text(page, encoding="utf-8")
     draw(directory / "figure.png")
     print(page)
 

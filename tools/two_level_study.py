@@ -56,17 +56,17 @@ def main() -> None:
     if options.measured is not None:
         measured = measure(options)
         if os.environ["RANK"] == "0":
-            options.measured.write_text(json.dumps(measured))
+            options.measured.write_text(json.dumps(measured), encoding="utf-8")
         return
     signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory() as directory, cluster(NODES, RATE) as nodes:
         path = Path(directory) / "measured.json"
         words = [sys.executable, *sys.argv, "--measured", str(path)]
         run_ranks(words, nodes, RANKS_PER_NODE, port=PORT, patience_s=PATIENCE_S)
-        measured = json.loads(path.read_text())
+        measured = json.loads(path.read_text(encoding="utf-8"))
     options.report.parent.mkdir(exist_ok=True)
-    options.report.write_text(page(measured, options))
-    print(options.report.read_text())
+    options.report.write_text(page(measured, options), encoding="utf-8")
+    print(options.report.read_text(encoding="utf-8"))
 
 
 def _leave(number: int, _: FrameType | None) -> None:
@@ -131,7 +131,7 @@ def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 def bytes_sent() -> int:
     """By this node, since its link exists: headers and acknowledgements included."""
-    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text(encoding="utf-8"))
 
 
 def page(measured: list[dict[str, Any]], options: argparse.Namespace) -> str:

@@ -80,7 +80,7 @@ def main() -> None:
     if options.place is not None:
         measured = on_rank(PLACES[options.place], options)
         if os.environ["RANK"] == "0":
-            options.measured.write_text(json.dumps(measured))
+            options.measured.write_text(json.dumps(measured), encoding="utf-8")
         return
     signal.signal(signal.SIGTERM, _leave)  # else ranks and namespaces would be left
     results: dict[str, list[dict[str, Any]]] = {}
@@ -92,7 +92,7 @@ def main() -> None:
             results[place.label] = run_place(number, Path(directory) / f"{number}.json")
             print(rows_of(place.label, results[place.label]), flush=True)
     options.report.parent.mkdir(exist_ok=True)
-    options.report.write_text(page(results, options))
+    options.report.write_text(page(results, options), encoding="utf-8")
 
 
 def _leave(number: int, _: FrameType | None) -> None:
@@ -119,7 +119,7 @@ def run_place(number: int, measured: Path) -> list[dict[str, Any]]:
     words = [sys.executable, "-m", "tools.validate_plan", *arguments]
     with nullcontext([None] * place.nodes) if place.rate is None else cluster(place.nodes, place.rate) as nodes:
         run_ranks(words, nodes, place.per_node, port=PORT + number, patience_s=PATIENCE_S)
-    content: list[dict[str, Any]] = json.loads(measured.read_text())
+    content: list[dict[str, Any]] = json.loads(measured.read_text(encoding="utf-8"))
     return content
 
 

@@ -34,7 +34,7 @@ def main() -> None:
     page = table(options)
     print(page)
     if options.report is not None:
-        options.report.write_text(page)
+        options.report.write_text(page, encoding="utf-8")
 
 
 def table(options: argparse.Namespace) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dist_moe.cli.commands import Commands
+from dist_moe.cli.commands import CONFIG_HELP, Commands, add_config
 from dist_moe.errors import UserError
 
 EXPERTS_HELP = "of a dense layer: copies of its network, or the network split into as many parts (default: copies)"
@@ -24,7 +24,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("source", type=Path, metavar="FILE.safetensors|DIR")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="where the run is to be")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of its configuration to change")
-    parser.add_argument("--config", type=Path, metavar="CONFIG", help="of the run, with a Hugging Face directory")
+    add_config(parser, "--config", metavar="CONFIG", help=f"of the run, with a Hugging Face directory: {CONFIG_HELP}")
     parser.add_argument("--experts", choices=("copies", "split"), default="copies", help=EXPERTS_HELP)
     parser.add_argument("--noise", type=float, default=0.0, help=NOISE_HELP)
     parser.set_defaults(run=_run)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import dist_moe
 from dist_moe.cli import bench, config, data, evaluate, export, import_, inspect, plan, reshard, search, sweep, train
 from dist_moe.errors import UserError
 
@@ -20,8 +21,8 @@ def console_script() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, return the exit code."""
-    options = _parse(arguments)
     try:
+        options = _parse(arguments)
         return int(options.run(options))
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -44,6 +45,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dist-moe", description="Distributed training of sparse mixtures of experts.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {dist_moe.__version__}")
     # The deepspeed launcher puts this before the arguments of its own accord.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

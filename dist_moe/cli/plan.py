@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_moe.cli import plan_scale
-from dist_moe.cli.commands import Commands
+from dist_moe.cli.commands import Commands, add_config
 from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def add_to(commands: Commands) -> None:
         "allocated. With --nodes, the time of a step too, by either exchange, from a machine's constants "
         "(docs/plan.md).",
     )
-    plan.add_argument("config", type=Path, nargs="?", help="YAML file, see configs/")
+    add_config(plan, nargs="?")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="fields to set differently")
     plan.add_argument("--ranks", type=int, metavar="N", help="processes in all (default: 1)")
     plan.add_argument("--memory-gib", type=float, metavar="M", help="memory of a rank: how large a batch fits?")
@@ -45,7 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.measure is not None:
         return plan_scale.measure(options)
     if options.config is None:
-        raise UserError("CONFIG: required, but not given; for example: dist-moe plan configs/movielens_comet_plus.yaml")
+        raise UserError("CONFIG: required, but not given; for example: dist-moe plan @movielens_comet_plus")
     plan_scale.check(options)
     return plan_scale.plan(options) if options.nodes is not None else _plan_memory(options)
 

@@ -113,5 +113,5 @@ def measure(options: argparse.Namespace) -> int:
         machine = measure_machine(groups, processors_here())
     if environment.is_rank_zero:
         machine.write(options.measure)
-        print(options.measure.read_text(), end="")
+        print(options.measure.read_text(encoding="utf-8"), end="")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dist_moe.cli.commands import Commands
+from dist_moe.cli.commands import Commands, add_config
 
 
 def add_to(commands: Commands) -> None:
@@ -15,7 +15,7 @@ def add_to(commands: Commands) -> None:
         help="train many trials with drawn hyper-parameters, and report",
         description="Begin a sweep or go on with it; when all trials are done, write its report.",
     )
-    sweep.add_argument("file", type=Path, metavar="SWEEP", help="YAML file, see configs/sweeps/")
+    add_config(sweep, "file", metavar="SWEEP")
     sweep.add_argument("--workers", type=int, default=1, metavar="N", help="processes that train (default: 1)")
     sweep.add_argument("--sweep-dir", type=Path, metavar="DIR", help="where to write (default: runs/sweeps/SWEEP)")
     sweep.add_argument("--retry-failed", action="store_true", help="try trials again that an error ended")

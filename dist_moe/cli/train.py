@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_moe.cli.commands import Commands
+from dist_moe.cli.commands import Commands, add_config
 from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ overrides: any field of the configuration, by its dotted name; values are YAML.
   'dist-moe config --fields' lists all fields with their ranges; what is below deepspeed is
   DeepSpeed's own configuration.
 
-one process:       dist-moe train configs/movielens_comet_plus.yaml
+one process:       dist-moe train @movielens_comet_plus
 R ranks here:      dist-moe train --emulate 2 CONFIG parallel.expert_parallel_size=2
 torchrun:          torchrun --nproc-per-node 2 -m dist_moe train CONFIG parallel.expert_parallel_size=2
 deepspeed:         deepspeed --num_gpus 2 --module dist_moe train CONFIG parallel.expert_parallel_size=2
-TorchX:            torchx run -s local_cwd --wait --log launch/components.py:train \\
-                       --config CONFIG --ranks 2 parallel.expert_parallel_size=2
+TorchX:            torchx run -s local_cwd --wait --log dist_moe.train --config CONFIG \\
+                       --ranks 2 parallel.expert_parallel_size=2
 
 The same configuration and seed give the same result in all these ways. On SIGTERM or Ctrl-C the run
 writes a checkpoint and ends with code 128 + signal; 'dist-moe train --resume RUN_DIR' goes on as if
@@ -47,7 +47,7 @@ def add_to(commands: Commands) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("config", nargs="?", type=Path, help="YAML file, see configs/")
+    add_config(train, nargs="?")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="fields to set differently")
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="where to write (default: runs/CONFIG)")
     train.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with this run instead")
@@ -94,7 +94,7 @@ def _plan_and(train: Callable[[Plan], int], options: argparse.Namespace) -> int:
             raise UserError("--resume goes on with a run already; leave --auto-resume out")
         return train(plan_resumed_run(options.resume, overrides))
     if options.config is None:
-        raise UserError("name a configuration (see configs/), or a run with --resume")
+        raise UserError("name a configuration (see dist-moe config --list), or a run with --resume")
     run_dir = options.run_dir or Path("runs") / options.config.stem
     plan = plan_restartable_run if options.auto_resume else plan_new_run
     return train(plan(options.config, overrides, run_dir))

@@ -1,71 +1,49 @@
-"""Reading YAML, and setting single fields of it from the command line."""
+"""Setting single fields of a configuration from the command line."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
-from dist_moe.errors import UserError
-
-Content = dict[str, Any]
+from dist_moe.config.plain_yaml import DEPTH_LIMIT, Content, parse_yaml
+from dist_moe.errors import UserError, shown
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the floats of YAML 1.2: ``1e-3`` is a number wherever it stands."""
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return values by dotted name, in the order in which they are to be set; of a name given twice the last one.
+
+    ``overrides``: texts ``key.subkey=value``, values in YAML. Raises UserError for one that is not of that form.
+    """
+    assignments: dict[str, Any] = {}
+    for key, value in map(_parse, overrides):
+        assignments.pop(key, None)  # the last one, at the last place: a=.. a.b=.. is not a.b=.. a=..
+        assignments[key] = value
+    return assignments
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))$"
-        r"|\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(path: Path) -> Content:
-    """Return the mapping in ``path``; UserError if it cannot be read, is not YAML or not a mapping."""
-    try:
-        content = _parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"configuration {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration {path} is not YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"configuration {path} must hold 'key: value' pairs, not a {type(content).__name__}")
-    return content
-
-
-def parse_override(override: str) -> tuple[str, Any]:
-    """``key.subkey=value`` -> (dotted key, value read as YAML). Raises UserError if it is not of that form."""
+def _parse(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form key=value, for example train.batch_size=256")
-    try:
-        return key, _parse(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of override {override!r} is not YAML: {error}") from error
+    parts = key.split(".")
+    if not equals or not all(parts) or len(parts) > DEPTH_LIMIT or any(letter.isspace() for letter in key):
+        raise UserError(f"override {shown(override)} is not of the form key=value, for example train.batch_size=256")
+    if not text.strip() or text.lstrip().startswith("#"):  # as from an unset variable of a shell
+        raise UserError(f"override {shown(override)} gives no value; write {shown(key)[1:-1]}=null if null is meant")
+    return key, parse_yaml(text, f"the value of override {shown(override)}")
 
 
 def assign(content: Content, dotted_key: str, value: Any) -> None:
-    """Set one field, making the sections above it where they are absent or null; a text is a section's name."""
+    """Set one field, making the sections above it where they are absent or null; a text is a section's name.
+
+    Raises UserError where a list, a number or a truth value stands for a section above it.
+    """
     *sections, last = dotted_key.split(".")
-    for section in sections:
-        if not isinstance(content.get(section), dict):
-            content[section] = {"name": content[section]} if isinstance(content.get(section), str) else {}
+    for i, section in enumerate(sections):
+        above = content.get(section)
+        if above is None or isinstance(above, str):
+            content[section] = {} if above is None else {"name": above}
+        elif not isinstance(above, dict):
+            name = ".".join(sections[: i + 1])
+            remedy = "give the whole list" if isinstance(above, list) else "it has no fields"
+            raise UserError(f"override {shown(dotted_key)}: {shown(name)} is {shown(above)}, no section; {remedy}")
         content = content[section]
     content[last] = value
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)

@@ -20,6 +20,8 @@ from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from dist_moe.errors import shown
+
 S = TypeVar("S", bound=BaseModel)
 
 UNKNOWN_NAME = "unknown_name"
@@ -94,10 +96,10 @@ class Registry(Generic[S]):
         name = value.get("name", self.default)
         settings = self.get(name)
         if settings is None:
-            near = difflib.get_close_matches(str(name), self.names, n=1)
+            near = difflib.get_close_matches(shown(name)[1:-1], self.names, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             allowed = f"{hint}allowed: {', '.join(self.names)}, and what modules under imports register"
-            context = {"name": repr(name), "kind": self.kind, "allowed": allowed}
+            context = {"name": shown(name), "kind": self.kind, "allowed": allowed}
             raise PydanticCustomError(UNKNOWN_NAME, "name={name} is not a {kind}; {allowed}", context)
         return settings.model_validate({"name": name} | value)
 

@@ -12,12 +12,19 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dist_moe.config.listing import fields_of, registry_of
-from dist_moe.config.overrides import Content, assign, parse_override
+from dist_moe.config.overrides import assign, parse_overrides
+from dist_moe.config.plain_yaml import Content
 from dist_moe.config.registry import UNKNOWN_NAME
 from dist_moe.config.settings import Settings
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 S = TypeVar("S", bound=Settings)
+
+SHOWN_FAULTS = 10
+"""Faults of a configuration that are told at once."""
+
+SHOWN_CHARACTERS = 800
+"""Of a fault at most, whose message may repeat a value of any length."""
 
 
 def validate(config: type[S], content: Content) -> S:
@@ -25,13 +32,15 @@ def validate(config: type[S], content: Content) -> S:
     try:
         return config.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(one, config) for one in error.errors()]
+        faults = error.errors()
+        lines = [line[:SHOWN_CHARACTERS] for line in (_explain(one, config) for one in faults[:SHOWN_FAULTS])]
+        lines += [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
         raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from error
 
 
 def validate_section(section: type[S], overrides: Sequence[str]) -> S:
     """Return a single section from ``key=value`` overrides of its defaults; raises UserError as :func:`validate`."""
-    return validate(section, dict(parse_override(text) for text in overrides))
+    return validate(section, parse_overrides(overrides))
 
 
 def override(config: type[BaseModel], content: Content, assignments: Mapping[str, Any]) -> None:
@@ -103,6 +112,6 @@ def _explain(error: Any, config: type[Settings]) -> str:
         hint = f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --fields'"
         if near == [field]:  # of another member of a registry
             hint = f" with this {field.rpartition('.')[0]}.name; see 'dist-moe config --fields'"
-        return f"{field}={error['input']!r}: there is no such field{hint}"
+        return f"{field}={shown(error['input'])}: there is no such field{hint}"
     message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list, for example '[a, b]'")
-    return f"{field}={error['input']!r}: {message[0].lower() + message[1:]}"
+    return f"{field}={shown(error['input'])}: {message[0].lower() + message[1:]}"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from dist_moe.config.settings import Settings
+from dist_moe.config.settings import LARGEST_EPOCHS, LARGEST_STEP, Settings
+from dist_moe.errors import UserError
 
 
 class TrainConfig(Settings):
     """How long, how much at once, and how often to write."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the training examples")
+    epochs: float = Field(1.0, gt=0, le=LARGEST_EPOCHS, description="passes over the training examples")
     max_steps: int | None = Field(
-        None, ge=1, description="stop after this many steps, whatever epochs says (null: epochs decides)"
+        None,
+        ge=1,
+        le=LARGEST_STEP,
+        description="stop after this many steps, whatever epochs says (null: epochs decides)",
     )
     batch_size: int = Field(
         512, ge=1, description="global batch: examples per step over all ranks and accumulation steps"
@@ -56,6 +60,12 @@ class TrainConfig(Settings):
     )
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Return the number of steps of the whole run."""
+        """Return the number of steps of the whole run. Raises UserError if there are too many."""
         steps = max(1, round(self.epochs * steps_per_epoch))
-        return min(steps, self.max_steps) if self.max_steps else steps
+        steps = min(steps, self.max_steps) if self.max_steps else steps
+        if steps > LARGEST_STEP:
+            raise UserError(
+                f"train.epochs={self.epochs:g} are {steps:,} steps of a batch of {self.batch_size}; a run has at most "
+                f"{LARGEST_STEP:,}: give train.max_steps, or fewer epochs"
+            )
+        return steps

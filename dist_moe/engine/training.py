@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dist_moe.engine.callbacks import Callback, EarlyStopping, PeriodicCheckpoints, PermutationImages
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, drop_after
-from dist_moe.engine.checkpoint.format import TrainingHistory
+from dist_moe.engine.checkpoint.format import TRAINER_FILE, TrainingHistory
 from dist_moe.engine.checkpoint.loading import check_optimizer_of_checkpoint, load_checkpoint, load_weights
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
 from dist_moe.engine.deepspeed.checks import check_deepspeed_section
@@ -33,7 +33,7 @@ from dist_moe.engine.monitor.step_window import SUMS, StepWindow, Sums, add_sums
 from dist_moe.engine.monitor.trackers import TrackerSettings
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.trainable import Trained, hold_still
-from dist_moe.errors import DivergedError
+from dist_moe.errors import DivergedError, UserError
 from dist_moe.recording import Recorder, recording
 from dist_moe.search import SlotTable
 from dist_moe.search.layers import moe_layers, slot_tables
@@ -262,13 +262,14 @@ class Trainer:
             self.step, self.history, self._seconds_before = state.step, state.history, state.history.seconds
             for callback in self.callbacks:
                 if callback.name in state.callbacks:
-                    callback.load_state_dict(state.callbacks[callback.name])
+                    self._give_back(callback, state.callbacks[callback.name], checkpoint)
         is_rank_zero = self.groups.environment.is_rank_zero
+        told: list[str] = []
         if is_rank_zero and self.run is not None:
             # What a resumed run does again, or could not be read; and what another patience once kept.
             root = checkpoints_of(self.run.root)
-            drop_after(root, self.step)
-            drop_after(best_of(root), self.step if self.settings.patience is not None else -1)
+            told += drop_after(root, self.step)
+            told += drop_after(best_of(root), self.step if self.settings.patience is not None else -1)
         self.monitor = Monitor(
             self.run,
             self._trackers,
@@ -278,6 +279,15 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             batch_size=self.settings.batch_size,
         )
+        for sentence in told:
+            self.monitor.say(f"warning: {sentence}")
+
+    def _give_back(self, callback: Callback, state: dict[str, Any], checkpoint: Path) -> None:
+        try:
+            callback.load_state_dict(state)
+        except Exception as error:  # whatever a callback of the user's may raise for what it did not write
+            where = f"checkpoint {checkpoint}: callbacks.{callback.name} in {TRAINER_FILE}"
+            raise UserError(f"{where} is not what it can take back: {type(error).__name__}: {error}") from error
 
     def _train_step(self, recorder: Recorder) -> None:
         """Take one step, from its data to its callbacks; ``recorder`` gets what is recorded on the way."""

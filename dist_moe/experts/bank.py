@@ -88,11 +88,15 @@ class ExpertBank(nn.Module, ABC):
         Takes a single draw from torch's global generator, whatever the number of local experts.
         """
         base = int(torch.randint(2**62, (), device="cpu").item())
+        if torch.get_default_device().type == "meta":
+            return [torch.Generator()] * self.num_local_experts  # nothing is drawn from them
         return [torch.Generator().manual_seed((base + 0x9E3779B97F4A7C15 * e) % 2**63) for e in self.expert_ids]
 
 
 def drawn(shape: tuple[int, ...], generators: Sequence[torch.Generator], std: float | None = None) -> nn.Parameter:
     """Return (E_local, *shape) from N(0, std), or glorot-uniform where there is no ``std``; a generator per expert."""
+    if torch.get_default_device().type == "meta":
+        return nn.Parameter(torch.empty(len(generators), *shape))
     weights = [torch.empty(shape) for _ in generators]
     for weight, generator in zip(weights, generators, strict=True):
         if std is None:

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_moe import kernels
+from dist_moe.config.settings import Size
 from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds, drawn
 
 KERNEL_SIDE = 5
@@ -29,10 +30,8 @@ class ConvConfig(ExpertSettings):
     """A small convolutional network over square one-channel images."""
 
     name: Literal["conv"] = Field("conv", description="which experts these are")
-    channels: tuple[PositiveInt, PositiveInt] = Field(
-        (10, 20), description="filters of the two 5x5 convolutions of each expert"
-    )
-    units: tuple[PositiveInt, PositiveInt] = Field(
+    channels: tuple[Size, Size] = Field((10, 20), description="filters of the two 5x5 convolutions of each expert")
+    units: tuple[Size, Size] = Field(
         (50, 50), description="units of the two dense layers of each expert; the last are the width of its result"
     )
 

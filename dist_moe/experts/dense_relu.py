@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe import kernels
+from dist_moe.config.settings import LARGEST_SIZE
 from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds, drawn
 
 
@@ -17,7 +18,7 @@ class DenseReLUConfig(ExpertSettings):
     """A dense layer with ReLU, and dropout."""
 
     name: Literal["dense_relu"] = Field("dense_relu", description="which experts these are")
-    units: int = Field(256, ge=1, description="units of each expert: the width of its result")
+    units: int = Field(256, ge=1, le=LARGEST_SIZE, description="units of each expert: the width of its result")
     dropout: float = Field(0.5, ge=0, lt=1, description="dropout on the experts' results")
 
     def build(self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None) -> DenseReLUBank:

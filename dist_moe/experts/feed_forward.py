@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_moe import kernels
+from dist_moe.config.settings import LARGEST_SIZE
 from dist_moe.experts.bank import ExpertBank, ExpertSettings, InitStds, drawn
 
 
@@ -17,7 +18,7 @@ class FeedForwardConfig(ExpertSettings):
     """A feed-forward network, as wide in its result as in its rows; the defaults are a small SwiGLU."""
 
     name: Literal["feed_forward"] = Field("feed_forward", description="which experts these are")
-    hidden: int = Field(256, ge=1, description="hidden width of each expert")
+    hidden: int = Field(256, ge=1, le=LARGEST_SIZE, description="hidden width of each expert")
     activation: Literal["relu", "gelu", "silu"] = Field("silu", description="the activation")
     gated: bool = Field(
         True, description="multiply the activation with a second product of the row (GLU; with silu: SwiGLU)"

@@ -30,7 +30,16 @@ from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture,
 from dist_moe.gates.lazy_tree import Visit, dense_rows, descend_lazily, roots_of
 from dist_moe.gates.top_k import largest
 from dist_moe.gates.tree import descend, one_sided_splits
-from dist_moe.kernels import DENSE_GAIN, Band, Pairs, dense_products, products_of_band, select, sparse_products
+from dist_moe.kernels import (
+    DENSE_GAIN,
+    Band,
+    Pairs,
+    dense_products,
+    products_of_band,
+    select,
+    sparse_products,
+    sums_at,
+)
 from dist_moe.routing import Route
 
 ENTROPY_EPSILON = 1e-6
@@ -164,7 +173,7 @@ class Comet(Gate):
 
     def _split(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.hard_evaluation and not self.training:
-            left = (t >= 0).to(t.dtype)
+            left = torch.where(t.isnan(), t, (t >= 0).to(t.dtype))
             return left, 1 - left
         return smooth_step(t, self.gamma)
 
@@ -204,7 +213,7 @@ class Comet(Gate):
         slot_N = leaves.node_N + (leaves.tree_N * self.num_experts if self.splits_branches else 0)
         aux = self._aux(leaf_entropy(leaf_mass_N), lambda: self._reached(visit, split_mass_N, left_F), len(x_TD))
         route = Route.merge(leaves.token_N, slot_N, weight_N, len(x_TD), self.num_slots, aux)
-        route = route.keep(route.weight_N > 0)  # exp() of a far smaller logit is 0, as in the dense mixture
+        route = route.keep(route.weight_N != 0)  # exp() of a far smaller logit is 0, as in the dense mixture
         return route if self.max_active is None else route.heaviest(self.max_active)
 
     def _sparse_affine(
@@ -219,9 +228,8 @@ class Comet(Gate):
         levels = zip(visit.levels, parts, strict=True)
         left_N = torch.cat([level.left_N.index_copy(0, level.fractional_F, part_F) for level, part_F in levels])
         place_N = visit.splits.tree_N * (self.num_experts - 1) + visit.splits.node_N
-        zeros_2Q = mass_N.new_zeros(2, self.split_bias.numel())
-        reached_2Q = zeros_2Q.index_add(1, place_N, torch.stack([mass_N * left_N, mass_N]))
-        return reached_2Q.view(2, *self.split_bias.shape)
+        reached_Q2 = sums_at(torch.stack([mass_N * left_N, mass_N], dim=1), place_N, self.split_bias.numel())
+        return reached_Q2.t().view(2, *self.split_bias.shape)
 
     def _aux(self, entropy: Tensor, reached: Callable[[], Tensor], num_tokens: int) -> dict[str, Tensor]:
         aux = {"entropy": self.entropy_weight * (entropy / max(num_tokens, 1))}
@@ -254,7 +262,7 @@ def split_balance(reached_2KQ: Tensor, allowed_E: Tensor | None = None) -> Tenso
 
 def _joint_softmax(logit_TKE: Tensor, mass_TKE: Tensor) -> Tensor:
     """softmax over all (tree, leaf) pairs of a + log v, exactly 0 where v is exactly 0."""
-    reachable = mass_TKE > 0
+    reachable = mass_TKE != 0
     log_mass = torch.where(reachable, mass_TKE, 1).log().masked_fill(~reachable, -torch.inf)
     return (logit_TKE + log_mass).flatten(1).softmax(dim=-1).view_as(logit_TKE)
 
@@ -264,4 +272,4 @@ def _segment_softmax(logit_N: Tensor, token_N: Tensor, num_tokens: int) -> Tenso
     lowest_T = logit_N.new_full((num_tokens,), -torch.inf)
     largest_T = lowest_T.scatter_reduce(0, token_N, logit_N.detach(), "amax")
     exp_N = (logit_N - largest_T[token_N]).exp()
-    return exp_N / logit_N.new_zeros(num_tokens).index_add(0, token_N, exp_N)[token_N]
+    return exp_N / sums_at(exp_N, token_N, num_tokens)[token_N]

@@ -153,7 +153,7 @@ def _step(nodes: Nodes, depth: int, num_splits: int, products: Products, split: 
         band = Band(len(nodes), band.first, band.last)
     t_N = products(nodes.pairs, band)
     left_N, right_N = split(t_N)
-    fractional_F = ((left_N > 0) & (right_N > 0)).nonzero().squeeze(1)
+    fractional_F = ((left_N != 0) & (right_N != 0)).nonzero().squeeze(1)
     children, kept_M = _children(nodes, left_N, right_N, fractional_F)
     return Level(nodes, t_N, left_N, right_N, fractional_F, kept_M, band, inner_N, above_N, above), children
 
@@ -168,7 +168,7 @@ def _children(nodes: Nodes, left_N: Tensor, right_N: Tensor, fractional_F: Tenso
         parents.token_N, parents.tree_N, 2 * parents.node_N + 2, parents.mass_N * right_N.index_select(0, fractional_F)
     )
     children = concatenate([Nodes(first.token_N, first.tree_N, first.node_N, mass_N), second])
-    alive_M = children.mass_N > 0
+    alive_M = children.mass_N != 0
     if alive_M.all():
         return children, None
     kept_M = alive_M.nonzero().squeeze(1)

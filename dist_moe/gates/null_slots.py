@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dist_moe.config.settings import LARGEST_COUNT
 from dist_moe.gates.balance import load_balance
 from dist_moe.gates.base import GATES, Gate, GateContext, GateSettings, Mixture
 from dist_moe.gates.top_k import TopK
@@ -32,7 +33,7 @@ class AdaMoEConfig(GateSettings):
 
     name: Literal["ada_moe"] = "ada_moe"
     k: int = Field(4, ge=1, description="slots per token, experts and nulls together")
-    null_slots: int = Field(16, ge=0, description="slots that do nothing, beside the experts")
+    null_slots: int = Field(16, ge=0, le=LARGEST_COUNT, description="slots that do nothing, beside the experts")
     balance_weight: float = Field(
         1e-4, ge=0, description="weight of the load-balance loss over experts and nulls, which is 1 when uniform"
     )
@@ -86,7 +87,7 @@ class NullSlots(Gate):
             probability_TS = inner.weight_TKE.sum(dim=1)
         aux = inner.aux
         if self.balance_weight and self.training:
-            selected_TS = (inner.weight_TKE.detach() > 0).any(dim=1)
+            selected_TS = (inner.weight_TKE.detach() != 0).any(dim=1)
             loss = load_balance(self, selected_TS, probability_TS, self.null_slots)
             aux = aux | {"null_balance": self.balance_weight * loss}
         return Mixture(without_null(inner.weight_TKE, self.null_slots), aux)
@@ -111,5 +112,5 @@ def without_null(weight_TKS: Tensor, null_slots: int) -> Tensor:
     num_experts = weight_TKS.shape[-1] - null_slots
     weight_TKE, null_TKM = weight_TKS[..., :num_experts], weight_TKS[..., num_experts:]
     left_T11 = weight_TKE.sum(dim=(1, 2), keepdim=True)
-    shared_T11 = (null_TKM > 0).any(dim=2, keepdim=True).any(dim=1, keepdim=True) & (left_T11 > 0)
+    shared_T11 = (null_TKM != 0).any(dim=2, keepdim=True).any(dim=1, keepdim=True) & (left_T11 != 0)
     return torch.where(shared_T11, weight_TKE / torch.where(shared_T11, left_T11, 1), weight_TKE)

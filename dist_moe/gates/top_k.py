@@ -144,7 +144,7 @@ class TopK(Gate):
         slot_TK, kept_TK = self._choose(logit_TE, largest_of_many)
         route = Route.from_choices(slot_TK, kept_TK, self.num_slots, self._aux(logit_TE, slot_TK))
         waits = not kernels.on_device_path(x_TD) or self.allowed_E is not None
-        return route.keep(route.weight_N > 0) if waits else route
+        return route.keep(route.weight_N != 0) if waits else route
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return the (T, n) logits, with noise while training if there is any; -inf for excluded slots."""
@@ -188,6 +188,8 @@ class TopK(Gate):
         if not self.bias_update_rate:
             return logit_TE  # in the order of the scores, and without ties by underflow
         score_TE = logit_TE.sigmoid() if self.scores == "sigmoid" else logit_TE.softmax(dim=-1)
+        # One logit that is not finite makes NaN of all: it must come first itself, or it would vanish unseen.
+        score_TE = torch.where(score_TE.isnan(), logit_TE, score_TE)
         return self.exclude(score_TE + self.selection_bias.to(score_TE.dtype))
 
     def _aux(self, logit_TE: Tensor, slot_TK: Tensor) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from dist_moe.kernels.sparse_products import (
 from dist_moe.kernels.token_rows import (
     rows_of_tokens,
     rows_of_tokens_reference,
+    sums_at,
     weighted_scatter,
     weighted_scatter_reference,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "sparse_products",
     "sparse_products_reference",
     "stable_order",
+    "sums_at",
     "weighted_scatter",
     "weighted_scatter_reference",
 ]

@@ -85,7 +85,7 @@ def grouped_layer_norm(
     """
     check_counts(rows_per_group, len(weight_ED), len(x_ND))
     wide = torch.promote_types(x_ND.dtype, torch.float32)
-    rows = rows_per_group if isinstance(rows_per_group, Tensor) else torch.tensor(rows_per_group)
+    rows = torch.as_tensor(rows_per_group, device=x_ND.device)
     y_ND: Tensor = _GroupedLayerNorm.apply(x_ND.to(wide), weight_ED.to(wide), bias_ED.to(wide), eps, rows)
     return y_ND.to(x_ND.dtype)
 

@@ -54,6 +54,19 @@ def weighted_scatter_reference(rows_NF: Tensor, weight_GN: Tensor, index: TokenI
     return torch.stack([zeros_TF.index_add(0, index.token_N, rows) for rows in weighted])
 
 
+def sums_at(rows_N: Tensor, place_N: Tensor, num_places: int) -> Tensor:
+    """Return (P, ...): at each of P places the sum of those of (N, ...) rows that belong there; 0 without any.
+
+    ``place_N``: (N,) int64, the place of each row. Differentiable, with the same bits every time: rows are added in
+    their order, where ``index_add`` on a GPU adds those of a place as they come.
+    """
+    if not on_device_path(rows_N):
+        return rows_N.new_zeros(num_places, *rows_N.shape[1:]).index_add(0, place_N, rows_N)
+    rows_NF, one_1N = rows_N.unsqueeze(-1).flatten(1), rows_N.new_ones(1, len(rows_N))
+    sums_1PF = weighted_scatter(rows_NF, one_1N, TokenIndex.of(place_N, num_places))
+    return sums_1PF.view(num_places, *rows_N.shape[1:])
+
+
 class _RowsOfTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_N: Tensor, start_T1: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
 from dist_moe.config.registry import Registry
-from dist_moe.config.settings import Settings
+from dist_moe.config.settings import LARGEST_COUNT, Settings
 from dist_moe.experts import ExpertBank
 from dist_moe.gates import CometConfig, GateConfig, GateContext
 from dist_moe.layer import MoE, MoEOutput
@@ -57,10 +57,11 @@ class MoEModelConfig(Settings, ABC):
 
     name: str
 
-    num_experts: int = Field(16, ge=2, description="experts of a layer, over all ranks")
+    num_experts: int = Field(16, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
     num_slots: int | None = Field(
         None,
         ge=2,
+        le=LARGEST_COUNT,
         description="slots that each gate chooses among; slot i leads to expert i mod num_experts until its slot map "
         "is changed, and slots of one expert add up their weights (null: as many as experts)",
     )

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
+from dist_moe.config.settings import LARGEST_SIZE
 from dist_moe.experts import EXPERTS, DenseReLUConfig, ExpertSettings
 from dist_moe.layer import MoE
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
@@ -26,11 +27,11 @@ class RecommenderConfig(MoEModelConfig):
     kind: ClassVar[str] = "recommendation"
 
     name: Literal["recommender"] = Field("recommender", description="which model this is")
-    embedding_dim: int = Field(128, ge=1, description="width of each of the two embeddings")
+    embedding_dim: int = Field(128, ge=1, le=LARGEST_SIZE, description="width of each of the two embeddings")
     experts: Annotated[SerializeAsAny[ExpertSettings], EXPERTS.with_default("dense_relu")] = Field(
         default_factory=lambda: DenseReLUConfig(), description="the experts"
     )
-    tower_units: int = Field(256, ge=1, description="units of each task's tower")
+    tower_units: int = Field(256, ge=1, le=LARGEST_SIZE, description="units of each task's tower")
 
     def validation_errors(self) -> Iterator[str]:
         """Yield what does not fit together, as "field=value: reason"; experts take both embeddings side by side."""

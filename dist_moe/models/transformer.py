@@ -22,6 +22,7 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_moe.config.settings import LARGEST_COUNT, LARGEST_DEPTH, LARGEST_SIZE
 from dist_moe.errors import UserError
 from dist_moe.experts import EXPERTS, ExpertSettings, FeedForwardConfig
 from dist_moe.layer import MoE, MoEOutput
@@ -40,9 +41,9 @@ class TransformerConfig(MoEModelConfig):
     one_layer: ClassVar[bool] = False
 
     name: Literal["transformer"] = Field("transformer", description="which model this is")
-    num_experts: int = Field(8, ge=2, description="experts of a layer, over all ranks")
-    layers: int = Field(4, ge=1, description="layers, each of attention and a feed-forward network")
-    dim: int = Field(128, ge=2, description="width of the residual stream")
+    num_experts: int = Field(8, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
+    layers: int = Field(4, ge=1, le=LARGEST_DEPTH, description="layers, each of attention and a feed-forward network")
+    dim: int = Field(128, ge=2, le=LARGEST_SIZE, description="width of the residual stream")
     heads: int = Field(4, ge=1, description="attention heads, each of width dim / heads")
     kv_heads: int | None = Field(
         None, ge=1, description="key and value heads, each shared by heads / kv_heads heads (null: one for each head)"
@@ -54,11 +55,15 @@ class TransformerConfig(MoEModelConfig):
         default_factory=lambda: FeedForwardConfig(), description="the experts"
     )
     dense_hidden: int = Field(
-        512, ge=1, description="hidden width of the layers that are no mixtures; k * experts.hidden costs as k experts"
+        512,
+        ge=1,
+        le=LARGEST_SIZE,
+        description="hidden width of the layers that are no mixtures; k * experts.hidden costs as k experts",
     )
     shared_hidden: int | None = Field(
         None,
         ge=1,
+        le=LARGEST_SIZE,
         description="hidden width of a network beside the experts, for every token (null: none)",
     )
     rope_theta: float = Field(10_000.0, gt=1, description="base of the rotary position embeddings' wavelengths")

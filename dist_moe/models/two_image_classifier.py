@@ -11,9 +11,10 @@ from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveInt, SerializeAsAny
+from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
+from dist_moe.config.settings import LARGEST_COUNT, Size
 from dist_moe.errors import UserError
 from dist_moe.experts import EXPERTS, ConvConfig, ExpertSettings
 from dist_moe.layer import MoE
@@ -29,11 +30,11 @@ class TwoImageClassifierConfig(MoEModelConfig):
     kind: ClassVar[str] = "two_images"
 
     name: Literal["two_image_classifier"] = Field("two_image_classifier", description="which model this is")
-    num_experts: int = Field(5, ge=2, description="experts in all, over all ranks")
+    num_experts: int = Field(5, ge=2, le=LARGEST_COUNT, description="experts in all, over all ranks")
     experts: Annotated[SerializeAsAny[ExpertSettings], EXPERTS.with_default("conv")] = Field(
         default_factory=lambda: ConvConfig(), description="the experts"
     )
-    head_units: tuple[PositiveInt, ...] = Field(
+    head_units: tuple[Size, ...] = Field(
         (50, 50), description="units of the hidden layers of each task's head (empty: none)"
     )
 

@@ -35,8 +35,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.nn import functional as F
 
-from dist_moe.kernels import RowCounts, TokenIndex, counts_on_host, weighted_scatter
+from dist_moe.kernels import RowCounts, TokenIndex, rows_of_tokens, weighted_scatter
 from dist_moe.parallel.exchange import (
     LocalExperts,
     Meanwhile,
@@ -79,7 +80,7 @@ class OverlappedExchange:
 
         def send(link: Tensor, c: int) -> Tensor:
             token_N = torch.cat([tokens[e] for e in chunks[c].experts])
-            return _Leave.apply(x_TD.index_select(0, token_N), link, there[c])
+            return _Leave.apply(rows_of_tokens(x_TD, TokenIndex.of(token_N, len(x_TD))), link, there[c])
 
         link = send(link, 0)
         meanwhile()  # autograd works backwards: its gradients are computed while those of chunk 0 travel back
@@ -88,7 +89,8 @@ class OverlappedExchange:
             if c + 1 < len(chunks):
                 link = send(link, c + 1)
             arrived_ND, link = _Arrive.apply(link, there[c])
-            computed_NF = experts_of[c](regrouped(arrived_ND, chunk.received), chunk.rows_per_expert)
+            rows_per_expert = plan.rows_per_local_expert[chunk.part.start : chunk.part.stop]
+            computed_NF = experts_of[c](regrouped(arrived_ND, chunk.received), rows_per_expert)
             link = _Leave.apply(regrouped(computed_NF, chunk.received_by_expert), link, back[c])
         # Awaited last and in order; the first chunks have been back for long. Their rows are sorted by chunk and
         # expert, those of ``pairs`` by expert alone.
@@ -112,7 +114,7 @@ class _Chunk:
     """The local experts ``part`` of every rank. ``experts``: their global positions; ``sent``: rows for each."""
 
     def __init__(self, part: range, sent_RL: list[list[int]], received_RL: list[list[int]]) -> None:
-        local = len(received_RL[0])
+        self.part, local = part, len(received_RL[0])
         self.experts = [rank * local + expert for rank in range(len(sent_RL)) for expert in part]
         sent = [of_rank[part.start : part.stop] for of_rank in sent_RL]
         self.sent = list(chain(*sent))
@@ -120,7 +122,6 @@ class _Chunk:
         self.received = [of_rank[part.start : part.stop] for of_rank in received_RL]
         self.received_by_expert = list(zip(*self.received, strict=True))
         self.receive = list(map(sum, self.received))
-        self.rows_per_expert = list(map(sum, self.received_by_expert))
 
 
 class _Trip:
@@ -213,7 +214,9 @@ def parts_of(experts: LocalExperts, sizes: list[int]) -> list[LocalExperts]:
         return [partial(piece, i) for i in range(len(sizes))]
 
     def alone(i: int, x_ND: Tensor, rows_per_expert: RowCounts) -> Tensor:
-        before, after = [0] * sum(sizes[:i]), [0] * sum(sizes[i + 1 :])
-        return experts(x_ND, before + counts_on_host(rows_per_expert) + after)
+        before, after = sum(sizes[:i]), sum(sizes[i + 1 :])
+        if isinstance(rows_per_expert, Tensor):
+            return experts(x_ND, F.pad(rows_per_expert, (before, after)))
+        return experts(x_ND, [0] * before + rows_per_expert + [0] * after)
 
     return [partial(alone, i) for i in range(len(sizes))]

@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dist_moe.kernels import TokenIndex, rows_of_tokens, sums_at
 from dist_moe.parallel.exchange import Exchange, FlatExchange, LocalExperts, Meanwhile, Mixed, nothing
 from dist_moe.parallel.overlapped import OverlappedExchange
 from dist_moe.parallel.wire import decoded, encoded
@@ -109,8 +110,9 @@ class OncePerPart:
         (rows, lists, sums), (rows_here, lists_here, sums_here) = (of_side.t().tolist() for of_side in both)
 
         # Tokens and the lists of their pairs: (row, expert) as one key, and the weights.
+        rows_UD = rows_of_tokens(x_TD, TokenIndex.of(token_U, pairs.num_tokens))
         rows_UD, weight_NG, key_N = exchange_packed(
-            (x_TD.index_select(0, token_U), pairs.weight_GN.t(), row_N * per_part + pairs.expert_N % per_part),
+            (rows_UD, pairs.weight_GN.t(), row_N * per_part + pairs.expert_N % per_part),
             [rows, lists, lists],
             [rows_here, lists_here, lists_here],
             across,
@@ -135,9 +137,8 @@ class OncePerPart:
         row_M, gate_M = _wanted_sums(arrived.weight_GN, arrived.token_N, num_rows)
         sums_MF = partial.sums_GTF.flatten(0, 1).index_select(0, gate_M * num_rows + row_M)
         back_MF = across.all_to_all(sums_MF, sums_here, sums)
-        shape = (len(pairs.weight_GN), pairs.num_tokens, back_MF.shape[1])
-        place_M = wanted_gate_M * pairs.num_tokens + token_U[wanted_row_M]
-        sums_GTF = back_MF.new_zeros(shape).flatten(0, 1).index_add(0, place_M, back_MF).view(shape)
+        gates, place_M = len(pairs.weight_GN), wanted_gate_M * pairs.num_tokens + token_U[wanted_row_M]
+        sums_GTF = sums_at(back_MF, place_M, gates * pairs.num_tokens).unflatten(0, (gates, pairs.num_tokens))
         return Mixed(sums_GTF, partial.dtype, partial.rows_computed)
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.deepspeed.config import parameter_dtype, zero_stage
@@ -26,11 +25,10 @@ from dist_moe.engine.deepspeed.engine import is_expert_parameter, mark_experts
 from dist_moe.engine.deepspeed.optimizers import has_shape
 from dist_moe.engine.deepspeed.schedules import first_states
 from dist_moe.models import MoEModel
-from dist_moe.parallel import SingleWorld
 from dist_moe.planning.activations import RowsPerToken, bytes_per_example
 from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.recipes.supervised.size import planned_model
 from dist_moe.search import SlotTable
-from dist_moe.tasks import build_model
 from dist_moe.tasks.task import Task
 
 STAGES = (0, 1, 2, 3)
@@ -118,14 +116,6 @@ class MemoryPlan:
         return asdict(self)
 
 
-class _PlannedWorld(SingleWorld):
-    """A world of several ranks, of which only the number is real: nothing is exchanged in a plan."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-
 def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | None = None) -> MemoryPlan:
     """Return the plan for ``ranks`` processes, of ``memory`` bytes each. Raises UserError if they do not fit."""
     config = config.fitted(ranks)
@@ -150,12 +140,6 @@ def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | 
     loads = tuple(_load(name, model, config, task, ranks, *case, left) for name, case in cases.items())
     tokens = round(config.train.batch_size // (ranks * config.accumulation) * task.example_shape().tokens)
     return MemoryPlan(ranks, size, tokens, len(layers), stage, buffers, states, loads)
-
-
-def planned_model(config: SupervisedConfig, task: Task, size: int = 1) -> MoEModel:
-    """Return a rank's part of the model, its experts over ``size`` ranks, without storage."""
-    with torch.device("meta"):
-        return build_model(config, task, _PlannedWorld(size))
 
 
 def optimizer_states(config: SupervisedConfig) -> tuple[int, int]:

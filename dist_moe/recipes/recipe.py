@@ -21,7 +21,8 @@ from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field, SerializeAsAny
 
-from dist_moe.config.overrides import Content, parse_override, read_yaml
+from dist_moe.config.overrides import parse_overrides
+from dist_moe.config.plain_yaml import Content, read_yaml
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.config.validation import import_modules, override, validate
@@ -146,7 +147,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Any:
 
 def set_fields(content: Content, overrides: Sequence[str]) -> None:
     """Set ``key.subkey=value`` overrides in ``content``; what a module of the user's registers is known meanwhile."""
-    assignments = dict(parse_override(text) for text in overrides)
+    assignments = parse_overrides(overrides)
     import_modules(assignments.get("imports", content.get("imports")))
     name = assignments.get("recipe.name", assignments.get("recipe", content.get("recipe")))
     override(configuration_of(name), content, assignments)

@@ -23,6 +23,7 @@ from torch import nn
 
 from dist_moe.config.files import write_json
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint
+from dist_moe.engine.checkpoint.loading import agree_on_checkpoint
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
 from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest, stop_requests
@@ -143,7 +144,9 @@ class Stages:
             self._store.tell(f"interrupted-{self._count}")
             raise
         self._wait_for_all()
-        return {name: json.loads((self.directory(name).root / RESULT).read_text()) for name in functions}
+        return {
+            name: json.loads((self.directory(name).root / RESULT).read_text(encoding="utf-8")) for name in functions
+        }
 
     def _run_here(
         self, name: str, function: StageFunction, environment: LaunchEnvironment, parallel: ParallelConfig
@@ -153,11 +156,12 @@ class Stages:
             directory.create()
             directory.describe(self._start.config.plain(), environment)
         kept = complete_directories(checkpoints_of(directory.root))
-        checkpoint = newest_good_checkpoint(directory.root)[0] if kept else None
+        checkpoint = newest_good_checkpoint(directory.root, whole=_reads_all(environment))[0] if kept else None
         with (
             process_groups(environment, parallel, self._store.part(f"stage-{self._count}-{name}")) as groups,
             watchdog(directory.root, environment, parallel),
         ):
+            checkpoint = agree_on_checkpoint(directory.root, checkpoint)
             result = function(Stage(self._start, directory, groups, checkpoint, self._stop))
             if environment.is_rank_zero:
                 write_json(directory.root / RESULT, dict(result or {}))
@@ -175,6 +179,11 @@ class Stages:
         self._store.arrive(left)
         while self._environment.is_rank_zero and not self._store.is_told(left):
             time.sleep(SECONDS_BETWEEN_LOOKS)  # its process may hold the store that the others still look into
+
+
+def _reads_all(environment: LaunchEnvironment) -> bool:
+    """Whether this rank reads checkpoints from end to end: for its node, or because it decides for its share."""
+    return environment.is_rank_zero or environment.local_rank == 0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from dist_moe.kernels import sums_at
+
 
 @dataclass(frozen=True)
 class Route:
@@ -63,7 +65,7 @@ class Route:
     ) -> Route:
         """Return the route of assignments in any order, in which the weights of a repeated pair add up."""
         key_N, place_N = torch.unique(token_N * num_slots + slot_N, return_inverse=True)
-        merged_N = weight_N.new_zeros(key_N.numel()).index_add(0, place_N, weight_N)
+        merged_N = sums_at(weight_N, place_N, key_N.numel())
         token_N = torch.div(key_N, num_slots, rounding_mode="floor")
         return cls(token_N, key_N - token_N * num_slots, merged_N, num_tokens, num_slots, aux or {})
 
@@ -76,7 +78,7 @@ class Route:
         place_N = place_N - (count_T.cumsum(0) - count_T)[self.token_N]
         kept_N = torch.zeros_like(self.token_N, dtype=torch.bool).index_put((order_N,), place_N < limit)
         kept = self.keep(kept_N)
-        sum_T = kept.weight_N.new_zeros(kept.num_tokens).index_add(0, kept.token_N, kept.weight_N)
+        sum_T = sums_at(kept.weight_N, kept.token_N, kept.num_tokens)
         return replace(kept, weight_N=kept.weight_N / sum_T[kept.token_N])
 
     def keep(self, kept_N: Tensor) -> Route:

@@ -98,4 +98,4 @@ def mix(weight_TKS: Tensor, matrix_KSE: Tensor) -> Tensor:
     mixed_TE = torch.einsum("tks,kse->te", weight_TKS, matrix_KSE.to(weight_TKS.dtype))
     before_T1 = weight_TKS.sum(dim=(1, 2)).unsqueeze(1)
     after_T1 = mixed_TE.sum(dim=1, keepdim=True)
-    return mixed_TE * (before_T1 / torch.where(after_T1 > 0, after_T1, 1))
+    return mixed_TE * (before_T1 / torch.where(after_T1 != 0, after_T1, 1))

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.config.settings import Settings
+from dist_moe.config.settings import LARGEST_EPOCHS, Settings
 from dist_moe.gates import Gate
 from dist_moe.routing import SlotMap, SoftPermutation, StraightThroughPermutation
 from dist_moe.search.agreement import agree_on_tables
@@ -33,7 +33,7 @@ from dist_moe.search.slot_table import SlotTable, give_branches_slots
 INIT_RANGE = 0.05
 
 Temperature = Annotated[float, Field(gt=0)]
-Iterations = Annotated[int, Field(ge=1)]
+Iterations = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class PermutationSearchConfig(Settings):
@@ -42,6 +42,7 @@ class PermutationSearchConfig(Settings):
     epochs: float = Field(
         0.1,
         gt=0,
+        le=LARGEST_EPOCHS,
         description="length of the learning stage; while it lasts every token visits every expert, unless forward=hard",
     )
     entropy_weight: float = Field(1e-4, ge=0, description="weight of the entropy of the relaxed permutation")

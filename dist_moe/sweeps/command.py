@@ -5,8 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-import yaml
-
+from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.errors import UserError
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.plan import SweepPlan, plan_sweep
@@ -67,7 +66,7 @@ def _begin(plan: SweepPlan, directory: SweepDirectory, alone: bool, retry_failed
     """``alone``: nobody else lives, so that trials called running are those of the dead."""
     studies = Studies(directory, plan)
     if not directory.base.exists():
-        directory.base.write_text(yaml.safe_dump(plan.base, sort_keys=False))
+        directory.base.write_text(yaml_text(plan.base), encoding="utf-8")
     if alone:
         studies.release(None, died=False)
     studies.begin(retry_failed)

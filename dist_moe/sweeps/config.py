@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dist_moe.config.overrides import read_yaml
+from dist_moe.config.packaged import config_path
+from dist_moe.config.plain_yaml import read_yaml
 from dist_moe.config.settings import Settings
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 from dist_moe.sweeps.distributions import KINDS, Distribution
 
 Space = dict[str, Distribution]
-
-SHOWN_CHARACTERS = 80
 
 
 class RowConfig(Settings):
@@ -28,7 +27,9 @@ class RowConfig(Settings):
 class SweepConfig(Settings):
     """A sweep: ``trials`` draws for each of ``rows``."""
 
-    config: Path = Field(description="the base run configuration, relative to the sweep file")
+    config: Path = Field(
+        description="the base run configuration: a file, relative to the sweep file, or @NAME for one of the package's"
+    )
     trials: int = Field(ge=1, description="trials per row; may grow later")
     seed: int = Field(0, ge=0, description="seed of the draws")
     sampler: Literal["random", "tpe"] = Field(
@@ -50,11 +51,11 @@ def load_sweep(path: Path) -> SweepConfig:
     Raises UserError that names the file, the row and the key, the value and what is allowed.
     """
     try:
-        sweep = SweepConfig.model_validate(read_yaml(path))
+        sweep = SweepConfig.model_validate(read_yaml(path, "sweep"))
     except ValidationError as error:
         lines = [_explain(wrong) for wrong in error.errors()]
         raise UserError(f"sweep {path} is not valid:\n  " + "\n  ".join(lines)) from error
-    return sweep.model_copy(update={"config": path.parent / sweep.config})
+    return sweep.model_copy(update={"config": config_path(sweep.config, path.parent)})
 
 
 def _explain(wrong: Any) -> str:
@@ -64,10 +65,8 @@ def _explain(wrong: Any) -> str:
     if wrong["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(wrong["loc"][-1]), [*SweepConfig.model_fields], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        value = repr(wrong["input"])
-        value = value if len(value) <= SHOWN_CHARACTERS else f"{value[:SHOWN_CHARACTERS]}..."
-        return f"{place}={value}: there is no such field of a sweep{hint}"
-    return f"{place}={wrong['input']!r}: {message[0].lower() + message[1:]}"
+        return f"{place}={shown(wrong['input'])}: there is no such field of a sweep{hint}"
+    return f"{place}={shown(wrong['input'])}: {message[0].lower() + message[1:]}"
 
 
 def _place(location: tuple[Any, ...]) -> str:

@@ -53,14 +53,14 @@ class SweepDirectory:
     @contextmanager
     def taking(self) -> Iterator[None]:
         """Exclude all other processes while trials change hands; not to be nested."""
-        with (self.root / "taking.lock").open("a") as file:
+        with (self.root / "taking.lock").open("a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     @contextmanager
     def working(self) -> Iterator[bool]:
         """Be present while inside; gives True if no other living process is. Enter it within ``taking``."""
-        with (self.root / "working.lock").open("a") as file:
+        with (self.root / "working.lock").open("a", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 alone = True

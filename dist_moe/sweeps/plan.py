@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from dist_moe.config.overrides import read_yaml
+from dist_moe.config.plain_yaml import read_yaml, yaml_text
 from dist_moe.errors import UserError
 from dist_moe.recipes.recipe import load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
@@ -47,7 +46,7 @@ class Row:
     def config(self, base: Path, values: dict[str, Any]) -> SupervisedConfig:
         """Return the configuration of a trial. Raises UserError if it is not valid."""
         assignments = (*self.assignments, *values.items())
-        overrides = [f"{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in assignments]
+        overrides = [f"{name}={yaml_text(value, flow=True)}" for name, value in assignments]
         config = load_config(base, overrides)
         config.check(world_size=1)
         return config

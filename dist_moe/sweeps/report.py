@@ -36,7 +36,7 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
     summaries = summarise(rows, plan.sweep.best_fraction, plan.sweep.seed)
     text = "\n\n".join([_opening(plan, rows), _main_table(plan, summaries), _reach_table(summaries)]) + "\n"
     directory.report.mkdir(exist_ok=True)
-    (directory.report / "table.md").write_text(text)
+    (directory.report / "table.md").write_text(text, encoding="utf-8")
     _write_csv(directory.report / "table.csv", (_table_cells(summary) for summary in summaries))
     _write_csv(directory.report / "trials.csv", _trial_cells(plan, rows))
     _write_csv(directory.report / "budget.csv", _budget_cells(summaries))
@@ -140,7 +140,7 @@ def _write_csv(path: Path, lines: Iterable[Cells]) -> None:
     """Write a column for every name that occurs; empty where a line has no such cell."""
     cells = list(lines)
     columns = list(dict.fromkeys(name for line in cells for name in line))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(cells)

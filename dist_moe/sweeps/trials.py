@@ -17,6 +17,7 @@ from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.recipe import Stopped, SupervisedRecipe
 from dist_moe.sweeps.runner import Report, TrialResult
 from dist_moe.sweeps.stacked import stack_error, stack_key, train_stack
+from dist_moe.tasks.evaluation import check_parts, check_selection
 
 
 def run_trials(configs: Sequence[SupervisedConfig], report: Report) -> list[TrialResult | None]:
@@ -40,6 +41,9 @@ def run_trials(configs: Sequence[SupervisedConfig], report: Report) -> list[Tria
             return report(members[place], step, loss)
 
         task = configs[members[0]].data.open(progress=True)
+        check_parts(task)
+        for i in members:
+            check_selection(task, configs[i].target_weights, "the sweep")
         found = train_stack(task, [configs[i] for i in members], report_member)
         for i, result in zip(members, found, strict=True):
             results[i] = result
@@ -54,10 +58,11 @@ def _run_alone(config: SupervisedConfig, report: Report) -> TrialResult | None:
         recipe = config.recipe
         assert isinstance(recipe, SupervisedRecipe), "a sweep refuses other recipes"
         plan = recipe.plan(start)
+        check_selection(plan.task, config.target_weights, "the sweep")
         start.run.create()
         try:
             with (
-                (root / "log").open("w") as log,
+                (root / "log").open("w", encoding="utf-8") as log,
                 redirect_stdout(log),
                 redirect_stderr(log),
                 process_groups(start.environment, config.parallel) as groups,

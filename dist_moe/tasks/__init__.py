@@ -3,7 +3,7 @@
 Importing this package registers the tasks that come with it.
 """
 
-from dist_moe.tasks.evaluation import evaluate
+from dist_moe.tasks.evaluation import evaluate, evaluate_baselines
 from dist_moe.tasks.images import TwoImagesSettings
 from dist_moe.tasks.labelled_text import QuestionAnsweringSettings, TextClassificationSettings
 from dist_moe.tasks.language import LanguageModelSettings
@@ -30,4 +30,5 @@ __all__ = [
     "WeightedObjective",
     "build_model",
     "evaluate",
+    "evaluate_baselines",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +12,14 @@ from torch import Tensor
 from dist_moe.data.batches import shard_batches
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.launch.process_groups import ProcessGroups
+from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import current_world, gather_columns, sum_over_ranks
 from dist_moe.recording import recording
-from dist_moe.tasks.task import Task
+from dist_moe.tasks.task import Metrics, Task
+
+PARTS = {"train": "training", "val": "validation", "test": "test"}
+"""Parts of a task by the names of their fields: what sentences call their examples."""
 
 
 @torch.no_grad()
@@ -23,7 +29,8 @@ def evaluate(
     """Return metrics over all of ``part``, the same on every rank. Collective over all ranks.
 
     Besides the task's own: ``active_experts``, assignments per token averaged over gates and layers, and for
-    each gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate.
+    each gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate. What has no
+    value is None, see :func:`with_reasons`.
     """
     was_training = model.training
     model.eval()
@@ -31,8 +38,55 @@ def evaluate(
     with recording(None):  # gates record training steps only
         columns, load_LGE, tokens = _observe(task, model, part, groups)
     model.train(was_training)
-    metrics: dict[str, Any] = dict(task.metrics(columns.cpu().numpy(), part, weights))
-    return metrics | expert_metrics(load_LGE, tokens)
+    metrics = task.metrics(columns.cpu().numpy(), part, weights)
+    return with_reasons(metrics, task.undefined(part, weights)) | expert_metrics(load_LGE, tokens)
+
+
+def evaluate_baselines(task: Task, part: Any, weights: tuple[float, ...]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of predictors that a model must beat, by name; what has no value is None."""
+    undefined = task.undefined(part, weights)
+    return {name: with_reasons(metrics, undefined) for name, metrics in task.baselines(part, weights).items()}
+
+
+def with_reasons(metrics: Metrics, undefined: Mapping[str, str]) -> dict[str, Any]:
+    """Return metrics with None for those without a value, and why, by name, under "undefined" if there are any.
+
+    ``undefined``: the reasons that the labels give, see :meth:`Task.undefined`; whatever else is not finite gives its
+    own. The loss stays a number, for what compares it.
+    """
+    reasons = {name: reason for name, reason in undefined.items() if name in metrics}
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            reasons.setdefault(name, f"the model's is {value}")
+    settled: dict[str, Any] = {name: None if name in reasons and name != "loss" else v for name, v in metrics.items()}
+    return settled | ({"undefined": reasons} if reasons else {})
+
+
+def label_warnings(task: Task, weights: tuple[float, ...]) -> list[str]:
+    """Return a sentence for every part of the data whose labels leave something without a value."""
+    warnings = []
+    for part, called in PARTS.items():
+        reasons: dict[str, list[str]] = {}
+        for name, reason in task.undefined(getattr(task, part), weights).items():
+            reasons.setdefault(reason, []).append(name)
+        warnings += [f"warning: {called} examples: {why}; no {', '.join(names)}" for why, names in reasons.items()]
+    return warnings
+
+
+def check_parts(task: Task) -> None:
+    """Raise UserError for a part of the data without examples: nothing could be trained, chosen or tested."""
+    for part, called in PARTS.items():
+        if len(getattr(task, part)) == 0:
+            raise UserError(f"data: there are no {called} examples; give more data, or another split (see 'data')")
+
+
+def check_selection(task: Task, weights: tuple[float, ...], by: str) -> None:
+    """Raise UserError where the validation loss, by which ``by`` chooses, says nothing."""
+    reason = task.undefined(task.val, weights).get("loss")
+    if reason is not None:
+        raise UserError(
+            f"{by} chooses by the validation loss, which has no value: {reason}; give other target_weights or more data"
+        )
 
 
 def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> tuple[Tensor, Tensor, int]:

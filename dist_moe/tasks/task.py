@@ -77,6 +77,13 @@ class Task(ABC):
     def metrics(self, columns: Columns, part: Any, weights: tuple[float, ...]) -> Metrics:
         """Return the metrics of (C, N) observed columns of all rows of ``part``; "loss" is the weighted loss."""
 
+    def undefined(self, part: Any, weights: tuple[float, ...]) -> dict[str, str]:
+        """Return why metrics have no value on ``part``, by their names: from its labels, whatever a model predicts.
+
+        They are null wherever metrics are written. "loss" is among them where no label of ``part`` decides it.
+        """
+        return {}
+
     def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """Return the metrics of predictors that a model must beat, by name."""
         return {}

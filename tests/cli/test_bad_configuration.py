@@ -17,7 +17,7 @@ from .conftest import Refused
     [
         ("seed=-1", ["seed=-1", "greater than or equal to 0"]),
         ("train.batch_size=abc", ["train.batch_size='abc'", "integer"]),
-        ("train.batch_size=", ["train.batch_size=None", "integer"]),
+        ("train.batch_size=", ["gives no value", "train.batch_size=null"]),
         ("train.max_steps=0", ["train.max_steps=0", "greater than or equal to 1"]),
         ("train=[]", ["train=[]", "dictionary"]),
         ("model.experts.dropout=1", ["model.experts.dropout=1", "less than 1"]),
@@ -134,7 +134,7 @@ def test_a_file_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_neither_configuration_nor_run(refused: Refused, tmp_path: Path) -> None:
-    refused(["train"], "--resume", "configs/")
+    refused(["train"], "--resume", "config --list")
     refused(["config"], "--fields")
     refused(["train", "--resume", tmp_path, "--run-dir", tmp_path], "--run-dir")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, drop_after
+from dist_moe.engine.checkpoint.format import FORMAT_VERSION
 from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import succeed
 from tests.helpers.runs import largest_difference, losses_of, records_of, tensors_of, write_config
@@ -87,13 +89,161 @@ def test_resume_goes_on_from_the_last_good_one(refused: Refused, finished: Path,
     assert largest_difference(tensors_of(run), tensors_of(finished)) == 0
 
 
-def test_a_damaged_checkpoint_that_was_passed_over_is_gone(run: Path) -> None:
-    """Also where the resumed run ends before it comes to that step again."""
+def test_a_damaged_checkpoint_that_was_passed_over_stands_aside(run: Path) -> None:
+    """Also where the resumed run ends before it comes to that step again; nothing of it is lost."""
     _, newer = checkpoints(run)
     cut_short(newer / "dense.safetensors")
-    succeed(1, "train", "--resume", run, f"train.max_steps={EVERY + 2}")
+    before = contents_of(newer)
+    (outcome,) = succeed(1, "train", "--resume", run, f"train.max_steps={EVERY + 2}")
+    aside = newer.with_name(f"{newer.name}.damaged")
     assert not newer.exists()
+    assert contents_of(aside) == before
+    assert str(aside) in outcome.err
     assert f"step-{EVERY + 2:08d}" in succeed(1, "evaluate", run)[0].out
+
+
+def contents_of(directory: Path) -> dict[str, bytes]:
+    """Every file under a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def make_newer(directory: Path) -> None:
+    """Its manifest says that it is of the next format."""
+    manifest = directory / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": FORMAT_VERSION + 1}))
+
+
+def test_a_newer_format_is_refused_and_kept(refused: Refused, run: Path) -> None:
+    """It is not damaged: a run that went on before it would lose what a newer version has done."""
+    older, newer = checkpoints(run)
+    make_newer(newer)
+    before = contents_of(run)
+    for command in (["train", "--resume", run], ["evaluate", run]):
+        refused(command, str(newer), f"format_version={FORMAT_VERSION + 1}", f"reads and writes {FORMAT_VERSION} only")
+    assert contents_of(run) == before
+    newer.rename(newer.with_name("kept"))
+    succeed(1, "train", "--resume", run)
+    assert contents_of(older.with_name("kept")).keys() > {"manifest.json"}
+
+
+def test_a_best_checkpoint_of_a_newer_format_is_refused_and_kept(refused: Refused, run: Path) -> None:
+    _, newer = checkpoints(run)
+    best = Path(shutil.copytree(newer, run / "best" / newer.name))
+    make_newer(best)
+    refused(["train", "--resume", run], str(best), "format_version")
+    assert best.is_dir()
+
+
+FOREIGN = [
+    "step-00000004-backup",
+    "step-4",
+    "step-000000004",
+    "step-00000004.damaged",
+    ".step-x.partial",
+    ".step-00000004.partial-old",
+    "step-0000000\N{ARABIC-INDIC DIGIT FOUR}",
+    "Step-00000004",
+]
+
+
+def test_what_is_not_ours_is_neither_read_nor_counted_nor_removed(run: Path, tmp_path: Path) -> None:
+    """Copies, files and links beside checkpoints, under names that resemble theirs; also in ``best``."""
+    older, newer = checkpoints(run)
+    roots = [older.parent, run / "best"]
+    for root in roots:
+        for name in FOREIGN:
+            shutil.copytree(older, root / name)
+        (root / "step-99999999").write_text("a file")
+        (root / "step-00000006-link").symlink_to(older)
+        (root / ".step-00000003.partial").symlink_to(older)
+    shutil.copytree(newer, run / "best" / newer.name)
+    before = {root: contents_of(root) for root in roots}
+    assert "DAMAGED" not in succeed(1, "inspect", run)[0].out
+    succeed(1, "evaluate", run)
+    succeed(1, "train", "--resume", run, f"train.max_steps={STEPS + 6}", "train.checkpoint_every=2")
+    for root in roots:
+        now = contents_of(root)
+        kept = [name for name in before[root] if not name.startswith((f"{older.name}/", f"{newer.name}/"))]
+        assert kept
+        assert [name for name in kept if now.get(name) != before[root][name]] == []
+    steps = [path.name for path in complete_directories(checkpoints_of(run))]
+    assert steps == [f"step-{step:08d}" for step in (STEPS + 4, STEPS + 6)]
+
+
+def test_a_copy_that_is_named_is_read(run: Path) -> None:
+    _, newer = checkpoints(run)
+    shutil.copytree(newer, newer.with_name("step-00000008-backup"))
+    assert succeed(1, "evaluate", newer.with_name("step-00000008-backup"))[0].out
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(run: Path, tmp_path: Path) -> None:
+    """Here because it is a link to another disk; said once, however many saves follow."""
+    older, _ = checkpoints(run)
+    elsewhere = tmp_path / "elsewhere"
+    older.rename(elsewhere)
+    older.symlink_to(elsewhere)
+    before = contents_of(elsewhere)
+    options = [f"train.max_steps={STEPS + 6}", "train.checkpoint_every=2", "train.checkpoint_failures_allowed=0"]
+    (outcome,) = succeed(1, "train", "--resume", run, *options)
+    assert outcome.err.count(str(older)) == 1
+    assert "warning: the old checkpoint" in outcome.err
+    assert contents_of(elsewhere) == before
+    assert [path.name for path in complete_directories(checkpoints_of(run))] == [
+        older.name,
+        *(f"step-{step:08d}" for step in (STEPS + 4, STEPS + 6)),
+    ]
+
+
+def test_what_stands_in_the_place_of_a_checkpoint_is_kept(run: Path, tmp_path: Path) -> None:
+    """A file, a link to an intact checkpoint of a step that is done again, and a file where one is being written."""
+    older, newer = checkpoints(run)
+    newer.rename(tmp_path / "elsewhere")
+    newer.symlink_to(tmp_path / "elsewhere")
+    (older / "dense.safetensors").rename(older / "away")  # so that the run goes on from the link
+    ahead = newer.with_name(f"step-{STEPS + 2:08d}")
+    ahead.write_text("mine")
+    ahead.with_name(f".{ahead.name}.partial").write_text("mine too")
+    (outcome,) = succeed(1, "train", "--resume", run, f"train.max_steps={STEPS + 2}")
+    assert ahead.is_dir()
+    assert ahead.with_name(f"{ahead.name}.replaced").read_text() == "mine"
+    assert ahead.with_name(f".{ahead.name}.partial.replaced").read_text() == "mine too"
+    assert str(ahead.with_name(f"{ahead.name}.replaced")) in outcome.err
+    assert (tmp_path / "elsewhere" / "dense.safetensors").is_file()
+
+
+def test_a_link_to_a_step_that_is_done_again_is_kept(run: Path, tmp_path: Path) -> None:
+    _, newer = checkpoints(run)
+    newer.rename(tmp_path / newer.name)
+    newer.symlink_to(tmp_path / newer.name)
+    before = contents_of(tmp_path / newer.name)
+    assert len(drop_after(checkpoints_of(run), EVERY)) == 1
+    assert newer.with_name(f"{newer.name}.replaced").is_symlink()
+    assert contents_of(tmp_path / newer.name) == before
+
+
+def test_an_unreadable_old_checkpoint_is_not_removed(run: Path) -> None:
+    older, _ = checkpoints(run)
+    (older / "manifest.json").write_text("torn")
+    before = contents_of(older)
+    (outcome,) = succeed(1, "train", "--resume", run, f"train.max_steps={STEPS + 2}", "train.keep_checkpoints=1")
+    assert contents_of(older) == before
+    assert outcome.err.count(str(older)) >= 1
+
+
+def test_checkpoints_on_another_disk(run: Path, tmp_path: Path) -> None:
+    """The directory of checkpoints is a link."""
+    _, newer = checkpoints(run)
+    checkpoints_of(run).rename(tmp_path / "disk")
+    checkpoints_of(run).symlink_to(tmp_path / "disk")
+    succeed(1, "evaluate", newer)
+    succeed(1, "train", "--resume", run, f"train.max_steps={STEPS + 2}", "train.keep_checkpoints=1")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == [f"step-{STEPS + 2:08d}"]
+
+
+def test_more_steps_than_can_be_counted(refused: Refused, tmp_path: Path, config: Path) -> None:
+    start = ["train", "--run-dir", tmp_path / "run", config]
+    refused([*start, "train.max_steps=100000000"], "train.max_steps")
+    refused([*start, "train.max_steps=null", "train.epochs=1e12"], "train.epochs=1e+12", "99999999")
 
 
 def test_no_checkpoint_at_all(refused: Refused, run: Path) -> None:
@@ -112,6 +262,14 @@ def test_a_run_directory_that_is_used(refused: Refused, run: Path, config: Path)
     before = sorted(path for path in run.rglob("*") if path.is_file())
     refused(["train", "--run-dir", run, config], f"--run-dir {run}", f"--resume {run}")
     assert sorted(path for path in run.rglob("*") if path.is_file()) == before
+
+
+def test_checkpoints_of_a_run_without_its_configuration(refused: Refused, run: Path, config: Path) -> None:
+    """A new run there would remove them."""
+    (run / "config.yaml").unlink()
+    before = contents_of(run)
+    refused(["train", "--run-dir", run, config], f"--run-dir {run}", "checkpoints", "config.yaml")
+    assert contents_of(run) == before
 
 
 def test_a_run_directory_that_cannot_be_made(refused: Refused, tmp_path: Path, config: Path) -> None:

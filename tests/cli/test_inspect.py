@@ -57,7 +57,7 @@ def test_what_is_damaged(run: Path, tmp_path: Path) -> None:
         assert outcome.code == 2
         assert "DAMAGED" in outcome.out
         assert str(newest / "dense.safetensors") in outcome.err
-    assert "step 4, format 3" in run_here(["inspect", str(copy)]).out
+    assert "step 4, format 4" in run_here(["inspect", str(copy)]).out
 
 
 @pytest.mark.parametrize("files", [1, 3, 4])

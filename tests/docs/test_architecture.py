@@ -36,7 +36,9 @@ def test_the_picture_is_that_of_the_source(house: House) -> None:
 def test_it_shows_every_floor_every_folder_and_every_import(house: House) -> None:
     shown = drawn(draw(house))
     assert shown["rooms"] >= {
-        str(folder.parent.relative_to(REPOSITORY / "dist_moe")) for folder in REPOSITORY.glob("dist_moe/*/__init__.py")
+        str(folder.parent.relative_to(REPOSITORY / "dist_moe"))
+        for folder in REPOSITORY.glob("dist_moe/*/__init__.py")
+        if not folder.parent.is_symlink()
     }
     assert {"engine/checkpoint", "tasks/images", "errors"} <= set(shown["rooms"])
     assert (shown["floors"][0], len(shown["floors"])) == ("cli", len(house.floors))  # type: ignore[index]

@@ -11,7 +11,7 @@ import pytest
 
 from dist_moe.cli.main import _parse
 from dist_moe.config.listing import fields_of
-from dist_moe.config.overrides import read_yaml
+from dist_moe.config.plain_yaml import read_yaml
 from dist_moe.recipes import RECIPES
 from dist_moe.recipes.recipe import set_fields, validate_config
 from tests.helpers.commands import REPOSITORY

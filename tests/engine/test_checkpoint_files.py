@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from dist_moe.config.files import digest_of
 from dist_moe.engine.checkpoint import files as checkpoint_files
 from dist_moe.engine.checkpoint import format as checkpoint_format
 from dist_moe.engine.checkpoint.files import (
@@ -24,17 +24,19 @@ from dist_moe.engine.checkpoint.files import (
     step_directory,
     verify_checkpoint,
 )
-from dist_moe.engine.checkpoint.format import MANIFEST, Manifest
+from dist_moe.engine.checkpoint.format import MANIFEST, Manifest, TrainerState
+from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
 from dist_moe.errors import UserError
 
+DENSE, TRAINER = "dense.safetensors", "trainer.json"
 
-def write(root: Path, step: int, content: str = "weights") -> Path:
+
+def write(root: Path, step: int) -> Path:
     final = step_directory(root, step)
     partial = partial_directory(final)
     partial.mkdir(parents=True)
-    (partial / "a.bin").write_text(f"{content} {step}")
-    (partial / "b.bin").write_text("more")
-    publish(partial, final, Manifest(step, {name: digest_of(partial / name) for name in ("a.bin", "b.bin")}))
+    files = {DENSE: write_tensors(partial / DENSE, {"weight|master": torch.full((3,), float(step))})}
+    publish(partial, final, Manifest(step, files | TrainerState(step, {}, 0).write(partial)))
     return final
 
 
@@ -45,7 +47,7 @@ def steps_of(root: Path) -> list[str]:
 def test_published_checkpoints_verify(tmp_path: Path) -> None:
     manifest = verify_checkpoint(write(tmp_path, 7))
     assert manifest.step == 7
-    assert set(manifest.files) == {"a.bin", "b.bin"}
+    assert set(manifest.files) == {DENSE, TRAINER}
 
 
 def flip_a_bit(file: Path) -> None:
@@ -66,7 +68,7 @@ DAMAGE = [flip_a_bit, cut_short, empty, os.remove]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["a.bin", "b.bin"])
+@pytest.mark.parametrize("name", [DENSE, TRAINER])
 def test_an_altered_file_is_named(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
     directory = write(tmp_path, 1)
     damage(directory / name)
@@ -106,22 +108,22 @@ def test_the_last_good_one_is_found(tmp_path: Path) -> None:
     root = checkpoints_of(tmp_path)
     for step in (1, 2, 3):
         write(root, step)
-    cut_short(root / "step-00000003" / "a.bin")
+    cut_short(root / "step-00000003" / DENSE)
     directory, errors = newest_good_checkpoint(tmp_path)
     assert directory.name == "step-00000002"
-    assert [str(root / "step-00000003" / "a.bin") in str(error) for error in errors] == [True]
-    with pytest.raises(UserError, match=r"a\.bin"):
+    assert [str(root / "step-00000003" / DENSE) in str(error) for error in errors] == [True]
+    with pytest.raises(UserError, match=DENSE):
         newest_checkpoint(tmp_path)
 
 
 def test_no_good_one_left(tmp_path: Path) -> None:
     root = checkpoints_of(tmp_path)
     for step in (1, 2):
-        cut_short(write(root, step) / "b.bin")
+        cut_short(write(root, step) / TRAINER)
     with pytest.raises(UserError) as error:
         newest_good_checkpoint(tmp_path)
     for step in (1, 2):
-        assert str(step_directory(root, step) / "b.bin") in str(error.value)
+        assert str(step_directory(root, step) / TRAINER) in str(error.value)
     assert "--run-dir" in str(error.value)
 
 
@@ -159,7 +161,7 @@ def test_nothing_is_visible_before_it_is_flushed(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(checkpoint_files, "_flush", watched)
     write(tmp_path, 1)
     before = {name for name, visible in seen if not visible}
-    assert before == {"a.bin", "b.bin", MANIFEST, partial_directory(step_directory(tmp_path, 1)).name}
+    assert before == {DENSE, TRAINER, MANIFEST, partial_directory(step_directory(tmp_path, 1)).name}
     assert seen[-1] == (tmp_path.name, True)
 
 
@@ -180,6 +182,6 @@ def test_the_best_one_speaks_for_a_run(tmp_path: Path) -> None:
     best = write(best_of(root), 1)
     assert checkpoint_files.tested_checkpoint(tmp_path) == best
     assert newest_checkpoint(tmp_path).name == "step-00000002"
-    cut_short(best / "a.bin")
-    with pytest.raises(UserError, match=r"best.*a\.bin"):
+    cut_short(best / DENSE)
+    with pytest.raises(UserError, match=f"best.*{DENSE}"):
         checkpoint_files.tested_checkpoint(tmp_path)

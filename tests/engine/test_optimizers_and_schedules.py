@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dist_moe.engine.callbacks import Callback
-from dist_moe.engine.checkpoint.files import checkpoints_of, step_directory
+from dist_moe.engine.checkpoint.contents import check_contents
+from dist_moe.engine.checkpoint.files import checkpoints_of, read_manifest, step_directory
 from dist_moe.engine.deepspeed.optimizers import OPTIMIZERS
 from dist_moe.engine.deepspeed.parameter_state import read_parameter_state
 from dist_moe.engine.deepspeed.schedules import SCHEDULES, check_changes_have_effect, check_length_of_schedule
@@ -154,6 +155,7 @@ def faults_of(cell: Cell, groups: ProcessGroups, root: Path) -> list[str]:
     """What differs between a run, and the same run saved and resumed, at its stage and at the cell's other."""
     whole = course(groups, cell.section(cell.stage), root, None)
     saved = step_directory(checkpoints_of(root), SAVED_AT)
+    check_contents(saved, read_manifest(saved), values=True)
     faults = ["it learns nothing"] if len(set(whole.losses.values())) < STEPS else []
     if cell.schedule is not None and len({values[0]["lr"] for values in whole.values.values()}) < 2:
         faults.append("its rate never changes")

@@ -1,4 +1,4 @@
-"""What an accelerator's host must not do: look at values. Told without an accelerator."""
+"""What must not happen on an accelerator, told without one: the host looks at values, or sums are made by atomics."""
 
 from __future__ import annotations
 
@@ -54,6 +54,27 @@ class NoLook(TorchDispatchMode):
             if name != self._allowed:
                 raise HostLooked(str(func))
             self._allowed = None
+        return func(*args, **(kwargs or {}))
+
+
+ATOMIC = {"index_add": 2, "index_add_": 2, "scatter_add": 2, "scatter_add_": 2}
+"""Operations that a GPU does by atomic additions, and at which place the index is among their arguments. (An
+``index_put`` that accumulates sorts its rows first.)"""
+
+
+class NoAtomicSums(TorchDispatchMode):
+    """Within: an operation raises AssertionError if on a GPU its bits could differ from run to run, because several
+    floating-point numbers are added at one place in whatever order they come."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        place = ATOMIC.get(func._schema.name.split("::")[1])
+        if place is not None and args[0].is_floating_point():
+            index = args[place]
+            along = index.flatten() if index.dim() == 1 else index.movedim(args[1], 0)
+            repeated = (along.sort(dim=0).values.diff(dim=0) == 0).any()
+            assert not repeated, f"{func} adds floating-point numbers at repeated places"
         return func(*args, **(kwargs or {}))
 
 

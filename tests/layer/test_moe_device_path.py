@@ -14,8 +14,9 @@ from dist_moe.gates import Comet, Gate, HashRouting, TopK
 from dist_moe.layer import MoE
 from dist_moe.parallel import EmulatedWorld, Placement, World, experts_of_rank, plan_dispatch
 from dist_moe.routing import Route
+from tests.gates.cases import VARIANTS, build, ids, loss_of, tokens
 from tests.helpers.device_path import device_path_forced
-from tests.helpers.host import HostLooked, NoLook
+from tests.helpers.host import HostLooked, NoAtomicSums, NoLook
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
 
 WIDTH, HIDDEN, EXPERTS, TOKENS = 6, 5, 8, 30
@@ -189,6 +190,16 @@ def test_several_ranks_keep_the_experts_counts_on_the_device_and_agree_with_one(
         x_TD = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
         assert_same(y_TF, alone(x_TD).outputs[0], 1e-12)
         assert on_device
+
+
+@pytest.mark.usefixtures("_on_path")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_gate_adds_numbers_in_whatever_order_they_come(variant: str) -> None:
+    gate, x_TD = build(variant, EXPERTS, 2), tokens(TOKENS)
+    with NoAtomicSums():
+        route = gate(x_TD, ids(TOKENS))
+        if route.weight_N.requires_grad:
+            loss_of(route.dense(), route.aux).backward()
 
 
 @pytest.mark.usefixtures("_on_path")

@@ -160,6 +160,21 @@ def test_the_run_goes_on_the_same(uninterrupted: Path, interrupted: Path, layout
     assert largest_difference(tensors_of(interrupted), tensors_of(uninterrupted)) < 1e-5
 
 
+def test_ranks_agree_where_only_one_has_seen_the_damage(uninterrupted: Path, tmp_path: Path) -> None:
+    """One bit of the newest checkpoint: the first rank of the node reads every byte, and decides for all."""
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    newest = newest_checkpoint(run)
+    file = newest / "experts-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    first, _ = succeed(WRITTEN[0], "train", "--resume", run, *overrides(WRITTEN))
+    assert f"{file} is torn or altered" in first.err
+    assert losses_of(run).tolist() == losses_of(uninterrupted).tolist()
+    assert largest_difference(tensors_of(run), tensors_of(uninterrupted)) == 0
+    assert (newest.with_name(f"{newest.name}.damaged") / file.name).read_bytes() == content
+
+
 def test_old_checkpoints_go(interrupted: Path) -> None:
     succeed(1, "train", "--resume", interrupted, *overrides((1, 1, 1)), "train.keep_checkpoints=1")
     assert [path.name for path in checkpoints_of(interrupted).iterdir()] == [f"step-{LAST:08d}"]

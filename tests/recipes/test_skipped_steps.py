@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dist_moe.data.batches import ShuffledFeed
-from dist_moe.engine.checkpoint.loading import read_trainer_state
+from dist_moe.engine.checkpoint.format import read_trainer_state
 from dist_moe.engine.training import Trainer
 from dist_moe.recording import Recorder
 from tests.helpers.board import read_board

@@ -81,3 +81,31 @@ def one_is_asked_to_stop(root: str) -> bool:
 
 def test_where_one_stops_all_do(tmp_path: Path) -> None:
     assert on_ranks(2, one_is_asked_to_stop, str(tmp_path)) == [False, False]
+
+
+def run_two(root: str, until: int) -> dict[str, Any]:
+    """Two stages at once on a rank each, which stop after ``until`` steps with a checkpoint at every step."""
+
+    def fit(stage: Stage, scale: float) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        settings = TrainConfig(batch_size=8, max_steps=until, checkpoint_every=1)
+        feed = Numbers(stage.environment.rank, stage.environment.world_size)
+        stage.fit(model, feed, lambda m, x: StepLoss((m(x) - scale * x.sum(1, True)).square().mean()), settings)
+        return {"weight": model.weight.detach().flatten().tolist()}
+
+    return stages_in(root).run_at_once({"a": lambda stage: fit(stage, 1.0), "b": lambda stage: fit(stage, 2.0)})
+
+
+def test_the_rank_that_decides_for_its_share_reads_every_byte(tmp_path: Path) -> None:
+    """The second stage's only rank is not the first of its node; a bit of its newest checkpoint is flipped."""
+    whole = on_ranks(2, run_two, str(tmp_path / "whole"), STEPS)
+    on_ranks(2, run_two, str(tmp_path / "run"), 2)
+    for result in (tmp_path / "run").rglob("result.json"):
+        result.unlink()
+    file = tmp_path / "run" / "stages" / "b" / "checkpoints" / "step-00000002" / "dense.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert on_ranks(2, run_two, str(tmp_path / "run"), STEPS) == whole
+    assert (file.parent.with_name("step-00000002.damaged") / file.name).read_bytes() == content

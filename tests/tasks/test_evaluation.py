@@ -18,7 +18,7 @@ from tests.helpers.runs import write_config
 
 
 def metrics_on(world: World, plan: SupervisedPlan) -> dict[str, Any]:
-    groups = ProcessGroups(LaunchEnvironment(), world.size, world, is_expert_writer=True)
+    groups = ProcessGroups(LaunchEnvironment(), world.size, world)
     model = build_model(plan.config, plan.task, world)
     return evaluate(plan.task, model, plan.task.test, (0.5, 0.5), groups)
 

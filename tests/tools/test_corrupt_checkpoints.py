@@ -49,12 +49,12 @@ def test_damage_of_every_kind(tool: ModuleType, run: Path, tmp_path: Path) -> No
 def test_the_tool_sees_what_is_not_found(
     tool: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without digests, hardly anything would be."""
+    """Without digests, a file of an older checkpoint would not be."""
 
     def believed(path: Path) -> str:
         return checkpoint_files.read_manifest(path.parent).files[path.name]
 
     monkeypatch.setattr(checkpoint_files, "digest_of", believed)
-    _, faults = tool.attempt(run, tmp_path / "copy", tool.KINDS.index(tool.flip_bit_of_trainer), random.Random(1))
+    _, faults = tool.attempt(run, tmp_path / "copy", tool.KINDS.index(tool.older_file), random.Random(1))
     assert "not found" in faults
     assert "evaluation would have loaded it" in faults

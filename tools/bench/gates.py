@@ -57,7 +57,7 @@ def main() -> None:
     print(text)
     if options.report is not None:
         options.report.parent.mkdir(exist_ok=True)
-        options.report.write_text(text)
+        options.report.write_text(text, encoding="utf-8")
 
 
 def measure(n: int, tokens: int, width: int, options: argparse.Namespace) -> list[str]:

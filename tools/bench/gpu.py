@@ -84,7 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     torch.manual_seed(options.seed)
     results = [measure(size, options.rounds, torch.device("cuda")) for size in SIZES]
-    options.report.write_text(report(results, torch.cuda.get_device_name(), options.rounds, options.seed))
+    options.report.write_text(
+        report(results, torch.cuda.get_device_name(), options.rounds, options.seed), encoding="utf-8"
+    )
     print(f"{options.report}: {verdict(results)}")
     return 0
 

@@ -48,13 +48,13 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        told = json.loads(path.read_text())
+        told = json.loads(path.read_text(encoding="utf-8"))
         return cls(
             **told | {"workload": Workload(**told["workload"]), "candidates": tuple(told["candidates"])},
         )
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
 
 class JobFailed(Exception):
@@ -90,7 +90,7 @@ def _run(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
             for process in ranks:
                 process.kill()
                 process.wait()
-        measured: dict[str, Any] = json.loads(path.with_suffix(".measured").read_text())
+        measured: dict[str, Any] = json.loads(path.with_suffix(".measured").read_text(encoding="utf-8"))
         return measured
 
 
@@ -134,7 +134,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], path: Path, say: Callable[[str],
 
 
 def _read(path: Path, otherwise: str) -> str:
-    return path.read_text(errors="replace") if path.exists() else otherwise
+    return path.read_text(errors="replace", encoding="utf-8") if path.exists() else otherwise
 
 
 def _free_port() -> int:

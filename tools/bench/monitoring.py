@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.engine import training as loop_module
 from dist_moe.engine.launch.environment import StopRequest
 from dist_moe.engine.launch.process_groups import process_groups
@@ -78,7 +78,7 @@ def main() -> None:
     page = table(options)
     print(page)
     if options.report is not None:
-        options.report.write_text(page)
+        options.report.write_text(page, encoding="utf-8")
 
 
 def table(options: argparse.Namespace) -> str:
@@ -131,7 +131,7 @@ def _write_config(directory: Path, options: argparse.Namespace) -> Path:
         },
     }
     path = directory / "config.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml_text(content), encoding="utf-8")
     return path
 
 

@@ -71,9 +71,9 @@ def read(path: Path = COMMITTED) -> dict[str, Ratio]:
     """Raises UserError where nothing is committed."""
     if not path.exists():
         raise UserError(f"{path} does not exist; write it first, on a quiet machine: dist-moe bench --commit-ratios")
-    return {name: Ratio(**numbers) for name, numbers in json.loads(path.read_text())["ratios"].items()}
+    return {name: Ratio(**numbers) for name, numbers in json.loads(path.read_text(encoding="utf-8"))["ratios"].items()}
 
 
 def write(found: dict[str, Ratio], about: dict[str, Any], path: Path = COMMITTED) -> None:
     told = {"about": about, "ratios": {name: asdict(ratio) for name, ratio in found.items()}}
-    path.write_text(json.dumps(told, indent=1) + "\n")
+    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

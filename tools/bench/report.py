@@ -20,7 +20,7 @@ MIB = 2**20
 def read(directory: Path) -> dict[str, Any]:
     """``about``, and ``results`` by the job's name; empty where nothing has been measured."""
     path = directory / JSON
-    return json.loads(path.read_text()) if path.exists() else {"about": {}, "results": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"about": {}, "results": {}}
 
 
 def write(directory: Path, about: dict[str, Any], results: Results) -> None:
@@ -34,7 +34,7 @@ def write(directory: Path, about: dict[str, Any], results: Results) -> None:
 
 def _replace(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 

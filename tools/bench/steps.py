@@ -247,7 +247,7 @@ def main() -> None:
             found[name], seconds = compare(name, groups, options.repetitions)
             print(f"{name}: {found[name]}, {seconds}", flush=True)
     if options.output:
-        options.output.write_text(table(found, options.threads, options.repetitions))
+        options.output.write_text(table(found, options.threads, options.repetitions), encoding="utf-8")
 
 
 def _free_port() -> int:

@@ -41,7 +41,7 @@ def main(job_file: str) -> None:
     def say(what: str) -> None:
         if environment.is_rank_zero:
             unfinished = files.with_suffix(".now.tmp")
-            unfinished.write_text(what)
+            unfinished.write_text(what, encoding="utf-8")
             unfinished.replace(files.with_suffix(".now"))
 
     config = ParallelConfig(expert_parallel_size=environment.world_size, timeout_s=PATIENCE_S)
@@ -50,11 +50,11 @@ def main(job_file: str) -> None:
             measured = STUDIES[job.study](job, Place(groups.world, say))
             if environment.is_rank_zero:
                 measured["threads"] = torch.get_num_threads()
-                files.with_suffix(".measured").write_text(json.dumps(measured))
+                files.with_suffix(".measured").write_text(json.dumps(measured), encoding="utf-8")
     except BaseException as error:
         print(traceback.format_exc(), file=sys.stderr, flush=True)
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        files.with_suffix(f".failed-{environment.rank}").write_text(reason)
+        files.with_suffix(f".failed-{environment.rank}").write_text(reason, encoding="utf-8")
         os._exit(1)
 
 

@@ -106,6 +106,7 @@ def _run(tool: str, requirement: str, command: list[str], path: Path, progress: 
             text=True,
             errors="replace",
             timeout=DOWNLOAD_TIMEOUT_S,
+            encoding="utf-8",
         )
     except subprocess.TimeoutExpired as error:
         raise NetworkFailure(f"{tool} had not finished after {DOWNLOAD_TIMEOUT_S:.0f} s") from error

@@ -63,7 +63,7 @@ def locked(target: Path, progress: Progress) -> Iterator[None]:
     The kernel frees the lock when its holder dies, so a killed preparation never blocks the next one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(target.name + ".lock").open("a") as file:
+    with target.with_name(target.name + ".lock").open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

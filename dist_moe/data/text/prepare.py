@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
+from dist_moe.config.settings import LARGEST_SIZE
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.prepared import PARTS, DataSettings, Prepared, prepare_data
 from dist_moe.data.text.documents import Domain, Splitter
@@ -80,7 +81,7 @@ class TextConfig(DataSettings):
         description="The token of 'tokenizer' that stands between documents. If not given, the eos_token of "
         "tokenizer_config.json or the eos_token_id of config.json beside it, or what is usually called so.",
     )
-    sequence_length: int = Field(default=256, ge=1, description="Tokens that one sequence predicts.")
+    sequence_length: int = Field(default=256, ge=1, le=LARGEST_SIZE, description="Tokens that one sequence predicts.")
     seed: int = Field(default=0, ge=0, description="Seed of the order of documents, and so of the split.")
 
     @model_validator(mode="after")

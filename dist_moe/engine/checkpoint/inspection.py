@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, verify_checkpoint
-from dist_moe.engine.checkpoint.format import BUFFER, MANIFEST, Manifest
-from dist_moe.engine.checkpoint.loading import read_trainer_state
+from dist_moe.engine.checkpoint.format import BUFFER, MANIFEST, Manifest, read_trainer_state
 from dist_moe.engine.checkpoint.models import read_model
 from dist_moe.engine.checkpoint.reader import CheckpointReader
 from dist_moe.engine.checkpoint.safetensors_writer import DTYPE_NAMES
@@ -45,7 +44,7 @@ def _inspect_run(run: Path, directories: list[Path]) -> Inspection:
     last_good: Path | None = None
     for directory in directories:
         name = str(directory.relative_to(run))
-        size = _size(sum(file.stat().st_size for file in directory.iterdir()))
+        size = _size(sum(file.lstat().st_size for file in directory.iterdir()))
         try:
             manifest = verify_checkpoint(directory)
         except UserError as error:
@@ -122,10 +121,10 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def _layout(manifest: Manifest) -> str:
-    if not manifest.layout:
+    if manifest.layout is None:
         return "no layout"
     layout = manifest.layout
-    return f"{layout['world_size']} rank(s), EP {layout['expert_parallel_size']}, ZeRO {layout['zero_stage']}"
+    return f"{layout.world_size} rank(s), EP {layout.expert_parallel_size}, ZeRO {layout.zero_stage}"
 
 
 def _size(num_bytes: int) -> str:

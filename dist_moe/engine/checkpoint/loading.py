@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -12,33 +11,43 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_moe.engine.checkpoint.files import partial_directory, publish, read_manifest
+from dist_moe.engine.checkpoint.files import (
+    checkpoints_of,
+    partial_directory,
+    publish,
+    read_manifest,
+    step_directory,
+)
 from dist_moe.engine.checkpoint.format import (
     BUFFER,
     DENSE_FILE,
-    TRAINER_FILE,
     Key,
     SavedPlacements,
     TrainerState,
     expert_ids_by_parameter,
+    read_trainer_state,
 )
 from dist_moe.engine.checkpoint.reader import CheckpointReader
 from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
 from dist_moe.engine.deepspeed.config import DeepSpeedSection
 from dist_moe.engine.deepspeed.optimizers import has_shape
-from dist_moe.engine.deepspeed.parameter_state import MASTER, ParameterState, write_parameter_state
+from dist_moe.engine.deepspeed.parameter_state import MASTER, write_parameter_state
 from dist_moe.engine.deepspeed.schedules import first_states
 from dist_moe.errors import UserError
-from dist_moe.parallel import Placement
+from dist_moe.parallel import Placement, gather_objects
 from dist_moe.search.layers import moe_layers
 
 if TYPE_CHECKING:
     from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 
 
-def read_trainer_state(directory: Path) -> TrainerState:
-    """Return the content of a verified checkpoint besides tensors."""
-    return TrainerState(**json.loads((directory / TRAINER_FILE).read_text()))
+def agree_on_checkpoint(run_dir: Path, mine: Path | None) -> Path | None:
+    """Return the first rank's choice among the checkpoints of a run, for all. Collective over all ranks.
+
+    To another machine a shared directory may look older, and only some ranks have read every byte.
+    """
+    name = gather_objects(mine.name if mine else None)[0]
+    return checkpoints_of(run_dir) / name if name else None
 
 
 def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerState:
@@ -51,6 +60,7 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
     """
     trainer = read_trainer_state(directory)
     reader = CheckpointReader(directory)
+    reader.check_model(engine.module)
     _restore_placements(engine.module, trainer.placements)
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     reader.check_states(trained, moments=bool(trainer.scalars))  # it cannot count steps and have no moments
@@ -83,7 +93,7 @@ def _restore_placements(model: nn.Module, saved: SavedPlacements) -> None:
     for name, layer in moe_layers(model).items():
         placement = Placement.identity(layer.experts.num_experts, layer.world.size)
         if name in saved:
-            found = Placement(tuple(saved[name]["expert_of_position"]), saved[name]["num_ranks"])
+            found = saved[name].placement
             if (found.num_experts, found.num_ranks) == (placement.num_experts, placement.num_ranks):
                 placement = found
         layer.place(placement)
@@ -94,7 +104,9 @@ def load_weights(engine: ExpertParallelEngine, directory: Path) -> None:
 
     Its optimizer state stays as it is. Collective over all ranks.
     """
-    _copy_tensors(engine, CheckpointReader(directory), with_moments=(), scalars={})
+    reader = CheckpointReader(directory)
+    reader.check_model(engine.module)
+    _copy_tensors(engine, reader, with_moments=(), scalars={})
 
 
 def copy_with_buffers(source: Path, root: Path, buffers: Mapping[str, Tensor]) -> Path:
@@ -102,11 +114,11 @@ def copy_with_buffers(source: Path, root: Path, buffers: Mapping[str, Tensor]) -
 
     Raises KeyError if the checkpoint has no such buffer.
     """
-    final = root / source.name
+    manifest = read_manifest(source)
+    final = step_directory(root, manifest.step)
     partial = partial_directory(final)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
-    manifest = read_manifest(partial)
     tensors = load_file(source / DENSE_FILE)  # mapped into memory: not from the file that is written
     for name, value in buffers.items():
         key = str(Key(name, BUFFER))
@@ -119,10 +131,11 @@ def copy_with_buffers(source: Path, root: Path, buffers: Mapping[str, Tensor]) -
 def _copy_tensors(
     engine: ExpertParallelEngine, reader: CheckpointReader, with_moments: Collection[str], scalars: dict[str, float]
 ) -> None:
-    reader.check_names(engine.module)
-    tensors = {
-        name: reader.parameter(name, parameter, expert_ids, moments=name in with_moments)
-        for name, parameter, expert_ids in expert_ids_by_parameter(engine.module)
-    }
-    write_parameter_state(engine, ParameterState(tensors, scalars))
+    expert_ids = {name: ids for name, _, ids in expert_ids_by_parameter(engine.module)}
+    states = {state for name in with_moments for state in reader.entries[name].states} - {MASTER}
+
+    def read(name: str) -> dict[str, Tensor]:
+        return reader.parameter(name, expert_ids[name], moments=name in with_moments)
+
+    write_parameter_state(engine, sorted(states), scalars, read)
     reader.fill_buffers(engine.module)

@@ -17,13 +17,21 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import safe_open
+from pydantic import Field, TypeAdapter
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dist_moe.engine.checkpoint.files import partial_directory, publish, step_directory, verify_checkpoint
+from dist_moe.config.settings import LARGEST_STEP
+from dist_moe.engine.checkpoint.files import (
+    partial_directory,
+    publish,
+    reads_all,
+    step_directory,
+    verify_checkpoint,
+)
 from dist_moe.engine.checkpoint.format import (
     BUFFER,
     DENSE,
@@ -149,6 +157,8 @@ def place_weights(model: nn.Module, weights: Mapping[str, Tensor], fresh: Sequen
         expected = shape if bank is None else (bank.num_experts, *shape[1:])
         if given.specs[name].shape != expected:
             misfits.append(f"{name} has shape {given.specs[name].shape}, the model's is {expected}")
+        elif given.specs[name].dtype.is_floating_point != places[name].dtype.is_floating_point:
+            misfits.append(f"{name} is {given.specs[name].dtype}, the model's is {places[name].dtype}")
     if misfits:
         subject = "these weights are" if given.path is None else f"{given.path} is"
         remedy = "" if given.path is None else "; use the configuration with which it was written"
@@ -246,21 +256,45 @@ def _read_checkpoint(directory: Path) -> ModelWeights:
 
 
 def _read_file(path: Path) -> ModelWeights:
-    metadata = check_sealed(path)
+    metadata = check_sealed(path, whole=reads_all())
     if metadata.get("format") != EXPORT_FORMAT:
         raise UserError(
             f"{path} has the format {metadata.get('format')!r}; this version of dist_moe reads {EXPORT_FORMAT!r}"
         )
-    file = safe_open(path, framework="pt")
+    try:
+        file = safe_open(path, framework="pt")
+        kinds = _JSON_OF_KINDS.validate_json(metadata["kinds"])
+        configuration = _JSON_OF_CONFIGURATION.validate_json(metadata["configuration"])
+        specs = {name: spec_in_file(file, name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        if kinds.keys() != specs.keys():
+            raise ValueError(f"its kinds are of other tensors: {sorted(kinds.keys() ^ specs.keys())[:3]}")
+        step = _STEP.validate_strings(metadata["step"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).replace("\n", " ")
+        raise UserError(f"{path} is no file of 'dist-moe export', though intact: {reason}") from error
 
     def read(name: str, expert: int | None) -> Tensor:
         tensor: Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
         return tensor
 
-    kinds = json.loads(metadata["kinds"])
-    specs = {name: spec_in_file(file, name) for name in kinds}
-    configuration = json.loads(metadata["configuration"])
-    return ModelWeights(kinds, specs, read, path, int(metadata["step"]), configuration, metadata[SEAL])
+    weights = ModelWeights(kinds, specs, read, path, step, configuration, metadata[SEAL])
+    if reads_all():
+        _check_finite(weights)
+    return weights
+
+
+_JSON_OF_KINDS = TypeAdapter(dict[str, Literal["dense", "experts", "buffer"]])
+_JSON_OF_CONFIGURATION = TypeAdapter(dict[str, Any])
+_STEP = TypeAdapter(Annotated[int, Field(ge=0, le=LARGEST_STEP)])
+
+
+def _check_finite(weights: ModelWeights) -> None:
+    """Raise UserError naming the parameters that are not finite, or no floating-point numbers."""
+    parameters = [name for name, kind in weights.kinds.items() if kind != BUFFER]
+    wrong = [name for name in parameters if not all(bool(piece.isfinite().all()) for piece in weights.pieces(name))]
+    wrong += [name for name in parameters if not weights.specs[name].dtype.is_floating_point]
+    if wrong:
+        raise UserError(f"{weights.path} holds numbers that are not finite, or no floating-point ones: {wrong[:5]}")
 
 
 def _in_memory(tensors: Mapping[str, Tensor]) -> ModelWeights:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dist_moe.engine.checkpoint.format import BUFFER, DENSE, EXPERTS, Key
+from dist_moe.engine.checkpoint.format import BUFFER, DENSE, EXPERTS, Key, expert_ids_by_parameter
 from dist_moe.engine.checkpoint.safetensors_writer import TensorSpec, spec_in_file
 from dist_moe.engine.deepspeed.parameter_state import MASTER
 from dist_moe.engine.deepspeed.sharded_parameters import whole_shape
@@ -47,20 +48,35 @@ class Entry:
 
 
 class CheckpointReader:
-    """The tensors of a verified checkpoint, in whichever file they are. ``entries``: by name.
+    """The tensors of a checkpoint whose digests hold, in whichever file they are. ``entries``: by name.
 
-    Raises UserError where experts are missing: their ids must be 0 .. E - 1, in every state.
+    Raises UserError naming the file that is none of tensors, the tensor that is in two files, has a dtype or a shape
+    that it cannot have, or where experts are missing: their ids must be 0 .. E - 1, in every state.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._files = {path.name: safe_open(path, framework="pt") for path in sorted(directory.glob("*.safetensors"))}
-        self._file_of = {Key.parse(k): name for name, file in self._files.items() for k in file.keys()}  # noqa: SIM118
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[Key, str] = {}
+        self._specs: dict[Key, TensorSpec] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            self._open(path)
         self.entries = {entry.name: entry for entry in self._find_entries()}
+
+    def _open(self, path: Path) -> None:
+        try:
+            self._files[path.name] = file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                key = Key.parse(name)
+                if key in self._file_of:
+                    raise ValueError(f"{key} is in {self._file_of[key]} already")
+                self._file_of[key], self._specs[key] = path.name, spec_in_file(file, name)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"checkpoint file {path} is no file of tensors of a checkpoint: {error}") from error
 
     def spec(self, key: Key) -> TensorSpec:
         """Return dtype and shape of one tensor, without reading it."""
-        return spec_in_file(self._files[self._file_of[key]], str(key))
+        return self._specs[key]
 
     def read(self, key: Key) -> Tensor:
         """Return one tensor. Raises UserError if there is none of that name."""
@@ -80,41 +96,50 @@ class CheckpointReader:
             if found != expected or (moments and len(found) < 2):
                 raise self._misfit(f"{name} has no optimizer state but {list(found)}")
 
-    def check_names(self, model: nn.Module) -> None:
-        """Raise UserError naming every parameter and buffer that only one of checkpoint and ``model`` has."""
-        names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
+    def check_model(self, model: nn.Module) -> None:
+        """Raise UserError naming every parameter and buffer that is not as in ``model``, by kind, shape or dtype."""
+        parameters = {name: (p, ids) for name, p, ids in expert_ids_by_parameter(model)}
+        buffers = dict(model.named_buffers())
+        names = parameters.keys() | buffers.keys()
         misfits = [f"it has no {name}" for name in sorted(names - self.entries.keys())]
         misfits += [f"the model has no {name}" for name in sorted(self.entries.keys() - names)]
+        for name, (parameter, ids) in parameters.items():
+            if name in self.entries:
+                misfits += self._misfits_of(name, whole_shape(parameter), ids, None)
+        for name, buffer in buffers.items():
+            if name in self.entries:
+                misfits += self._misfits_of(name, buffer.shape, None, buffer.dtype)
         if misfits:
             raise self._misfit("; ".join(misfits))
 
-    def parameter(
-        self, name: str, like: nn.Parameter, expert_ids: Sequence[int] | None, *, moments: bool = True
-    ) -> dict[str, Tensor]:
-        """Return master and (where ``moments``) optimizer states of a parameter, on its device, in its whole shape.
+    def _misfits_of(
+        self, name: str, shape: torch.Size, expert_ids: Sequence[int] | None, dtype: torch.dtype | None
+    ) -> Iterator[str]:
+        """Yield how a parameter (``dtype`` None: the masters are fp32 anyway) or a buffer differs from the model's."""
+        entry, expected = self.entries[name], tuple(shape if expert_ids is None else shape[1:])
+        kind = BUFFER if dtype else DENSE if expert_ids is None else EXPERTS
+        if entry.kind != kind:
+            yield f"{name} is of the kind {entry.kind} there and {kind} here"
+        elif expert_ids and max(expert_ids) >= (entry.experts or 0):
+            yield f"{name} has {entry.experts} experts there, and expert {max(expert_ids)} here"
+        elif entry.spec.shape != expected:
+            yield f"{entry.keys(entry.states[0])[0]} has shape {entry.spec.shape} there and {expected} here"
+        elif (
+            dtype and entry.spec.dtype != dtype and not (dtype.is_floating_point and entry.spec.dtype.is_floating_point)
+        ):
+            yield f"{name} is {entry.spec.dtype} there and {dtype} here"
 
-        Raises UserError if one is missing or has another shape.
-        """
-        shape = whole_shape(like)
-
-        def whole(state: str) -> Tensor:
-            if expert_ids is None:
-                return self._read_as(Key(name, state), shape).to(like.device)
-            experts = [self._read_as(Key(name, state, expert), shape[1:]) for expert in expert_ids]
-            return torch.stack(experts).to(like.device)
-
-        return {state: whole(state) for state in (self.entries[name].states if moments else (MASTER,))}
+    def parameter(self, name: str, expert_ids: Sequence[int] | None, *, moments: bool = True) -> dict[str, Tensor]:
+        """Return master and (where ``moments``) optimizer states of a parameter in host memory, with those experts."""
+        states = self.entries[name].states if moments else (MASTER,)
+        if expert_ids is None:
+            return {state: self.read(Key(name, state)) for state in states}
+        return {state: torch.stack([self.read(Key(name, state, e)) for e in expert_ids]) for state in states}
 
     def fill_buffers(self, model: nn.Module) -> None:
-        """Copy all buffers into ``model``. Raises UserError if one is missing or has another shape."""
+        """Copy all buffers into ``model``, which :meth:`check_model` has seen."""
         for name, buffer in model.named_buffers():
-            buffer.copy_(self._read_as(Key(name, BUFFER), buffer.shape))
-
-    def _read_as(self, key: Key, shape: torch.Size) -> Tensor:
-        tensor = self.read(key)
-        if tensor.shape != shape:
-            raise self._misfit(f"{key} has shape {tuple(tensor.shape)} there and {tuple(shape)} here")
-        return tensor
+            buffer.copy_(self.read(Key(name, BUFFER)))
 
     def _misfit(self, reason: str) -> UserError:
         return UserError(
@@ -131,10 +156,20 @@ class CheckpointReader:
             experts = None if first[0].expert is None else len(first)
             num_bytes = sum(self.spec(key).num_bytes for keys in keys_of.values() for key in keys)
             entry = Entry(name, tuple(keys_of), experts, self.spec(first[0]), num_bytes)
+            if BUFFER in keys_of and (len(keys_of) > 1 or experts):
+                raise self._malformed(f"{name} has the states {list(keys_of)}; a buffer has no other, and no experts")
+            if BUFFER not in keys_of and entry.states[0] != MASTER:
+                raise self._malformed(f"{name} has no {MASTER} but {list(keys_of)}")
             for state, keys in keys_of.items():
                 if keys != entry.keys(state):
-                    raise UserError(
-                        f"checkpoint {self._directory} is not whole: {name}|{state} is there for experts "
-                        f"{[key.expert for key in keys]} only"
-                    )
+                    ids = [key.expert for key in keys]
+                    raise self._malformed(f"it is not whole: {name}|{state} is there for experts {ids} only")
+                for key in keys if state != BUFFER else ():
+                    if self.spec(key) != TensorSpec(torch.float32, entry.spec.shape):
+                        raise self._malformed(
+                            f"{key} is {self.spec(key)}; it must be torch.float32 of shape {entry.spec.shape}"
+                        )
             yield entry
+
+    def _malformed(self, reason: str) -> UserError:
+        return UserError(f"checkpoint {self._directory} is malformed: {reason}; use another one")

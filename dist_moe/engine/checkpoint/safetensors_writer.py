@@ -48,6 +48,9 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype} of shape {self.shape}"
+
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
         """Return those of ``tensor``."""
@@ -60,8 +63,10 @@ class TensorSpec:
 
 
 def spec_in_file(file: Any, name: str) -> TensorSpec:
-    """Return the spec of a tensor in an open safetensors file, without reading it."""
+    """Return the spec of a tensor in an open safetensors file, without reading it. Raises ValueError."""
     part = file.get_slice(name)
+    if part.get_dtype() not in _DTYPES:
+        raise ValueError(f"{name} has the dtype {part.get_dtype()}; allowed: {', '.join(_DTYPES)}")
     return TensorSpec(_DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
 
@@ -102,18 +107,23 @@ def write_sealed(path: Path, specs: Mapping[str, TensorSpec], pieces: Pieces, me
     return digest
 
 
-def check_sealed(path: Path) -> dict[str, str]:
-    """Return the metadata of a sealed file. Raises UserError naming the file unless it is whole."""
+def check_sealed(path: Path, *, whole: bool = True) -> dict[str, str]:
+    """Return the metadata of a sealed file. Raises UserError naming the file unless it is intact.
+
+    ``whole``: read every byte of it; else its head alone.
+    """
     try:
         with path.open("rb") as file:
             header = _read_header(file)
             metadata: dict[str, str] = json.loads(header)["__metadata__"]
             seal = metadata[SEAL]
+            if not whole:
+                return metadata
             digest = hashlib.sha256(len(header).to_bytes(8, "little"))
             digest.update(header.replace(seal.encode(), _UNSEALED.encode(), 1))
             while block := file.read(_BLOCK):
                 digest.update(block)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no file of 'dist-moe export': {type(error).__name__}: {error}") from error
     if digest.hexdigest() != seal:
         raise UserError(f"{path} is torn or altered: its contents do not have the sha256 that it names")

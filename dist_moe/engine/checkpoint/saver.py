@@ -8,6 +8,7 @@ the first rank publishes. So a rank that dies meanwhile, or whose disk is full, 
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,23 +16,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from dist_moe.engine.checkpoint.files import complete_directories, partial_directory, publish, step_directory
+from dist_moe.engine.checkpoint.files import drop_old, partial_directory, publish, set_aside, step_directory
 from dist_moe.engine.checkpoint.format import (
     BUFFER,
     DENSE_FILE,
     CallbackStates,
     Key,
+    Layout,
     Manifest,
+    SavedPlacement,
     TrainerState,
     TrainingHistory,
     expert_file,
     expert_ids_by_parameter,
 )
 from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
-from dist_moe.engine.deepspeed.parameter_state import ParameterState, read_parameter_state
+from dist_moe.engine.deepspeed.parameter_state import Piece, copy_to_host, state_keys, state_scalars
+from dist_moe.engine.deepspeed.sharded_parameters import whole_shape
 from dist_moe.errors import UserError
+from dist_moe.experts import ExpertBank
 from dist_moe.parallel import gather_objects
 from dist_moe.search.layers import moe_layers
 
@@ -59,6 +65,7 @@ class CheckpointSaver:
         self._is_rank_zero = engine.process_groups.environment.is_rank_zero
         self._job: _Job | None = None
         self._failures: list[str] = []
+        self._told: set[str] = set()
 
     @property
     def writing(self) -> bool:
@@ -99,8 +106,19 @@ class CheckpointSaver:
             errors = gather_errors(run_catching(job.publish, files) if self._is_rank_zero else None)
         if errors:
             self._failed(job.directory, errors)
-        else:
-            self._failures = []
+            return
+        self._failures = []
+        if self._is_rank_zero:
+            self._clean_up(job)
+
+    def _clean_up(self, job: _Job) -> None:
+        """Drop old checkpoints. The new one is written already: what goes wrong here is told, once for each cause."""
+        if job.moved_aside is not None:
+            self._say(f"warning: what stood in the place of {job.directory} is now {job.moved_aside}")
+        for cause, sentence in drop_old(job.directory, job.keep).items():
+            if cause not in self._told:
+                self._told.add(cause)
+                self._say(f"warning: {sentence}; the training goes on, and says this once")
 
     def finish(self) -> None:
         """Settle for good. Collective. Raises UserError if the last save has failed, however many may fail."""
@@ -131,7 +149,10 @@ _REMEDY = "older ones are untouched: fix the place, then go on with dist-moe tra
 
 
 class _Job(threading.Thread):
-    """One rank's share of one checkpoint. ``digests``: of its files, once written; ``error``: why they are not."""
+    """One rank's share of one checkpoint. ``digests``: of its files, once written; ``error``: why they are not.
+
+    ``keep``: how many stay once it is published. ``moved_aside``: what stood in its place.
+    """
 
     def __init__(self, snapshot: Snapshot, directory: Path, keep: int) -> None:
         super().__init__(name=f"write {directory.name}", daemon=True)
@@ -140,7 +161,8 @@ class _Job(threading.Thread):
         self.error: str | None = None
         self._snapshot: Snapshot | None = snapshot
         self._step, self._layout = snapshot.step, snapshot.layout
-        self._keep = keep
+        self.keep = keep
+        self.moved_aside: Path | None = None
 
     def run(self) -> None:
         """Write this rank's files; what goes wrong is kept as ``error``."""
@@ -154,10 +176,9 @@ class _Job(threading.Thread):
             self.join(timeout)
 
     def publish(self, files: dict[str, str]) -> None:
-        """Make the checkpoint of all ranks' ``files`` visible, and drop old ones."""
-        publish(partial_directory(self.directory), self.directory, Manifest(self._step, files, self._layout))
-        for old in complete_directories(self.directory.parent)[: -self._keep]:
-            shutil.rmtree(old)
+        """Make the checkpoint of all ranks' ``files`` visible."""
+        manifest = Manifest(self._step, files, layout=self._layout)
+        self.moved_aside = publish(partial_directory(self.directory), self.directory, manifest)
 
     def _write(self, snapshot: Snapshot) -> None:
         self.digests = snapshot.write(partial_directory(self.directory))
@@ -165,8 +186,10 @@ class _Job(threading.Thread):
 
 def _prepare(directory: Path) -> None:
     partial = partial_directory(directory)
-    if partial.exists():
-        shutil.rmtree(partial)
+    if partial.is_dir() and not partial.is_symlink():
+        shutil.rmtree(partial)  # of a save that failed
+    elif os.path.lexists(partial):
+        set_aside(partial, "replaced")
     partial.mkdir(parents=True)
 
 
@@ -192,13 +215,13 @@ class Snapshot:
     """A rank's part of a checkpoint.
 
     ``files``: this rank's tensors by file name and tensor name, in host memory, shared with nobody. ``trainer``: on
-    the first rank. ``layout``: sizes and ZeRO stage of the job, to look at.
+    the first rank. ``layout``: of the job, to look at.
     """
 
     step: int
     files: dict[str, dict[str, Tensor]]
     trainer: TrainerState | None
-    layout: dict[str, int]
+    layout: Layout
 
     def write(self, directory: Path) -> dict[str, str]:
         """Write all files and flush them; return their sha256 by name. Needs no other rank. Raises OSError."""
@@ -209,53 +232,83 @@ class Snapshot:
 def take_snapshot(
     engine: ExpertParallelEngine, step: int, history: TrainingHistory, callbacks: CallbackStates
 ) -> Snapshot:
-    """Copy this rank's part of a checkpoint to host memory. Collective over all ranks."""
-    state = read_parameter_state(engine)
+    """Copy this rank's part of a checkpoint to host memory. Collective over all ranks.
+
+    The first rank has what is dense; the ranks that hold copies of an expert take turns, so that no node writes all.
+    """
     groups = engine.process_groups
     environment = groups.environment
-    files: dict[str, dict[str, Tensor]] = {}
+    files = _states_on_host(engine)
     trainer = None
     if environment.is_rank_zero:
-        buffers = {Key(name, BUFFER): buffer for name, buffer in engine.module.named_buffers()}
-        files[DENSE_FILE] = _host_copies(_states(engine, state, of_experts=False) | buffers)
+        files[DENSE_FILE] |= {
+            str(Key(name, BUFFER)): buffer.detach().to("cpu", copy=True).contiguous()  # the next step changes it
+            for name, buffer in engine.module.named_buffers()
+        }
         trainer = TrainerState(
             step,
-            state.scalars,
+            state_scalars(engine),
             engine.lr_scheduler.steps,
             {str(at): loss for at, loss in history.validation_losses.items()},
             history.seconds,
             placements={
-                name: {
-                    "num_ranks": layer.placement.num_ranks,
-                    "expert_of_position": list(layer.placement.expert_of_position),
-                }
+                name: SavedPlacement(layer.placement.num_ranks, list(layer.placement.expert_of_position))
                 for name, layer in moe_layers(engine.module).items()
                 if not layer.placement.is_identity
             },
             callbacks=copy.deepcopy(dict(callbacks)),
         )
-    experts = _states(engine, state, of_experts=True) if groups.is_expert_writer else {}
-    if experts:
-        files[expert_file(groups.world.rank)] = _host_copies(experts)
-    layout = {
-        "world_size": environment.world_size,
-        "expert_parallel_size": groups.expert_parallel_size,
-        "zero_stage": engine.zero_optimization_stage(),
+    layout = Layout(environment.world_size, groups.expert_parallel_size, engine.zero_optimization_stage())
+    return Snapshot(step, {name: tensors for name, tensors in files.items() if tensors}, trainer, layout)
+
+
+def _states_on_host(engine: ExpertParallelEngine) -> dict[str, dict[str, Tensor]]:
+    """Return masters and moments that this rank writes, by file and tensor. Collective over all ranks."""
+    environment = engine.process_groups.environment
+    dense: dict[str, Tensor] = {}
+    experts: dict[str, Tensor] = {}
+    keys = state_keys(engine)
+    in_order = sorted(expert_ids_by_parameter(engine.module), key=lambda entry: entry[2] is not None)
+    turns = _turns(engine)
+    pieces = []
+    for name, parameter, expert_ids in in_order:
+        for state in keys if parameter.requires_grad else keys[:1]:  # the master alone of one that is held still
+            if expert_ids is None:
+                shape = whole_shape(parameter)
+                mine = environment.is_rank_zero
+                pieces.append(_piece(parameter, state, 0, shape, dense if mine else None, Key(name, state)))
+                continue
+            shape = whole_shape(parameter)[1:]
+            for index, expert in enumerate(expert_ids):
+                mine = turns(name, index)
+                key = Key(name, state, expert)
+                pieces.append(_piece(parameter, state, index, shape, experts if mine else None, key))
+    copy_to_host(engine, pieces)
+    return {DENSE_FILE: dense, expert_file(environment.rank): experts}
+
+
+def _piece(
+    parameter: nn.Parameter, state: str, index: int, shape: torch.Size, tensors: dict[str, Tensor] | None, key: Key
+) -> Piece:
+    """Return the ``index``-th part of ``shape`` of a parameter, with a place in ``tensors`` where there are some."""
+    count = shape.numel()
+    host = None
+    if tensors is not None:
+        tensors[str(key)] = torch.empty(shape)
+        host = tensors[str(key)].view(-1)
+    return Piece(parameter, state, index * count, count, host)
+
+
+def _turns(engine: ExpertParallelEngine) -> Callable[[str, int], bool]:
+    """Return whether this rank writes the index-th expert of a parameter, of the ranks that hold a copy of it.
+
+    They take turns over experts, layers and expert-parallel ranks, with all parameters of an expert at once.
+    """
+    groups = engine.process_groups
+    banks = [(name, bank) for name, bank in engine.module.named_modules() if isinstance(bank, ExpertBank)]
+    bank_of = {
+        f"{name}.{parameter}" if name else parameter: number
+        for number, (name, bank) in enumerate(banks)
+        for parameter, _ in bank.named_parameters()
     }
-    return Snapshot(step, files, trainer, layout)
-
-
-def _states(engine: ExpertParallelEngine, state: ParameterState, *, of_experts: bool) -> dict[Key, Tensor]:
-    """Return masters and moments of the dense parameters, or of this rank's experts one by one."""
-    return {
-        Key(name, kind, expert): tensor if expert is None else tensor[index]
-        for name, _, expert_ids in expert_ids_by_parameter(engine.module)
-        if (expert_ids is not None) == of_experts
-        for kind, tensor in state.tensors[name].items()
-        for index, expert in enumerate([None] if expert_ids is None else expert_ids)
-    }
-
-
-def _host_copies(tensors: dict[Key, Tensor]) -> dict[str, Tensor]:
-    """Return copies, of tensors in host memory too: the next step changes them in place."""
-    return {str(key): tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    return lambda name, index: (bank_of[name] + index + groups.world.rank) % groups.copies == groups.copy

@@ -45,7 +45,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups) -> None:
         mark_experts(model, groups.expert_group_name)
         self.__dict__["process_groups"] = groups  # before the base class is initialised, as its hooks need them
-        self.__dict__["held_masters"] = {}  # see _held_master of parameter_state.py
+        self.__dict__["held_masters"] = {}  # see _own_part of parameter_state.py
         self.__dict__["first_states"] = partial(first_states, section)
         theirs = {key: value for key, value in section.items() if key != "scheduler"}
         super().__init__(

@@ -6,10 +6,6 @@
 Only experts whose rank changes travel, within their expert-parallel group, one state of one parameter at
 a time: a rank holds, beside what the engine holds, that state of its experts of that parameter twice,
 and the rows that leave and arrive. Every row travels with a checksum of its bits.
-
-At ZeRO stages 1 and 2 with copies of the experts, DeepSpeed (0.19.8, ``get_full_hp_param``) assembles a state by a
-sum over its owners, of which all but one bring zeros: -0.0 becomes 0.0; every other number, subnormal ones included,
-keeps its bits.
 """
 
 from __future__ import annotations

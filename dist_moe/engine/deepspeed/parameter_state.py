@@ -7,19 +7,39 @@ parameter by parameter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_moe.engine.deepspeed.optimizers import has_shape
-from dist_moe.engine.deepspeed.sharded_parameters import gather_kept, own_slice
+from dist_moe.engine.deepspeed.sharded_parameters import gather_kept, own_slice, whole_shape
 
 if TYPE_CHECKING:
     from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 
 MASTER = "master"
+BUCKET = 2**24
+"""Numbers that ranks put together at once, in fp32: 64 MiB of the device's memory."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of numbers of one state of one parameter, on the way to host memory.
+
+    ``start``: the place of the first in the flattened parameter. ``count``: how many. ``host``: where they are wanted,
+    flat and fp32 in host memory; None on a rank that does not want them.
+    """
+
+    parameter: nn.Parameter
+    key: str
+    start: int
+    count: int
+    host: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -36,29 +56,43 @@ class ParameterState:
 
 
 def read_parameter_state(engine: ExpertParallelEngine) -> ParameterState:
-    """Return the state of all dense parameters and of this rank's experts. Collective over all ranks."""
-    keys, states = state_keys(engine), _optimizer_states(engine)
-    scalars = {k: float(v) for k, v in states[0].items() if not has_shape(v)} if states else {}
+    """Return the state of all dense parameters and of this rank's experts, whole on its device: for small models.
+
+    Collective over all ranks.
+    """
+    keys = state_keys(engine)
     tensors = {
         name: {key: read_state(engine, parameter, key) for key in keys if key == MASTER or parameter.requires_grad}
         for name, parameter in engine.module.named_parameters()
     }
-    return ParameterState(tensors, scalars)
+    return ParameterState(tensors, state_scalars(engine))
 
 
 @torch.no_grad()
-def write_parameter_state(engine: ExpertParallelEngine, state: ParameterState) -> None:
-    """Set masters, parameters and optimizer state to ``state``, which has every parameter of this rank, whole.
+def write_parameter_state(
+    engine: ExpertParallelEngine,
+    keys: Sequence[str],
+    scalars: dict[str, float],
+    states_of: Callable[[str], Mapping[str, Tensor]],
+) -> None:
+    """Set masters, parameters and optimizer state, one parameter at a time.
 
-    Collective over all ranks.
+    ``keys``, ``scalars``: optimizer states with a shape, and without. ``states_of``: from the name of a parameter to
+    its states, whole, in host memory or on the device. Collective over all ranks.
     """
-    if state.scalars or any(key != MASTER for tensors in state.tensors.values() for key in tensors):
-        _create_optimizer_states(engine, state.scalars)
+    if keys or scalars:
+        _create_optimizer_states(engine, scalars)
     for name, parameter in engine.module.named_parameters():
-        for key, value in state.tensors[name].items():
+        for key, value in states_of(name).items():
             write_state(engine, parameter, key, value)
     if engine.shards_parameters:
         gather_kept(engine)
+
+
+def state_scalars(engine: ExpertParallelEngine) -> dict[str, float]:
+    """Return the optimizer's states without a shape, which are the same for all parameters; none before a step."""
+    states = _optimizer_states(engine)
+    return {key: float(value) for key, value in states[0].items() if not has_shape(value)} if states else {}
 
 
 def state_keys(engine: ExpertParallelEngine) -> list[str]:
@@ -70,15 +104,113 @@ def state_keys(engine: ExpertParallelEngine) -> list[str]:
 
 
 def read_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) -> Tensor:
-    """Return one of :func:`state_keys` of one parameter, whole. Collective over the ranks that share it."""
+    """Return one of :func:`state_keys` of one parameter, whole, fp32. Collective over the ranks that share it."""
+    shape = whole_shape(parameter)
+    if _group_of(engine, parameter) is None:
+        return _own_part(engine, parameter, key)[0].view(shape).float()
+    piece = Piece(parameter, key, 0, shape.numel(), None)
+    return _gathered(engine, [piece], torch.empty(shape.numel(), device=engine.device)).view(shape)
+
+
+@torch.no_grad()
+def copy_to_host(engine: ExpertParallelEngine, pieces: Iterable[Piece]) -> None:
+    """Fill the host memory of ``pieces``, which are the same on all ranks but for where they are wanted.
+
+    Through one buffer of BUCKET numbers on the device, in which the ranks that share a parameter put together what
+    each has of it, whatever the sizes of parameters: that is all the memory that it takes there, and no parameter
+    costs a collective of its own. Collective over all ranks.
+    """
+    on_gpu = engine.device.type == "cuda"
+    device = torch.empty(BUCKET, device=engine.device)
+    host = (
+        torch.empty(BUCKET, pin_memory=True) if on_gpu else device
+    )  # a GPU copies to pinned memory alone at full rate
+    for bucket in _buckets(engine, pieces):
+        wanted = any(piece.host is not None for piece in bucket)
+        if not wanted and _group_of(engine, bucket[0].parameter) is None:
+            continue
+        numbers = _gathered(engine, bucket, device)
+        if not wanted:
+            continue
+        if on_gpu:
+            host[: len(numbers)].copy_(numbers)
+        place = 0
+        for piece in bucket:
+            if piece.host is not None:
+                piece.host.copy_(host[place : place + piece.count])
+            place += piece.count
+
+
+def _buckets(engine: ExpertParallelEngine, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield ``pieces``, cut where need be, in lists of at most BUCKET numbers of parameters that one group shares."""
+    for _, shared in groupby(pieces, lambda piece: _group_of(engine, piece.parameter)):
+        bucket, free = list[Piece](), BUCKET
+        for piece in shared:
+            done = 0
+            while done < piece.count:
+                count = min(free, piece.count - done)
+                host = None if piece.host is None else piece.host[done : done + count]
+                bucket.append(replace(piece, start=piece.start + done, count=count, host=host))
+                done, free = done + count, free - count
+                if not free:
+                    yield bucket
+                    bucket, free = [], BUCKET
+        if bucket:
+            yield bucket
+
+
+def _gathered(engine: ExpertParallelEngine, bucket: list[Piece], buffer: Tensor) -> Tensor:
+    """Return the numbers of ``bucket``, in ``buffer``. Collective over the ranks that share its parameters, if any.
+
+    Every number is a sum of which all ranks but one bring zero bits, as integers: no bit of it changes, not of -0.0
+    and not of a NaN.
+    """
+    numbers = buffer[: sum(piece.count for piece in bucket)].zero_()
+    place = 0
+    for piece in bucket:
+        own, start = _own_part(engine, piece.parameter, piece.key)
+        begin, end = max(piece.start, start), min(piece.start + piece.count, start + own.numel())
+        if begin < end:
+            first = place + begin - piece.start
+            numbers[first : first + end - begin].copy_(own[begin - start : end - start])
+        place += piece.count
+    group = _group_of(engine, bucket[0].parameter)
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(numbers.view(torch.int32), group=group)
+    return numbers
+
+
+def _group_of(engine: ExpertParallelEngine, parameter: nn.Parameter) -> Any:
+    """Return the group over whose ranks the states of a parameter are spread in parts; None if each has them whole.
+
+    Those of a parameter that is held still are in parts at stage 3 only.
+    """
+    spread = engine.shards_parameters or (engine.zero_optimization() and parameter.requires_grad)
+    return engine.group_of(parameter) if spread else None
+
+
+def _own_part(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) -> tuple[Tensor, int]:
+    """Return what this rank holds of a state, flat, and its place in the flattened parameter; no copy is made.
+
+    The master of a parameter that is held still, of which neither optimizer nor DeepSpeed knows, is what
+    :func:`write_state` was given last where parameters have less than fp32, so that it does not lose bits.
+    """
     deepspeeds_key = None if key == MASTER else key
-    if not parameter.requires_grad:
-        return _held_master(engine, parameter)
     if engine.shards_parameters:
-        return engine.optimizer.get_full_hp_param(parameter, deepspeeds_key)
+        start = parameter.ds_tensor.ds_numel * dist.get_rank(engine.group_of(parameter))  # type: ignore[attr-defined]
+        if parameter.requires_grad:
+            own = engine.optimizer._get_fp32_opt_state_partition(parameter, True, deepspeeds_key)[0]
+        else:
+            own = engine.held_masters.get(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
+        return own.detach().flatten(), start
+    if not parameter.requires_grad:
+        return engine.held_masters.get(parameter, parameter.detach()).flatten(), 0
     if engine.zero_optimization():
-        return parameter.get_full_hp_param(deepspeeds_key)  # type: ignore[attr-defined]
-    return parameter.detach().float() if key == MASTER else engine.optimizer.state[parameter][key]
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return torch.empty(0), 0
+        return mapping.get_hp_fragment(deepspeeds_key).detach().flatten(), mapping.lp_fragment_address.start
+    return (parameter.detach() if key == MASTER else engine.optimizer.state[parameter][key]).flatten(), 0
 
 
 @torch.no_grad()
@@ -92,7 +224,7 @@ def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str,
         value = own_slice(parameter, value)
     if not parameter.requires_grad:
         if parameter.dtype != value.dtype:
-            engine.held_masters[parameter] = value.clone()
+            engine.held_masters[parameter] = value.to(engine.device, copy=True)
     elif engine.shards_parameters:
         engine.optimizer.set_local_hp_param(value, parameter, deepspeeds_key)
     elif engine.zero_optimization():
@@ -101,17 +233,6 @@ def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str,
         engine.optimizer.state[parameter][key].copy_(value)
     if key == MASTER:
         (parameter.ds_tensor if engine.shards_parameters else parameter).copy_(value)  # type: ignore[attr-defined]
-
-
-def _held_master(engine: ExpertParallelEngine, parameter: nn.Parameter) -> Tensor:
-    """Return the master of a parameter that is held still, unknown to the optimizer and to DeepSpeed.
-
-    Where parameters have less than fp32, it is what :func:`write_state` was given last, so that it does not lose bits.
-    """
-    if engine.shards_parameters:
-        own = engine.held_masters.get(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
-        return engine.optimizer._fp32_state_allgather(parameter, own)
-    return engine.held_masters.get(parameter, parameter.detach()).float()
 
 
 def _torch_optimizer(engine: ExpertParallelEngine) -> torch.optim.Optimizer:

@@ -156,14 +156,14 @@ def write_heartbeat(directory: Path, heartbeat: Heartbeat) -> None:
     """Replace the file of the heartbeat's rank. Raises OSError if the directory is gone or the disk is full."""
     path = _file_of(directory, heartbeat.rank)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(heartbeat)))
+    partial.write_text(json.dumps(asdict(heartbeat)), encoding="utf-8")
     partial.replace(path)
 
 
 def read_heartbeat(directory: Path, rank: int) -> Heartbeat | None:
     """Return the last heartbeat that ``rank`` wrote; None before the first."""
     try:
-        content = json.loads(_file_of(directory, rank).read_text())
+        content = json.loads(_file_of(directory, rank).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     return Heartbeat(**(content | {"process": Process(**content["process"])}))
@@ -198,6 +198,6 @@ def _start_ticks(pid: int) -> int:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""

@@ -198,7 +198,7 @@ class _Watch(threading.Thread):
         try:
             (self._directory / "diagnosed").touch(exist_ok=False)
             _say(text)
-            self._report_file.write_text(text + "\n")
+            self._report_file.write_text(text + "\n", encoding="utf-8")
         except FileExistsError:
             _say(f"rank {self._rank} ends with the stalled job; see {self._report_file}")
         except OSError as error:

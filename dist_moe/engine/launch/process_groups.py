@@ -36,6 +36,7 @@ from dist_moe.parallel import (
     ranks_per_node,
 )
 
+_YEAR_S = 31_536_000
 _NODE_NUMBER = ("GROUP_RANK", "CROSS_RANK")
 """Set by torchrun and TorchX; by DeepSpeed's launcher. They tell nodes apart even where host names are equal."""
 
@@ -76,7 +77,7 @@ class ParallelConfig(Settings):
         description="where expert_parallel_size does not divide the number of ranks, as after the loss of a machine, "
         "split the experts over the most ranks that do (false: refuse)",
     )
-    timeout_s: int = Field(600, ge=1, description="seconds after which a collective that waits is an error")
+    timeout_s: int = Field(600, ge=1, le=_YEAR_S, description="seconds after which a collective that waits is an error")
     stall_s: float | None = Field(
         None,
         ge=0,
@@ -180,16 +181,17 @@ def _divisors(world_size: int, num_experts: int) -> str:
 class ProcessGroups:
     """The open groups of a job, as this rank sees them.
 
-    ``world``: the expert-parallel world of this rank. ``is_expert_writer``: whether this rank is the one that speaks
-    for its experts where several ranks hold copies of them. ``node_of_rank``: for every rank of the job the number of
-    its node, from 0 in the order of ranks: as the launcher says, or as ``parallel.ranks_per_node`` pretends.
+    ``world``: the expert-parallel world of this rank. ``node_of_rank``: for every rank of the job the number of its
+    node, from 0 in the order of ranks: as the launcher says, or as ``parallel.ranks_per_node`` pretends.
+    ``copy``, ``copies``: which of the copies of its experts this rank holds, and how many ranks hold one.
     """
 
     environment: LaunchEnvironment
     expert_parallel_size: int
     world: World
-    is_expert_writer: bool
     node_of_rank: Sequence[int] = (0,)
+    copy: int = 0
+    copies: int = 1
 
     @property
     def ranks_per_node(self) -> int:
@@ -240,10 +242,11 @@ def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> Pr
     name = f"ep_size_{expert_parallel_size}"
     groups._create_expert_and_data_parallel(expert_parallel_size)
     ep_group = groups._get_expert_parallel_group(name)
-    edp_rank = dist.get_rank(groups._get_expert_data_parallel_group(name))
+    edp_group = groups._get_expert_data_parallel_group(name)
     node_of_rank = _node_of_every_rank(config.ranks_per_node)
     world = _expert_world(config, ep_group, node_of_rank) if expert_parallel_size > 1 else SingleWorld()
-    return ProcessGroups(environment, expert_parallel_size, world, edp_rank == 0, node_of_rank)
+    copy, copies = dist.get_rank(edp_group), dist.get_world_size(edp_group)
+    return ProcessGroups(environment, expert_parallel_size, world, node_of_rank, copy, copies)
 
 
 def _expert_world(config: ParallelConfig, ep_group: dist.ProcessGroup, node_of_rank: Sequence[int]) -> ProcessWorld:

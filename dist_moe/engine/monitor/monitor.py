@@ -77,7 +77,11 @@ class Monitor:
     def evaluation(self, part: str, metrics: dict[str, Any], step: int) -> None:
         """Show the metrics of an evaluation on ``part`` (validation, test) after ``step`` steps, on screen too."""
         self.metrics(part, metrics, step)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
+        shown = ", ".join(
+            f"{name} undefined" if value is None else f"{name} {value:.4g}"
+            for name, value in metrics.items()
+            if value is None or isinstance(value, float)
+        )
         self.say(f"{part} after step {step}: {shown}")
 
     def image(self, name: str, matrix: Tensor, step: int) -> None:

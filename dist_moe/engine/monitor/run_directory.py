@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dist_moe.config.files import replace_text, write_json
+from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
@@ -63,6 +63,11 @@ class RunDirectory:
                 f"{option} {self.root} holds a run already; name another directory, or go on with that run by "
                 f"'dist-moe train --resume {self.root}'"
             )
+        if complete_directories(checkpoints_of(self.root)):
+            raise UserError(
+                f"{option} {self.root} holds checkpoints already, of a run without {self.config.name}; name another "
+                f"directory, or put the file back"
+            )
 
     def check_exists(self) -> None:
         """Raise UserError if the directory holds no run."""
@@ -88,7 +93,7 @@ class RunDirectory:
 
     def describe(self, config: dict[str, Any], environment: LaunchEnvironment) -> None:
         """Write the resolved configuration and, if it is not there yet, the versions and machine of the beginning."""
-        replace_text(self.config, yaml.safe_dump(config, sort_keys=False))
+        replace_text(self.config, yaml_text(config))
         if self.environment.exists():
             return
         write_json(
@@ -109,7 +114,7 @@ class RunDirectory:
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text().splitlines():
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:

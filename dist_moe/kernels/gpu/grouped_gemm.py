@@ -1,9 +1,10 @@
 """Products of ragged groups of rows on an accelerator: torch's ``grouped_mm`` where it is good, else Triton.
 
 ``torch.nn.functional.grouped_mm`` has a kernel for bf16 on compute capability 9 and 10 only, for strides that
-are multiples of 16 bytes. For anything else it copies the offsets to the host and loops. Its gradient of the
-weights of a group without rows is not 0 on capability 10 (pytorch/pytorch, issue 172439), and it adds no bias.
-There Triton computes. On a CPU, where the path runs in tests only, so does a plain loop, the reference.
+are multiples of 16 bytes, and for fewer than 1,024 groups. For another type or strides it copies the offsets to the
+host and loops. Its gradient of the weights of a group without rows is not 0 on capability 10 (pytorch/pytorch, issue
+172439), and it adds no bias. There Triton computes. On a CPU, where the path runs in tests only, so does a plain
+loop, the reference.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALIGNMENT_BYTES = 16
+MOST_GROUPS = 1023
+"""``grouped_mm`` refuses more."""
 
 
 def products(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, bias_EF: Tensor | None = None) -> Tensor:
@@ -26,14 +29,14 @@ def products(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor, bias_EF: Tensor |
     ``x_ND``: (N, D), sorted by group. ``ends_E``: (E,) int32, the row after the last of each group, the last
     being N. ``weight_EDF``: (E, D, F), of any strides, in the type of ``x_ND``. Sums are fp32, or fp64 for fp64.
     """
-    if bias_EF is None and _takes(x_ND, weight_EDF) and _capability(x_ND.device) in (9, 10):
+    if bias_EF is None and _takes(ends_E, x_ND, weight_EDF) and _capability(x_ND.device) in (9, 10):
         return F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
     return _products(x_ND, weight_EDF, bias_EF, ends_E)
 
 
 def outer_sums(x_ND: Tensor, grad_NF: Tensor, ends_E: Tensor) -> Tensor:
     """Return (E, D, F): of each group the sum over its rows of x^T grad, exactly 0 without rows."""
-    if _takes(x_ND, grad_NF) and _capability(x_ND.device) == 9:
+    if _takes(ends_E, x_ND, grad_NF) and _capability(x_ND.device) == 9:
         return F.grouped_mm(x_ND.t(), grad_NF, offs=ends_E)
     return _outer_sums(x_ND, grad_NF, ends_E)
 
@@ -49,9 +52,17 @@ def on_triton(module: str, kernel: str, *operands: Any) -> Any:
         return getattr(import_module(f"{__package__}.{module}"), kernel)(*operands)
 
 
-def _takes(*factors: Tensor) -> bool:
+def _takes(ends_E: Tensor, *factors: Tensor) -> bool:
     """Whether ``grouped_mm`` computes these without waiting, on a GPU that it knows."""
-    return all(x.is_cuda and x.dtype == torch.bfloat16 and x.numel() > 0 and _aligned(x) for x in factors)
+    return ends_E.shape[0] <= MOST_GROUPS and all(_on_gpu(x) and _suits(x) for x in factors)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _suits(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.numel() > 0 and _aligned(x)
 
 
 def _aligned(x: Tensor) -> bool:

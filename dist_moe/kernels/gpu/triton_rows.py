@@ -146,7 +146,7 @@ def gated_backward(
 def _activate(h: tl.tensor, ACT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """The activation of ``h`` and its derivative."""
     if ACT == "relu":
-        value, slope = tl.where(h > 0, h, 0), tl.where(h > 0, 1.0, 0.0)
+        value, slope = tl.where(h <= 0, 0, h), tl.where(h <= 0, 0.0, 1.0)  # so that NaN stays NaN
     elif ACT == "gelu":
         below = 0.5 * (1 + tl.erf(h * 0.7071067811865476))
         value, slope = h * below, below + h * tl.exp(-0.5 * h * h) * 0.3989422804014327

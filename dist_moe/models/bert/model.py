@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_moe import kernels
+from dist_moe.config.settings import LARGEST_COUNT, LARGEST_SIZE
 from dist_moe.engine.checkpoint import place_weights
 from dist_moe.errors import UserError
 from dist_moe.experts import BertFeedForwardBank, ExpertBank, FeedForwardBank
@@ -52,7 +53,7 @@ class BertConfig(MoEModelConfig):
 
     one_layer: ClassVar[bool] = False
 
-    num_experts: int = Field(4, ge=2, description="experts of a layer, over all ranks")
+    num_experts: int = Field(4, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
     moe_every: int = Field(
         1,
         ge=0,
@@ -64,10 +65,13 @@ class BertConfig(MoEModelConfig):
         "network alone, within one residual and LayerNorm for all",
     )
     expert_hidden: int | None = Field(
-        None, ge=1, description="width of each expert's network (null: that of the dense one, divided by num_experts)"
+        None,
+        ge=1,
+        le=LARGEST_SIZE,
+        description="width of each expert's network (null: that of the dense one, divided by num_experts)",
     )
     hidden: int | None = Field(
-        None, ge=1, description="width of the networks of dense layers (null: that of the checkpoint)"
+        None, ge=1, le=LARGEST_SIZE, description="width of the networks of dense layers (null: that of the checkpoint)"
     )
     dropout: float = Field(
         0.1,

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dist_moe.kernels import sums_at
 from dist_moe.models.bert import BertModel, BertOutput
 from dist_moe.models.bert.encoder import DenseFeedForward
 
@@ -63,8 +64,7 @@ def neuron_importance(
                     grad_before_TH, grad_after_TH = gradients[2 * layer : 2 * layer + 2]
                     product_TH = (before_TH.detach() - block.up.bias.detach()) * grad_before_TH
                     product_TH = product_TH + after_TH.detach() * grad_after_TH
-                    zeros_BH = product_TH.new_zeros(len(loss_B), product_TH.shape[1], dtype=torch.float64)
-                    total_LH[layer] += zeros_BH.index_add(0, example_T, product_TH.double()).abs().sum(dim=0)
+                    total_LH[layer] += sums_at(product_TH.double(), example_T, len(loss_B)).abs().sum(dim=0)
     finally:
         model.train(was_training)
     return total_LH

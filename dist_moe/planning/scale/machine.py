@@ -7,12 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from dist_moe.config.overrides import read_yaml
+from dist_moe.config.plain_yaml import read_yaml, yaml_text
 from dist_moe.config.settings import Settings
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -73,7 +72,7 @@ class Machine(Settings):
 
     def write(self, path: Path) -> None:
         """Write it as YAML that :func:`read_machine` reads."""
-        path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False))
+        path.write_text(yaml_text(self.model_dump()), encoding="utf-8")
 
 
 def _gpu(name: str, memory: float, flop_per_s: float, hbm: float, nvlink: float, network: float) -> Machine:
@@ -119,7 +118,7 @@ def read_machine(name: str) -> Machine:
             f"'dist-moe plan --measure FILE.yaml' makes"
         )
     try:
-        return Machine.model_validate(read_yaml(path))
+        return Machine.model_validate(read_yaml(path, "machine"))
     except ValidationError as error:
         lines = []
         for each in error.errors():
@@ -127,5 +126,5 @@ def read_machine(name: str) -> Machine:
             if each["type"] == "missing":
                 lines.append(f"{field}: required, but not given; measure it with 'dist-moe plan --measure FILE.yaml'")
             else:
-                lines.append(f"{field}={each['input']!r}: {message[0].lower() + message[1:]}")
+                lines.append(f"{field}={shown(each['input'])}: {message[0].lower() + message[1:]}")
         raise UserError(f"the machine in {path} is not valid:\n  " + "\n  ".join(lines)) from error

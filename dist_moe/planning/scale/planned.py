@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_moe.engine.deepspeed.config import parameter_dtype, zero_stage
 from dist_moe.errors import UserError
-from dist_moe.planning.memory import MemoryPlan, optimizer_states, plan_memory, planned_model
+from dist_moe.planning.memory import MemoryPlan, optimizer_states, plan_memory
 from dist_moe.planning.scale.machine import Machine
 from dist_moe.planning.scale.spread import Layout, expected_spread
 from dist_moe.planning.scale.step_time import (
@@ -27,6 +27,7 @@ from dist_moe.planning.scale.step_time import (
 )
 from dist_moe.planning.scale.work import work_of_layer, work_of_model
 from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.recipes.supervised.size import planned_model
 from dist_moe.tasks.task import Task
 
 

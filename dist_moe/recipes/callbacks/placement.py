@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.deepspeed.migration import migrate, state_bytes_per_expert
 from dist_moe.engine.training import Trainer
+from dist_moe.errors import UserError
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import Placement, sum_over_ranks
 from dist_moe.routing import Pairs
@@ -20,6 +22,8 @@ from dist_moe.search.placement_policy import MoveCosts, PlacementLook, Placement
 
 _PASSES = 2
 """Forward and backward: in each, a row travels once with the width of the input and once with that of the result."""
+_LOADS = TypeAdapter(list[list[list[Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]]]])
+"""By step and layer: (E,) rows per expert, as checkpoints hold them."""
 
 
 class PlacementCallback(Callback):
@@ -36,7 +40,17 @@ class PlacementCallback(Callback):
         self._loads: deque[list[list[float]]] = deque(maxlen=config.window)
 
     def on_start(self, trainer: Trainer) -> None:
-        """Count co-activations of layers, where a group has several nodes."""
+        """Count co-activations of layers, where a group has several nodes.
+
+        Raises UserError for loads, of a run that goes on, that are not of the model's layers.
+        """
+        experts = [layer.experts.num_experts for layer in trainer.model.moe_layers.values()]
+        sizes = {tuple(map(len, load_LE)) for load_LE in self._loads} - {tuple(experts)}
+        if sizes:
+            raise UserError(
+                f"callbacks.{self.name} of the checkpoint has loads of {list(min(sizes))} experts in the layers, which "
+                f"have {experts}; use another checkpoint"
+            )
         self._ranks_per_node = trainer.groups.ranks_per_node
         if self._ranks_per_node < trainer.groups.expert_parallel_size:
             self._together = {name: _CoActivations(layer) for name, layer in trainer.model.moe_layers.items()}
@@ -68,8 +82,8 @@ class PlacementCallback(Callback):
         return {"loads": list(self._loads)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the load that was known."""
-        self._loads.extend(state["loads"])
+        """Go on with the load that was known. Raises ValueError if ``state`` is of another kind."""
+        self._loads.extend(_LOADS.validate_python(state.get("loads")))
 
     def _place(self, trainer: Trainer, number: int, name: str, step: int) -> None:
         """Look at the load of one layer, and move its experts if that pays. Rank 0 decides for all."""

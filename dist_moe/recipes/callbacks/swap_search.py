@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
+from dist_moe.config.settings import LARGEST_EPOCHS
 from dist_moe.data.batches import shard_batches, spread_over
 from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.deepspeed.sharded_parameters import is_sharded
@@ -30,9 +31,12 @@ from dist_moe.tasks.task import Task
 class SwapScheduleConfig(SwapSearchConfig):
     """Swap search while training."""
 
-    every_epochs: float = Field(1.0, gt=0, description="epochs between two searches")
+    every_epochs: float = Field(1.0, gt=0, le=LARGEST_EPOCHS, description="epochs between two searches")
     until_epoch: float | None = Field(
-        None, gt=0, description="no search after this epoch, but for the first one (null: until the end)"
+        None,
+        gt=0,
+        le=LARGEST_EPOCHS,
+        description="no search after this epoch, but for the first one (null: until the end)",
     )
 
     def check(self, train: TrainConfig, steps_per_epoch: int) -> None:

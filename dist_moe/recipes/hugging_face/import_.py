@@ -8,7 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from dist_moe.config.overrides import Content, parse_override, read_yaml
+from dist_moe.config.overrides import parse_overrides
+from dist_moe.config.plain_yaml import Content, read_yaml
 from dist_moe.engine.checkpoint import ROUTERS, place_weights, write_first_checkpoint
 from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.launch.environment import LaunchEnvironment
@@ -47,7 +48,7 @@ def import_hugging_face(
     """
     run = RunDirectory(run_dir)
     run.check_unused("RUN_DIR")
-    assignments = dict(parse_override(text) for text in overrides)
+    assignments = parse_overrides(overrides)
     content = read_yaml(config_path)
     set_fields(content, overrides)
     validate_config(content)  # and its modules are imported: a gate in the directory may be one of theirs

@@ -14,7 +14,7 @@ from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
 from dist_moe.models import MoEModel
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.runs import find_weights, for_evaluation
-from dist_moe.tasks import Task, build_model, evaluate
+from dist_moe.tasks import Task, build_model, evaluate, evaluate_baselines
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         return {
             "checkpoint": run.checkpoint.name,
             "test": evaluate(run.task, run.model, run.task.test, weights, run.groups),
-            "baselines": run.task.baselines(run.task.test, weights),
+            "baselines": evaluate_baselines(run.task, run.task.test, weights),
         }

@@ -13,8 +13,9 @@ from pydantic import Field
 from dist_moe.config.files import write_json
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.callbacks import Callback, Validation
-from dist_moe.engine.checkpoint.files import checkpoints_of, newest_good_checkpoint
-from dist_moe.engine.checkpoint.loading import check_optimizer_of_checkpoint, read_trainer_state
+from dist_moe.engine.checkpoint.files import newest_good_checkpoint
+from dist_moe.engine.checkpoint.format import read_trainer_state
+from dist_moe.engine.checkpoint.loading import agree_on_checkpoint, check_optimizer_of_checkpoint
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.schedules import check_changes_have_effect, check_length_of_schedule
 from dist_moe.engine.health.heartbeats import ACTIVITY
@@ -23,13 +24,14 @@ from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest, d
 from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.training import FitResult, Objective, Trainer, fit
 from dist_moe.errors import UserError
-from dist_moe.parallel import gather_objects
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
 from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart, load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
-from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate
+from dist_moe.recipes.supervised.size import check_fits
+from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate, evaluate_baselines
+from dist_moe.tasks.evaluation import check_parts, check_selection, label_warnings
 
 OnValidation = Callable[[int, float], bool]
 """Called after each validation with (steps done, validation loss); True gives the run up."""
@@ -84,10 +86,16 @@ class SupervisedRecipe(RecipeSettings):
         config: SupervisedConfig = start.config
         checkpoint = newest_checkpoint_of(start) if start.resumes else None
         task = config.data.open(progress=start.environment.is_rank_zero)
+        check_parts(task)
+        if config.train.patience is not None:
+            check_selection(task, config.target_weights, f"train.patience={config.train.patience}")
+        start.warnings.extend(label_warnings(task, config.target_weights))
         self.check(config, task)
+        check_fits(config, task, start.environment)
         if checkpoint is None and config.start is not None:
             config.start.check(config, task)
         feed = feed_of(config, task, start.environment)
+        config.train.total_steps(feed.steps_per_epoch)  # more than can be counted are refused
         if config.swap_search is not None:
             config.swap_search.check(config.train, feed.steps_per_epoch)
         check_length_of_schedule(config.deepspeed, config.train.total_steps(feed.steps_per_epoch))
@@ -117,7 +125,7 @@ class SupervisedRecipe(RecipeSettings):
         Raises Stopped where ``on_validation`` returned True, which it must do on all ranks alike.
         """
         start, config, task = plan.start, plan.config, plan.task
-        checkpoint = agree_on_checkpoint(start, plan.checkpoint)
+        checkpoint = agree_on_checkpoint(start.run.root, plan.checkpoint)
         model = build_model(config, task, groups.world)
         if checkpoint is None and config.start is not None:
             config.start.fill(model, config, task, start.environment)
@@ -175,12 +183,6 @@ def newest_checkpoint_of(start: RunStart) -> Path:
             f"{checkpoint.name} is imported from {imported_from}: the optimizer begins without moments"
         )
     return checkpoint
-
-
-def agree_on_checkpoint(start: RunStart, checkpoint: Path | None) -> Path | None:
-    """Return the first rank's choice, for all: to another machine a shared directory may look older. Collective."""
-    name = gather_objects(checkpoint.name if checkpoint else None)[0]
-    return checkpoints_of(start.run.root) / name if name else None
 
 
 def feed_of(config: SupervisedConfig, task: Task, environment: LaunchEnvironment) -> ShuffledFeed[Any]:
@@ -259,7 +261,7 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
     """Print the table of metrics and write the run's summary. Raises UserError if it cannot be written."""
     task, run, fitted = plan.task, plan.start.run, result.fit
     assert result.test is not None
-    baselines = task.baselines(task.test, plan.config.target_weights)
+    baselines = evaluate_baselines(task, task.test, plan.config.target_weights)
     summary = {
         "val": result.val,
         "test": result.test,

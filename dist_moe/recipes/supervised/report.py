@@ -16,18 +16,27 @@ _MOST_COLUMNS = 10
 
 
 def metrics_table(test: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
-    """Return test metrics of the model beside others by name, as aligned text; a line per metric if many."""
-    columns = [name for name, value in test.items() if isinstance(value, (int, float)) and name not in _HIDDEN]
+    """Return test metrics of the model beside others by name, as aligned text; a line per metric if many.
+
+    What has no value is a dash, and lines below say why.
+    """
+    undefined = test.get("undefined", {})
+    columns = [
+        name
+        for name, value in test.items()
+        if (isinstance(value, (int, float)) or name in undefined) and name not in _HIDDEN
+    ]
     rows = {"this model": test} | others
     cells = [["", *(column.replace("_", " ") for column in columns)]]
     cells += [[name, *(_cell(metrics.get(column)) for column in columns)] for name, metrics in rows.items()]
     if len(columns) > _MOST_COLUMNS:
         cells = [list(row) for row in zip(*cells, strict=True)]
     names, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
-    return "\n".join(
+    lines = [
         f"{name:{names}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(metrics, widths, strict=True))
         for name, *metrics in cells
-    )
+    ]
+    return "\n".join([*lines, *(f"{name} is undefined: {reason}" for name, reason in undefined.items())])
 
 
 def predictor_rows(baselines: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_moe.config.overrides import parse_override
+from dist_moe.config.overrides import parse_overrides
 from dist_moe.engine.checkpoint import ModelWeights, place_weights, read_model, write_first_checkpoint, write_model
 from dist_moe.engine.checkpoint.files import checkpoints_of, newest_checkpoint, tested_checkpoint
 from dist_moe.engine.checkpoint.format import MANIFEST
@@ -130,8 +130,12 @@ def _run_and_checkpoint(path: Path) -> tuple[RunDirectory | None, Path | None]:
         run = RunDirectory(path)
         run.check_exists()
         return run, None
-    run = RunDirectory(path.resolve().parent.parent)
-    return (run if run.config.is_file() else None), path
+    # As it was named first: its directory may be a link to another disk.
+    for place in (path.absolute(), path.resolve()):
+        run = RunDirectory(place.parent.parent)
+        if run.config.is_file():
+            return run, path
+    return None, path
 
 
 _GATE = "model.gate."
@@ -145,7 +149,7 @@ def for_evaluation(config: Any, overrides: Sequence[str]) -> Any:
     if not overrides:
         return config
     gate = config.model.gate
-    for key, value in dict(parse_override(text) for text in overrides).items():
+    for key, value in parse_overrides(overrides).items():
         if key.removeprefix(_GATE) not in gate.evaluation_fields or not key.startswith(_GATE):
             allowed = ", ".join(_GATE + field for field in gate.evaluation_fields) or "none of this gate"
             raise UserError(f"{key}={value}: the weights belong to what they were trained with; allowed: {allowed}")

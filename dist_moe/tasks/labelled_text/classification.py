@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_moe.data.labelled_text import LabelledBatch, LabelledTable, LabelledText
 from dist_moe.models import ModelOutput
-from dist_moe.tasks.labelled_text.classification_metrics import METRICS
+from dist_moe.tasks.labelled_text.classification_metrics import CORRELATIONS, METRICS
 from dist_moe.tasks.labelled_text.encoder import Encoder
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from dist_moe.tasks.task import Columns, Metrics
@@ -65,6 +65,17 @@ class TextClassificationTask(LabelledTextTask):
         mean = float(loss_N.mean())
         metrics = {name: METRICS[name](answer_N, np.asarray(part.target_N)) for name in self._task.metrics}
         return metrics | {self.loss_name: mean, "loss": weights[0] * mean}
+
+    def undefined(self, part: LabelledTable, weights: tuple[float, ...]) -> dict[str, str]:
+        """Return why there is no correlation, or no F1 of class 1."""
+        values = np.unique(np.asarray(part.target_N))
+        reasons = {}
+        if "f1" in self._task.metrics and 1 not in values:
+            reasons["f1"] = f"no example is {self.classes[1]}"
+        if len(values) == 1:
+            kind, only = ("value", f"{values[0]:g}") if self.is_regression else ("class", self.classes[int(values[0])])
+            reasons |= {name: f"one {kind} only, {only}" for name in self._task.metrics if name in CORRELATIONS}
+        return reasons
 
     def baselines(self, part: LabelledTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """Return ``constant``: the share of each class among the training examples, or the mean of their numbers."""

@@ -68,6 +68,9 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
 }
 """By the names that tasks use: functions of (N,) predictions and (N,) truths."""
 
+CORRELATIONS = frozenset({"matthews", "pearson", "spearman"})
+"""Those that say nothing where all truths are alike."""
+
 
 def _f1_of(positive: int, predicted_N: Ints, true_N: Ints) -> float:
     both = _count((predicted_N == positive) & (true_N == positive))

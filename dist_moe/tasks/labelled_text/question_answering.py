@@ -62,6 +62,15 @@ class QuestionAnsweringTask(LabelledTextTask):
         ]
         return answer_metrics(answers, part.references) | {self.loss_name: mean, "loss": weights[0] * mean}
 
+    def undefined(self, part: AnswerTable, weights: tuple[float, ...]) -> dict[str, str]:
+        """Return why there are no metrics of questions with, or without, an answer."""
+        kinds = {bool(references) for references in part.references}
+        reasons = {}
+        for suffix, kind, which in (("_answered", True, "no"), ("_unanswerable", False, "every")):
+            if kind not in kinds:
+                reasons |= {name + suffix: f"{which} question has an answer" for name in ("exact_match", "f1")}
+        return reasons
+
     def baselines(self, part: AnswerTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """Return ``no answer``: whoever says of every question that its text has none."""
         return {"no answer": answer_metrics([""] * len(part.references), part.references)}

@@ -58,6 +58,7 @@ def write_on(
     for _ in range(count):
         logits_BV = model(token_BS[:, -context:]).predictions[0][:, -1]
         share_BV = (logits_BV.double() / temperature).softmax(dim=-1).cpu()
+        share_BV = torch.where(share_BV.isnan(), 1.0, share_BV)  # a model that has diverged writes at random
         drawn_B1 = torch.multinomial(share_BV, 1, generator=generator).to(token_BS.device)
         token_BS = torch.cat([token_BS, take_from_first_rank(drawn_B1)], dim=1)
     model.train(was_training)

@@ -75,7 +75,7 @@ class LanguageModelTask(Task):
         nats_N, bytes_N = columns
         ce = float(nats_N.sum()) / (len(part) * self.tokens_per_example)
         # The metrics of a model that has diverged are wanted too.
-        perplexity = math.exp(ce) if ce < _LARGEST_EXPONENT else math.inf
+        perplexity = math.inf if ce >= _LARGEST_EXPONENT else math.exp(ce)
         metrics = {"loss": weights[0] * ce, "perplexity": perplexity, "bits_per_byte": _bits(nats_N, bytes_N)}
         domain_N = np.asarray(part.domain_N)
         for number, name in enumerate(self.data.domains):

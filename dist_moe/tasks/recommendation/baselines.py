@@ -18,7 +18,7 @@ def baseline_metrics(data: MovieLens, part: PairTable, weights: tuple[float, ...
     """
     item_N, rating_N = data.train.item_N, np.asarray(data.train.rating_N, dtype=np.float64)
     watched_N = rating_N > 0
-    share, stars = watched_N.mean(), rating_N[watched_N].mean()
+    share, stars = watched_N.mean(), rating_N.sum() / max(watched_N.sum(), 1)
     pairs_I = np.bincount(item_N, minlength=data.num_items)
     watched_I = np.bincount(item_N, weights=watched_N, minlength=data.num_items)
     stars_I = np.bincount(item_N, weights=rating_N, minlength=data.num_items)

@@ -58,6 +58,16 @@ class RecommendationTask(Task):
         probability_N, stars_N = columns
         return two_task_metrics(probability_N, stars_N, np.asarray(part.rating_N), weights)
 
+    def undefined(self, part: PairTable, weights: tuple[float, ...]) -> dict[str, str]:
+        """Return why there is no AUC, or no squared error."""
+        watched_N = np.asarray(part.rating_N) > 0
+        if watched_N.all():
+            return {"auc": "one class only, all pairs are watched"}
+        if watched_N.any():
+            return {}
+        reasons = dict.fromkeys(("auc", "mse"), "one class only, no pair is watched and rated")
+        return reasons | ({} if weights[0] else {"loss": reasons["mse"]})
+
     def baselines(self, part: PairTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """Return the predictors that only count, see :func:`baseline_metrics`."""
         return baseline_metrics(self._data, part, weights)

@@ -31,11 +31,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(result.shape))
         return result
 
-    def takes(*factors: Tensor) -> bool:
-        return all(x.dtype == torch.bfloat16 and x.numel() > 0 and grouped_gemm._aligned(x) for x in factors)
-
     monkeypatch.setattr(F, "grouped_mm", counted)
-    monkeypatch.setattr(grouped_gemm, "_takes", takes)
+    monkeypatch.setattr(grouped_gemm, "_on_gpu", lambda x: True)
     monkeypatch.setattr(grouped_gemm, "_capability", lambda device: 9)
     return shapes
 
@@ -71,4 +68,14 @@ def test_gradients_of_weights_are_not_its_where_a_group_without_rows_would_not_g
 
 
 def test_never_on_a_cpu_by_itself() -> None:
-    assert not grouped_gemm._takes(bf16(16, 8), bf16(4, 8, 16))
+    assert not grouped_gemm._takes(torch.tensor(COUNTS), bf16(16, 8), bf16(4, 8, 16))
+
+
+@pytest.mark.parametrize(("groups", "times"), [(1023, 1), (1024, 0), (1500, 0)])
+def test_not_for_more_groups_than_it_takes(calls: list[tuple[int, ...]], groups: int, times: int) -> None:
+    counts_E = torch.arange(groups) % 2
+    x_ND, weight_EDF = bf16(groups // 2, 8), bf16(groups, 8, 8)
+    actual = grouped_gemm.products(x_ND, weight_EDF, counts_E.cumsum(0, dtype=torch.int32))
+    expected = torch.einsum("nd,ndf->nf", x_ND.double(), weight_EDF[counts_E.bool()].double())
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-6, atol=2**-6)
+    assert len(calls) == times

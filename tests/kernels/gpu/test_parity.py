@@ -84,6 +84,21 @@ def test_slices_change_nothing(gated: int, monkeypatch: pytest.MonkeyPatch) -> N
     test_feed_forward("silu", gated, 1, [3, 0, 12, 1], torch.float64, 4, 6)
 
 
+@pytest.mark.parametrize("gated", [0, 1])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_a_number_is_so_where_it_is_in_the_reference(activation: str, gated: int) -> None:
+    counts = [2, 0, 3]
+    x_ND, weights = networks_of(counts, gated, 1)
+    x_ND.data[1, 0] = torch.nan
+    leaves, found = leaves_of(x_ND, weights), []
+    for f, c in ((feed_forward_reference, counts), (feed_forward, counts), (feed_forward, torch.tensor(counts))):
+        y_ND = f(x_ND, weights, activation, c)
+        values = gradients(y_ND.square().sum(), leaves) | {"y": y_ND}
+        found.append({name: value.isnan().tolist() for name, value in values.items()})
+    assert found[1] == found[2] == found[0]
+    assert any(found[0]["y"][1])
+
+
 def test_group_without_rows_has_zero_gradient_not_none() -> None:
     x_ND, weights = networks_of([2, 0, 3], 1, 1)
     feed_forward(x_ND, weights, "silu", torch.tensor([2, 0, 3])).sum().backward()
