@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from dist_moe.config.files import json_text
+from dist_moe.config.files import json_text, read_json_object
 from dist_moe.config.registry import UNKNOWN_NAME
 from dist_moe.errors import UserError, shown
 

@@ -15,8 +15,9 @@ from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.callbacks import Callback, Validation
 from dist_moe.engine.checkpoint.files import newest_good_checkpoint
 from dist_moe.engine.checkpoint.format import read_trainer_state
-from dist_moe.engine.checkpoint.loading import agree_on_checkpoint
+from dist_moe.engine.checkpoint.loading import agree_on_checkpoint, check_optimizer_of_checkpoint
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.deepspeed.schedules import check_changes_have_effect, check_length_of_schedule
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
 from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest, disable_malloc_trim, stop_requests
@@ -26,7 +27,7 @@ from dist_moe.errors import UserError
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
 from dist_moe.recipes.identity import Described, Identity, identify
-from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart
+from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart, load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
 from dist_moe.recipes.supervised.size import check_fits
@@ -98,9 +99,12 @@ class SupervisedRecipe(RecipeSettings):
             config.start.check(config, task)
         identity = identify(start, Identity(data=task.digests(), weights=self.weights(config, task)), checkpoint)
         feed = feed_of(config, task, start.environment)
-        config.train.total_steps(feed.steps_per_epoch)  # more than can be counted are refused
         if config.swap_search is not None:
             config.swap_search.check(config.train, feed.steps_per_epoch)
+        check_length_of_schedule(config.deepspeed, config.train.total_steps(feed.steps_per_epoch))
+        if checkpoint is not None:
+            check_optimizer_of_checkpoint(checkpoint, config.deepspeed)
+            check_changes_have_effect(load_config(start.run.config).deepspeed, config.deepspeed)
         return SupervisedPlan(start, task, feed, checkpoint, identity)
 
     def train(self, plan: SupervisedPlan) -> int:
