@@ -15,3 +15,7 @@ class DivergedError(UserError):
     """Training gave no finite loss or gradient any more, for too many steps in a row."""
 
     exit_code = 3
+
+
+class LaunchError(UserError):
+    """A mistake in what the launcher gave to this process alone, such as its variables: told by each that has one."""

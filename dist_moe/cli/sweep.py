@@ -21,7 +21,7 @@ def add_to(commands: Commands) -> None:
     sweep.add_argument("--retry-failed", action="store_true", help="try trials again that an error ended")
     sweep.add_argument("--report-only", action="store_true", help="train nothing, write the report anew")
     sweep.add_argument("--runner", metavar="MODULE:FUNCTION", help="what trains the trials, if not this package")
-    sweep.set_defaults(run=_run)
+    sweep.set_defaults(run=_run, output_is_optional=True)
 
 
 def _run(options: argparse.Namespace) -> int:
