@@ -17,6 +17,7 @@ import pytest
 from dist_moe.screen import Screen
 from tests.helpers.commands import PATIENCE_S, REPOSITORY, wait_for_steps
 from tests.helpers.runs import records_of, summary_of, write_config
+from tests.helpers.sockets import children_of
 
 STEPS = 40
 DIST_MOE = [sys.executable, "-m", "dist_moe"]
@@ -65,10 +66,6 @@ def dead_terminal(command: list[str]) -> subprocess.Popen[bytes]:
     return process
 
 
-def nohup(command: list[str]) -> subprocess.Popen[bytes]:
-    return start(["nohup", *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 def assert_trained_to_the_end(process: subprocess.Popen[bytes], run: Path) -> None:
     try:
         assert process.wait(PATIENCE_S) == 0
@@ -107,10 +104,6 @@ def hang_up_all_of(process: subprocess.Popen[bytes]) -> None:
     """Send SIGHUP to a process and to its children, as a terminal may that closes."""
     for pid in (process.pid, *children_of(process.pid)):
         os.kill(pid, signal.SIGHUP)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
