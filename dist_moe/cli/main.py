@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from dist_moe import screen
@@ -58,10 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output_is_optional:
         screen.make_output_optional()
     try:
+        _check_temporary_directory()
         return int(options.run(options))
     except UserError as error:
         _tell(error)
         return error.exit_code
+
+
+def _check_temporary_directory() -> None:
+    """Raise UserError where there is none: libraries ask for it as soon as they are imported."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(f"{error.strerror}: set TMPDIR to a directory that can be written") from error
 
 
 def _tell(error: BaseException) -> None:

@@ -221,3 +221,22 @@ def test_a_failure_is_raised_once() -> None:
         assert screen.failure is not None
         optional = Screen(full.fileno(), is_optional=True)
         assert (optional.write(b"x"), optional.failure) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, ("expandable_segments:True", None)),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, ("max_split_size_mb:64", None)),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, (None, "max_split_size_mb:64")),
+    ],
+)
+def test_a_gpus_memory_is_allocated_for_ragged_sizes_unless_the_user_says_how(
+    given: dict[str, str], found: tuple[str | None, str | None]
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    body = f"[print(*map(__import__('os').environ.get, {names})), print('torch' in sys.modules)] and 0"
+    command = [sys.executable, "-c", FRAME.format(body=body)]
+    done = subprocess.run(command, env=clean | given, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert done.stdout.split() == [str(found[0]), str(found[1]), "False"]  # torch has not read it yet

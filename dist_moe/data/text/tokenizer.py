@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dist_moe.data.fetch.files import expanded
 from dist_moe.data.text.tokens import TokenIds
 from dist_moe.errors import UserError
 
@@ -158,7 +159,7 @@ def open_own_tokenizer(path: Path, end_of_text: str | None) -> OwnTokenizer:
 
     Raises UserError for a file that is no tokenizer, or has no end-of-text token, or several that could be it.
     """
-    file = path.expanduser().absolute()
+    file = expanded(path)
     if file.is_dir():
         file = file / FILE
     try:

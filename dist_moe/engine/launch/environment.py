@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ class LaunchEnvironment:
         """Read the launcher's variables; LaunchError if only some are set, are wrong or contradict each other."""
         _check_threads()
         if not any(name in os.environ for name in _VARIABLES[:2]):
+            _allow_open_files(1)
             return cls()
         rank, world_size, local_rank = (_integer(name) for name in _VARIABLES)
         if not 0 <= rank < world_size:
@@ -52,6 +54,7 @@ class LaunchEnvironment:
             )
         if any(name in os.environ for name in _MEETING):
             meeting_point()
+        _allow_open_files(world_size)
         return cls(rank, world_size, local_rank, launched=True, local_world_size=here)
 
     @property
@@ -104,7 +107,7 @@ def _name_of_ranks_here() -> str | None:
 def all_ranks_are_here() -> bool:
     """Return whether every rank of the job runs on this machine, as far as the launcher says."""
     environment = LaunchEnvironment.read()
-    return not environment.launched or environment.local_world_size == environment.world_size
+    return environment.world_size in (1, environment.local_world_size)
 
 
 def meeting_point() -> tuple[str, int]:
@@ -133,6 +136,22 @@ def _check_threads() -> None:
     if text and not all(_number(part.strip()) for part in text.split(",")):
         raise LaunchError(
             f"environment variable OMP_NUM_THREADS={text!r} is not a number of threads; set 1 or more, or unset it"
+        )
+
+
+def _allow_open_files(world_size: int) -> None:
+    """Raise this process's own limit of open files, as far as it may; LaunchError if that cannot suffice.
+
+    In every group a rank keeps a socket for each of its peers.
+    """
+    least, wanted = 64 + 2 * world_size, 256 + 16 * world_size
+    soft, hard = (limit if limit >= 0 else wanted for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < wanted:
+        soft = min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    if soft < least:
+        raise LaunchError(
+            f"this process may have {soft} files open at once, and needs {least} or more: raise the limit (ulimit -n)"
         )
 
 

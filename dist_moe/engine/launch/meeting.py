@@ -61,7 +61,7 @@ def loopback_store(port: int = 0, *, wait_for_workers: bool = False, **options: 
 
 
 def store_of_this_attempt(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store:
-    """Return a part of the launcher's store into which no earlier attempt has written.
+    """Return a part of the launcher's store into which no earlier attempt has written; of one rank, a store of its own.
 
     torchrun with a static rendezvous keeps its store when it restarts the ranks of a machine, and they would
     look for one another at the addresses of those that were killed. Where several machines meet, it makes
@@ -69,6 +69,8 @@ def store_of_this_attempt(environment: LaunchEnvironment, timeout: timedelta) ->
 
     Raises LaunchError where the ranks do not find one another within ``timeout``.
     """
+    if environment.world_size == 1:
+        return dist.HashStore()
     alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else 0
     return dist.PrefixStore(f"attempt-{attempt}", _store(environment, timeout.total_seconds()))
@@ -153,7 +155,7 @@ def _within(seconds: float, function: Callable[[], T]) -> T:
 
 
 class JobStore:
-    """The launcher's store, kept for the life of the job; of one process without a launcher, a store of its own.
+    """The launcher's store, kept for the life of the job.
 
     ``timeout_s``: seconds after which waiting for a key is an error.
     """
@@ -161,7 +163,7 @@ class JobStore:
     def __init__(self, environment: LaunchEnvironment, timeout_s: float) -> None:
         self._environment = environment
         timeout = timedelta(seconds=timeout_s)
-        self._store = store_of_this_attempt(environment, timeout) if environment.launched else dist.HashStore()
+        self._store = store_of_this_attempt(environment, timeout)
         self._store.set_timeout(timeout)
 
     def part(self, name: str) -> dist.Store:

@@ -227,7 +227,7 @@ def process_groups(
         torch.cuda.set_device(environment.device)
     timeout, rank, size = timedelta(seconds=config.timeout_s), environment.rank, environment.world_size
     if store is None:
-        store = store_of_this_attempt(environment, timeout) if environment.launched else dist.HashStore()
+        store = store_of_this_attempt(environment, timeout)
     transport = agree_on_transport(environment, store)
     with on_own_interface():
         dist.init_process_group(transport.backend, timeout=timeout, store=store, rank=rank, world_size=size)
