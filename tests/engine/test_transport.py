@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,11 +96,19 @@ def _stand_in(store: dist.Store, rank: int, size: int, timeout: timedelta) -> di
     return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
-def as_on_a_gpu_node() -> Any:
-    """Each rank believes that it has a GPU of its own, over which a backend for CUDA tensors alone exchanges."""
+@contextmanager
+def as_on_a_gpu_node() -> Iterator[None]:
+    """Each rank believes that it has a GPU of its own, over which a backend for CUDA tensors alone exchanges.
+
+    And nobody may pickle an object for others, DeepSpeed neither.
+    """
     if STAND_IN not in dist.Backend.backend_list:
         dist.Backend.register_backend(STAND_IN, _stand_in, devices=["cuda"])
-    return mock.patch.multiple(transport, GPU_BACKEND=STAND_IN, _identity=lambda _: f"GPU-{os.getpid()}")
+    with (
+        mock.patch.multiple(transport, GPU_BACKEND=STAND_IN, _identity=lambda _: f"GPU-{os.getpid()}"),
+        mock.patch.object(distributed_c10d, "_object_to_tensor", side_effect=AssertionError("an object is pickled")),
+    ):
+        yield
 
 
 def groups_of_this_rank() -> dict[str, dist.ProcessGroup]:
