@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from dist_moe.config.files import json_line, parse_json
 from dist_moe.engine.launch.environment import LaunchEnvironment, all_ranks_are_here, meeting_point
 from dist_moe.errors import LaunchError
 
@@ -173,8 +173,8 @@ class JobStore:
     def agree(self, key: str, mine: Any) -> Any:
         """Return rank 0's ``mine``, which JSON must hold, on every rank; each key serves once."""
         if self._environment.is_rank_zero:
-            self._store.set(key, json.dumps(mine))
-        return json.loads(self._store.get(key))
+            self._store.set(key, json_line(mine))
+        return parse_json(self._store.get(key))
 
     def tell(self, event: str) -> None:
         """Tell all ranks of an event, now and later."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dist_moe.config.files import json_line, parse_json
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import LaunchError
 
@@ -33,8 +33,8 @@ def agree_on_transport(environment: LaunchEnvironment, store: dist.Store) -> Tra
     store.set(f"gpu-of-rank-{environment.rank}", _identity(environment.device))
     if environment.is_rank_zero:
         names = [f"gpu-of-rank-{rank}" for rank in range(environment.world_size)]
-        store.set("gpus", json.dumps([store.get(name).decode() for name in names]))
-    return choose_transport(json.loads(store.get("gpus")))
+        store.set("gpus", json_line([store.get(name).decode() for name in names]))
+    return choose_transport(parse_json(store.get("gpus")))
 
 
 def _identity(device: torch.device) -> str:
