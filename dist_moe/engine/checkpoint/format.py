@@ -249,7 +249,7 @@ class TrainerState:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run says of its data and of what it starts from; nothing where it has nothing to say."""
+        """The run's digests of its data and of what it starts from; empty where it has none."""
         return self.callbacks.get(IDENTITY, {})
 
     @property
