@@ -96,7 +96,7 @@ def initialize(
     Raises UserError for fields of ``config`` with which experts' gradients would be wrong, and for worlds that are not
     the groups which DeepSpeed makes. Collective over all ranks.
     """
-    section = dict(config) if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+    section = dict(config) if isinstance(config, Mapping) else json.loads(Path(config).read_text(encoding="utf-8"))
     _check(section)
     groups = _groups_of(model)
     given: dict[str, Any] = {"training_data": training_data, "collate_fn": collate_fn, "lr_scheduler": lr_scheduler}
