@@ -177,8 +177,9 @@ def _groups_of(model: nn.Module) -> ProcessGroups:
                 f"the world of a layer has the ranks {own}, but DeepSpeed splits experts over neighbours: make it of "
                 f"the ranks {ranks}"
             )
-    first_copy = dist.get_rank(groups._get_expert_data_parallel_group(name)) == 0
-    return ProcessGroups(environment, size, worlds[0], first_copy)
+    with_copies = groups._get_expert_data_parallel_group(name)
+    copy, copies = dist.get_rank(with_copies), dist.get_world_size(with_copies)
+    return ProcessGroups(environment, size, worlds[0], copy=copy, copies=copies)
 
 
 def _local_rank() -> int:
