@@ -134,9 +134,8 @@ def fit(
         stop: asks the training to end at the next safe place, with a checkpoint.
         keep_model: give the model back whole; False spares memory where nobody needs it after ``on_end``.
 
-    Raises UserError for what :func:`~dist_moe.engine.deepspeed.checks.check_deepspeed_section` refuses, before anything
-    is opened, and where too many checkpoints cannot be written; DivergedError where too many steps in a row have no
-    finite loss or gradient.
+    Raises UserError for a ``deepspeed`` that is refused, before anything is opened, and where too many checkpoints
+    cannot be written; DivergedError where too many steps in a row have no finite loss or gradient.
     """
     environment = groups.environment if groups else LaunchEnvironment.read()
     check_deepspeed_section(dict(deepspeed), settings.batch_size, environment.world_size)
