@@ -13,13 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.callbacks import (
-    Callback,
-    EarlyStopping,
-    PeriodicCheckpoints,
-    PermutationImages,
-    RunDirectoryWatch,
-)
+from dist_moe.engine.callbacks import Callback, EarlyStopping, PeriodicCheckpoints, PermutationImages, RunDirectoryWatch
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, drop_after
 from dist_moe.engine.checkpoint.format import TRAINER_FILE, TrainingHistory
 from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights
