@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_moe.cli.commands import Commands, add_config
+from dist_moe.cli.commands import Commands, add_changed_data, add_config
 from dist_moe.config.files import json_line
 from dist_moe.errors import UserError
 
@@ -58,7 +59,8 @@ def add_to(commands: Commands) -> None:
     )
     train.add_argument("--data-root", type=Path, metavar="DIR", help="the data's original files (data.root)")
     train.add_argument("--emulate", type=int, metavar="R", help="start R ranks on this machine, which share its device")
-    train.set_defaults(run=_run)
+    add_changed_data(train)
+    train.set_defaults(run=_run, output_is_optional=True)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -98,13 +100,14 @@ def _plan_and(train: Callable[[Plan], int], options: argparse.Namespace) -> int:
             raise UserError("--resume goes on with a run already; leave --auto-resume out")
         RunDirectory(options.resume).check_exists()
         with held(options.resume, LaunchEnvironment.read(), option="--resume") as begin:
-            resumed = plan_resumed_run(options.resume, overrides)
+            resumed = plan_resumed_run(options.resume, overrides, allow_changed_data=options.allow_changed_data)
             begin()
             return train(resumed)
     if options.config is None:
         raise UserError("name a configuration (see dist-moe config --list), or a run with --resume")
     run_dir = options.run_dir or Path("runs") / options.config.stem
-    plan = plan_restartable_run if options.auto_resume else plan_new_run
+    restartable = partial(plan_restartable_run, allow_changed_data=options.allow_changed_data)
+    plan = restartable if options.auto_resume else plan_new_run
     with held(run_dir, LaunchEnvironment.read(), wait_s=WAIT_FOR_END_S if options.auto_resume else 0.0) as begin:
         planned = plan(options.config, overrides, run_dir)
         begin()

@@ -12,10 +12,9 @@ docs/extending/recipe.md.
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
@@ -26,16 +25,16 @@ from dist_moe.config.plain_yaml import Content, read_yaml
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.config.validation import import_modules, override, validate
-from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.trackers import TrackerConfig
 from dist_moe.errors import UserError
+from dist_moe.screen import say
 
 if TYPE_CHECKING:
-    from dist_moe.engine.training import Trainer
+    pass
 
 
 class RecipeSettings(Settings, ABC):
@@ -111,49 +110,20 @@ def validate_recipe(name: str) -> RecipeSettings:
 @dataclass(frozen=True)
 class RunStart:
     """A run that is to begin or to go on. ``resumes``: whether ``run`` holds what it goes on from.
-    ``warnings``: sentences for the user, to which a recipe's plan may add."""
+    ``warnings``: sentences for the user, to which a recipe's plan may add. ``allow_changed_data``: whether it may go on
+    with other data, tokenizer or start weights, see :mod:`dist_moe.recipes.identity`."""
 
     config: Any
     run: RunDirectory
     environment: LaunchEnvironment
     resumes: bool = False
     warnings: list[str] = field(default_factory=list)
+    allow_changed_data: bool = False
 
     def say(self, text: str) -> None:
         """Print a sentence for the user, on rank 0."""
         if self.environment.is_rank_zero:
-            print(text, file=sys.stderr)
-
-
-class Described(Callback):
-    """Writes down what is trained in the directory of a run, with the first records or the first validation.
-
-    So a start that fails before leaves no run behind. ``of_stage``: the fit is a stage's, and what is written into its
-    directory is written into that of the whole run, too.
-    """
-
-    def __init__(self, start: RunStart, *, of_stage: bool = False) -> None:
-        self._start, self._of_stage, self._is_done = start, of_stage, False
-
-    def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
-        """Write if that has not been done."""
-        self.write(trainer.run)
-
-    def on_validation(self, trainer: Trainer, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write if that has not been done: a checkpoint of the best loss may follow."""
-        self.write(trainer.run)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Write if that has not been done: there was no step left."""
-        self.write(trainer.run)
-
-    def write(self, run: RunDirectory | None) -> None:
-        """Write the configuration, and what is known of the machine, into ``run``, on rank 0. Raises UserError."""
-        if self._is_done or run is None or not self._start.environment.is_rank_zero:
-            return
-        self._is_done = True
-        for one in (RunDirectory(run.root.parent.parent), run) if self._of_stage else (run,):
-            one.describe(self._start.config.plain(), self._start.environment)
+            say(text)
 
 
 class Plan(Protocol):
@@ -214,7 +184,7 @@ def plan_new_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> 
     return _plan(RunStart(config, run, environment))
 
 
-def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> Any:
+def plan_resumed_run(run_dir: Path, overrides: Sequence[str], *, allow_changed_data: bool = False) -> Any:
     """Plan the run in ``run_dir`` going on from where it is, or again if it died before it had a first checkpoint.
 
     Raises UserError if it is none, would be another, or if its checkpoints are gone.
@@ -225,10 +195,13 @@ def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> Any:
     every = getattr(getattr(load_config(run.config), "train", None), "checkpoint_every", 1)
     # A second checkpoint is written after the first: a run that has come so far has had one, and lost it.
     is_young = not run.summary.exists() and run.last_step < 2 * every
-    return _plan(_going_on(config, run, environment, may_begin=is_young))
+    start = _going_on(config, run, environment, may_begin=is_young)
+    return _plan(replace(start, allow_changed_data=allow_changed_data))
 
 
-def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> Any:
+def plan_restartable_run(
+    config_path: Path, overrides: Sequence[str], run_dir: Path, *, allow_changed_data: bool = False
+) -> Any:
     """Plan a new run, or the one in ``run_dir`` going on from where it is: the same command serves for both.
 
     A run that has nothing to go on from yet begins again. Raises UserError as the two others do, and if ``run_dir``
@@ -237,7 +210,8 @@ def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: P
     environment, config = _read(config_path, overrides)
     run = RunDirectory(run_dir)
     if run.config.exists() or run.has_progress:
-        return _plan(_going_on(config, run, environment, may_begin=True))
+        start = _going_on(config, run, environment, may_begin=True)
+        return _plan(replace(start, allow_changed_data=allow_changed_data))
     if environment.is_rank_zero:
         run.check_unused()
     return _plan(RunStart(config, run, environment))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dist_moe.recipes.recipe import load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps.config import Space, SweepConfig, load_sweep
 from dist_moe.sweeps.distributions import Stored
+from dist_moe.tasks import TaskSettings
 
 CORNER_LIMIT = 256
 SHOWN_CHANGES = 3
@@ -54,12 +55,14 @@ class Row:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """``path``: the sweep file. ``base``: content of the base configuration when the plan was made."""
+    """``path``: the sweep file. ``base``: content of the base configuration when the plan was made. ``data``: what its
+    trials learn from, by the content of that section."""
 
     path: Path
     sweep: SweepConfig
     rows: tuple[Row, ...]
     base: dict[str, Any]
+    data: dict[str, TaskSettings] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """Return all on which a trial depends, flat: not ``trials``, which may grow, nor what only the report uses."""
@@ -71,14 +74,17 @@ def plan_sweep(path: Path) -> SweepPlan:
     """Read a sweep file. Raises UserError if it is wrong, and for a row one of whose trials could not be trained."""
     sweep = load_sweep(path)
     rows = tuple(_row(path, sweep, name) for name in sweep.rows)
+    data: dict[str, TaskSettings] = {}
     for row in rows:
         for values in _corners(row.space):
             try:
-                row.config(sweep.config, values)
+                section = row.config(sweep.config, values).data
             except UserError as error:
                 drawn = ", ".join(f"{name}={value!r}" for name, value in values.items())
                 raise UserError(f"sweep {path}: row {row.name!r} cannot be trained with {drawn}: {error}") from error
-    return SweepPlan(path, sweep, rows, read_yaml(sweep.config))
+            content = section.model_dump(mode="json", exclude=set(section.places))
+            data[json_line(content, sort_keys=True)] = section
+    return SweepPlan(path, sweep, rows, read_yaml(sweep.config), data)
 
 
 def _row(path: Path, sweep: SweepConfig, name: str) -> Row:

@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from sqlalchemy.exc import DatabaseError
 
 from dist_moe.config.files import finite
 from dist_moe.errors import UserError
+from dist_moe.recipes.identity import Identity, check_same
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.plan import Row, SweepPlan, check_unchanged, digest
 from dist_moe.sweeps.records import (
@@ -119,6 +120,28 @@ class Studies:
                     _enqueue_again(study, trial, deaths_of(trial))
                 elif retry_failed and trial.state == TrialState.FAIL:
                     _enqueue_again(study, trial, deaths=0)
+
+    def check_data(self, digests: Mapping[str, Mapping[str, str]], *, allowed: bool = False) -> None:
+        """Keep the ``digests`` of the data that trials learn from, by the content of their section.
+
+        Raises UserError if trials before had others, unless ``allowed``: they would be reported as one sample. What is
+        let pass is kept as well. Within ``directory.taking()``.
+        """
+        for name, study in self._studies.items():
+            known = study.user_attrs.get("data", {})
+            changed: dict[str, None] = {}
+            for section in known.keys() & digests.keys():
+                before, now = (Identity(data=found[section]) for found in (known, digests))
+                changed |= dict.fromkeys(check_same(self._directory.root, before, now, allowed=allowed))
+            if changed:
+                change = {"changed": list(changed), "trials": len(self.records(name))}
+                study.set_user_attr("data_changes", [*self.data_changes(name), change])
+            study.set_user_attr("data", known | digests)
+
+    def data_changes(self, row: str) -> list[dict[str, Any]]:
+        """Return what was let pass of a row: names of what ``changed``, and how many ``trials`` had ended."""
+        changes: list[dict[str, Any]] = self._studies[row].user_attrs.get("data_changes", [])
+        return changes
 
     def take(self, owner: str, count: int) -> list[TakenTrial]:
         """Return the next trials, at most ``count``, of the row that has begun fewest; [] when none waits."""

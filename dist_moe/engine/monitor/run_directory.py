@@ -1,6 +1,7 @@
 """A run directory: everything that a run leaves behind, in one place.
 
 config.yaml         the resolved configuration
+identity.json       digests of the data, and of the weights that it starts from or follows
 environment.json    versions, machine, command line
 metrics.jsonl       one object per step, and {"step": .., "validation": {..}} after a step that was validated
 metrics.jsonl.bad   lines that stood there and are no records, if there were any
@@ -48,6 +49,11 @@ class RunDirectory:
     def config(self) -> Path:
         """The file of the resolved configuration."""
         return self.root / "config.yaml"
+
+    @property
+    def identity(self) -> Path:
+        """The file of digests, see dist_moe.recipes.identity."""
+        return self.root / "identity.json"
 
     @property
     def environment(self) -> Path:
