@@ -50,7 +50,9 @@ def check_fits(config: SupervisedConfig, task: Task, environment: LaunchEnvironm
     """
     try:
         model = planned_model(config, task, config.parallel.expert_parallel_size)
-    except (NotImplementedError, RuntimeError):  # a module of the user's may read numbers while it is built
+    except UserError:
+        raise
+    except Exception:  # a module of the user's may read numbers while it is built, and there are none
         return
     count = sum(parameter.numel() for parameter in model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
