@@ -1,4 +1,4 @@
-"""Small files written at once, JSON that is JSON, and digests of files.
+"""Small files read and written at once, JSON that is JSON, and digests of files.
 
 JSON has no word for infinity and not-a-number. All JSON of this package is written here: such a number becomes null,
 and the object in which it stood says so in a field of its own, from which :func:`parse_json` brings it back:
@@ -8,11 +8,13 @@ and the object in which it stood says so in a field of its own, from which :func
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,35 @@ from dist_moe.errors import UserError
 
 NOT_FINITE = "not_finite"
 """The field of an object that says which of its numbers were not finite, and what they were."""
+
+
+def absolute(path: Path) -> Path:
+    """Return a path of the user's with ``~`` spelled out. Raises UserError if that stands for nobody's directory."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: there is no such home directory (HOME is not set, or this user is not known to the machine); "
+            "set HOME, or write the path out"
+        ) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file. Raises OSError also for a pipe, a device or a socket: to read it may never end."""
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of another program. Raises OSError, and ValueError for any other content."""
+    try:
+        content = json.loads(read_bytes(path).decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("its brackets are too deep") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    return content
 
 
 def digest_of(path: Path) -> str:

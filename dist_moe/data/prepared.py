@@ -9,7 +9,6 @@ loading, and as everything in it can be made again, it is made again.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dist_moe.config.files import digest_of, write_json
+from dist_moe.config.files import digest_of, read_json_object, write_json
 from dist_moe.config.settings import Settings
 from dist_moe.data.fetch.files import CACHE_ENV, cache_directory, locked, replacing, usable
 from dist_moe.data.fetch.progress import Progress
@@ -124,7 +123,7 @@ def prepared(target: Path, build: Callable[[], Prepared], progress: Progress) ->
 def load(target: Path) -> Prepared:
     """Memory-map every array of ``target``, or raise NotUsable if a size or SHA-256 is not that of the manifest."""
     try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json_object(target / MANIFEST)
         arrays = {name: _load_array(target / f"{name}.npy", entry) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotUsable(f"{type(error).__name__}: {error}") from error

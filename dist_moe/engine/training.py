@@ -22,15 +22,18 @@ from dist_moe.engine.callbacks import (
 )
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, drop_after
 from dist_moe.engine.checkpoint.format import TRAINER_FILE, TrainingHistory
-from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights
+from dist_moe.engine.checkpoint.loading import check_optimizer_of_checkpoint, load_checkpoint, load_weights
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
+from dist_moe.engine.deepspeed.checks import check_deepspeed_section
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.deepspeed.schedules import check_length_of_schedule
 from dist_moe.engine.deepspeed.sharded_parameters import restore_parameters
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.nonfinite import diverged
-from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest
+from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
+from dist_moe.engine.launch.signals import StopRequest
 from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS, Monitor
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.step_window import SUMS, StepWindow, Sums, add_sums, is_timed, name_times
@@ -130,13 +133,19 @@ def fit(
         stop: asks the training to end at the next safe place, with a checkpoint.
         keep_model: give the model back whole; False spares memory where nobody needs it after ``on_end``.
 
-    Raises UserError where too many checkpoints cannot be written, DivergedError where too many steps in a row have no
+    Raises UserError for what :func:`~dist_moe.engine.deepspeed.checks.check_deepspeed_section` refuses, before anything
+    is opened, and where too many checkpoints cannot be written; DivergedError where too many steps in a row have no
     finite loss or gradient.
     """
+    environment = groups.environment if groups else LaunchEnvironment.read()
+    check_deepspeed_section(dict(deepspeed), settings.batch_size, environment.world_size)
+    check_length_of_schedule(dict(deepspeed), settings.total_steps(feed.steps_per_epoch))
+    if resume_from is not None:
+        check_optimizer_of_checkpoint(resume_from, dict(deepspeed))
     with ExitStack() as stack:
         if groups is None:
-            groups = stack.enter_context(process_groups(LaunchEnvironment.read(), ParallelConfig()))
-        section = complete_deepspeed_section(dict(deepspeed), settings.batch_size, groups.environment.world_size)
+            groups = stack.enter_context(process_groups(environment, ParallelConfig()))
+        section = complete_deepspeed_section(dict(deepspeed), settings.batch_size, environment.world_size)
         if trained is not None:
             stack.enter_context(hold_still(model, trained))
         engine = ExpertParallelEngine(model, section, groups)

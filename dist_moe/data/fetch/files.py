@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dist_moe.config.files import absolute
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.errors import UserError
 
@@ -22,12 +23,18 @@ def given_or_environment(given: Path | None, variable: str) -> Path | None:
     """Return the given path, or that of an environment variable, made absolute; None if neither is set."""
     if given is None and not os.environ.get(variable):
         return None
-    return Path(given or os.environ[variable]).expanduser().absolute()
+    return absolute(Path(given or os.environ[variable]))
 
 
 def cache_directory(given: Path | None) -> Path:
-    """Return the cache to use; it need not exist yet."""
-    return given_or_environment(given, CACHE_ENV) or Path.home() / ".cache" / "dist_moe"
+    """Return the cache to use; it need not exist yet. Raises UserError where none is given and there is no home."""
+    found = given_or_environment(given, CACHE_ENV)
+    if found is None and not Path(os.environ.get("HOME", "/")).is_absolute():
+        raise UserError(f"HOME={os.environ['HOME']!r} is no absolute path; set it, data.cache or {CACHE_ENV}")
+    try:
+        return found or absolute(Path("~") / ".cache" / "dist_moe")
+    except UserError as error:
+        raise UserError(f"data.cache and {CACHE_ENV} are not given, and {error}") from error
 
 
 def short_digest(files: dict[str, str]) -> str:
@@ -38,6 +45,8 @@ def short_digest(files: dict[str, str]) -> str:
 @contextmanager
 def usable(cache: Path) -> Iterator[None]:
     """Turn an OSError within into a `UserError`: the cache cannot be read or written."""
+    if "\0" in str(cache):
+        raise UserError(f"the cache {str(cache)!r} cannot be used: no path holds a NUL. Remedy: data.cache=DIR")
     try:
         yield
     except OSError as error:

@@ -23,6 +23,7 @@ from dist_moe.data.labelled_text.squad import SQUAD_V2, Question
 from dist_moe.data.labelled_text.texts import identity
 from dist_moe.data.labelled_text.tokens import TokenisedSettings, padding_of, tokenizer_digest, tokens_digest
 from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data, split_off_tenths
+from dist_moe.data.tokenizer_files import ids_of
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 3
@@ -102,7 +103,7 @@ def prepare_questions(
     key = f"v{FORMAT_VERSION}-seed{config.seed}-stride{config.stride}-{tokenizer_digest(opened)}{located.key}"
     content = prepare_data(config, key, partial(_build, config, opened, located, report), report)
     train, val, test = (_table(content, part, padding_of(opened)) for part in PARTS)
-    return Questions(train, val, test, opened.get_vocab_size(), tokens_digest(opened), content.manifest)
+    return Questions(train, val, test, ids_of(opened), tokens_digest(opened), content.manifest)
 
 
 def _table(content: Prepared, part: str, padding: int) -> AnswerTable:

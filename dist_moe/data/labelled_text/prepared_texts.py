@@ -30,6 +30,7 @@ from dist_moe.data.labelled_text.tokens import (
     tokens_digest,
 )
 from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
+from dist_moe.data.tokenizer_files import ids_of
 from dist_moe.errors import UserError
 
 FORMAT_VERSION = 2
@@ -126,7 +127,7 @@ def prepare_labelled_text(
     content = prepare_data(config, key, partial(_build, config, cutter, located, report), report)
     padding, has_pairs = padding_of(cutter), config.task.has_pairs
     train, val, test = (LabelledTable(padding=padding, has_pairs=has_pairs, **content.columns(x)) for x in PARTS)
-    return LabelledText(train, val, test, config.task, cutter.get_vocab_size(), tokens_digest(cutter), content.manifest)
+    return LabelledText(train, val, test, config.task, ids_of(cutter), tokens_digest(cutter), content.manifest)
 
 
 def _build(
@@ -135,6 +136,8 @@ def _build(
     task = config.task
     published, source = located.read(downloads, report)
     parts, left_out = parts_of(published, config.seed, stratified=bool(task.classes))
+    if remarks := [f"{count:,} {reason}" for reason, count in left_out.items() if count]:
+        report.say(f"note: {task.title}: examples left out: {', '.join(remarks)}")
     for part, examples in parts.items():
         if not examples:
             raise UserError(f"{task.title}: no examples are left for {part}; the files hold too few")

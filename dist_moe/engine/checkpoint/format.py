@@ -4,8 +4,8 @@
         manifest.json             format, step, layout that wrote it, sizes, digests, and a digest of itself
         dense.safetensors         "NAME|master", "NAME|exp_avg", ... and "NAME|buffer"
         experts-00001.safetensors "NAME|master|EXPERT", ...: those experts that rank 1 wrote
-        trainer.json              step, optimizer's step counter, learning-rate schedule, validations, placements,
-                                  what the callbacks hold
+        trainer.json              step, optimizer's step counter, steps of the learning-rate schedule, validations,
+                                  placements, what the callbacks hold
 
 Experts are stored one by one under their global id, masters and moments whole and in fp32, so that a checkpoint
 loads at any number of ranks, expert-parallel size and ZeRO stage: with its placements where the expert-parallel
@@ -228,16 +228,15 @@ class TrainingHistory:
 class TrainerState:
     """The content of a checkpoint besides tensors.
 
-    ``scalars``: the optimizer's, see ParameterState. ``learning_rates``: of its parameter groups, which a schedule
-    sets only at its next step. ``validation_losses``, ``training_seconds``: of the run so far, the former by step.
+    ``scalars``: the optimizer's, see ParameterState. ``schedule_steps``: taken by the learning-rate schedule, which are
+    all that it has of a state. ``validation_losses``, ``training_seconds``: of the run so far, the former by step.
     ``imported_from``: the exported file whose weights these are, where there is no optimizer state yet.
     ``placements``: where experts do not lie in order. ``callbacks``: what they hold, by their names.
     """
 
     step: Step
     scalars: dict[str, Finite]
-    learning_rates: list[AtLeastZero]
-    lr_scheduler: dict[str, Any] | None
+    schedule_steps: Step
     validation_losses: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,7})$")], Float] = field(
         default_factory=dict
     )
@@ -278,6 +277,8 @@ def read_trainer_state(directory: Path) -> TrainerState:
             _ = saved.placement
         except ValueError as error:
             raise UserError(f"checkpoint file {path}: placements.{name} is none: {_shown(str(error))}") from error
+    if state.schedule_steps > state.step:
+        raise UserError(f"checkpoint file {path}: schedule_steps={state.schedule_steps}, but step={state.step}")
     late = [step for step in state.validation_losses if int(step) > state.step]
     if late:
         raise UserError(f"checkpoint file {path}: validation_losses of step {late[0]}, but step={state.step}")

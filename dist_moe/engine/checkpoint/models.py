@@ -249,7 +249,7 @@ def write_first_checkpoint(
     final = step_directory(root, 0)
     partial = partial_directory(final)
     callbacks = {IDENTITY: dict(identity)} if identity else {}
-    trainer = TrainerState(0, {}, [], None, imported_from=imported_from, callbacks=callbacks)
+    trainer = TrainerState(0, {}, 0, imported_from=imported_from, callbacks=callbacks)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

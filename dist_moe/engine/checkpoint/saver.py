@@ -255,12 +255,10 @@ def take_snapshot(
             str(Key(name, BUFFER)): buffer.detach().to("cpu", copy=True).contiguous()  # the next step changes it
             for name, buffer in engine.module.named_buffers()
         }
-        schedule = engine.lr_scheduler
         trainer = TrainerState(
             step,
             state_scalars(engine),
-            [float(group["lr"]) for group in engine.optimizer.param_groups],
-            schedule.state_dict() if schedule is not None else None,
+            engine.lr_scheduler.steps,
             {str(at): loss for at, loss in history.validation_losses.items()},
             history.seconds,
             placements={

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from dist_moe.engine.deepspeed.config import zero_stage
 from dist_moe.engine.deepspeed.gradient_alignment import check_alignment
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.engine.training import Objective
@@ -104,7 +105,7 @@ class DHKDRecipe(DistillationRecipe, DHKDConfig):
                 "model.auxiliary_head=mlp (or linear) of a bert_classifier"
             )
         if self.align_gradients:
-            check_alignment(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+            check_alignment(zero_stage(config.deepspeed))
 
     def check(self, config: SupervisedConfig, task: Task) -> None:
         """Raise UserError for a task without classes, and for a teacher that does not fit."""

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+import torch
 
 from dist_moe.config.overrides import parse_overrides
 from dist_moe.config.plain_yaml import Content, read_yaml
+from dist_moe.data.tokenizer_files import read_tokenizer
 from dist_moe.engine.checkpoint import ROUTERS, place_weights, write_first_checkpoint
 from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.launch.environment import LaunchEnvironment
@@ -59,8 +60,13 @@ def import_hugging_face(
         config = validate_config(_fitted(content, assignments, checkpoint, conversion))
         assert isinstance(config.model, TransformerConfig)
         config.check(config.parallel.expert_parallel_size)  # the least number of ranks
-        task, model = _open(config)
+        task = config.data.open(progress=True)
+        assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
         _check_tokens(source, checkpoint, task)
+        if checkpoint.config.moe_every:  # without storage first: sizes that no tensor has would take memory
+            with torch.device("meta"):
+                checkpoint.into(_model(config, task))
+        model = _model(config, task)
         _fill(model, checkpoint, conversion)
         imported_from = f"{source.name} ({CLASSES[checkpoint.architecture]})"
         identity = Identity(data=task.digests())
@@ -70,13 +76,10 @@ def import_hugging_face(
     return written, config
 
 
-def _open(config: SupervisedConfig) -> tuple[LanguageModelTask, Transformer]:
-    """The data and the whole model, in this process."""
-    task = config.data.open(progress=True)
-    assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
+def _model(config: SupervisedConfig, task: LanguageModelTask) -> Transformer:
     model = build_model(config, task, SingleWorld())
     assert isinstance(model, Transformer)
-    return task, model
+    return model
 
 
 def _fitted(
@@ -122,10 +125,8 @@ def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, task: LanguageMod
 
 
 def _tokens_of(path: Path) -> dict[str, int]:
-    try:
-        return Tokenizer.from_file(str(path)).get_vocab()
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{path} cannot be read as a tokenizer of the library tokenizers: {error}") from error
+    vocabulary: dict[str, int] = read_tokenizer(path, str(path))[0].get_vocab()
+    return vocabulary
 
 
 def _fill(model: Transformer, checkpoint: DecoderCheckpoint, conversion: DecoderConversionConfig) -> None:
