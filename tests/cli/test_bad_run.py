@@ -244,7 +244,7 @@ def test_more_steps_than_can_be_counted(refused: Refused, tmp_path: Path, config
     start = ["train", "--run-dir", tmp_path / "run", config]
     refused([*start, "train.max_steps=100000000"], "train.max_steps")
     many = ["train.max_steps=null", "train.batch_size=1", "train.epochs=1e6"]
-    refused([*start, *many], "train.epochs=1e+06", "99999999")
+    refused([*start, *many], "train.epochs=1e+06", "99,999,999")
 
 
 def test_no_checkpoint_at_all(refused: Refused, run: Path) -> None:
