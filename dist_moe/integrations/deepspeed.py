@@ -37,7 +37,6 @@ _WRONG_FOR_EXPERTS = (
     "zero_optimization.zero_quantized_gradients",
     "zero_optimization.zero_hpz_partition_size",
     "zero_optimization.stage3_module_granularity_threshold",
-    "zero_optimization.stage",
     "prescale_gradients",
     "gradient_predivide_factor",
     "gradient_allreduce_op",
@@ -133,7 +132,10 @@ def _check(section: DeepSpeedSection) -> None:
         value = lookup(section, refusal.field)
         if refusal.field in _WRONG_FOR_EXPERTS and value is not None and refusal.when(value):
             raise UserError(f"{refusal.field}={value} in DeepSpeed's configuration is refused: {refusal.because}")
-    if lookup(section, "bf16.enabled") and not lookup(section, "zero_optimization.stage"):
+    stage = lookup(section, "zero_optimization.stage")
+    if stage not in (None, 0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage={stage} in DeepSpeed's configuration is refused: allowed are 0 to 3")
+    if lookup(section, "bf16.enabled") and not stage:
         raise UserError(
             "bf16 with zero_optimization.stage=0 in DeepSpeed's configuration is refused: DeepSpeed takes one "
             "optimizer step without gradients there; use stage 1, 2 or 3"

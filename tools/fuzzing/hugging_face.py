@@ -122,9 +122,7 @@ def _difference(user: Path, ours: Path, write: Callable[[Path], object]) -> str 
             return f"{name} is another"
         if naive[name].dtype.kind == "f" and not np.isfinite(naive[name]).all():
             return f"{name} is not finite, and was taken"
-    configs = (
-        json.loads((place / "config.json").read_text("utf-8-sig", encoding="utf-8")) for place in (user, ours / "again")
-    )
+    configs = (json.loads((place / "config.json").read_text(encoding="utf-8-sig")) for place in (user, ours / "again"))
     # What only names our classes is written anew.
     there, here = (json.dumps({k: v for k, v in c.items() if k not in OURS}, sort_keys=True) for c in configs)
     return None if there == here else f"config.json is another: {there} {here}"

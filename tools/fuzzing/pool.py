@@ -22,7 +22,7 @@ START_S = 300.0
 """Longest time that a process may take to import all that it needs."""
 
 MEMORY_BYTES = 6 << 30
-"""What a process may take: more is a fault that must not fell the machine."""
+"""The memory that a process may take: more is a fault that must not fell the machine."""
 
 
 def serve(calls: Connection, area: Area, seed: int, place: Path) -> None:

@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 
 
 class RunArea(Area):
-    """What the areas of run directories have in common: a run of four steps with two checkpoints."""
+    """The common part of the areas of run directories: a run of four steps with two checkpoints."""
 
     @property
     def made(self) -> Path:
