@@ -97,7 +97,7 @@ def is_text_in_the_locale(call: ast.Call) -> bool:
             return given <= {"newline", "errors", "buffering"} and (bool(call.args) or name == "open")
         mode = getattr(modes[0], "value", None)
         return isinstance(mode, str) and len(mode) <= 3 and "b" not in mode
-    return name in ("read_text", "write_text", "TextIOWrapper")
+    return name in ("read_text", "write_text") or (name == "TextIOWrapper" and len(call.args) < 2)
 
 
 def test_text_is_utf_8_whatever_the_locale() -> None:
