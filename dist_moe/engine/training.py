@@ -13,18 +13,27 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.callbacks import Callback, EarlyStopping, PeriodicCheckpoints, PermutationImages
+from dist_moe.engine.callbacks import (
+    Callback,
+    EarlyStopping,
+    PeriodicCheckpoints,
+    PermutationImages,
+    RunDirectoryWatch,
+)
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, drop_after
 from dist_moe.engine.checkpoint.format import TRAINER_FILE, TrainingHistory
-from dist_moe.engine.checkpoint.loading import load_checkpoint, load_weights
+from dist_moe.engine.checkpoint.loading import check_optimizer_of_checkpoint, load_checkpoint, load_weights
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
+from dist_moe.engine.deepspeed.checks import check_deepspeed_section
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
+from dist_moe.engine.deepspeed.schedules import check_length_of_schedule
 from dist_moe.engine.deepspeed.sharded_parameters import restore_parameters
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.nonfinite import diverged
-from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest
+from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
+from dist_moe.engine.launch.signals import StopRequest
 from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS, Monitor
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.step_window import SUMS, StepWindow, Sums, add_sums, is_timed, name_times
@@ -124,13 +133,19 @@ def fit(
         stop: asks the training to end at the next safe place, with a checkpoint.
         keep_model: give the model back whole; False spares memory where nobody needs it after ``on_end``.
 
-    Raises UserError where too many checkpoints cannot be written, DivergedError where too many steps in a row have no
+    Raises UserError for what :func:`~dist_moe.engine.deepspeed.checks.check_deepspeed_section` refuses, before anything
+    is opened, and where too many checkpoints cannot be written; DivergedError where too many steps in a row have no
     finite loss or gradient.
     """
+    environment = groups.environment if groups else LaunchEnvironment.read()
+    check_deepspeed_section(dict(deepspeed), settings.batch_size, environment.world_size)
+    check_length_of_schedule(dict(deepspeed), settings.total_steps(feed.steps_per_epoch))
+    if resume_from is not None:
+        check_optimizer_of_checkpoint(resume_from, dict(deepspeed))
     with ExitStack() as stack:
         if groups is None:
-            groups = stack.enter_context(process_groups(LaunchEnvironment.read(), ParallelConfig()))
-        section = complete_deepspeed_section(dict(deepspeed), settings.batch_size, groups.environment.world_size)
+            groups = stack.enter_context(process_groups(environment, ParallelConfig()))
+        section = complete_deepspeed_section(dict(deepspeed), settings.batch_size, environment.world_size)
         if trained is not None:
             stack.enter_context(hold_still(model, trained))
         engine = ExpertParallelEngine(model, section, groups)
@@ -173,14 +188,15 @@ class Trainer:
         if settings.patience is not None:
             own.insert(0, EarlyStopping(settings.patience))
         first: list[Callback] = [objective] if isinstance(objective, Callback) else []
-        self.callbacks: list[Callback] = [*first, *callbacks, *own]
+        self._watch = RunDirectoryWatch()
+        self.callbacks: list[Callback] = [self._watch, *first, *callbacks, *own]
         names = [callback.name for callback in self.callbacks]
         if len(set(names)) < len(names):
             raise ValueError(f"callbacks of a fit need different names, got {sorted(names)}")
         self._layers = list(moe_layers(engine.module).values())
         self._window, self._host_records = StepWindow(), list[dict[str, Any]]()
         self._skipped_in_a_row = 0
-        self._is_ending = self._checkpoint_is_due = False
+        self._is_ending = self._is_stopped = self._checkpoint_is_due = False
         self._seconds_before, self._started = 0.0, time.monotonic()
 
     @property
@@ -201,6 +217,10 @@ class Trainer:
     def end(self) -> None:
         """Make the present step the last. On every rank alike."""
         self._is_ending = True
+
+    def stop(self) -> None:
+        """Stop with a checkpoint, as after a signal, when the numbers of these steps are shown. On every rank alike."""
+        self._is_stopped = True
 
     def ask_for_checkpoint(self) -> None:
         """Have a checkpoint written when the present step is over. On every rank alike."""
@@ -228,6 +248,7 @@ class Trainer:
             in_background=self.settings.async_checkpoints,
             failures_allowed=self.settings.checkpoint_failures_allowed,
             say=self.monitor.say,
+            check=self._watch.check_place,
         )
         first_step, self._started = self.step, time.monotonic()
         interrupted = False
@@ -239,6 +260,7 @@ class Trainer:
                     self._train_step(recorder)
                 interrupted = self._settle_step()
             self._saver.finish()
+            self._watch.check()
             self.history = TrainingHistory(self.history.validation_losses, self._seconds)
             steps, best = self.step, None if interrupted else self._take_best()
             if not interrupted:
@@ -258,6 +280,7 @@ class Trainer:
         is_rank_zero = self.groups.environment.is_rank_zero
         told: list[str] = []
         if is_rank_zero and self.run is not None:
+            self.run.create()
             # What a resumed run does again, or could not be read; and what another patience once kept.
             root = checkpoints_of(self.run.root)
             told += drop_after(root, self.step)
@@ -354,7 +377,7 @@ class Trainer:
             self.monitor.steps(records)
         if writers and not writers[-1]:
             self._saver.settle()  # at the same step on all ranks, and nobody waits
-        return any(stops)
+        return any(stops) or self._is_stopped
 
     def _take_best(self) -> Path | None:
         """Bring back the weights of the best validation loss, if they were kept; their checkpoint."""

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.deepspeed.checks import optimizer_on_one_number
 from dist_moe.engine.deepspeed.config import parameter_dtype, zero_stage
 from dist_moe.engine.deepspeed.engine import is_expert_parameter, mark_experts
+from dist_moe.engine.deepspeed.optimizers import has_shape
+from dist_moe.engine.deepspeed.schedules import first_states
 from dist_moe.models import MoEModel
 from dist_moe.planning.activations import RowsPerToken, bytes_per_example
 from dist_moe.recipes.supervised.config import SupervisedConfig
@@ -144,12 +144,8 @@ def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | 
 
 def optimizer_states(config: SupervisedConfig) -> tuple[int, int]:
     """Return the number of states of a parameter's shape; and the bytes of the others, per tensor that is owned."""
-    optimizer = optimizer_on_one_number(config.deepspeed)
-    (number,) = optimizer.param_groups[0]["params"]
-    number.grad = torch.ones_like(number)
-    optimizer.step()
-    tensors = [value for value in optimizer.state[number].values() if isinstance(value, Tensor)]
-    return sum(t.dim() > 0 for t in tensors), sum(t.element_size() for t in tensors if t.dim() == 0)
+    tensors = [value for value in first_states(config.deepspeed).values() if isinstance(value, Tensor)]
+    return sum(map(has_shape, tensors)), sum(t.element_size() for t in tensors if not has_shape(t))
 
 
 def _states(model: nn.Module, config: SupervisedConfig, stage: int, ranks: int, size: int) -> StatePlan:

@@ -287,6 +287,17 @@ def test_resume_with_a_wrong_override(refused: Refused, run: Path) -> None:
     refused(["train", "--resume", run, "train.max_stepz=9"], "did you mean train.max_steps?")
 
 
+def test_resume_with_an_optimizer_or_schedule_that_cannot_go_on(refused: Refused, run: Path) -> None:
+    optimizer, schedule = (
+        "deepspeed.optimizer.params.amsgrad=true",
+        "{type: OneCycleLR, params: {max_lr: 1, total_steps: 3}}",
+    )
+    refused(["train", "--resume", run, optimizer], "deepspeed.optimizer.type", "cannot go on from", "max_exp_avg_sq")
+    refused(
+        ["train", "--resume", run, f"deepspeed.scheduler={schedule}"], "OneCycleLR ends after 3 steps", "total_steps"
+    )
+
+
 def test_a_configuration_of_the_run_that_was_altered(refused: Refused, run: Path) -> None:
     (run / "config.yaml").write_text("model: {dropout: [")
     refused(["train", "--resume", run], str(run / "config.yaml"), "not YAML")

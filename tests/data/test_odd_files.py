@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from dist_moe.config.files import read_bytes, read_json
+from dist_moe.config.files import read_bytes, read_json_object
 from dist_moe.data.fetch import archives
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
@@ -163,9 +163,9 @@ def test_json_that_is_deep_or_no_object(tmp_path: Path) -> None:
     for content in ("[" * 100_000, "1", "[]", "9" * 5000, "{", ""):
         path.write_text(content)
         with pytest.raises(ValueError):  # noqa: PT011 - of many kinds
-            read_json(path)
+            read_json_object(path)
     path.write_text('\ufeff{"a": 1}', encoding="utf-8")
-    assert read_json(path) == {"a": 1}
+    assert read_json_object(path) == {"a": 1}
 
 
 def text_of(root: Path, **fields: object) -> TextConfig:
@@ -286,7 +286,7 @@ def test_examples_left_out_are_counted_aloud(tmp_path: Path, capsys: pytest.Capt
 
 def test_paths_that_stand_for_nobody(tmp_path: Path) -> None:
     config = MovieLensConfig(root=Path("~nobody-of-this-name/data"), cache=tmp_path)
-    assert "cannot be followed" in refusal(lambda: prepare_movielens(config, progress=False))
+    assert "no such home directory" in refusal(lambda: prepare_movielens(config, progress=False))
 
 
 def test_pixels_and_labels_survive_all_this(tmp_path: Path) -> None:

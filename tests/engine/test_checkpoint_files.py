@@ -36,7 +36,7 @@ def write(root: Path, step: int) -> Path:
     partial = partial_directory(final)
     partial.mkdir(parents=True)
     files = {DENSE: write_tensors(partial / DENSE, {"weight|master": torch.full((3,), float(step))})}
-    publish(partial, final, Manifest(step, files | TrainerState(step, {}, [], None).write(partial)))
+    publish(partial, final, Manifest(step, files | TrainerState(step, {}, 0).write(partial)))
     return final
 
 

@@ -7,51 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_moe import record
 from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.engine.settings import TrainConfig
-from dist_moe.engine.training import StepLoss, Trainer, fit
-from dist_moe.experts import FeedForwardBank
-from dist_moe.gates import TopK
-from dist_moe.layer import MoE
-from dist_moe.parallel import experts_of_rank
+from dist_moe.engine.training import Trainer, fit
+from tests.helpers.fits import ROWS, Model, Rows, objective
 from tests.helpers.pool import on_ranks
-
-DIM, EXPERTS, ROWS = 4, 4, 8
-
-
-class Rows:
-    """This rank's share of ``ROWS`` rows a step, of which ``first`` are past."""
-
-    steps_per_epoch = 10
-
-    def __init__(self, environment: LaunchEnvironment, first: int = 0) -> None:
-        size = ROWS // environment.world_size
-        self._mine, self._first = slice(environment.rank * size, (environment.rank + 1) * size), first
-
-    def micro_batches(self, step: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self._first + step)
-        return [torch.randn(ROWS, DIM, generator=generator)[self._mine]]
-
-
-class Model(nn.Module):
-    def __init__(self, groups: ProcessGroups) -> None:
-        super().__init__()
-        bank = FeedForwardBank(DIM, 6, EXPERTS, experts_of_rank(EXPERTS, groups.world))
-        self.moe = MoE(TopK(DIM, EXPERTS, k=2), bank, world=groups.world)
-        self.head = nn.Linear(DIM, 1)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y_T: Tensor = self.head(self.moe(x_TD).outputs[0])[:, 0]
-        return y_T
-
-
-def objective(model: nn.Module, x_TD: Tensor) -> StepLoss:
-    return StepLoss((model(x_TD) - x_TD.prod(dim=1)).square().mean())
 
 
 def deepspeed(stage: int) -> dict[str, Any]:

@@ -284,10 +284,9 @@ def test_refusals(trained: list[str], part: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def load_with_other_parts(root: Path) -> list[str]:
-    """The refusal of a checkpoint of all parts by a run that trains experts, and the other way round."""
+def load_with_other_parts(root: Path) -> str:
+    """A checkpoint of all parts is loaded by a run that trains experts; the other way round it is refused: how."""
     schedule = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}}
-    said = []
     with process_groups(LaunchEnvironment.read(), ParallelConfig(expert_parallel_size=1)) as groups:
         for saved, loaded in (("*", "moe.experts.*"), ("moe.experts.*", "*")):
             model = Layers(groups.world, 0.0)
@@ -299,17 +298,19 @@ def load_with_other_parts(root: Path) -> list[str]:
             model = Layers(groups.world, 0.0)
             with hold_still(model, [loaded]):
                 engine = engine_of(model, groups, 1, **schedule)
-                with pytest.raises(UserError) as error:
-                    load_checkpoint(engine, step_directory(root, 1))
-                said.append(str(error.value))
+                if saved == "*":
+                    assert load_checkpoint(engine, step_directory(root, 1)).step == 1
+                    assert engine.lr_scheduler.steps == 1
+                else:
+                    with pytest.raises(UserError) as error:
+                        load_checkpoint(engine, step_directory(root, 1))
                 engine.destroy()
-    return said
+    return str(error.value)
 
 
 def test_a_checkpoint_of_a_run_that_trained_another_part(tmp_path: Path) -> None:
-    (fewer, more), _ = on_ranks(RANKS, load_with_other_parts, tmp_path)
-    assert "its run trained another part of the model" in fewer
-    assert "has no optimizer state but ['master']" in more
+    refusal, _ = on_ranks(RANKS, load_with_other_parts, tmp_path)
+    assert "has no optimizer state but ['master']" in refusal
 
 
 def keep_bits(stages: list[int], root: Path) -> list[list[str]]:

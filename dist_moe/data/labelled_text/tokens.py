@@ -102,6 +102,13 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 
 
+def tokens_digest(tokenizer: Tokenizer) -> str:
+    """Return a SHA-256 that stands for the tokenizer, whatever the length at which it cuts."""
+    whole = Tokenizer.from_str(tokenizer.to_str())
+    whole.no_truncation()
+    return hashlib.sha256(whole.to_str().encode()).hexdigest()
+
+
 def tokenised(tokenizer: Tokenizer, texts: list[TextOrPair], part: str, progress: Progress) -> TokenisedTexts:
     """Tokenise texts or pairs, in order.
 

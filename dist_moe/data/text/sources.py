@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dist_moe.config.files import absolute, digest_of, read_bytes
+from dist_moe.config.files import absolute, digest_of, json_line, read_bytes
 from dist_moe.data.fetch.archives import check_is_text
 from dist_moe.data.fetch.files import readable, short_digest
 from dist_moe.data.fetch.progress import Progress
@@ -55,7 +54,7 @@ def choose(name: str, root: Path | None, domains: Collection[str] | None) -> Cor
     root = absolute(root)
     own = _selected(domains, directory_files(root))
     # Names count: a file that moves to another domain is another corpus.
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json_line(own, sort_keys=True).encode()).hexdigest()[:16]
     readers = {name: partial(_read_own, root, name, files) for name, files in own.items()}
     return Corpus(readers, digest, tuple(_passed_over(root, own)))
 

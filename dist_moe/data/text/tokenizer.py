@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dist_moe.config.files import read_json
+from dist_moe.config.files import read_json_object
 from dist_moe.data.text.tokens import TokenIds
 from dist_moe.data.tokenizer_files import LARGEST_VOCABULARY, ids_of, read_tokenizer, refusing
 from dist_moe.errors import UserError, shown
@@ -222,7 +222,7 @@ def _content(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return read_json(path)
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"data.tokenizer: {path} cannot be read: {error}. Remedy: mend or remove it") from error
 

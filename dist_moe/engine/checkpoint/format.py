@@ -4,8 +4,8 @@
         manifest.json             format, step, layout that wrote it, sizes, digests, and a digest of itself
         dense.safetensors         "NAME|master", "NAME|exp_avg", ... and "NAME|buffer"
         experts-00001.safetensors "NAME|master|EXPERT", ...: those experts that rank 1 wrote
-        trainer.json              step, optimizer's step counter, learning-rate schedule, validations, placements,
-                                  what the callbacks hold
+        trainer.json              step, optimizer's step counter, steps of the learning-rate schedule, validations,
+                                  placements, what the callbacks hold
 
 Experts are stored one by one under their global id, masters and moments whole and in fp32, so that a checkpoint
 loads at any number of ranks, expert-parallel size and ZeRO stage: with its placements where the expert-parallel
@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from dist_moe.config.files import digest_of, json_text, replace_text
+from dist_moe.config.files import digest_of, json_line, json_text, replace_text, restored
 from dist_moe.config.settings import LARGEST_STEP
 from dist_moe.errors import UserError
 from dist_moe.experts import ExpertBank
@@ -43,6 +43,8 @@ BUFFER = "buffer"
 """The state of a buffer; those of a parameter are MASTER and the optimizer's."""
 DENSE, EXPERTS = "dense", "experts"
 """The kinds of tensors of a model, beside BUFFER."""
+IDENTITY = "identity"
+"""The name among the states of callbacks under which a run says what it is: see dist_moe.recipes.identity."""
 OWN_DIGEST = "sha256"
 """The manifest's field for its own digest."""
 
@@ -74,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise UserError(f"checkpoint file {path} has {size} bytes; one of more than {LARGEST_JSON} is not read")
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique)
+        content = restored(json.loads(path.read_bytes().decode(), object_pairs_hook=_unique))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint file {path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
@@ -226,16 +228,15 @@ class TrainingHistory:
 class TrainerState:
     """The content of a checkpoint besides tensors.
 
-    ``scalars``: the optimizer's, see ParameterState. ``learning_rates``: of its parameter groups, which a schedule
-    sets only at its next step. ``validation_losses``, ``training_seconds``: of the run so far, the former by step.
+    ``scalars``: the optimizer's, see ParameterState. ``schedule_steps``: taken by the learning-rate schedule, which are
+    all that it has of a state. ``validation_losses``, ``training_seconds``: of the run so far, the former by step.
     ``imported_from``: the exported file whose weights these are, where there is no optimizer state yet.
     ``placements``: where experts do not lie in order. ``callbacks``: what they hold, by their names.
     """
 
     step: Step
     scalars: dict[str, Finite]
-    learning_rates: list[AtLeastZero]
-    lr_scheduler: dict[str, Any] | None
+    schedule_steps: Step
     validation_losses: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,7})$")], Float] = field(
         default_factory=dict
     )
@@ -247,6 +248,11 @@ class TrainerState:
     __pydantic_config__: ClassVar[ConfigDict] = CLOSED
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What the run says of its data and of what it starts from; nothing where it has nothing to say."""
+        return self.callbacks.get(IDENTITY, {})
+
+    @property
     def history(self) -> TrainingHistory:
         """The course of the training up to this checkpoint."""
         losses = {int(step): loss for step, loss in self.validation_losses.items()}
@@ -254,9 +260,9 @@ class TrainerState:
 
     def write(self, directory: Path) -> dict[str, str]:
         """Write TRAINER_FILE, on one line; return its digest by its name. Raises OSError."""
-        path, text = directory / TRAINER_FILE, json.dumps(asdict(self)) + "\n"
+        path, text = directory / TRAINER_FILE, json_line(asdict(self)) + "\n"
         if len(text) > LARGEST_JSON:
-            sizes = {name: len(json.dumps(state)) for name, state in self.callbacks.items()}
+            sizes = {name: len(json_line(state)) for name, state in self.callbacks.items()}
             raise OSError(f"{path} would have {len(text)} bytes, at most {LARGEST_JSON} may; callbacks hold {sizes}")
         replace_text(path, text)
         return {path.name: digest_of(path)}
@@ -271,6 +277,8 @@ def read_trainer_state(directory: Path) -> TrainerState:
             _ = saved.placement
         except ValueError as error:
             raise UserError(f"checkpoint file {path}: placements.{name} is none: {_shown(str(error))}") from error
+    if state.schedule_steps > state.step:
+        raise UserError(f"checkpoint file {path}: schedule_steps={state.schedule_steps}, but step={state.step}")
     late = [step for step in state.validation_losses if int(step) > state.step]
     if late:
         raise UserError(f"checkpoint file {path}: validation_losses of step {late[0]}, but step={state.step}")

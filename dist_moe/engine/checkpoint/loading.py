@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from dist_moe.engine.checkpoint.files import (
 from dist_moe.engine.checkpoint.format import (
     BUFFER,
     DENSE_FILE,
-    TRAINER_FILE,
     Key,
     SavedPlacements,
     TrainerState,
@@ -31,7 +29,10 @@ from dist_moe.engine.checkpoint.format import (
 )
 from dist_moe.engine.checkpoint.reader import CheckpointReader
 from dist_moe.engine.checkpoint.safetensors_writer import write_tensors
+from dist_moe.engine.deepspeed.config import DeepSpeedSection
+from dist_moe.engine.deepspeed.optimizers import has_shape
 from dist_moe.engine.deepspeed.parameter_state import MASTER, write_parameter_state
+from dist_moe.engine.deepspeed.schedules import first_states
 from dist_moe.errors import UserError
 from dist_moe.parallel import Placement, gather_objects
 from dist_moe.search.layers import moe_layers
@@ -50,8 +51,9 @@ def agree_on_checkpoint(run_dir: Path, mine: Path | None) -> Path | None:
 
 
 def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerState:
-    """Copy masters, optimizer state, buffers and schedule of a verified checkpoint into ``engine``.
+    """Copy masters, optimizer state and buffers of a verified checkpoint into ``engine``; advance its schedule.
 
+    The schedule is that of the engine's configuration, after as many steps as the checkpoint's has taken.
     An imported checkpoint has no optimizer state; the optimizer then begins as at the first step of a run. Parameters
     that the engine does not train need none. Collective over all ranks. Raises UserError if the checkpoint is of
     another model.
@@ -63,39 +65,27 @@ def load_checkpoint(engine: ExpertParallelEngine, directory: Path) -> TrainerSta
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     reader.check_states(trained, moments=bool(trainer.scalars))  # it cannot count steps and have no moments
     _copy_tensors(engine, reader, trained, trainer.scalars)
-    if engine.lr_scheduler is not None and trainer.lr_scheduler is not None:
-        if len(trainer.learning_rates) != len(engine.optimizer.param_groups):
-            raise UserError(f"checkpoint {directory}: its run trained another part of the model; train the same part")
-        schedule = engine.lr_scheduler
-        _check_alike(
-            trainer.lr_scheduler, schedule.state_dict(), f"checkpoint file {directory / TRAINER_FILE}: lr_scheduler"
-        )
-        schedule.load_state_dict(trainer.lr_scheduler)
-        for group, learning_rate in zip(engine.optimizer.param_groups, trainer.learning_rates, strict=True):
-            group["lr"] = learning_rate
+    engine.lr_scheduler.advance_to(trainer.schedule_steps)
     engine.global_steps = trainer.step
     return trainer
 
 
-def _check_alike(saved: Any, fresh: Any, where: str) -> None:
-    """Raise UserError unless ``saved`` can take the place of ``fresh``: the same fields, numbers where numbers are."""
-    if isinstance(fresh, dict):
-        names = saved.keys() if isinstance(saved, dict) else ()
-        wrong = names != fresh.keys()
-        for name in () if wrong else fresh:
-            _check_alike(saved[name], fresh[name], f"{where}.{name}")
-    elif isinstance(fresh, list | tuple):
-        wrong = not isinstance(saved, list | tuple) or len(saved) != len(fresh)
-        for index, one in enumerate(() if wrong else fresh):
-            _check_alike(saved[index], one, f"{where}[{index}]")
-    elif isinstance(fresh, bool) or isinstance(saved, bool):
-        wrong = not (isinstance(fresh, bool) and isinstance(saved, bool))
-    elif isinstance(fresh, int | float):
-        wrong = not isinstance(saved, int | float) or not math.isfinite(saved)
-    else:
-        wrong = False
-    if wrong:
-        raise UserError(f"{where}={saved!r:.60} is not of this schedule, whose own is {fresh!r:.60}")
+def check_optimizer_of_checkpoint(directory: Path, section: DeepSpeedSection) -> None:
+    """Raise UserError unless the optimizer of a DeepSpeed section goes on from the states in a verified checkpoint.
+
+    One without any state, as an imported one, suits all: the optimizer begins as at the first step of a run.
+    """
+    needed = {key: has_shape(state) for key, state in first_states(section).items()}
+    entries = CheckpointReader(directory).entries.values()
+    found = {state: True for entry in entries for state in entry.states if state not in (MASTER, BUFFER)}
+    found |= dict.fromkeys(read_trainer_state(directory).scalars, False)
+    if found and found != needed:
+        raise UserError(
+            f"deepspeed.optimizer.type={section['optimizer']['type']} cannot go on from {directory}: as configured it "
+            f"keeps {', '.join(sorted(needed)) or 'nothing'} of every parameter, and the run's kept "
+            f"{', '.join(sorted(found))}; leave deepspeed.optimizer as it was, or begin a new run from the weights "
+            "(dist-moe export, then import)"
+        )
 
 
 def _restore_placements(model: nn.Module, saved: SavedPlacements) -> None:

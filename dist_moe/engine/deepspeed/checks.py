@@ -5,9 +5,8 @@ DeepSpeed itself would reject some of it late, ignore some, and compute somethin
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,14 @@ from dist_moe.engine.deepspeed.config import (
     DeepSpeedSection,
     complete_deepspeed_section,
     import_deepspeed,
-    is_adam,
+    is_enabled,
     lookup,
     offloads_optimizer,
-    uses_torch_adam,
     zero_stage,
 )
+from dist_moe.engine.deepspeed.kinds import FLAG, Kind, check_kind, number, one_of, shown, size, suggestion, whole
+from dist_moe.engine.deepspeed.optimizers import check_optimizer
+from dist_moe.engine.deepspeed.schedules import check_schedule
 from dist_moe.errors import UserError
 
 
@@ -64,10 +65,15 @@ _SWITCHES_THAT_STAY_OFF = {
     "zero_optimization.legacy_stage1": "DeepSpeed has dropped it",
     "bf16.bf16_master_weights_and_grads": "masters are fp32, in checkpoints too",
     "bf16.bf16_optimizer_states": "moments are fp32, in checkpoints too",
+    "fp16.fp16_master_weights_and_grads": "masters are fp32, in checkpoints too",
     "compile.deepcompile": "it compiles passes of its own on first use",
     "prescale_gradients": "experts are averaged without it",
     "wall_clock_breakdown": _NO_TIMERS,
     "flops_profiler.enabled": _NO_TIMERS,
+    "comms_logger": "it does not see the exchange of tokens",
+    **dict.fromkeys(("tensorboard", "csv_monitor", "wandb", "comet"), "records are written by trackers"),
+    "torch_autocast": "an evaluation would not repeat it (bf16 is repeated)",
+    "zero_force_ds_cpu_optimizer": "optimizers are torch's",
     "checkpoint.load_universal": "checkpoints are written and read by dist_moe",
     "expert_parallel": "experts are split by parallel.expert_parallel_size",
     "tensor_parallel": "tensor parallelism is not supported",
@@ -113,74 +119,122 @@ REFUSALS = (
     *(Refusal(f, _is_not(n), f"{why}; leave it out ({n})") for f, (n, why) in _NUMBERS_THAT_STAY.items()),
     *(Refusal(f"zero_optimization.{part}.device", lambda v: v == "nvme", _NO_DISK) for part in OFFLOADS),
     Refusal("gradient_allreduce_op", _is_not("mean"), "experts are always averaged; use mean"),
-    Refusal("zero_optimization.stage", lambda v: v not in (0, 1, 2, 3), "allowed are 0, 1, 2 and 3"),
-    Refusal(
-        "data_types.grad_accum_dtype", lambda v: v not in ("fp32", "bf16", "fp16"), "allowed are fp32, bf16 and fp16"
-    ),
-    Refusal(
-        "gradient_clipping",
-        lambda v: isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v < math.inf,
-        "it must be a number >= 0; 0 means no clipping",
-    ),
 )
 
-_MAPPINGS = ("zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params")
-# fmt: off
-_KNOWN_KEYS = (
-    "optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "data_types", "torch_autocast", "gradient_clipping",
-    "gradient_accumulation_steps", "prescale_gradients", "gradient_predivide_factor", "communication_data_type",
-    "sparse_gradients", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler",
-    "comms_logger", "activation_checkpointing", "tensorboard", "csv_monitor", "wandb", "compile", "checkpoint",
-    "timers",
-)
-# fmt: on
-_UNSUITED_OPTIMIZERS = ("LBFGS", "SparseAdam", "Muon", "Optimizer")
-_ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
+_DTYPE = one_of("fp32", "bf16", "fp16")
+_SOME_ELEMENTS = size(0, sys.maxsize)
+_CHECKED_APART = Kind("checked by its own function", lambda _: True)
+_ZERO: dict[str, Kind] = {
+    "stage": one_of(0, 1, 2, 3),
+    "overlap_comm": FLAG,
+    "reduce_bucket_size": size(1),
+    "allgather_partitions": FLAG,
+    "allgather_bucket_size": Kind("an even whole number >= 2", lambda v: size(2).holds(v) and v % 2 == 0),
+    "contiguous_gradients": FLAG,
+    "reduce_scatter": FLAG,
+    "ignore_unused_parameters": FLAG,
+    "sub_group_size": size(1, sys.maxsize),
+    "stage3_prefetch_bucket_size": size(0),
+    "stage3_param_persistence_threshold": _SOME_ELEMENTS,
+    "stage3_model_persistence_threshold": _SOME_ELEMENTS,
+    "stage3_max_live_parameters": _SOME_ELEMENTS,
+    "stage3_max_reuse_distance": _SOME_ELEMENTS,
+    "stage3_gather_16bit_weights_on_model_save": FLAG,
+    "stage3_use_all_reduce_for_fetch_params": FLAG,
+    "stage3_allgather_sequential": FLAG,
+    **{f"{part}.device": one_of("none", "cpu") for part in OFFLOADS},
+    **{f"{part}.pin_memory": FLAG for part in OFFLOADS},
+}
+FIELDS: dict[str, Kind] = {
+    "optimizer.type": _CHECKED_APART,
+    "optimizer.params": _CHECKED_APART,
+    "scheduler.type": _CHECKED_APART,
+    "scheduler.params": _CHECKED_APART,
+    "gradient_accumulation_steps": whole(1),
+    "gradient_clipping": number(">= 0 (0 means no clipping)", lambda v: v >= 0),
+    "communication_data_type": _DTYPE,
+    "steps_per_print": whole(1),
+    "zero_allow_untested_optimizer": FLAG,
+    "data_types.grad_accum_dtype": _DTYPE,
+    "bf16.enabled": FLAG,
+    "bf16.immediate_grad_update": FLAG,
+    "fp16.enabled": FLAG,
+    "fp16.auto_cast": FLAG,
+    "fp16.loss_scale": number(">= 0 (0 means that it follows overflows)", lambda v: v >= 0),
+    "fp16.initial_scale_power": whole(0, 32),
+    "fp16.loss_scale_window": whole(1),
+    "fp16.hysteresis": whole(1),
+    "fp16.consecutive_hysteresis": FLAG,
+    "fp16.min_loss_scale": whole(1),
+    **{f"zero_optimization.{key}": kind for key, kind in _ZERO.items()},
+}
+"""Every field that may be set, beside the harmless values of those in REFUSALS, and the kind of its values."""
 
 
 def check_deepspeed_section(section: DeepSpeedSection, batch_size: int, world_size: int) -> None:
     """Raise UserError for what DeepSpeed would reject, or accept and get wrong. Needs no process group."""
-    _check_spelling(section)
-    for refusal in REFUSALS:
-        value = lookup(section, refusal.field)
-        given = value is not None or (refusal.field in section and refusal.field == "gradient_clipping")
-        if given and refusal.when(value):
-            raise UserError(f"deepspeed.{refusal.field}={_shown(value)} is refused: {refusal.because}")
+    refusals = {refusal.field: refusal for refusal in REFUSALS}
+    for field, value in _leaves(section, FIELDS.keys() | refusals.keys()):
+        _check_not_auto(field, value)
+        if field in refusals and value is not None and refusals[field].when(value):
+            raise UserError(f"deepspeed.{field}={shown(value)} is refused: {refusals[field].because}")
+        if field in FIELDS:
+            check_kind(field, value, FIELDS[field])
     _check_precision(section)
     _check_offload(section)
-    _check_mappings(section)
     _check_batch(section, batch_size, world_size)
+    check_optimizer(section)
+    check_schedule(section)
     _check_by_deepspeed(section)
-    _check_schedule(section, optimizer_on_one_number(section))
 
 
-def _check_spelling(section: DeepSpeedSection) -> None:
-    """DeepSpeed ignores keys that it does not know; those that look like a known one are mistakes."""
-    for key in section:
-        near = difflib.get_close_matches(str(key), _KNOWN_KEYS, n=1, cutoff=0.85)
-        if near and key not in _KNOWN_KEYS:
-            raise UserError(f"deepspeed.{key}: there is no such key; did you mean deepspeed.{near[0]}?")
+def _leaves(section: DeepSpeedSection, known: set[str], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every field that is set. Raises UserError for one that is not ``known``."""
+    for key, value in section.items():
+        field = f"{above}{key}"
+        if field in known:
+            yield field, value
+        elif any(one.startswith(f"{field}.") for one in known):
+            if isinstance(value, dict):
+                yield from _leaves(value, known, f"{field}.")
+            elif value is not None or field.rpartition(".")[2] not in OFFLOADS:
+                raise UserError(
+                    f"deepspeed.{field}={shown(value)} must hold 'key: value' pairs"
+                    + (", among them its type, for example type: AdamW" if field == "optimizer" else "")
+                )
+        else:
+            beside = dict.fromkeys(one[len(above) :].split(".")[0] for one in FIELDS if one.startswith(above))
+            raise UserError(f"deepspeed.{field}: there is no such key; {suggestion(key, beside or known)}")
+
+
+def _check_not_auto(field: str, value: Any) -> None:
+    """Other programs fill in "auto"; DeepSpeed takes its default for it, whatever that is."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_not_auto(f"{field}.{key}", inner)
+    elif isinstance(value, str) and value.lower() == "auto":
+        raise UserError(f"deepspeed.{field}=auto is refused: nothing fills it in here; give a value, or leave it out")
 
 
 def _check_precision(section: DeepSpeedSection) -> None:
     if lookup(section, "data_types.grad_accum_dtype") not in (None, "fp32") and zero_stage(section) == 0:
         raise UserError("deepspeed.data_types.grad_accum_dtype at ZeRO stage 0 must be fp32; use stage 1, 2 or 3")
-    bf16, fp16 = (_is_on(section.get(name, False)) for name in ("bf16", "fp16"))
-    if fp16 and not torch.cuda.is_available():
-        raise UserError("deepspeed.fp16 is refused: there is no GPU and CPUs train in fp32 or bf16 only")
-    if bf16 and zero_stage(section) == 0:
-        raise UserError(
-            "deepspeed.bf16 with deepspeed.zero_optimization.stage=0 is refused: DeepSpeed takes one "
-            "optimizer step without gradients there; use stage 1, 2 or 3"
-        )
+    for name in ("bf16", "fp16"):
+        if not is_enabled(section, name):
+            continue
+        if name == "fp16" and not torch.cuda.is_available():
+            raise UserError("deepspeed.fp16.enabled=true is refused: there is no GPU; CPUs train in fp32 or bf16 only")
+        if zero_stage(section) == 0:
+            raise UserError(
+                f"deepspeed.{name}.enabled=true with deepspeed.zero_optimization.stage=0 is refused: DeepSpeed takes "
+                "one optimizer step without gradients there; use stage 1, 2 or 3"
+            )
 
 
 def _check_offload(section: DeepSpeedSection) -> None:
     for part, least in zip(OFFLOADS, (1, 3), strict=True):
         field = f"deepspeed.zero_optimization.{part}"
         device = lookup(section, f"zero_optimization.{part}.device")
-        if device not in (None, "none", "cpu"):
-            raise UserError(f"{field}.device={device} is refused: allowed are cpu and none")
         if device == "cpu" and zero_stage(section) < least:
             stages = "1, 2 or 3" if least == 1 else "3"
             raise UserError(f"{field} with ZeRO stage {zero_stage(section)} is refused: it needs stage {stages}")
@@ -189,28 +243,10 @@ def _check_offload(section: DeepSpeedSection) -> None:
             "deepspeed.gradient_accumulation_steps with deepspeed.zero_optimization.offload_optimizer at ZeRO stage 3 "
             "is refused: DeepSpeed accumulates wrong gradients there; use stage 1 or 2, or a single micro-batch"
         )
-    if _is_false(lookup(section, "optimizer.params.torch_adam")) and uses_torch_adam(section):
-        raise UserError(
-            "deepspeed.optimizer.params.torch_adam=false is refused: DeepSpeed's own Adam for CPUs is compiled on "
-            "first use, and a killed build leaves a lock for which later runs wait for ever; leave it out (true)"
-        )
-
-
-def _check_mappings(section: DeepSpeedSection) -> None:
-    for field in _MAPPINGS:
-        *above, last = field.split(".")
-        holder = lookup(section, above[0]) if above else section
-        if isinstance(holder, dict) and last in holder and not isinstance(holder[last], dict):
-            raise UserError(
-                f"deepspeed.{field}={_shown(holder[last])} must hold 'key: value' pairs"
-                + (", among them its type, for example type: AdamW" if field == "optimizer" else "")
-            )
 
 
 def _check_batch(section: DeepSpeedSection, batch_size: int, world_size: int) -> None:
     accumulation = section.get("gradient_accumulation_steps", 1)
-    if not isinstance(accumulation, int) or accumulation < 1:
-        raise UserError(f"deepspeed.gradient_accumulation_steps={accumulation!r} must be a whole number >= 1")
     if batch_size % (world_size * accumulation):
         raise UserError(
             f"train.batch_size={batch_size} is not divisible by {world_size} rank(s) x "
@@ -223,50 +259,12 @@ def _check_batch(section: DeepSpeedSection, batch_size: int, world_size: int) ->
         )
 
 
-def optimizer_on_one_number(section: DeepSpeedSection) -> torch.optim.Optimizer:
-    """Return the optimizer over a single parameter; UserError for what is wrong with its own parameters."""
-    name, params = section["optimizer"]["type"], section["optimizer"].get("params", {})
-    canonical = {"adam": "AdamW", "adamw": "AdamW"}.get(name.lower(), name)
-    kind = getattr(torch.optim, canonical, None)
-    if not isinstance(kind, type) or canonical in _UNSUITED_OPTIMIZERS or not issubclass(kind, torch.optim.Optimizer):
-        raise UserError(
-            f"deepspeed.optimizer.type={name} is refused: allowed are AdamW, Adam and the others of torch.optim, "
-            f"except {', '.join(_UNSUITED_OPTIMIZERS[:-1])}"
-        )
-    own = {key: value for key, value in params.items() if not (is_adam(name) and key in _ADAM_SWITCHES)}
-    try:
-        return kind([torch.nn.Parameter(torch.zeros(1))], **own)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"deepspeed.optimizer.params={_shown(params)} do not suit {name}: {error}") from error
-
-
-def _check_schedule(section: DeepSpeedSection, optimizer: torch.optim.Optimizer) -> None:
-    """Build the schedule on that optimizer."""
-    scheduler = section.get("scheduler")
-    if scheduler is None:
-        return
-    schedules = import_deepspeed().runtime.lr_schedules
-    name, params = scheduler.get("type"), scheduler.get("params", {})
-    kind = getattr(schedules, str(name), None) if name in schedules.VALID_LR_SCHEDULES else None
-    kind = kind or getattr(torch.optim.lr_scheduler, str(name), None)
-    if kind is None:
-        allowed = ", ".join(schedules.VALID_LR_SCHEDULES)
-        raise UserError(f"deepspeed.scheduler.type={name} is refused: allowed are {allowed} and torch's")
-    try:
-        kind(optimizer, **params)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"deepspeed.scheduler.params={_shown(params)} do not suit {name}: {error}") from error
-
-
 def _check_by_deepspeed(section: DeepSpeedSection) -> None:
-    """Let DeepSpeed parse it, as for one rank: its parser needs no process group."""
+    """Let DeepSpeed parse it, as for one rank where there is no process group: its parser needs none."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     accumulation = section.get("gradient_accumulation_steps", 1)
-    completed = complete_deepspeed_section(section, batch_size=accumulation, world_size=1)
+    completed = complete_deepspeed_section(section, batch_size=accumulation * ranks, world_size=ranks)
     try:
         import_deepspeed().DeepSpeedConfig(completed)
     except Exception as error:
         raise UserError(f"DeepSpeed refuses the section deepspeed: {error}") from error
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

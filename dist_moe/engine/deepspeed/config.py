@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_moe.errors import UserError
+
 DeepSpeedSection = dict[str, Any]
 
 
@@ -40,21 +42,26 @@ def complete_deepspeed_section(section: DeepSpeedSection, batch_size: int, world
     completed["zero_allow_untested_optimizer"] = True
     completed.setdefault("steps_per_print", 2**31 - 1)
     completed.setdefault("gradient_clipping", 0.0)  # DeepSpeed would clip at 1 unasked
-    optimizer = completed["optimizer"]
-    if is_adam(optimizer["type"]):
-        params = optimizer.setdefault("params", {})
-        params.setdefault("weight_decay", 0.0)  # torch's AdamW would decay by 0.01 unasked, DeepSpeed's not
-        if uses_torch_adam(section):
-            params.setdefault("torch_adam", True)
-            params.setdefault("fused", True)  # one pass over masters and moments, a third of the time
+    completed["optimizer"] = complete_optimizer(section["optimizer"])
     if offloads_optimizer(section):
         completed["zero_force_ds_cpu_optimizer"] = False  # else torch's optimizers are refused
     return completed
 
 
-def uses_torch_adam(section: DeepSpeedSection) -> bool:
-    """Return whether Adam steps on a CPU, where DeepSpeed's own is compiled first: a minute and a C++ compiler."""
-    return not torch.cuda.is_available() or offloads_optimizer(section)
+def complete_optimizer(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Return the section ``optimizer`` with the defaults of this house; it is left as it is.
+
+    Adam is torch's, everywhere, unless ``torch_adam: false`` asks for DeepSpeed's, which is compiled first. It decays
+    no weights unasked, and takes one pass over masters and moments where nothing else is asked for.
+    """
+    completed = copy.deepcopy(optimizer)
+    if is_adam(optimizer["type"]):
+        params = completed.setdefault("params", {})
+        params.setdefault("weight_decay", 0.0)  # torch's AdamW would decay by 0.01, DeepSpeed's not
+        params.setdefault("torch_adam", True)
+        if params["torch_adam"] and not params.get("foreach"):
+            params.setdefault("fused", True)  # a third of the time
+    return completed
 
 
 def offloads_optimizer(section: DeepSpeedSection) -> bool:
@@ -80,10 +87,21 @@ def lookup(section: DeepSpeedSection, dotted_key: str) -> Any:
     return value
 
 
+def is_enabled(section: DeepSpeedSection, name: str) -> bool:
+    """Return whether the precision ``name``, bf16 or fp16, is switched on.
+
+    Raises UserError for what is neither true nor false: DeepSpeed would read "auto" as false and "yes" as true.
+    """
+    enabled = lookup(section, f"{name}.enabled")
+    if not (enabled is None or isinstance(enabled, bool)):
+        raise UserError(f"deepspeed.{name}.enabled={enabled} is refused: it must be true or false")
+    return bool(enabled)
+
+
 def parameter_dtype(section: DeepSpeedSection) -> torch.dtype:
-    """Return the dtype of the parameters that a run computes with; its masters are fp32."""
+    """Return the dtype of the parameters that a run computes with; its masters are fp32. Raises UserError."""
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        if lookup(section, f"{name}.enabled"):
+        if is_enabled(section, name):
             return dtype
     return torch.float32
 

@@ -9,13 +9,16 @@ gradient of the mean over ranks of the ranks' losses.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.deepspeed.config import DeepSpeedSection, import_deepspeed
+from dist_moe.engine.deepspeed.optimizers import build_optimizer
 from dist_moe.engine.deepspeed.parameter_state import MASTER, read_state
+from dist_moe.engine.deepspeed.schedules import Schedule, first_states
 from dist_moe.engine.deepspeed.sharded_parameters import (
     check_groups,
     forget_module,
@@ -25,6 +28,7 @@ from dist_moe.engine.deepspeed.sharded_parameters import (
 )
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.experts import ExpertBank
+from dist_moe.layer.ownership import engine_knows_experts
 
 _deepspeed = import_deepspeed()
 
@@ -32,25 +36,35 @@ _deepspeed = import_deepspeed()
 class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-defined]
     """``DeepSpeedEngine`` for modules that contain :class:`ExpertBank` parameters.
 
+    Optimizer and schedule are built by :mod:`dist_moe.engine.deepspeed.optimizers` and ``schedules``, the same at every
+    ZeRO stage; ``first_states(device)`` shows what the optimizer keeps of a parameter.
     Corrects what DeepSpeed gets wrong at ZeRO stage 0: the norm by which it clips there is the mean
     of the ranks' norms, not the norm of all gradients. At stage 3, which DeepSpeed offers for experts of
     its own only, see :mod:`dist_moe.engine.deepspeed.sharded_parameters`.
     """
 
-    def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups) -> None:
+    def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups, **given: Any) -> None:
+        """Wrap ``model``. ``given``: a user's own optimizer, schedule or data, which DeepSpeed's engine takes.
+
+        Where nothing is given, optimizer and schedule of ``section`` are made here, not by DeepSpeed.
+        """
         mark_experts(model, groups.expert_group_name)
         self.__dict__["process_groups"] = groups  # before the base class is initialised, as its hooks need them
         self.__dict__["held_masters"] = {}  # see _own_part of parameter_state.py
-        config = _deepspeed.DeepSpeedConfig(section)
-        _deepspeed.set_optimizer_flags(config, model)
+        self.__dict__["first_states"] = partial(first_states, section)
+        theirs = {key: value for key, value in section.items() if given or key != "scheduler"}
+        config = _deepspeed.DeepSpeedConfig(theirs)
+        if given:
+            _deepspeed.set_optimizer_flags(config, model)
+        options = {"args": None, "model_parameters": _trained_groups(model), "dist_init_required": False}
         super().__init__(
-            args=None,
+            **options | (given or {"optimizer": partial(build_optimizer, section)}),
             model=model,
-            model_parameters=_trained_groups(model),
-            dist_init_required=False,
-            config=section,
+            config=theirs,
             config_class=config,
         )
+        if not given:
+            self.lr_scheduler = Schedule(section, self.optimizer.param_groups)
         if self.shards_parameters:
             check_groups(model.parameters(), self.group_of)
             self.__dict__["own_hooks"] = gather_for_backward(model)
@@ -79,7 +93,8 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     def _configure_distributed_model(self, model: nn.Module) -> None:
         experts = [parameter for parameter in model.parameters() if is_expert_parameter(parameter)]
         self.has_moe_layers = bool(experts)  # else DeepSpeed misses their groups
-        super()._configure_distributed_model(model)
+        with engine_knows_experts():
+            super()._configure_distributed_model(model)
         if not self.shards_parameters and not any(parameter.requires_grad for parameter in experts):
             self.has_moe_layers = False  # ZeRO stages 1 and 2 insist on a group of trained experts where it is set
 
@@ -107,7 +122,7 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if not self.zero_optimization():
             self._global_grad_norm = global_grad_norm(self.module, self.process_groups)
-            if self.step_was_skipped and self.torch_autocast_z0_gradscaler is None:
+            if self.step_was_skipped:
                 # Left out as DeepSpeed does by itself at ZeRO stages 1 and 2.
                 self.zero_grad()
                 self.losses = None
@@ -125,15 +140,9 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
                 parameter.grad.mul_(scale)
 
 
-def _trained_groups(model: nn.Module) -> list[nn.Parameter] | list[dict[str, Any]]:
-    """Return the parameters that train for the optimizer, in groups where they are experts alone.
-
-    DeepSpeed would split experts off itself, and fail at ZeRO stages 1 and 2 (0.19.8) on the group of dense
-    parameters that stays behind empty.
-    """
+def _trained_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameters that train for the optimizer: a group of dense ones, then groups of experts."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not all(map(is_expert_parameter, trained)):
-        return trained
     split = _deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer
     return [group for group in split({"params": trained, "name": "dense-params"}) if group["params"]]
 
@@ -142,15 +151,7 @@ def mark_experts(model: nn.Module, group_name: str) -> None:
     """Put DeepSpeed's attributes on the parameters of every bank of experts in ``model``."""
     for bank in model.modules():
         if isinstance(bank, ExpertBank):
-            for parameter in bank.parameters():
-                marks = {
-                    "allreduce": False,
-                    "group_name": group_name,
-                    "ds_zero_placement_family": "autoep_expert",
-                    "ds_zero_partition_group_name": group_name,
-                }
-                for name, value in marks.items():
-                    setattr(parameter, name, value)
+            bank.mark(group_name)
 
 
 def is_expert_parameter(parameter: nn.Parameter) -> bool:

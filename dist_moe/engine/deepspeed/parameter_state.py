@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_moe.engine.deepspeed.optimizers import has_shape
 from dist_moe.engine.deepspeed.sharded_parameters import gather_kept, own_slice, whole_shape
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def write_parameter_state(
     its states, whole, in host memory or on the device. Collective over all ranks.
     """
     if keys or scalars:
-        _create_optimizer_states(engine, keys, scalars)
+        _create_optimizer_states(engine, scalars)
     for name, parameter in engine.module.named_parameters():
         for key, value in states_of(name).items():
             write_state(engine, parameter, key, value)
@@ -91,7 +92,7 @@ def write_parameter_state(
 def state_scalars(engine: ExpertParallelEngine) -> dict[str, float]:
     """Return the optimizer's states without a shape, which are the same for all parameters; none before a step."""
     states = _optimizer_states(engine)
-    return {key: float(value) for key, value in states[0].items() if not _has_shape(value)} if states else {}
+    return {key: float(value) for key, value in states[0].items() if not has_shape(value)} if states else {}
 
 
 def state_keys(engine: ExpertParallelEngine) -> list[str]:
@@ -99,7 +100,7 @@ def state_keys(engine: ExpertParallelEngine) -> list[str]:
     states = _optimizer_states(engine)
     if states:
         _link_states(engine)
-    return [MASTER, *(key for key, value in (states[0] if states else {}).items() if _has_shape(value))]
+    return [MASTER, *(key for key, value in (states[0] if states else {}).items() if has_shape(value))]
 
 
 def read_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str) -> Tensor:
@@ -234,10 +235,6 @@ def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str,
         (parameter.ds_tensor if engine.shards_parameters else parameter).copy_(value)  # type: ignore[attr-defined]
 
 
-def _has_shape(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
-
-
 def _torch_optimizer(engine: ExpertParallelEngine) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
 
@@ -246,8 +243,11 @@ def _optimizer_states(engine: ExpertParallelEngine) -> list[dict[str, Any]]:
     return [dict(state) for state in _torch_optimizer(engine).state.values()]
 
 
-def _create_optimizer_states(engine: ExpertParallelEngine, keys: Sequence[str], scalars: dict[str, float]) -> None:
+def _create_optimizer_states(engine: ExpertParallelEngine, scalars: dict[str, float]) -> None:
     """Give each tensor that the optimizer owns a state of its own (none shares its step with another).
+
+    Numbers are as the optimizer itself would make them: torch's fused Adam counts steps on the device, others count
+    on the CPU, DeepSpeed's Adam counts in Python.
 
     At stage 3 (0.19.8) DeepSpeed puts its sub-groups into the optimizer's parameter groups one by one, within a step
     only; between steps the groups there are not what has state.
@@ -255,11 +255,19 @@ def _create_optimizer_states(engine: ExpertParallelEngine, keys: Sequence[str], 
     optimizer = _torch_optimizer(engine)
     groups = optimizer.param_groups
     sharded = engine.shards_parameters
-    for owned in engine.optimizer.fp32_partitioned_groups_flat if sharded else (p for g in groups for p in g["params"]):
-        optimizer.state[owned] = {key: torch.zeros_like(owned) for key in keys} | {
-            key: torch.tensor(value) for key, value in scalars.items()
+    all_owned = engine.optimizer.fp32_partitioned_groups_flat if sharded else [p for g in groups for p in g["params"]]
+    like = engine.first_states(all_owned[0].device)
+    for owned in all_owned:
+        optimizer.state[owned] = {
+            key: torch.zeros_like(owned) if has_shape(value) else number_like(value, scalars[key])
+            for key, value in like.items()
         }
     _link_states(engine)
+
+
+def number_like(value: Any, number: float) -> Any:
+    """Return ``number`` as ``value`` is: a tensor of its dtype on its device, or a number of Python."""
+    return torch.full_like(value, number) if isinstance(value, Tensor) else type(value)(number)
 
 
 def _link_states(engine: ExpertParallelEngine) -> None:

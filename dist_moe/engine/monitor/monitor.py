@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +14,10 @@ from tqdm import tqdm
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.tensorboard import TensorBoardSettings
 from dist_moe.engine.monitor.trackers import MetricsFileSettings, Tracker, TrackerSettings
+from dist_moe.screen import say
 
 SECONDS_BETWEEN_LINES = 10.0
+_LOST_TERMINAL = suppress(OSError, ValueError)
 DEFAULT_TRACKERS: tuple[TrackerSettings, ...] = (MetricsFileSettings(), TensorBoardSettings())
 
 
@@ -39,17 +42,23 @@ class Monitor:
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._progress: ProgressLine | None = None
         self._trackers: dict[str, Tracker] = {}
+        self._spoilt = 0
         if not is_rank_zero:
             return
         self._progress = ProgressLine(total_steps, first_step)
         if run is not None:
-            run.forget_metrics_after(first_step)
+            self._spoilt = run.forget_metrics_after(first_step)
+            if self._spoilt:
+                self.say(
+                    f"warning: {self._spoilt} line(s) of {run.metrics} are no records; moved to {run.metrics.name}.bad"
+                )
             self._trackers = {one.name: one.build(run.root, first_step, self.say) for one in trackers}
 
     @property
     def lost_records(self) -> dict[str, int]:
-        """How many could not be written, by tracker; final after :meth:`close`. Empty but on rank 0."""
-        return {name: tracker.lost for name, tracker in self._trackers.items()}
+        """How many could not be written or were spoilt, by tracker; final after :meth:`close`. Empty but on rank 0."""
+        spoilt: dict[str, int] = {MetricsFileSettings().name: self._spoilt}
+        return {name: tracker.lost + spoilt.get(name, 0) for name, tracker in self._trackers.items()}
 
     def say(self, text: str) -> None:
         """Print a sentence, above the live line."""
@@ -89,6 +98,14 @@ class Monitor:
         for tracker in self._trackers.values():
             tracker.image(name, matrix, step)
 
+    def follow(self, run: RunDirectory | None) -> None:
+        """Write to where the run directory is now; None: there is none any more, and nothing is written."""
+        for tracker in self._trackers.values():
+            if run is not None:
+                tracker.follow(run.root)
+        if run is None:
+            self._trackers = {}
+
     def close(self) -> None:
         """Write for the last time."""
         for tracker in self._trackers.values():
@@ -106,7 +123,7 @@ class ProgressLine:
         self._started = time.monotonic()
         self._last_line = -SECONDS_BETWEEN_LINES
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def update(self, records: list[dict[str, Any]]) -> None:
@@ -118,26 +135,29 @@ class ProgressLine:
             f"{active}{_count(latest['wire_bytes'])}B exchanged"
         )
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(len(records))
+            with _LOST_TERMINAL:
+                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.update(len(records))
         elif latest["step"] == self._total or time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             per_step = (time.monotonic() - self._started) / (latest["step"] - self._first)
             minutes, seconds = divmod(round(per_step * (self._total - latest["step"])), 60)
             left = f"{minutes}:{seconds:02d} left"
-            print(f"step {latest['step']}/{self._total}: {text}, {left}", file=sys.stderr)
+            say(f"step {latest['step']}/{self._total}: {text}, {left}")
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the live one."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            with _LOST_TERMINAL:
+                self._bar.write(text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr)
+            say(text)
 
     def close(self) -> None:
         """Leave the live line as it is."""
         if self._bar is not None:
-            self._bar.close()
+            with _LOST_TERMINAL:
+                self._bar.close()
 
 
 def _count(number: float) -> str:

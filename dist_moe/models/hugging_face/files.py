@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from dist_moe.config.files import read_json
+from dist_moe.config.files import json_text, read_json_object
 from dist_moe.config.registry import UNKNOWN_NAME
 from dist_moe.errors import UserError, shown
 
@@ -145,7 +144,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:
     try:
-        return read_json(path)
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as {what}: {error}") from error
 
@@ -171,7 +170,7 @@ def write_directory(directory: Path, config: Mapping[str, Any], tensors: Mapping
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (directory / CONFIG).write_text(json_text(config, sort_keys=True), encoding="utf-8")
         save_file(whole, directory / WEIGHTS, metadata={"format": "pt"})
         shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # the library's files are for their owner's eyes only
     except (OSError, SafetensorError) as error:
@@ -212,7 +211,7 @@ def write_tokenizer(
     about |= {use: token for use, token in special.items() if token is not None}
     try:
         (directory / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        (directory / TOKENIZER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (directory / TOKENIZER_CONFIG).write_text(json_text(about), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error}") from error
 

@@ -15,17 +15,20 @@ from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.callbacks import Callback, Validation
 from dist_moe.engine.checkpoint.files import newest_good_checkpoint
 from dist_moe.engine.checkpoint.format import read_trainer_state
-from dist_moe.engine.checkpoint.loading import agree_on_checkpoint
+from dist_moe.engine.checkpoint.loading import agree_on_checkpoint, check_optimizer_of_checkpoint
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
+from dist_moe.engine.deepspeed.schedules import check_changes_have_effect, check_length_of_schedule
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
-from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest, disable_malloc_trim, stop_requests
+from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
+from dist_moe.engine.launch.signals import StopRequest, stop_requests
 from dist_moe.engine.training import FitResult, Objective, Trainer, fit
 from dist_moe.errors import UserError
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
-from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart
+from dist_moe.recipes.identity import Described, Identity, identify
+from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart, load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
 from dist_moe.recipes.supervised.size import check_fits
@@ -42,12 +45,14 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class SupervisedPlan:
-    """A run whose checks have passed. ``checkpoint``: where to go on from; None for a new run."""
+    """A run whose checks have passed. ``checkpoint``: where to go on from; None for a new run. ``identity``: what it
+    is beside its configuration."""
 
     start: RunStart
     task: Task
     feed: ShuffledFeed[Any]
     checkpoint: Path | None
+    identity: Identity
 
     @property
     def config(self) -> SupervisedConfig:
@@ -93,11 +98,15 @@ class SupervisedRecipe(RecipeSettings):
         check_fits(config, task, start.environment)
         if checkpoint is None and config.start is not None:
             config.start.check(config, task)
+        identity = identify(start, Identity(data=task.digests(), weights=self.weights(config, task)), checkpoint)
         feed = feed_of(config, task, start.environment)
-        config.train.total_steps(feed.steps_per_epoch)  # more than can be counted are refused
         if config.swap_search is not None:
             config.swap_search.check(config.train, feed.steps_per_epoch)
-        return SupervisedPlan(start, task, feed, checkpoint)
+        check_length_of_schedule(config.deepspeed, config.train.total_steps(feed.steps_per_epoch))
+        if checkpoint is not None:
+            check_optimizer_of_checkpoint(checkpoint, config.deepspeed)
+            check_changes_have_effect(load_config(start.run.config).deepspeed, config.deepspeed)
+        return SupervisedPlan(start, task, feed, checkpoint, identity)
 
     def train(self, plan: SupervisedPlan) -> int:
         """Open the process groups and train; 0, or 128 + signal if it was asked to stop."""
@@ -105,8 +114,6 @@ class SupervisedRecipe(RecipeSettings):
         start, config = plan.start, plan.config
         if start.environment.is_rank_zero:
             start.run.create()
-            if plan.checkpoint is None:
-                start.run.describe(config.plain(), start.environment)
         # A signal while the groups open ends the process at once: there is nothing to save, and perhaps a dead peer.
         with process_groups(start.environment, config.parallel) as groups, stop_requests() as stop:
             result = self.train_in_groups(plan, groups, stop)
@@ -124,8 +131,6 @@ class SupervisedRecipe(RecipeSettings):
         model = build_model(config, task, groups.world)
         if checkpoint is None and config.start is not None:
             config.start.fill(model, config, task, start.environment)
-        if checkpoint is not None and start.environment.is_rank_zero:
-            start.run.describe(config.plain(), start.environment)
         ending = FinalEvaluation(task, config.target_weights)
         with watchdog(start.run.root, start.environment, config.parallel):
             fitted = fit(
@@ -135,7 +140,12 @@ class SupervisedRecipe(RecipeSettings):
                 config.train,
                 deepspeed=config.deepspeed,
                 seed=config.seed,
-                callbacks=[Opening(plan), *callbacks_of(config, task, on_validation), ending],
+                callbacks=[
+                    Opening(plan),
+                    Described(start, plan.identity),
+                    *callbacks_of(config, task, on_validation),
+                    ending,
+                ],
                 trackers=config.trackers,
                 run=start.run,
                 resume_from=checkpoint,
@@ -154,6 +164,14 @@ class SupervisedRecipe(RecipeSettings):
 
     def check(self, config: SupervisedConfig, task: Task) -> None:
         """Raise UserError for what a run, new or resumed, could not train with."""
+
+    def weights(self, config: SupervisedConfig, task: Task) -> dict[str, str]:
+        """Return digests of the weights that a run starts from or follows, by name, as far as they are (still) there.
+
+        Raises UserError for weights that are not intact.
+        """
+        start = None if config.start is None else config.start.digest(task)
+        return {} if start is None else {"start": start}
 
     def objective(self, config: SupervisedConfig, task: Task, groups: ProcessGroups) -> Objective:
         """Return what the model is trained for. Raises UserError if what it needs is not there."""
@@ -225,6 +243,8 @@ class Opening(Callback):
         plan = self._plan
         for line in (*plan.start.warnings, opening_line(plan.config, plan.task, trainer, plan.start.run.root)):
             trainer.monitor.say(line)
+        if trainer.groups.environment.world_size > 1:
+            trainer.monitor.say(f"ranks exchange over {trainer.groups.transport}")
 
 
 class FinalEvaluation(Callback):
@@ -253,7 +273,7 @@ class FinalEvaluation(Callback):
 
 
 def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvaluation) -> None:
-    """Print the table of metrics and write the run's summary. Raises UserError if it cannot be written."""
+    """Write the run's summary, then print the table of metrics. Raises UserError if it cannot be written."""
     task, run, fitted = plan.task, plan.start.run, result.fit
     assert result.test is not None
     baselines = evaluate_baselines(task, task.test, plan.config.target_weights)
@@ -262,6 +282,7 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
         "test": result.test,
         "baselines": baselines,
         "data": task.manifest,
+        "data_changes": plan.identity.plain()["changes"],
         "steps": fitted.steps,
         "first_step": fitted.first_step,
         "training_seconds": fitted.history.seconds,
@@ -269,9 +290,6 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
         "lost_records": fitted.lost_records,
         **ending.costs,
     }
-    print(metrics_table(result.test, predictor_rows(baselines)))
-    if ending.report:
-        print(ending.report)
     try:
         write_json(run.summary, summary)
     except OSError as error:
@@ -279,4 +297,7 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
             f"{run.summary} could not be written: {error}; the checkpoints are complete: make room, then let "
             f"'dist-moe train --resume {run.root}' write it, or print the metrics by 'dist-moe evaluate'"
         ) from error
+    print(metrics_table(result.test, predictor_rows(baselines)))
+    if ending.report:
+        print(ending.report)
     print(f"everything about this run is in {run.root}; look at it with: tensorboard --logdir {run.root}")
