@@ -16,6 +16,10 @@ LARGEST_VOCABULARY = 1 << 24
 """Ids that a tokenizer may have: some tables have a row for each, and no tokenizer in use has a tenth of them."""
 
 
+_SAID = 300
+"""Characters of what the library says that are passed on."""
+
+
 @contextmanager
 def refusing(subject: str, remedy: str, failure: str = "fails on the text") -> Iterator[None]:
     """Turn what the library raises within, bare exceptions and panics, into a `UserError` about ``subject``.
@@ -29,7 +33,8 @@ def refusing(subject: str, remedy: str, failure: str = "fails on the text") -> I
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{subject} {failure}: {error}. Remedy: {remedy}") from error
+        said = str(error)[:_SAID]  # the library quotes what it cannot read, however long it is
+        raise UserError(f"{subject} {failure}: {said}. Remedy: {remedy}") from error
 
 
 def read_tokenizer(path: Path, subject: str | None = None) -> tuple[Tokenizer, Path, bytes]:

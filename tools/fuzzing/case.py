@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a case."""
+    """The result of a case."""
 
     verdict: Verdict
     what: str

@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 
 
 class RunArea(Area):
-    """The common part of the areas of run directories: a run of four steps with two checkpoints."""
+    """The base of the areas of run directories: a run of four steps with two checkpoints."""
 
     @property
     def made(self) -> Path:
