@@ -32,6 +32,12 @@ PLANNED, TRAINED = 60, 6
 LONGEST_MESSAGE = 2000
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where caches of odd names may be made."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     return write_bases(tmp_path_factory.mktemp("bases"))
