@@ -177,19 +177,25 @@ class RunDirectoryWatch(Callback):
         moved = [one.pop(_MOVED, None) for one in records]
         if trainer.run is None or not any(moved):
             return
-        before, now = trainer.run.root, gather_objects(self._directory.find() if self._directory else None)[0]
-        if now is None:
+        found = self._directory.find() if self._directory else None
+        before, place = trainer.run.root, gather_objects(str(found) if found else None)[0]
+        if place is None:
             trainer.monitor.follow(None)
             raise UserError(f"the run directory {before} was removed while it was trained: the training ends with it")
+        now = Path(place)
         if self._directory is not None:
             self._directory.path = now
         trainer.run = RunDirectory(now)
         trainer.monitor.follow(trainer.run)
-        trainer.stop()
         self._sentence = (
             f"the run directory {before} is {now} since it was renamed while it was trained: the training has ended "
             f"with a checkpoint there; go on with 'dist-moe train --resume' and the run's new name"
         )
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the directory is elsewhere by now, for which the training stops; alike on all ranks."""
+        return bool(self._sentence)
 
     def check_place(self) -> None:
         """Raise FileNotFoundError, on rank 0, if the directory's path leads elsewhere: to nothing, or another run."""

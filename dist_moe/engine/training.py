@@ -196,7 +196,7 @@ class Trainer:
         self._layers = list(moe_layers(engine.module).values())
         self._window, self._host_records = StepWindow(), list[dict[str, Any]]()
         self._skipped_in_a_row = 0
-        self._is_ending = self._is_stopped = self._checkpoint_is_due = False
+        self._is_ending = self._checkpoint_is_due = False
         self._seconds_before, self._started = 0.0, time.monotonic()
 
     @property
@@ -217,10 +217,6 @@ class Trainer:
     def end(self) -> None:
         """Make the present step the last. On every rank alike."""
         self._is_ending = True
-
-    def stop(self) -> None:
-        """Stop with a checkpoint, as after a signal, when the numbers of these steps are shown. On every rank alike."""
-        self._is_stopped = True
 
     def ask_for_checkpoint(self) -> None:
         """Have a checkpoint written when the present step is over. On every rank alike."""
@@ -367,7 +363,7 @@ class Trainer:
             self.monitor.steps(records)
         if writers and not writers[-1]:
             self._saver.settle()  # at the same step on all ranks, and nobody waits
-        return any(stops) or self._is_stopped
+        return any(stops) or self._watch.has_moved
 
     def _take_best(self) -> Path | None:
         """Bring back the weights of the best validation loss, if they were kept; their checkpoint."""
