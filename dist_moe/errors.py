@@ -1,5 +1,7 @@
 """Errors that the user can fix: the command line prints their message and exits with code 2."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A mistake in what the user gave: configuration, data, checkpoint or command line.
@@ -19,5 +21,8 @@ class DivergedError(UserError):
 
 def shown(value: object, limit: int = 80) -> str:
     """Return ``repr(value)`` for a message, cut to ``limit`` characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of very many digits"  # Python refuses to write out thousands of them
     return text if len(text) <= limit else f"{text[:limit]}..."

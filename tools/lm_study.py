@@ -12,7 +12,6 @@ be stopped and given again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dist_moe.config.files import parse_json
 from dist_moe.data.text import TextConfig
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.models.transformer import Transformer
@@ -97,7 +97,7 @@ def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
     run = study_run(name, seed, options)
     model, sequence_length = built(run.directory)
     records = [
-        json.loads(line) for line in RunDirectory(run.directory).metrics.read_text(encoding="utf-8").splitlines()
+        parse_json(line) for line in RunDirectory(run.directory).metrics.read_text(encoding="utf-8").splitlines()
     ]
     steps = [record for record in records if "validation" not in record]
     tokens = load_config(RunDirectory(run.directory).config).train.batch_size * sequence_length
@@ -110,7 +110,7 @@ def rows_of(name: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
 
     yield row(name, run.summary["test"])
     for k in powers_of_two(model.config.num_experts) if name == SELF_SLIMMABLE else ():
-        told = json.loads(dist_moe("evaluate", run.directory, f"model.gate.evaluation_k={k}", "--json"))
+        told = parse_json(dist_moe("evaluate", run.directory, f"model.gate.evaluation_k={k}", "--json"))
         yield row(f"{name}, evaluated at k = {k}", told["test"])
 
 

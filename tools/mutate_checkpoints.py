@@ -78,7 +78,7 @@ def seal(directory: Path, manifest: dict[str, Any]) -> None:
                 manifest["sizes"][name] = file.stat().st_size
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     digest = hashlib.sha256(json_text(content).encode()).hexdigest()
-    (directory / MANIFEST).write_text(json_text(content | {"sha256": digest}))
+    (directory / MANIFEST).write_text(json_text(content | {"sha256": digest}), encoding="utf-8")
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -113,7 +113,7 @@ def mutate_json(content: dict[str, Any], drawn: random.Random) -> str:
 
 def change_trainer(directory: Path, drawn: random.Random) -> str:
     """Change a value of the trainer's state, in which callbacks and placements may have been added."""
-    content = json.loads((directory / TRAINER).read_text())
+    content = json.loads((directory / TRAINER).read_text(encoding="utf-8"))
     if drawn.random() < 0.3:
         order = drawn.choice([[0, 1, 2, 3], [3, 2, 1, 0], [0, 0, 1, 2], [0, 1], list(range(8)), [-1, 0, 1, 2]])
         content["placements"] = {
@@ -122,13 +122,13 @@ def change_trainer(directory: Path, drawn: random.Random) -> str:
     if drawn.random() < 0.2:
         content["callbacks"]["PlacementCallback"] = {"loads": drawn.choice(ODD_VALUES)}
     what = mutate_json(content, drawn)
-    (directory / TRAINER).write_text(json.dumps(content, indent=2))
+    (directory / TRAINER).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return what
 
 
 def change_trainer_text(directory: Path, drawn: random.Random) -> str:
     """Replace the text of the trainer's state by one that is odd JSON, or none."""
-    text = (directory / TRAINER).read_text()
+    text = (directory / TRAINER).read_text(encoding="utf-8")
     name, odd = drawn.choice(
         [
             ("duplicate key", text.replace("{", '{"step": 0,', 1)),
@@ -144,7 +144,7 @@ def change_trainer_text(directory: Path, drawn: random.Random) -> str:
             ("large", text + " " * (129 * 2**20)),
         ]
     )
-    (directory / TRAINER).write_text(odd)
+    (directory / TRAINER).write_text(odd, encoding="utf-8")
     return name
 
 
@@ -230,7 +230,7 @@ def change_header(directory: Path, drawn: random.Random) -> str:
 
 def change_manifest(directory: Path, drawn: random.Random) -> str:
     """Change a value of the manifest, whose own digest is right afterwards."""
-    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     del manifest["sha256"]
     if drawn.random() < 0.3:
         name = drawn.choice(["../x", "/etc/passwd", ".", "..", "", "sub/x", "a\0b", "x.safetensors", "manifest.json"])
@@ -284,7 +284,7 @@ def mutate(directory: Path, index: int, drawn: random.Random) -> str:
     mutation = MUTATIONS[index % len(MUTATIONS)]
     what = mutation(directory, drawn)
     if mutation is not change_manifest:
-        seal(directory, json.loads((directory / MANIFEST).read_text()))
+        seal(directory, json.loads((directory / MANIFEST).read_text(encoding="utf-8")))
     return f"{mutation.__name__}: {what}"
 
 
@@ -352,7 +352,7 @@ SECTIONS: dict[str, Any] = {
     "train": {"max_steps": 4, "checkpoint_every": 4, "validate_every": 2},
     "deepspeed": {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 20}}},
 }
-"""Of a run whose checkpoint has a learnt table, a schedule and validations."""
+"""The configuration of a run whose checkpoint has a learnt table, a schedule and validations."""
 
 
 def main() -> int:

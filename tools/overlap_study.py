@@ -9,7 +9,6 @@ one MoE layer, with 1, 2, 4 and 8 chunks in turn, on the same tokens; outputs mu
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from dist_moe.config.files import json_line, parse_json
 from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.experts import FeedForwardBank
@@ -52,7 +52,7 @@ def main() -> None:
     if options.measured is not None:
         measured = measure(options)
         if os.environ["RANK"] == "0":
-            options.measured.write_text(json.dumps(measured), encoding="utf-8")
+            options.measured.write_text(json_line(measured), encoding="utf-8")
         return
     page = table(options)
     print(page)
@@ -107,7 +107,7 @@ def measured_over(rate: str, options: argparse.Namespace) -> dict[str, list[floa
         else:
             with cluster(RANKS, rate) as nodes:
                 run_ranks(words, nodes, 1, port=PORT, patience_s=PATIENCE_S)
-        seconds: dict[str, list[float]] = json.loads(measured.read_text(encoding="utf-8"))
+        seconds: dict[str, list[float]] = parse_json(measured.read_text(encoding="utf-8"))
     return seconds
 
 

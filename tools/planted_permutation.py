@@ -11,7 +11,6 @@ same candidates by running the whole model for each.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_moe.config.files import json_line, parse_json
 from dist_moe.data.batches import shard_batches
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.recipes.callbacks.swap_search import in_double_precision, search_swaps
@@ -44,7 +44,7 @@ def main() -> None:
     if options.one is not None:
         measured = measure(options.one, options.seed)
         if LaunchEnvironment.read().is_rank_zero:
-            print(json.dumps(measured))
+            print(json_line(measured))
         return
     rows = []
     for gate in GATES:
@@ -75,7 +75,7 @@ def searched(run: Path, seed: int, ranks: int) -> dict[str, Any]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         encoding="utf-8",
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return parse_json(done.stdout.splitlines()[-1])
 
 
 def measure(run_dir: Path, seed: int) -> dict[str, Any]:

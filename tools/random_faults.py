@@ -13,7 +13,6 @@ must be recorded once; and no checkpoint may ever have been lost.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import signal
@@ -31,6 +30,7 @@ from safetensors.torch import load_file
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from dist_moe.config.files import parse_json, read_json  # noqa: E402
 from dist_moe.config.plain_yaml import yaml_text  # noqa: E402
 from dist_moe.engine.checkpoint.files import (  # noqa: E402
     checkpoints_of,
@@ -186,7 +186,7 @@ def differences(run: Path, reference: Path, steps: int) -> list[str]:
     """Return what is not as in the undisturbed run."""
     found = []
     records = [
-        [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        [parse_json(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         for path in (run, reference)
     ]
     if len(records[0]) != len(records[1]):
@@ -203,7 +203,7 @@ def differences(run: Path, reference: Path, steps: int) -> list[str]:
         for p in (run, reference)
     )
     found += [f"tensor {name}" for name in theirs if name not in ours or not ours[name].equal(theirs[name])]
-    tests = [json.loads((path / "summary.json").read_text(encoding="utf-8"))["test"] for path in (run, reference)]
+    tests = [read_json(path / "summary.json")["test"] for path in (run, reference)]
     return found + (["the test figures"] if tests[0] != tests[1] else [])
 
 

@@ -8,7 +8,6 @@ The machines are network namespaces with cables of limited speed (tools/namespac
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from dist_moe.config.files import parse_json, read_json
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.runs import write_config
 from tools.namespaces import INTERFACE, Node, cluster, why_not
@@ -191,8 +191,8 @@ class Result:
 
     @classmethod
     def read(cls, run: Path) -> Result:
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        test = json.loads((run / "summary.json").read_text(encoding="utf-8"))["test"]
+        records = [parse_json(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        test = read_json(run / "summary.json")["test"]
         losses = [float(record["loss"]) for record in records]
         return cls(losses, test, sum(int(record["wire_rows"]) for record in records))
 

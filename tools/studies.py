@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dist_moe.config.files import read_json
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.recipes.recipe import load_config
@@ -34,7 +34,7 @@ class StudyRun:
     @property
     def summary(self) -> dict[str, Any]:
         """The summary of the trained run."""
-        content: dict[str, Any] = json.loads(RunDirectory(self.directory).summary.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(RunDirectory(self.directory).summary)
         return content
 
     def train(self, keep_weights: bool = True) -> None:

@@ -10,7 +10,6 @@ the same tokens; results and gradients must agree. Namespaces are removed at the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -26,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from dist_moe.config.files import json_line, parse_json
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.experts import DenseReLUBank
@@ -56,14 +56,14 @@ def main() -> None:
     if options.measured is not None:
         measured = measure(options)
         if os.environ["RANK"] == "0":
-            options.measured.write_text(json.dumps(measured), encoding="utf-8")
+            options.measured.write_text(json_line(measured), encoding="utf-8")
         return
     signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory() as directory, cluster(NODES, RATE) as nodes:
         path = Path(directory) / "measured.json"
         words = [sys.executable, *sys.argv, "--measured", str(path)]
         run_ranks(words, nodes, RANKS_PER_NODE, port=PORT, patience_s=PATIENCE_S)
-        measured = json.loads(path.read_text(encoding="utf-8"))
+        measured = parse_json(path.read_text(encoding="utf-8"))
     options.report.parent.mkdir(exist_ok=True)
     options.report.write_text(page(measured, options), encoding="utf-8")
     print(options.report.read_text(encoding="utf-8"))

@@ -12,7 +12,6 @@ its times.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_moe.config.files import json_line, parse_json
 from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
@@ -80,7 +80,7 @@ def main() -> None:
     if options.place is not None:
         measured = on_rank(PLACES[options.place], options)
         if os.environ["RANK"] == "0":
-            options.measured.write_text(json.dumps(measured), encoding="utf-8")
+            options.measured.write_text(json_line(measured), encoding="utf-8")
         return
     signal.signal(signal.SIGTERM, _leave)  # else ranks and namespaces would be left
     results: dict[str, list[dict[str, Any]]] = {}
@@ -119,7 +119,7 @@ def run_place(number: int, measured: Path) -> list[dict[str, Any]]:
     words = [sys.executable, "-m", "tools.validate_plan", *arguments]
     with nullcontext([None] * place.nodes) if place.rate is None else cluster(place.nodes, place.rate) as nodes:
         run_ranks(words, nodes, place.per_node, port=PORT + number, patience_s=PATIENCE_S)
-    content: list[dict[str, Any]] = json.loads(measured.read_text(encoding="utf-8"))
+    content: list[dict[str, Any]] = parse_json(measured.read_text(encoding="utf-8"))
     return content
 
 

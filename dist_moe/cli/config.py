@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from dist_moe.cli.commands import Commands, add_config
+from dist_moe.config.files import json_text
 from dist_moe.errors import UserError
 
 
@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
         print(field_listing(chosen, options.fields))
         return 0
     if options.schema:
-        print(json.dumps(configuration_of(content.get("recipe")).model_json_schema(), indent=2))
+        print(json_text(configuration_of(content.get("recipe")).model_json_schema()).rstrip())
         return 0
     if options.config is None:
         raise UserError("name a configuration to check, or ask for --fields or --list")

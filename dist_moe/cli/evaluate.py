@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from dist_moe.cli.commands import Commands
+from dist_moe.cli.commands import Commands, add_changed_data
+from dist_moe.config.files import json_text
 
 
 def add_to(commands: Commands) -> None:
@@ -23,6 +23,7 @@ def add_to(commands: Commands) -> None:
         "model.gate.k=1 (top_k, ada_moe), model.gate.evaluation_k=4 (smoe_dropout)",
     )
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_changed_data(evaluate)
     evaluate.set_defaults(run=_run)
 
 
@@ -31,8 +32,8 @@ def _run(options: argparse.Namespace) -> int:
     from dist_moe.recipes.supervised.evaluate import evaluate_run
     from dist_moe.recipes.supervised.report import metrics_table, predictor_rows
 
-    result = evaluate_run(options.run_dir, options.overrides)
+    result = evaluate_run(options.run_dir, options.overrides, allow_changed_data=options.allow_changed_data)
     if LaunchEnvironment.read().is_rank_zero:
         table = metrics_table(result["test"], predictor_rows(result["baselines"]))
-        print(json.dumps(result, indent=2) if options.json else f"{result['checkpoint']}\n{table}")
+        print(json_text(result).rstrip() if options.json else f"{result['checkpoint']}\n{table}")
     return 0

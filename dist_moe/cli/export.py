@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dist_moe.cli.commands import Commands
+from dist_moe.cli.commands import Commands, add_changed_data
 from dist_moe.errors import UserError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -30,6 +30,7 @@ def add_to(commands: Commands) -> None:
         help="of a decoder, with --hf (default: the first that has a place for all that the model is)",
     )
     export.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters (default: %(default)s)")
+    add_changed_data(export)
     export.set_defaults(run=_run)
 
 
@@ -44,7 +45,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.hf is not None:
         from dist_moe.recipes.hugging_face.export import export_hugging_face
 
-        written = export_hugging_face(options.source, options.hf, dtype, options.architecture)
+        allow = options.allow_changed_data
+        written = export_hugging_face(options.source, options.hf, dtype, options.architecture, allow_changed_data=allow)
         print(f"{written.architecture} of {written.parameters:,} parameters in {written.directory}")
         return 0
     if options.architecture is not None:

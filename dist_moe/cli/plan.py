@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from dist_moe.cli import plan_scale
 from dist_moe.cli.commands import Commands, add_config
+from dist_moe.config.files import json_text
 from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _plan_memory(options: argparse.Namespace) -> int:
     config.fitted(ranks).check(ranks)
     memory = None if options.memory_gib is None else int(options.memory_gib * _GIB)
     plan = plan_memory(config, config.data.open(progress=True), ranks, memory)
-    print(json.dumps(plan.plain(), indent=2) if options.json else _table(plan))
+    print(json_text(plan.plain()).rstrip() if options.json else _table(plan))
     return 0
 
 

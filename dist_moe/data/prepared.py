@@ -8,7 +8,7 @@ loading, and as everything in it can be made again, it is made again.
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dist_moe.config.files import digest_of, write_json
+from dist_moe.config.files import digest_of, read_json_object, write_json
 from dist_moe.config.settings import Settings
 from dist_moe.data.fetch.files import CACHE_ENV, cache_directory, locked, replacing, usable
 from dist_moe.data.fetch.progress import Progress
@@ -64,6 +64,18 @@ class Prepared:
 def by_part(columns: Mapping[str, Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """Return the named arrays of each part under names by which `Prepared.columns` finds them."""
     return {f"{part}_{name}": array for part, arrays in columns.items() for name, array in arrays.items()}
+
+
+def digests_by_part(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return a SHA-256 for each part of the data, and for each array that belongs to none, by its name.
+
+    ``files``: the entries that a manifest has of its arrays, whose digests these are made of.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(files):
+        part = next((part for part in PARTS if name.startswith(f"{part}_")), name)
+        found.setdefault(part, []).append(f"{name} {files[name]['sha256']}\n")
+    return {part: hashlib.sha256("".join(lines).encode()).hexdigest() for part, lines in found.items()}
 
 
 class NotUsable(Exception):
@@ -111,7 +123,7 @@ def prepared(target: Path, build: Callable[[], Prepared], progress: Progress) ->
 def load(target: Path) -> Prepared:
     """Memory-map every array of ``target``, or raise NotUsable if a size or SHA-256 is not that of the manifest."""
     try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json_object(target / MANIFEST)
         arrays = {name: _load_array(target / f"{name}.npy", entry) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotUsable(f"{type(error).__name__}: {error}") from error

@@ -17,9 +17,16 @@ from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of
 from dist_moe.engine.health.heartbeats import ACTIVITY
+from dist_moe.engine.monitor.run_directory import OpenDirectory, RunDirectory
+from dist_moe.errors import UserError
+from dist_moe.parallel import gather_objects
+from dist_moe.recording import record
 
 if TYPE_CHECKING:
     from dist_moe.engine.training import Trainer
+
+
+_MOVED = "run_directory_moved"
 
 
 class Callback(ABC):  # noqa: B024 (all hooks are optional)
@@ -141,6 +148,56 @@ class PeriodicCheckpoints(Callback):
         """Ask for a checkpoint if that is due."""
         if step % self._every == 0:
             trainer.ask_for_checkpoint()
+
+
+class RunDirectoryWatch(Callback):
+    """Notices when the run directory is renamed or removed, and ends the training with a checkpoint where it is now.
+
+    Rank 0 looks after every step; the others learn of it with the numbers of the steps, so that all act alike.
+    """
+
+    def __init__(self) -> None:
+        self._directory: OpenDirectory | None = None
+        self._sentence = ""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Hold the directory open."""
+        if trainer.run is not None and trainer.groups.environment.is_rank_zero:
+            self._directory = OpenDirectory(trainer.run.root)
+
+    def after_step(self, trainer: Trainer, step: int) -> None:
+        """Ask the training to stop if the directory is not where it was."""
+        if self._directory is not None and not self._directory.is_there:
+            record(_MOVED, 1.0, reduce="max")
+
+    def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        """Follow the directory, before anything is written for these steps."""
+        moved = [one.pop(_MOVED, None) for one in records]
+        if trainer.run is None or not any(moved):
+            return
+        before, now = trainer.run.root, gather_objects(self._directory.find() if self._directory else None)[0]
+        if now is None:
+            trainer.monitor.follow(None)
+            raise UserError(f"the run directory {before} was removed while it was trained: the training ends with it")
+        if self._directory is not None:
+            self._directory.path = now
+        trainer.run = RunDirectory(now)
+        trainer.monitor.follow(trainer.run)
+        trainer.stop()
+        self._sentence = (
+            f"the run directory {before} is {now} since it was renamed while it was trained: the training has ended "
+            f"with a checkpoint there; go on with 'dist-moe train --resume' and the run's new name"
+        )
+
+    def check_place(self) -> None:
+        """Raise FileNotFoundError, on rank 0, if the directory's path leads elsewhere: to nothing, or another run."""
+        if self._directory is not None and not self._directory.is_there:
+            raise FileNotFoundError(f"{self._directory.path} is not the directory in which this run began")
+
+    def check(self) -> None:
+        """Raise UserError if the directory was not where it had been."""
+        if self._sentence:
+            raise UserError(self._sentence)
 
 
 class PermutationImages(Callback):

@@ -13,7 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.callbacks import Callback, EarlyStopping, PeriodicCheckpoints, PermutationImages
+from dist_moe.engine.callbacks import (
+    Callback,
+    EarlyStopping,
+    PeriodicCheckpoints,
+    PermutationImages,
+    RunDirectoryWatch,
+)
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, drop_after
 from dist_moe.engine.checkpoint.format import TRAINER_FILE, TrainingHistory
 from dist_moe.engine.checkpoint.loading import check_optimizer_of_checkpoint, load_checkpoint, load_weights
@@ -181,14 +187,15 @@ class Trainer:
         if settings.patience is not None:
             own.insert(0, EarlyStopping(settings.patience))
         first: list[Callback] = [objective] if isinstance(objective, Callback) else []
-        self.callbacks: list[Callback] = [*first, *callbacks, *own]
+        self._watch = RunDirectoryWatch()
+        self.callbacks: list[Callback] = [self._watch, *first, *callbacks, *own]
         names = [callback.name for callback in self.callbacks]
         if len(set(names)) < len(names):
             raise ValueError(f"callbacks of a fit need different names, got {sorted(names)}")
         self._layers = list(moe_layers(engine.module).values())
         self._window, self._host_records = StepWindow(), list[dict[str, Any]]()
         self._skipped_in_a_row = 0
-        self._is_ending = self._checkpoint_is_due = False
+        self._is_ending = self._is_stopped = self._checkpoint_is_due = False
         self._seconds_before, self._started = 0.0, time.monotonic()
 
     @property
@@ -209,6 +216,10 @@ class Trainer:
     def end(self) -> None:
         """Make the present step the last. On every rank alike."""
         self._is_ending = True
+
+    def stop(self) -> None:
+        """Stop with a checkpoint, as after a signal, when the numbers of these steps are shown. On every rank alike."""
+        self._is_stopped = True
 
     def ask_for_checkpoint(self) -> None:
         """Have a checkpoint written when the present step is over. On every rank alike."""
@@ -236,6 +247,7 @@ class Trainer:
             in_background=self.settings.async_checkpoints,
             failures_allowed=self.settings.checkpoint_failures_allowed,
             say=self.monitor.say,
+            check=self._watch.check_place,
         )
         first_step, self._started = self.step, time.monotonic()
         interrupted = False
@@ -247,6 +259,7 @@ class Trainer:
                     self._train_step(recorder)
                 interrupted = self._settle_step()
             self._saver.finish()
+            self._watch.check()
             self.history = TrainingHistory(self.history.validation_losses, self._seconds)
             steps, best = self.step, None if interrupted else self._take_best()
             if not interrupted:
@@ -266,6 +279,7 @@ class Trainer:
         is_rank_zero = self.groups.environment.is_rank_zero
         told: list[str] = []
         if is_rank_zero and self.run is not None:
+            self.run.create()
             # What a resumed run does again, or could not be read; and what another patience once kept.
             root = checkpoints_of(self.run.root)
             told += drop_after(root, self.step)
@@ -362,7 +376,7 @@ class Trainer:
             self.monitor.steps(records)
         if writers and not writers[-1]:
             self._saver.settle()  # at the same step on all ranks, and nobody waits
-        return any(stops)
+        return any(stops) or self._is_stopped
 
     def _take_best(self) -> Path | None:
         """Bring back the weights of the best validation loss, if they were kept; their checkpoint."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,13 @@ class ExpertBank(nn.Module, ABC):
 
     ``expert_ids``: distinct global ids of the experts that this bank holds, in the order of axis 0.
     ``dim``, ``out_dim``: width of the rows it takes and of those it gives.
+    ``group_name``: None, or the name under which its ``num_marked`` parameters are marked, see :meth:`mark`.
+    ``dealt_PE``: None, or the :meth:`fingerprint` of what it was last given: built, loaded, cast or moved.
     """
+
+    group_name: str | None = None
+    num_marked: int = 0
+    dealt_PE: Tensor | None = None
 
     def __init__(self, dim: int, out_dim: int, num_experts: int, expert_ids: Sequence[int]) -> None:
         super().__init__()
@@ -29,6 +36,7 @@ class ExpertBank(nn.Module, ABC):
         self.out_dim = out_dim
         self.num_experts = num_experts
         self.expert_ids = tuple(expert_ids)
+        self.register_load_state_dict_post_hook(_mark_again)
 
     @property
     def num_local_experts(self) -> int:
@@ -82,6 +90,48 @@ class ExpertBank(nn.Module, ABC):
         experts, rows = self.num_local_experts, len(x_TD)
         return self(x_TD.repeat(experts, 1), [rows] * experts).unflatten(0, (experts, rows))
 
+    def mark(self, group_name: str) -> None:
+        """Say on every parameter that it is of experts which only some ranks have, in words of DeepSpeed and DDP.
+
+        ``group_name``: its name for the groups of ranks that hold copies. The marks outlast ``deepcopy``, ``pickle``,
+        loading, and what ``Module.to`` and its like do to parameters. What the experts are now counts as dealt.
+        """
+        self.group_name = group_name
+        self.num_marked = len(list(self.parameters()))
+        marks = {
+            "allreduce": False,
+            "group_name": group_name,
+            "ds_zero_placement_family": "autoep_expert",
+            "ds_zero_partition_group_name": group_name,
+            "_ddp_ignored": True,
+        }
+        for parameter in self.parameters():
+            for name, value in marks.items():
+                setattr(parameter, name, value)
+        self.dealt_PE = self.fingerprint()
+
+    @torch.no_grad()
+    def fingerprint(self) -> Tensor | None:
+        """Return (P, E_local) int64, a checksum of every expert in every parameter; None where they hold no numbers.
+
+        Of the bits of at most 64 numbers each, evenly spread; a device is not waited for. Parameters without numbers
+        are those on the meta device, and slices of ZeRO stage 3 and FSDP.
+        """
+        parameters = [p for p in self.parameters() if p.shape[:1] == (self.num_local_experts,)]
+        if not parameters or any(p.is_meta or not p.numel() or type(p) is not nn.Parameter for p in parameters):
+            return None
+        return torch.stack([_checksums(parameter.flatten(1)) for parameter in parameters])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        _mark_again(self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Mark the parameters of a copy, which torch makes without their attributes."""
+        super().__setstate__(state)
+        _mark_again(self)
+
     def generators(self) -> list[torch.Generator]:
         """Return one generator per local expert, for an initialisation that does not depend on the layout.
 
@@ -91,6 +141,23 @@ class ExpertBank(nn.Module, ABC):
         if torch.get_default_device().type == "meta":
             return [torch.Generator()] * self.num_local_experts  # nothing is drawn from them
         return [torch.Generator().manual_seed((base + 0x9E3779B97F4A7C15 * e) % 2**63) for e in self.expert_ids]
+
+
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _checksums(x_EN: Tensor) -> Tensor:
+    """Return (E,) int64: weighted sums of bits. Weights are odd, so that no bit vanishes modulo 2^64."""
+    rows_EN = x_EN if x_EN.dim() > 1 else x_EN.unsqueeze(1)
+    picked_EN = rows_EN[:, :: max(1, rows_EN.shape[1] // 64)][:, :64].contiguous()
+    bits_EN = picked_EN.view(_INTEGER_OF_SIZE[picked_EN.element_size()]).long()
+    return (bits_EN * (2 * torch.arange(bits_EN.shape[1], device=bits_EN.device) + 1)).sum(dim=1)
+
+
+def _mark_again(bank: nn.Module, *_: Any) -> None:
+    """Mark the parameters of ``bank`` as before, when they may have been replaced."""
+    if isinstance(bank, ExpertBank) and bank.group_name is not None:
+        bank.mark(bank.group_name)
 
 
 def drawn(shape: tuple[int, ...], generators: Sequence[torch.Generator], std: float | None = None) -> nn.Parameter:

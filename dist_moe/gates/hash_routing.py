@@ -47,7 +47,7 @@ class HashRoutingConfig(GateSettings):
     def build(self, dim: int, num_experts: int, context: GateContext) -> HashRouting:
         """Return the gate over the ids of the data. Raises ValueError if it has none."""
         if context.id_counts is None:
-            raise ValueError("gate.name=hash routes by id, but the data has no ids to route by")
+            raise ValueError("model.gate.name=hash: the data has no ids to route by; choose another gate")
         return HashRouting(dim, num_experts, context.id_counts, self.assignment, self.seed)
 
 

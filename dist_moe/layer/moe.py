@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_moe.experts import ExpertBank
 from dist_moe.gates import Gate
+from dist_moe.layer.ownership import Ownership, check_engine
 from dist_moe.parallel import (
     Exchange,
     Placement,
@@ -25,6 +28,7 @@ from dist_moe.parallel import (
     position_table,
     timed,
 )
+from dist_moe.parallel.exchange import LocalExperts
 from dist_moe.routing import Pairs, Route, SlotMap, union_of_routes
 
 
@@ -88,8 +92,11 @@ class MoE(nn.Module):
     network (T, D) -> (T, F) that every token goes through whatever the gates say (Dai et al., DeepSeekMoE, 2024);
     its result is added to that of each gate. Every rank has all of it, and computes it while rows travel.
 
-    Raises ValueError when gates, bank and world do not fit each other.
+    Raises ValueError when gates, bank and world do not fit each other. Where the experts are split over ranks, a pass
+    raises RuntimeError if somebody has overwritten or sharded them (see ownership.py).
     """
+
+    _is_fsdp_managed_module = False
 
     def __init__(
         self,
@@ -114,6 +121,10 @@ class MoE(nn.Module):
         self._replay: Replay | None = None
         self._before_step: list[tuple[Tensor, Tensor]] = []
         self._check_sizes()
+        self._ownership = Ownership(self.world)
+        self._ignored_by_ddp: set[str] = set()
+        if self.world.size > 1:
+            experts.mark(f"ep_size_{self.world.size}")
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> MoEOutput:
         """Return one weighted sum of experts per gate, (T, F), for (T, D) tokens; T may be 0."""
@@ -129,7 +140,7 @@ class MoE(nn.Module):
             by_position = [replace(route, slot_N=position_E[route.slot_N]) for route in routes]
         pairs = union_of_routes(by_position)
         mixed = timed(self.exchange, clock)(
-            x_TD, pairs, self.experts, meanwhile=lambda: shared.append(self._share(x_TD))
+            x_TD, pairs, self._own_experts(), meanwhile=lambda: shared.append(self._share(x_TD))
         )
         outputs = mixed.sums_GTF.to(mixed.dtype).unbind()
         if not self.placement.is_identity:
@@ -155,6 +166,8 @@ class MoE(nn.Module):
         self._check_fit(placement)
         self.placement = placement
         self.experts.expert_ids = placement.experts_of(self.world.rank)
+        if self.world.size > 1:
+            self.experts.dealt_PE = self.experts.fingerprint()
 
     def by_expert(self, x_E: Tensor) -> Tensor:
         """Return (E, ...) in the order of the experts' ids, given it in the order of their positions."""
@@ -186,6 +199,32 @@ class MoE(nn.Module):
         with torch.no_grad():
             for buffer, before in self._before_step:
                 buffer.copy_(before)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False, **_: Any) -> None:
+        """Refuse an engine of DeepSpeed that takes split experts for copies; every engine calls this when it is built.
+
+        Raises RuntimeError except from ``dist_moe.integrations.deepspeed.initialize`` and :func:`dist_moe.fit`.
+        """
+        check_engine(self, self.world)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
+        """Names of the split experts' tensors: DDP asks the module that it wraps for what it shall leave alone."""
+        tensors = chain(self.experts.named_parameters(), self.experts.named_buffers())
+        return self._ignored_by_ddp | {f"experts.{name}" for name, _ in tensors if self.world.size > 1}
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: Iterable[str]) -> None:
+        self._ignored_by_ddp = set(names)
+
+    def _own_experts(self) -> LocalExperts:
+        """Return the experts for this pass; those of several ranks are looked at first where others may wrap them."""
+        if self.world.size == 1:
+            return self.experts
+        own, in_training = self._ownership, self.training and torch.is_grad_enabled()
+        bare = DistributedDataParallel._active_ddp_module is None and not self._is_fsdp_managed_module
+        is_settled = bare and not own.averaged and in_training in own.looked_at
+        return self.experts if is_settled else own.experts(self, self.experts)
 
     def _share(self, x_TD: Tensor) -> Tensor | None:
         return None if self.shared is None else self.shared(x_TD)

@@ -250,6 +250,10 @@ class ProcessWorld(World):
         super().__init__(rank, size, node_of_rank, traffic, levels=levels, options=options)
         self.group = group
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProcessWorld:
+        """Return itself: a copy of a layer is on the same rank, and process groups cannot be copied."""
+        return self
+
     def exchange(self, x_ND: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
         """Exchange rows by one all-to-all."""
         received_ND = x_ND.new_empty(sum(receive_rows), *x_ND.shape[1:])

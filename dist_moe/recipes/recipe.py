@@ -15,9 +15,9 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field, SerializeAsAny
 
@@ -32,6 +32,9 @@ from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.trackers import TrackerConfig
 from dist_moe.errors import UserError
+
+if TYPE_CHECKING:
+    pass
 
 
 class RecipeSettings(Settings, ABC):
@@ -107,13 +110,15 @@ def validate_recipe(name: str) -> RecipeSettings:
 @dataclass(frozen=True)
 class RunStart:
     """A run that is to begin or to go on. ``resumes``: whether ``run`` holds what it goes on from.
-    ``warnings``: sentences for the user, to which a recipe's plan may add."""
+    ``warnings``: sentences for the user, to which a recipe's plan may add. ``allow_changed_data``: whether it may go on
+    with other data, tokenizer or start weights, see :mod:`dist_moe.recipes.identity`."""
 
     config: Any
     run: RunDirectory
     environment: LaunchEnvironment
     resumes: bool = False
     warnings: list[str] = field(default_factory=list)
+    allow_changed_data: bool = False
 
     def say(self, text: str) -> None:
         """Print a sentence for the user, on rank 0."""
@@ -179,16 +184,24 @@ def plan_new_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> 
     return _plan(RunStart(config, run, environment))
 
 
-def plan_resumed_run(run_dir: Path, overrides: Sequence[str]) -> Any:
-    """Plan the run in ``run_dir`` going on from where it is. Raises UserError if it is none, or would be another."""
+def plan_resumed_run(run_dir: Path, overrides: Sequence[str], *, allow_changed_data: bool = False) -> Any:
+    """Plan the run in ``run_dir`` going on from where it is, or again if it died before it had a first checkpoint.
+
+    Raises UserError if it is none, would be another, or if its checkpoints are gone.
+    """
     run = RunDirectory(run_dir)
     run.check_exists()
     environment, config = _read(run.config, overrides)
-    _check_same_run(load_config(run.config), config)
-    return _plan(RunStart(config, run, environment, resumes=True))
+    every = getattr(getattr(load_config(run.config), "train", None), "checkpoint_every", 1)
+    # A second checkpoint is written after the first: a run that has come so far has had one, and lost it.
+    is_young = not run.summary.exists() and run.last_step < 2 * every
+    start = _going_on(config, run, environment, may_begin=is_young)
+    return _plan(replace(start, allow_changed_data=allow_changed_data))
 
 
-def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> Any:
+def plan_restartable_run(
+    config_path: Path, overrides: Sequence[str], run_dir: Path, *, allow_changed_data: bool = False
+) -> Any:
     """Plan a new run, or the one in ``run_dir`` going on from where it is: the same command serves for both.
 
     A run that has nothing to go on from yet begins again. Raises UserError as the two others do, and if ``run_dir``
@@ -196,11 +209,22 @@ def plan_restartable_run(config_path: Path, overrides: Sequence[str], run_dir: P
     """
     environment, config = _read(config_path, overrides)
     run = RunDirectory(run_dir)
-    if not run.has_progress:
-        return _plan(RunStart(config, run, environment))
+    if run.config.exists() or run.has_progress:
+        start = _going_on(config, run, environment, may_begin=True)
+        return _plan(replace(start, allow_changed_data=allow_changed_data))
+    if environment.is_rank_zero:
+        run.check_unused()
+    return _plan(RunStart(config, run, environment))
+
+
+def _going_on(config: Any, run: RunDirectory, environment: LaunchEnvironment, *, may_begin: bool) -> RunStart:
+    """Return the start of a run that is there already. ``may_begin``: again, where there is nothing to go on from."""
     run.check_exists()
     _check_same_run(load_config(run.config), config)
-    return _plan(RunStart(config, run, environment, resumes=True))
+    start = RunStart(config, run, environment, resumes=run.has_progress or not may_begin)
+    if not start.resumes:
+        start.warnings.append(f"{run.root} has no checkpoint yet: the run begins again")
+    return start
 
 
 def _plan(start: RunStart) -> Plan:

@@ -11,7 +11,6 @@ anew, over the ranks that take part: to all that happens within, these are all r
 
 from __future__ import annotations
 
-import json
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from dist_moe.config.files import write_json
+from dist_moe.config.files import read_json, write_json
 from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories, newest_good_checkpoint
 from dist_moe.engine.checkpoint.loading import agree_on_checkpoint
 from dist_moe.engine.health.heartbeats import ACTIVITY
@@ -31,8 +30,17 @@ from dist_moe.engine.launch.process_groups import JobStore, ParallelConfig, Proc
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import Feed, FitResult, Objective, fit
+from dist_moe.recipes.identity import (
+    NOTHING,
+    Described,
+    Identity,
+    check_same,
+    identify,
+    recorded_identity,
+)
 from dist_moe.recipes.recipe import Plan, RecipeConfig, RecipeSettings, RunStart
 from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.recipes.supervised.size import check_fits
 from dist_moe.tasks import Task
 
 RESULT = "result.json"
@@ -54,7 +62,7 @@ class Stage:
     """A stage under way on this rank.
 
     ``run``: its directory. ``groups``: open, over the ranks that take part. ``checkpoint``: from where it goes on, None
-    if it begins. ``stop``: asks it to end.
+    if it begins. ``stop``: asks it to end. ``identity``: what the run is, which its checkpoints carry.
     """
 
     start: RunStart
@@ -62,6 +70,7 @@ class Stage:
     groups: ProcessGroups
     checkpoint: Path | None
     stop: StopRequest
+    identity: Identity = NOTHING
 
     @property
     def environment(self) -> LaunchEnvironment:
@@ -79,6 +88,10 @@ class Stage:
         config = self.start.config
         given = {name: getattr(config, name) for name in ("trackers", "seed", "deepspeed") if hasattr(config, name)}
         options = given | options
+        callbacks = [
+            Described(replace(self.start, environment=self.environment), self.identity, of_stage=True),
+            *options.pop("callbacks", ()),
+        ]
         result = fit(
             model,
             feed,
@@ -88,6 +101,7 @@ class Stage:
             resume_from=self.checkpoint,
             groups=self.groups,
             stop=self.stop,
+            callbacks=callbacks,
             **options,
         )
         if result.interrupted:
@@ -100,10 +114,13 @@ StageFunction = Callable[[Stage], Mapping[str, Any] | None]
 
 
 class Stages:
-    """Runs the stages of ``start``, in the order in which they are asked for, on all ranks alike."""
+    """Runs the stages of ``start``, in the order in which they are asked for, on all ranks alike.
 
-    def __init__(self, start: RunStart, stop: StopRequest) -> None:
-        self._start, self._stop = start, stop
+    ``identity``: what the run is beside its configuration, which every stage records.
+    """
+
+    def __init__(self, start: RunStart, stop: StopRequest, identity: Identity = NOTHING) -> None:
+        self._start, self._stop, self._identity = start, stop, identity
         self._environment = start.environment
         self._store = JobStore(start.environment, start.config.parallel.timeout_s)
         self._count = 0
@@ -144,9 +161,7 @@ class Stages:
             self._store.tell(f"interrupted-{self._count}")
             raise
         self._wait_for_all()
-        return {
-            name: json.loads((self.directory(name).root / RESULT).read_text(encoding="utf-8")) for name in functions
-        }
+        return {name: read_json(self.directory(name).root / RESULT) for name in functions}
 
     def _run_here(
         self, name: str, function: StageFunction, environment: LaunchEnvironment, parallel: ParallelConfig
@@ -154,7 +169,6 @@ class Stages:
         directory = self.directory(name)
         if environment.is_rank_zero:
             directory.create()
-            directory.describe(self._start.config.plain(), environment)
         kept = complete_directories(checkpoints_of(directory.root))
         checkpoint = newest_good_checkpoint(directory.root, whole=_reads_all(environment))[0] if kept else None
         with (
@@ -162,8 +176,9 @@ class Stages:
             watchdog(directory.root, environment, parallel),
         ):
             checkpoint = agree_on_checkpoint(directory.root, checkpoint)
-            result = function(Stage(self._start, directory, groups, checkpoint, self._stop))
+            result = function(Stage(self._start, directory, groups, checkpoint, self._stop, self._identity))
             if environment.is_rank_zero:
+                Described(replace(self._start, environment=environment), self._identity, of_stage=True).write(directory)
                 write_json(directory.root / RESULT, dict(result or {}))
 
     def _wait_for_all(self) -> None:
@@ -188,10 +203,12 @@ def _reads_all(environment: LaunchEnvironment) -> bool:
 
 @dataclass(frozen=True)
 class StagedPlan:
-    """A run of stages whose checks have passed. ``task``: that of its data."""
+    """A run of stages whose checks have passed. ``task``: that of its data. ``identity``: what it is beside its
+    configuration."""
 
     start: RunStart
     task: Task
+    identity: Identity = NOTHING
 
 
 class StagedRecipe(RecipeSettings):
@@ -201,7 +218,15 @@ class StagedRecipe(RecipeSettings):
 
     def plan(self, start: RunStart) -> StagedPlan:
         """Open the task; override it to check more. Raises UserError."""
-        return StagedPlan(start, start.config.data.open(progress=start.environment.is_rank_zero))
+        task = start.config.data.open(progress=start.environment.is_rank_zero)
+        if isinstance(start.config, SupervisedConfig):
+            check_fits(start.config, task, start.environment)
+        identity = identify(start, Identity(data=task.digests()), None)
+        for stage in sorted(start.run.stages.glob("*")) if start.resumes else ():
+            if complete_directories(checkpoints_of(stage)) and not (stage / RESULT).is_file():
+                recorded = recorded_identity(RunDirectory(stage), newest_good_checkpoint(stage)[0])
+                check_same(stage, recorded, identity, allowed=start.allow_changed_data)
+        return StagedPlan(start, task, identity)
 
     @abstractmethod
     def run(self, plan: Any, stages: Stages) -> None:
@@ -209,13 +234,14 @@ class StagedRecipe(RecipeSettings):
 
     def train(self, plan: Plan) -> int:
         """Run the stages; 0, or 128 + signal if they were asked to stop."""
-        start = plan.start
+        start, identity = plan.start, getattr(plan, "identity", NOTHING)
         if start.environment.is_rank_zero:
             start.run.create()
-            start.run.describe(start.config.plain(), start.environment)
+        for warning in start.warnings:
+            start.say(warning)
         with stop_requests() as stop:
             try:
-                self.run(plan, Stages(start, stop))
+                self.run(plan, Stages(start, stop, identity))
             except Interrupted as interrupted:
                 start.say(f"stopped; go on with: dist-moe train --resume {start.run.root}")
                 return 128 + (interrupted.signal_number or 15)

@@ -21,11 +21,14 @@ def run_sweep(
     sweep_dir: Path | None = None,
     retry_failed: bool = False,
     runner: str = DEFAULT_RUNNER,
+    *,
+    allow_changed_data: bool = False,
 ) -> int:
     """Do what is left of the sweep file's trials with ``workers`` processes, and write its report.
 
     ``sweep_dir``: where (default: runs/sweeps/NAME). Returns the exit code: 128 + signal if one ended it
-    early. Raises UserError for a wrong file, a changed one, and for trials that only fail.
+    early. Raises UserError for a wrong file, a changed one, for trials that only fail, and for other data than the
+    trials before had, unless ``allow_changed_data``.
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: at least one is needed")
@@ -33,10 +36,14 @@ def run_sweep(
     load_runner(runner)
     directory = SweepDirectory(sweep_dir or Path("runs") / "sweeps" / path.stem)
     directory.create()
+    data = plan.data if runner == DEFAULT_RUNNER else {}  # one of the user's own takes data from wherever it likes
+    digests = {section: settings.open(progress=True).digests() for section, settings in data.items()}
     with ExitStack() as stack:
         with directory.taking():
             alone = stack.enter_context(directory.working())
-            studies = _begin(plan, directory, alone, retry_failed)
+            studies = Studies(directory, plan)
+            studies.check_data(digests, allowed=allow_changed_data)
+            _begin(studies, plan, directory, alone, retry_failed)
         signal_number = work_together(plan, directory, studies, runner, workers)
         if signal_number:
             say(f"stopped; 'dist-moe sweep {path}' goes on")
@@ -62,12 +69,10 @@ def _report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -> Non
     say(f"table, curves and all trials are in {directory.report}")
 
 
-def _begin(plan: SweepPlan, directory: SweepDirectory, alone: bool, retry_failed: bool) -> Studies:
+def _begin(studies: Studies, plan: SweepPlan, directory: SweepDirectory, alone: bool, retry_failed: bool) -> None:
     """``alone``: nobody else lives, so that trials called running are those of the dead."""
-    studies = Studies(directory, plan)
     if not directory.base.exists():
         directory.base.write_text(yaml_text(plan.base), encoding="utf-8")
     if alone:
         studies.release(None, died=False)
     studies.begin(retry_failed)
-    return studies

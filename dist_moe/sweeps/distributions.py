@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Self
@@ -11,6 +10,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Discriminator, Field, StrictInt, Tag, model_validator
 
+from dist_moe.config.files import json_line
 from dist_moe.config.settings import Settings
 
 Stored = bool | int | float | str | None
@@ -180,4 +180,4 @@ Distribution = Annotated[
 
 def _store(value: Any) -> Stored:
     """Return ``value`` if Optuna can hold it, which is so for scalars, else JSON."""
-    return value if isinstance(value, Stored) else json.dumps(value, sort_keys=True)
+    return value if isinstance(value, Stored) else json_line(value, sort_keys=True)

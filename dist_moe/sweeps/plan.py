@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dist_moe.config.files import json_line, parse_json
 from dist_moe.config.plain_yaml import read_yaml, yaml_text
 from dist_moe.errors import UserError
 from dist_moe.recipes.recipe import load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps.config import Space, SweepConfig, load_sweep
 from dist_moe.sweeps.distributions import Stored
+from dist_moe.tasks import TaskSettings
 
 CORNER_LIMIT = 256
 SHOWN_CHANGES = 3
@@ -54,12 +55,14 @@ class Row:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """``path``: the sweep file. ``base``: content of the base configuration when the plan was made."""
+    """``path``: the sweep file. ``base``: content of the base configuration when the plan was made. ``data``: what its
+    trials learn from, by the content of that section."""
 
     path: Path
     sweep: SweepConfig
     rows: tuple[Row, ...]
     base: dict[str, Any]
+    data: dict[str, TaskSettings] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """Return all on which a trial depends, flat: not ``trials``, which may grow, nor what only the report uses."""
@@ -71,14 +74,17 @@ def plan_sweep(path: Path) -> SweepPlan:
     """Read a sweep file. Raises UserError if it is wrong, and for a row one of whose trials could not be trained."""
     sweep = load_sweep(path)
     rows = tuple(_row(path, sweep, name) for name in sweep.rows)
+    data: dict[str, TaskSettings] = {}
     for row in rows:
         for values in _corners(row.space):
             try:
-                row.config(sweep.config, values)
+                section = row.config(sweep.config, values).data
             except UserError as error:
                 drawn = ", ".join(f"{name}={value!r}" for name, value in values.items())
                 raise UserError(f"sweep {path}: row {row.name!r} cannot be trained with {drawn}: {error}") from error
-    return SweepPlan(path, sweep, rows, read_yaml(sweep.config))
+            content = section.model_dump(mode="json", exclude=set(section.places))
+            data[json_line(content, sort_keys=True)] = section
+    return SweepPlan(path, sweep, rows, read_yaml(sweep.config), data)
 
 
 def _row(path: Path, sweep: SweepConfig, name: str) -> Row:
@@ -125,7 +131,7 @@ def _flat(prefix: str, content: Any) -> Iterator[tuple[str, Any]]:
 
 def digest(settings: dict[str, Any]) -> str:
     """Return the SHA-256 of settings, whatever the order of their fields."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json_line(settings, sort_keys=True).encode()).hexdigest()
 
 
 def check_unchanged(plan: SweepPlan, directory: Path, attributes: dict[str, Any]) -> None:
@@ -137,7 +143,7 @@ def check_unchanged(plan: SweepPlan, directory: Path, attributes: dict[str, Any]
     remedy = f"put it back as it was, or name another directory by --sweep-dir (this one is {directory})"
     settings = plan.settings()
     if "digest" in attributes and attributes["digest"] != digest(settings):
-        changes = "; ".join(_changes(attributes["settings"], json.loads(json.dumps(settings))))
+        changes = "; ".join(_changes(attributes["settings"], parse_json(json_line(settings))))
         raise UserError(f"sweep {plan.path} is not what it was when its trials began: {changes}. {remedy.capitalize()}")
     if attributes.get("trials", 0) > plan.sweep.trials:
         raise UserError(

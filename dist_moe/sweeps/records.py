@@ -9,6 +9,8 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from dist_moe.config.files import restored
+
 State = Literal["complete", "diverged", "pruned", "failed"]
 
 # A trial whose process died is tried again; one that takes its process with it every time is not.
@@ -61,7 +63,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord | None:
     """Return the record of a trial, None while it is not finished."""
     if not trial.state.is_finished() or is_lost(trial):
         return None
-    result, failure = trial.user_attrs.get("result", {}), trial.user_attrs.get("failure", {})
+    result, failure = restored(trial.user_attrs.get("result", {})), trial.user_attrs.get("failure", {})
     state: State
     if trial.state == TrialState.FAIL:
         state = "failed"

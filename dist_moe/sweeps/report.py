@@ -34,7 +34,7 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
     if not any(rows.values()):
         raise UserError(f"no trial of {directory.root} is finished yet, so that there is nothing to report")
     summaries = summarise(rows, plan.sweep.best_fraction, plan.sweep.seed)
-    text = "\n\n".join([_opening(plan, rows), _main_table(plan, summaries), _reach_table(summaries)]) + "\n"
+    text = "\n\n".join([_opening(plan, rows, studies), _main_table(plan, summaries), _reach_table(summaries)]) + "\n"
     directory.report.mkdir(exist_ok=True)
     (directory.report / "table.md").write_text(text, encoding="utf-8")
     _write_csv(directory.report / "table.csv", (_table_cells(summary) for summary in summaries))
@@ -45,7 +45,7 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
     return text
 
 
-def _opening(plan: SweepPlan, rows: Rows) -> str:
+def _opening(plan: SweepPlan, rows: Rows, studies: Studies) -> str:
     sweep = plan.sweep
     environments = Counter(record.environment for records in rows.values() for record in records if record.environment)
     path = plan.path.name if plan.path.is_absolute() else plan.path
@@ -55,6 +55,11 @@ def _opening(plan: SweepPlan, rows: Rows) -> str:
         f"- seed {sweep.seed}, sampler {sweep.sampler}, pruner {sweep.pruner}, {sweep.trials} trials per row",
         f"- date: {datetime.now(UTC).date()}",
         *(f"- {count} trials on {environment}" for environment, count in environments.most_common()),
+        *(
+            f"- {row.name}: data changed after {change['trials']} trials: {', '.join(change['changed'])}"
+            for row in plan.rows
+            for change in studies.data_changes(row.name)
+        ),
     ]
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 

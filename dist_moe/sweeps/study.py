@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +23,11 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvin
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DatabaseError
 
+from dist_moe.config.files import finite
+from dist_moe.errors import UserError
+from dist_moe.recipes.identity import Identity, check_same
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.plan import Row, SweepPlan, check_unchanged, digest
 from dist_moe.sweeps.records import (
@@ -66,24 +70,31 @@ class TakenTrial:
 class Studies:
     """The studies of ``plan`` in ``directory``, made where they are not there yet.
 
-    Raises UserError if they were made for another sweep.
+    Raises UserError if they were made for another sweep, and for a file that is none of Optuna's.
     """
 
     def __init__(self, directory: SweepDirectory, plan: SweepPlan) -> None:
         self._directory = directory
         self._plan = plan
         self._next_look = 0.0
+        try:
+            self._open_all()
+        except (DatabaseError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{directory.database} cannot be used as the studies of a sweep: {reason}") from error
+
+    def _open_all(self) -> None:
         with _without_optunas_remarks():
             self._storage = RDBStorage(
-                f"sqlite:///{directory.database}",
+                f"sqlite:///{self._directory.database}",
                 engine_kwargs={"connect_args": {"timeout": SQLITE_TIMEOUT_S}},
                 heartbeat_interval=BEAT_EVERY_S,
                 grace_period=STALE_AFTER_S,
                 heartbeat_stale_trial_callback=_try_again_after_death,
             )
         for summary in optuna.get_all_study_summaries(self._storage):
-            check_unchanged(plan, directory.root, summary.user_attrs)
-        self._studies = {row.name: self._open(row) for row in plan.rows}
+            check_unchanged(self._plan, self._directory.root, summary.user_attrs)
+        self._studies = {row.name: self._open(row) for row in self._plan.rows}
 
     def _open(self, row: Row) -> optuna.Study:
         study = optuna.create_study(
@@ -109,6 +120,28 @@ class Studies:
                     _enqueue_again(study, trial, deaths_of(trial))
                 elif retry_failed and trial.state == TrialState.FAIL:
                     _enqueue_again(study, trial, deaths=0)
+
+    def check_data(self, digests: Mapping[str, Mapping[str, str]], *, allowed: bool = False) -> None:
+        """Keep the ``digests`` of the data that trials learn from, by the content of their section.
+
+        Raises UserError if trials before had others, unless ``allowed``: they would be reported as one sample. What is
+        let pass is kept as well. Within ``directory.taking()``.
+        """
+        for name, study in self._studies.items():
+            known = study.user_attrs.get("data", {})
+            changed: dict[str, None] = {}
+            for section in known.keys() & digests.keys():
+                before, now = (Identity(data=found[section]) for found in (known, digests))
+                changed |= dict.fromkeys(check_same(self._directory.root, before, now, allowed=allowed))
+            if changed:
+                change = {"changed": list(changed), "trials": len(self.records(name))}
+                study.set_user_attr("data_changes", [*self.data_changes(name), change])
+            study.set_user_attr("data", known | digests)
+
+    def data_changes(self, row: str) -> list[dict[str, Any]]:
+        """Return what was let pass of a row: names of what ``changed``, and how many ``trials`` had ended."""
+        changes: list[dict[str, Any]] = self._studies[row].user_attrs.get("data_changes", [])
+        return changes
 
     def take(self, owner: str, count: int) -> list[TakenTrial]:
         """Return the next trials, at most ``count``, of the row that has begun fewest; [] when none waits."""
@@ -181,7 +214,7 @@ class Studies:
         self, taken: TakenTrial, name: str, content: dict[str, Any], state: TrialState, value: float | None = None
     ) -> bool:
         try:
-            taken.trial.set_user_attr(name, content)
+            taken.trial.set_user_attr(name, finite(content))
         except UpdateFinishedTrialError:
             return False
         study = self._studies[taken.row.name]

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_moe.data.batches import Examples
+from dist_moe.data.digests import digest_of_content
+from dist_moe.data.prepared import PARTS, digests_by_part
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.gates import GateContext
 from dist_moe.models import ModelOutput, MoEModelConfig, RunShape
@@ -52,6 +54,19 @@ class Task(ABC):
     def model_inputs(self) -> dict[str, Any]:
         """Return the sizes that a model of the task's kind is built with: keyword arguments of its ``build``."""
         return {}
+
+    def digests(self) -> dict[str, str]:
+        """Return digests by name that tell these data from any other; a run whose data have others is another run.
+
+        Of prepared data they are those of the files that its manifest names, else those of the tables in memory, and
+        in either case of the sizes for models. A task whose tables only say where examples lie overrides this.
+        """
+        files = self.manifest.get("files")
+        parts = {part: digest_of_content(getattr(self, part)) for part in PARTS} if files is None else {}
+        sizes = {"sizes": digest_of_content(self.model_inputs())}
+        version = self.manifest.get("format_version")  # of the code that prepared them
+        preparation = {} if version is None else {"preparation": str(version)}
+        return preparation | digests_by_part(files or {}) | parts | sizes
 
     def build_model(self, model: MoEModelConfig, run: RunShape) -> Any:
         """Return this rank's part of the model that ``model`` describes; all ranks must have seeded torch alike."""

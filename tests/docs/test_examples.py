@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import runpy
 import sys
 
 from tests.helpers.commands import REPOSITORY, finish, start
+from tests.helpers.pool import on_ranks
 
 LINES_ALLOWED = 25
+DDP = REPOSITORY / "examples/ddp.py"
 
 
 def test_fit_twice() -> None:
@@ -18,3 +23,25 @@ def test_fit_twice() -> None:
     assert outcome.code == 0, outcome.err
     first, second = map(float, re.findall(r"learning rate \S+: loss (\S+)", outcome.out))
     assert second < first < 0.1
+
+
+def printed_by(example: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(example)
+    return out.getvalue()
+
+
+def test_ddp_prints_the_same_norms_on_two_ranks_as_on_one() -> None:
+    (alone,) = on_ranks(1, printed_by, str(DDP))
+    norms = [float(norm) for norm in re.findall(r"norm (\S+)", alone)]
+    assert len(norms) == 5
+    assert all(0.05 < norm < 10 for norm in norms)  # each is clipped
+    for rank, printed in enumerate(on_ranks(2, printed_by, str(DDP))):
+        found = re.findall(rf"rank {rank} of 2, step \d: gradient norm (\S+)", printed)
+        assert max(abs(float(a) - b) for a, b in zip(found, norms, strict=True)) <= 2e-6
+
+
+def test_the_readme_shows_the_example_in_twenty_lines() -> None:
+    lines = DDP.read_text().split("\n\n", 1)[1].splitlines()
+    assert len([line for line in lines if line.strip()]) <= 20
+    assert "\n".join(lines) in (REPOSITORY / "README.md").read_text()

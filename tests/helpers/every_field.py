@@ -48,16 +48,20 @@ class Case:
 
     def content(self, bases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The base with the value in its place."""
-        whole: dict[str, Any] = copy.deepcopy(bases[self.base])
-        *above, last = self.name.split(".")
-        section: Any = whole
-        for part in above:
-            section = section[int(part)] if isinstance(section, list) else section[part]
-        section[last] = copy.deepcopy(self.value)
-        return whole
+        changed: dict[str, Any] = _with(bases[self.base], self.name.split("."), self.value)
+        return changed
 
     def __str__(self) -> str:
         return f"{self.base}: {self.name}={self.value!r}"[:150]
+
+
+def _with(section: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of ``section``, as deep as ``path``, with ``value`` at its end."""
+    if not path:
+        return copy.deepcopy(value)
+    changed, key = copy.copy(section), int(path[0]) if isinstance(section, list) else path[0]
+    changed[key] = _with(section[key], path[1:], value)
+    return changed
 
 
 def write_bases(root: Path) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dist_moe.config.files import parse_json
 from dist_moe.engine.checkpoint.files import newest_checkpoint
 from dist_moe.engine.checkpoint.format import TrainingHistory
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
@@ -88,11 +88,11 @@ def validations_of(run_dir: Path) -> dict[int, dict[str, Any]]:
 
 
 def _lines_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [parse_json(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    content: dict[str, Any] = parse_json((run_dir / "summary.json").read_text())
     return content
 
 
@@ -117,5 +117,5 @@ def assert_same_end(run: Path, reference: Path, steps: int) -> None:
     ours, theirs = tensors_of(run), tensors_of(reference)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
-    tests = [json.loads((path / "summary.json").read_text())["test"] for path in (run, reference)]
+    tests = [parse_json((path / "summary.json").read_text())["test"] for path in (run, reference)]
     assert tests[0] == tests[1]

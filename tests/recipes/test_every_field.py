@@ -118,7 +118,7 @@ def test_all_values_are_refused_or_train(bases: Bases, tmp_path: Path) -> None:
 def test_what_used_to_pass_or_hang(bases: Bases, tmp_path: Path, name: str, value: Any, words: list[str]) -> None:
     content = Case("top_k", name, value).content(bases)
     if value == 2**16:
-        content["model"]["embedding_dim"] = 2**16
+        content["model"] = content["model"] | {"embedding_dim": 2**16}
     message = refusal_of(partial(plan_case, tmp_path / "run"), content, SECONDS)
     assert message is not None
     assert all(word in message for word in words), message
@@ -126,7 +126,7 @@ def test_what_used_to_pass_or_hang(bases: Bases, tmp_path: Path, name: str, valu
 
 def test_more_steps_than_a_run_can_have(bases: Bases, tmp_path: Path) -> None:
     content = Case("softmax", "train.epochs", 1e6).content(bases)
-    content["train"]["max_steps"] = None
+    content["train"] = content["train"] | {"max_steps": None}
     message = refusal_of(partial(plan_case, tmp_path / "run"), content, SECONDS)
     assert message is not None
     assert message.startswith("train.epochs=1e+06 are ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection
 from dataclasses import replace
@@ -103,6 +104,17 @@ def runs(config: Path) -> Path:
         on_ranks(world, poisoned_runs, config, layouts(root, "poisoned", world, ep), range(BAD, BAD + 1))
         on_ranks(world, runs_without, config, layouts(root, "without", world, ep), BAD)
     return root
+
+
+def test_its_record_is_json_and_says_what_was_not_finite(runs: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (runs / "poisoned-1-1-1-1" / "metrics.jsonl").read_text()
+    records = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    bad = records[BAD - 1]
+    assert (bad["step"], bad["loss"], bad["not_finite"]["loss"]) == (BAD, None, "inf")
+    assert all("not_finite" not in record for record in records if record["step"] != BAD)
 
 
 @pytest.mark.parametrize(("world", "ep", "stage", "accumulation"), CELLS)

@@ -58,8 +58,21 @@ def run_three(root: str) -> dict[str, Any]:
     return found
 
 
+def one_fails(root: str) -> None:
+    def fail(stage: Stage) -> None:
+        raise RuntimeError("before the first step")
+
+    with pytest.raises(RuntimeError, match="before the first step"):
+        stages_in(root).run("a", fail)
+
+
 def test_shares_train_at_once_as_one_process_would(tmp_path: Path) -> None:
+    on_ranks(1, one_fails, str(tmp_path / "1"))
+    RunDirectory(tmp_path / "1").check_unused()  # what failed is in nobody's way
+    assert not RunDirectory(tmp_path / "1").has_progress
     (alone,) = on_ranks(1, run_three, str(tmp_path / "1"))
+    for directory in ("1", "1/stages/a", "1/stages/c"):
+        assert (tmp_path / directory / "config.yaml").is_file()
     for world, share in ((2, 1), (4, 2)):
         for found in on_ranks(world, run_three, str(tmp_path / str(world))):
             for name, result in found.items():

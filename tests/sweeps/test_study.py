@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import math
+import os
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -12,12 +16,14 @@ import pytest
 
 from dist_moe.errors import UserError
 from dist_moe.sweeps import study as study_module
+from dist_moe.sweeps.directory import SweepDirectory
+from dist_moe.sweeps.plan import plan_sweep
 from dist_moe.sweeps.records import DEATH_LIMIT, TrialRecord
 from dist_moe.sweeps.runner import TrialResult
 from dist_moe.sweeps.study import Studies
 
 from . import runners
-from .conftest import BASE, LR, SWEEP, TOP_K, Bench
+from .conftest import BASE, LR, SWEEP, TOP_K, Bench, Write
 
 ROWS = ("COMET", "Top-k")
 
@@ -215,3 +221,41 @@ def test_a_sweep_may_grow_and_report_another_fraction(bench: Bench) -> None:
     grown = bench.studies(trials=2, best_fraction=0.25)
     assert len(bench.work(grown, runners.analytic)) == 2
     assert draws(grown)[("COMET", 1)] == grown._plan.rows[0].draw(0, 1)
+
+
+def test_files_that_are_no_studies_are_refused_by_name(write: Write, tmp_path: Path) -> None:
+    plan, directory = plan_sweep(write()), SweepDirectory(tmp_path / "sweep")
+    directory.create()
+    directory.database.write_bytes(b"no data base, " * 500)
+    with pytest.raises(UserError, match=r"studies\.db cannot be used"):
+        Studies(directory, plan)
+    assert directory.database.read_bytes() == b"no data base, " * 500
+
+
+@pytest.mark.parametrize("name", ["studies.db", "base.yaml", "taking.lock", "report"])
+def test_things_in_the_place_of_others_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    if name == "report":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is no .*move it away"):
+        SweepDirectory(tmp_path).create()
+
+
+def test_a_file_system_without_flock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="without flock"), SweepDirectory(tmp_path).taking():
+        pass
+
+
+def test_the_file_of_studies_holds_json(bench: Bench) -> None:
+    studies = bench.studies()
+    (taken,) = studies.take("a", 1)
+    studies.tell_result(taken, TrialResult({"loss": math.nan}, {"loss": math.inf}, 1), "")
+    with closing(sqlite3.connect(bench.directory.database)) as connection:
+        values = [value for (value,) in connection.execute("select value_json from trial_user_attributes")]
+    assert any("not_finite" in value for value in values)
+    assert not any(word in value for value in values for word in ("NaN", "Infinity"))

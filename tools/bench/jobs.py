@@ -3,7 +3,6 @@ benchmark with it."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dist_moe.config.files import json_line, parse_json
 from tools.bench.timing import Clock
 from tools.bench.workloads import Workload
 
@@ -48,13 +48,13 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = parse_json(path.read_text(encoding="utf-8"))
         return cls(
             **told | {"workload": Workload(**told["workload"]), "candidates": tuple(told["candidates"])},
         )
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        path.write_text(json_line(asdict(self)), encoding="utf-8")
 
 
 class JobFailed(Exception):
@@ -90,7 +90,7 @@ def _run(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
             for process in ranks:
                 process.kill()
                 process.wait()
-        measured: dict[str, Any] = json.loads(path.with_suffix(".measured").read_text(encoding="utf-8"))
+        measured: dict[str, Any] = parse_json(path.with_suffix(".measured").read_text(encoding="utf-8"))
         return measured
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_moe.config.files import json_text, parse_json
 from dist_moe.errors import UserError
 from tools.bench import exchange, jobs
 from tools.bench.jobs import Job
@@ -71,9 +71,9 @@ def read(path: Path = COMMITTED) -> dict[str, Ratio]:
     """Raises UserError where nothing is committed."""
     if not path.exists():
         raise UserError(f"{path} does not exist; write it first, on a quiet machine: dist-moe bench --commit-ratios")
-    return {name: Ratio(**numbers) for name, numbers in json.loads(path.read_text(encoding="utf-8"))["ratios"].items()}
+    return {name: Ratio(**numbers) for name, numbers in parse_json(path.read_text(encoding="utf-8"))["ratios"].items()}
 
 
 def write(found: dict[str, Ratio], about: dict[str, Any], path: Path = COMMITTED) -> None:
     told = {"about": about, "ratios": {name: asdict(ratio) for name, ratio in found.items()}}
-    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json_text(told, indent=1), encoding="utf-8")

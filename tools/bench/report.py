@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_moe.config.files import json_text, parse_json
 from tools.bench import exchange, ragged
 from tools.bench.layer import CANDIDATES, LIMIT, OURS
 from tools.bench.timing import Spread, ratio
@@ -20,13 +20,13 @@ MIB = 2**20
 def read(directory: Path) -> dict[str, Any]:
     """``about``, and ``results`` by the job's name; empty where nothing has been measured."""
     path = directory / JSON
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"about": {}, "results": {}}
+    return parse_json(path.read_text(encoding="utf-8")) if path.exists() else {"about": {}, "results": {}}
 
 
 def write(directory: Path, about: dict[str, Any], results: Results) -> None:
     """All three files; a reader never sees half of one."""
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / JSON, json.dumps({"about": about, "results": results}, indent=1))
+    _replace(directory / JSON, json_text({"about": about, "results": results}, indent=1))
     _replace(directory / MARKDOWN, page(about, results))
     if of_study(results, "layer"):
         draw(directory / PICTURE, results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dist_moe.config.files import json_line
 from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from tools.bench import exchange, layer, memory, ragged
@@ -50,7 +50,7 @@ def main(job_file: str) -> None:
             measured = STUDIES[job.study](job, Place(groups.world, say))
             if environment.is_rank_zero:
                 measured["threads"] = torch.get_num_threads()
-                files.with_suffix(".measured").write_text(json.dumps(measured), encoding="utf-8")
+                files.with_suffix(".measured").write_text(json_line(measured), encoding="utf-8")
     except BaseException as error:
         print(traceback.format_exc(), file=sys.stderr, flush=True)
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

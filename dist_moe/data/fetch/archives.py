@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import re
@@ -17,6 +18,9 @@ from dist_moe.errors import UserError
 AR_MAGIC = b"!<arch>\n"
 AR_HEADER_BYTES = 60
 
+LARGEST_UNPACKED = 1 << 30
+"""Bytes that a compressed file may hold; ten times the largest data set that is read here."""
+
 
 @dataclass(frozen=True)
 class File:
@@ -26,25 +30,55 @@ class File:
     content: bytes
 
     def decompressed(self) -> bytes:
-        """Return what gzip compressed. Raises `UserError` if that is torn."""
+        """Return what gzip compressed. Raises `UserError` if that is torn, or more than `LARGEST_UNPACKED`."""
         try:
-            return gzip.decompress(self.content)
+            with gzip.open(io.BytesIO(self.content)) as unpacked:
+                content = unpacked.read(LARGEST_UNPACKED + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{self.path} is not an intact gzip file: {error}") from error
+        if len(content) > LARGEST_UNPACKED:
+            raise UserError(
+                f"{self.path} holds more than {LARGEST_UNPACKED:,} bytes when it is unpacked. "
+                "Remedy: unpack it yourself"
+            )
+        return content
 
     def text(self, encoding: str = "utf-8-sig") -> str:
         """Return the text, decompressed before where the name ends in ``.gz``. Raises `UserError` if it is none."""
+        content = self.decompressed() if self.path.suffix == ".gz" else self.content
+        check_is_text(self.path, content)
         try:
-            return (self.decompressed() if self.path.suffix == ".gz" else self.content).decode(encoding)
+            return content.decode(encoding)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.path} is not text in {error.encoding}: {error.reason} at byte {error.start}"
+                f"{self.path} is not text in {error.encoding}: {error.reason} at byte {error.start}. "
+                "Remedy: save it in UTF-8"
             ) from error
 
     def lines(self, encoding: str = "utf-8-sig") -> list[str]:
-        """Return the lines without their ends. Only newlines end one: sentences hold other separators of Unicode's."""
-        lines = [line.removesuffix("\r") for line in self.text(encoding).split("\n")]
+        """Return the lines without their ends. Only newlines end one: sentences hold other separators of Unicode's.
+
+        Raises `UserError` for a file of more than one line without a newline, as systems wrote it that are long gone.
+        """
+        text = self.text(encoding)
+        if "\n" not in text and "\r" in text.removesuffix("\r"):
+            raise UserError(
+                f"{self.path}: its lines end in carriage returns alone. Remedy: write newlines, tr '\\r' '\\n'"
+            )
+        lines = [line.removesuffix("\r") for line in text.split("\n")]
         return lines[:-1] if lines[-1] == "" else lines
+
+
+def check_is_text(path: Path, content: bytes) -> None:
+    """Raise `UserError` for what is no text in UTF-8 or a like encoding: UTF-16, and whatever holds a NUL."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path} is text in UTF-16. Remedy: save it in UTF-8, iconv -f UTF-16 -t UTF-8")
+    if (place := content.find(0)) >= 0:
+        line = content.count(b"\n", 0, place) + 1
+        raise UserError(
+            f"{path}, line {line}: byte {place} is NUL, so it is no text, or text in UTF-16 or UTF-32. "
+            "Remedy: save it as text in UTF-8"
+        )
 
 
 def read_members(archive: Path, members: Sequence[str]) -> list[File]:

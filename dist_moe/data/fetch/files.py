@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dist_moe.config.files import absolute
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.errors import UserError
 
@@ -22,7 +23,7 @@ def given_or_environment(given: Path | None, variable: str) -> Path | None:
     """Return the given path, or that of an environment variable, made absolute; None if neither is set."""
     if given is None and not os.environ.get(variable):
         return None
-    return Path(given or os.environ[variable]).expanduser().absolute()
+    return absolute(Path(given or os.environ[variable]))
 
 
 def cache_directory(given: Path | None) -> Path:
@@ -38,6 +39,8 @@ def short_digest(files: dict[str, str]) -> str:
 @contextmanager
 def usable(cache: Path) -> Iterator[None]:
     """Turn an OSError within into a `UserError`: the cache cannot be read or written."""
+    if "\0" in str(cache):
+        raise UserError(f"the cache {str(cache)!r} cannot be used: no path holds a NUL. Remedy: data.cache=DIR")
     try:
         yield
     except OSError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dist_moe.config.files import digest_of
+from dist_moe.config.files import absolute, digest_of
 from dist_moe.data.fetch.archives import File, read_members
 from dist_moe.data.fetch.download import NetworkFailure
 from dist_moe.data.fetch.files import readable, short_digest
@@ -65,7 +65,7 @@ class PublishedData(Generic[T]):
         self.check(root)
         if root is None:
             return Located(self, None, {})
-        root = root.expanduser().absolute()
+        root = absolute(root)
         return Located(self, root, self.digests(root))
 
     def digests(self, root: Path) -> dict[str, str]:
@@ -79,7 +79,9 @@ class PublishedData(Generic[T]):
                 if name is None:
                     below = next((root / x for x in self.folders for y in names if (root / x / y).is_file()), None)
                     remedy = self.remedy if below is None else f"give the directory {below} instead."
-                    raise UserError(f"the data root {root} has no {' or '.join(names)}. Remedy: {remedy}")
+                    others = [name for name in names if (root / name).is_symlink() or (root / name).exists()]
+                    lacks = f"{others[0]}, which is no file" if others else f"no {' or '.join(names)}"
+                    raise UserError(f"the data root {root} has {lacks}. Remedy: {remedy}")
                 found[name] = digest_of(root / name)
             return found
 

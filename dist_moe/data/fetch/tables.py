@@ -5,14 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_moe.data.fetch.archives import File
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
-SHOWN_CHARACTERS = 40
+_SHOWN_NAMES = 400
+
+LARGEST_INTEGER = 2**63 - 1
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
+"""The pattern of a number as all programs write it; Python's own would read 1_5 as 15."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,9 @@ class Table:
     def texts(self, name: str) -> list[str]:
         """Return the cells of a column. Raises `UserError` if there is no such column."""
         if name not in self.header:
-            raise UserError(f"{self.path} has no column {name!r}; its columns: {', '.join(map(repr, self.header))}")
+            raise UserError(f"{self.path} has no column {name!r}; its columns: {_several(map(repr, self.header))}")
+        if self.header.count(name) > 1:
+            raise UserError(f"{self.path} has {self.header.count(name)} columns {name!r}; leave one of them")
         place = self.header.index(name)
         return [row[place] for row in self.rows]
 
@@ -41,18 +48,23 @@ class Table:
         """Return a column of numbers from ``low`` to ``high``. Raises `UserError` for anything else."""
 
         def number(cell: str) -> float:
-            try:
-                value = float(cell)
-            except ValueError:
-                return math.nan
+            value = float(cell) if _NUMBER.fullmatch(cell.strip()) else math.nan
             return value if low <= value <= high else math.nan
 
         return self.values(name, number, f"expected a number from {low:g} to {high:g}")
 
     def integers(self, name: str) -> list[int]:
-        """Return a column of whole numbers from 0. Raises `UserError` for anything else."""
-        values = self.values(name, lambda cell: int(cell) if cell.isdecimal() else math.nan, "expected a whole number")
-        return list(map(int, values))
+        """Return a column of whole numbers from 0 to `LARGEST_INTEGER`, exactly. Raises `UserError` for any other."""
+        digits = len(str(LARGEST_INTEGER))  # int() would refuse thousands of them, and take those of other scripts
+
+        def is_one(cell: str) -> bool:
+            if not (cell.isascii() and cell.isdecimal()):
+                return False
+            return len(cell.lstrip("0")) <= digits and int(cell.lstrip("0") or 0) <= LARGEST_INTEGER
+
+        remedy = f"expected a whole number from 0 to {LARGEST_INTEGER}"
+        self.values(name, lambda cell: 0 if is_one(cell) else math.nan, remedy)
+        return [int(cell.lstrip("0") or 0) for cell in self.texts(name)]
 
     def values(self, name: str, value_of: Callable[[str], float], remedy: str) -> list[float]:
         """Return a column of what ``value_of`` makes of its cells. Raises `UserError` with the ``remedy`` for NaN."""
@@ -64,9 +76,9 @@ class Table:
         return values
 
 
-def shown(cell: str) -> str:
-    """Return the cell in quotes, cut where it is long."""
-    return repr(cell if len(cell) <= SHOWN_CHARACTERS else f"{cell[:SHOWN_CHARACTERS]}...")
+def _several(names: Iterable[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= _SHOWN_NAMES else f"{text[:_SHOWN_NAMES]}..."
 
 
 def separated(
@@ -88,7 +100,8 @@ def separated(
 
 def comma_separated(file: File) -> Table:
     """Read a table as spreadsheets write it: a header, cells in double quotes where needed. Raises `UserError`."""
-    reader = csv.reader(io.StringIO(file.text(), newline=""), strict=True)
+    text = file.text()
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
 
     def lines() -> Iterator[tuple[int, list[str]]]:
         begin = 1
@@ -98,9 +111,16 @@ def comma_separated(file: File) -> Table:
                     yield begin, cells
                 begin = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{file.path}, line {reader.line_num}: {error}") from error
+            raise UserError(
+                f"{file.path}, line {reader.line_num}: {error}; cells with quotes, commas or line ends stand in double "
+                "quotes, and quotes in them are doubled"
+            ) from error
 
-    return _table(file.path, lines(), None, skip_broken=False)
+    limit = csv.field_size_limit(len(text) + 1)  # of the whole process: 131,072 characters if nobody changes it
+    try:
+        return _table(file.path, lines(), None, skip_broken=False)
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _table(
@@ -118,8 +138,7 @@ def _table(
         elif skip_broken:
             broken += 1
         else:
-            names = ", ".join(header)
-            raise UserError(f"{path}, line {number}: {len(cells)} columns; expected {len(header)}: {names}")
+            raise UserError(f"{path}, line {number}: {len(cells)} columns; expected {len(header)}: {_several(header)}")
     if header is None or not rows:
         raise UserError(f"{path} holds no rows")
     return Table(path, header, rows, numbers, broken)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from dist_moe.config.files import json_line
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.squad import Answer, Question
 from dist_moe.data.labelled_text.texts import TextOrPair
@@ -145,4 +146,4 @@ def written(questions: Sequence[Question]) -> NDArray[np.uint8]:
         "context_of": [contexts[question.context] for question in questions],
         "answers": [[answer.text for answer in question.answers] for question in questions],
     }
-    return np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
+    return np.frombuffer(json_line(content).encode(), dtype=np.uint8)

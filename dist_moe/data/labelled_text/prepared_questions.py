@@ -15,16 +15,18 @@ import numpy as np
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
+from dist_moe.data.digests import digest_of_content
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
 from dist_moe.data.labelled_text.answers import AnswerTable, AnswerWindows, windows_of, written
 from dist_moe.data.labelled_text.squad import SQUAD_V2, Question
 from dist_moe.data.labelled_text.texts import identity
-from dist_moe.data.labelled_text.tokens import TokenisedSettings, padding_of, tokenizer_digest
+from dist_moe.data.labelled_text.tokens import TokenisedSettings, padding_of, tokenizer_digest, tokens_digest
 from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data, split_off_tenths
+from dist_moe.data.tokenizer_files import ids_of
 from dist_moe.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
 
 
@@ -70,15 +72,17 @@ class QuestionsConfig(TokenisedSettings):
 
 @dataclass(frozen=True)
 class Questions:
-    """The prepared data set. ``vocabulary``: how many ids the tokenizer has.
+    """The prepared data set. ``vocabulary``: how many ids the tokenizer has. ``tokenizer``: a digest of it.
 
-    ``manifest`` records source, SHA-256 sums, counts, what was left out, seed and format version.
+    ``manifest`` records source, SHA-256 sums, counts, what was left out, seed, a digest of the split texts, which no
+    tokenizer changes, and format version.
     """
 
     train: AnswerTable
     val: AnswerTable
     test: AnswerTable
     vocabulary: int
+    tokenizer: str
     manifest: dict[str, Any]
 
 
@@ -99,7 +103,7 @@ def prepare_questions(
     key = f"v{FORMAT_VERSION}-seed{config.seed}-stride{config.stride}-{tokenizer_digest(opened)}{located.key}"
     content = prepare_data(config, key, partial(_build, config, opened, located, report), report)
     train, val, test = (_table(content, part, padding_of(opened)) for part in PARTS)
-    return Questions(train, val, test, opened.get_vocab_size(), content.manifest)
+    return Questions(train, val, test, ids_of(opened), tokens_digest(opened), content.manifest)
 
 
 def _table(content: Prepared, part: str, padding: int) -> AnswerTable:
@@ -127,6 +131,7 @@ def _build(
         "name": config.name,
         "source": source,
         "seed": config.seed,
+        "split": digest_of_content(parts),
         "max_length": config.max_length,
         "stride": config.stride,
         "tokenizer": tokenizer_digest(opened),

@@ -16,15 +16,24 @@ import numpy as np
 from pydantic import Field
 from tokenizers import Tokenizer
 
+from dist_moe.data.digests import digest_of_content
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import Located
 from dist_moe.data.labelled_text.tasks import GRADED, TASKS, TextTask
 from dist_moe.data.labelled_text.texts import Published, parts_of
-from dist_moe.data.labelled_text.tokens import LabelledTable, TokenisedSettings, padding_of, tokenised, tokenizer_digest
+from dist_moe.data.labelled_text.tokens import (
+    LabelledTable,
+    TokenisedSettings,
+    padding_of,
+    tokenised,
+    tokenizer_digest,
+    tokens_digest,
+)
 from dist_moe.data.prepared import PARTS, Prepared, by_part, prepare_data
+from dist_moe.data.tokenizer_files import ids_of
 from dist_moe.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
 
 
@@ -82,9 +91,12 @@ class LabelledTextConfig(TokenisedSettings):
 
 @dataclass(frozen=True)
 class LabelledText:
-    """The prepared data set. ``task``: what is predicted. ``vocabulary``: how many ids the tokenizer has.
+    """The prepared data set.
 
-    ``manifest`` records source, SHA-256 sums, counts, what was left out, seed and format version.
+    ``task``: what is predicted. ``vocabulary``: how many ids the tokenizer has. ``tokenizer``: a digest of it.
+
+    ``manifest`` records source, SHA-256 sums, counts, what was left out, seed, a digest of the split texts, which no
+    tokenizer changes, and format version.
     """
 
     train: LabelledTable
@@ -92,6 +104,7 @@ class LabelledText:
     test: LabelledTable
     task: TextTask
     vocabulary: int
+    tokenizer: str
     manifest: dict[str, Any]
 
 
@@ -114,7 +127,7 @@ def prepare_labelled_text(
     content = prepare_data(config, key, partial(_build, config, cutter, located, report), report)
     padding, has_pairs = padding_of(cutter), config.task.has_pairs
     train, val, test = (LabelledTable(padding=padding, has_pairs=has_pairs, **content.columns(x)) for x in PARTS)
-    return LabelledText(train, val, test, config.task, cutter.get_vocab_size(), content.manifest)
+    return LabelledText(train, val, test, config.task, ids_of(cutter), tokens_digest(cutter), content.manifest)
 
 
 def _build(
@@ -123,6 +136,8 @@ def _build(
     task = config.task
     published, source = located.read(downloads, report)
     parts, left_out = parts_of(published, config.seed, stratified=bool(task.classes))
+    if remarks := [f"{count:,} {reason}" for reason, count in left_out.items() if count]:
+        report.say(f"note: {task.title}: examples left out: {', '.join(remarks)}")
     for part, examples in parts.items():
         if not examples:
             raise UserError(f"{task.title}: no examples are left for {part}; the files hold too few")
@@ -134,6 +149,7 @@ def _build(
         "classes": list(task.classes),
         "source": source,
         "seed": config.seed,
+        "split": digest_of_content(parts),
         "max_length": config.max_length,
         "tokenizer": tokenizer_digest(tokenizer),
         "counts": {part: len(examples) for part, examples in parts.items()},

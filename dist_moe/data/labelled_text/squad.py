@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.published import PublishedData
-from dist_moe.data.fetch.tables import shown
 from dist_moe.data.labelled_text.tasks import NO_PACKAGE
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 TRAIN_FILE, DEV_FILE = "train-v2.0.json", "dev-v2.0.json"
 

@@ -18,9 +18,9 @@ from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.packages import Archive, wheel
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import PublishedData, Reader, Remote
-from dist_moe.data.fetch.tables import Table, comma_separated, separated, shown
+from dist_moe.data.fetch.tables import Table, comma_separated, separated
 from dist_moe.data.labelled_text.texts import LabelledTexts, Published
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 NO_PACKAGE = "give the directory that holds {} as its publishers pack them (--data-root DIR or data.root=DIR)."
 """Remedy where only the user can have the files."""
@@ -35,6 +35,7 @@ NEWSGROUPS = (
     *("soc.religion.christian", "talk.politics.guns", "talk.politics.mideast", "talk.politics.misc"),
     "talk.religion.misc",
 )
+NEWSGROUPS_SET = frozenset(NEWSGROUPS)
 HEADER_LINES_OF_ORANGE = 3
 """Names, types and roles of the columns."""
 
@@ -84,6 +85,9 @@ def read_newsgroups(files: list[File], progress: Progress) -> Published:
 def _posts(file: File) -> LabelledTexts:
     whole = separated(file)
     orange = HEADER_LINES_OF_ORANGE - 1  # the first line has become the header
+    for line, row in zip(whole.line_N[:orange], whole.rows[:orange], strict=True):
+        if NEWSGROUPS_SET.intersection(row):
+            raise UserError(f"{file.path}, line {line}: an example, where types and roles of the columns are expected")
     table = Table(whole.path, whole.header, whole.rows[orange:], whole.line_N[orange:])
     return LabelledTexts(_single(table.texts("Text")), table.classes("Category", NEWSGROUPS))
 

@@ -20,7 +20,8 @@ from dist_moe.data.encoder import ENCODER_DESCRIPTION, open_encoder
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.labelled_text.texts import TextOrPair
 from dist_moe.data.prepared import DataSettings
-from dist_moe.errors import UserError
+from dist_moe.data.tokenizer_files import ids_of, read_tokenizer, refusing
+from dist_moe.errors import UserError, shown
 
 TEXTS_AT_ONCE = 1024
 PADDING_TOKENS = ("[PAD]", "<pad>", "<|padding|>")
@@ -77,17 +78,16 @@ def open_tokenizer(given: Tokenizer | Path, max_length: int) -> Tokenizer:
     """
     if isinstance(given, Tokenizer):
         tokenizer = Tokenizer.from_str(given.to_str())
+        ids_of(tokenizer)
     else:
-        path = given.expanduser()
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(
-                f"data.tokenizer={path} cannot be read: {error}. Remedy: give a tokenizer.json as the library "
-                f"tokenizers writes it."
-            ) from error
+        tokenizer, _, _ = read_tokenizer(given)
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
+    with refusing(
+        "data.tokenizer",
+        f"a larger data.max_length than {max_length}, or a tokenizer that adds fewer tokens",
+        "cannot cut",
+    ):
+        tokenizer.enable_truncation(max_length)
     return tokenizer
 
 
@@ -102,20 +102,31 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 
 
+def tokens_digest(tokenizer: Tokenizer) -> str:
+    """Return a SHA-256 that stands for the tokenizer, whatever the length at which it cuts."""
+    whole = Tokenizer.from_str(tokenizer.to_str())
+    whole.no_truncation()
+    return hashlib.sha256(whole.to_str().encode()).hexdigest()
+
+
 def tokenised(tokenizer: Tokenizer, texts: list[TextOrPair], part: str, progress: Progress) -> TokenisedTexts:
     """Tokenise texts or pairs, in order.
 
-    Raises `UserError` if a text gives no tokens, or a tokenizer that numbers more than two texts.
+    Raises `UserError` if a text gives no tokens, or a tokenizer that numbers them otherwise than BERT's.
     """
     ids: list[NDArray[np.int32]] = []
     first: list[int] = []
     cut = 0
     for row, encoding in enumerate(encodings(tokenizer, texts, part, progress)):
         if not encoding.ids:
-            raise UserError(f"data.tokenizer gives no tokens for {texts[row]!r}; it has to add special tokens")
+            raise UserError(f"data.tokenizer gives no tokens for {shown(texts[row])}; it has to add special tokens")
         types = np.array(encoding.type_ids)
         first.append(encoding.type_ids.count(0))
-        assert (types == (np.arange(len(types)) >= first[-1])).all(), "types are 0, then 1"
+        if (types != (np.arange(len(types)) >= first[-1])).any():
+            raise UserError(
+                f"data.tokenizer numbers the parts of {shown(texts[row])} otherwise than 0, then 1, as BERT's do; "
+                "leave it out to have the encoder's own"
+            )
         ids.append(np.array(encoding.ids, dtype=np.int32))
         cut += bool(encoding.overflowing)
     return TokenisedTexts.of(ids, first, cut)
@@ -125,7 +136,9 @@ def encodings(tokenizer: Tokenizer, texts: list[TextOrPair], part: str, progress
     """Yield the encoding of each text or pair, in order. ``part``: what is tokenised, for a person to see."""
     blocks = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
     for block in progress.track(blocks, f"tokenising {part}", total=len(blocks), unit=f"x {TEXTS_AT_ONCE} texts"):
-        yield from tokenizer.encode_batch([text[0] if len(text) == 1 else text for text in block])
+        with refusing("data.tokenizer", "a tokenizer that has a token for every text, [UNK] for one"):
+            found = tokenizer.encode_batch([text[0] if len(text) == 1 else text for text in block])
+        yield from found
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.restricted_pickle import Allowed, read_arrays
 from dist_moe.data.fetch.tables import Table, comma_separated, separated
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 RATINGS, MOVIES = "ratings.dat", "movies.dat"
 SMALL_RATINGS, SMALL_MOVIES = "ratings.csv", "movies.csv"
@@ -77,7 +77,7 @@ def read_grouplens(files: list[File], progress: Progress) -> Ratings:
     for line, title in zip(movies.line_N, titles, strict=True):
         if (first := first_line.setdefault(title, line)) != line:
             raise UserError(
-                f"{movies.path}, line {line}: the title {title!r} repeats line {first}; "
+                f"{movies.path}, line {line}: the title {shown(title)} repeats line {first}; "
                 f"items are distinguished by title, so each movie needs its own"
             )
     items = [(title, 0) for title, _ in _rated(ratings, movies, "MovieID", titles)]
@@ -124,7 +124,9 @@ def _rated(ratings: Table, movies: Table, column: str, titles: list[str]) -> lis
     title_of: dict[int, str] = {}
     for line, movie, title in zip(movies.line_N, movies.integers(column), titles, strict=True):
         if movie in title_of:
-            raise UserError(f"{movies.path}, line {line}: movie id {movie} was already given to {title_of[movie]!r}")
+            raise UserError(
+                f"{movies.path}, line {line}: movie id {movie} was already given to {shown(title_of[movie])}"
+            )
         title_of[movie] = title
     rated = ratings.integers(column)
     for line, movie in zip(ratings.line_N, rated, strict=True):

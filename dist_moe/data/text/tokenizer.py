@@ -11,7 +11,6 @@ is exact for every tokenizer that gives the text back, and any other one is refu
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dist_moe.config.files import read_json_object
 from dist_moe.data.text.tokens import TokenIds
-from dist_moe.errors import UserError
+from dist_moe.data.tokenizer_files import LARGEST_VOCABULARY, ids_of, read_tokenizer, refusing
+from dist_moe.errors import UserError, shown
 
 SEPARATOR = "<|endoftext|>"
 SEPARATOR_ID = 0
@@ -30,7 +31,7 @@ SEPARATOR_ID = 0
 CHARACTERS_AT_ONCE = 1 << 20
 """Encodings of so much text are held in memory at a time."""
 
-FILE, TOKENIZER_CONFIG, MODEL_CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
+TOKENIZER_CONFIG, MODEL_CONFIG = "tokenizer_config.json", "config.json"
 USUAL_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Names of an end-of-text token, where nothing beside the tokenizer says which it is."""
 
@@ -133,8 +134,9 @@ class OwnTokenizer:
 
     def _encodings(self, name: str, documents: list[str]) -> Iterator[tuple[str, Encoding]]:
         for some in batches(documents):
-            encodings = self.tokenizer.encode_batch(some, add_special_tokens=False)
-            again = self.tokenizer.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
+            with refusing(f"data.tokenizer={self.path}", "a tokenizer that knows every byte"):
+                encodings = self.tokenizer.encode_batch(some, add_special_tokens=False)
+                again = self.tokenizer.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
             for text, encoding, back in zip(some, encodings, again, strict=True):
                 if back != text:
                     raise UserError(
@@ -158,24 +160,17 @@ def open_own_tokenizer(path: Path, end_of_text: str | None) -> OwnTokenizer:
 
     Raises UserError for a file that is no tokenizer, or has no end-of-text token, or several that could be it.
     """
-    file = path.expanduser().absolute()
-    if file.is_dir():
-        file = file / FILE
-    try:
-        content = file.read_bytes()
-        tokenizer = literal(Tokenizer.from_str(content.decode()))
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(
-            f"data.tokenizer={path} cannot be read: {error}. Remedy: give a tokenizer.json as the library tokenizers "
-            f"writes it, or a Hugging Face directory that has one"
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer, file, content = read_tokenizer(path)
+    literal(tokenizer)
     end = _end_of_text(path, tokenizer, file.parent, end_of_text)
     # The embedding of a model beside it may have more rows than there are tokens.
     of_model = _content(file.parent / MODEL_CONFIG).get("vocab_size")
-    tokens = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    vocab_size = max(tokens, of_model) if isinstance(of_model, int) else tokens
+    if of_model is not None and not (type(of_model) is int and 0 < of_model <= LARGEST_VOCABULARY):
+        raise UserError(
+            f"data.tokenizer: {file.parent / MODEL_CONFIG} has vocab_size={shown(of_model)}; expected a whole number "
+            f"from 1 to {LARGEST_VOCABULARY}"
+        )
+    vocab_size = max(ids_of(tokenizer, f"data.tokenizer={path}"), of_model or 0)
     digest = hashlib.sha256(content + f" {end} {vocab_size}".encode()).hexdigest()[:16]
     return OwnTokenizer(path, tokenizer, end, vocab_size, digest)
 
@@ -214,9 +209,9 @@ def _named_beside(tokenizer: Tokenizer, directory: Path) -> tuple[list[str], str
     ids = _content(directory / MODEL_CONFIG).get("eos_token_id")
     if ids is not None:
         several = ids if isinstance(ids, list) else [ids]
-        if not all(type(number) is int and number >= 0 for number in several):
+        if not all(type(number) is int and 0 <= number < LARGEST_VOCABULARY for number in several):
             path = directory / MODEL_CONFIG
-            raise UserError(f"data.tokenizer: {path} has eos_token_id={ids!r}, which is no token's id")
+            raise UserError(f"data.tokenizer: {path} has eos_token_id={shown(ids)}, which is no token's id")
         numbers = dict.fromkeys(several)
         return [tokenizer.id_to_token(number) or f"id {number}" for number in numbers], MODEL_CONFIG
     return [name for name in USUAL_NAMES if tokenizer.token_to_id(name) is not None], "its vocabulary"
@@ -227,10 +222,9 @@ def _content(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"data.tokenizer: {path} cannot be read: {error}") from error
-    return content if isinstance(content, dict) else {}
+        raise UserError(f"data.tokenizer: {path} cannot be read: {error}. Remedy: mend or remove it") from error
 
 
 def _bytes_by_place(text: str, encoding: Encoding) -> NDArray[np.int64]:

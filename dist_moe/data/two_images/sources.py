@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def parse_idx(file: File, dimensions: int) -> NDArray[np.uint8]:
         raise UserError(f"{path} is not an IDX file of unsigned bytes in {dimensions} dimensions")
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", count=dimensions, offset=4))
     values = np.frombuffer(content, np.uint8, offset=header_bytes)
-    if len(values) != (expected := int(np.prod(shape, dtype=np.int64))):
+    if len(values) != (expected := math.prod(shape)):
         raise UserError(f"{path} holds {len(values):,} values, but its header {shape} says {expected:,}")
     return values.reshape(shape)
 

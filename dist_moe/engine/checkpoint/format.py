@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from dist_moe.config.files import digest_of, json_text, replace_text
+from dist_moe.config.files import digest_of, json_line, json_text, replace_text, restored
 from dist_moe.config.settings import LARGEST_STEP
 from dist_moe.errors import UserError
 from dist_moe.experts import ExpertBank
@@ -43,6 +43,8 @@ BUFFER = "buffer"
 """The state of a buffer; those of a parameter are MASTER and the optimizer's."""
 DENSE, EXPERTS = "dense", "experts"
 """The kinds of tensors of a model, beside BUFFER."""
+IDENTITY = "identity"
+"""The name among the states of callbacks under which a run says what it is: see dist_moe.recipes.identity."""
 OWN_DIGEST = "sha256"
 """The manifest's field for its own digest."""
 
@@ -74,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise UserError(f"checkpoint file {path} has {size} bytes; one of more than {LARGEST_JSON} is not read")
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique)
+        content = restored(json.loads(path.read_bytes().decode(), object_pairs_hook=_unique))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint file {path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
@@ -246,6 +248,11 @@ class TrainerState:
     __pydantic_config__: ClassVar[ConfigDict] = CLOSED
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What the run says of its data and of what it starts from; nothing where it has nothing to say."""
+        return self.callbacks.get(IDENTITY, {})
+
+    @property
     def history(self) -> TrainingHistory:
         """The course of the training up to this checkpoint."""
         losses = {int(step): loss for step, loss in self.validation_losses.items()}
@@ -253,9 +260,9 @@ class TrainerState:
 
     def write(self, directory: Path) -> dict[str, str]:
         """Write TRAINER_FILE, on one line; return its digest by its name. Raises OSError."""
-        path, text = directory / TRAINER_FILE, json.dumps(asdict(self)) + "\n"
+        path, text = directory / TRAINER_FILE, json_line(asdict(self)) + "\n"
         if len(text) > LARGEST_JSON:
-            sizes = {name: len(json.dumps(state)) for name, state in self.callbacks.items()}
+            sizes = {name: len(json_line(state)) for name, state in self.callbacks.items()}
             raise OSError(f"{path} would have {len(text)} bytes, at most {LARGEST_JSON} may; callbacks hold {sizes}")
         replace_text(path, text)
         return {path.name: digest_of(path)}

@@ -11,7 +11,7 @@ needs an engine or a process group, and no more than one expert's tensor is in m
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +24,7 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dist_moe.config.files import json_line
 from dist_moe.config.settings import LARGEST_STEP
 from dist_moe.engine.checkpoint.files import (
     partial_directory,
@@ -37,12 +38,14 @@ from dist_moe.engine.checkpoint.format import (
     DENSE,
     DENSE_FILE,
     EXPERTS,
+    IDENTITY,
     Key,
     Manifest,
     TrainerState,
     expert_file,
     expert_ids_by_parameter,
 )
+from dist_moe.engine.checkpoint.loading import read_trainer_state
 from dist_moe.engine.checkpoint.reader import CheckpointReader
 from dist_moe.engine.checkpoint.safetensors_writer import (
     SEAL,
@@ -68,7 +71,7 @@ class ModelWeights(Mapping[str, Tensor]):
     ``kinds``: DENSE, EXPERTS (axis 0 is the expert's global id) or BUFFER, by name. ``specs``: dtype and shape, by
     name. ``read``: (name, None) -> the tensor, (name, expert) -> one expert's part of it. ``path``: the checkpoint or
     exported file, None in memory. ``configuration``, ``digest``: of an exported file, its model's configuration and
-    its sha256.
+    its sha256. ``identity``: what the run that wrote them says of its data, as JSON can hold it.
     """
 
     kinds: Mapping[str, str]
@@ -78,6 +81,7 @@ class ModelWeights(Mapping[str, Tensor]):
     step: int = 0
     configuration: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.stack(list(self.pieces(name))) if self.kinds[name] == EXPERTS else self.read(name, None)
@@ -100,6 +104,15 @@ class ModelWeights(Mapping[str, Tensor]):
             yield from (self.read(name, expert) for expert in range(self.specs[name].shape[0]))
         else:
             yield self.read(name, None)
+
+    def content_digest(self) -> str:
+        """Return a sha256 over names, shapes and values, the same whatever layout wrote them and in which files."""
+        sha256 = hashlib.sha256()
+        for name in sorted(self):
+            sha256.update(f"{name} {self.kinds[name]} {self.specs[name]}\n".encode())
+            for piece in self.pieces(name):
+                sha256.update(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return sha256.hexdigest()
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise UserError unless every bank has ``num_experts`` experts."""
@@ -189,10 +202,11 @@ def write_model(
     }
     metadata = {
         "format": EXPORT_FORMAT,
-        "configuration": json.dumps(configuration),
+        "configuration": json_line(configuration),
         "step": str(weights.step),
         "dtype": str(dtype).removeprefix("torch."),
-        "kinds": json.dumps(dict(weights.kinds)),
+        "kinds": json_line(dict(weights.kinds)),
+        "identity": json_line(dict(weights.identity)),
     }
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -206,12 +220,14 @@ def write_model(
     return _read_file(path)
 
 
-def write_first_checkpoint(source: nn.Module | ModelWeights, root: Path, imported_from: str) -> Path:
+def write_first_checkpoint(
+    source: nn.Module | ModelWeights, root: Path, imported_from: str, identity: Mapping[str, Any] | None = None
+) -> Path:
     """Write a checkpoint of step 0 under ``root``, masters in fp32, buffers as they are; return its directory.
 
     It has no optimizer state, and says so: an optimizer begins with it as at a run's first step. ``imported_from``:
-    where the weights are from. Raises UserError if it cannot be written, and ValueError for a model without all of
-    its experts.
+    where the weights are from. ``identity``: of the run that begins with it, see ModelWeights. Raises UserError if it
+    cannot be written, and ValueError for a model without all of its experts.
     """
     weights = source if isinstance(source, ModelWeights) else weights_of(source)
     specs: dict[str, dict[str, TensorSpec]] = {DENSE_FILE: {}, expert_file(0): {}}
@@ -232,7 +248,8 @@ def write_first_checkpoint(source: nn.Module | ModelWeights, root: Path, importe
 
     final = step_directory(root, 0)
     partial = partial_directory(final)
-    trainer = TrainerState(0, {}, 0, imported_from=imported_from)
+    callbacks = {IDENTITY: dict(identity)} if identity else {}
+    trainer = TrainerState(0, {}, 0, imported_from=imported_from, callbacks=callbacks)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -252,7 +269,8 @@ def _read_checkpoint(directory: Path) -> ModelWeights:
 
     kinds = {name: entry.kind for name, entry in entries.items()}
     specs = {name: TensorSpec(entry.spec.dtype, entry.stacked_shape) for name, entry in entries.items()}
-    return ModelWeights(kinds, specs, read, directory, manifest.step)
+    identity = read_trainer_state(directory).identity
+    return ModelWeights(kinds, specs, read, directory, manifest.step, identity=identity)
 
 
 def _read_file(path: Path) -> ModelWeights:
@@ -265,6 +283,7 @@ def _read_file(path: Path) -> ModelWeights:
         file = safe_open(path, framework="pt")
         kinds = _JSON_OF_KINDS.validate_json(metadata["kinds"])
         configuration = _JSON_OF_CONFIGURATION.validate_json(metadata["configuration"])
+        identity = _JSON_OF_CONFIGURATION.validate_json(metadata.get("identity", "{}"))
         specs = {name: spec_in_file(file, name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         if kinds.keys() != specs.keys():
             raise ValueError(f"its kinds are of other tensors: {sorted(kinds.keys() ^ specs.keys())[:3]}")
@@ -277,7 +296,7 @@ def _read_file(path: Path) -> ModelWeights:
         tensor: Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
         return tensor
 
-    weights = ModelWeights(kinds, specs, read, path, step, configuration, metadata[SEAL])
+    weights = ModelWeights(kinds, specs, read, path, step, configuration, metadata[SEAL], identity)
     if reads_all():
         _check_finite(weights)
     return weights

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from dist_moe.config.files import json_line
 from dist_moe.errors import UserError
 
 SEAL = "sha256"
@@ -163,7 +164,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
         end = start + spec.num_bytes
         content[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
         start = end
-    text = json.dumps(content).encode()
+    text = json_line(content).encode()
     return text + b" " * (-len(text) % 8)
 
 

@@ -54,14 +54,23 @@ class CheckpointSaver:
 
     ``failures_allowed``: checkpoints in a row that may fail (disk full, read-only, ...) before the
     training is ended by UserError, on all ranks alike. ``say``: where failures are reported; only the
-    first rank speaks. Needs a file system that all ranks share.
+    first rank speaks. ``check``: raises, on the first rank, where nothing may be written any more. Needs a file
+    system that all ranks share.
     """
 
-    def __init__(self, engine: ExpertParallelEngine, *, in_background: bool, failures_allowed: int, say: Say) -> None:
+    def __init__(
+        self,
+        engine: ExpertParallelEngine,
+        *,
+        in_background: bool,
+        failures_allowed: int,
+        say: Say,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self._engine = engine
         self._in_background = in_background
         self._failures_allowed = failures_allowed
-        self._say = say
+        self._say, self._check = say, check
         self._is_rank_zero = engine.process_groups.environment.is_rank_zero
         self._job: _Job | None = None
         self._failures: list[str] = []
@@ -83,7 +92,7 @@ class CheckpointSaver:
         """
         self.settle()
         directory = step_directory(root, step)
-        if errors := gather_errors(run_catching(_prepare, directory) if self._is_rank_zero else None):
+        if errors := gather_errors(run_catching(self._prepare, directory) if self._is_rank_zero else None):
             self._failed(directory, errors)
             return
         self._job = _Job(take_snapshot(self._engine, step, history, callbacks or {}), directory, keep)
@@ -131,6 +140,16 @@ class CheckpointSaver:
         if self._job is not None:
             self._job.wait(CLOSE_PATIENCE_S)
             self._job = None
+
+    def _prepare(self, directory: Path) -> None:
+        self._check()
+        partial = partial_directory(directory)
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial)  # of a save that failed
+        elif os.path.lexists(partial):
+            set_aside(partial, "replaced")
+        partial.parent.mkdir(exist_ok=True)  # not what is above it: a run directory that was renamed is not made again
+        partial.mkdir()
 
     def _failed(self, directory: Path, errors: list[str]) -> None:
         if self._is_rank_zero:
@@ -182,15 +201,6 @@ class _Job(threading.Thread):
 
     def _write(self, snapshot: Snapshot) -> None:
         self.digests = snapshot.write(partial_directory(self.directory))
-
-
-def _prepare(directory: Path) -> None:
-    partial = partial_directory(directory)
-    if partial.is_dir() and not partial.is_symlink():
-        shutil.rmtree(partial)  # of a save that failed
-    elif os.path.lexists(partial):
-        set_aside(partial, "replaced")
-    partial.mkdir(parents=True)
 
 
 def run_catching(function: Callable[..., None], *arguments: object) -> str | None:

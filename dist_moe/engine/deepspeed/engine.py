@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dist_moe.engine.deepspeed.config import DeepSpeedSection, import_deepspeed
 from dist_moe.engine.deepspeed.optimizers import build_optimizer
 from dist_moe.engine.deepspeed.parameter_state import MASTER, read_state
-from dist_moe.engine.deepspeed.schedules import Schedule, first_states
+from dist_moe.engine.deepspeed.schedules import Schedule
 from dist_moe.engine.deepspeed.sharded_parameters import (
     check_groups,
     forget_module,
@@ -28,6 +28,7 @@ from dist_moe.engine.deepspeed.sharded_parameters import (
 )
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.experts import ExpertBank
+from dist_moe.layer.ownership import engine_knows_experts
 
 _deepspeed = import_deepspeed()
 
@@ -42,22 +43,26 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     its own only, see :mod:`dist_moe.engine.deepspeed.sharded_parameters`.
     """
 
-    def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups) -> None:
+    def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups, **given: Any) -> None:
+        """Wrap ``model``.
+
+        ``given``: what else DeepSpeed's engine takes in a user's own loop, whose optimizer and schedule it uses, or
+        makes itself from ``section``.
+        """
         mark_experts(model, groups.expert_group_name)
         self.__dict__["process_groups"] = groups  # before the base class is initialised, as its hooks need them
         self.__dict__["held_masters"] = {}  # see _own_part of parameter_state.py
-        self.__dict__["first_states"] = partial(first_states, section)
-        theirs = {key: value for key, value in section.items() if key != "scheduler"}
+        own: dict[str, Any] = {} if given else {"optimizer": partial(build_optimizer, section)}
+        theirs = {key: value for key, value in section.items() if given or key != "scheduler"}
+        defaults = {"args": None, "model_parameters": _trained_groups(model), "dist_init_required": False}
         super().__init__(
-            args=None,
+            **defaults | own | given,
             model=model,
-            optimizer=partial(build_optimizer, section),
-            model_parameters=_trained_groups(model),
-            dist_init_required=False,
             config=theirs,
             config_class=_deepspeed.DeepSpeedConfig(theirs),
         )
-        self.lr_scheduler = Schedule(section, self.optimizer.param_groups)
+        if not given:
+            self.lr_scheduler = Schedule(section, self.optimizer.param_groups)
         if self.shards_parameters:
             check_groups(model.parameters(), self.group_of)
             self.__dict__["own_hooks"] = gather_for_backward(model)
@@ -86,7 +91,8 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     def _configure_distributed_model(self, model: nn.Module) -> None:
         experts = [parameter for parameter in model.parameters() if is_expert_parameter(parameter)]
         self.has_moe_layers = bool(experts)  # else DeepSpeed misses their groups
-        super()._configure_distributed_model(model)
+        with engine_knows_experts():
+            super()._configure_distributed_model(model)
         if not self.shards_parameters and not any(parameter.requires_grad for parameter in experts):
             self.has_moe_layers = False  # ZeRO stages 1 and 2 insist on a group of trained experts where it is set
 
@@ -143,15 +149,7 @@ def mark_experts(model: nn.Module, group_name: str) -> None:
     """Put DeepSpeed's attributes on the parameters of every bank of experts in ``model``."""
     for bank in model.modules():
         if isinstance(bank, ExpertBank):
-            for parameter in bank.parameters():
-                marks = {
-                    "allreduce": False,
-                    "group_name": group_name,
-                    "ds_zero_placement_family": "autoep_expert",
-                    "ds_zero_partition_group_name": group_name,
-                }
-                for name, value in marks.items():
-                    setattr(parameter, name, value)
+            bank.mark(group_name)
 
 
 def is_expert_parameter(parameter: nn.Parameter) -> bool:

@@ -6,7 +6,6 @@ anyway, as checkpoints are.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from dist_moe.config.files import json_line, parse_json
 
 _WAITING_IN = frozenset(
     name for name in dir(distributed_c10d) if name.startswith(("all_", "reduce", "broadcast", "barrier", "gather"))
@@ -156,17 +157,17 @@ def write_heartbeat(directory: Path, heartbeat: Heartbeat) -> None:
     """Replace the file of the heartbeat's rank. Raises OSError if the directory is gone or the disk is full."""
     path = _file_of(directory, heartbeat.rank)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(heartbeat)), encoding="utf-8")
+    partial.write_text(json_line(asdict(heartbeat)), encoding="utf-8")
     partial.replace(path)
 
 
 def read_heartbeat(directory: Path, rank: int) -> Heartbeat | None:
-    """Return the last heartbeat that ``rank`` wrote; None before the first."""
+    """Return the last heartbeat that ``rank`` wrote; None before the first, and of a file that is none."""
     try:
-        content = json.loads(_file_of(directory, rank).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = parse_json(_file_of(directory, rank).read_bytes())
+        return Heartbeat(**(content | {"process": Process(**content["process"])}))
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return Heartbeat(**(content | {"process": Process(**content["process"])}))
 
 
 def _file_of(directory: Path, rank: int) -> Path:

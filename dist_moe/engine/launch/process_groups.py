@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import socket
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch.distributed.rendezvous import rendezvous
 
+from dist_moe.config.files import json_line, parse_json
 from dist_moe.config.settings import Settings
 from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.engine.launch.environment import LaunchEnvironment, launched_ranks_per_node
@@ -295,8 +295,8 @@ class JobStore:
     def agree(self, key: str, mine: Any) -> Any:
         """Return rank 0's ``mine``, which JSON must hold, on every rank; each key serves once."""
         if self._environment.is_rank_zero:
-            self._store.set(key, json.dumps(mine))
-        return json.loads(self._store.get(key))
+            self._store.set(key, json_line(mine))
+        return parse_json(self._store.get(key))
 
     def tell(self, event: str) -> None:
         """Tell all ranks of an event, now and later."""

@@ -39,17 +39,23 @@ class Monitor:
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._progress: ProgressLine | None = None
         self._trackers: dict[str, Tracker] = {}
+        self._spoilt = 0
         if not is_rank_zero:
             return
         self._progress = ProgressLine(total_steps, first_step)
         if run is not None:
-            run.forget_metrics_after(first_step)
+            self._spoilt = run.forget_metrics_after(first_step)
+            if self._spoilt:
+                self.say(
+                    f"warning: {self._spoilt} line(s) of {run.metrics} are no records; moved to {run.metrics.name}.bad"
+                )
             self._trackers = {one.name: one.build(run.root, first_step, self.say) for one in trackers}
 
     @property
     def lost_records(self) -> dict[str, int]:
-        """How many could not be written, by tracker; final after :meth:`close`. Empty but on rank 0."""
-        return {name: tracker.lost for name, tracker in self._trackers.items()}
+        """How many could not be written or were spoilt, by tracker; final after :meth:`close`. Empty but on rank 0."""
+        spoilt: dict[str, int] = {MetricsFileSettings().name: self._spoilt}
+        return {name: tracker.lost + spoilt.get(name, 0) for name, tracker in self._trackers.items()}
 
     def say(self, text: str) -> None:
         """Print a sentence, above the live line."""
@@ -88,6 +94,14 @@ class Monitor:
         """Give a picture to the trackers; see :meth:`Tracker.image`."""
         for tracker in self._trackers.values():
             tracker.image(name, matrix, step)
+
+    def follow(self, run: RunDirectory | None) -> None:
+        """Write to where the run directory is now; None: there is none any more, and nothing is written."""
+        for tracker in self._trackers.values():
+            if run is not None:
+                tracker.follow(run.root)
+        if run is None:
+            self._trackers = {}
 
     def close(self) -> None:
         """Write for the last time."""

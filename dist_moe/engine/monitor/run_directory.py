@@ -1,19 +1,25 @@
 """A run directory: everything that a run leaves behind, in one place.
 
 config.yaml         the resolved configuration
+identity.json       digests of the data, and of the weights that it starts from or follows
 environment.json    versions, machine, command line
 metrics.jsonl       one object per step, and {"step": .., "validation": {..}} after a step that was validated
+metrics.jsonl.bad   lines that stood there and are no records, if there were any
 tensorboard/        the same and more, to look at
 checkpoints/        see dist_moe.engine.checkpoint.format
 summary.json        test metrics, beside those of simple predictors
+run-000001.lock     while a job works here, see dist_moe.engine.monitor.run_lock
+
+config.yaml is written with the first records or the first checkpoint, so that its presence means that there is
+something to lose or to go on from: a start that failed before leaves nothing that is in the way of the next.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
+import weakref
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +29,13 @@ import torch
 
 from dist_moe.config.files import replace_text, write_json
 from dist_moe.config.plain_yaml import yaml_text
-from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
+from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories
 from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.monitor.record_file import last_step_in, sift_records
 from dist_moe.errors import UserError
 
+_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "metrics.jsonl.bad", "summary.json", "stall.txt")
+_DIRECTORIES = ("tensorboard", "heartbeats", "checkpoints", "best", "stages")
 _PACKAGES = ("torch", "deepspeed", "torchx", "tensorboard", "numpy", "scipy", "pydantic", "safetensors")
 
 
@@ -40,6 +49,11 @@ class RunDirectory:
     def config(self) -> Path:
         """The file of the resolved configuration."""
         return self.root / "config.yaml"
+
+    @property
+    def identity(self) -> Path:
+        """The file of digests, see dist_moe.recipes.identity."""
+        return self.root / "identity.json"
 
     @property
     def environment(self) -> Path:
@@ -57,17 +71,33 @@ class RunDirectory:
         return self.root / "summary.json"
 
     def check_unused(self, option: str = "--run-dir") -> None:
-        """Raise UserError, naming the command's ``option``, if the directory holds a run already."""
+        """Raise UserError, naming the command's ``option``, if the directory holds a run, or what is left of one."""
         if self.config.exists():
             raise UserError(
                 f"{option} {self.root} holds a run already; name another directory, or go on with that run by "
                 f"'dist-moe train --resume {self.root}'"
             )
-        if complete_directories(checkpoints_of(self.root)):
-            raise UserError(
-                f"{option} {self.root} holds checkpoints already, of a run without {self.config.name}; name another "
-                f"directory, or put the file back"
-            )
+        checkpoints = checkpoints_of(self.root)
+        for path in (self.summary, self.metrics, checkpoints, best_of(checkpoints), *self.stages.glob("*/config.yaml")):
+            if any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size:
+                raise UserError(
+                    f"{option} {self.root} holds {path.name} of a run, though no {self.config.name}: nothing is "
+                    f"written over it; name another directory, or move {path} away"
+                )
+
+    def check_kinds(self) -> None:
+        """Raise UserError if there is a file where a run has a directory, here or in a stage, or the reverse."""
+        for name, is_right, kind in (
+            *((name, os.path.isfile, "no file") for name in _FILES),
+            *((name, os.path.isdir, "no directory") for name in _DIRECTORIES),
+        ):
+            path = self.root / name
+            if os.path.lexists(path) and not is_right(path):
+                raise UserError(f"{path} is {kind}, and a run needs one there; move it away")
+        for stage in self.stages.iterdir() if self.stages.is_dir() else ():
+            if os.path.lexists(stage) and not stage.is_dir():
+                raise UserError(f"{stage} is no directory, and each stage of a run is one; move it away")
+            RunDirectory(stage).check_kinds()
 
     def check_exists(self) -> None:
         """Raise UserError if the directory holds no run."""
@@ -77,7 +107,7 @@ class RunDirectory:
     @property
     def has_progress(self) -> bool:
         """Return whether there is something from which a run can go on: a checkpoint, or a stage of a recipe."""
-        return bool(complete_directories(checkpoints_of(self.root))) or self.stages.is_dir()
+        return bool(complete_directories(checkpoints_of(self.root)) or any(self.stages.glob(f"*/{self.config.name}")))
 
     @property
     def stages(self) -> Path:
@@ -109,16 +139,48 @@ class RunDirectory:
             },
         )
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the records of steps that a resumed run will do again, and a line cut short."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        replace_text(self.metrics, "".join(kept))
+    @property
+    def last_step(self) -> int:
+        """The last step of which there is a record; 0 if there is none. Raises UserError if they cannot be read."""
+        try:
+            return last_step_in(self.metrics) if self.metrics.exists() else 0
+        except OSError as error:
+            raise UserError(f"{self.metrics} cannot be read: {error}") from error
+
+    def forget_metrics_after(self, step: int) -> int:
+        """Drop the records of steps that a resumed run will do again, and a record cut short at the end.
+
+        Lines that are no records are moved to metrics.jsonl.bad. Returns how many there were before the first record
+        that is dropped: the others stood among what is recorded again. Raises UserError if that cannot be done.
+        """
+        try:
+            return sift_records(self.metrics, step) if self.metrics.exists() else 0
+        except OSError as error:
+            raise UserError(f"{self.metrics} cannot be cut for a run that goes on: {error}") from error
+
+
+class OpenDirectory:
+    """A directory that is held open, by which is known when its path leads to another one, or to none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the path still leads to it."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # its server is away for a while, which says nothing of where it is
+            return True
+
+    def find(self) -> Path | None:
+        """Return where it is now; None if it was removed, or if this system cannot tell."""
+        try:
+            path = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+            return path if os.path.samestat(os.stat(path), os.fstat(self._descriptor)) else None
+        except OSError:
+            return None

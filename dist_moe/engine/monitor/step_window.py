@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_moe.config.files import json_line
 from dist_moe.parallel import PHASES, current_world, gather_objects, max_over_ranks, sum_over_ranks
 from dist_moe.recording import Recorder, Reduce
 
@@ -100,7 +100,7 @@ def _names_of_all_ranks(recorded: list[Recorder], device: torch.device | None) -
     world = current_world()
     if world.size == 1:
         return mine
-    digest = hashlib.sha256(json.dumps(mine).encode()).digest()[:8]
+    digest = hashlib.sha256(json_line(mine).encode()).digest()[:8]
     digests = world.gather(torch.tensor([int.from_bytes(digest, "big", signed=True)], device=device))
     if all(torch.equal(one, digests[0]) for one in digests):
         return mine

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import socket
 import time
 from io import BytesIO
@@ -51,6 +52,7 @@ _TAGS = {
 }
 """Tags of the numbers that every run records; others are their own tag, or a loss if they name no group."""
 
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d{1,10}\.")
 _FILE_VERSION = "brain.Event:2"
 _numbers = itertools.count()
 
@@ -70,12 +72,13 @@ class TensorBoardTracker(FileTracker):
     """Writes a new event file into ``directory``; events after ``first_step`` in older files count no more."""
 
     def __init__(self, directory: Path, first_step: int, say: Say) -> None:
-        # Event files are read in the order of their names, which begin with the second in which they were made.
-        seconds = [int(path.name.split(".")[3]) for path in directory.glob("events.out.tfevents.*")]
-        if seconds and max(seconds) == int(time.time()):
-            time.sleep(1.0)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
-        super().__init__(RecordFile(directory / name, say))
+        # Event files are read in the order of their names, which begin with a second: that of this one comes after all
+        # that stand there, though the clock may be behind those of earlier attempts on other machines.
+        before = [path for path in directory.iterdir() if _EVENT_FILE.match(path.name)] if directory.is_dir() else []
+        second = max([int(time.time()), *(int(path.name.split(".")[3]) + 1 for path in before)])
+        self._earliest = max([float(second), *(path.stat().st_mtime for path in before)])
+        name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        super().__init__(RecordFile(directory / name, say, within=directory.parent))
         self._load_columns: list[list[NDArray[np.float64]]] = []
         self._add(Event(file_version=_FILE_VERSION))
         self._add(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -119,7 +122,7 @@ class TensorBoardTracker(FileTracker):
             self._add(Event(step=step, summary=image))
 
     def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
+        event.wall_time = max(time.time(), self._earliest)
         framed = BytesIO()
         RecordWriter(framed).write(event.SerializeToString())
         self._file.add(framed.getvalue())

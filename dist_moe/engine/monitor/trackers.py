@@ -6,7 +6,6 @@ it, here or in a module under ``imports``. See docs/extending/tracker.md.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
+from dist_moe.config.files import json_line
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.engine.monitor.record_file import RecordFile
@@ -39,6 +39,9 @@ class Tracker(ABC):
 
     def image(self, name: str, matrix: Tensor, step: int) -> None:  # noqa: B027 (most show none)
         """Take an (H, W) picture with entries in 0..1: 0 is white, 1 is black."""
+
+    def follow(self, root: Path) -> None:  # noqa: B027 (some write elsewhere)
+        """Take the news that the run directory is ``root`` from now on: it was renamed."""
 
     def flush(self) -> None:  # noqa: B027 (some write at once)
         """Write what has been taken in so far."""
@@ -78,6 +81,12 @@ class FileTracker(Tracker):
         """The number of records that could not be written."""
         return self._file.lost
 
+    def follow(self, root: Path) -> None:
+        """Write to the file where it is now."""
+        if self._file.within is not None:
+            self._file.path = root / self._file.path.relative_to(self._file.within)
+            self._file.within = root
+
     def flush(self) -> None:
         """Write what has been taken in so far."""
         self._file.flush()
@@ -95,7 +104,7 @@ class MetricsFileSettings(TrackerSettings):
 
     def build(self, root: Path, first_step: int, say: Say) -> Tracker:
         """Return the tracker that writes that file."""
-        return MetricsFile(RecordFile(root / "metrics.jsonl", say), first_step)
+        return MetricsFile(RecordFile(root / "metrics.jsonl", say, within=root), first_step)
 
 
 class MetricsFile(FileTracker):
@@ -124,4 +133,4 @@ class MetricsFile(FileTracker):
             self._write(self._validations.pop(0))
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.add(f"{json.dumps(record)}\n".encode())
+        self._file.add(f"{json_line(record)}\n".encode())

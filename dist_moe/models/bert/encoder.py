@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_moe import kernels
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 from dist_moe.layer import MoE, MoEOutput
+from dist_moe.models.hugging_face.files import field_errors
 
 INIT_STD = 0.02
 
@@ -57,10 +58,13 @@ class BertShape:
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
+        fields = {theirs: getattr(self, ours) for ours, theirs in _FIELDS.items()}
+        for error in field_errors(fields, fields.keys() - {"layer_norm_eps"}, ("layer_norm_eps",)):
+            raise UserError(f"the BERT encoder's configuration cannot be followed: {error}")
         if self.width % self.heads:
             raise UserError(f"hidden_size={self.width} is no multiple of num_attention_heads={self.heads}")
         if self.activation not in ACTIVATIONS.values():
-            raise UserError(f"hidden_act={self.activation!r} is not known; allowed: {sorted(ACTIVATIONS)}")
+            raise UserError(f"hidden_act={shown(self.activation)} is not known; allowed: {sorted(ACTIVATIONS)}")
 
     @classmethod
     def from_hugging_face(cls, config: dict[str, Any]) -> BertShape:
@@ -71,7 +75,9 @@ class BertShape:
         wanted = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
         for field, value in wanted.items():
             if config.get(field, value) != value:
-                raise UserError(f"{field}={config[field]!r}: only BERT encoders with {field}={value!r} can be read")
+                raise UserError(
+                    f"{field}={shown(config[field])}: only BERT encoders with {field}={value!r} can be read"
+                )
         sizes = {ours: config[theirs] for ours, theirs in _FIELDS.items() if theirs in config}
         activation = str(config.get("hidden_act", "gelu"))
         return cls(**sizes, activation=ACTIVATIONS.get(activation, activation))

@@ -37,15 +37,18 @@ from dist_moe.models.bert.model import (
 )
 from dist_moe.models.hugging_face.files import (
     BERT,
+    CONFIG,
     CONTEXT,
     MIXTURE,
     WEIGHTS,
     check_names,
+    check_tensors,
     dtype_fields,
     followed,
     read_config,
     read_tensors,
     tensors_of,
+    without_buffers,
     write_directory,
 )
 
@@ -125,7 +128,11 @@ def name_map(layers: int) -> dict[str, str]:
 
 def read_shape(directory: Path) -> BertShape:
     """Return the sizes alone, from ``config.json``. Raises UserError for a directory that is no BERT encoder's."""
-    return BertShape.from_hugging_face(read_config(directory))
+    content = read_config(directory)
+    try:
+        return BertShape.from_hugging_face(content)
+    except UserError as error:
+        raise UserError(f"{directory / CONFIG}: {error}") from error
 
 
 def read_hugging_face(directory: Path) -> BertCheckpoint:
@@ -133,17 +140,22 @@ def read_hugging_face(directory: Path) -> BertCheckpoint:
 
     Raises UserError for a directory that is none, naming every tensor that is missing or unknown.
     """
-    config = read_config(directory)
-    shape = BertShape.from_hugging_face(config)
-    tensors, prefixed = {}, False
+    config, shape = read_config(directory), read_shape(directory)
+    tensors: dict[str, Tensor] = {}
+    prefixed = False
     for name, tensor in read_tensors(directory).items():
         prefixed |= name.startswith(PREFIX)
         name = name.removeprefix(PREFIX)  # and today's names for the oldest checkpoints' scale and shift
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name in tensors:
+            raise UserError(f"{directory / WEIGHTS} has {name} twice, under two names that mean the same; leave one")
         tensors[name] = tensor
     position_ids = tensors.pop(POSITION_IDS, None)
     if position_ids is not None and position_ids.flatten().tolist() != list(range(shape.positions)):
         raise UserError(f"{directory / WEIGHTS}: {POSITION_IDS} is not 0..{shape.positions - 1}")
+    tensors = without_buffers(tensors)
+    if shape.layers > len(tensors):
+        raise UserError(f"{directory / CONFIG} says {shape.layers:,} layers, and there are {len(tensors)} tensors")
     left_out = tuple(sorted(tensors.keys() & _PRE_TRAINING_HEADS))
     names, found = name_map(shape.layers), tensors.keys() - set(left_out)
     wanted = set(names.values())
@@ -151,8 +163,26 @@ def read_hugging_face(directory: Path) -> BertCheckpoint:
         of_part = {theirs for ours, theirs in names.items() if ours.startswith(part)}
         wanted -= set() if of_part & found else of_part
     check_names(directory, found, wanted, "a BERT encoder with what stands above it")
+    check_tensors(directory, tensors, _shapes(shape, names, tensors))
     weights = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
     return BertCheckpoint(shape, weights, config, left_out, prefixed, position_ids is not None)
+
+
+def _shapes(shape: BertShape, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes by their names of the parameters that there are; a head has as many rows as it says."""
+    width = shape.width
+    tables = {"token": shape.vocab, "position": shape.positions, "segment": shape.segments}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ours, theirs in names.items():
+        if theirs not in tensors:
+            continue
+        module, _, kind = ours.rpartition(".")
+        last = module.rpartition(".")[2]
+        head = ours.startswith(("classifier.", "span."))
+        rows = tensors[theirs].shape[0] if head and tensors[theirs].dim() else tables.get(last, width)
+        rows, columns = (shape.hidden, width) if last == "up" else (rows, shape.hidden if last == "down" else width)
+        shapes[theirs] = (rows,) if kind == "bias" or last == "norm" else (rows, columns)
+    return shapes
 
 
 def write_hugging_face(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dist_moe.engine.checkpoint import place_weights
 from dist_moe.errors import UserError
+from dist_moe.experts import FeedForwardConfig
 from dist_moe.models.hugging_face.decoder_config import (
     CLASSES,
     Architecture,
@@ -34,13 +35,17 @@ from dist_moe.models.hugging_face.decoder_config import (
     write_decoder_config,
 )
 from dist_moe.models.hugging_face.files import (
+    CONFIG,
     DECODER,
     WEIGHTS,
+    WEIGHTS_ARE,
     check_names,
+    check_tensors,
     dtype_fields,
     read_config,
     read_tensors,
     tensors_of,
+    without_buffers,
     write_directory,
     write_tokenizer,
 )
@@ -85,7 +90,25 @@ class DecoderCheckpoint:
         if self.architecture == "dist_moe":
             wanted = model.state_dict().keys() - ({"head.weight"} if self.config.tied_embeddings else set())
             check_names(self.directory, set(self.weights), set(wanted), "the model")
+            self._check_mixtures(model)
         place_weights(model, self.weights)
+
+    def _check_mixtures(self, model: Transformer) -> None:
+        """Raise UserError for tensors of MoE layers of another kind than the model's, not finite, or naming experts or
+        slots that there are not."""
+        state = model.state_dict()
+        for name, tensor in self.weights.items():
+            limit = self.config.num_experts if "slot_map" in name else self.config.slots_per_gate
+            fault = None
+            kinds = {tensor.dtype, state[name].dtype}
+            if not (kinds <= set(WEIGHTS_ARE) or len(kinds) == 1):
+                fault = f"is of {tensor.dtype}, the model's of {state[name].dtype}"
+            elif tensor.dtype.is_floating_point and not tensor.isfinite().all():
+                fault = "holds values that are not finite"
+            elif name.endswith(".table") and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < limit:
+                fault = f"holds numbers outside of 0..{limit - 1}"
+            if fault is not None:
+                raise UserError(f"{self.directory / WEIGHTS}: {name} {fault}. Remedy: export the run again")
 
 
 def read_decoder(directory: Path) -> DecoderCheckpoint:
@@ -95,11 +118,15 @@ def read_decoder(directory: Path) -> DecoderCheckpoint:
     missing or unknown.
     """
     content = read_config(directory)
-    config, vocab_size = read_decoder_config(content)
+    try:
+        config, vocab_size = read_decoder_config(content)
+    except UserError as error:
+        raise UserError(f"{directory / CONFIG}: {error}") from error
     architecture: Architecture = content["model_type"]
-    tensors = read_tensors(directory)
+    tensors = without_buffers(read_tensors(directory))
+    _check_counts(directory, config, architecture, tensors)
     has_tied_head = config.tied_embeddings and HEAD in tensors
-    if has_tied_head and not torch.equal(tensors.pop(HEAD), tensors[TIED_TO]):
+    if has_tied_head and not _same(tensors.pop(HEAD), tensors.get(TIED_TO)):
         raise UserError(f"{directory / WEIGHTS}: tie_word_embeddings=true, and {HEAD} is not {TIED_TO}")
     wanted = set(_dense_names(config).values())
     for layer in filter(config.has_experts, range(config.layers)):
@@ -109,6 +136,7 @@ def read_decoder(directory: Path) -> DecoderCheckpoint:
         else:
             wanted |= {name for name in tensors if name.startswith(prefix)}
     check_names(directory, set(tensors), wanted, CLASSES[architecture])
+    check_tensors(directory, tensors, _shapes(config, vocab_size, architecture))
     weights = _to_ours(config, architecture, tensors)
     return DecoderCheckpoint(directory, architecture, config, vocab_size, weights, content, has_tied_head)
 
@@ -169,6 +197,52 @@ def _dense_names(config: TransformerConfig) -> dict[str, str]:
     if config.tied_embeddings:
         del modules["head"]
     return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in modules.items()}
+
+
+def _shapes(config: TransformerConfig, vocab_size: int, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors by their names, but for MoE layers of our own architecture."""
+    dim, keys, hidden = config.dim, config.width_of_keys, config.dense_hidden
+    of_module = {
+        **dict.fromkeys(("embedding", "head"), (vocab_size, dim)),
+        **dict.fromkeys(("norm", "attention_norm", "feed_forward_norm", "query_norm"), (dim,)),
+        **dict.fromkeys(("query", "out"), (dim, dim)),
+        **dict.fromkeys(("key", "value"), (keys, dim)),
+        "key_norm": (keys,),
+        **dict.fromkeys(("gate", "up"), (hidden, dim)),
+        "down": (dim, hidden),
+    }
+    names = _dense_names(config).items()
+    shapes = {theirs: of_module[ours.removesuffix(".weight").rpartition(".")[2]] for ours, theirs in names}
+    if architecture not in _OF_EXPERT:
+        return shapes
+    assert isinstance(config.experts, FeedForwardConfig)
+    width = config.experts.hidden
+    for layer in filter(config.has_experts, range(config.layers)):
+        prefix = _block(architecture, layer)
+        shapes[f"{prefix}.gate.weight"] = (config.num_experts, dim)
+        for expert in range(config.num_experts):
+            for ours, theirs in _OF_EXPERT[architecture].items():
+                shapes[f"{prefix}.experts.{expert}.{theirs}.weight"] = (dim, width) if ours == "down" else (width, dim)
+    return shapes
+
+
+def _check_counts(directory: Path, config: TransformerConfig, architecture: Architecture, tensors: Tensors) -> None:
+    """Raise UserError for more layers or experts than there can be: nothing of that size shall be built."""
+    if config.layers > len(tensors):
+        raise UserError(f"{directory / CONFIG} says {config.layers:,} layers, and there are {len(tensors)} tensors")
+    if not config.moe_every:
+        return
+    if architecture in _OF_EXPERT:
+        others = ["the tensors"] if config.num_experts > len(tensors) else []
+    else:
+        stacks = {name: tensor.shape[:1] for name, tensor in tensors.items() if ".moe.experts." in name}
+        others = [name for name, rows in stacks.items() if rows != (config.num_experts,)]
+    if others:
+        raise UserError(f"{directory / CONFIG} says {config.num_experts:,} experts, and {others[0]} has another number")
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and torch.equal(one, other)
 
 
 def _block(architecture: Architecture, layer: int) -> str:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 from dist_moe.experts import FeedForwardConfig
 from dist_moe.gates import TopKConfig
 from dist_moe.gates.top_k import Scores
-from dist_moe.models.hugging_face.files import CONTEXT, MIXTURE, followed
+from dist_moe.models.hugging_face.files import CONTEXT, LARGEST_SIZE, MIXTURE, field_errors, followed
 from dist_moe.models.transformer import TransformerConfig
 
 Architecture = Literal["llama", "mixtral", "olmoe", "dist_moe"]
@@ -58,6 +58,7 @@ _ONLY: dict[str, Any] = {
     "pretraining_tp": 1,
     "clip_qkv": None,
 }
+_ROPE = ("rope_scaling", "rope_parameters")
 _ELSEWHERE = {"name", "rope_theta", "dense_hidden", *_SIZES}
 
 
@@ -68,7 +69,7 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
     """
     known = get_args(Architecture)
     if content.get("model_type") not in known:
-        raise UserError(f"model_type={content.get('model_type')!r}: there is no such decoder here; known: {known}")
+        raise UserError(f"model_type={shown(content.get('model_type'))}: there is no such decoder here; known: {known}")
     architecture: Architecture = content["model_type"]
     content = {**_LEFT_OUT, **_LEFT_OUT_OF.get(architecture, {}), **content}
     for error in _errors(content):
@@ -89,7 +90,11 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
     else:
         fields |= {"dense_hidden": content["intermediate_size"], **content[MIXTURE]}
     with followed():
-        return TransformerConfig(**fields), content["vocab_size"]
+        config = TransformerConfig(**fields)
+    of_gate = config.gate_errors() if config.moe_every else ()
+    for error in (*config.validation_errors(), *of_gate):
+        raise UserError(f"the Hugging Face configuration cannot be followed: {error}")
+    return config, content["vocab_size"]
 
 
 def write_decoder_config(
@@ -156,16 +161,50 @@ def _errors(content: Content) -> Iterator[str]:
     elif content["model_type"] == "dist_moe":
         wanted |= {MIXTURE}
     yield from (f"it has no {field}" for field in sorted(wanted - content.keys()))
+    yield from _malformed(content, wanted)
     for field, value in _ONLY.items():
         if content.get(field, value) != value:
-            yield f"{field}={content[field]!r}; supported: {value!r}"
+            yield f"{field}={shown(content[field])}; supported: {value!r}"
     rope_type = _rope(content)["rope_type"]
     if rope_type != "default":
-        yield f"rope_type={rope_type!r}; supported: 'default'"
+        yield f"rope_type={shown(rope_type)}; supported: 'default'"
     if wanted <= content.keys():
         head_dim = content["hidden_size"] // content["num_attention_heads"]
         if content.get("head_dim") not in (None, head_dim):
-            yield f"head_dim={content['head_dim']!r}; supported: hidden_size / num_attention_heads = {head_dim}"
+            yield f"head_dim={shown(content['head_dim'])}; supported: hidden_size / num_attention_heads = {head_dim}"
+
+
+_OPTIONAL = {"num_key_value_heads", "head_dim", *_ROPE}
+"""Fields that may be null."""
+
+
+def _malformed(content: Content, wanted: set[str]) -> Iterator[str]:
+    """Yield fields of a wrong type or size, the first of which stops all that follows."""
+    given = {field: value for field, value in content.items() if not (field in _OPTIONAL and value is None)}
+    numbers = {"rms_norm_eps", "rope_theta"}
+    yield from (
+        f"{field}={shown(given[field])}; expected an object"
+        for field in (*_ROPE, MIXTURE)
+        if not isinstance(given.get(field, {}), dict)
+    )
+    sizes = {*wanted, "num_key_value_heads"} - {"rms_norm_eps", "tie_word_embeddings", MIXTURE}
+    yield from field_errors(given, sorted(sizes), sorted(numbers))
+    for name, value in _numbers(given.get(MIXTURE), MIXTURE):
+        if abs(value) > LARGEST_SIZE:
+            yield f"{name}={shown(value)}; expected at most {LARGEST_SIZE}"
+    for field in ("tie_word_embeddings", "norm_topk_prob"):
+        if not isinstance(given.get(field, True), bool):
+            yield f"{field}={shown(given[field])}; expected true or false"
+    yield from field_errors(_rope(content), (), ("rope_theta",))
+
+
+def _numbers(content: Any, name: str) -> Iterator[tuple[str, int]]:
+    """Yield all whole numbers within an object by their dotted names."""
+    entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in entries:
+        if isinstance(value, int):
+            yield f"{name}.{key}", value
+        yield from _numbers(value, f"{name}.{key}")
 
 
 def _rope(content: Content) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from dist_moe.config.files import json_text, read_json_object
 from dist_moe.config.registry import UNKNOWN_NAME
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, shown
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -31,6 +33,57 @@ CONTEXT = "gate_context"
 
 IMPORTS = "imports"
 """Field of our own in config.json: modules that register gates and experts of the user's own."""
+
+
+LARGEST_SIZE = 1 << 24
+"""Largest width, vocabulary or the like of a config.json that is believed."""
+
+_BUFFERS = re.compile(
+    r"(?:.*\.)?(?:rotary_emb\.(?:\w*inv_freq|(?:cos|sin)_cached)|masked_bias|position_ids|token_type_ids)"
+)
+"""The names of constants that older versions of transformers kept beside weights, and that today's pass over."""
+
+WEIGHTS_ARE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types of numbers that weights are read in."""
+
+_MISFITS_SHOWN = 5
+
+
+def without_buffers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors but for constants that are no weights, rotary frequencies for one, as transformers does."""
+    return {name: tensor for name, tensor in tensors.items() if not _BUFFERS.fullmatch(name)}
+
+
+def check_tensors(directory: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError naming the tensors that have not the given shapes or are no floating-point numbers that are
+    finite. ``shapes``: what config.json says."""
+    misfits = []
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor.dtype not in WEIGHTS_ARE:
+            misfits.append(f"{name} is of {tensor.dtype}, and weights are fp32, bf16, fp16 or fp64")
+        elif tuple(tensor.shape) != shape:
+            misfits.append(f"{name} has shape {tuple(tensor.shape)}, and {CONFIG} says {shape}")
+        elif not tensor.isfinite().all():
+            misfits.append(f"{name} holds values that are not finite")
+    if misfits:
+        more = f" and {len(misfits) - _MISFITS_SHOWN} more" if len(misfits) > _MISFITS_SHOWN else ""
+        raise UserError(
+            f"the weights in {directory} cannot be taken: {'; '.join(misfits[:_MISFITS_SHOWN])}{more}. Remedy: write "
+            "the model anew with transformers' save_pretrained, from weights that are sound"
+        )
+
+
+def field_errors(content: Mapping[str, Any], sizes: Iterable[str], numbers: Iterable[str] = ()) -> Iterator[str]:
+    """Yield what is wrong with fields that are there: ``sizes``, whole numbers from 1, and ``numbers`` above 0."""
+    for field in sizes:
+        value = content.get(field, 1)
+        if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
+            yield f"{field}={shown(value)}; expected a whole number from 1 to {LARGEST_SIZE}"
+    for field in numbers:
+        value = content.get(field, 1)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            yield f"{field}={shown(value)}; expected a number above 0"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -64,31 +117,36 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             "and save_pretrained it elsewhere, which writes safetensors"
         )
     file_of = _read_object(index, "an index of weights").get("weight_map")
-    if not isinstance(file_of, dict):
-        raise UserError(f"{index} cannot be read as an index of weights: it has no weight_map")
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
+        raise UserError(f"{index} cannot be read as an index of weights: it has no weight_map of names of files")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(file_of.values())):
-        tensors |= _load(directory / name)
-    if tensors.keys() != file_of.keys():
-        raise UserError(f"{index} and its files do not agree on {', '.join(sorted(tensors.keys() ^ file_of.keys()))}")
+        if name.startswith("/") or ".." in Path(name).parts or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names {shown(name)}; expected .safetensors files of its own directory")
+        found = _load(directory / name)
+        if others := sorted(tensor for tensor in found if file_of.get(tensor) != name):
+            raise UserError(f"{index} and its files do not agree on {', '.join(others)}")
+        tensors |= found
+    if missing := sorted(file_of.keys() - tensors.keys()):
+        raise UserError(f"{index} and its files do not agree on {', '.join(missing)}")
     return tensors
 
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} cannot be read: {reason}. Remedy: copy or download it again") from error
 
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as {what}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} cannot be read as {what}: it is no JSON object")
-    return content
 
 
 def check_names(directory: Path, found: set[str], wanted: set[str], what: str) -> None:
@@ -112,7 +170,7 @@ def write_directory(directory: Path, config: Mapping[str, Any], tensors: Mapping
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (directory / CONFIG).write_text(json_text(config, sort_keys=True), encoding="utf-8")
         save_file(whole, directory / WEIGHTS, metadata={"format": "pt"})
         shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # the library's files are for their owner's eyes only
     except (OSError, SafetensorError) as error:
@@ -153,7 +211,7 @@ def write_tokenizer(
     about |= {use: token for use, token in special.items() if token is not None}
     try:
         (directory / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        (directory / TOKENIZER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (directory / TOKENIZER_CONFIG).write_text(json_text(about), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error}") from error
 

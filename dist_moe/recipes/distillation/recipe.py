@@ -22,9 +22,10 @@ from dist_moe.recipes.distillation.dhkd import DHKDConfig
 from dist_moe.recipes.distillation.moebert import MoEBERTConfig
 from dist_moe.recipes.distillation.objective import DistillationObjective, Terms
 from dist_moe.recipes.distillation.teacher import Teacher
+from dist_moe.recipes.identity import check_stem
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.recipe import SupervisedRecipe, weighted_objective
-from dist_moe.recipes.supervised.runs import find_weights, rehearsed_model, trained_model
+from dist_moe.recipes.supervised.runs import digest_of_weights, find_weights, rehearsed_model, trained_model
 from dist_moe.recipes.supervised.start.bert import check_same_split
 from dist_moe.tasks import Task
 from dist_moe.tasks.labelled_text import TextClassificationTask
@@ -44,8 +45,10 @@ class DistillationRecipe(SupervisedRecipe):
 
     def check(self, config: SupervisedConfig, task: Task) -> None:
         """Raise UserError for a teacher that is not there, of another task or split, or that does not fit."""
-        theirs = find_weights(self.teacher).config
-        check_same_split("recipe.teacher", self.teacher, theirs.data, config.data)
+        weights, digests = find_weights(self.teacher), task.digests()
+        theirs = weights.config
+        check_same_split("recipe.teacher", self.teacher, weights, config.data, digests)
+        check_stem("recipe.teacher", self.teacher, weights.identity, digests, ("tokenizer",))
         size = config.parallel.expert_parallel_size
         if theirs.model.num_moe_layers and theirs.model.num_experts % size:
             raise UserError(
@@ -61,6 +64,11 @@ class DistillationRecipe(SupervisedRecipe):
                 f"recipe.name={self.name}: for model.name=bert_classifier or bert_answerer, not {config.model.name}; "
                 f"use recipe.name=supervised"
             )
+
+    def weights(self, config: SupervisedConfig, task: Task) -> dict[str, str]:
+        """Return digests of the weights that the run starts from, and of its teacher's."""
+        teacher = digest_of_weights(self.teacher)
+        return super().weights(config, task) | ({} if teacher is None else {"teacher": teacher})
 
     def opened_teacher(self, task: Task, groups: ProcessGroups) -> Teacher:
         """Return the teacher with this rank's experts. Raises UserError if its run is not intact."""

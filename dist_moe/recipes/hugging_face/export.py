@@ -19,7 +19,7 @@ from dist_moe.models.hugging_face.decoder_config import CLASSES, Architecture
 from dist_moe.models.hugging_face.files import write_tokenizer
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.supervised.config import SupervisedConfig
-from dist_moe.recipes.supervised.runs import find_weights
+from dist_moe.recipes.supervised.runs import check_same_data, find_weights
 from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from dist_moe.tasks.language.task import LanguageModelTask
@@ -48,17 +48,24 @@ class HuggingFaceExport:
 
 
 def export_hugging_face(
-    source: Path, directory: Path, dtype: torch.dtype, architecture: Architecture | None = None
+    source: Path,
+    directory: Path,
+    dtype: torch.dtype,
+    architecture: Architecture | None = None,
+    *,
+    allow_changed_data: bool = False,
 ) -> HuggingFaceExport:
     """``dist-moe export --hf``: a run, checkpoint or exported file as a directory that transformers loads.
 
     The same bytes whatever layout wrote the checkpoint. ``architecture``: of a decoder; None is the plainest that fits.
-    Raises UserError, also if transformers has no such model or ``architecture`` no place for all of it.
+    Raises UserError, also if transformers has no such model or ``architecture`` no place for all of it, and for other
+    data, whose tokenizer would be another, unless ``allow_changed_data``.
     """
     weights = find_weights(source)
     config = weights.config
     _check(config, architecture)
     task = config.data.open(progress=True)
+    check_same_data(source, weights, task, allowed=allow_changed_data)
     model = build_model(config, task, SingleWorld())
     weights.load(model)
     if isinstance(model, Transformer):

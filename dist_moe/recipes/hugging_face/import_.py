@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+import torch
 
 from dist_moe.config.overrides import parse_overrides
 from dist_moe.config.plain_yaml import Content, read_yaml
+from dist_moe.data.tokenizer_files import read_tokenizer
 from dist_moe.engine.checkpoint import ROUTERS, place_weights, write_first_checkpoint
 from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.engine.monitor.run_lock import held
 from dist_moe.errors import UserError
 from dist_moe.models import Transformer, TransformerConfig
 from dist_moe.models.conversion.decoder import (
@@ -26,6 +28,7 @@ from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, read_decoder
 from dist_moe.models.hugging_face.decoder_config import CLASSES
 from dist_moe.models.hugging_face.files import TOKENIZER
 from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.identity import Identity
 from dist_moe.recipes.recipe import set_fields, validate_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.tasks import build_model
@@ -47,32 +50,36 @@ def import_hugging_face(
     ``model.moe_every`` is not 0, by ``conversion``; one with experts stays the model that it is. Raises UserError.
     """
     run = RunDirectory(run_dir)
-    run.check_unused("RUN_DIR")
-    assignments = parse_overrides(overrides)
-    content = read_yaml(config_path)
-    set_fields(content, overrides)
-    validate_config(content)  # and its modules are imported: a gate in the directory may be one of theirs
-    checkpoint = read_decoder(source)
-    config = validate_config(_fitted(content, assignments, checkpoint, conversion))
-    assert isinstance(config.model, TransformerConfig)
-    config.check(config.parallel.expert_parallel_size)  # the least number of ranks
-    task, model = _open(config)
-    _check_tokens(source, checkpoint, task)
-    _fill(model, checkpoint, conversion)
-    run.create()
-    imported_from = f"{source.name} ({CLASSES[checkpoint.architecture]})"
-    written = write_first_checkpoint(model, checkpoints_of(run_dir), imported_from)
-    run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
+    with held(run_dir, LaunchEnvironment(), option="RUN_DIR"):
+        run.check_unused("RUN_DIR")
+        assignments = parse_overrides(overrides)
+        content = read_yaml(config_path)
+        set_fields(content, overrides)
+        validate_config(content)  # and its modules are imported: a gate in the directory may be one of theirs
+        checkpoint = read_decoder(source)
+        config = validate_config(_fitted(content, assignments, checkpoint, conversion))
+        assert isinstance(config.model, TransformerConfig)
+        config.check(config.parallel.expert_parallel_size)  # the least number of ranks
+        task = config.data.open(progress=True)
+        assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
+        _check_tokens(source, checkpoint, task)
+        if checkpoint.config.moe_every:  # without storage first: sizes that no tensor has would take memory
+            with torch.device("meta"):
+                checkpoint.into(_model(config, task))
+        model = _model(config, task)
+        _fill(model, checkpoint, conversion)
+        imported_from = f"{source.name} ({CLASSES[checkpoint.architecture]})"
+        identity = Identity(data=task.digests())
+        written = write_first_checkpoint(model, checkpoints_of(run_dir), imported_from, identity.plain())
+        identity.write(run)
+        run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
     return written, config
 
 
-def _open(config: SupervisedConfig) -> tuple[LanguageModelTask, Transformer]:
-    """The data and the whole model, in this process."""
-    task = config.data.open(progress=True)
-    assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
+def _model(config: SupervisedConfig, task: LanguageModelTask) -> Transformer:
     model = build_model(config, task, SingleWorld())
     assert isinstance(model, Transformer)
-    return task, model
+    return model
 
 
 def _fitted(
@@ -118,10 +125,8 @@ def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, task: LanguageMod
 
 
 def _tokens_of(path: Path) -> dict[str, int]:
-    try:
-        return Tokenizer.from_file(str(path)).get_vocab()
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{path} cannot be read as a tokenizer of the library tokenizers: {error}") from error
+    vocabulary: dict[str, int] = read_tokenizer(path, str(path))[0].get_vocab()
+    return vocabulary
 
 
 def _fill(model: Transformer, checkpoint: DecoderCheckpoint, conversion: DecoderConversionConfig) -> None:

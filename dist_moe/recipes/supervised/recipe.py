@@ -26,6 +26,7 @@ from dist_moe.engine.training import FitResult, Objective, Trainer, fit
 from dist_moe.errors import UserError
 from dist_moe.recipes.callbacks.placement import PlacementCallback
 from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
+from dist_moe.recipes.identity import Described, Identity, identify
 from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart, load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
@@ -43,12 +44,14 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class SupervisedPlan:
-    """A run whose checks have passed. ``checkpoint``: where to go on from; None for a new run."""
+    """A run whose checks have passed. ``checkpoint``: where to go on from; None for a new run. ``identity``: what it
+    is beside its configuration."""
 
     start: RunStart
     task: Task
     feed: ShuffledFeed[Any]
     checkpoint: Path | None
+    identity: Identity
 
     @property
     def config(self) -> SupervisedConfig:
@@ -94,6 +97,7 @@ class SupervisedRecipe(RecipeSettings):
         check_fits(config, task, start.environment)
         if checkpoint is None and config.start is not None:
             config.start.check(config, task)
+        identity = identify(start, Identity(data=task.digests(), weights=self.weights(config, task)), checkpoint)
         feed = feed_of(config, task, start.environment)
         config.train.total_steps(feed.steps_per_epoch)  # more than can be counted are refused
         if config.swap_search is not None:
@@ -102,7 +106,7 @@ class SupervisedRecipe(RecipeSettings):
         if checkpoint is not None:
             check_optimizer_of_checkpoint(checkpoint, config.deepspeed)
             check_changes_have_effect(load_config(start.run.config).deepspeed, config.deepspeed)
-        return SupervisedPlan(start, task, feed, checkpoint)
+        return SupervisedPlan(start, task, feed, checkpoint, identity)
 
     def train(self, plan: SupervisedPlan) -> int:
         """Open the process groups and train; 0, or 128 + signal if it was asked to stop."""
@@ -110,8 +114,6 @@ class SupervisedRecipe(RecipeSettings):
         start, config = plan.start, plan.config
         if start.environment.is_rank_zero:
             start.run.create()
-            if plan.checkpoint is None:
-                start.run.describe(config.plain(), start.environment)
         # A signal while the groups open ends the process at once: there is nothing to save, and perhaps a dead peer.
         with process_groups(start.environment, config.parallel) as groups, stop_requests() as stop:
             result = self.train_in_groups(plan, groups, stop)
@@ -129,8 +131,6 @@ class SupervisedRecipe(RecipeSettings):
         model = build_model(config, task, groups.world)
         if checkpoint is None and config.start is not None:
             config.start.fill(model, config, task, start.environment)
-        if checkpoint is not None and start.environment.is_rank_zero:
-            start.run.describe(config.plain(), start.environment)
         ending = FinalEvaluation(task, config.target_weights)
         with watchdog(start.run.root, start.environment, config.parallel):
             fitted = fit(
@@ -140,7 +140,12 @@ class SupervisedRecipe(RecipeSettings):
                 config.train,
                 deepspeed=config.deepspeed,
                 seed=config.seed,
-                callbacks=[Opening(plan), *callbacks_of(config, task, on_validation), ending],
+                callbacks=[
+                    Opening(plan),
+                    Described(start, plan.identity),
+                    *callbacks_of(config, task, on_validation),
+                    ending,
+                ],
                 trackers=config.trackers,
                 run=start.run,
                 resume_from=checkpoint,
@@ -159,6 +164,14 @@ class SupervisedRecipe(RecipeSettings):
 
     def check(self, config: SupervisedConfig, task: Task) -> None:
         """Raise UserError for what a run, new or resumed, could not train with."""
+
+    def weights(self, config: SupervisedConfig, task: Task) -> dict[str, str]:
+        """Return digests of the weights that a run starts from or follows, by name, as far as they are (still) there.
+
+        Raises UserError for weights that are not intact.
+        """
+        start = None if config.start is None else config.start.digest(task)
+        return {} if start is None else {"start": start}
 
     def objective(self, config: SupervisedConfig, task: Task, groups: ProcessGroups) -> Objective:
         """Return what the model is trained for. Raises UserError if what it needs is not there."""
@@ -267,6 +280,7 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
         "test": result.test,
         "baselines": baselines,
         "data": task.manifest,
+        "data_changes": plan.identity.plain()["changes"],
         "steps": fitted.steps,
         "first_step": fitted.first_step,
         "training_seconds": fitted.history.seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from dist_moe.engine.checkpoint.format import MANIFEST
 from dist_moe.engine.checkpoint.reshard import reshard_checkpoint
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.engine.monitor.run_lock import held
 from dist_moe.errors import UserError
 from dist_moe.models import models_of_kind
 from dist_moe.parallel import SingleWorld, World
+from dist_moe.recipes.identity import UNKNOWN, Identity, check_same, identity_in, let_pass
 from dist_moe.recipes.recipe import load_config, set_fields, validate_config
 from dist_moe.tasks.task import Task, run_shape
 
@@ -37,6 +40,11 @@ class Weights:
         """The checkpoint or the exported file."""
         assert self.stored.path is not None
         return self.stored.path
+
+    @property
+    def identity(self) -> Identity:
+        """Digests of the data that they were trained on; empty where they are not known."""
+        return identity_in(self.stored.identity, self.path)
 
     def load(self, model: nn.Module) -> None:
         """Copy them into a bare model with any share of the experts. Raises UserError if they are not of it."""
@@ -59,6 +67,26 @@ def find_weights(path: Path) -> Weights:
     config = load_config(run.config)
     found = checkpoint or tested_checkpoint(config.recipe.result_of(run.root))
     return Weights(read_model(found), config)
+
+
+def digest_of_weights(path: Path) -> str | None:
+    """Return a digest of the values in a run, checkpoint or exported file, whichever layout wrote them; None if gone.
+
+    Raises UserError for weights that are not intact.
+    """
+    return find_weights(path).stored.content_digest() if path.exists() else None
+
+
+def check_same_data(source: Path, weights: Weights, task: Task, *, allowed: bool = False) -> list[str]:
+    """Return the names of what differs between ``task`` and the data that ``weights`` of ``source`` were trained on.
+
+    Raises UserError that names them unless ``allowed``; says on stderr what is let pass, or is not known.
+    """
+    names = check_same(source, weights.identity, Identity(data=task.digests()), allowed=allowed)
+    remark = let_pass(names) if names else "" if weights.identity.data else UNKNOWN.format(source)
+    if remark and LaunchEnvironment.read().is_rank_zero:
+        print(f"warning: {remark}", file=sys.stderr)
+    return names
 
 
 def trained_model(run: Path, task: Task, world: World, device: torch.device | None = None) -> Any:
@@ -97,15 +125,19 @@ def import_weights(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -
     The configuration is the one in the file, with ``overrides``. Raises UserError.
     """
     run = RunDirectory(run_dir)
-    run.check_unused("RUN_DIR")
-    exported = read_model(source)
-    content = dict(exported.configuration)
-    set_fields(content, overrides)
-    config = validate_config(content)
-    config.check(config.parallel.expert_parallel_size)  # the least number of ranks
-    run.create()
-    written = write_first_checkpoint(exported, checkpoints_of(run_dir), f"{source.name} ({exported.digest[:12]})")
-    run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
+    with held(run_dir, LaunchEnvironment(), option="RUN_DIR"):
+        run.check_unused("RUN_DIR")
+        exported = read_model(source)
+        content = dict(exported.configuration)
+        set_fields(content, overrides)
+        config = validate_config(content)
+        config.check(config.parallel.expert_parallel_size)  # the least number of ranks
+        # Whoever names other data trains on these from now on: what the weights saw before is no part of the new run.
+        same_data = all(key.split(".")[0] != "data" for key in parse_overrides(overrides))
+        identity = {"data": exported.identity.get("data", {})} if same_data else None
+        imported_from = f"{source.name} ({exported.digest[:12]})"
+        written = write_first_checkpoint(exported, checkpoints_of(run_dir), imported_from, identity)
+        run.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
     return written, exported
 
 
@@ -114,13 +146,14 @@ def reshard_run(source: Path, output: Path, expert_files: int) -> Path:
     files, in a run directory of its own. Returns the new checkpoint. Raises UserError."""
     run, checkpoint = _run_and_checkpoint(source)
     written = RunDirectory(output)
-    written.check_unused("--output")
-    checkpoint = checkpoint or newest_checkpoint(source)
-    final = reshard_checkpoint(checkpoint, checkpoints_of(output), expert_files)
-    if run is not None:
-        for ours, theirs in ((run.environment, written.environment), (run.config, written.config)):
-            if ours.is_file():
-                shutil.copy(ours, theirs)
+    with held(output, LaunchEnvironment(), option="--output"):
+        written.check_unused("--output")
+        checkpoint = checkpoint or newest_checkpoint(source)
+        final = reshard_checkpoint(checkpoint, checkpoints_of(output), expert_files)
+        if run is not None:
+            for file in (run.environment, run.identity, run.config):
+                if file.is_file():
+                    shutil.copy(file, written.root)
     return final
 
 

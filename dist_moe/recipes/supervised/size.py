@@ -14,6 +14,7 @@ from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.tasks import Task, build_model
+from dist_moe.tasks.task import run_shape
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Files in which Linux says how much memory a container may use: control groups of version 2, of version 1."""
@@ -30,11 +31,16 @@ class _PlannedWorld(SingleWorld):
 def planned_model(config: SupervisedConfig, task: Task, size: int = 1) -> MoEModel:
     """Return a rank's part of the model, its experts over ``size`` ranks, without storage.
 
-    Raises UserError if one of its tensors would have more elements than can be counted.
+    Raises UserError if it cannot be built for the task, or if one of its tensors would have more elements than can be
+    counted.
     """
     try:
         with torch.device("meta"):
+            if config.model.num_moe_layers:  # the gate is asked first: a model of the user's may not come as far
+                config.model.gate.build(1, config.model.slots_per_gate, run_shape(config, task, SingleWorld()).gates)
             model: MoEModel = build_model(config, task, _PlannedWorld(size))
+    except ValueError as error:
+        raise UserError(f"model.name={config.model.name} cannot be built for these data: {error}") from error
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
@@ -42,15 +48,26 @@ def planned_model(config: SupervisedConfig, task: Task, size: int = 1) -> MoEMod
     return model
 
 
-def check_fits(config: SupervisedConfig, task: Task, environment: LaunchEnvironment) -> None:
-    """Raise UserError for a model that cannot fit this machine: weights and gradients alone take more memory.
+def check_model(config: SupervisedConfig, task: Task) -> MoEModel | None:
+    """Return the model without storage, as a rank of the run has it; None if it cannot do without.
 
-    At ZeRO stage 3 weights alone count, of which every rank builds its share of the experts whole. What else a run
-    needs is known to ``dist-moe plan``. A model that cannot be built without storage is not looked at.
+    Raises UserError if it cannot be built for the task.
     """
     try:
-        model = planned_model(config, task, config.parallel.expert_parallel_size)
+        return planned_model(config, task, config.parallel.expert_parallel_size)
     except (NotImplementedError, RuntimeError):  # a module of the user's may read numbers while it is built
+        return None
+
+
+def check_fits(config: SupervisedConfig, task: Task, environment: LaunchEnvironment) -> None:
+    """Raise UserError for a model that cannot be built for the task, or that cannot fit this machine.
+
+    It does not where weights and gradients alone take more memory; at ZeRO stage 3 weights alone count, of which every
+    rank builds its share of the experts whole. What else a run needs is known to ``dist-moe plan``. A model that cannot
+    be built without storage is not looked at.
+    """
+    model = check_model(config, task)
+    if model is None:
         return
     count = sum(parameter.numel() for parameter in model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -9,7 +9,6 @@ But for dropout's random numbers, a trial comes out as it would alone.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from dist_moe.config.files import json_line
 from dist_moe.data.batches import ShuffledFeed, shard_batches
 from dist_moe.engine.callbacks import EarlyStopping
 from dist_moe.engine.deepspeed.config import is_adam, lookup
@@ -54,7 +54,7 @@ def stack_key(config: SupervisedConfig) -> str:
             section = section.get(name) if isinstance(section, dict) else None
         if isinstance(section, dict):
             section.pop(last, None)
-    return json.dumps(content, sort_keys=True)
+    return json_line(content, sort_keys=True)
 
 
 def stack_error(config: SupervisedConfig) -> str | None:

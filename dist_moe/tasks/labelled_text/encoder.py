@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.data.encoder import open_encoder
-from dist_moe.errors import UserError
+from dist_moe.data.encoder import WEIGHTS, open_encoder
 from dist_moe.models import BertShape
+from dist_moe.models.bert import read_shape
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A checkpoint directory, its sizes, and where it came from (never a path)."""
+    """A checkpoint directory, its sizes, where it came from (never a path), and the SHA-256 of its weights."""
 
     directory: Path
     shape: BertShape
     provenance: dict[str, Any]
+    weights: str
 
     @property
     def tokenizer(self) -> Path:
@@ -29,9 +29,4 @@ class Encoder:
 def find_encoder(directory: Path | None, cache: Path | None, *, progress: bool) -> Encoder:
     """Return the encoder in ``directory``; None: all-MiniLM-L6-v2, fetched. Raises UserError if it cannot be had."""
     source = open_encoder(directory, cache, progress=progress)
-    path = source.directory / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return Encoder(source.directory, BertShape.from_hugging_face(content), source.provenance)
+    return Encoder(source.directory, read_shape(source.directory), source.provenance, source.files[WEIGHTS])

@@ -65,7 +65,7 @@ class QuestionAnsweringTask(LabelledTextTask):
     def undefined(self, part: AnswerTable, weights: tuple[float, ...]) -> dict[str, str]:
         """Return why there are no metrics of questions with, or without, an answer."""
         kinds = {bool(references) for references in part.references}
-        reasons = {}
+        reasons: dict[str, str] = {}
         for suffix, kind, which in (("_answered", True, "no"), ("_unanswerable", False, "every")):
             if kind not in kinds:
                 reasons |= {name + suffix: f"{which} question has an answer" for name in ("exact_match", "f1")}

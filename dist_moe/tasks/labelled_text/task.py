@@ -38,6 +38,10 @@ class TextData(Protocol):
         """How many ids the tokenizer has."""
 
     @property
+    def tokenizer(self) -> str:
+        """A digest of the tokenizer."""
+
+    @property
     def manifest(self) -> dict[str, Any]:
         """Where the data came from."""
 
@@ -59,6 +63,13 @@ class LabelledTextTask(Task):
         self.train, self.val, self.test = data.train, data.val, data.test
         self.manifest: dict[str, Any] = data.manifest | {"encoder": encoder.provenance}
         self.encoder = encoder
+        self._tokenizer = data.tokenizer
+
+    def digests(self) -> dict[str, str]:
+        """Return those of the files, of the texts and their split, of the tokenizer and of the encoder's sizes."""
+        found = super().digests()
+        encoder = {"encoder": found.pop("sizes")}
+        return found | encoder | {"split": self.manifest["split"], "tokenizer": self._tokenizer}
 
     def example_shape(self) -> ExampleShape:
         """Return tokens of the mean training text and places of the longest: a batch is as wide as its longest text."""

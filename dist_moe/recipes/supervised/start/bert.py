@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,8 @@ from dist_moe.models import BertConfig, BertModel
 from dist_moe.models.bert import read_hugging_face
 from dist_moe.models.conversion import BertConversionConfig, convert_bert, neuron_importance, place_converted
 from dist_moe.parallel import SingleWorld, sum_over_ranks
-from dist_moe.recipes.supervised.runs import find_weights, rehearsed_model, trained_model
+from dist_moe.recipes.identity import check_stem
+from dist_moe.recipes.supervised.runs import Weights, find_weights, rehearsed_model, trained_model
 from dist_moe.recipes.supervised.start.settings import StartSettings
 from dist_moe.tasks import Task
 from dist_moe.tasks.labelled_text import LabelledTextTask
@@ -48,10 +49,15 @@ class BertStart(StartSettings):
     def check(self, config: Any, task: Task) -> None:
         """Raise UserError for a start from which the model cannot begin, by a rehearsal without storage."""
         assert isinstance(task, LabelledTextTask), "the configuration's checks know what fits"
-        check_start(self, config.model, config.data)
+        check_start(self, config.model, config.data, task.digests())
         with torch.device("meta"):
             model = task.build_model(config.model, run_shape(config, task, SingleWorld()))
         rehearse_start(model, config.model, self, task.encoder, lambda run: rehearsed_model(run, task))
+
+    def digest(self, task: Task) -> str | None:
+        """Return a digest of the weights of the run, or else of the encoder."""
+        assert isinstance(task, LabelledTextTask), "the configuration's checks know what fits"
+        return task.encoder.weights if self.run is None else super().digest(task)
 
     def fill(self, model: BertModel, config: Any, task: Task, environment: LaunchEnvironment) -> None:
         """Give the model the weights of the encoder or of the run, converted where there are experts."""
@@ -79,14 +85,18 @@ class BertStart(StartSettings):
         return sum_over_ranks(importance_LH).cpu()
 
 
-def check_start(start: BertStart, model: BertConfig, data: Any) -> None:
-    """Raises `UserError` for a start from which ``model`` cannot begin on ``data``, without a look at weights."""
+def check_start(start: BertStart, model: BertConfig, data: Any, digests: Mapping[str, str]) -> None:
+    """Raises `UserError` for a start from which ``model`` cannot begin on ``data``, without a look at weights.
+
+    ``digests``: of the task.
+    """
     if start.run is not None:
-        trained = find_weights(start.run).config
-        if trained.model.num_moe_layers:
+        weights = find_weights(start.run)
+        if weights.config.model.num_moe_layers:
             raise UserError(f"start.run={start.run}: its model has experts; name a run with model.moe_every=0")
-        if getattr(trained.data, "name", None) == data.name:
-            check_same_split("start.run", start.run, trained.data, data)
+        if getattr(weights.config.data, "name", None) == data.name:
+            check_same_split("start.run", start.run, weights, data, digests)
+        check_stem("start.run", start.run, weights.identity, digests, ("tokenizer",))
     elif _needs_importance(start, model):
         without = "start.conversion.order=random"
         if model.hidden is None:
@@ -98,14 +108,18 @@ def check_start(start: BertStart, model: BertConfig, data: Any) -> None:
         )
 
 
-def check_same_split(field: str, run: Path, theirs: Any, ours: Any) -> None:
-    """With another split, texts to validate and test on here were among those that the run learnt from."""
+def check_same_split(field: str, run: Path, weights: Weights, ours: Any, digests: Mapping[str, str]) -> None:
+    """Raise UserError where texts to validate and test on here may be among those that ``run`` learnt from.
+
+    ``weights``: its own; ``ours``, ``digests``: the section of the data here, and those of the task.
+    """
     for name in ("name", "graded", "seed"):
-        there, here = getattr(theirs, name, None), getattr(ours, name, None)
+        there, here = getattr(weights.config.data, name, None), getattr(ours, name, None)
         if there != here:
             raise UserError(
                 f"{field}={run} was trained with data.{name}={there}, not {here}; name a run of the same task and split"
             )
+    check_stem(field, run, weights.identity, digests, ("split",))
 
 
 def rehearse_start(

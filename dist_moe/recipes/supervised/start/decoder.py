@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dist_moe.data.prepared import digests_by_part
 from dist_moe.data.text import Text, TextConfig, prepare_text
 from dist_moe.engine.checkpoint import ROUTERS, place_weights
 from dist_moe.engine.launch.environment import LaunchEnvironment
@@ -18,7 +19,8 @@ from dist_moe.models import RunShape, Transformer, TransformerConfig
 from dist_moe.models.conversion import DecoderConversionConfig
 from dist_moe.models.conversion.decoder import conversion_errors, convert_decoder
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.supervised.runs import find_weights
+from dist_moe.recipes.identity import check_stem
+from dist_moe.recipes.supervised.runs import Weights, find_weights
 from dist_moe.recipes.supervised.start.settings import StartSettings
 from dist_moe.tasks import Task
 from dist_moe.tasks.language import LanguageModelTask
@@ -54,9 +56,9 @@ class DecoderStart(StartSettings):
 
 def check_decoder_start(start: DecoderStart, model: TransformerConfig, data: Text) -> None:
     """Raises `UserError` for a run from which ``model`` cannot begin on ``data``, before any process group exists."""
-    trained = find_weights(start.run).config
-    theirs = _decoder_of(start, trained)
-    _check_text(start, trained, data)
+    weights = find_weights(start.run)
+    theirs = _decoder_of(start, weights.config)
+    _check_text(start, weights, data)
     if not theirs.moe_every:
         for fault in conversion_errors(theirs, model, start.conversion):
             raise UserError(f"start.run={start.run}: {fault}")
@@ -96,10 +98,13 @@ def _decoder_of(start: DecoderStart, trained: Any) -> TransformerConfig:
     return trained.model
 
 
-def _check_text(start: DecoderStart, trained: Any, data: Text) -> None:
+def _check_text(start: DecoderStart, weights: Weights, data: Text) -> None:
     """Check for the same tokens, and the same split of common text: else test documents may have been trained on."""
+    trained = weights.config
     assert isinstance(trained.data, TextConfig), "the configuration's checks know what fits"
     theirs = prepare_text(trained.data, progress=False)
+    # Of text that has changed since, a vocabulary would be learnt that the run never had.
+    check_stem("start.run", start.run, weights.identity, digests_by_part(theirs.manifest["files"]), ("tokenizer",))
     same = (theirs.end_of_text, theirs.vocab_size) == (data.end_of_text, data.vocab_size)
     if not same or theirs.tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise UserError(
