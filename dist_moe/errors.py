@@ -26,3 +26,7 @@ def shown(value: object, limit: int = 80) -> str:
     except ValueError:
         return "a number of very many digits"  # Python refuses to write out thousands of them
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+class LaunchError(UserError):
+    """A mistake in what the launcher gave to this process alone, such as its variables: told by each that has one."""

@@ -11,6 +11,7 @@ import argparse
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,9 @@ PORT = 29511
 STEPS = 20
 SAME = 1e-5
 PATIENCE_S = 900.0
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+"""Where programs are looked for: those of this interpreter's environment first, whether or not it is on PATH."""
+PROGRAMS = ("dist-moe", "torchrun", "deepspeed")
 
 PDSH = f"""#!{sys.executable} -SE
 import os, subprocess, sys
@@ -139,7 +143,7 @@ def deepspeed_pdsh(rehearsal: Rehearsal, run: Path) -> list[Start]:
     options = ["--hostfile", hostfile, "--no_ssh_check", "--master_addr", first, "--master_port", PORT]
     nodes = " ".join(f"{node.address}={node.namespace}" for node in rehearsal.nodes)
     words = ["deepspeed", *options, "--module", "dist_moe", *rehearsal.arguments(run)]
-    variables = {"PATH": f"{work}{os.pathsep}{os.environ['PATH']}", "NODES": nodes, "GLOO_SOCKET_IFNAME": ""}
+    variables = {"PATH": f"{work}{os.pathsep}{PATH}", "NODES": nodes, "GLOO_SOCKET_IFNAME": ""}
     return [Start([str(word) for word in words], variables, work)]
 
 
@@ -229,7 +233,7 @@ def rehearse(rehearsal: Rehearsal, name: str, into: str) -> Result:
 def _run_all(starts: Sequence[Start]) -> None:
     """Run processes side by side until all have ended; on any failure none of them is left."""
     common = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": PATH,
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": INTERFACE if len(starts) > 1 else "",
@@ -286,6 +290,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--report", type=Path, help="file to write the table to as well")
     options = parser.parse_args()
+    if missing := [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]:
+        sys.exit(f"{' and '.join(missing)} not found beside {sys.executable} nor on PATH: install what dist_moe needs")
     if reason := why_not():
         sys.exit(f"no machines can be made here: {reason}")
     signal.signal(signal.SIGTERM, _leave)

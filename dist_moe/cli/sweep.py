@@ -22,7 +22,7 @@ def add_to(commands: Commands) -> None:
     sweep.add_argument("--report-only", action="store_true", help="train nothing, write the report anew")
     sweep.add_argument("--runner", metavar="MODULE:FUNCTION", help="what trains the trials, if not this package")
     add_changed_data(sweep)
-    sweep.set_defaults(run=_run)
+    sweep.set_defaults(run=_run, output_is_optional=True)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -60,7 +60,7 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--data-root", type=Path, metavar="DIR", help="the data's original files (data.root)")
     train.add_argument("--emulate", type=int, metavar="R", help="start R ranks on this machine, which share its device")
     add_changed_data(train)
-    train.set_defaults(run=_run)
+    train.set_defaults(run=_run, output_is_optional=True)
 
 
 def _run(options: argparse.Namespace) -> int:

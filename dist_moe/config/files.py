@@ -29,7 +29,10 @@ def absolute(path: Path) -> Path:
     try:
         return path.expanduser().absolute()
     except RuntimeError as error:
-        raise UserError(f"the path {path} cannot be followed: {error}; write it without ~") from error
+        raise UserError(
+            f"{path}: there is no such home directory (HOME is not set, or this user is not known to the machine); "
+            "set HOME, or write the path out"
+        ) from error
 
 
 def read_bytes(path: Path) -> bytes:

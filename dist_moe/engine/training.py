@@ -31,8 +31,9 @@ from dist_moe.engine.deepspeed.schedules import check_length_of_schedule
 from dist_moe.engine.deepspeed.sharded_parameters import restore_parameters
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.nonfinite import diverged
-from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest
+from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
+from dist_moe.engine.launch.signals import StopRequest
 from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS, Monitor
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.step_window import SUMS, StepWindow, Sums, add_sums, is_timed, name_times

@@ -8,7 +8,6 @@ stage. Importing this module is enough for DeepSpeed to start on machines withou
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_moe.config.files import read_json_object
 from dist_moe.engine.deepspeed.checks import FIELDS, REFUSALS
 from dist_moe.engine.deepspeed.config import DeepSpeedSection, import_deepspeed, lookup, zero_stage
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
@@ -96,7 +96,7 @@ def initialize(
     Raises UserError for fields of ``config`` with which experts' gradients would be wrong, and for worlds that are not
     the groups which DeepSpeed makes. Collective over all ranks.
     """
-    section = dict(config) if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+    section = dict(config) if isinstance(config, Mapping) else read_json_object(Path(config))
     _check(section)
     groups = _groups_of(model)
     given: dict[str, Any] = {"training_data": training_data, "collate_fn": collate_fn, "lr_scheduler": lr_scheduler}
@@ -178,8 +178,9 @@ def _groups_of(model: nn.Module) -> ProcessGroups:
                 f"the world of a layer has the ranks {own}, but DeepSpeed splits experts over neighbours: make it of "
                 f"the ranks {ranks}"
             )
-    first_copy = dist.get_rank(groups._get_expert_data_parallel_group(name)) == 0
-    return ProcessGroups(environment, size, worlds[0], first_copy)
+    with_copies = groups._get_expert_data_parallel_group(name)
+    copy, copies = dist.get_rank(with_copies), dist.get_world_size(with_copies)
+    return ProcessGroups(environment, size, worlds[0], copy=copy, copies=copies)
 
 
 def _local_rank() -> int:

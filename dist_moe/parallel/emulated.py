@@ -17,7 +17,6 @@ add up gradients in another order.) So what runs on real ranks runs here: whole 
 
 from __future__ import annotations
 
-import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -30,7 +29,6 @@ from dist_moe.parallel.lockstep import Lockstep, ShareOut
 from dist_moe.parallel.world import ExchangeOptions, Levels, SingleWorld, World, current_world, use_world
 
 Result = TypeVar("Result")
-T = TypeVar("T")
 DEADLINE_S = 300.0
 
 _lockstep_here: ContextVar[Lockstep[Any] | None] = ContextVar("lockstep_here", default=None)
@@ -136,12 +134,6 @@ class _Emulated(World):
         """Return copies of all ranks' ``x``."""
         return self._meet(
             f"gather of {_kind(x)}", x.detach(), lambda of_ranks: [[x.clone() for x in of_ranks] for _ in of_ranks]
-        )
-
-    def gather_objects(self, x: T) -> list[T]:
-        """Return copies of all ranks' objects, pickled as real ranks pickle them."""
-        return self._meet(
-            "gather_objects", pickle.dumps(x), lambda of_ranks: [list(map(pickle.loads, of_ranks)) for _ in of_ranks]
         )
 
     def barrier(self) -> None:

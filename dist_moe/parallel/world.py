@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from dist_moe.parallel.objects import object_bytes, object_of
 from dist_moe.parallel.phase_clock import PhaseClock
 from dist_moe.parallel.wire import RowFormat, Wire, decoded, encoded
 
@@ -142,9 +143,15 @@ class World(ABC):
     def gather(self, x: Tensor) -> list[Tensor]:
         """Return every rank's ``x``, of the same shape everywhere, in rank order."""
 
-    @abstractmethod
     def gather_objects(self, x: T) -> list[T]:
-        """Return a copy of every rank's (small, picklable) object, in rank order."""
+        """Return a copy of every rank's small object, in rank order; see :mod:`dist_moe.parallel.objects`.
+
+        Raises TypeError for an object that has no text of its own kind.
+        """
+        mine = torch.frombuffer(bytearray(object_bytes(x)), dtype=torch.uint8)
+        lengths = [int(n) for n in torch.cat(self.gather(torch.tensor([len(mine)]))).tolist()]
+        padded = self.gather(F.pad(mine, (0, max(lengths) - len(mine))))
+        return [object_of(x_B[:length].numpy().tobytes()) for x_B, length in zip(padded, lengths, strict=True)]
 
     @abstractmethod
     def barrier(self) -> None:
@@ -227,8 +234,8 @@ class SingleWorld(World):
         return [x]
 
     def gather_objects(self, x: T) -> list[T]:
-        """Return ``x`` alone, not copied."""
-        return [x]
+        """Return a copy of ``x`` alone; raises TypeError for whatever several ranks could not exchange."""
+        return [object_of(object_bytes(x))]
 
     def barrier(self) -> None:
         """Return at once."""
@@ -283,12 +290,6 @@ class ProcessWorld(World):
         mine = x.detach().contiguous()
         everyones = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyones, mine, group=self.group)
-        return everyones
-
-    def gather_objects(self, x: T) -> list[T]:
-        """Return pickled copies by an all-gather."""
-        everyones = [x] * self.size
-        dist.all_gather_object(everyones, x, group=self.group)
         return everyones
 
     def barrier(self) -> None:
@@ -360,7 +361,7 @@ def gather_columns(x_CN: Tensor, width: int) -> Tensor:
 
 
 def gather_objects(mine: T) -> list[T]:
-    """Return every rank's (small, picklable) object, in rank order, on every rank."""
+    """Return every rank's small object, in rank order, on every rank; see :mod:`dist_moe.parallel.objects`."""
     return current_world().gather_objects(mine)
 
 

@@ -12,7 +12,6 @@ docs/extending/recipe.md.
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.trackers import TrackerConfig
 from dist_moe.errors import UserError
+from dist_moe.screen import say
 
 if TYPE_CHECKING:
     pass
@@ -123,7 +123,7 @@ class RunStart:
     def say(self, text: str) -> None:
         """Print a sentence for the user, on rank 0."""
         if self.environment.is_rank_zero:
-            print(text, file=sys.stderr)
+            say(text)
 
 
 class Plan(Protocol):

@@ -25,8 +25,10 @@ from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directorie
 from dist_moe.engine.checkpoint.loading import agree_on_checkpoint
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
-from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest, stop_requests
-from dist_moe.engine.launch.process_groups import JobStore, ParallelConfig, ProcessGroups, process_groups
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.meeting import JobStore
+from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
+from dist_moe.engine.launch.signals import StopRequest, stop_requests
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import Feed, FitResult, Objective, fit
@@ -175,6 +177,8 @@ class Stages:
             process_groups(environment, parallel, self._store.part(f"stage-{self._count}-{name}")) as groups,
             watchdog(directory.root, environment, parallel),
         ):
+            if environment.world_size > 1:
+                self._start.say(f"stage {name}: ranks exchange over {groups.transport}")
             checkpoint = agree_on_checkpoint(directory.root, checkpoint)
             result = function(Stage(self._start, directory, groups, checkpoint, self._stop, self._identity))
             if environment.is_rank_zero:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.errors import UserError
+from dist_moe.screen import say
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.plan import SweepPlan, plan_sweep
 from dist_moe.sweeps.report import write_report
 from dist_moe.sweeps.runner import DEFAULT_RUNNER, load_runner
 from dist_moe.sweeps.study import Studies
-from dist_moe.sweeps.workers import say, work_together
+from dist_moe.sweeps.workers import work_together
 
 
 def run_sweep(

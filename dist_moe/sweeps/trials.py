@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim, stop_requests
+from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import process_groups
+from dist_moe.engine.launch.signals import stop_requests
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.errors import UserError
 from dist_moe.recipes.recipe import RunStart

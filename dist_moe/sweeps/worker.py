@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import sys
 import threading
 import traceback
 import warnings
@@ -21,6 +20,7 @@ from sqlalchemy.exc import OperationalError
 
 from dist_moe.errors import UserError
 from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.screen import say
 from dist_moe.sweeps.runner import OBJECTIVE, TrialResult, TrialRunner
 from dist_moe.sweeps.study import BEAT_EVERY_S, Studies, TakenTrial
 
@@ -175,7 +175,7 @@ def beating(studies: Studies, taken: list[TakenTrial]) -> Iterator[None]:
                 try:
                     studies.beat(trial.trial)
                 except (StorageInternalError, OperationalError) as error:  # a busy disk: the next beat may do
-                    print(f"dist-moe: no sign of life in the study: {error}", file=sys.stderr)
+                    say(f"dist-moe: no sign of life in the study: {error}")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

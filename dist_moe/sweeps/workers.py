@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import secrets
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,8 +13,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
 
-from dist_moe.engine.launch.environment import StopRequest, handling_signals, stop_requests
+from dist_moe.engine.launch.signals import STOP_SIGNALS, StopRequest, handling_signals, stop_requests
 from dist_moe.errors import UserError
+from dist_moe.screen import guard_screen, make_output_optional, say
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.plan import SweepPlan
 from dist_moe.sweeps.runner import load_runner
@@ -27,11 +27,6 @@ POLL_S = 0.2
 GRACE_BEFORE_KILL_S = 20.0
 
 Say = Callable[[str], None]
-
-
-def say(text: str) -> None:
-    """Print a line on stderr at once."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,8 @@ class Team:
         owner = secrets.token_hex(8)
         arguments = (self._plan, self._directory, self._runner, owner, theirs)
         process = context.Process(target=serve, args=arguments)
-        with handling_signals({signal.SIGINT: signal.SIG_IGN}):  # Ctrl-C is for this process alone
+        # A terminal's and a scheduler's signals are for this process alone; it asks its workers by SIGTERM.
+        with handling_signals(dict.fromkeys({*STOP_SIGNALS} - {signal.SIGTERM}, signal.SIG_IGN)):
             process.start()
         theirs.close()
         return Member(process, ours, owner)
@@ -186,6 +182,8 @@ class _Interruption:
 
 def serve(plan: SweepPlan, directory: SweepDirectory, runner: str, owner: str, connection: Connection) -> None:
     """Train trials until none waits or SIGTERM comes: the main function of a worker process."""
+    guard_screen()
+    make_output_optional()
     interruption = _Interruption()
     with ExitStack() as stack:
         with directory.taking():

@@ -278,7 +278,7 @@ def test_examples_left_out_are_counted_aloud(tmp_path: Path, capsys: pytest.Capt
 
 def test_paths_that_stand_for_nobody(tmp_path: Path) -> None:
     config = MovieLensConfig(root=Path("~nobody-of-this-name/data"), cache=tmp_path)
-    assert "cannot be followed" in refusal(lambda: prepare_movielens(config, progress=False))
+    assert "no such home directory" in refusal(lambda: prepare_movielens(config, progress=False))
     assert "no path holds a NUL" in refusal(movielens_in_cache(tmp_path, Path("a\0b")))
 
 

@@ -9,15 +9,16 @@ import pytest
 
 from dist_moe.cli.main import main
 from dist_moe.engine.launch import emulation
-from dist_moe.engine.launch.emulation import PASSED_ON, as_first_of, run_ranks
+from dist_moe.engine.launch.emulation import as_first_of, run_ranks
 from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.signals import STOP_SIGNALS
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["no-such-command"], 2)])
 def test_the_exit_code_of_the_ranks_is_passed_on(arguments: list[str], code: int) -> None:
-    before = [signal.getsignal(number) for number in PASSED_ON]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     assert run_ranks(3, arguments) == code
-    assert [signal.getsignal(number) for number in PASSED_ON] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_a_run_is_checked_as_its_first_rank_would_see_it() -> None:

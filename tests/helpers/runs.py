@@ -15,8 +15,8 @@ from dist_moe.engine.checkpoint.files import newest_checkpoint
 from dist_moe.engine.checkpoint.format import TrainingHistory
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
-from dist_moe.engine.launch.environment import StopRequest
 from dist_moe.engine.launch.process_groups import process_groups
+from dist_moe.engine.launch.signals import StopRequest
 from dist_moe.recipes.recipe import plan_new_run
 from tests.helpers.board import read_board, steps_of
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.signals import StopRequest
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import StepLoss

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.engine import training as loop_module
-from dist_moe.engine.launch.environment import StopRequest
 from dist_moe.engine.launch.process_groups import process_groups
+from dist_moe.engine.launch.signals import StopRequest
 from dist_moe.engine.monitor.monitor import Monitor
 from dist_moe.engine.monitor.step_window import StepWindow
 from dist_moe.engine.training import Trainer

@@ -27,8 +27,14 @@ def given_or_environment(given: Path | None, variable: str) -> Path | None:
 
 
 def cache_directory(given: Path | None) -> Path:
-    """Return the cache to use; it need not exist yet."""
-    return given_or_environment(given, CACHE_ENV) or Path.home() / ".cache" / "dist_moe"
+    """Return the cache to use; it need not exist yet. Raises UserError where none is given and there is no home."""
+    found = given_or_environment(given, CACHE_ENV)
+    if found is None and not Path(os.environ.get("HOME", "/")).is_absolute():
+        raise UserError(f"HOME={os.environ['HOME']!r} is no absolute path; set it, data.cache or {CACHE_ENV}")
+    try:
+        return found or absolute(Path("~") / ".cache" / "dist_moe")
+    except UserError as error:
+        raise UserError(f"data.cache and {CACHE_ENV} are not given, and {error}") from error
 
 
 def short_digest(files: dict[str, str]) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Never, TypeVar
 
 from tqdm import tqdm
+
+from dist_moe.screen import say
 
 T = TypeVar("T")
 
@@ -24,9 +27,10 @@ class Progress:
     def say(self, line: str) -> None:
         """Print one line, without tearing a bar that is being drawn."""
         if self._bars:
-            tqdm.write(line, file=sys.stderr)
+            with suppress(OSError, ValueError):  # the terminal may have gone
+                tqdm.write(line, file=sys.stderr)
         elif self.enabled:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def track(self, items: Iterable[T], what: str, *, total: int, unit: str) -> Iterable[T]:
         """Yield ``items``, counted by a bar (or announced by one line)."""

@@ -37,29 +37,31 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     """``DeepSpeedEngine`` for modules that contain :class:`ExpertBank` parameters.
 
     Optimizer and schedule are built by :mod:`dist_moe.engine.deepspeed.optimizers` and ``schedules``, the same at every
-    ZeRO stage; ``first_states(device)`` shows what the optimizer keeps of a parameter.
+    ZeRO stage, unless a user's own loop brings others.
+
     Corrects what DeepSpeed gets wrong at ZeRO stage 0: the norm by which it clips there is the mean
     of the ranks' norms, not the norm of all gradients. At stage 3, which DeepSpeed offers for experts of
     its own only, see :mod:`dist_moe.engine.deepspeed.sharded_parameters`.
     """
 
     def __init__(self, model: nn.Module, section: DeepSpeedSection, groups: ProcessGroups, **given: Any) -> None:
-        """Wrap ``model``.
+        """Wrap ``model``. ``given``: a user's own optimizer, schedule or data, which DeepSpeed's engine takes.
 
-        ``given``: what else DeepSpeed's engine takes in a user's own loop, whose optimizer and schedule it uses, or
-        makes itself from ``section``.
+        Where nothing is given, optimizer and schedule of ``section`` are made here, not by DeepSpeed.
         """
         mark_experts(model, groups.expert_group_name)
         self.__dict__["process_groups"] = groups  # before the base class is initialised, as its hooks need them
         self.__dict__["held_masters"] = {}  # see _own_part of parameter_state.py
-        own: dict[str, Any] = {} if given else {"optimizer": partial(build_optimizer, section)}
         theirs = {key: value for key, value in section.items() if given or key != "scheduler"}
-        defaults = {"args": None, "model_parameters": _trained_groups(model), "dist_init_required": False}
+        config = _deepspeed.DeepSpeedConfig(theirs)
+        if given:
+            _deepspeed.set_optimizer_flags(config, model)
+        options = {"args": None, "model_parameters": _trained_groups(model), "dist_init_required": False}
         super().__init__(
-            **defaults | own | given,
+            **options | (given or {"optimizer": partial(build_optimizer, section)}),
             model=model,
             config=theirs,
-            config_class=_deepspeed.DeepSpeedConfig(theirs),
+            config_class=config,
         )
         if not given:
             self.lr_scheduler = Schedule(section, self.optimizer.param_groups)

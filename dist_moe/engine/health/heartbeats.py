@@ -146,11 +146,12 @@ class Observer:
 
 
 def collectives_issued() -> int:
-    """Return how many collectives this process has issued so far, over all of its groups. Issues none."""
+    """Return how many collectives this process has issued so far, over all backends of its groups. Issues none."""
     if not dist.is_initialized():
         return 0
-    groups: Iterable[Any] = distributed_c10d._world.pg_map  # torch's stubs do not know the method
-    return sum(group._get_sequence_number_for_group() for group in groups)
+    groups: Iterable[Any] = distributed_c10d._world.pg_map  # torch's stubs do not know the methods
+    backends = {group._get_backend(device) for group in groups for device in group._device_types}
+    return sum(backend._get_sequence_number_for_group() for backend in backends)
 
 
 def write_heartbeat(directory: Path, heartbeat: Heartbeat) -> None:

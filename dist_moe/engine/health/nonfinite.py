@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import astuple, dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ def diverged(model: nn.Module, micro_batches: Sequence[Losses], rank: int, step:
 
     Computes that step's micro-batches once more, watching every module. Collective over all ranks.
     """
-    found = [value for of_rank in gather_objects(first_nonfinite(model, micro_batches, rank)) for value in of_rank]
+    mine = [astuple(value) for value in first_nonfinite(model, micro_batches, rank)]
+    found = [NonFinite(*value) for of_rank in gather_objects(mine) for value in of_rank]
     if found:
         first = min(found)
         where = f"the first such value of step {step} is {first.what}, on rank {first.rank}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import uuid
@@ -26,6 +25,7 @@ from dist_moe.engine.health.heartbeats import ACTIVITY, Heartbeat, Observer, rea
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.parallel import gather_objects
+from dist_moe.screen import say
 
 EXIT_STALLED, EXIT_ORPHANED = 4, 5
 REPORT = "stall.txt"
@@ -210,4 +210,4 @@ class _Watch(threading.Thread):
 
 
 def _say(text: str) -> None:
-    print(f"dist-moe: {text}", file=sys.stderr, flush=True)
+    say(f"dist-moe: {text}")

@@ -1,22 +1,19 @@
-"""The launcher's variables (rank, world size, ranks per node; one process without any), signals, and memory."""
+"""The launcher's variables (rank, world size, ranks per node; one process without any), and memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import signal
+import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 import torch
 
-from dist_moe.errors import UserError
+from dist_moe.errors import LaunchError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 """Set by torchrun and TorchX; by DeepSpeed's launcher."""
 
@@ -41,27 +38,31 @@ class LaunchEnvironment:
 
     @classmethod
     def read(cls) -> LaunchEnvironment:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK; UserError if only some of them are set or are wrong."""
+        """Read the launcher's variables; LaunchError if only some are set, are wrong or contradict each other."""
+        _check_threads()
         if not any(name in os.environ for name in _VARIABLES[:2]):
+            _allow_open_files(1)
             return cls()
         rank, world_size, local_rank = (_integer(name) for name in _VARIABLES)
         if not 0 <= rank < world_size:
-            raise UserError(f"RANK={rank} is not in 0..{world_size - 1} (WORLD_SIZE={world_size})")
-        return cls(rank, world_size, local_rank, launched=True, local_world_size=launched_ranks_per_node() or 0)
+            raise LaunchError(f"RANK={rank} is not in 0..{world_size - 1} (WORLD_SIZE={world_size})")
+        here = launched_ranks_per_node() or 0
+        if here and not (local_rank < here <= world_size):
+            raise LaunchError(
+                f"LOCAL_RANK={local_rank}, {_name_of_ranks_here()}={here} and WORLD_SIZE={world_size} contradict each "
+                f"other: a machine has no more ranks than the job, and numbers its own from 0"
+            )
+        if any(name in os.environ for name in _MEETING):
+            meeting_point()
+        _allow_open_files(world_size)
+        return cls(rank, world_size, local_rank, launched=True, local_world_size=here)
 
     @property
     def device(self) -> torch.device:
-        """This process's GPU, by local rank, or the CPU where there is none."""
+        """This process's GPU, by local rank among those that it sees, or the CPU where there is none."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-
-    @property
-    def backend(self) -> str:
-        """The backend of ``torch.distributed``: NCCL, but gloo where ranks share a GPU, which NCCL refuses; gloo takes
-        a GPU's tensors too, by way of the host."""
-        shares_gpu = self.local_world_size > torch.cuda.device_count()
-        return "nccl" if self.device.type == "cuda" and not shares_gpu else "gloo"
 
     @property
     def is_rank_zero(self) -> bool:
@@ -69,59 +70,89 @@ class LaunchEnvironment:
         return self.rank == 0
 
 
+def _number(text: str) -> int | None:
+    """Return the number that plain digits write; None if they are none, or one that no launcher would give."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
 def _integer(name: str) -> int:
     value = os.environ.get(name)
-    if value is None or not value.isdigit():
-        raise UserError(
+    number = None if value is None else _number(value)
+    if number is None:
+        raise LaunchError(
             f"environment variable {name}={value!r} is not a number, though a launcher set others of "
             f"{', '.join(_VARIABLES)}; start with torchrun, deepspeed or torchx, or with none of them set"
         )
-    return int(value)
+    return number
 
 
 def launched_ranks_per_node() -> int | None:
     """Return how many ranks the launcher started on this node; None if it does not say.
 
-    Raises UserError if it says something that is no number above 0.
+    Raises LaunchError if it says something that is no number above 0.
     """
-    for name in _RANKS_HERE:
-        value = os.environ.get(name)
-        if value is not None:
-            if not value.isdigit() or int(value) == 0:
-                raise UserError(f"environment variable {name}={value!r} is not a number of ranks; unset it")
-            return int(value)
-    return None
+    name = _name_of_ranks_here()
+    if name is None:
+        return None
+    number = _number(os.environ[name])
+    if not number:
+        raise LaunchError(f"environment variable {name}={os.environ[name]!r} is not a number of ranks; unset it")
+    return number
 
 
-class StopRequest:
-    """A wish that training ends at the next safe place. ``signal_number``: the signal that asked, 0 while none has."""
-
-    def __init__(self) -> None:
-        self.signal_number = 0
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number == signal.SIGINT == number:
-            raise KeyboardInterrupt  # asked twice at the keyboard: stop now, without a checkpoint
-        self.signal_number = number
+def _name_of_ranks_here() -> str | None:
+    return next((name for name in _RANKS_HERE if name in os.environ), None)
 
 
-@contextmanager
-def handling_signals(handlers: Mapping[int, Callable[[int, FrameType | None], Any] | int]) -> Iterator[None]:
-    """Handle signals by ``handlers`` inside the block; outside, they do what they did before."""
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def all_ranks_are_here() -> bool:
+    """Return whether every rank of the job runs on this machine, as far as the launcher says."""
+    environment = LaunchEnvironment.read()
+    return environment.world_size in (1, environment.local_world_size)
 
 
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Take SIGTERM and SIGINT inside the block for such a wish."""
-    request = StopRequest()
-    with handling_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), request._remember)):
-        yield request
+def meeting_point() -> tuple[str, int]:
+    """Return the address and port at which the launcher wants the ranks to meet.
+
+    Raises LaunchError if it names none, or a port that there cannot be.
+    """
+    address, port = (os.environ.get(name, "").strip() for name in _MEETING)
+    if not address:
+        raise LaunchError(
+            "environment variable MASTER_ADDR is missing or empty: it names the machine of rank 0; torchrun, deepspeed "
+            "and torchx set it"
+        )
+    number = _number(port)
+    if number is None or not 0 < number < 2**16:
+        raise LaunchError(
+            f"environment variable MASTER_PORT={port!r} is not a port, a number from 1 to 65535: it is where rank 0 "
+            f"listens at MASTER_ADDR={address}; torchrun, deepspeed and torchx set it"
+        )
+    return address, number
+
+
+def _check_threads() -> None:
+    """Raise LaunchError for a number of threads that OpenMP would silently take for another."""
+    text = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if text and not all(_number(part.strip()) for part in text.split(",")):
+        raise LaunchError(
+            f"environment variable OMP_NUM_THREADS={text!r} is not a number of threads; set 1 or more, or unset it"
+        )
+
+
+def _allow_open_files(world_size: int) -> None:
+    """Raise this process's own limit of open files, as far as it may; LaunchError if that cannot suffice.
+
+    In every group a rank keeps a socket for each of its peers.
+    """
+    least, wanted = 64 + 2 * world_size, 256 + 16 * world_size
+    soft, hard = (limit if limit >= 0 else wanted for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < wanted:
+        soft = min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    if soft < least:
+        raise LaunchError(
+            f"this process may have {soft} files open at once, and needs {least} or more: raise the limit (ulimit -n)"
+        )
 
 
 def disable_malloc_trim() -> bool:

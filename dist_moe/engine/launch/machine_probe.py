@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -157,9 +158,9 @@ def link_rates(group: dist.ProcessGroup, device: torch.device) -> LinkRates:
     return LinkRates(4 * share * peers / max(to_all, 1e-9), ring / max(reduce, 1e-9), latency / peers)
 
 
-def open_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+def open_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup | None:
     """Return a process group of ``ranks``; None on others. Collective over all ranks of the job."""
-    group = dist.new_group(list(ranks))
+    group = dist.new_group(list(ranks), timeout=timeout)
     return group if dist.get_rank() in ranks else None
 
 

@@ -8,20 +8,21 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch.distributed.rendezvous import rendezvous
 
-from dist_moe.config.files import json_line, parse_json
 from dist_moe.config.settings import Settings
 from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.engine.launch.environment import LaunchEnvironment, launched_ranks_per_node
+from dist_moe.engine.launch.meeting import on_own_interface, store_of_this_attempt
+from dist_moe.engine.launch.transport import agree_on_transport
 from dist_moe.errors import UserError
 from dist_moe.parallel import (
     WIRES,
@@ -184,6 +185,7 @@ class ProcessGroups:
     ``world``: the expert-parallel world of this rank. ``node_of_rank``: for every rank of the job the number of its
     node, from 0 in the order of ranks: as the launcher says, or as ``parallel.ranks_per_node`` pretends.
     ``copy``, ``copies``: which of the copies of its experts this rank holds, and how many ranks hold one.
+    ``transport``: what tensors travel by, and why, in words. ``timeout``: of every collective of every group.
     """
 
     environment: LaunchEnvironment
@@ -192,6 +194,8 @@ class ProcessGroups:
     node_of_rank: Sequence[int] = (0,)
     copy: int = 0
     copies: int = 1
+    transport: str = ""
+    timeout: timedelta = timedelta(minutes=10)
 
     @property
     def ranks_per_node(self) -> int:
@@ -218,26 +222,31 @@ def process_groups(
 
     ``store``: by which the ranks of ``environment`` find one another; None: as the launcher says.
 
-    Raises UserError, on all ranks, if a two-level exchange is asked for on nodes that it does not fit.
+    Raises UserError, on all ranks, if a two-level exchange is asked for on nodes that it does not fit, and LaunchError
+    if the ranks do not find one another.
     """
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
     timeout, rank, size = timedelta(seconds=config.timeout_s), environment.rank, environment.world_size
     if store is None:
-        store = store_of_this_attempt(environment, timeout) if environment.launched else dist.HashStore()
-    dist.init_process_group(environment.backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    try:
-        yield _expert_groups(environment, config)
-    finally:
-        import_deepspeed().comm.destroy_process_group()
-        gc.collect()  # engines are cycles, and hold the groups' threads and sockets until they are collected
+        store = store_of_this_attempt(environment, timeout)
+    transport = agree_on_transport(environment, store)
+    with on_own_interface():
+        dist.init_process_group(transport.backend, timeout=timeout, store=store, rank=rank, world_size=size)
+        try:
+            yield replace(_expert_groups(environment, config, timeout), transport=transport.why, timeout=timeout)
+        finally:
+            import_deepspeed().comm.destroy_process_group()
+            gc.collect()  # engines are cycles, and hold the groups' threads and sockets until they are collected
 
 
-def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig) -> ProcessGroups:
+def _expert_groups(environment: LaunchEnvironment, config: ParallelConfig, timeout: timedelta) -> ProcessGroups:
     deepspeed = import_deepspeed()
     expert_parallel_size = config.expert_parallel_size
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed opens every group through this, also those of its engines, each with the backend's own timeout.
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=timeout)
     groups = deepspeed.utils.groups
     name = f"ep_size_{expert_parallel_size}"
     groups._create_expert_and_data_parallel(expert_parallel_size)
@@ -274,51 +283,3 @@ def _node_of_every_rank(ranks_per_node: int | None) -> list[int]:
     names = gather_objects(numbers[0] if numbers else socket.gethostname())
     in_order = list(dict.fromkeys(names))
     return [in_order.index(name) for name in names]
-
-
-class JobStore:
-    """The launcher's store, kept for the life of the job; of one process without a launcher, a store of its own.
-
-    ``timeout_s``: seconds after which waiting for a key is an error.
-    """
-
-    def __init__(self, environment: LaunchEnvironment, timeout_s: float) -> None:
-        self._environment = environment
-        timeout = timedelta(seconds=timeout_s)
-        self._store = store_of_this_attempt(environment, timeout) if environment.launched else dist.HashStore()
-        self._store.set_timeout(timeout)
-
-    def part(self, name: str) -> dist.Store:
-        """Return a part of the store for some of the ranks, over which they can open process groups."""
-        return dist.PrefixStore(name, self._store)
-
-    def agree(self, key: str, mine: Any) -> Any:
-        """Return rank 0's ``mine``, which JSON must hold, on every rank; each key serves once."""
-        if self._environment.is_rank_zero:
-            self._store.set(key, json_line(mine))
-        return parse_json(self._store.get(key))
-
-    def tell(self, event: str) -> None:
-        """Tell all ranks of an event, now and later."""
-        self._store.set(event, "")
-
-    def is_told(self, event: str) -> bool:
-        """Return whether some rank has told of the event."""
-        return bool(self._store.check([event]))
-
-    def arrive(self, event: str) -> None:
-        """Count this rank; the last of all ranks tells of the event."""
-        if self._store.add(f"{event}-arrived", 1) == self._environment.world_size:
-            self.tell(event)
-
-
-def store_of_this_attempt(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store:
-    """Return a part of the launcher's store into which no earlier attempt has written.
-
-    torchrun with a static rendezvous keeps its store when it restarts the ranks of a machine, and they would
-    look for one another at the addresses of those that were killed. Where several machines meet, it makes
-    a new store, and their counts of restarts may differ.
-    """
-    store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
-    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else 0}", store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +14,10 @@ from tqdm import tqdm
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.tensorboard import TensorBoardSettings
 from dist_moe.engine.monitor.trackers import MetricsFileSettings, Tracker, TrackerSettings
+from dist_moe.screen import say
 
 SECONDS_BETWEEN_LINES = 10.0
+_LOST_TERMINAL = suppress(OSError, ValueError)
 DEFAULT_TRACKERS: tuple[TrackerSettings, ...] = (MetricsFileSettings(), TensorBoardSettings())
 
 
@@ -120,7 +123,7 @@ class ProgressLine:
         self._started = time.monotonic()
         self._last_line = -SECONDS_BETWEEN_LINES
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def update(self, records: list[dict[str, Any]]) -> None:
@@ -132,26 +135,29 @@ class ProgressLine:
             f"{active}{_count(latest['wire_bytes'])}B exchanged"
         )
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(len(records))
+            with _LOST_TERMINAL:
+                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.update(len(records))
         elif latest["step"] == self._total or time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             per_step = (time.monotonic() - self._started) / (latest["step"] - self._first)
             minutes, seconds = divmod(round(per_step * (self._total - latest["step"])), 60)
             left = f"{minutes}:{seconds:02d} left"
-            print(f"step {latest['step']}/{self._total}: {text}, {left}", file=sys.stderr)
+            say(f"step {latest['step']}/{self._total}: {text}, {left}")
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the live one."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            with _LOST_TERMINAL:
+                self._bar.write(text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr)
+            say(text)
 
     def close(self) -> None:
         """Leave the live line as it is."""
         if self._bar is not None:
-            self._bar.close()
+            with _LOST_TERMINAL:
+                self._bar.close()
 
 
 def _count(number: float) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from dist_moe.engine.launch.machine_probe import (
     LinkRates,
+    LocalRates,
     link_rates,
     local_rates,
     mean_rates,
@@ -42,8 +43,8 @@ def measure_machine(groups: ProcessGroups, processors_per_node: float, name: str
     nodes = list(ranks_of_node.values())
     busy = [ranks[: max(1, int(processors_per_node))] for ranks in nodes]
     wait_for_all()
-    mine = local_rates(device) if any(rank in ranks for ranks in busy) else None
-    rates = mean_rates([one for one in gather_objects(mine) if one is not None])
+    mine = asdict(local_rates(device)) if any(rank in ranks for ranks in busy) else None
+    rates = mean_rates([LocalRates(**one) for one in gather_objects(mine) if one is not None])
     inside = _link([nodes[0][: max(2, len(busy[0]))]], groups) if len(nodes[0]) > 1 else None
     between = _link([list(pair) for pair in zip(*nodes[:2], strict=True)], groups) if len(nodes) > 1 else None
     # What, of a fixed step on all ranks, one rank with a processor of its own would need.
@@ -74,11 +75,11 @@ def _link(members: list[list[int]], groups: ProcessGroups) -> Link:
     wait_for_all()
     mine = None
     for ranks in members:
-        group = open_group(ranks)
+        group = open_group(ranks, groups.timeout)
         if group is not None:
             mine = group
-    measured: LinkRates | None = link_rates(mine, groups.device) if mine is not None else None
-    of_ranks = [rates for rates in gather_objects(measured) if rates is not None]
+    measured = asdict(link_rates(mine, groups.device)) if mine is not None else None
+    of_ranks = [LinkRates(**rates) for rates in gather_objects(measured) if rates is not None]
     return Link(
         all_to_all_bytes_per_s=len(members) * fmean(rates.all_to_all_bytes_per_s for rates in of_ranks),
         all_reduce_bytes_per_s=len(members) * fmean(rates.all_reduce_bytes_per_s for rates in of_ranks),

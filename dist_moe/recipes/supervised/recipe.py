@@ -20,8 +20,9 @@ from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.schedules import check_changes_have_effect, check_length_of_schedule
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.watchdog import watchdog
-from dist_moe.engine.launch.environment import LaunchEnvironment, StopRequest, disable_malloc_trim, stop_requests
+from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc_trim
 from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
+from dist_moe.engine.launch.signals import StopRequest, stop_requests
 from dist_moe.engine.training import FitResult, Objective, Trainer, fit
 from dist_moe.errors import UserError
 from dist_moe.recipes.callbacks.placement import PlacementCallback
@@ -99,7 +100,6 @@ class SupervisedRecipe(RecipeSettings):
             config.start.check(config, task)
         identity = identify(start, Identity(data=task.digests(), weights=self.weights(config, task)), checkpoint)
         feed = feed_of(config, task, start.environment)
-        config.train.total_steps(feed.steps_per_epoch)  # more than can be counted are refused
         if config.swap_search is not None:
             config.swap_search.check(config.train, feed.steps_per_epoch)
         check_length_of_schedule(config.deepspeed, config.train.total_steps(feed.steps_per_epoch))
@@ -243,6 +243,8 @@ class Opening(Callback):
         plan = self._plan
         for line in (*plan.start.warnings, opening_line(plan.config, plan.task, trainer, plan.start.run.root)):
             trainer.monitor.say(line)
+        if trainer.groups.environment.world_size > 1:
+            trainer.monitor.say(f"ranks exchange over {trainer.groups.transport}")
 
 
 class FinalEvaluation(Callback):
@@ -271,7 +273,7 @@ class FinalEvaluation(Callback):
 
 
 def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvaluation) -> None:
-    """Print the table of metrics and write the run's summary. Raises UserError if it cannot be written."""
+    """Write the run's summary, then print the table of metrics. Raises UserError if it cannot be written."""
     task, run, fitted = plan.task, plan.start.run, result.fit
     assert result.test is not None
     baselines = evaluate_baselines(task, task.test, plan.config.target_weights)
@@ -288,9 +290,6 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
         "lost_records": fitted.lost_records,
         **ending.costs,
     }
-    print(metrics_table(result.test, predictor_rows(baselines)))
-    if ending.report:
-        print(ending.report)
     try:
         write_json(run.summary, summary)
     except OSError as error:
@@ -298,4 +297,7 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
             f"{run.summary} could not be written: {error}; the checkpoints are complete: make room, then let "
             f"'dist-moe train --resume {run.root}' write it, or print the metrics by 'dist-moe evaluate'"
         ) from error
+    print(metrics_table(result.test, predictor_rows(baselines)))
+    if ending.report:
+        print(ending.report)
     print(f"everything about this run is in {run.root}; look at it with: tensorboard --logdir {run.root}")

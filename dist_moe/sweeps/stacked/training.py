@@ -10,7 +10,6 @@ But for dropout's random numbers, a trial comes out as it would alone.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +30,7 @@ from dist_moe.models import ModelOutput
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.callbacks.swap_search import search_swaps
 from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.screen import say
 from dist_moe.sweeps.runner import Report, TrialResult
 from dist_moe.sweeps.stacked.parameters import AdamSettings, StackedParameters, Tensors
 from dist_moe.sweeps.stacked.permutations import LAYER, StackedPermutations
@@ -188,10 +188,9 @@ class _StackedTraining:
             if not (trial.pruned or last or trial.stopping.exhausted or not math.isfinite(loss)):
                 staying.append(place)
         epoch, ending = step / self._feed.steps_per_epoch, f"{len(staying)} go on" if staying else "the last of these"
-        print(
+        say(
             f"{self._first.gate_label}, epoch {epoch:.4g} of {self._train.epochs:g}: {len(losses)} trials together, "
-            f"best validation loss {min(losses):.4f}, {ending}",
-            file=sys.stderr,
+            f"best validation loss {min(losses):.4f}, {ending}"
         )
         if staying and len(staying) < len(self._present):
             self._stack.keep(staying)
