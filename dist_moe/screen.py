@@ -93,7 +93,9 @@ def guard_screen() -> None:
 
 def _text(screen: Screen, before: object) -> io.TextIOWrapper:
     encoding = getattr(before, "encoding", None)
-    return io.TextIOWrapper(io.BufferedWriter(screen), encoding, errors="backslashreplace", line_buffering=True)
+    return io.TextIOWrapper(
+        io.BufferedWriter(screen), encoding=encoding, errors="backslashreplace", line_buffering=True
+    )
 
 
 def make_output_optional() -> None:

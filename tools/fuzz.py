@@ -43,7 +43,7 @@ HEADINGS = {
 
 @dataclass
 class Tally:
-    """What came of the cases of one area. ``faults``: numbers of those that are faults, with what came of them."""
+    """The outcomes of the cases of one area. ``faults``: numbers of those that are faults, with what came of them."""
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[tuple[int, Outcome]] = field(default_factory=list)

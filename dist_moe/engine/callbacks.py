@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import SerializeAsAny
@@ -16,6 +17,7 @@ from pydantic import SerializeAsAny
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of
+from dist_moe.engine.checkpoint.format import TRAINER_FILE, CallbackStates
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.monitor.run_directory import OpenDirectory, RunDirectory
 from dist_moe.errors import UserError
@@ -236,3 +238,15 @@ CALLBACKS = Registry("callback", CallbackSettings)
 
 CallbackConfig = Annotated[SerializeAsAny[CallbackSettings], CALLBACKS]
 """The type of a configuration field that holds any registered callback."""
+
+
+def give_back_states(callbacks: Sequence[Callback], states: CallbackStates, checkpoint: Path) -> None:
+    """Give callbacks what they held when ``checkpoint`` was written. Raises UserError if one cannot take it back."""
+    for callback in callbacks:
+        if callback.name not in states:
+            continue
+        try:
+            callback.load_state_dict(states[callback.name])
+        except Exception as error:  # whatever a callback of the user's may raise for what it did not write
+            where = f"checkpoint {checkpoint}: callbacks.{callback.name} in {TRAINER_FILE}"
+            raise UserError(f"{where} is not what it can take back: {type(error).__name__}: {error}") from error

@@ -19,9 +19,10 @@ from dist_moe.engine.callbacks import (
     PeriodicCheckpoints,
     PermutationImages,
     RunDirectoryWatch,
+    give_back_states,
 )
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, drop_after
-from dist_moe.engine.checkpoint.format import TRAINER_FILE, TrainingHistory
+from dist_moe.engine.checkpoint.format import TrainingHistory
 from dist_moe.engine.checkpoint.loading import check_optimizer_of_checkpoint, load_checkpoint, load_weights
 from dist_moe.engine.checkpoint.saver import CheckpointSaver
 from dist_moe.engine.deepspeed.checks import check_deepspeed_section
@@ -40,7 +41,7 @@ from dist_moe.engine.monitor.step_window import SUMS, StepWindow, Sums, add_sums
 from dist_moe.engine.monitor.trackers import TrackerSettings
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.trainable import Trained, hold_still
-from dist_moe.errors import DivergedError, UserError
+from dist_moe.errors import DivergedError
 from dist_moe.recording import Recorder, recording
 from dist_moe.search import SlotTable
 from dist_moe.search.layers import moe_layers, slot_tables
@@ -133,9 +134,8 @@ def fit(
         stop: asks the training to end at the next safe place, with a checkpoint.
         keep_model: give the model back whole; False spares memory where nobody needs it after ``on_end``.
 
-    Raises UserError for what :func:`~dist_moe.engine.deepspeed.checks.check_deepspeed_section` refuses, before anything
-    is opened, and where too many checkpoints cannot be written; DivergedError where too many steps in a row have no
-    finite loss or gradient.
+    Raises UserError for a ``deepspeed`` that is refused, before anything is opened, and where too many checkpoints
+    cannot be written; DivergedError where too many steps in a row have no finite loss or gradient.
     """
     environment = groups.environment if groups else LaunchEnvironment.read()
     check_deepspeed_section(dict(deepspeed), settings.batch_size, environment.world_size)
@@ -228,8 +228,7 @@ class Trainer:
 
     def validated(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Take the metrics of a validation after ``step`` steps, the same on every rank; tells all callbacks."""
-        losses = {**self.history.validation_losses, step: float(metrics["loss"])}
-        self.history = TrainingHistory(losses, self._seconds)
+        self.history = TrainingHistory(self.history.validation_losses | {step: float(metrics["loss"])}, self._seconds)
         self.monitor.evaluation("validation", dict(metrics), step)
         self.call("on_validation", step, metrics)
 
@@ -274,16 +273,14 @@ class Trainer:
         if checkpoint is not None:
             state = load_checkpoint(self.engine, checkpoint)
             self.step, self.history, self._seconds_before = state.step, state.history, state.history.seconds
-            for callback in self.callbacks:
-                if callback.name in state.callbacks:
-                    self._give_back(callback, state.callbacks[callback.name], checkpoint)
+            give_back_states(self.callbacks, state.callbacks, checkpoint)
         is_rank_zero = self.groups.environment.is_rank_zero
         told: list[str] = []
         if is_rank_zero and self.run is not None:
             self.run.create()
             # What a resumed run does again, or could not be read; and what another patience once kept.
             root = checkpoints_of(self.run.root)
-            told += drop_after(root, self.step)
+            told = drop_after(root, self.step)
             told += drop_after(best_of(root), self.step if self.settings.patience is not None else -1)
         self.monitor = Monitor(
             self.run,
@@ -296,13 +293,6 @@ class Trainer:
         )
         for sentence in told:
             self.monitor.say(f"warning: {sentence}")
-
-    def _give_back(self, callback: Callback, state: dict[str, Any], checkpoint: Path) -> None:
-        try:
-            callback.load_state_dict(state)
-        except Exception as error:  # whatever a callback of the user's may raise for what it did not write
-            where = f"checkpoint {checkpoint}: callbacks.{callback.name} in {TRAINER_FILE}"
-            raise UserError(f"{where} is not what it can take back: {type(error).__name__}: {error}") from error
 
     def _train_step(self, recorder: Recorder) -> None:
         """Take one step, from its data to its callbacks; ``recorder`` gets what is recorded on the way."""

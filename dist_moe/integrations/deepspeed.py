@@ -18,10 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_moe.config.files import read_json_object
-from dist_moe.engine.deepspeed.checks import FIELDS, REFUSALS
-from dist_moe.engine.deepspeed.config import DeepSpeedSection, import_deepspeed, lookup, zero_stage
+from dist_moe.engine.deepspeed.checks import REFUSALS
+from dist_moe.engine.deepspeed.config import DeepSpeedSection, import_deepspeed, lookup
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
-from dist_moe.engine.deepspeed.kinds import check_kind
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.errors import UserError
@@ -133,8 +132,10 @@ def _check(section: DeepSpeedSection) -> None:
         value = lookup(section, refusal.field)
         if refusal.field in _WRONG_FOR_EXPERTS and value is not None and refusal.when(value):
             raise UserError(f"{refusal.field}={value} in DeepSpeed's configuration is refused: {refusal.because}")
-    check_kind("zero_optimization.stage", zero_stage(section), FIELDS["zero_optimization.stage"])
-    if lookup(section, "bf16.enabled") and not lookup(section, "zero_optimization.stage"):
+    stage = lookup(section, "zero_optimization.stage")
+    if stage not in (None, 0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage={stage} in DeepSpeed's configuration is refused: allowed are 0 to 3")
+    if lookup(section, "bf16.enabled") and not stage:
         raise UserError(
             "bf16 with zero_optimization.stage=0 in DeepSpeed's configuration is refused: DeepSpeed takes one "
             "optimizer step without gradients there; use stage 1, 2 or 3"

@@ -1,4 +1,4 @@
-"""What a run is beside its configuration: digests of its data, and of the weights that it starts from or follows.
+"""The identity of a run beside its configuration: digests of its data, and of the weights from which it stems.
 
 A run writes them into ``identity.json`` and every checkpoint when it begins. Whoever goes on with it, or evaluates,
 searches or exports its weights on data compares: figures of other data, of another split or of ids that mean other

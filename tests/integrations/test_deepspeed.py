@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dist_moe.engine.deepspeed.checks import REFUSALS
 from dist_moe.engine.deepspeed.parameter_state import MASTER, read_parameter_state
 from dist_moe.errors import UserError
 from dist_moe.integrations import deepspeed as integration
@@ -132,6 +133,10 @@ def refusal(field: str, value: Any) -> str:
 def test_what_deepspeed_would_compute_wrongly_is_refused(field: str, value: Any) -> None:
     for message in on_ranks(2, refusal, field, value):
         assert f"{field}={value}" in message
+
+
+def test_the_reasons_are_those_of_a_run() -> None:
+    assert set(integration._WRONG_FOR_EXPERTS) <= {refusal.field for refusal in REFUSALS}
 
 
 def test_bf16_without_zero_is_refused() -> None:

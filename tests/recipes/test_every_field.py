@@ -103,6 +103,8 @@ def test_all_values_are_refused_or_train(bases: Bases, tmp_path: Path) -> None:
     [
         ("parallel.timeout_s", 1e23, ["parallel.timeout_s=1e+23", "integer"]),
         ("parallel.timeout_s", 10**23, ["less than or equal to 31536000"]),
+        ("parallel.timeout_s", 1, ["parallel.stall_s=0.5", "at least 1"]),
+        ("parallel.stall_s", 1e-30, ["parallel.stall_s=1e-30", "at least 1"]),
         ("swap_search.every_epochs", 1e308, ["swap_search.every_epochs=1e+308", "less than or equal to 1000000"]),
         ("model.experts.units", 10**23, ["model.experts.units=", "less than or equal to 1048576"]),
         ("model.num_experts", 2**63 - 1, ["model.num_experts=", "less than or equal to 65536"]),

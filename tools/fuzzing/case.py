@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case."""
+    """The outcome of a case."""
 
     verdict: Verdict
     what: str

@@ -81,8 +81,8 @@ class HuggingFaceArea(Area):
 
     @staticmethod
     def _config(user: Path, drawn: random.Random) -> str:
-        content, what = odd_json(json.loads((user / "config.json").read_text()), drawn)
-        (user / "config.json").write_text(json.dumps(content))
+        content, what = odd_json(json.loads((user / "config.json").read_text(encoding="utf-8")), drawn)
+        (user / "config.json").write_text(json.dumps(content), encoding="utf-8")
         return f"config.json: {what}"
 
 
@@ -122,7 +122,7 @@ def _difference(user: Path, ours: Path, write: Callable[[Path], object]) -> str 
             return f"{name} is another"
         if naive[name].dtype.kind == "f" and not np.isfinite(naive[name]).all():
             return f"{name} is not finite, and was taken"
-    configs = (json.loads((place / "config.json").read_text("utf-8-sig")) for place in (user, ours / "again"))
+    configs = (json.loads((place / "config.json").read_text(encoding="utf-8-sig")) for place in (user, ours / "again"))
     # What only names our classes is written anew.
     there, here = (json.dumps({k: v for k, v in c.items() if k not in OURS}, sort_keys=True) for c in configs)
     return None if there == here else f"config.json is another: {there} {here}"
@@ -203,5 +203,5 @@ def _sharded(user: Path, tensors: Tensors, drawn: random.Random) -> str:
     elif chance < 0.7:
         save_file({name: tensors[name] + 1 for name in names[:3]}, user / "model-1.safetensors", {"format": "pt"})
         what = "a tensor in two files"
-    (user / INDEX).write_text(json.dumps(content))
+    (user / INDEX).write_text(json.dumps(content), encoding="utf-8")
     return what

@@ -22,7 +22,7 @@ START_S = 300.0
 """Longest time that a process may take to import all that it needs."""
 
 MEMORY_BYTES = 6 << 30
-"""What a process may take: more is a fault that must not fell the machine."""
+"""The memory that a process may take: more is a fault that must not fell the machine."""
 
 
 def serve(calls: Connection, area: Area, seed: int, place: Path) -> None:
@@ -31,7 +31,7 @@ def serve(calls: Connection, area: Area, seed: int, place: Path) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # also what the libraries in Rust say on their own
         os.dup2(null, descriptor)
-    sys.stdin = sys.stdin if sys.stdin and not sys.stdin.closed else open(os.devnull)  # noqa: SIM115
+    sys.stdin = sys.stdin if sys.stdin and not sys.stdin.closed else open(os.devnull, encoding="utf-8")  # noqa: SIM115
     calls.send(None)  # all is imported: from here on it is the case that takes time
     while True:
         try:

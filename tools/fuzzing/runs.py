@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 
 
 class RunArea(Area):
-    """What the areas of run directories have in common: a run of four steps with two checkpoints."""
+    """The common part of the areas of run directories: a run of four steps with two checkpoints."""
 
     @property
     def made(self) -> Path:
@@ -81,8 +81,8 @@ class CheckpointsArea(RunArea):
             must = "accept" if path.read_bytes() == before else "refuse"
         elif kind == "json":
             path = newest / drawn.choice(["trainer.json", MANIFEST])
-            content, what = odd_json(json.loads(path.read_text()), drawn)
-            path.write_text(json.dumps(content, indent=2) + "\n")
+            content, what = odd_json(json.loads(path.read_text(encoding="utf-8")), drawn)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         elif kind == "tensors":
             what, must = _change(drawn.choice(sorted(newest.glob("*.safetensors"))), drawn)
         if seals:
@@ -106,14 +106,14 @@ class CheckpointsArea(RunArea):
         return Case(f"{entry}: {path.name}: {what}", runs[entry], check, must)
 
     def _other_metrics(self, text: str) -> str | None:
-        wanted = (self.made / "evaluated").read_text()
+        wanted = (self.made / "evaluated").read_text(encoding="utf-8")
         return None if text == wanted else f"other metrics, and the weights are the same: {text[:300]}"
 
 
 def _seal(directory: Path) -> None:
     """Write the digests of what there is into the manifest, as far as that is one."""
     path = directory / MANIFEST
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         return
     if isinstance(content.get("files"), dict):
@@ -123,7 +123,7 @@ def _seal(directory: Path) -> None:
     content.pop("sha256", None)
     text = json.dumps(content, indent=2) + "\n"
     content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _change(path: Path, drawn: random.Random) -> tuple[str, Must]:
@@ -182,7 +182,7 @@ class RecordsArea(RunArea):
         elif kind == "directory":
             name = drawn.choice(["tensorboard", "heartbeats", "best", "stages"])
             subprocess.run(["rm", "-rf", str(run / name)], check=True)
-            (run / name).write_text("a file")
+            (run / name).write_text("a file", encoding="utf-8")
             what = f"{name} is a file"
         good = _good_records(run / "metrics.jsonl")
 

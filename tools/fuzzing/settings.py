@@ -68,14 +68,14 @@ class YamlArea(Area):
         elif kind == "bytes":
             what = odd_bytes(path, drawn)
         elif kind == "value":
-            content, what = odd_json(yaml.safe_load(path.read_text()), drawn)
-            path.write_text(json.dumps(content) if drawn.random() < 0.5 else yaml.safe_dump(content))
+            content, what = odd_json(yaml.safe_load(path.read_text(encoding="utf-8")), drawn)
+            path.write_text(json.dumps(content) if drawn.random() < 0.5 else yaml.safe_dump(content), encoding="utf-8")
         elif kind == "line":
             what = self._line(path, drawn)
         elif kind == "bomb":
             what = "aliases that multiply"
             levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
-            path.write_text("\n".join(["a0: &a0 [x]", *levels]))
+            path.write_text("\n".join(["a0: &a0 [x]", *levels]), encoding="utf-8")
 
         def check(config: Any) -> str | None:
             try:
@@ -88,7 +88,7 @@ class YamlArea(Area):
 
     @staticmethod
     def _line(path: Path, drawn: random.Random) -> str:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         at = drawn.randrange(len(lines))
         key, _, _ = lines[at].partition(":")
         odd = drawn.choice((*ODD_YAML, *ODD_CELLS))
@@ -101,7 +101,9 @@ class YamlArea(Area):
             "another key": lambda: [f"{key}x: 1"],
         }
         what = drawn.choice([next(iter(ways)), *ways])
-        path.write_text("\n".join([*lines[:at], *ways[what](), *lines[at + 1 :], ""]), errors="surrogatepass")
+        path.write_text(
+            "\n".join([*lines[:at], *ways[what](), *lines[at + 1 :], ""]), errors="surrogatepass", encoding="utf-8"
+        )
         return f"line {at + 1}: {what}"
 
 
@@ -113,11 +115,11 @@ class OverridesArea(Area):
     def prepare(self) -> None:
         """List the fields of all recipes once."""
         named = {field.name for recipe in RECIPES.classes for field in fields_of(recipe.configuration)}
-        (self.base / "fields.json").write_text(json.dumps(sorted(named)))
+        (self.base / "fields.json").write_text(json.dumps(sorted(named)), encoding="utf-8")
 
     def case(self, drawn: random.Random, user: Path, ours: Path) -> Case:
         """Draw one override or two."""
-        names = json.loads((self.base / "fields.json").read_text())
+        names = json.loads((self.base / "fields.json").read_text(encoding="utf-8"))
         source = drawn.choice(CONFIGS)
         texts = [self._text(names, drawn) for _ in range(drawn.choice([1, 1, 2]))]
 
@@ -163,7 +165,7 @@ class FieldsArea(Area):
 
     def case(self, drawn: random.Random, user: Path, ours: Path) -> Case:
         """Set a field or two to extremes."""
-        names = json.loads((self.base / "fields.json").read_text())
+        names = json.loads((self.base / "fields.json").read_text(encoding="utf-8"))
         source = drawn.choice(CONFIGS)
         given = {
             drawn.choice(names).replace("[]", ""): drawn.choice(self.EXTREMES) for _ in range(drawn.choice([1, 1, 2]))

@@ -46,7 +46,9 @@ class Text(DataSet):
         if self.own_tokenizer:
             (root / "tokenizer").mkdir()
             byte_level().save(str(root / "tokenizer" / "tokenizer.json"))
-            (root / "tokenizer" / "config.json").write_text(json.dumps({"eos_token_id": 1, "vocab_size": 400}))
+            (root / "tokenizer" / "config.json").write_text(
+                json.dumps({"eos_token_id": 1, "vocab_size": 400}), encoding="utf-8"
+            )
         return root
 
     def read(self, root: Path, cache: Path) -> Any:
@@ -80,26 +82,26 @@ class Text(DataSet):
         """Change what lies in the directory, or a value of the tokenizer's files."""
         if self.own_tokenizer and drawn.random() < 0.7:
             path = drawn.choice(sorted((root / "tokenizer").iterdir()))
-            content, what = odd_json(json.loads(path.read_text()), drawn)
-            path.write_text(json.dumps(content))
+            content, what = odd_json(json.loads(path.read_text(encoding="utf-8")), drawn)
+            path.write_text(json.dumps(content), encoding="utf-8")
             return f"{path.name}: {what}"
         sea = root / "text" / "sea"
         new: dict[str, Callable[[], object]] = {
             "a name that is no UTF-8": lambda: os.rename(os.fsencode(sea), os.fsencode(sea) + b"\xff\xfe"),
             "a name with a line end": lambda: sea.rename(sea.with_name("a\nb")),
             "a suffix in capitals": lambda: (sea / "000.txt").rename(sea / "000.TXT"),
-            "other suffixes": lambda: (sea / "x.md").write_text("not read"),
-            "a name without suffix": lambda: (sea / "readme").write_text("not read"),
+            "other suffixes": lambda: (sea / "x.md").write_text("not read", encoding="utf-8"),
+            "a name without suffix": lambda: (sea / "readme").write_text("not read", encoding="utf-8"),
             "a hidden file": lambda: (sea / "._000.txt").write_bytes(b"\0\5\26\7"),
-            "a long document": lambda: (sea / "x.txt").write_text(drawn.choice(LONG) * 300_000),
-            "white space": lambda: (sea / "x.txt").write_text(" \n\t\r\n"),
+            "a long document": lambda: (sea / "x.txt").write_text(drawn.choice(LONG) * 300_000, encoding="utf-8"),
+            "white space": lambda: (sea / "x.txt").write_text(" \n\t\r\n", encoding="utf-8"),
             "a document in Latin-1": lambda: (sea / "x.txt").write_bytes("\u00e9t\u00e9 ".encode("latin-1") * 20),
-            "text too deep": lambda: ((sea / "d").mkdir(), (sea / "d" / "x.TXT").write_text("x")),
-            "loose text": lambda: (root / "text" / "loose.Txt").write_text("x"),
+            "text too deep": lambda: ((sea / "d").mkdir(), (sea / "d" / "x.TXT").write_text("x", encoding="utf-8")),
+            "loose text": lambda: (root / "text" / "loose.Txt").write_text("x", encoding="utf-8"),
             "an empty domain": lambda: (root / "text" / "void").mkdir(),
             "a loop": lambda: (sea / "loop").symlink_to("."),
             "a domain elsewhere": lambda: (root / "text" / "linked").symlink_to("sea"),
-            "the separator": lambda: (sea / "x.txt").write_text("a <|endoftext|> b <pad> c"),
+            "the separator": lambda: (sea / "x.txt").write_text("a <|endoftext|> b <pad> c", encoding="utf-8"),
         }
         what = drawn.choice(list(new))
         new[what]()
@@ -207,6 +209,6 @@ class Squad(DataSet):
     def change(self, root: Path, drawn: random.Random) -> str:
         """Change a value of a file."""
         path = drawn.choice(files_of(root))
-        content, what = odd_json(json.loads(path.read_text()), drawn)
-        path.write_text(json.dumps(content))
+        content, what = odd_json(json.loads(path.read_text(encoding="utf-8")), drawn)
+        path.write_text(json.dumps(content), encoding="utf-8")
         return f"{path.name}: {what}"

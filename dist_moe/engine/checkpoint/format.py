@@ -249,7 +249,7 @@ class TrainerState:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run says of its data and of what it starts from; nothing where it has nothing to say."""
+        """The digests of the run's data and of what it starts from, by name; empty where none are recorded."""
         return self.callbacks.get(IDENTITY, {})
 
     @property

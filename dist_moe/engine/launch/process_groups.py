@@ -38,6 +38,7 @@ from dist_moe.parallel import (
 )
 
 _YEAR_S = 31_536_000
+_SHORTEST_STALL_S = 1.0
 _NODE_NUMBER = ("GROUP_RANK", "CROSS_RANK")
 """Set by torchrun and TorchX; by DeepSpeed's launcher. They tell nodes apart even where host names are equal."""
 
@@ -111,6 +112,11 @@ class ParallelConfig(Settings):
             allowed = _divisors(world_size, num_experts)
             raise UserError(f"{field} does not divide model.num_experts={num_experts}; allowed: {allowed}")
         self._check_nodes(world_size)
+        if 0 < self.stall_limit_s < _SHORTEST_STALL_S:
+            raise UserError(
+                f"parallel.stall_s={self.stall_limit_s:g} (null: half of parallel.timeout_s={self.timeout_s}) is "
+                f"shorter than steps may take; give at least {_SHORTEST_STALL_S:g}, or 0 for no watchdog"
+            )
         if self.stall_limit_s >= self.timeout_s:
             raise UserError(
                 f"parallel.stall_s={self.stall_limit_s:g} must be below parallel.timeout_s={self.timeout_s}, or the "

@@ -1,4 +1,4 @@
-"""What tensors travel by between the ranks: NCCL where each has a GPU of its own, gloo everywhere else."""
+"""The choice of the transport between ranks: NCCL where each has a GPU of its own, gloo everywhere else."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class _Found:
 
     @property
     def identity(self) -> tuple[Path, int, Holder | None]:
-        """What tells it from another file of its name."""
+        """Place, inode and holder, which tell it from another file of its name."""
         return self.path, self.inode, self.holder
 
 
@@ -323,7 +323,7 @@ def _remove_empty(made: list[Path]) -> None:
 def _boot() -> str:
     """Return a name of this start of this machine's kernel; empty where there is none."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
 

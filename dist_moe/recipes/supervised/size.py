@@ -55,7 +55,9 @@ def check_model(config: SupervisedConfig, task: Task) -> MoEModel | None:
     """
     try:
         return planned_model(config, task, config.parallel.expert_parallel_size)
-    except (NotImplementedError, RuntimeError):  # a module of the user's may read numbers while it is built
+    except UserError:
+        raise
+    except Exception:  # a module of the user's may read numbers while it is built, and there are none
         return None
 
 
