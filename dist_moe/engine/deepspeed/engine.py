@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dist_moe.engine.deepspeed.config import DeepSpeedSection, import_deepspeed
 from dist_moe.engine.deepspeed.optimizers import build_optimizer
 from dist_moe.engine.deepspeed.parameter_state import MASTER, read_state
-from dist_moe.engine.deepspeed.schedules import Schedule, first_states
+from dist_moe.engine.deepspeed.schedules import Schedule
 from dist_moe.engine.deepspeed.sharded_parameters import (
     check_groups,
     forget_module,
@@ -37,7 +37,8 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
     """``DeepSpeedEngine`` for modules that contain :class:`ExpertBank` parameters.
 
     Optimizer and schedule are built by :mod:`dist_moe.engine.deepspeed.optimizers` and ``schedules``, the same at every
-    ZeRO stage; ``first_states(device)`` shows what the optimizer keeps of a parameter.
+    ZeRO stage, unless a user's own loop brings others.
+
     Corrects what DeepSpeed gets wrong at ZeRO stage 0: the norm by which it clips there is the mean
     of the ranks' norms, not the norm of all gradients. At stage 3, which DeepSpeed offers for experts of
     its own only, see :mod:`dist_moe.engine.deepspeed.sharded_parameters`.
@@ -51,7 +52,6 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         mark_experts(model, groups.expert_group_name)
         self.__dict__["process_groups"] = groups  # before the base class is initialised, as its hooks need them
         self.__dict__["held_masters"] = {}  # see _own_part of parameter_state.py
-        self.__dict__["first_states"] = partial(first_states, section)
         theirs = {key: value for key, value in section.items() if given or key != "scheduler"}
         config = _deepspeed.DeepSpeedConfig(theirs)
         if given:

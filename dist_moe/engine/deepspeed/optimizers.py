@@ -105,6 +105,16 @@ def take_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return dict(optimizer.state[parameter])
 
 
+def first_states_of(optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
+    """Return what an optimizer like ``optimizer``, with the values of its first group, has of a parameter after a step.
+
+    The parameter has two elements, on ``device``.
+    """
+    group = optimizer.param_groups[0] | {"params": [nn.Parameter(torch.ones(2, device=device))]}
+    like: Any = type(optimizer)
+    return take_step(like([group]))
+
+
 def has_shape(state: Any) -> bool:
     """Return whether an optimizer's state is a tensor of its parameter's shape, not one number for all elements."""
     return isinstance(state, Tensor) and state.dim() > 0

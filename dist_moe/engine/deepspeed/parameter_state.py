@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_moe.engine.deepspeed.optimizers import has_shape
+from dist_moe.engine.deepspeed.optimizers import first_states_of, has_shape
 from dist_moe.engine.deepspeed.sharded_parameters import gather_kept, own_slice, whole_shape
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def _create_optimizer_states(engine: ExpertParallelEngine, scalars: dict[str, fl
     groups = optimizer.param_groups
     sharded = engine.shards_parameters
     all_owned = engine.optimizer.fp32_partitioned_groups_flat if sharded else [p for g in groups for p in g["params"]]
-    like = engine.first_states(all_owned[0].device)
+    like = first_states_of(optimizer, all_owned[0].device)
     for owned in all_owned:
         optimizer.state[owned] = {
             key: torch.zeros_like(owned) if has_shape(value) else number_like(value, scalars[key])

@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from dist_moe.engine.deepspeed.config import DeepSpeedSection, import_deepspeed
 from dist_moe.engine.deepspeed.kinds import (
@@ -30,7 +29,7 @@ from dist_moe.engine.deepspeed.kinds import (
     suggestion,
     whole,
 )
-from dist_moe.engine.deepspeed.optimizers import build_optimizer, optimizer_on_two_numbers, take_step
+from dist_moe.engine.deepspeed.optimizers import optimizer_on_two_numbers, take_step
 from dist_moe.errors import UserError
 
 FIRST_STEPS = 8
@@ -165,13 +164,12 @@ class _GroupsAlone(torch.optim.Optimizer):
         """Do nothing: torch wraps it to see whether it was called."""
 
 
-def first_states(section: DeepSpeedSection, device: torch.device | None = None) -> dict[str, Any]:
+def first_states(section: DeepSpeedSection) -> dict[str, Any]:
     """Return the states that the section's optimizer, under its schedule, has of a parameter after a first step.
 
-    The parameter has two elements. ``device``: where the run's are; None: torch's optimizer on the CPU, to look at.
+    The parameter has two elements; Adam is torch's.
     """
-    number = nn.Parameter(torch.ones(2, device=device))
-    optimizer = build_optimizer(section, [number], of_torch=device is None)
+    optimizer = optimizer_on_two_numbers(section)
     Schedule(section, optimizer.param_groups)  # one that cycles the momentum may add a state
     return take_step(optimizer)
 
