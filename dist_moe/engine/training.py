@@ -224,7 +224,7 @@ class Trainer:
 
     def validated(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Take the metrics of a validation after ``step`` steps, the same on every rank; tells all callbacks."""
-        self.history = TrainingHistory(self.history.validation_losses | {step: float(metrics["loss"])}, self._seconds)
+        self.history = TrainingHistory({**self.history.validation_losses, step: float(metrics["loss"])}, self._seconds)
         self.monitor.evaluation("validation", dict(metrics), step)
         self.call("on_validation", step, metrics)
 
