@@ -155,7 +155,7 @@ class PeriodicCheckpoints(Callback):
 class RunDirectoryWatch(Callback):
     """Notices when the run directory is renamed or removed, and ends the training with a checkpoint where it is now.
 
-    Rank 0 looks after every step; the others learn of it with the numbers of the steps, so that all act alike.
+    Rank 0 looks when the numbers of the steps are shown, with which the others learn of it, so that all act alike.
     """
 
     def __init__(self) -> None:
@@ -169,7 +169,8 @@ class RunDirectoryWatch(Callback):
 
     def after_step(self, trainer: Trainer, step: int) -> None:
         """Ask the training to stop if the directory is not where it was."""
-        if self._directory is not None and not self._directory.is_there:
+        shows = step % trainer.settings.log_every == 0
+        if shows and self._directory is not None and not self._directory.is_there:
             record(_MOVED, 1.0, reduce="max")
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:

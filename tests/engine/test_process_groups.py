@@ -92,7 +92,7 @@ def test_levels_are_opened_on_four_ranks(
     ],
 )
 def test_neighbours_on_a_node_in_every_group(expert_parallel_size: int, node_of_rank: list[int], expected: int) -> None:
-    groups = ProcessGroups(LaunchEnvironment(), expert_parallel_size, SingleWorld(), True, node_of_rank)
+    groups = ProcessGroups(LaunchEnvironment(), expert_parallel_size, SingleWorld(), node_of_rank)
     assert groups.ranks_per_node == expected
 
 

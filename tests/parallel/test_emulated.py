@@ -367,6 +367,7 @@ def test_what_is_called_in_the_wrong_place_is_explained() -> None:
         layers[1](x_TD)
     with pytest.raises(RuntimeError, match="rank 1 outside its own function"):
         emulated.run(lambda world: layers[1](x_TD))
+    layers = [layer(world) for world in emulated.ranks]  # each looks at its experts once, in a collective
     losses = emulated.run(lambda world: layers[world.rank](x_TD).outputs[0].sum())
     with pytest.raises(RuntimeError, match=r"outside its own function.*losses' backward\(\) there or by"):
         sum(losses).backward()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,12 +15,16 @@ import numpy as np
 import pytest
 import torch
 
+from dist_moe.data import DATA as DATA_SETS
+from dist_moe.engine.callbacks import CALLBACKS
+from dist_moe.engine.monitor.trackers import TRACKERS
 from dist_moe.errors import UserError
 from dist_moe.experts import EXPERTS
 from dist_moe.gates import GATES
 from dist_moe.models import models_of_kind
+from dist_moe.models.moe_model import MODELS
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.recipe import validate_config
+from dist_moe.recipes.recipe import RECIPES, validate_config
 from dist_moe.recipes.supervised.size import check_model
 from dist_moe.tasks import TASKS, Task, WeightedObjective, build_model
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
@@ -26,8 +32,8 @@ from tests.data.tiny_images import write_tiny_images
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.text_runs import write_encoder
 from tests.helpers.texts import TINY_LM, write_tiny_text
-from tests.recipes.outside import stars, waves  # noqa: F401 (they register what is walked over as well)
 
+REGISTRIES: tuple[Any, ...] = (CALLBACKS, DATA_SETS, EXPERTS, GATES, MODELS, RECIPES, TASKS, TRACKERS)
 SIZES: dict[str, dict[str, Any]] = {
     "recommender": {"embedding_dim": 6, "tower_units": 8},
     "two_image_classifier": {"head_units": [6]},
@@ -60,6 +66,21 @@ DATA: dict[str, Callable[[Path], dict[str, Any]]] = {
     "StarsSettings": lambda root: {"name": "stars", "root": write_stars(root)},
     "WavesSettings": lambda root: {"name": "waves"},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _outside_modules() -> Iterator[None]:
+    """What modules of the user's register is walked over as well, and is known to no other test."""
+    modules = {"tests.recipes.outside.stars", "tests.recipes.outside.waves"}
+    new, before = modules - sys.modules.keys(), [registry.by_name for registry in REGISTRIES]
+    for name in modules:
+        importlib.import_module(name)
+    yield
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry._entries.clear()
+        registry._entries.update(entries)
+    for name in new:
+        del sys.modules[name]
 
 
 def test_all_kinds_of_data_are_walked_over() -> None:
