@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.texts import write_tiny_text
+
+# A shell ignores SIGINT for what it starts in the background, and what is ignored stays so for all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,11 +61,14 @@ def read_tokenizer(path: Path, subject: str | None = None) -> tuple[Tokenizer, P
 def ids_of(tokenizer: Tokenizer, subject: str = "data.tokenizer") -> int:
     """Return one more than the largest id: there may be fewer tokens, where ids have gaps.
 
-    Raises `UserError` for a tokenizer without tokens, or with ids beyond `LARGEST_VOCABULARY`.
+    Raises `UserError` for a tokenizer without tokens, with an id of two tokens, or with ids beyond
+    `LARGEST_VOCABULARY`.
     """
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     if not ids:
         raise UserError(f"{subject} has no tokens; give one that was trained")
+    if twice := [number for number, count in Counter(ids).items() if count > 1]:
+        raise UserError(f"{subject} gives the id {twice[0]} to several tokens; give each an id of its own")
     if max(ids) >= LARGEST_VOCABULARY:
         raise UserError(
             f"{subject} has {len(ids):,} tokens, but one of id {max(ids):,}; allowed: ids below "

@@ -45,9 +45,10 @@ def test_what_the_deepspeed_launcher_adds(planned: list[tuple[Any, ...]]) -> Non
     assert planned[0][1:3] == (Path("c.yaml"), ["seed=1"])
 
 
-def test_a_resumed_run_takes_overrides(planned: list[tuple[Any, ...]]) -> None:
-    assert main(["train", "--resume", "here", "train.max_steps=9", "seed=2"]) == 0
-    assert planned == [("resume", Path("here"), ["train.max_steps=9", "seed=2"])]
+def test_a_resumed_run_takes_overrides(planned: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    assert main(["train", "--resume", str(tmp_path), "train.max_steps=9", "seed=2"]) == 0
+    assert planned == [("resume", tmp_path, ["train.max_steps=9", "seed=2"])]
 
 
 def test_data_root_is_an_override(planned: list[tuple[Any, ...]]) -> None:

@@ -132,7 +132,7 @@ def test_moments_that_are_lost_are_not_taken_for_an_import(run: Path, exported: 
     new = tmp_path / "new"
     succeed(1, "import", exported, new, "train.max_steps=3")
     directory = newest_checkpoint(new)
-    trainer = json.loads((newest_checkpoint(run) / "trainer.json").read_text()) | {"step": 0}
+    trainer = json.loads((newest_checkpoint(run) / "trainer.json").read_text()) | {"step": 0, "schedule_steps": 0}
     write_json(directory / "trainer.json", trainer)
     manifest = read_manifest(directory)
     manifest.files["trainer.json"] = digest_of(directory / "trainer.json")

@@ -54,6 +54,7 @@ def write_yaml(directory: Path, base: dict[str, Any], sections: dict[str, Any]) 
 
 def save_checkpoint(engine: ExpertParallelEngine, root: Path, step: int, keep: int) -> None:
     """Write ``root/step-...``, here and now. Collective over all ranks."""
+    root.parent.mkdir(parents=True, exist_ok=True)
     saver = CheckpointSaver(engine, in_background=False, failures_allowed=0, say=print)
     saver.save(root, step, keep, TrainingHistory())
 

@@ -137,7 +137,7 @@ def test_one_at_a_time(config: Path, tmp_path: Path) -> None:
 
 OF_THE_SECOND_RANK = "a file of the second rank"
 FAILING: dict[str, tuple[Any, str, int]] = {
-    "no directory": (checkpoint_saver, "_prepare", 0),
+    "no directory": (checkpoint_saver.CheckpointSaver, "_prepare", 0),
     "a file of the first rank": (checkpoint_saver, "write_tensors", 0),
     OF_THE_SECOND_RANK: (checkpoint_saver, "write_tensors", 1),
     "the trainer's state": (checkpoint_format, "replace_text", 0),
@@ -150,10 +150,10 @@ def train_with_failure(what: str, at_step: int, arguments: list[str]) -> Outcome
     owner, name, rank = FAILING[what]
     original = getattr(owner, name)
 
-    def fail(path: Path, *rest: Any) -> Any:
-        if f"step-{at_step:08d}" in str(path) and os.environ["RANK"] == str(rank):
+    def fail(*given: Any) -> Any:
+        if f"step-{at_step:08d}" in " ".join(map(str, given)) and os.environ["RANK"] == str(rank):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(path, *rest)
+        return original(*given)
 
     with replaced(owner, name, fail):
         return run_here(arguments)

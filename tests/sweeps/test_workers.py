@@ -13,6 +13,7 @@ from dist_moe.cli.main import main
 from dist_moe.errors import UserError
 from dist_moe.sweeps.command import _begin
 from dist_moe.sweeps.plan import plan_sweep
+from dist_moe.sweeps.study import Studies
 from dist_moe.sweeps.worker import Finished
 from dist_moe.sweeps.workers import Tally
 from tests.helpers.commands import PATIENCE_S, finish, start
@@ -73,7 +74,8 @@ def test_after_everything_was_killed_the_next_start_finds_all_trials(write: Writ
     plan = plan_sweep(write(**TOP_K))
     with bench.directory.taking(), bench.directory.working() as alone:
         assert alone
-        studies = _begin(plan, bench.directory, alone, retry_failed=False)
+        studies = Studies(bench.directory, plan)
+        _begin(studies, plan, bench.directory, alone, retry_failed=False)
     assert studies.left() == 3
     assert len(bench.work(studies, runners.analytic)) == 3
 
@@ -83,7 +85,8 @@ def test_trials_of_living_processes_are_left_to_them(bench: Bench, write: Write)
     plan = plan_sweep(write(**TOP_K))
     with bench.directory.working(), bench.directory.taking(), bench.directory.working() as alone:
         assert not alone
-        studies = _begin(plan, bench.directory, alone, retry_failed=False)
+        studies = Studies(bench.directory, plan)
+        _begin(studies, plan, bench.directory, alone, retry_failed=False)
     assert (studies.running(), studies.left()) == (2, 1)
 
 
