@@ -14,7 +14,7 @@ import torch
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.texts import write_tiny_text
 
-# A shell ignores SIGINT for what it starts in the background, and what is ignored stays so for all that is started here.
+# A shell ignores SIGINT for what it starts in the background, and what is ignored stays so for all that starts here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
