@@ -21,7 +21,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What ``dist-moe train`` asked to be planned; nothing is trained."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(plan, "plan_new_run", lambda *arguments: calls.append(("new", *arguments)))
-    monkeypatch.setattr(plan, "plan_resumed_run", lambda *arguments: calls.append(("resume", *arguments)))
+    monkeypatch.setattr(plan, "plan_resumed_run", lambda *arguments, **_: calls.append(("resume", *arguments)))
     monkeypatch.setattr("dist_moe.recipes.recipe.train", lambda _: 0)
     return calls
 
