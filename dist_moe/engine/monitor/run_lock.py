@@ -202,9 +202,8 @@ def _look_at(path: Path) -> _Found:
     descriptor = os.open(path, os.O_RDONLY)  # opened, not only named: a client of a network file system asks its server
     try:
         try:
-            fcntl.flock(
-                descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB
-            )  # shared, so that those who look are none to each other
+            # Shared, so that those who look are no holders to one another.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             is_flocked = False
         except BlockingIOError:
             is_flocked = True
