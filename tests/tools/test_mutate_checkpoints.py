@@ -116,7 +116,8 @@ def refusal(run: Path) -> str:
         (set_number("moe.slot_map.table|buffer", 4), ["moe.slot_map.table", "4", "0..3"]),
         (set_number("moe.slot_map.table|buffer", -1), ["moe.slot_map.table", "-1", "0..3"]),
         (replace("moe.slot_map.step|buffer", lambda step: step - 9), ["moe.slot_map.step", "-5"]),
-        (set_number("moe.slot_map.soft|buffer", float("nan")), ["moe.slot_map.soft", "NaN"]),
+        (set_number("moe.slot_map.soft|buffer", float("nan")), ["moe.slot_map.soft", "not finite"]),
+        (set_number("moe.slot_map.soft|buffer", float("inf")), ["moe.slot_map.soft", "not finite"]),
     ],
 )
 def test_tensors_that_no_training_writes(run: Path, change: Change, parts: list[str]) -> None:

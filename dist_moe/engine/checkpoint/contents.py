@@ -5,6 +5,7 @@ They need no model and no process group. Whether it is the state of *this* model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ _NEVER_NEGATIVE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "e
 _UNCOUNTED = "momentum_buffer"
 """The state of those optimizers (SGD, Muon) that count no steps; all others do, from 0."""
 _NAMES_SHOWN = 5
+_OF_LAYER = re.compile(r"(^|\.)(slot_map|gates)\.")
+"""Names of buffers of a layer's gates and slot maps, whose numbers are finite."""
 
 
 def check_contents(directory: Path, manifest: Manifest, *, values: bool) -> None:
@@ -97,8 +100,11 @@ def _wrong_value(reader: CheckpointReader, entry: Entry, key: Key, tensor: Tenso
 
 def _wrong_buffer(reader: CheckpointReader, entry: Entry, tensor: Tensor) -> str:
     """Tables of a layer name experts or slots that there are, and counts of steps are no less than 0."""
-    if tensor.is_floating_point():  # an infinity may be meant, as in a mask
-        return f"{entry.name} holds {int(tensor.isnan().sum())} NaN(s)" if bool(tensor.isnan().any()) else ""
+    if tensor.is_floating_point():
+        of_layer = _OF_LAYER.search(entry.name)  # elsewhere an infinity may be meant, as in a mask
+        wrong = tensor.isfinite().logical_not() if of_layer else tensor.isnan()
+        what = "number(s) that are not finite" if of_layer else "NaN(s)"
+        return f"{entry.name} holds {int(wrong.sum())} {what}" if bool(wrong.any()) else ""
     least, most = int(tensor.min()), int(tensor.max())
     layer, _, table = entry.name.rpartition(".slot_map.")
     limit = _experts_of(reader, layer) if table == "table" else 0
