@@ -37,9 +37,14 @@ def absolute(path: Path) -> Path:
 
 def read_bytes(path: Path) -> bytes:
     """Return the content of a file. Raises OSError also for a pipe, a device or a socket: to read it may never end."""
+    check_regular(path)
+    return path.read_bytes()
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError if ``path`` is a pipe, a device or a socket, or if nothing is there."""
     if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return path.read_bytes()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -50,6 +55,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ValueError("its brackets are too deep") from error
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object")
+    for name, value in content.items():
+        if not is_finite(value):
+            raise ValueError(f"{name}={value!r}: JSON has finite numbers only")
     return content
 
 
@@ -89,7 +97,7 @@ def parse_json(text: str | bytes) -> Any:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raises UserError, naming it, if it cannot be read or is no JSON."""
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_bytes(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -104,6 +112,14 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # stages at once write the same file
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def is_finite(content: Any) -> bool:
+    """Return whether all numbers are finite in plain content: dicts, lists and what they hold."""
+    if isinstance(content, float):
+        return math.isfinite(content)
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    return all(map(is_finite, parts))
 
 
 def finite(content: Any) -> Any:

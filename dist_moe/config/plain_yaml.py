@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from dist_moe.config.files import check_regular
 from dist_moe.errors import UserError, shown
 
 Content = dict[str, Any]
@@ -51,6 +52,8 @@ def read_yaml(path: Path, kind: str = "configuration") -> Content:
     Raises UserError if it cannot be read, is not YAML as this module reads it, or not a mapping.
     """
     try:
+        if path.parent != Path("/dev/fd"):  # where a shell puts what a command of its own gives
+            check_regular(path)
         with path.open("rb") as file:
             data = file.read(SIZE_LIMIT + 1)
     except OSError as error:

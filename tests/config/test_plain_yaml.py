@@ -117,9 +117,21 @@ def test_files_that_are_refused(tmp_path: Path, data: bytes, words: list[str]) -
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs an endless file")
-def test_an_endless_file_ends() -> None:
-    with pytest.raises(UserError, match="larger than"):
-        read_yaml(Path("/dev/zero"))
+def test_what_may_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), tmp_path / "pipe"):
+        with pytest.raises(UserError, match="not a regular file"):
+            read_yaml(path)
+
+
+def test_what_a_shell_gives_is_read() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"a: 1e-3")
+    os.close(writing)
+    try:
+        assert read_yaml(Path(f"/dev/fd/{reading}")) == {"a": 1e-3}
+    finally:
+        os.close(reading)
 
 
 def test_a_file_at_the_limits_is_read_soon() -> None:

@@ -158,6 +158,13 @@ def _places(content: Any, name: str = "") -> Any:
 
 
 def copied(source: Path, target: Path) -> Path:
-    """Copy the content of one directory into another, which is there, and return that."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    """Copy the content of one directory into another, which is there, and return that; links and pipes stay such."""
+
+    def copy(path: str, to: str) -> None:
+        if Path(path).is_fifo():
+            os.mkfifo(to)
+        else:
+            shutil.copy2(path, to, follow_symlinks=False)
+
+    shutil.copytree(source, target, dirs_exist_ok=True, symlinks=True, copy_function=copy)
     return target

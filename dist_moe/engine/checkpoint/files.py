@@ -152,7 +152,7 @@ def read_manifest(directory: Path) -> Manifest:
         )
     digest = content.pop(OWN_DIGEST, None)
     manifest = Manifest.of(content, path)
-    if digest != manifest.digest or path.read_text(encoding="utf-8") != manifest.text:
+    if digest != manifest.digest or path.read_bytes() != manifest.text.encode():
         raise UserError(f"checkpoint file {path} is torn or altered: its sha256 is not the one that it names")
     return manifest
 

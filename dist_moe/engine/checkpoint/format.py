@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from dist_moe.config.files import digest_of, json_line, json_text, replace_text, restored
+from dist_moe.config.files import digest_of, json_line, json_text, read_bytes, replace_text, restored
 from dist_moe.config.settings import LARGEST_STEP
 from dist_moe.errors import UserError
 from dist_moe.experts import ExpertBank
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise UserError(f"checkpoint file {path} has {size} bytes; one of more than {LARGEST_JSON} is not read")
-        content = restored(json.loads(path.read_bytes().decode(), object_pairs_hook=_unique))
+        content = restored(json.loads(read_bytes(path).decode(), object_pairs_hook=_unique))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint file {path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):

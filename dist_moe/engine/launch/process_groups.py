@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
-from dist_moe.config.settings import Settings
+from dist_moe.config.settings import LARGEST_COUNT, Settings
 from dist_moe.engine.deepspeed.config import import_deepspeed
 from dist_moe.engine.launch.environment import LaunchEnvironment, launched_ranks_per_node
 from dist_moe.engine.launch.meeting import on_own_interface, store_of_this_attempt
@@ -49,6 +49,7 @@ class ParallelConfig(Settings):
     expert_parallel_size: int = Field(
         1,
         ge=1,
+        le=LARGEST_COUNT,
         description="ranks over which the experts of a layer are split; divides the world and experts",
     )
     exchange: Literal["auto", "flat", "two_level"] = Field(

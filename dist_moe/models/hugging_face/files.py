@@ -22,6 +22,8 @@ from dist_moe.config.files import json_text, read_json_object
 from dist_moe.config.registry import UNKNOWN_NAME
 from dist_moe.errors import UserError, shown
 
+NAMES_SHOWN = 12
+"""Tensors that a message names at most, of each kind."""
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
@@ -150,9 +152,9 @@ def _read_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_names(directory: Path, found: set[str], wanted: set[str], what: str) -> None:
-    """Raise UserError naming every tensor that is missing or unknown. ``what``: the model that has those wanted."""
+    """Raise UserError naming tensors that are missing or unknown. ``what``: the model that has those wanted."""
     errors = [
-        f"{kind}: {', '.join(sorted(names))}"
+        f"{kind}: {', '.join(sorted(names)[:NAMES_SHOWN])}" + (", ..." if len(names) > NAMES_SHOWN else "")
         for kind, names in (("missing", wanted - found), ("unknown", found - wanted))
         if names
     ]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from dist_moe.config.files import is_finite
 from dist_moe.config.registry import names_of
 from dist_moe.engine.callbacks import CallbackConfig
 from dist_moe.engine.deepspeed.checks import check_deepspeed_section
@@ -93,7 +94,9 @@ class SupervisedConfig(RecipeConfig):
     @field_validator("deepspeed")
     @classmethod
     def _null_is_left_out(cls, section: dict[str, Any]) -> dict[str, Any]:
-        """Let an override take away what a file has, such as its scheduler."""
+        """Let an override take away what a file has, such as its scheduler; refuse numbers that are not finite."""
+        if not is_finite(section):
+            raise ValueError("a number in it is not finite")
         return {key: value for key, value in section.items() if value is not None}
 
     @model_validator(mode="after")

@@ -121,7 +121,7 @@ def test_sizes_of_a_wrong_type_or_range_are_named(copy: Callable[[str], Path], v
     ("fields", "message"),
     [
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'; expected a number above 0"),
-        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf; expected"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf: JSON has finite numbers only"),
         ({"rope_theta": -1, "rope_parameters": None}, "rope_theta=-1; expected"),
         ({"rope_parameters": [1]}, r"rope_parameters=[1]; expected an object"),
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn'; expected an object"),
