@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,11 +159,12 @@ def _places(content: Any, name: str = "") -> Any:
 
 
 def copied(source: Path, target: Path) -> Path:
-    """Copy the content of one directory into another, which is there, and return that; links and pipes stay such."""
+    """Copy the content of a directory into another, which is there; links, pipes and sockets stay such. Return that."""
 
     def copy(path: str, to: str) -> None:
-        if Path(path).is_fifo():
-            os.mkfifo(to)
+        kind = stat.S_IFMT(os.lstat(path).st_mode)
+        if kind in (stat.S_IFIFO, stat.S_IFSOCK):
+            os.mknod(to, kind | 0o600)
         else:
             shutil.copy2(path, to, follow_symlinks=False)
 
