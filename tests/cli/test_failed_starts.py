@@ -13,7 +13,7 @@ from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from tests.helpers.commands import Outcome, run_here, succeed
 from tests.helpers.pool import on_ranks
-from tests.helpers.runs import losses_of, records_of, summary_of, write_config
+from tests.helpers.runs import content_of, losses_of, records_of, summary_of, write_config
 
 from .conftest import Refused
 
@@ -30,10 +30,6 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
 def finished(config: Path) -> Path:
     succeed(1, "train", config, "--run-dir", config.parent / "finished")
     return config.parent / "finished"
-
-
-def content_of(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 class Broken(Exception):

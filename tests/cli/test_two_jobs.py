@@ -24,7 +24,7 @@ from dist_moe.engine.monitor import run_lock
 from dist_moe.engine.monitor.run_lock import take
 from tests.helpers.commands import finish, run_here, start, succeed, wait_for_steps
 from tests.helpers.pool import free_port, on_ranks
-from tests.helpers.runs import records_of, summary_of, tensors_of, write_config
+from tests.helpers.runs import content_of, records_of, summary_of, tensors_of, write_config
 
 from .conftest import Refused
 
@@ -42,10 +42,6 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
 def finished(config: Path) -> Path:
     succeed(1, "train", config, "--run-dir", config.parent / "finished", "train.max_steps=8")
     return config.parent / "finished"
-
-
-def content_of(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def hold(root: Path, told: Any) -> None:

@@ -59,6 +59,11 @@ def save_checkpoint(engine: ExpertParallelEngine, root: Path, step: int, keep: i
     saver.save(root, step, keep, TrainingHistory())
 
 
+def content_of(run: Path) -> dict[str, bytes]:
+    """Every file of a run, by its path in it."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def stage_overrides(stage: int) -> list[str]:
     """A ZeRO stage; at stage 3 all parameters are sharded, also those that are small enough to be kept whole."""
     sharding = ["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []
