@@ -141,7 +141,8 @@ class SupervisedConfig(RecipeConfig):
         for fault in model.gate_errors():
             raise UserError(f"model.{fault}")
         for field, remedy in [] if model.num_moe_layers else self._needing_experts():
-            raise UserError(f"{field} needs experts, and model.moe_every=0 leaves none; set it to {remedy}")
+            without = "moe_every=0 leaves" if hasattr(model, "moe_every") else f"name={model.name} has"
+            raise UserError(f"{field} needs experts, and model.{without} none; set it to {remedy}")
         self.parallel.check(world_size, model.num_experts)
         if self.parallel.overlap_chunks > 1 and model.activation_checkpointing:
             raise UserError(
