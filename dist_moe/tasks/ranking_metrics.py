@@ -29,8 +29,8 @@ def grouped_area_under_curve(
     impressions. A row counts ``weight_N`` times, among the rows of its group too; rows of group -1 have no group.
     """
     known_N = group_N >= 0
-    score, positive, weight, group = (x[known_N] for x in (score_N, positive_N, weight_N, group_N))
-    won_G, pairs_G, rows_G = _pairs_won(score, positive, weight.astype(np.float64), group)
+    score_N, positive_N, weight_N, group_N = score_N[known_N], positive_N[known_N], weight_N[known_N], group_N[known_N]
+    won_G, pairs_G, rows_G = _pairs_won(score_N, positive_N, weight_N.astype(np.float64), group_N)
     both_G = pairs_G > 0
     total = rows_G[both_G].sum()
     return float((rows_G[both_G] * won_G[both_G] / pairs_G[both_G]).sum() / total) if total else float("nan")
@@ -44,7 +44,7 @@ def _pairs_won(
     With whole weights all sums are exact as long as they are below 2^52.
     """
     order_N = np.lexsort((score_N, group_N))
-    score_N, group_N, weight_N, positive_N = (x[order_N] for x in (score_N, group_N, weight_N, positive_N))
+    score_N, group_N, weight_N, positive_N = score_N[order_N], group_N[order_N], weight_N[order_N], positive_N[order_N]
     starts_group_N = _starts(group_N)
     tie_T = np.flatnonzero(starts_group_N | _starts(score_N))  # where rows of one group and score begin
     group_G = np.flatnonzero(starts_group_N[tie_T])  # where groups begin among these
