@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from dist_moe.config.settings import LARGEST_FLOAT
 from dist_moe.data.fetch.tables import NUMBER
 
+LABELS = {"0": 0.0, "false": 0.0, "1": 1.0, "true": 1.0}
+"""Categories that are labels by themselves."""
+
 _NEEDLESS_ZEROS = re.compile(r"(-?(?:0|[1-9]\d*)|.+:\d\d)\.0+", re.ASCII)
 """A whole number, or a time, with a fraction of zero."""
 

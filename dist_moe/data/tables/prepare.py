@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dist_moe.config.files import json_line
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.prepared import PARTS, DataSettings, Prepared, by_part, prepare_data
-from dist_moe.data.tables.cells import BadCell, canonical, categories, numbers
+from dist_moe.data.tables.cells import LABELS, BadCell, canonical, categories, numbers
 from dist_moe.data.tables.columns import TableColumns, Target
 from dist_moe.data.tables.features import Feature, ListFeature, NumericFeature, feature_of
 from dist_moe.data.tables.files import TableFile
@@ -30,7 +30,6 @@ FORMAT_VERSION = 1
 """Part of the cache key: raise it with any change of the prepared arrays or of the manifest."""
 
 _VOCABULARY = "vocabulary_{}"
-_LABELS = {"0": 0.0, "false": 0.0, "1": 1.0, "true": 1.0}
 
 
 @dataclass(frozen=True)
@@ -213,10 +212,10 @@ def _targets(block: RowBlock, schema: TableSchema) -> NDArray[np.float64]:
     def labels(column: pa.Array, target: BinaryTarget) -> NDArray[np.float64]:
         word_B, words = categories(column, schema.missing)
         if target.positive is None:
-            if wrong := [place for place, word in enumerate(words) if word and word not in _LABELS]:
+            if wrong := [place for place, word in enumerate(words) if word and word not in LABELS]:
                 row = int(np.flatnonzero(np.isin(word_B, wrong))[0])
                 raise BadCell(row, column[row].as_py(), "expected 0, 1, false or true; name what else is positive")
-            values = [_LABELS.get(word, np.nan) for word in words]
+            values = [LABELS.get(word, np.nan) for word in words]
         else:
             positive = {canonical(str(value)) for value in target.positive}
             values = [float(word in positive) if word else np.nan for word in words]
