@@ -1,26 +1,17 @@
 """Tables: any number of binary and numeric targets of the rows of a table."""
 
-from abc import abstractmethod
 from typing import ClassVar
 
-from dist_moe.data.tables import PreparedTable, TableConfig, Target, prepare_own_table
+from dist_moe.data.tables import CensusIncomeConfig, KuaiRandConfig, MovieLensTableConfig, TableConfig, TableSettings
 from dist_moe.tasks.multi_task_tables.task import MultiTaskTablesTask
 from dist_moe.tasks.settings import TaskSettings
 
 
-class TableTask(TaskSettings):
-    """A task on a table; a subclass has the settings of its data as well, which tell targets and prepare the table."""
+class TableTask(TableSettings, TaskSettings):
+    """A task on a table; a subclass has the settings of its data as well, which tell the targets."""
 
     kind: ClassVar[str] = MultiTaskTablesTask.kind
-
-    @property
-    @abstractmethod
-    def table_targets(self) -> tuple[Target, ...]:
-        """The targets, in order, as the configuration alone tells them."""
-
-    @abstractmethod
-    def prepare(self, progress: bool) -> PreparedTable:
-        """Return the table, prepared once. Raises UserError."""
+    places: ClassVar[tuple[str, ...]] = (*TaskSettings.places, "files")
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -35,9 +26,19 @@ class TableTask(TaskSettings):
 class TableTaskSettings(TableConfig, TableTask):
     """A table of the user's own, with the targets that its schema names."""
 
-    def prepare(self, progress: bool) -> PreparedTable:
-        """Return the table."""
-        return prepare_own_table(self, progress=progress)
+
+class CensusIncomeSettings(CensusIncomeConfig, TableTask):
+    """Census-Income (KDD), with the targets of MMoE."""
 
 
-__all__ = ["MultiTaskTablesTask", "TableTask", "TableTaskSettings"]
+class KuaiRandSettings(KuaiRandConfig, TableTask):
+    """KuaiRand, with a user's responses to a video as targets."""
+
+
+class MovieLensTableSettings(MovieLensTableConfig, TableTask):
+    """MovieLens with the features of users and items, as a table."""
+
+
+TABLE_TASKS = (TableTaskSettings, CensusIncomeSettings, KuaiRandSettings, MovieLensTableSettings)
+
+__all__ = ["TABLE_TASKS", "MultiTaskTablesTask", "TableTask"]
