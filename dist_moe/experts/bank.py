@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_moe import kernels
 from dist_moe.config.settings import Settings
+from dist_moe.experts.batch_norm import ExpertBatchNorm
 
 
 class ExpertBank(nn.Module, ABC):
@@ -20,11 +21,14 @@ class ExpertBank(nn.Module, ABC):
     ``dim``, ``out_dim``: width of the rows it takes and of those it gives.
     ``group_name``: None, or the name under which its ``num_marked`` parameters are marked, see :meth:`mark`.
     ``dealt_PE``: None, or the :meth:`fingerprint` of what it was last given: built, loaded, cast or moved.
+    ``batch_dependent``: whether a row's result depends on the expert's other rows of the pass, of all ranks: such a
+    bank is called once in a pass.
     """
 
     group_name: str | None = None
     num_marked: int = 0
     dealt_PE: Tensor | None = None
+    batch_dependent: bool = False
 
     def __init__(self, dim: int, out_dim: int, num_experts: int, expert_ids: Sequence[int]) -> None:
         super().__init__()
@@ -37,6 +41,15 @@ class ExpertBank(nn.Module, ABC):
         self.num_experts = num_experts
         self.expert_ids = tuple(expert_ids)
         self.register_load_state_dict_post_hook(_mark_again)
+
+    def add_over_ranks(self, added: Callable[[Tensor], Tensor]) -> None:
+        """Take statistics over the rows of all ranks: ``added`` adds a tensor up over them, differentiably.
+
+        For whoever builds a layer of several ranks; a bank that needs none has nothing to do.
+        """
+        for module in self.modules():
+            if isinstance(module, ExpertBatchNorm):
+                module.added = added
 
     @property
     def num_local_experts(self) -> int:
@@ -181,6 +194,11 @@ class ExpertSettings(Settings, ABC):
     """An expert type as a section of the configuration: a literal ``name`` and the type's own fields."""
 
     name: str
+
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether a row's result depends on the expert's other rows, as with batch normalisation."""
+        return False
 
     @abstractmethod
     def build(self, dim: int, num_experts: int, expert_ids: Sequence[int], init_stds: InitStds = None) -> ExpertBank:

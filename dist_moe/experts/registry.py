@@ -12,7 +12,8 @@ from dist_moe.experts.bank import ExpertSettings
 from dist_moe.experts.conv import ConvConfig
 from dist_moe.experts.dense_relu import DenseReLUConfig
 from dist_moe.experts.feed_forward import FeedForwardConfig
+from dist_moe.experts.mlp import MlpConfig
 
 EXPERTS = Registry("type of expert", ExpertSettings)
-for _settings in (DenseReLUConfig, ConvConfig, FeedForwardConfig):
+for _settings in (DenseReLUConfig, ConvConfig, FeedForwardConfig, MlpConfig):
     EXPERTS.register(_settings)

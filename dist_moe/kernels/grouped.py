@@ -106,7 +106,7 @@ class _GroupedLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float, rows_E: Tensor) -> Tensor:
         normal_ND, mean_N1, scale_N1 = torch.native_layer_norm(x_ND, x_ND.shape[1:], None, None, eps)
-        group_N = _group_of_each_row(rows_E, len(x_ND))
+        group_N = group_of_each_row(rows_E, len(x_ND))
         ctx.save_for_backward(x_ND, mean_N1, scale_N1, weight_ED, rows_E)
         return normal_ND.mul_(weight_ED[group_N]).add_(bias_ED[group_N])
 
@@ -118,13 +118,13 @@ class _GroupedLayerNorm(torch.autograd.Function):
         grad_weight, grad_bias = (
             group_sums(rows.contiguous(), ends_of_groups(rows_E)) for rows in (normal_ND.mul_(grad_ND), grad_ND)
         )
-        grad_normal_ND = weight_ED[_group_of_each_row(rows_E, len(x_ND))].mul_(grad_ND)
+        grad_normal_ND = weight_ED[group_of_each_row(rows_E, len(x_ND))].mul_(grad_ND)
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad_normal_ND, x_ND, x_ND.shape[1:], mean_N1, scale_N1, None, None, [True, False, False]
         )
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _group_of_each_row(rows_E: Tensor, num_rows: int) -> Tensor:
-    """(N,) int64, without a look at the counts."""
+def group_of_each_row(rows_E: Tensor, num_rows: int) -> Tensor:
+    """Return (N,) int64: the group of each of N rows sorted by group; their counts (E,) are not looked at."""
     return torch.searchsorted(rows_E.cumsum(0), torch.arange(num_rows, device=rows_E.device), right=True)

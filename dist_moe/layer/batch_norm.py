@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dist_moe.experts.batch_norm import EPS, batch_statistics, follow_batch
 from dist_moe.parallel import added_over_ranks
-
-MOMENTUM = 0.1
-EPS = 1e-5
 
 
 class BatchNormOverRanks(nn.Module):
@@ -32,17 +30,9 @@ class BatchNormOverRanks(nn.Module):
     def forward(self, x_BF: Tensor) -> Tensor:
         """Return the normalised (B, F) features of this rank's examples; B may be 0."""
         wide_BF = x_BF.to(torch.promote_types(x_BF.dtype, torch.float32))
-        mean_F, var_F = self._of_batch(wide_BF) if self.training else (self.running_mean, self.running_var)
-        scale_F = self.weight * (var_F + EPS).rsqrt()
-        return ((wide_BF - mean_F) * scale_F + self.bias).to(x_BF.dtype)
-
-    def _of_batch(self, x_BF: Tensor) -> tuple[Tensor, Tensor]:
-        sums = added_over_ranks(torch.cat([x_BF.sum(dim=0), x_BF.new_tensor([len(x_BF)])]))
-        count = sums[-1].detach().clamp(min=1)
-        mean_F = sums[:-1] / count
-        var_F = added_over_ranks((x_BF - mean_F).square().sum(dim=0)) / count
-        with torch.no_grad():
-            unbiased_F = var_F * (count / (count - 1).clamp(min=1))
-            self.running_mean.lerp_(mean_F.to(self.running_mean), MOMENTUM)
-            self.running_var.lerp_(unbiased_F.to(self.running_var), MOMENTUM)
-        return mean_F, var_F
+        mean_1F, var_1F = self.running_mean.unsqueeze(0), self.running_var.unsqueeze(0)
+        if self.training:
+            running, group_B = (mean_1F, var_1F), torch.zeros(len(x_BF), dtype=torch.int64, device=x_BF.device)
+            count_11, mean_1F, var_1F = batch_statistics(wide_BF, group_B, 1, added_over_ranks)
+            follow_batch(*running, count_11, mean_1F, var_1F)
+        return ((wide_BF - mean_1F) * (self.weight * (var_1F + EPS).rsqrt()) + self.bias).to(x_BF.dtype)

@@ -116,7 +116,9 @@ class MoE(nn.Module):
         self.slot_map = slot_map
         self.world = world or SingleWorld()
         self.shared = shared
-        self.exchange = exchange or exchange_over(self.world, recompute_experts, meanwhile=shared is not None)
+        self.exchange = exchange or exchange_over(
+            self.world, recompute_experts, meanwhile=shared is not None, at_once=experts.batch_dependent
+        )
         self.placement = placement or Placement.identity(experts.num_experts, self.world.size)
         self._replay: Replay | None = None
         self._before_step: list[tuple[Tensor, Tensor]] = []
@@ -188,10 +190,11 @@ class MoE(nn.Module):
             gate.begin_step(step)
         if self.slot_map is not None:
             self.slot_map.begin_step()
-        self._before_step = [(buffer, buffer.clone()) for gate in self.each_gate for buffer in gate.buffers()]
+        modules: list[nn.Module] = [*self.each_gate, self.experts]
+        self._before_step = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
 
     def end_step(self, *, skipped: bool = False) -> None:
-        """Tell the gates that a training step has ended, or let them forget one that was skipped. On every rank."""
+        """Tell the gates that a training step has ended; let them and the experts forget one that was skipped."""
         if not skipped:
             for gate in self.each_gate:
                 gate.end_step()

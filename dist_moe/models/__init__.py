@@ -19,6 +19,7 @@ from dist_moe.models.moe_model import (
     RunShape,
     models_of_kind,
 )
+from dist_moe.models.multi_task import MMoE, MMoEConfig, SharedBottom, SharedBottomConfig, TableFeatures
 from dist_moe.models.recommender import Recommender, RecommenderConfig
 from dist_moe.models.transformer import Transformer, TransformerConfig
 from dist_moe.models.two_image_classifier import TwoImageClassifier, TwoImageClassifierConfig
@@ -29,6 +30,8 @@ for _settings in (
     TransformerConfig,
     BertClassifierConfig,
     BertAnswererConfig,
+    MMoEConfig,
+    SharedBottomConfig,
 ):
     MODELS.register(_settings)
 
@@ -42,6 +45,8 @@ __all__ = [
     "BertModel",
     "BertOutput",
     "BertShape",
+    "MMoE",
+    "MMoEConfig",
     "MoEModel",
     "MoEModelConfig",
     "ModelConfig",
@@ -49,6 +54,9 @@ __all__ = [
     "Recommender",
     "RecommenderConfig",
     "RunShape",
+    "SharedBottom",
+    "SharedBottomConfig",
+    "TableFeatures",
     "Transformer",
     "TransformerConfig",
     "TwoImageClassifier",

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import LARGEST_COUNT, Settings
-from dist_moe.experts import ExpertBank
+from dist_moe.errors import UserError
+from dist_moe.experts import ExpertBank, ExpertSettings
 from dist_moe.gates import CometConfig, GateConfig, GateContext
 from dist_moe.layer import MoE, MoEOutput
-from dist_moe.parallel import World, sum_over_ranks
+from dist_moe.parallel import World, added_over_ranks, sum_over_ranks
 from dist_moe.search import PermutationSearchConfig, SlotTable
 from dist_moe.search.layers import is_held, moe_layers, slot_tables
 
@@ -99,6 +100,11 @@ class MoEModelConfig(Settings, ABC):
                 f"num_slots={self.num_slots} is not num_experts={self.num_experts}, and only as many slots as experts "
                 "can be permuted; set num_slots or permutation to null"
             )
+        if self.activation_checkpointing and getattr(getattr(self, "experts", None), "batch_dependent", False):
+            yield (
+                "activation_checkpointing=true: experts with batch normalisation cannot be computed again; set it or "
+                "experts.batch_norm to false"
+            )
 
     def gate_errors(self) -> Iterator[str]:
         """Yield whatever of the gate does not fit the number of its slots, as "gate.field=value: reason"."""
@@ -124,11 +130,18 @@ class MoEModelConfig(Settings, ABC):
         gates = [settings.build(experts.dim, self.slots_per_gate, run.gates) for _ in range(num_gates)]
         for gate in gates:
             gate.sum_over_ranks = sum_over_ranks
+        experts.add_over_ranks(added_over_ranks)
         if self.permutation is not None:
             table: SlotTable = self.permutation.build(gates, run.steps_per_epoch)
         else:
             table = SlotTable(self.num_experts, num_gates, num_slots=self.num_slots)
         return MoE(gates, experts, table, run.world, recompute_experts=self.activation_checkpointing, shared=shared)
+
+
+def check_experts(experts: ExpertSettings, dim: int) -> None:
+    """Raise UserError unless ``experts`` can take rows of width ``dim``, which only the data tell."""
+    for error in experts.validation_errors(dim):
+        raise UserError(f"model.{error}")
 
 
 class MoEModel(nn.Module):

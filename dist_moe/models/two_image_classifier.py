@@ -7,7 +7,6 @@ authors used: glorot-uniform kernels, zero biases.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -15,10 +14,10 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
 from dist_moe.config.settings import LARGEST_COUNT, Size
-from dist_moe.errors import UserError
 from dist_moe.experts import EXPERTS, ConvConfig, ExpertSettings
 from dist_moe.layer import MoE
-from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
+from dist_moe.models.dense_layers import dense_layers
+from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape, check_experts
 from dist_moe.parallel import experts_of_rank
 
 NUM_IDS = 4096
@@ -43,8 +42,7 @@ class TwoImageClassifierConfig(MoEModelConfig):
 
         Raises UserError if the experts cannot take images of that size.
         """
-        for error in self.experts.validation_errors(side**2):
-            raise UserError(f"model.{error}")
+        check_experts(self.experts, side**2)
         experts = self.experts.build(side**2, self.num_experts, experts_of_rank(self.num_experts, run.world))
         return TwoImageClassifier(self.build_layer(experts, num_targets, run), self.head_units, num_classes)
 
@@ -58,7 +56,7 @@ class TwoImageClassifier(MoEModel):
     def __init__(self, moe: MoE, head_units: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.moe = moe
-        self.heads = nn.ModuleList(_head([moe.experts.out_dim, *head_units, num_classes]) for _ in moe.gates)
+        self.heads = nn.ModuleList(dense_layers([moe.experts.out_dim, *head_units, num_classes]) for _ in moe.gates)
 
     def forward(self, image_BD: Tensor) -> ModelOutput:
         """Return logits of each target, and what the MoE layer did."""
@@ -72,14 +70,3 @@ def pixel_ids(image_BD: Tensor) -> Tensor:
     levels_BD = (image_BD.detach().float() * 255).round().long()
     factor_D = (2 * torch.arange(image_BD.shape[1], device=image_BD.device) + 1) * 2_654_435_761
     return ((levels_BD * factor_D).sum(dim=1) >> 16) % NUM_IDS
-
-
-def _head(widths: list[int]) -> nn.Sequential:
-    """Return dense layers between the given widths, a ReLU after all but the last."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(widths):
-        dense = nn.Linear(fan_in, fan_out)
-        nn.init.xavier_uniform_(dense.weight)
-        nn.init.zeros_(dense.bias)
-        layers += [dense, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])

@@ -48,22 +48,27 @@ Splits = list[list[int]]
 """splits[p][r]: rows of tensor p for, or from, rank r."""
 
 
-def exchange_over(world: World, recompute_experts: bool = False, meanwhile: bool = False) -> Exchange:
+def exchange_over(
+    world: World, recompute_experts: bool = False, meanwhile: bool = False, at_once: bool = False
+) -> Exchange:
     """Return the exchange that ``world`` asks for: in two levels where its ranks are divided into several nodes, else
     flat; overlapped with the experts if ``overlap_chunks`` > 1. Raises ValueError where these exclude each other.
 
     ``recompute_experts``: see ``FlatExchange``; with two levels, what arrives at a rank is kept. ``meanwhile``:
     there will be something to compute while rows travel; the flat exchange, if no experts are computed again, is
-    then one that travels beside it.
+    then one that travels beside it. ``at_once``: the experts must see all of their rows at once, and once: nothing is
+    overlapped with them, and they cannot be computed again.
     """
-    chunks, levels = world.options.overlap_chunks, world.levels
+    chunks, levels = 1 if at_once else world.options.overlap_chunks, world.levels
+    if at_once and recompute_experts:
+        raise ValueError("experts whose rows depend on each other cannot be computed again for the backward pass")
     if isinstance(world, SingleWorld):
         return FlatExchange(world, recompute_experts)
     if chunks > 1 and (recompute_experts or levels is not None):
         raise ValueError("an overlapped exchange has neither two levels nor experts that are computed again")
     if levels is not None and levels.across.size > 1:
         return two_level_exchange(levels, recompute_experts)
-    if chunks > 1 or (meanwhile and not recompute_experts):
+    if chunks > 1 or (meanwhile and not (recompute_experts or at_once)):
         return OverlappedExchange(world, chunks)
     return FlatExchange(world, recompute_experts)
 

@@ -43,7 +43,8 @@ class SupervisedConfig(RecipeConfig):
         description="one weight per target of the task, in their order (empty: all alike). movielens: cross-entropy of "
         "'watched', squared error of the rating; two images: cross-entropy of the top left, of the bottom right one; "
         "text: cross-entropy of the next token; labelled texts: cross-entropy of the class, or squared error of the "
-        "number; questions: mean of the cross-entropies of an answer's two ends",
+        "number; questions: mean of the cross-entropies of an answer's two ends; tables: log loss of a binary target, "
+        "squared error of a numeric one",
     )
     swap_search: SwapScheduleConfig | None = Field(
         None,
@@ -102,7 +103,7 @@ class SupervisedConfig(RecipeConfig):
     @model_validator(mode="after")
     def _weigh_alike(self) -> Self:
         if not self.target_weights:
-            count = len(self.data.targets)
+            count = len(self.data.target_names)
             object.__setattr__(self, "target_weights", (1 / count,) * count)  # the section is frozen from here on
         return self
 
@@ -122,10 +123,11 @@ class SupervisedConfig(RecipeConfig):
         if model.kind != data.kind:
             fitting = " or ".join(models_of_kind(data.kind))
             raise UserError(f"model.name={model.name} does not fit data.name={data.name}; use {fitting}")
-        if len(self.target_weights) != len(data.targets):
+        targets = data.target_names
+        if len(self.target_weights) != len(targets):
             raise UserError(
-                f"target_weights={list(self.target_weights)}: data.name={data.name} has {len(data.targets)} target(s), "
-                f"{', '.join(data.targets)}; give {len(data.targets)} weights"
+                f"target_weights={list(self.target_weights)}: data.name={data.name} has {len(targets)} target(s), "
+                f"{', '.join(targets)}; give {len(targets)} weights"
             )
         if not any(self.target_weights):
             raise UserError(f"target_weights={list(self.target_weights)}: one of them must be above 0")
@@ -141,7 +143,8 @@ class SupervisedConfig(RecipeConfig):
         for fault in model.gate_errors():
             raise UserError(f"model.{fault}")
         for field, remedy in [] if model.num_moe_layers else self._needing_experts():
-            raise UserError(f"{field} needs experts, and model.moe_every=0 leaves none; set it to {remedy}")
+            without = "moe_every=0 leaves" if hasattr(model, "moe_every") else f"name={model.name} has"
+            raise UserError(f"{field} needs experts, and model.{without} none; set it to {remedy}")
         self.parallel.check(world_size, model.num_experts)
         if self.parallel.overlap_chunks > 1 and model.activation_checkpointing:
             raise UserError(

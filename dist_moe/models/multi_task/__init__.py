@@ -1,0 +1,7 @@
+"""Recommenders on tables with several targets, one file each, over the same embedding of a table's columns."""
+
+from dist_moe.models.multi_task.front import TableFeatures
+from dist_moe.models.multi_task.mmoe import MMoE, MMoEConfig
+from dist_moe.models.multi_task.shared_bottom import SharedBottom, SharedBottomConfig
+
+__all__ = ["MMoE", "MMoEConfig", "SharedBottom", "SharedBottomConfig", "TableFeatures"]
