@@ -147,7 +147,7 @@ class SupervisedConfig(RecipeConfig):
             raise UserError(f"{field} needs experts, and model.{without} none; set it to {remedy}")
         if self.swap_search is not None and not model.has_tables:
             raise UserError(f"swap_search: model.name={model.name} has no slot -> expert table; set it to null")
-        for called, count in model.expert_counts(data.targets).items():
+        for called, count in model.expert_counts(data.target_names).items():
             self.parallel.check(world_size, count, called)
         if self.parallel.overlap_chunks > 1 and model.activation_checkpointing:
             raise UserError(
