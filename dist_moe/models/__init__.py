@@ -19,7 +19,16 @@ from dist_moe.models.moe_model import (
     RunShape,
     models_of_kind,
 )
-from dist_moe.models.multi_task import MMoE, MMoEConfig, SharedBottom, SharedBottomConfig, TableFeatures
+from dist_moe.models.multi_task import (
+    HomeConfig,
+    LevelsModel,
+    MMoE,
+    MMoEConfig,
+    PLEConfig,
+    SharedBottom,
+    SharedBottomConfig,
+    TableFeatures,
+)
 from dist_moe.models.recommender import Recommender, RecommenderConfig
 from dist_moe.models.transformer import Transformer, TransformerConfig
 from dist_moe.models.two_image_classifier import TwoImageClassifier, TwoImageClassifierConfig
@@ -32,6 +41,8 @@ for _settings in (
     BertAnswererConfig,
     MMoEConfig,
     SharedBottomConfig,
+    PLEConfig,
+    HomeConfig,
 ):
     MODELS.register(_settings)
 
@@ -45,12 +56,15 @@ __all__ = [
     "BertModel",
     "BertOutput",
     "BertShape",
+    "HomeConfig",
+    "LevelsModel",
     "MMoE",
     "MMoEConfig",
     "MoEModel",
     "MoEModelConfig",
     "ModelConfig",
     "ModelOutput",
+    "PLEConfig",
     "Recommender",
     "RecommenderConfig",
     "RunShape",

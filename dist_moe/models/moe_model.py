@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -14,7 +14,7 @@ from dist_moe.config.registry import Registry
 from dist_moe.config.settings import LARGEST_COUNT, Settings
 from dist_moe.errors import UserError
 from dist_moe.experts import ExpertBank, ExpertSettings
-from dist_moe.gates import CometConfig, GateConfig, GateContext
+from dist_moe.gates import CometConfig, Gate, GateConfig, GateContext
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import World, added_over_ranks, sum_over_ranks
 from dist_moe.search import PermutationSearchConfig, SlotTable
@@ -51,10 +51,12 @@ class RunShape:
 
 class MoEModelConfig(Settings, ABC):
     """The fields that every model has. ``kind``: tasks of the same kind fit. ``one_layer``: whether every
-    example is one token, which meets one MoE layer; what plans and stacked training know."""
+    example is one token, which meets one MoE layer; what plans and stacked training know. ``has_tables``: whether its
+    layers have slot -> expert tables, which searches rewrite."""
 
     kind: ClassVar[str]
     one_layer: ClassVar[bool] = True
+    has_tables: ClassVar[bool] = True
 
     name: str
 
@@ -93,8 +95,19 @@ class MoEModelConfig(Settings, ABC):
         """Experts that one gate gives a token, at most; once it is sparse, if it becomes so while it learns."""
         return min(self.gate.experts_per_token(self.slots_per_gate), self.num_experts)
 
+    def expert_counts(self, targets: Sequence[str]) -> dict[str, int]:
+        """Return the different numbers of experts of the layers, for a task with these targets, by what to call them.
+
+        Each must be a multiple of the ranks over which experts are split. Raises UserError if the targets do not fit.
+        """
+        return {f"model.num_experts={self.num_experts}": self.num_experts}
+
     def validation_errors(self) -> Iterator[str]:
         """Yield whatever does not fit together, as "field=value: reason"."""
+        if not self.has_tables:
+            for field in ("num_slots", "permutation"):
+                if getattr(self, field) is not None:
+                    yield f"{field}: the gates of name={self.name} choose among experts, not slots; set it to null"
         if self.permutation is not None and self.slots_per_gate != self.num_experts:
             yield (
                 f"num_slots={self.num_slots} is not num_experts={self.num_experts}, and only as many slots as experts "
@@ -128,13 +141,24 @@ class MoEModelConfig(Settings, ABC):
         """
         settings = self.gate.of_layer(layer)
         gates = [settings.build(experts.dim, self.slots_per_gate, run.gates) for _ in range(num_gates)]
-        for gate in gates:
-            gate.sum_over_ranks = sum_over_ranks
-        experts.add_over_ranks(added_over_ranks)
         if self.permutation is not None:
             table: SlotTable = self.permutation.build(gates, run.steps_per_epoch)
         else:
             table = SlotTable(self.num_experts, num_gates, num_slots=self.num_slots)
+        return self.layer_of(gates, experts, table, run, shared=shared)
+
+    def layer_of(
+        self,
+        gates: Sequence[Gate],
+        experts: ExpertBank,
+        table: SlotTable | None,
+        run: RunShape,
+        shared: nn.Module | None = None,
+    ) -> MoE:
+        """Return the layer of these parts, whose statistics are those of all ranks."""
+        for gate in gates:
+            gate.sum_over_ranks = sum_over_ranks
+        experts.add_over_ranks(added_over_ranks)
         return MoE(gates, experts, table, run.world, recompute_experts=self.activation_checkpointing, shared=shared)
 
 

@@ -127,7 +127,8 @@ def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | 
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     stage = zero_stage(config.deepspeed)
     left = None if memory is None else memory - states[stage].total - buffers
-    experts, layers = config.model.num_experts, model.moe_layers.values()
+    layers = model.moe_layers.values()
+    experts = max((layer.experts.num_experts for layer in layers), default=0)
     hard = min(experts, config.model.experts_per_token * max((len(layer.gates) for layer in layers), default=0))
     even, worst = RowsPerToken.evenly(hard, size), RowsPerToken.at_worst(hard, experts // size, size)
     cases = {"no experts": (0, RowsPerToken.evenly(0, size))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,12 +99,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups, watch: Watch) -> tuple[Tensor, Tensor, int]:
-    """Return (C, N) observed columns; (L, G, E) tokens per layer, gate and expert; tokens of a gate; over all ranks."""
+def _observe(
+    task: Task, model: MoEModel, part: Any, groups: ProcessGroups, watch: Watch
+) -> tuple[Tensor, list[Tensor], int]:
+    """Return (C, N) observed columns; for each layer (G, E) tokens per gate and expert; tokens of a gate of the first
+    layer; over all ranks."""
     world = current_world()
     layers = list(model.moe_layers.values())
-    gates, experts = (len(layers[0].gates), layers[0].experts.num_experts) if layers else (0, 0)
-    load_LGE = torch.zeros(len(layers), gates, experts, device=groups.device)
+    load_LGE = [torch.zeros(len(layer.gates), layer.experts.num_experts, device=groups.device) for layer in layers]
     tokens = torch.zeros((), dtype=torch.int64, device=groups.device)
     columns = []
     for index_B in shard_batches(part, task.eval_batch, rank=world.rank, world_size=world.size):
@@ -119,17 +121,17 @@ def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups, watc
             tokens += output.layers[0].routes[0].num_tokens
     width = -(-len(part) // world.size)
     gathered = gather_columns(torch.cat(columns, dim=1), width)
-    return gathered[:, : len(part)], sum_over_ranks(load_LGE), int(sum_over_ranks(tokens))
+    return gathered[:, : len(part)], [sum_over_ranks(load_GE) for load_GE in load_LGE], int(sum_over_ranks(tokens))
 
 
-def expert_metrics(load_LGE: Tensor, tokens: int) -> dict[str, Any]:
+def expert_metrics(load_LGE: Sequence[Tensor], tokens: int) -> dict[str, Any]:
     """Return the metrics of experts, see :func:`evaluate`; for a dense model all are 0.
 
-    ``load_LGE``: (L, G, E) tokens per layer, gate and expert. ``tokens``: of a gate.
+    ``load_LGE``: for each layer (G, E) tokens per gate and expert. ``tokens``: of a gate of the first layer.
     """
-    by_gate = (load_LGE.flatten(0, 1).sum(dim=1) / max(tokens, 1)).tolist()
+    by_gate = [load for load_GE in load_LGE for load in (load_GE.sum(dim=1) / max(tokens, 1)).tolist()]
     return {
         "active_experts": sum(by_gate) / max(len(by_gate), 1),
         "active_experts_by_gate": by_gate,
-        "dead_experts": int((load_LGE.sum(dim=1) == 0).sum()),
+        "dead_experts": sum(int((load_GE.sum(dim=0) == 0).sum()) for load_GE in load_LGE),
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dist_moe.engine.monitor.step_window import Sums
 from dist_moe.engine.training import StepLoss
@@ -59,7 +60,7 @@ class WeightedObjective:
 
 def _expert_counts(output: ModelOutput, tokens_in_step: int) -> Sums:
     """Return ``active_experts``, assignments per token averaged over gates and layers, ``rows_computed``, and
-    ``load``, (L, E) rows; 0, 0 and (0, 0) for a dense model."""
+    ``load``, (L, E) rows, 0 for experts that a layer lacks; 0, 0 and (0, 0) for a dense model."""
     layers = output.layers
     if not layers:
         load_LE = torch.zeros(0, 0, dtype=torch.int64, device=output.predictions[0].device)
@@ -69,5 +70,5 @@ def _expert_counts(output: ModelOutput, tokens_in_step: int) -> Sums:
     return {
         "active_experts": assignments / (len(routes) * tokens_in_step),
         "rows_computed": float(sum(layer.rows_computed for layer in layers)),
-        "load": torch.stack([layer.pairs.rows_per_expert_E for layer in layers]),
+        "load": pad_sequence([layer.pairs.rows_per_expert_E for layer in layers], batch_first=True),
     }

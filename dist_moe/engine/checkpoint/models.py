@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,12 +114,13 @@ class ModelWeights(Mapping[str, Tensor]):
                 sha256.update(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return sha256.hexdigest()
 
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise UserError unless every bank has ``num_experts`` experts."""
+    def check_num_experts(self, num_experts: Collection[int]) -> None:
+        """Raise UserError unless every bank has one of ``num_experts`` experts."""
         for name, kind in self.kinds.items():
-            if kind == EXPERTS and self.specs[name].shape[0] != num_experts:
+            if kind == EXPERTS and self.specs[name].shape[0] not in num_experts:
+                wanted = " or ".join(map(str, num_experts))
                 raise UserError(
-                    f"checkpoint {self.path} has {self.specs[name].shape[0]} experts of {name}, not {num_experts}"
+                    f"checkpoint {self.path} has {self.specs[name].shape[0]} experts of {name}, not {wanted}"
                 )
 
 

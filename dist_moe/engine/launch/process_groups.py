@@ -99,8 +99,11 @@ class ParallelConfig(Settings):
         fits = all(world_size % divisor == 0 for divisor in divisors)
         return self if fits or not self.elastic else self.nearest_for(world_size)
 
-    def check(self, world_size: int, num_experts: int) -> None:
-        """Raise UserError unless the sizes divide each other; needs no process group."""
+    def check(self, world_size: int, num_experts: int, called: str | None = None) -> None:
+        """Raise UserError unless the sizes divide each other; needs no process group.
+
+        ``called``: how a message names the number of experts (None: ``model.num_experts``).
+        """
         size = self.expert_parallel_size
         field = f"parallel.expert_parallel_size={size}"
         if world_size % size:
@@ -111,7 +114,9 @@ class ParallelConfig(Settings):
             )
         if num_experts % size:
             allowed = _divisors(world_size, num_experts)
-            raise UserError(f"{field} does not divide model.num_experts={num_experts}; allowed: {allowed}")
+            raise UserError(
+                f"{field} does not divide {called or f'model.num_experts={num_experts}'}; allowed: {allowed}"
+            )
         self._check_nodes(world_size)
         if 0 < self.stall_limit_s < _SHORTEST_STALL_S:
             raise UserError(

@@ -57,7 +57,9 @@ class PlacementCallback(Callback):
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         """Remember the load of the recorded steps."""
-        self._loads.extend(record["load"] for record in records)
+        experts = [layer.experts.num_experts for layer in trainer.model.moe_layers.values()]
+        for record in records:
+            self._loads.append([load_E[:count] for load_E, count in zip(record["load"], experts, strict=True)])
 
     def before_step(self, trainer: Trainer, step: int) -> None:
         """Begin to count co-activations in a step that a look follows."""

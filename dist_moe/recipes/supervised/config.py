@@ -145,7 +145,10 @@ class SupervisedConfig(RecipeConfig):
         for field, remedy in [] if model.num_moe_layers else self._needing_experts():
             without = "moe_every=0 leaves" if hasattr(model, "moe_every") else f"name={model.name} has"
             raise UserError(f"{field} needs experts, and model.{without} none; set it to {remedy}")
-        self.parallel.check(world_size, model.num_experts)
+        if self.swap_search is not None and not model.has_tables:
+            raise UserError(f"swap_search: model.name={model.name} has no slot -> expert table; set it to null")
+        for called, count in model.expert_counts(data.target_names).items():
+            self.parallel.check(world_size, count, called)
         if self.parallel.overlap_chunks > 1 and model.activation_checkpointing:
             raise UserError(
                 f"parallel.overlap_chunks={self.parallel.overlap_chunks} does not go with "

@@ -56,7 +56,8 @@ def opening_line(config: SupervisedConfig, task: Task, trainer: Trainer, root: P
     layers, tokens = len(trainer.model.moe_layers), task.tokens_per_example
     start = f"from step {trainer.step} " if trainer.step else ""
     several = f" in each of {layers} layers" if layers > 1 else ""
-    experts = f"{config.gate_label}, {config.model.num_experts} experts{several}"
+    counts = {layer.experts.num_experts: None for layer in trainer.model.moe_layers.values()}
+    experts = f"{config.gate_label}, {' and '.join(map(str, counts))} experts{several}"
     spread = f"{experts} over {config.parallel.expert_parallel_size} of {world_size} rank(s)"
     return (
         f"{spread if layers else f'dense, {world_size} rank(s)'}, ZeRO stage {engine.zero_optimization_stage()}, "

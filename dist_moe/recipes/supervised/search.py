@@ -13,6 +13,7 @@ from dist_moe.engine.checkpoint.loading import copy_with_buffers
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.run_lock import held
+from dist_moe.errors import UserError
 from dist_moe.parallel import wait_for_all
 from dist_moe.recipes.callbacks.swap_search import search_swaps
 from dist_moe.recipes.supervised.evaluate import TrainedRun, trained_run
@@ -38,6 +39,8 @@ def search_run(
         if environment.is_rank_zero:
             found.check_unused("--output")
         run = stack.enter_context(trained_run(run_dir, allow_changed_data=allow_changed_data))
+        if not run.model.tables:
+            raise UserError(f"{run_dir}: model.name={run.config.model.name} has no slot -> expert table to search")
         run.model.end_learning()
         before = _metrics(run)
         swaps = search_swaps(run.task, run.model, config, run.config.target_weights, environment)

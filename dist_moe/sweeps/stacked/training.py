@@ -62,6 +62,8 @@ def stack_error(config: SupervisedConfig) -> str | None:
     section, gate = config.deepspeed, config.model.gate
     if not config.model.one_layer:
         return f"model.name={config.model.name} cannot be stacked"
+    if getattr(getattr(config.model, "experts", None), "batch_dependent", False):
+        return "model.experts.batch_norm=true cannot be stacked"
     if not gate.stackable:
         stackable = ", ".join(name for name in GATES.names if GATES.by_name[name].stackable)
         return f"model.gate.name={gate.name}: only {stackable} can be stacked"
@@ -213,7 +215,7 @@ class _StackedTraining:
         of_trials, load = torch.cat(columns, dim=-1).cpu().numpy(), torch.stack(loads).sum(0)
         found = []
         for trial_columns, load_GE in zip(of_trials, load, strict=True):
-            experts = expert_metrics(load_GE.unsqueeze(0), len(part))
+            experts = expert_metrics([load_GE], len(part))
             numbers = {name: float(x) for name, x in experts.items() if not isinstance(x, list)}
             found.append(self._task.metrics(trial_columns, part, self._weights) | numbers)
         return found
