@@ -148,13 +148,16 @@ def times(column: pa.Array, missing: Collection[str]) -> NDArray[np.float64]:
     except BadCell:
         second_N = np.array([_seconds(row, text) for row, text in enumerate(texts(column).to_pylist())])
     if (gaps := np.flatnonzero(np.isnan(second_N))).size:
-        raise BadCell(int(gaps[0]), None, "its time is missing; fill it in, or leave out the row")
+        row = int(gaps[0])
+        raise BadCell(row, column[row].as_py(), "its time is missing; fill it in, or leave out the row")
     return second_N
 
 
 def _seconds(row: int, text: str | None) -> float:
     if not text or not text.strip():
         return math.nan
+    if NUMBER.fullmatch(text.strip()):
+        return float(text)
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:

@@ -29,7 +29,6 @@ from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.packages import sdist
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import PublishedData, Remote
-from dist_moe.data.tables.columns import Target
 from dist_moe.data.tables.files import CsvFile
 from dist_moe.data.tables.prepare import PreparedTable, TableSettings, TableSource, prepare_table
 from dist_moe.data.tables.schema import BinaryTarget, CategoricalColumn, NumericColumn, Split, TableSchema
@@ -109,9 +108,9 @@ class CensusIncomeConfig(TableSettings):
     seed: int = Field(default=0, ge=0, description="Seed of the halves of the test file that validate and test.")
 
     @property
-    def table_targets(self) -> tuple[Target, ...]:
-        """The targets, in order."""
-        return SCHEMA.table_targets
+    def table_schema(self) -> TableSchema:
+        """MMoE's targets, and 39 features."""
+        return SCHEMA
 
     def prepare(self, progress: bool) -> PreparedTable:
         """Return the table, prepared once for each seed and source directory; see `TableSettings.prepare`."""

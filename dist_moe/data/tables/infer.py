@@ -95,9 +95,11 @@ def inferred_schema(path: Path, targets: Sequence[str], separator: str) -> str:
     files = [file for file, _ in own_files(path, separator)]
     names = files[0].names()
     check_columns(files[0], targets)
-    once = [name for name in names if names.count(name) == 1 and name and len(name) <= LONGEST_NAME]
+    once = [name for name in names if names.count(name) == 1 and name.isprintable() and 0 < len(name) <= LONGEST_NAME]
     if not once:
-        raise UserError(f"{path} has no column with a name of its own of at most {LONGEST_NAME} characters: {names}")
+        raise UserError(
+            f"{path} has no column whose name is usable: {shown(names, 400)}; give each a short one of its own"
+        )
     seen, count, limit = {name: _Seen() for name in once}, 0, min(ROWS, CELLS // len(once))
     for file in files:
         check_columns(file, once)
@@ -109,9 +111,11 @@ def inferred_schema(path: Path, targets: Sequence[str], separator: str) -> str:
                 break
     for one in seen.values():
         one.settle()
+    left_out = {name: seen[name].refusal if name in seen else "without a short name of its own" for name in names}
     useful = {name: one for name, one in seen.items() if not one.refusal}
-    if strange := [name for name in targets if name not in useful]:
-        raise UserError(f"--target={strange[0]} cannot be predicted: {path} has it {seen[strange[0]].refusal}")
+    for name in targets:
+        if left_out[name]:
+            raise UserError(f"--target={name} cannot be predicted, being {left_out[name]}; see {path}")
     labels = [name for name, one in useful.items() if one.counts.keys() <= LABELS.keys()]
     predicted = list(targets or labels[-1:])
     lines = [
@@ -129,10 +133,14 @@ def inferred_schema(path: Path, targets: Sequence[str], separator: str) -> str:
             if name not in predicted
         ),
     ]
-    left_out = {name: seen[name].refusal if name in seen else "no name of its own, or a long one" for name in names}
     lines += [f"  # left out: {shown(name)}, {why}" for name, why in left_out.items() if why]
     return "\n".join(lines) + "\n"
 
 
 def _line(name: str, value: Any) -> str:
-    return yaml_text({name: value}, flow=True).strip()[1:-1]
+    text = yaml_text({name: value}, flow=True).strip()[1:-1]
+    if "\n" in text:
+        raise UserError(
+            f"{name!r}: {shown(value)} does not go on one line of YAML; rename it, or write the schema yourself"
+        )
+    return text

@@ -17,14 +17,13 @@ test.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, field_validator
 
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import PublishedData
-from dist_moe.data.tables.columns import Target
 from dist_moe.data.tables.files import CsvFile
 from dist_moe.data.tables.prepare import PreparedTable, TableSettings, TableSource, prepare_table
 from dist_moe.data.tables.schema import (
@@ -95,11 +94,7 @@ class KuaiRandConfig(TableSettings):
     root: Path | None = Field(
         default=None, description="The directory data of KuaiRand-Pure or KuaiRand-1K; needed, no package carries it."
     )
-    targets: tuple[Response, ...] = Field(
-        default=("is_click", "long_view", "is_like", "is_comment", "is_forward", "is_follow"),
-        min_length=1,
-        description="Responses to predict.",
-    )
+    targets: tuple[Response, ...] = Field(default=get_args(Response), min_length=1, description="Responses to predict.")
     random_exposure: bool = Field(
         default=False, description="Read the log of videos that were shown at random as well; it begins on 22 April."
     )
@@ -112,7 +107,7 @@ class KuaiRandConfig(TableSettings):
         return targets
 
     @property
-    def schema_of_table(self) -> TableSchema:
+    def table_schema(self) -> TableSchema:
         """Which columns are features, targets, group and part."""
         columns = {name: _kind(name) for name in (*LOG, *USER, *VIDEO)}
         return TableSchema(
@@ -121,11 +116,6 @@ class KuaiRandConfig(TableSettings):
             group="user_id",
             split=SPLIT,
         )
-
-    @property
-    def table_targets(self) -> tuple[Target, ...]:
-        """The targets, in order."""
-        return self.schema_of_table.table_targets
 
     def prepare(self, progress: bool) -> PreparedTable:
         """Return the table, prepared once for each directory and choice; see `TableSettings.prepare`."""
@@ -138,4 +128,4 @@ class KuaiRandConfig(TableSettings):
             source = {"name": "directory", "sha256": located.files}
             return TableSource({"train": [JoinedFile(log, lookups) for log in logs]}, source)
 
-        return prepare_table(self, self.schema_of_table, located.key, locate, Progress(progress))
+        return prepare_table(self, self.table_schema, located.key, locate, Progress(progress))

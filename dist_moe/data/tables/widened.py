@@ -60,18 +60,15 @@ class Lookup:
 
 def read_lookup(file: TableFile, key: str, names: Sequence[str]) -> Lookup:
     """Read a whole file, these columns alone. Raises `UserError` if a key comes twice."""
-    table = pa.Table.from_batches(
-        file.batches([key, *names]), pa.schema([(name, pa.string()) for name in (key, *names)])
-    )
+    cells = pa.schema([(name, pa.string()) for name in (key, *names)])
+    table = pa.Table.from_batches(file.batches(cells.names), cells)
     keys = pc.utf8_trim_whitespace(table[key]).combine_chunks()
     counts = keys.value_counts()
     if len(counts) < len(keys):
         values, times = counts.flatten()
         first = values[pc.index(pc.greater(times, 1), True).as_py()].as_py()
         raise UserError(f"{file.path}: {key}={shown(first)} has several rows; leave one of them")
-    # Texts that repeat, such as authors, stand in memory once.
-    columns = {name: table[name].dictionary_encode().unify_dictionaries().combine_chunks() for name in names}
-    return Lookup(key, keys, columns)
+    return Lookup(key, keys, {name: table[name].combine_chunks() for name in names})
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,10 @@ from dist_moe.experts import ExpertBank
 from dist_moe.kernels import group_of_each_row
 from dist_moe.layer import MoE
 from dist_moe.models import ModelOutput, MoEModel
+from dist_moe.models.multi_task.levels import SHARED, LevelGate
 from dist_moe.parallel import sum_over_ranks
 from dist_moe.tasks.multi_task_tables.metrics import calibration_bins, labels_of
 from dist_moe.tasks.task import Columns, Watch
-
-SHARED = "shared"
-"""The owner of experts that all targets share, and the name of a gate that serves them all."""
 
 
 class TableWatch(Watch):
@@ -33,9 +31,7 @@ class TableWatch(Watch):
         super().__init__()
         self._targets = targets
         names = [target.name for target in targets]
-        self._layers = {
-            name: _LayerSums(layer, *_owners(model, name, names)) for name, layer in model.moe_layers.items()
-        }
+        self._layers = {name: _LayerSums(layer, *_names(layer, names)) for name, layer in model.moe_layers.items()}
         for sums, layer in zip(self._layers.values(), model.moe_layers.values(), strict=True):
             self.callback(layer.experts.register_forward_hook(sums.add_results).remove)
 
@@ -126,7 +122,9 @@ class _LayerSums:
         return found | ({"own_weight": min(own)} if own else {})
 
 
-def _owners(model: MoEModel, name: str, targets: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+def _names(layer: MoE, targets: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """Return the names of a layer's gates, and of the owner of each of its experts."""
-    layer = model.moe_layers[name]
+    gates = [gate for gate in layer.each_gate if isinstance(gate, LevelGate)]
+    if gates:
+        return [gate.output.name for gate in gates], gates[0].shape.owner_of_expert
     return targets, [SHARED] * layer.experts.num_experts
