@@ -40,7 +40,8 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def test_all_data_sets_can_be_fetched() -> None:
-    assert sorted(DataSets()) == TASKS.names == DATA.names
+    ours = [name for name, kind in TASKS.by_name.items() if kind.__module__.startswith("dist_moe.")]
+    assert sorted(DataSets()) == sorted(ours) == DATA.names
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from dist_moe.engine.checkpoint import newest_checkpoint
 from dist_moe.engine.checkpoint.loading import read_trainer_state
-from dist_moe.errors import UserError
-from dist_moe.recipes.recipe import plan_resumed_run
 from tests.helpers.commands import dist_moe, succeed
 from tests.helpers.runs import TINY_RUN, write_yaml
 
@@ -38,8 +35,8 @@ def test_a_stage_goes_on_with_the_data_of_its_run_only(tmp_path: Path) -> None:
     # A run whose own record says otherwise: the stage's checkpoint does not.
     unsaid = shutil.copytree(run, tmp_path / "unsaid")
     (unsaid / "identity.json").unlink()
-    with pytest.raises(UserError, match=r"stages/second: the prepared data of part train.*--allow-changed-data"):
-        plan_resumed_run(unsaid, [])
+    (refused,) = dist_moe(1, "train", "--resume", unsaid)
+    assert re.search(r"stages/second: the prepared data of part train.*--allow-changed-data", refused.err)
     (passed,) = succeed(1, "train", "--resume", run, "train.max_steps=3", "--allow-changed-data")
     assert "the prepared data of part train changed since the run was trained" in passed.err
     (change,) = json.loads((run / "identity.json").read_text())["changes"]
