@@ -1,4 +1,4 @@
-"""dist-moe data: fetch and prepare data sets."""
+"""dist-moe data: fetch and prepare data sets, and say what is in a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DataSets:
 
 def add_to(commands: Commands) -> None:
     """Add the command and its options to the command line."""
-    data = commands.add_parser("data", help="fetch and prepare data sets")
+    data = commands.add_parser("data", help="fetch and prepare data sets, look at tables")
     verbs = data.add_subparsers(required=True, metavar="VERB")
     fetch = verbs.add_parser("fetch", help="fetch and prepare a data set, once")
     fetch.add_argument("name", choices=DataSets(), metavar="NAME", help="%(choices)s")
@@ -33,12 +33,23 @@ def add_to(commands: Commands) -> None:
         help="of labelled texts and questions: the BERT checkpoint whose tokenizer cuts them",
     )
     fetch.set_defaults(run=_run)
+    inspect = verbs.add_parser(
+        "inspect",
+        help="guess what the columns of a table are",
+        description="Print a section 'data' of a configuration, to be edited, for a table in CSV or Parquet.",
+    )
+    inspect.add_argument("path", type=Path, metavar="FILE|DIR")
+    inspect.add_argument("--target", action="append", default=[], metavar="COLUMN", help="to predict; repeatable")
+    inspect.add_argument("--separator", default=",", metavar="CHARACTER", help="of cells in CSV; default: a comma")
+    inspect.set_defaults(run=_inspect)
 
 
 def _run(options: argparse.Namespace) -> int:
     from dist_moe.data import DATA
 
     settings = DATA.by_name[options.name]
+    if any(field.is_required() for field in settings.model_fields.values()):
+        raise UserError(f"{options.name} is prepared when it is trained on; 'dist-moe data inspect FILE' describes it")
     given = {"name": options.name, "root": options.data_root}
     if options.encoder is not None:
         if "encoder" not in settings.model_fields:
@@ -47,4 +58,13 @@ def _run(options: argparse.Namespace) -> int:
             )
         given["encoder"] = options.encoder
     print(settings(**given).fetch(progress=True))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from dist_moe.data.tables.infer import inferred_schema
+
+    if len(options.separator) != 1:
+        raise UserError(f"--separator={options.separator!r} is no single character; for a tab: --separator $'\\t'")
+    print(inferred_schema(options.path, options.target, options.separator), end="")
     return 0

@@ -7,6 +7,7 @@ from dist_moe.tasks.evaluation import evaluate, evaluate_baselines
 from dist_moe.tasks.images import TwoImagesSettings
 from dist_moe.tasks.labelled_text import QuestionAnsweringSettings, TextClassificationSettings
 from dist_moe.tasks.language import LanguageModelSettings
+from dist_moe.tasks.multi_task_tables import TABLE_TASKS
 from dist_moe.tasks.objective import WeightedObjective
 from dist_moe.tasks.recommendation import RecommendationSettings
 from dist_moe.tasks.settings import TASKS, TaskConfig, TaskSettings
@@ -18,6 +19,7 @@ for _settings in (
     LanguageModelSettings,
     TextClassificationSettings,
     QuestionAnsweringSettings,
+    *TABLE_TASKS,
 ):
     TASKS.register(_settings)
 

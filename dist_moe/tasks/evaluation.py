@@ -16,7 +16,7 @@ from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import current_world, gather_columns, sum_over_ranks
 from dist_moe.recording import recording
-from dist_moe.tasks.task import Metrics, Task
+from dist_moe.tasks.task import Metrics, Task, Watch
 
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 """Parts of a task by the names of their fields: what sentences call their examples."""
@@ -29,17 +29,18 @@ def evaluate(
     """Return metrics over all of ``part``, the same on every rank. Collective over all ranks.
 
     Besides the task's own: ``active_experts``, assignments per token averaged over gates and layers, and for
-    each gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate. What has no
-    value is None, see :func:`with_reasons`.
+    each gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate; and what the
+    task's own :meth:`~Task.watch` has seen. What has no value is None, see :func:`with_reasons`.
     """
     was_training = model.training
     model.eval()
     model.begin_evaluation()
-    with recording(None):  # gates record training steps only
-        columns, load_LGE, tokens = _observe(task, model, part, groups)
+    with recording(None), task.watch(model) as watch:  # gates record training steps only
+        observed, load_LGE, tokens = _observe(task, model, part, groups, watch)
     model.train(was_training)
-    metrics = task.metrics(columns.cpu().numpy(), part, weights)
-    return with_reasons(metrics, task.undefined(part, weights)) | expert_metrics(load_LGE, tokens)
+    columns = observed.cpu().numpy()
+    metrics = with_reasons(task.metrics(columns, part, weights), task.undefined(part, weights))
+    return metrics | _finite(watch.end(columns, part)) | expert_metrics(load_LGE, tokens)
 
 
 def evaluate_baselines(task: Task, part: Any, weights: tuple[float, ...]) -> dict[str, dict[str, Any]]:
@@ -89,7 +90,18 @@ def check_selection(task: Task, weights: tuple[float, ...], by: str) -> None:
         )
 
 
-def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> tuple[Tensor, list[Tensor], int]:
+def _finite(value: Any) -> Any:
+    """Return ``value`` with None for numbers, at any depth, that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _observe(
+    task: Task, model: MoEModel, part: Any, groups: ProcessGroups, watch: Watch
+) -> tuple[Tensor, list[Tensor], int]:
     """Return (C, N) observed columns; for each layer (G, E) tokens per gate and expert; tokens of a gate of the first
     layer; over all ranks."""
     world = current_world()
@@ -101,6 +113,7 @@ def _observe(task: Task, model: MoEModel, part: Any, groups: ProcessGroups) -> t
         batch = part.batch(index_B, index_B).to(groups.device)
         output = model(*batch.inputs)
         ACTIVITY.beat()
+        watch.see(output)
         columns.append(task.observe(output, batch))
         for load_GE, layer in zip(load_LGE, output.layers, strict=True):
             load_GE += torch.stack([route.tokens_per_slot for route in layer.routes])

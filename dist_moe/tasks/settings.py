@@ -20,15 +20,18 @@ class TaskSettings(Settings, ABC):
     """Which data to learn from, and what to learn from it.
 
     ``kind``: that of the task and of models that fit; of these the one registered first is taken unasked.
-    ``targets``: names of what a model predicts for an example, each with a loss of its own.
     ``places``: fields that say where files are, which may differ when a run is resumed.
     """
 
     kind: ClassVar[str]
-    targets: ClassVar[tuple[str, ...]]
     places: ClassVar[tuple[str, ...]] = ("root", "cache", "encoder")
 
     name: str
+
+    @property
+    @abstractmethod
+    def target_names(self) -> tuple[str, ...]:
+        """Names of what a model predicts for an example, each with a loss of its own; a class variable will do."""
 
     @abstractmethod
     def open(self, *, progress: bool) -> Task:

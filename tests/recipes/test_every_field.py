@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dist_moe.config.listing import fields_of
+from dist_moe.config.registry import names_of
 from dist_moe.engine.monitor.trackers import TRACKERS
 from dist_moe.errors import UserError
 from dist_moe.experts.registry import EXPERTS

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_moe.data.movielens import MovieLens, PairTable
+from dist_moe.tasks.ranking_metrics import area_under_curve
 from dist_moe.tasks.recommendation.baselines import SMOOTHING, baseline_metrics
-from dist_moe.tasks.recommendation.metrics import PAPER_EVAL_BATCH, area_under_curve, two_task_metrics
+from dist_moe.tasks.recommendation.metrics import PAPER_EVAL_BATCH, two_task_metrics
 
 SCORES = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
 SCORED = st.lists(st.tuples(SCORES, st.booleans()), max_size=30)

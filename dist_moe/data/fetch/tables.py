@@ -16,7 +16,7 @@ from dist_moe.errors import UserError, shown
 _SHOWN_NAMES = 400
 
 LARGEST_INTEGER = 2**63 - 1
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
 """The pattern of a number as all programs write it; Python's own would read 1_5 as 15."""
 
 
@@ -48,7 +48,7 @@ class Table:
         """Return a column of numbers from ``low`` to ``high``. Raises `UserError` for anything else."""
 
         def number(cell: str) -> float:
-            value = float(cell) if _NUMBER.fullmatch(cell.strip()) else math.nan
+            value = float(cell) if NUMBER.fullmatch(cell.strip()) else math.nan
             return value if low <= value <= high else math.nan
 
         return self.values(name, number, f"expected a number from {low:g} to {high:g}")

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -97,8 +98,8 @@ class TensorBoardTracker(FileTracker):
             self._load(load_E, columns, f"/layer_{layer}" if len(load_LE) > 1 else "", step)
 
     def metrics(self, part: str, metrics: dict[str, Any], step: int) -> None:
-        """Add the numbers of an evaluation as scalars named after ``part``."""
-        self._scalars({f"{part}/{n}": value for n, value in metrics.items() if isinstance(value, (int, float))}, step)
+        """Add the numbers of an evaluation as scalars named after ``part``, those in mappings too."""
+        self._scalars(dict(_numbers_in(part, metrics)), step)
         self.flush()
 
     def image(self, name: str, matrix: Tensor, step: int) -> None:
@@ -130,6 +131,15 @@ class TensorBoardTracker(FileTracker):
 
 def _tag(name: str) -> str:
     return _TAGS.get(name, name if "/" in name else f"loss/{name}")
+
+
+def _numbers_in(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yield the numbers in a mapping and in those within it, by their paths."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers_in(f"{name}/{key}", inner)
+    elif isinstance(value, (int, float)):
+        yield name, value
 
 
 def _load_image(columns: list[NDArray[np.float64]]) -> NDArray[np.float64]:

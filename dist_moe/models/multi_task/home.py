@@ -21,7 +21,7 @@ from dist_moe.config.settings import LARGEST_COUNT
 from dist_moe.errors import UserError
 from dist_moe.experts import FeatureGateConfig, MlpConfig
 from dist_moe.experts.mlp import Activation
-from dist_moe.models.multi_task.levels import LevelOutput, LevelsConfig, LevelShape
+from dist_moe.models.multi_task.levels import SHARED, LevelOutput, LevelsConfig, LevelShape
 
 Ids = tuple[int, ...]
 
@@ -84,24 +84,26 @@ class HomeConfig(LevelsConfig):
         of_group, of_target = others[: len(groups)], others[len(groups) :]
         everyone = len(groups)  # the stream, and the output, of the shared representation
 
-        def output(reads: Ids, level: Ids, own: Ids, own_reads: Ids, *more: Ids) -> LevelOutput:
+        def output(name: str, reads: Ids, level: Ids, own: Ids, own_reads: Ids, *more: Ids) -> LevelOutput:
             seen = (*shared, *(e for experts in more for e in experts)) if self.mask else level
-            return LevelOutput(reads, seen, own if self.self_gate else (), own_reads)
+            return LevelOutput(name, reads, seen, own if self.self_gate else (), own_reads)
 
         meta = tuple(range(ends[everyone]))
-        group_outputs = [output((0,), meta, own, (0,), own) for own in of_group]
-        shared_output = output((0,), meta, shared, (0,), *of_group)
+        group_outputs = [output(name, (0,), meta, own, (0,), own) for name, own in zip(groups, of_group, strict=True)]
+        shared_output = output(SHARED, (0,), meta, shared, (0,), *of_group)
         target_outputs = []
-        for own, g in zip(of_target, group_of, strict=True):
+        for name, own, g in zip(targets, of_target, group_of, strict=True):
             reads = (g, everyone)
             own_reads = reads if self.self_gate_input == "gate" else (g,)
-            target_outputs.append(output(reads, tuple(range(ends[-1])), own, own_reads, of_group[g], own))
+            target_outputs.append(output(name, reads, tuple(range(ends[-1])), own, own_reads, of_group[g], own))
         streams = [
             *[everyone] * self.shared_experts,
             *(g for g, experts in enumerate(of_group) for _ in experts),
             *(g for g, experts in zip(group_of, of_target, strict=True) for _ in experts),
         ]
+        names = [SHARED, *groups, *targets]
+        owners = tuple(name for name, count in zip(names, counts, strict=True) for _ in range(count))
         return (
-            LevelShape(1, (0,) * len(meta), (*group_outputs, shared_output)),
-            LevelShape(everyone + 1, tuple(streams), tuple(target_outputs)),
+            LevelShape(1, (0,) * len(meta), owners[: len(meta)], (*group_outputs, shared_output)),
+            LevelShape(everyone + 1, tuple(streams), owners, tuple(target_outputs)),
         )

@@ -27,14 +27,19 @@ from dist_moe.models.multi_task.front import Front, MultiTaskConfig, TableFeatur
 from dist_moe.parallel import experts_of_rank
 from dist_moe.routing import Route
 
+SHARED = "shared"
+"""The owner of what is for all targets."""
+
 
 @dataclass(frozen=True)
 class LevelOutput:
-    """One output of a level. ``reads``: streams that its gate sees. ``experts``: those that it may choose.
+    """One output of a level: that of the target or group ``name``, or ``SHARED``. ``reads``: streams that its gate
+    sees. ``experts``: those that it may choose.
 
     ``own``: experts that a self-gate adds, a residual; empty: no self-gate. ``own_reads``: streams that this one sees.
     """
 
+    name: str
     reads: tuple[int, ...]
     experts: tuple[int, ...]
     own: tuple[int, ...] = ()
@@ -43,10 +48,12 @@ class LevelOutput:
 
 @dataclass(frozen=True)
 class LevelShape:
-    """``streams``: S. ``stream_of_expert``: (E,). ``outputs``: in order."""
+    """``streams``: S. ``stream_of_expert``, ``owner_of_expert``: (E,), an owner being a target, a group, or ``SHARED``.
+    ``outputs``: in order."""
 
     streams: int
     stream_of_expert: tuple[int, ...]
+    owner_of_expert: tuple[str, ...]
     outputs: tuple[LevelOutput, ...]
 
 
@@ -64,7 +71,7 @@ class LevelGate(Gate):
 
     def __init__(self, dim: int, shape: LevelShape, output: LevelOutput, main: GateSettings, context: GateContext):
         super().__init__(dim, len(shape.stream_of_expert))
-        self.streams, self.output = shape.streams, output
+        self.shape, self.streams, self.output = shape, shape.streams, output
         self.main = main.build(len(output.reads) * dim, len(output.experts), context)
         self.register_buffer("expert_A", torch.tensor(output.experts))
         self.register_buffer("stream_E", torch.tensor(shape.stream_of_expert))

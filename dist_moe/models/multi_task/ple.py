@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import Field
 
 from dist_moe.config.settings import LARGEST_COUNT, LARGEST_DEPTH
-from dist_moe.models.multi_task.levels import LevelOutput, LevelsConfig, LevelShape
+from dist_moe.models.multi_task.levels import SHARED, LevelOutput, LevelsConfig, LevelShape
 
 
 class PLEConfig(LevelsConfig):
@@ -40,15 +40,17 @@ class PLEConfig(LevelsConfig):
         """Return the levels, the experts of each target first, in order, then the shared ones."""
         count, own = len(targets), self.target_experts
         shared = range(count * own, count * own + self.shared_experts)
+        owners = (*(name for name in targets for _ in range(own)), *[SHARED] * self.shared_experts)
 
         def level(number: int) -> LevelShape:
             stream_of_input = range(count + 1) if number else [0] * (count + 1)
             outputs = [
-                LevelOutput((stream_of_input[t],), (*range(t * own, (t + 1) * own), *shared)) for t in range(count)
+                LevelOutput(name, (stream_of_input[t],), (*range(t * own, (t + 1) * own), *shared))
+                for t, name in enumerate(targets)
             ]
             if number < self.levels - 1:
-                outputs.append(LevelOutput((stream_of_input[count],), tuple(range(shared.stop))))
+                outputs.append(LevelOutput(SHARED, (stream_of_input[count],), tuple(range(shared.stop))))
             streams = [stream_of_input[min(e // own, count)] for e in range(shared.stop)]
-            return LevelShape(max(stream_of_input) + 1, tuple(streams), tuple(outputs))
+            return LevelShape(max(stream_of_input) + 1, tuple(streams), owners, tuple(outputs))
 
         return tuple(map(level, range(self.levels)))

@@ -43,7 +43,8 @@ class SupervisedConfig(RecipeConfig):
         description="one weight per target of the task, in their order (empty: all alike). movielens: cross-entropy of "
         "'watched', squared error of the rating; two images: cross-entropy of the top left, of the bottom right one; "
         "text: cross-entropy of the next token; labelled texts: cross-entropy of the class, or squared error of the "
-        "number; questions: mean of the cross-entropies of an answer's two ends",
+        "number; questions: mean of the cross-entropies of an answer's two ends; tables: log loss of a binary target, "
+        "squared error of a numeric one",
     )
     swap_search: SwapScheduleConfig | None = Field(
         None,
@@ -102,7 +103,7 @@ class SupervisedConfig(RecipeConfig):
     @model_validator(mode="after")
     def _weigh_alike(self) -> Self:
         if not self.target_weights:
-            count = len(self.data.targets)
+            count = len(self.data.target_names)
             object.__setattr__(self, "target_weights", (1 / count,) * count)  # the section is frozen from here on
         return self
 
@@ -122,10 +123,11 @@ class SupervisedConfig(RecipeConfig):
         if model.kind != data.kind:
             fitting = " or ".join(models_of_kind(data.kind))
             raise UserError(f"model.name={model.name} does not fit data.name={data.name}; use {fitting}")
-        if len(self.target_weights) != len(data.targets):
+        targets = data.target_names
+        if len(self.target_weights) != len(targets):
             raise UserError(
-                f"target_weights={list(self.target_weights)}: data.name={data.name} has {len(data.targets)} target(s), "
-                f"{', '.join(data.targets)}; give {len(data.targets)} weights"
+                f"target_weights={list(self.target_weights)}: data.name={data.name} has {len(targets)} target(s), "
+                f"{', '.join(targets)}; give {len(targets)} weights"
             )
         if not any(self.target_weights):
             raise UserError(f"target_weights={list(self.target_weights)}: one of them must be above 0")
@@ -145,7 +147,7 @@ class SupervisedConfig(RecipeConfig):
             raise UserError(f"{field} needs experts, and model.{without} none; set it to {remedy}")
         if self.swap_search is not None and not model.has_tables:
             raise UserError(f"swap_search: model.name={model.name} has no slot -> expert table; set it to null")
-        for called, count in model.expert_counts(data.targets).items():
+        for called, count in model.expert_counts(data.target_names).items():
             self.parallel.check(world_size, count, called)
         if self.parallel.overlap_chunks > 1 and model.activation_checkpointing:
             raise UserError(

@@ -297,6 +297,10 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
             f"{run.summary} could not be written: {error}; the checkpoints are complete: make room, then let "
             f"'dist-moe train --resume {run.root}' write it, or print the metrics by 'dist-moe evaluate'"
         ) from error
+    try:
+        task.draw(run.root, result.test)
+    except OSError as error:
+        plan.start.say(f"warning: the pictures of the test could not be written: {error}")
     print(metrics_table(result.test, predictor_rows(baselines)))
     if ending.report:
         print(ending.report)

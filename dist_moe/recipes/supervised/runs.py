@@ -116,7 +116,7 @@ def export_weights(source: Path, target: Path, dtype: torch.dtype) -> ModelWeigh
         raise UserError(f"{source} is a file; name a run directory or a checkpoint")
     weights = find_weights(source)
     model, data = weights.config.model, weights.config.data
-    weights.stored.check_num_experts(model.expert_counts(data.targets).values())
+    weights.stored.check_num_experts(model.expert_counts(data.target_names).values())
     return write_model(weights.stored, target, weights.config.plain(), dtype)
 
 

@@ -11,7 +11,7 @@ class TwoImagesSettings(TwoImagesConfig, TaskSettings):
     """MultiMNIST or MultiFashionMNIST, with the class of each of the two images as targets."""
 
     kind: ClassVar[str] = "two_images"
-    targets: ClassVar[tuple[str, ...]] = TARGETS
+    target_names: ClassVar[tuple[str, ...]] = TARGETS
 
     def open(self, *, progress: bool) -> TwoImagesTask:
         """Prepare the images and return the task."""

@@ -14,7 +14,7 @@ class TextClassificationSettings(LabelledTextConfig, TaskSettings):
     """Texts, or pairs of texts, with a class or a number as target."""
 
     kind: ClassVar[str] = "text_classification"
-    targets: ClassVar[tuple[str, ...]] = ("label",)
+    target_names: ClassVar[tuple[str, ...]] = ("label",)
 
     def open(self, *, progress: bool) -> TextClassificationTask:
         """Find the encoder, prepare the texts and return the task."""
@@ -27,7 +27,7 @@ class QuestionAnsweringSettings(QuestionsConfig, TaskSettings):
     """Questions whose answers are pieces of a text, or that have none."""
 
     kind: ClassVar[str] = "question_answering"
-    targets: ClassVar[tuple[str, ...]] = ("answer",)
+    target_names: ClassVar[tuple[str, ...]] = ("answer",)
 
     def open(self, *, progress: bool) -> QuestionAnsweringTask:
         """Find the encoder, prepare the questions and return the task."""

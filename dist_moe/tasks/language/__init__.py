@@ -11,7 +11,7 @@ class LanguageModelSettings(TextConfig, TaskSettings):
     """A corpus of domains, or the user's own directory, with the next token as target."""
 
     kind: ClassVar[str] = "language"
-    targets: ClassVar[tuple[str, ...]] = ("next_token",)
+    target_names: ClassVar[tuple[str, ...]] = ("next_token",)
 
     def open(self, *, progress: bool) -> LanguageModelTask:
         """Prepare the text and return the task."""

@@ -11,7 +11,7 @@ class RecommendationSettings(MovieLensConfig, TaskSettings):
     """MovieLens, with the targets ``watched`` and ``rating``."""
 
     kind: ClassVar[str] = "recommendation"
-    targets: ClassVar[tuple[str, ...]] = TARGETS
+    target_names: ClassVar[tuple[str, ...]] = TARGETS
 
     def open(self, *, progress: bool) -> RecommendationTask:
         """Prepare the ratings and return the task."""

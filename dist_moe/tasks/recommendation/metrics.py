@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+
+from dist_moe.tasks.ranking_metrics import Floats, area_under_curve
 
 PAPER_EVAL_BATCH = 128
-
-Floats = NDArray[np.float64]
 
 
 def two_task_metrics(
@@ -37,16 +36,6 @@ def two_task_metrics(
         "loss": weights[0] * bce + weights[1] * mse,
         "loss_by_batches": _loss_by_batches(bce_N, error_N, watched_N, weights),
     }
-
-
-def area_under_curve(score_N: Floats, positive_N: NDArray[np.bool_]) -> float:
-    """Return the exact area under the ROC curve, ties counted half; nan if only one class occurs."""
-    positives = int(positive_N.sum())
-    negatives = len(positive_N) - positives
-    if not positives or not negatives:
-        return float("nan")
-    rank_sum = rankdata(score_N)[positive_N].sum()
-    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def _loss_by_batches(bce_N: Floats, error_N: Floats, watched_N: NDArray[np.bool_], weights: tuple[float, ...]) -> float:

@@ -41,7 +41,7 @@ class StarsTask(Task):
 @TASKS.register
 class StarsSettings(TaskSettings):
     kind: ClassVar[str] = "recommendation"
-    targets: ClassVar[tuple[str, ...]] = ("stars",)
+    target_names: ClassVar[tuple[str, ...]] = ("stars",)
     name: Literal["stars"] = "stars"
     root: Path
 

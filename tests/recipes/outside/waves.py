@@ -124,7 +124,7 @@ class WaveTask(Task):
 @TASKS.register
 class WavesSettings(TaskSettings):
     kind: ClassVar[str] = "waves"
-    targets: ClassVar[tuple[str, ...]] = ("height",)
+    target_names: ClassVar[tuple[str, ...]] = ("height",)
     name: Literal["waves"] = "waves"
 
     def open(self, *, progress: bool) -> WaveTask:
