@@ -34,7 +34,7 @@ class TableWatch(Watch):
         self._layers = {name: _LayerSums(layer, *_names(layer, names)) for name, layer in model.moe_layers.items()}
         for sums, layer in zip(self._layers.values(), model.moe_layers.values(), strict=True):
             self.callback(setattr, layer, "exchange", layer.exchange)
-            layer.exchange = FlatExchange(layer.world)  # else a pass of the bank may be one of several chunks
+            layer.exchange = FlatExchange(layer.world)  # in chunks the bank would not know whose rows it has
             self.callback(layer.experts.register_forward_hook(sums.add_results).remove)
 
     def see(self, output: ModelOutput) -> None:
