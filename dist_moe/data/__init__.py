@@ -8,11 +8,13 @@ from dist_moe.config.registry import Registry
 from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.prepared import DataSettings
-from dist_moe.data.tables import TableConfig
+from dist_moe.data.tables import CensusIncomeConfig, KuaiRandConfig, MovieLensTableConfig, TableConfig
 from dist_moe.data.text import TextConfig
 from dist_moe.data.two_images import TwoImagesConfig
 
 DATA = Registry("data set", DataSettings)
 
-for _settings in (MovieLensConfig, TwoImagesConfig, TextConfig, LabelledTextConfig, QuestionsConfig, TableConfig):
+for _settings in (MovieLensConfig, TwoImagesConfig, TextConfig, LabelledTextConfig, QuestionsConfig):
     DATA.register(_settings)
+for _table in (TableConfig, CensusIncomeConfig, KuaiRandConfig, MovieLensTableConfig):
+    DATA.register(_table)

@@ -15,6 +15,7 @@ from dist_moe.data import DATA
 from dist_moe.data.labelled_text.squad import DEV_FILE
 from dist_moe.tasks import TASKS
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
+from tests.data.tables.tiny_named import write_tiny_census, write_tiny_kuairand, write_tiny_movielens_table
 from tests.data.text.tiny_text import write_tiny_text
 from tests.data.tiny_images import write_tiny_images
 from tests.data.tiny_latest_small import write_tiny_latest_small
@@ -47,6 +48,17 @@ def test_all_data_sets_can_be_fetched() -> None:
     [
         ("movielens-1m", write_tiny_movielens, "60 users, 40 items, pairs to train on 1,"),
         ("movielens-latest-small", write_tiny_latest_small, "20 users, 15 items, pairs to train on 1"),
+        (
+            "movielens-1m-table",
+            write_tiny_movielens_table,
+            "7 categorical, 0 numeric and 1 list columns, mean of",
+        ),
+        (
+            "census-income",
+            write_tiny_census,
+            "32 categorical, 7 numeric and 0 list columns, mean of",
+        ),
+        ("kuairand", write_tiny_kuairand, "36 categorical, 8 numeric and 1 list columns, mean of"),
         ("multi-fashion-mnist", write_tiny_images, "25 images to train on, pairs to train on 50, to validate 10, to"),
         ("multi-mnist", write_tiny_images, "25 images to train on, pairs to train on 50, to validate 10, to test 14"),
     ],

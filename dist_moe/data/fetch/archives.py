@@ -82,13 +82,16 @@ def check_is_text(path: Path, content: bytes) -> None:
 
 
 def read_members(archive: Path, members: Sequence[str]) -> list[File]:
-    """Return files of a zip file, a wheel or a Debian package, by path inside of it.
+    """Return files of a zip file, a wheel, a Debian package or a compressed tar file, by path inside of it.
 
     Raises KeyError if there is no such file, ValueError if a Debian package is none.
     """
     if archive.suffix == ".deb":
         with _debian_data(archive) as tar:
             contents = [_content(tar, f"./{member}") for member in members]
+    elif archive.suffixes[-2:] == [".tar", ".gz"]:
+        with tarfile.open(archive) as tar:
+            contents = [_content(tar, member) for member in members]
     else:
         with zipfile.ZipFile(archive) as zipped:
             contents = [zipped.read(member) for member in members]

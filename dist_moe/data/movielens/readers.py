@@ -69,7 +69,7 @@ def read_grouplens(files: list[File], progress: Progress) -> Ratings:
     """Read GroupLens' ratings.dat and movies.dat. Raises `UserError` with file and line for anything malformed."""
     headers = (("UserID", "MovieID", "Rating", "Timestamp"), ("MovieID", "Title", "Genres"))
     ratings, movies = (
-        separated(file, header, separator="::", encoding=_encoding(file))
+        separated(file, header, separator="::", encoding=encoding_of(file))
         for file, header in zip(files, headers, strict=True)
     )
     titles = movies.texts("Title")
@@ -105,7 +105,7 @@ def read_grouplens_small(files: list[File], progress: Progress) -> Ratings:
     return sorted_table(ratings.path, ratings.line_N, ratings.integers("userId"), items, np.array(stars, np.float32))
 
 
-def _encoding(file: File) -> str:
+def encoding_of(file: File) -> str:
     """Return Latin-1, or UTF-8 if the file is valid in it, as copies of movies.dat often are."""
     try:
         file.content.decode()

@@ -8,13 +8,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dist_moe.data.fetch.progress import Progress
-from dist_moe.data.prepared import PARTS, DataSettings
+from dist_moe.data.prepared import PARTS
 from dist_moe.data.tables.files import TableFile, own_files
-from dist_moe.data.tables.prepare import PreparedTable, TableSource, prepare_table
+from dist_moe.data.tables.prepare import PreparedTable, TableSettings, TableSource, prepare_table
 from dist_moe.data.tables.schema import Part, TableSchema
 
 
-class TableConfig(DataSettings, TableSchema):
+class TableConfig(TableSchema, TableSettings):
     """A table of the user's own: its files, and what their columns mean; 'dist-moe data inspect FILE' writes one."""
 
     name: Literal["table"] = "table"
@@ -42,9 +42,14 @@ class TableConfig(DataSettings, TableSchema):
             raise ValueError(f"files and split.values both say which rows are for {both[0]}; leave one of them out")
         return self
 
-    def fetch(self, progress: bool) -> str:
-        """Prepare the table and return what there is of it in one line."""
-        return f"{self.name}: {prepare_own_table(self, progress=progress).summary()}"
+    @property
+    def table_schema(self) -> TableSchema:
+        """The schema: the configuration has its fields among its own."""
+        return self
+
+    def prepare(self, progress: bool) -> PreparedTable:
+        """Return the table, as `prepare_own_table`."""
+        return prepare_own_table(self, progress=progress)
 
 
 def prepare_own_table(config: TableConfig, *, progress: bool = True) -> PreparedTable:

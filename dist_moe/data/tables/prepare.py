@@ -18,7 +18,7 @@ from dist_moe.config.files import json_line
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.prepared import PARTS, DataSettings, Prepared, by_part, prepare_data
 from dist_moe.data.tables.cells import LABELS, BadCell, canonical, categories, numbers
-from dist_moe.data.tables.columns import TableColumns
+from dist_moe.data.tables.columns import TableColumns, Target
 from dist_moe.data.tables.features import Feature, ListFeature, NumericFeature, feature_of
 from dist_moe.data.tables.files import TableFile
 from dist_moe.data.tables.parts import PartedTable, RowBlock, part_rows
@@ -65,6 +65,31 @@ class PreparedTable:
             f"{len(columns.categorical)} categorical, {len(columns.numeric)} numeric and {len(columns.lists)} list "
             f"columns, mean of targets: {rates}; {rows}"
         )
+
+
+class TableSettings(DataSettings):
+    """Which table, and where its files are; a subclass knows its schema without opening them, and prepares it."""
+
+    @property
+    def table_schema(self) -> TableSchema:
+        """Which columns mean what, and how the rows are split."""
+        raise NotImplementedError
+
+    @property
+    def table_targets(self) -> tuple[Target, ...]:
+        """Names and kinds of the targets, in order."""
+        return self.table_schema.table_targets
+
+    def prepare(self, progress: bool) -> PreparedTable:
+        """Return the table, prepared once. ``progress``: report on stderr.
+
+        Raises `UserError` for anything that the user can fix.
+        """
+        raise NotImplementedError
+
+    def fetch(self, progress: bool) -> str:
+        """Prepare the table and return what there is of it in one line."""
+        return f"{self.name}: {self.prepare(progress).summary()}"
 
 
 def prepare_table(
