@@ -21,10 +21,10 @@ from dist_moe.config.files import absolute, check_regular, digest_of
 from dist_moe.errors import UserError, shown
 
 ROWS_AT_ONCE, CELLS_AT_ONCE = 65_536, 4_000_000
-"""Of a Parquet file, whichever is less."""
+"""Read of a Parquet file in one piece, whichever is less."""
 
 BYTES_AT_ONCE = 1 << 24
-"""Of a CSV file; a row must fit."""
+"""Read of a CSV file in one piece; a row must fit."""
 
 _PARQUET_MAGIC = b"PAR1"
 

@@ -104,7 +104,7 @@ def test_values_that_training_rows_do_not_have(tmp_path: Path) -> None:
     assert data.test.ids_NC[:, 0].tolist() == [1, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("cells", [[""], ["3"], ["", "3"]], ids=["all missing", "constant", "constant with a gap"])
+@pytest.mark.parametrize("cells", [[""], ["0.1"], ["", "0.1"]], ids=["all missing", "constant", "constant with a gap"])
 def test_columns_that_say_nothing(tmp_path: Path, cells: list[str]) -> None:
     (tmp_path / "t.csv").write_bytes(csv_of(cells))
     assert not prepared(tmp_path / "t.csv", NUMBER).train.numeric_NM.any()
@@ -180,6 +180,14 @@ def test_numbers_of_parquet_in_any_type(tmp_path: Path) -> None:
     for kind in (pa.int8(), pa.uint64(), pa.float16(), pa.float32(), pa.decimal128(15, 2), pa.string()):
         data = prepared(write_column(tmp_path / "t", pa.array([1, 3], pa.int32()).cast(kind)), NUMBER)
         assert data.train.numeric_NM[:4, 0].tolist() == [-1, 1, -1, 1]
+
+
+def test_numbers_that_mean_missing(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(csv_of(["-1", "2", "NA", "4", "-1.0"]))
+    cells = pa.array([-1.0, 2, None, 4, *[-1] * 16])
+    for path in (tmp_path / "t.csv", write_column(tmp_path / "t", cells)):
+        assert prepared(path, NUMBER, missing=("-1.00", "NA")).train.numeric_NM[:5, 0].tolist() == [0, -1, 0, 1, 0]
+        assert words_of(prepared(path, missing=("-1.00", "NA")), 5) == [None, "2", None, "4", None]
 
 
 def test_lists_of_csv_and_parquet(tmp_path: Path) -> None:
