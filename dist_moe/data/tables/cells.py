@@ -66,8 +66,8 @@ def texts(column: pa.Array) -> pa.Array:
         column = pc.if_else(pc.is_nan(column), None, column)
     try:
         return column.cast(pa.string())
-    except pa.ArrowInvalid as error:
-        raise BadCell(None, kind, f"it holds no text in UTF-8 ({error}); save it as text") from error
+    except pa.ArrowException as error:
+        raise BadCell(None, kind, f"its cells have no text in UTF-8 ({error}); save them as text") from error
 
 
 def categories(column: pa.Array, missing: Collection[str]) -> tuple[NDArray[np.int64], list[str]]:

@@ -26,6 +26,9 @@ ROWS_AT_ONCE, CELLS_AT_ONCE = 65_536, 4_000_000
 BYTES_AT_ONCE = 1 << 24
 """Read of a CSV file in one piece; a row must fit."""
 
+SEPARATOR = r"^[\t !#-~]$"
+"""What may part the cells of CSV: one character of ASCII, no quote."""
+
 _PARQUET_MAGIC = b"PAR1"
 
 

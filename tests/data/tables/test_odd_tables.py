@@ -70,6 +70,7 @@ def test_cells_of_categories(tmp_path: Path, name: str) -> None:
     "content",
     [
         b"\xef\xbb\xbf" + csv_of(["x", "z"]),
+        b"\xef\xbb\xbf" + csv_of(["x", "z"], head='"a","y","t"'),
         csv_of(["x", "z"], end="\r\n"),
         csv_of(["x", "z"], end="\r"),
         csv_of(["x", "z"], end="\n\n"),
@@ -77,7 +78,16 @@ def test_cells_of_categories(tmp_path: Path, name: str) -> None:
         csv_of(["x", "z"], head=" a , y,t "),
         csv_of(["x", "z"], head='"a","y","t"'),
     ],
-    ids=["BOM", "CRLF", "CR", "empty lines", "no last newline", "spaces in the header", "quoted header"],
+    ids=[
+        "BOM",
+        "BOM and quotes",
+        "CRLF",
+        "CR",
+        "empty lines",
+        "no last newline",
+        "spaces in the header",
+        "quoted header",
+    ],
 )
 def test_forms_of_csv(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.csv").write_bytes(content)
@@ -289,7 +299,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
         {"columns": NUMBER},
         "t: column 'a' is of type date32[day]; a numeric",
     ),
-    "bytes": (column(pa.array([b"\xff"])), {}, "t: column 'a' is of type binary; it holds no text in UTF-8"),
+    "an extension": (column(pa.array([b"\xff" * 16], pa.uuid())), {}, "t: column 'a' is of type extension<arrow.uuid>"),
+    "bytes": (column(pa.array([b"\xff"])), {}, "t: column 'a' is of type binary; its cells have no text in UTF-8"),
     "one class": (
         write(csv_of(["1"])),
         BINARY,

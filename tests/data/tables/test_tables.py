@@ -150,6 +150,7 @@ def test_parts_have_files_of_their_own_in_any_format(tmp_path: Path, monkeypatch
     data, config = prepared(given, tmp_path, root=tmp_path)
     order = np.argsort(np.random.default_rng(0).random(300), kind="stable")
     assert_read_rightly(data, config, cut(rows, order, 30, 0) | {"test": test})
+    assert TableConfig(**config.model_dump(mode="json")) == config
 
 
 def test_csv_and_parquet_mean_the_same(tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ def test_what_is_prepared_is_kept_until_file_or_schema_change(tmp_path: Path) ->
         ({"files": []}, "train among them"),
         ({"files": {"train": "a", "dev": "b"}}, "dev"),
         ({"columns": {"age": {"type": "number"}}}, "'categorical', 'numeric', 'list'"),
-        ({"separator": "::"}, "at most 1 character"),
+        ({"separator": "::"}, "pattern"),
     ],
 )
 def test_schemas_that_cannot_be_meant(tmp_path: Path, more: dict[str, Any], said: str) -> None:
