@@ -67,8 +67,6 @@ def _inspect(options: argparse.Namespace) -> int:
     from dist_moe.data.tables.infer import inferred_schema
 
     if not re.search(SEPARATOR, options.separator):
-        raise UserError(
-            f"--separator={options.separator!r} is no single character of ASCII, or a quote; for a tab: --separator $'\\t'"
-        )
+        raise UserError(f"--separator={options.separator!r} is not one character of ASCII but a quote; a tab is $'\\t'")
     print(inferred_schema(options.path, options.target, options.separator), end="")
     return 0
