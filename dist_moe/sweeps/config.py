@@ -6,13 +6,14 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from dist_moe.config.packaged import config_path
 from dist_moe.config.plain_yaml import read_yaml
 from dist_moe.config.settings import Settings
 from dist_moe.errors import UserError, shown
 from dist_moe.sweeps.distributions import KINDS, Distribution
+from dist_moe.sweeps.runner import OBJECTIVE
 
 Space = dict[str, Distribution]
 
@@ -32,6 +33,18 @@ class SweepConfig(Settings):
     )
     trials: int = Field(ge=1, description="trials per row; may grow later")
     seed: int = Field(0, ge=0, description="seed of the draws")
+    draws: Literal["own", "common"] = Field(
+        "own", description="own: each row draws for itself; common: trial i of every row draws the same of a field"
+    )
+    seeds: int = Field(
+        1,
+        ge=1,
+        description="runs of each draw, under the configuration's seed 0, 1, ...; with several, a row's draw is chosen "
+        "by their mean validation loss, and rows are compared seed by seed",
+    )
+    compared: tuple[str, ...] = Field(
+        (OBJECTIVE,), min_length=1, description="metrics of which the table has the differences between rows"
+    )
     sampler: Literal["random", "tpe"] = Field(
         "random", description="random: the paper's, each draw a function of seed, row and trial; tpe: Optuna's TPE"
     )
@@ -43,6 +56,14 @@ class SweepConfig(Settings):
     set: dict[str, Any] = Field(default_factory=dict, description="fields of every row, by dotted name")
     space: Space = Field(default_factory=dict, description="what is drawn for every row, by dotted name")
     rows: dict[str, RowConfig] = Field(min_length=1, description="the rows of the report, by name")
+
+    @model_validator(mode="after")
+    def _check(self) -> SweepConfig:
+        if self.trials % self.seeds:
+            raise ValueError(f"trials={self.trials} is no multiple of seeds={self.seeds}, runs of each draw")
+        if self.sampler == "tpe" and (self.seeds > 1 or self.draws == "common"):
+            raise ValueError("sampler=tpe draws by what its own row has found: it takes no common draws and no seeds")
+        return self
 
 
 def load_sweep(path: Path) -> SweepConfig:

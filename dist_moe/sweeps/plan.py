@@ -28,21 +28,31 @@ Draw = dict[str, Stored]
 
 @dataclass(frozen=True)
 class Row:
-    """A row with what the sweep sets for all. ``assignments``: fields in the order of setting."""
+    """A row with what the sweep sets for all. ``assignments``: fields in the order of setting. ``common``: whether
+    other rows draw the same. ``seeds``: trials of each draw, which differ in the configuration's seed."""
 
     name: str
     assignments: tuple[tuple[str, Any], ...]
     space: Space
+    common: bool = False
+    seeds: int = 1
 
     def draw(self, seed: int, index: int) -> Draw:
-        """Return trial ``index``: a function of ``seed``, the row's name and ``index`` alone, whoever asks and when."""
-        key = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
-        generator = np.random.default_rng([seed, key, index])
-        return {name: self.space[name].draw(generator) for name in sorted(self.space)}
+        """Return trial ``index``: a function of ``seed``, ``index`` and the row's name, whoever asks and when.
 
-    def values(self, draw: Draw) -> dict[str, Any]:
-        """Return fields of the configuration by dotted name, for a draw as the study stores it."""
-        return {name: self.space[name].value(stored) for name, stored in draw.items()}
+        In place of the row's name common draws depend on the field's.
+        """
+        number = index // self.seeds
+        generator = _generator(seed, self.name, number)
+        return {
+            name: self.space[name].draw(_generator(seed, name, number) if self.common else generator)
+            for name in sorted(self.space)
+        }
+
+    def values(self, draw: Draw, index: int = 0) -> dict[str, Any]:
+        """Return fields of the configuration by dotted name, for the draw of trial ``index`` as the study stores it."""
+        values = {name: self.space[name].value(stored) for name, stored in draw.items()}
+        return values | ({"seed": index % self.seeds} if self.seeds > 1 else {})
 
     def config(self, base: Path, values: dict[str, Any]) -> SupervisedConfig:
         """Return the configuration of a trial. Raises UserError if it is not valid."""
@@ -66,7 +76,7 @@ class SweepPlan:
 
     def settings(self) -> dict[str, Any]:
         """Return all on which a trial depends, flat: not ``trials``, which may grow, nor what only the report uses."""
-        sweep = self.sweep.model_dump(mode="json", exclude={"config", "trials", "best_fraction"})
+        sweep = self.sweep.model_dump(mode="json", exclude={"config", "trials", "best_fraction", "compared"})
         return dict(_flat("base", self.base)) | dict(_flat("", sweep))
 
 
@@ -95,7 +105,10 @@ def _row(path: Path, sweep: SweepConfig, name: str) -> Row:
             raise UserError(f"sweep {path}: {where} both sets and draws {key}; leave one out")
     shared_space = {key: drawn for key, drawn in sweep.space.items() if key not in own.set}
     shared_set = {key: value for key, value in sweep.set.items() if key not in own.space}
-    row = Row(name, (*shared_set.items(), *own.set.items()), shared_space | own.space)
+    assignments = (*shared_set.items(), *own.set.items())
+    row = Row(name, assignments, shared_space | own.space, sweep.draws == "common", sweep.seeds)
+    if sweep.seeds > 1 and "seed" in (*dict(assignments), *row.space):
+        raise UserError(f"sweep {path}: row {name!r} sets or draws seed, and seeds={sweep.seeds} does; leave one out")
     if not row.space:
         raise UserError(
             f"sweep {path}: row {name!r} draws nothing, so that all its trials would be the same; give it a space"
@@ -119,6 +132,11 @@ def _corners(space: Space) -> Iterator[dict[str, Any]]:
     for name, values in extremes.items():
         first = {other: others[0] for other, others in extremes.items()}
         yield from (first | {name: value} for value in values)
+
+
+def _generator(seed: int, name: str, number: int) -> np.random.Generator:
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return np.random.default_rng([seed, key, number])
 
 
 def _flat(prefix: str, content: Any) -> Iterator[tuple[str, Any]]:

@@ -5,23 +5,31 @@ table.md      the paper's table, and the trials that each row needs to reach eac
 table.csv     the same table
 budget.csv    expected test loss of the chosen trial against the number of trials
 budget.png    the same as a picture
+pairs.csv     with several seeds: differences of all pairs of rows, seed by seed, in every metric
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dist_moe.errors import UserError
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.figure import draw_budget_curves
+from dist_moe.sweeps.paired import LEVEL, chosen_trials, paired_difference
 from dist_moe.sweeps.plan import SweepPlan
+from dist_moe.sweeps.records import TrialRecord
 from dist_moe.sweeps.runner import OBJECTIVE
+from dist_moe.sweeps.statistics import Floats
 from dist_moe.sweeps.study import Studies
 from dist_moe.sweeps.summary import Rows, RowSummary, summarise, trials_to_reach
 
@@ -34,8 +42,13 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
     if not any(rows.values()):
         raise UserError(f"no trial of {directory.root} is finished yet, so that there is nothing to report")
     summaries = summarise(rows, plan.sweep.best_fraction, plan.sweep.seed)
-    text = "\n\n".join([_opening(plan, rows, studies), _main_table(plan, summaries), _reach_table(summaries)]) + "\n"
     directory.report.mkdir(exist_ok=True)
+    parts = [_opening(plan, rows, studies), _main_table(plan, summaries)]
+    if plan.sweep.seeds > 1:
+        chosen = {name: chosen_trials(records, plan.sweep.seeds) for name, records in rows.items()}
+        parts += _comparison(plan, {name: trials for name, trials in chosen.items() if trials})
+        _write_csv(directory.report / "pairs.csv", _pair_cells(chosen))
+    text = "\n\n".join([*parts, _reach_table(summaries)]) + "\n"
     (directory.report / "table.md").write_text(text, encoding="utf-8")
     _write_csv(directory.report / "table.csv", (_table_cells(summary) for summary in summaries))
     _write_csv(directory.report / "trials.csv", _trial_cells(plan, rows))
@@ -52,7 +65,8 @@ def _opening(plan: SweepPlan, rows: Rows, studies: Studies) -> str:
     lines = [
         f"# Sweep {plan.path.stem}",
         f"- command: `dist-moe sweep {path}`",
-        f"- seed {sweep.seed}, sampler {sweep.sampler}, pruner {sweep.pruner}, {sweep.trials} trials per row",
+        f"- seed {sweep.seed}, sampler {sweep.sampler}, pruner {sweep.pruner}, {sweep.trials} trials per row"
+        + (f": {sweep.trials // sweep.seeds} draws ({sweep.draws}) x {sweep.seeds} seeds" if sweep.seeds > 1 else ""),
         f"- date: {datetime.now(UTC).date()}",
         *(f"- {count} trials on {environment}" for environment, count in environments.most_common()),
         *(
@@ -88,6 +102,52 @@ def _metrics(summary: RowSummary, others: list[str]) -> list[str]:
     single = f"{summary.best.test.get(OBJECTIVE, math.nan):.4f}"
     means = [f"{summary.metrics[name].mean:.4f}" for name in others]
     return [f"{loss.mean:.4f}{error} (of {loss.count})", single, *means]
+
+
+def _comparison(plan: SweepPlan, chosen: dict[str, list[TrialRecord]]) -> Iterable[str]:
+    """Yield the table of the chosen draws, and that of their differences to the first row's.
+
+    Raises UserError for a compared metric that the trials do not have.
+    """
+    metrics, rows = plan.sweep.compared, {row.name: row for row in plan.rows}
+    for trials in chosen.values():
+        for metric in set(metrics) - trials[0].test.keys():
+            known = ", ".join(sorted(trials[0].test))
+            raise UserError(f"sweep {plan.path}: compared={list(metrics)}: there is no metric {metric}; known: {known}")
+    body = []
+    for name, trials in chosen.items():
+        drawn = {key: rows[name].space[key].value(stored) for key, stored in trials[0].params.items()}
+        shown = [f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in drawn.items()]
+        body.append([name, ", ".join(shown), *(_spread(_tests(trials, metric)) for metric in metrics)])
+    yield (
+        f"Of each row the draw with the least mean validation loss over {plan.sweep.seeds} seeds: test metrics, mean ± "
+        "standard\ndeviation over the seeds.\n\n" + _markdown([["row", "draw", *metrics], *body])
+    )
+    first, *others = chosen or [""]
+    lines = []
+    for name in others:
+        pairs = [paired_difference(_tests(chosen[name], metric), _tests(chosen[first], metric)) for metric in metrics]
+        lines.append([name, *(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] {d.verdict}" for d in pairs)])
+    yield (
+        f"The same minus {first}, seed by seed, with a {100 * LEVEL:g} % interval; within: it holds 0, no difference "
+        "is seen.\npairs.csv has all pairs of rows and all metrics.\n\n" + _markdown([["row", *metrics], *lines])
+    )
+
+
+def _tests(trials: list[TrialRecord], metric: str) -> Floats:
+    return np.array([trial.test[metric] for trial in trials])
+
+
+def _spread(values_N: Floats) -> str:
+    return f"{values_N.mean():.4f} ± {values_N.std(ddof=1):.4f}"
+
+
+def _pair_cells(chosen: dict[str, list[TrialRecord]]) -> Iterable[Cells]:
+    for (one, trials), (other, others) in itertools.combinations(chosen.items(), 2):
+        both = [trial.test.keys() for trial in (*trials, *others)]
+        for metric in sorted(set.intersection(*map(set, both)) if trials and others else ()):
+            difference = paired_difference(_tests(trials, metric), _tests(others, metric))
+            yield {"row": one, "minus": other, "metric": metric} | asdict(difference) | {"verdict": difference.verdict}
 
 
 def _reach_table(summaries: list[RowSummary]) -> str:
@@ -127,7 +187,7 @@ def _trial_cells(plan: SweepPlan, rows: Rows) -> Iterable[Cells]:
             cells |= {"steps": record.steps, "seconds": round(record.seconds, 3)}
             cells |= {f"val_{metric}": value for metric, value in record.val.items()}
             cells |= {f"test_{metric}": value for metric, value in record.test.items()}
-            yield cells | spaces[name](record.params) | {"error": record.error}
+            yield cells | spaces[name](record.params, record.index) | {"error": record.error}
 
 
 def _budget_cells(summaries: list[RowSummary]) -> Iterable[Cells]:

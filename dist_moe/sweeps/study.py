@@ -181,7 +181,7 @@ class Studies:
         trial = study.ask({name: drawn.optuna() for name, drawn in sorted(row.space.items())})
         self.beat(trial)
         trial.set_user_attr("owner", owner)
-        return TakenTrial(trial, row, row.values(trial.params))
+        return TakenTrial(trial, row, row.values(trial.params, trial.user_attrs["index"]))
 
     def _sampler(self, row: Row, study: optuna.Study) -> BaseSampler:
         """Return the next trial's sampler. TPE is seeded anew each time, so that one worker alone repeats itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ def _nothing_is_ignored() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
     return write_config(tmp_path_factory.mktemp("config"), tiny_data)
+
+
+def start_job(config: Path, run: Path, world_size: int = 1, *overrides: str) -> subprocess.Popen[str]:
+    """A training of one process or of emulated ranks that does not end by itself."""
+    emulated = ["--emulate", world_size] if world_size > 1 else []
+    return start(sys.executable, "-m", "dist_moe", "train", config, "--run-dir", run, *emulated, *LONG, *overrides)
 
 
 def members_of(command_line: str) -> list[int]:
@@ -77,8 +84,7 @@ def test_what_was_ignored_stays_ignored(number: int) -> None:
 def test_signals_before_training_end_with_a_sentence(config: Path, tmp_path: Path) -> None:
     """While modules are imported, data prepared or groups opened, whichever it is by then."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
-    command = [sys.executable, "-m", "dist_moe", "train", config, "--run-dir"]
-    processes = [start(*command, tmp_path / str(number), *LONG) for number in numbers]
+    processes = [start_job(config, tmp_path / str(number)) for number in numbers]
     time.sleep(1.0)
     for process, number in zip(processes, numbers, strict=True):
         process.send_signal(number)
@@ -119,9 +125,7 @@ def test_a_signal_ends_a_process_that_waits_for_a_peer() -> None:
 def test_the_second_ctrl_c_ends_at_once(config: Path, tmp_path: Path, world_size: int, frozen: bool) -> None:
     """While the first wish waits for the next collection of metrics, or ranks do nothing any more."""
     run = tmp_path / "run"
-    emulated = ["--emulate", world_size] if world_size > 1 else []
-    command = [sys.executable, "-m", "dist_moe", "train", config, "--run-dir", run, *emulated, *LONG]
-    process = start(*command, "train.log_every=150")
+    process = start_job(config, run, world_size, "train.log_every=150")
     wait_for_steps(run, 150, process)
     ranks = children_of(process.pid)
     assert listeners_of([process.pid, *ranks]) <= {"127.0.0.1", "::1"}
@@ -144,8 +148,7 @@ def test_the_second_ctrl_c_ends_at_once(config: Path, tmp_path: Path, world_size
 @pytest.mark.parametrize("number", [one for one in STOP_SIGNALS if one not in (signal.SIGTERM, signal.SIGINT)])
 def test_every_wish_ends_in_a_checkpoint(config: Path, tmp_path: Path, number: int, world_size: int) -> None:
     run = tmp_path / "run"
-    emulated = ["--emulate", world_size] if world_size > 1 else []
-    process = start(sys.executable, "-m", "dist_moe", "train", config, "--run-dir", run, *emulated, *LONG)
+    process = start_job(config, run, world_size)
     wait_for_steps(run, 2, process)
     process.send_signal(number)
     outcome = finish(process)
@@ -157,7 +160,7 @@ def test_every_wish_ends_in_a_checkpoint(config: Path, tmp_path: Path, number: i
 @pytest.mark.slow
 def test_emulated_ranks_that_are_still_starting(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(sys.executable, "-m", "dist_moe", "train", config, "--run-dir", run, "--emulate", 2, *LONG)
+    process = start_job(config, run, 2)
     while not members_of(f"train {config} --run-dir {run} train.max_steps"):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dist_moe.errors import UserError
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.sweeps.plan import Row, plan_sweep
 
@@ -30,6 +31,29 @@ def test_a_draw_depends_on_seed_row_and_index_and_on_nothing_else(write: Write) 
     assert all(other[LR] != draw[LR] for other in others)
     reordered = {"COMET": ROWS["COMET"]}
     assert rows(write, rows=reordered, trials=9)["COMET"].draw(3, 7) == draw
+
+
+def test_common_draws_depend_on_the_field_in_place_of_the_row(write: Write) -> None:
+    """So what rows share is drawn alike, and what a row draws alone changes none of it."""
+    comet, top_k = rows(write, draws="common", trials=6, seeds=2).values()
+    drawn, other = comet.draw(3, 7), top_k.draw(3, 7)
+    assert {name: drawn[name] for name in other} == other
+    assert drawn.keys() - other.keys() == {"model.gate.gamma"}
+    assert comet.draw(3, 6) == drawn != comet.draw(3, 8)
+    assert [top_k.values(other, index)["seed"] for index in (6, 7)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seeds": 2}, "trials=3 is no multiple of seeds=2"),
+        ({"sampler": "tpe", "draws": "common"}, "sampler=tpe draws by what its own row has found"),
+        ({"seeds": 3, "set": {"seed": 1}}, "sets or draws seed, and seeds=3 does"),
+    ],
+)
+def test_seeds_and_draws_that_do_not_go_together(write: Write, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        rows(write, **changes)
 
 
 def test_a_trial_has_the_fields_set_and_drawn(write: Write) -> None:

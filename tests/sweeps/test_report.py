@@ -8,11 +8,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from dist_moe.cli.main import main
+from dist_moe.errors import UserError
 from dist_moe.sweeps.figure import group_of
+from dist_moe.sweeps.paired import chosen_trials, paired_difference
 from dist_moe.sweeps.records import State, TrialRecord
 from dist_moe.sweeps.report import write_report
 from dist_moe.sweeps.runner import TrialResult
@@ -204,3 +207,40 @@ def test_a_directory_that_cannot_be_made(write: Write, tmp_path: Path, capsys: p
     arguments = ["--sweep-dir", str(tmp_path / "file"), "--runner", "tests.sweeps.runners:analytic"]
     assert main(["sweep", str(write()), *arguments]) == 2
     assert "cannot be made" in capsys.readouterr().err
+
+
+def test_rows_are_compared_seed_by_seed(bench: Bench) -> None:
+    """Seeds differ by 1, rows and draws by far less: only pairs show that."""
+    studies = bench.studies(trials=9, seeds=3, draws="common", compared=["loss", "auc"])
+    bench.work(studies, runners.seeded)
+    text = write_report(studies._plan, bench.directory, studies)
+    chosen = {}
+    for row in ("COMET", "Top-k"):
+        records = studies.records(row)
+        draws = [records[i : i + 3] for i in range(0, 9, 3)]
+        assert all(one.params == draw[0].params for draw in draws for one in draw)
+        chosen[row] = min(draws, key=lambda draw: sum(one.loss for one in draw))
+    assert chosen["COMET"][0].params[LR] == chosen["Top-k"][0].params[LR]
+    assert "3 draws (common) x 3 seeds" in text
+    (loss,) = (line for line in lines_of(bench.directory.report / "pairs.csv") if line["metric"] == "loss")
+    pairs = zip(chosen["COMET"], chosen["Top-k"], strict=True)
+    differences = [one.test["loss"] - other.test["loss"] for one, other in pairs]
+    reach = 4.302653 * statistics.stdev(differences) / math.sqrt(3)  # Student's t, 2 degrees of freedom
+    assert float(loss["mean"]) == pytest.approx(statistics.mean(differences), abs=1e-12)
+    assert float(loss["high"]) - float(loss["low"]) == pytest.approx(2 * reach, rel=1e-5, abs=1e-12)
+    with pytest.raises(UserError, match=r"compared=\['aucc'\]: there is no metric aucc; known: auc, loss"):
+        write_report(
+            bench.studies(trials=9, seeds=3, draws="common", compared=["aucc"])._plan, bench.directory, studies
+        )
+
+
+def test_a_draw_with_a_seed_that_diverged_is_not_chosen() -> None:
+    good, bad = [record(i, 2.0, 1.0) for i in (0, 1)], [record(2, 1.0, 1.0), record(3, 0.0, 1.0, "diverged")]
+    assert chosen_trials([*bad, *good], 2) == good
+    assert chosen_trials(bad, 2) == []
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(1.0, "above"), (-1.0, "below"), (0.0, "within")])
+def test_verdicts(shift: float, verdict: str) -> None:
+    noise_N = np.array([0.1, -0.1, 0.2, -0.2])
+    assert paired_difference(noise_N + shift, np.zeros(4)).verdict == verdict

@@ -51,6 +51,13 @@ sys.exit(main(["evaluate", {str(self.made / "run")!r}]))
 """
         subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, check=True)
 
+    def opened(self, user: Path) -> Path:
+        """Return a copy of the run, which is the user's."""
+        run = user / "run"
+        run.mkdir()
+        copied(self.made / "run", run)
+        return run
+
     def resume(self, user: Path, ours: Path) -> Any:
         """Go on with a copy of the user's run for one step; return its directory."""
         copied(user / "run", ours / "run")
@@ -65,9 +72,7 @@ class CheckpointsArea(RunArea):
 
     def case(self, drawn: random.Random, user: Path, ours: Path) -> Case:
         """Change the newest checkpoint."""
-        run = user / "run"
-        run.mkdir()
-        copied(self.made / "run", run)
+        run = self.opened(user)
         newest = run / "checkpoints" / f"step-{STEPS:08d}"
         kind = drawn.choices(["none", "kind", "bytes", "json", "tensors"], [1, 2, 3, 6, 8])[0]
         must: Must = "accept" if kind == "none" else None
@@ -166,9 +171,7 @@ class RecordsArea(RunArea):
 
     def case(self, drawn: random.Random, user: Path, ours: Path) -> Case:
         """Change a file beside the checkpoints."""
-        run = user / "run"
-        run.mkdir()
-        copied(self.made / "run", run)
+        run = self.opened(user)
         names = ["metrics.jsonl", "metrics.jsonl", "metrics.jsonl", "environment.json", "summary.json", "config.yaml"]
         path = run / drawn.choice(names)
         kind = drawn.choices(["none", "kind", "bytes", "line", "directory"], [1, 3, 4, 8, 1])[0]

@@ -21,7 +21,7 @@ from dist_moe.engine.deepspeed.config import (
     offloads_optimizer,
     zero_stage,
 )
-from dist_moe.engine.deepspeed.kinds import FLAG, Kind, check_kind, number, one_of, shown, size, suggestion, whole
+from dist_moe.engine.deepspeed.kinds import FLAG, Kind, check_kind, number, one_of, size, suggestion, whole, written
 from dist_moe.engine.deepspeed.optimizers import check_optimizer
 from dist_moe.engine.deepspeed.schedules import check_schedule
 from dist_moe.errors import UserError
@@ -177,7 +177,7 @@ def check_deepspeed_section(section: DeepSpeedSection, batch_size: int, world_si
     for field, value in _leaves(section, FIELDS.keys() | refusals.keys()):
         _check_not_auto(field, value)
         if field in refusals and value is not None and refusals[field].when(value):
-            raise UserError(f"deepspeed.{field}={shown(value)} is refused: {refusals[field].because}")
+            raise UserError(f"deepspeed.{field}={written(value)} is refused: {refusals[field].because}")
         if field in FIELDS:
             check_kind(field, value, FIELDS[field])
     _check_precision(section)
@@ -199,7 +199,7 @@ def _leaves(section: DeepSpeedSection, known: set[str], above: str = "") -> Iter
                 yield from _leaves(value, known, f"{field}.")
             elif value is not None or field.rpartition(".")[2] not in OFFLOADS:
                 raise UserError(
-                    f"deepspeed.{field}={shown(value)} must hold 'key: value' pairs"
+                    f"deepspeed.{field}={written(value)} must hold 'key: value' pairs"
                     + (", among them its type, for example type: AdamW" if field == "optimizer" else "")
                 )
         else:

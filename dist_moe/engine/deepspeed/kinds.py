@@ -79,7 +79,7 @@ UP_TO_1 = number("from 0 to 1", lambda v: 0 <= v <= 1)
 def check_kind(field: str, value: Any, kind: Kind) -> None:
     """Raise UserError unless ``value``, of ``deepspeed.{field}``, is of its kind."""
     if not kind.holds(value):
-        raise UserError(f"deepspeed.{field}={shown(value)} is refused: it must be {kind.phrase}")
+        raise UserError(f"deepspeed.{field}={written(value)} is refused: it must be {kind.phrase}")
 
 
 def check_parameters(field: str, given: Any, kinds: Mapping[str, Kind], of: str) -> None:
@@ -88,7 +88,7 @@ def check_parameters(field: str, given: Any, kinds: Mapping[str, Kind], of: str)
     ``of``: whose parameters they are.
     """
     if not isinstance(given, dict):
-        raise UserError(f"deepspeed.{field}={shown(given)} must hold 'key: value' pairs")
+        raise UserError(f"deepspeed.{field}={written(given)} must hold 'key: value' pairs")
     for key, value in given.items():
         if key not in kinds:
             raise UserError(f"deepspeed.{field}.{key}: {of} has no such parameter; {suggestion(key, kinds)}")
@@ -102,7 +102,7 @@ def suggestion(name: Any, allowed: Collection[str]) -> str:
     return (f"did you mean {by_lower[near[0]]}? " if near else "") + f"Allowed are {', '.join(allowed)}"
 
 
-def shown(value: Any) -> str:
+def written(value: Any) -> str:
     """Return ``value`` as a configuration file would have it, cut to 200 characters."""
     text = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
     return text if len(text) <= 200 else text[:200] + "..."

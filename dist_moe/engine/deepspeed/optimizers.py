@@ -27,8 +27,8 @@ from dist_moe.engine.deepspeed.kinds import (
     check_parameters,
     number,
     pair,
-    shown,
     suggestion,
+    written,
 )
 from dist_moe.errors import UserError
 
@@ -131,7 +131,7 @@ def check_optimizer(section: DeepSpeedSection) -> None:
         )
     if canonical not in OPTIMIZERS:
         raise UserError(
-            f"deepspeed.optimizer.type={shown(name)} is refused: there is no such one; {suggestion(name, OPTIMIZERS)}"
+            f"deepspeed.optimizer.type={written(name)} is refused: there is no such one; {suggestion(name, OPTIMIZERS)}"
         )
     kinds = OPTIMIZERS[canonical]
     if is_adam(name) and isinstance(params, dict) and params.get("torch_adam") is False:
@@ -143,11 +143,11 @@ def check_optimizer(section: DeepSpeedSection) -> None:
         optimizer = optimizer_on_two_numbers(section)
         states = [take_step(optimizer) for _ in range(3)][-1]
     except Exception as error:  # whatever torch says to values that it cannot use
-        raise UserError(f"deepspeed.optimizer.params={shown(params)} do not suit {name}: {error}") from error
+        raise UserError(f"deepspeed.optimizer.params={written(params)} do not suit {name}: {error}") from error
     (parameter,) = optimizer.param_groups[0]["params"]
     if not all(torch.as_tensor(value).isfinite().all() for value in (parameter, *states.values())):
         raise UserError(
-            f"deepspeed.optimizer.params={shown(params)} do not suit {name}: its third step is not finite any more"
+            f"deepspeed.optimizer.params={written(params)} do not suit {name}: its third step is not finite any more"
         )
 
 

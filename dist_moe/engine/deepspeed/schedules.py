@@ -25,9 +25,9 @@ from dist_moe.engine.deepspeed.kinds import (
     number,
     one_of,
     several,
-    shown,
     suggestion,
     whole,
+    written,
 )
 from dist_moe.engine.deepspeed.optimizers import optimizer_on_two_numbers, take_step
 from dist_moe.errors import UserError
@@ -189,7 +189,7 @@ def check_schedule(section: DeepSpeedSection) -> None:
         )
     if not isinstance(name, str) or name not in SCHEDULES:
         raise UserError(
-            f"deepspeed.scheduler.type={shown(name)} is refused: there is no such one; {suggestion(name, SCHEDULES)}"
+            f"deepspeed.scheduler.type={written(name)} is refused: there is no such one; {suggestion(name, SCHEDULES)}"
         )
     check_parameters("scheduler.params", params, SCHEDULES[name], name)
     optimizer = optimizer_on_two_numbers(section)
@@ -208,7 +208,7 @@ def check_schedule(section: DeepSpeedSection) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever torch and DeepSpeed say to values that they cannot use
-        raise UserError(f"deepspeed.scheduler.params={shown(params)} do not suit {name}: {error!r}") from error
+        raise UserError(f"deepspeed.scheduler.params={written(params)} do not suit {name}: {error!r}") from error
 
 
 def check_length_of_schedule(section: DeepSpeedSection, total_steps: int) -> None:
@@ -244,8 +244,8 @@ def check_changes_have_effect(before: DeepSpeedSection, after: DeepSpeedSection)
         both = [section | {"scheduler": after["scheduler"]} for section in alone]
         if _first_values(alone[0]) != _first_values(alone[1]) and _first_values(both[0]) == _first_values(both[1]):
             raise UserError(
-                f"deepspeed.optimizer.params.{key}={shown(new.get(key))} was {shown(old.get(key))}, and the change has "
-                f"no effect: {after['scheduler']['type']} sets it; change deepspeed.scheduler.params"
+                f"deepspeed.optimizer.params.{key}={written(new.get(key))} was {written(old.get(key))}, and the change "
+                f"has no effect: {after['scheduler']['type']} sets it; change deepspeed.scheduler.params"
             )
 
 
@@ -265,7 +265,7 @@ def _check_values(section: DeepSpeedSection, groups: list[dict[str, Any]], step:
     betas = group.get("betas", (group.get("momentum", 0.0),))
     if not (0 <= group["lr"] < math.inf and all(0 <= beta < 1 for beta in betas)):
         raise UserError(
-            f"deepspeed.scheduler.params={shown(section['scheduler'].get('params', {}))}: after {step} steps the "
+            f"deepspeed.scheduler.params={written(section['scheduler'].get('params', {}))}: after {step} steps the "
             f"learning rate is {group['lr']} and the momentum {betas[0]}; rates must be finite and >= 0, momentum "
             ">= 0 and below 1"
         )

@@ -47,18 +47,19 @@ def small_model(
     config = MODELS.by_name[name].model_validate({"embedding_dim": 2, "tower_units": [3]} | SMALL[name] | more)
     assert not [*config.validation_errors(), *config.gate_errors()]
     model: MoEModel = config.build(features=features, targets=tuple(targets), run=RunShape(world or SingleWorld(), 9))
-    model.double()
-    with torch.no_grad():
-        for position, (_, parameter) in enumerate(model.named_parameters()):
-            bank = next((b for b in model.modules() if isinstance(b, MlpBank) and _has(b, parameter)), None)
-            for index, part in enumerate([parameter] if bank is None else parameter):
-                seed = 1000 * position + (0 if bank is None else bank.expert_ids[index])
-                part.copy_(torch.rand(part.shape, generator=torch.Generator().manual_seed(seed)) * 1.6 - 0.7)
+    draw_parameters(model.double())
     return model
 
 
-def _has(module: nn.Module, parameter: Tensor) -> bool:
-    return any(p is parameter for p in module.parameters())
+@torch.no_grad()
+def draw_parameters(model: nn.Module) -> None:
+    """Draw all parameters anew, those of an expert by its global id."""
+    banks = {id(p): bank for bank in model.modules() if isinstance(bank, MlpBank) for p in bank.parameters()}
+    for position, parameter in enumerate(model.parameters()):
+        bank = banks.get(id(parameter))
+        for index, part in enumerate([parameter] if bank is None else parameter):
+            seed = 1000 * position + (0 if bank is None else bank.expert_ids[index])
+            part.copy_(torch.rand(part.shape, generator=torch.Generator().manual_seed(seed)) * 1.6 - 0.7)
 
 
 def batch_of(rows: int, seed: int = 0) -> Batch:

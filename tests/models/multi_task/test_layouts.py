@@ -17,12 +17,16 @@ from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import StepLoss, fit
-from dist_moe.parallel import ExchangeOptions, World
+from dist_moe.experts import MlpConfig
+from dist_moe.gates import Softmax
+from dist_moe.layer import MoE
+from dist_moe.models import MODELS, RunShape
+from dist_moe.parallel import ExchangeOptions, FlatExchange, Placement, SingleWorld, World, experts_of_rank
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
 from tests.helpers.parity import by_expert
 from tests.helpers.pool import on_ranks
-from tests.helpers.worlds import emulate
-from tests.models.multi_task.naive import TARGETS, batch_of, part_of, small_model
+from tests.helpers.worlds import emulate, emulated_in_nodes
+from tests.models.multi_task.naive import FEATURES, SMALL, TARGETS, batch_of, draw_parameters, part_of, small_model
 from tests.models.shares import assert_shares, joined
 
 ROWS, STEPS = 12, 4
@@ -34,9 +38,13 @@ def cotangent() -> Tensor:
     return torch.randn(len(TARGETS), ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
 
 
-def step(name: str, world: World | None, rows: slice) -> tuple[Any, Tensor, dict[str, Tensor]]:
-    """The model after two passes, the last one's predictions, its gradients."""
+def step(name: str, world: World | None, rows: slice, moved: bool = False) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    """The model after two passes, the last one's predictions, its gradients; ``moved``: experts in falling order."""
     model = small_model(name, world)
+    for layer in model.moe_layers.values() if moved else ():
+        count = layer.experts.num_experts
+        layer.place(Placement(tuple(reversed(range(count))), layer.world.size))
+        draw_parameters(model)
     model(*part_of(batch_of(ROWS, seed=1), rows))
     prediction_TB = torch.stack(model(*part_of(batch_of(ROWS), rows)).predictions)
     loss = (prediction_TB * cotangent()[:, rows]).sum()
@@ -65,6 +73,45 @@ def test_ranks_are_one(name: str, sizes: list[int]) -> None:
 
 def statistics_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if ".running_" in name}
+
+
+@pytest.mark.parametrize("name", ["ple", "home"])
+def test_nodes_and_experts_elsewhere_change_nothing(name: str) -> None:
+    """Ranks in nodes, for which rows cross once; and experts that live in another order, by their ids as ever."""
+
+    whole, predictions, wanted = step(name, None, slice(None))
+    rows = slices([3, 0, 5, 4])
+    of_ranks = emulated_in_nodes(2)(4, lambda world: step(name, world, rows[world.rank], moved=True))
+    assert_same(torch.cat([found for _, found, _ in of_ranks], dim=1), predictions)
+    for model, _, found in of_ranks:
+        assert_all_same(statistics_of(model), statistics_of(whole))
+        for layer_name, layer in model.moe_layers.items():
+            ids = list(layer.experts.expert_ids)
+            assert ids != list(experts_of_rank(layer.experts.num_experts, layer.world))
+            for leaf, _ in layer.experts.named_parameters():
+                full = f"{layer_name}.experts.{leaf}"
+                assert_same(found[full], wanted[full][ids], 1e-9)
+
+
+def test_experts_that_must_see_all_rows_are_computed_once() -> None:
+    def check(world: World) -> None:
+        gate, bank = Softmax(5, 4), MlpConfig(units=(5,), batch_norm=True).build(5, 4, experts_of_rank(4, world))
+        assert isinstance(MoE(gate, bank, world=world, shared=nn.Identity()).exchange, FlatExchange)
+        with pytest.raises(ValueError, match="cannot be computed again"):
+            MoE(gate, bank, world=world, recompute_experts=True)
+
+    emulate(2, check, options=ExchangeOptions(overlap_chunks=2))
+
+
+@models
+def test_built_without_storage(name: str) -> None:
+    with torch.device("meta"):
+        model = MODELS.by_name[name].model_validate(SMALL[name]).build(FEATURES, TARGETS, RunShape(SingleWorld(), 9))
+    whole = small_model(name, embedding_dim=16, tower_units=[64])
+    assert {leaf: p.shape for leaf, p in model.named_parameters()} == {
+        leaf: p.shape for leaf, p in whole.named_parameters()
+    }
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def test_an_expert_without_rows_keeps_its_statistics() -> None:

@@ -138,8 +138,9 @@ def test_normalised_swish_does_not_collapse_as_relu_does() -> None:
     for activation, batch_norm in (("silu", True), ("relu", False)):
         model = small_model("home", experts=EXPERTS | {"activation": activation, "batch_norm": batch_norm})
         for level in model.levels:
-            nn.init.ones_(level.experts.norm_weight) if batch_norm else None
             nn.init.zeros_(level.experts.norm_bias if batch_norm else level.experts.bias1)
+            if batch_norm:
+                nn.init.ones_(level.experts.norm_weight)
         seen: list[tuple[Any, Tensor]] = []
         for level in model.levels:
             part = level.experts.norm if batch_norm else level.experts
