@@ -1,4 +1,4 @@
-"""What goes wrong in multi-task mixtures, measured while a model is evaluated: the three diagnoses of HoME.
+"""Diagnoses of multi-task mixtures while they are evaluated: the three that HoME made.
 
 HoME (Kuaishou, arXiv 2408.05430, 2024) found in MMoE and PLE at work: *collapse*, experts whose results have very
 different scales, or are almost all zero under ReLU; *degradation*, a shared expert that one target has to itself;
