@@ -50,26 +50,26 @@ def follow_batch(
 
 
 class ExpertBatchNorm(nn.Module):
-    """``norm(x_NF, local_N, expert_ids)`` normalises the rows of each expert over all of its rows of the pass.
+    """``norm(x_NF, local_N, expert_ids, weight_EF, bias_EF)`` normalises each expert's rows over all that it has.
 
-    ``weight``, ``bias``: (E_local, F), of this rank's experts. ``running_mean``, ``running_var``: (E, F) over *all*
-    experts by global id, the same on every rank whatever its experts, for evaluation; fp32 at least in a model of
-    lower precision. ``added``: adds up over the ranks, also over those that hold copies of an expert. Two collectives
-    forward and two backward while training. All arithmetic is fp32 at least.
+    Weights and biases, (E_local, F), are parameters of the bank that holds this rank's experts. ``running_mean``,
+    ``running_var``: (E, F) over *all* experts by global id, the same on every rank whatever its experts, for
+    evaluation; fp32 at least in a model of lower precision. ``added``: adds up over the ranks, also over those that
+    hold copies of an expert. Two collectives forward and two backward while training. Computes in fp32 at least.
     """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, num_features: int, num_experts: int, num_local_experts: int) -> None:
+    def __init__(self, num_features: int, num_experts: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_local_experts, num_features))
-        self.bias = nn.Parameter(torch.zeros(num_local_experts, num_features))
         self.register_buffer("running_mean", torch.zeros(num_experts, num_features))
         self.register_buffer("running_var", torch.ones(num_experts, num_features))
         self.added: Added = alone
 
-    def forward(self, x_NF: Tensor, local_N: Tensor, expert_ids: Sequence[int]) -> Tensor:
+    def forward(
+        self, x_NF: Tensor, local_N: Tensor, expert_ids: Sequence[int], weight_EF: Tensor, bias_EF: Tensor
+    ) -> Tensor:
         """Return the normalised rows; ``local_N``: index of each one's expert in ``expert_ids``; N may be 0."""
         wide_NF = x_NF.to(torch.promote_types(x_NF.dtype, torch.float32))
         id_E = torch.tensor(expert_ids, device=x_NF.device)
@@ -77,8 +77,8 @@ class ExpertBatchNorm(nn.Module):
         if self.training:
             count, mean, var = batch_statistics(wide_NF, id_E[local_N], len(mean), self.added)
             follow_batch(self.running_mean, self.running_var, count, mean, var)
-        scale_EF = self.weight * (var[id_E] + EPS).rsqrt()
-        of_expert = torch.stack([mean[id_E].to(scale_EF), scale_EF, self.bias.to(scale_EF)], dim=1).flatten(1)
+        scale_EF = weight_EF * (var[id_E] + EPS).rsqrt()
+        of_expert = torch.stack([mean[id_E].to(scale_EF), scale_EF, bias_EF.to(scale_EF)], dim=1).flatten(1)
         of_row = rows_of_tokens(of_expert, TokenIndex.of(local_N, len(id_E)))
         mean_NF, scale_NF, bias_NF = of_row.chunk(3, dim=1)
         return ((wide_NF - mean_NF) * scale_NF + bias_NF).to(x_NF.dtype)

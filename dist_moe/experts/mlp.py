@@ -74,9 +74,11 @@ class MlpBank(ExpertBank):
     """y = dropout(act(norm(h W_e + b_e))), h = act(... x ...) of the layers before; see :class:`MlpConfig`.
 
     Parameters: ``weight0``, ``weight1``, ... (E_local, in, out), glorot-uniform, and ``bias0``, ... (E_local, out),
-    zero; ``norm`` with batch normalisation. With L feature gates of rank r: ``choice`` (E_local, dim, L), ``into``
-    (E_local, dim, L * r), glorot-uniform, and ``back`` (E_local, L * r, dim), zero: gates begin neutral, and learn, as
-    the gradient of ``back`` is not zero. All are drawn per expert from its global id.
+    zero; none in front of batch normalisation, which takes it away: its gradient would be rounding alone, of which Adam
+    makes steps. With batch normalisation ``norm_weight``, ``norm_bias`` (E_local, out), one and zero. With L feature
+    gates of rank r: ``choice`` (E_local, dim, L), ``into`` (E_local, dim, L * r), glorot-uniform, and ``back``
+    (E_local, L * r, dim), zero: gates begin neutral, and learn, as the gradient of ``back`` is not zero. All are drawn
+    per expert from its global id.
     """
 
     def __init__(self, dim: int, config: MlpConfig, num_experts: int, expert_ids: Sequence[int]) -> None:
@@ -86,8 +88,12 @@ class MlpBank(ExpertBank):
         generators, local = self.generators(), self.num_local_experts
         for i, (width, units) in enumerate(pairwise((dim, *config.units))):
             self.register_parameter(f"weight{i}", drawn((width, units), generators))
-            self.register_parameter(f"bias{i}", nn.Parameter(torch.zeros(local, units)))
-        self.norm = ExpertBatchNorm(self.out_dim, num_experts, local) if config.batch_norm else None
+            has_bias = i < len(config.units) - 1 or not config.batch_norm
+            self.register_parameter(f"bias{i}", nn.Parameter(torch.zeros(local, units)) if has_bias else None)
+        if config.batch_norm:
+            self.norm = ExpertBatchNorm(self.out_dim, num_experts)
+            self.norm_weight = nn.Parameter(torch.ones(local, self.out_dim))
+            self.norm_bias = nn.Parameter(torch.zeros(local, self.out_dim))
         if (gate := config.feature_gate) is not None:
             rank = gate.number * (gate.rank or max(dim // gate.number, 1))
             self.choice = drawn((dim, gate.number), generators)
@@ -122,10 +128,10 @@ class MlpBank(ExpertBank):
             x_ND = x_ND * self._feature_gate(x_ND, linear, self.config.feature_gate)
         activation, last = kernels.ACTIVATIONS[self.config.activation].function, len(self.config.units) - 1
         for i in range(last + 1):
-            x_ND = linear(x_ND, self.get_parameter(f"weight{i}"), self.get_parameter(f"bias{i}"))
-            if i == last and self.norm is not None:
-                rows_NF = self.norm(x_ND.flatten(0, -2), expert_of_row(), self.expert_ids)
-                x_ND = rows_NF.view(x_ND.shape)
+            x_ND = linear(x_ND, getattr(self, f"weight{i}"), getattr(self, f"bias{i}"))
+            if i == last and self.config.batch_norm:
+                norm = self.norm_weight, self.norm_bias
+                x_ND = self.norm(x_ND.flatten(0, -2), expert_of_row(), self.expert_ids, *norm).view(x_ND.shape)
             x_ND = activation(x_ND)
         return x_ND
 

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dist_moe.experts import BertFeedForwardBank, ConvBank, DenseReLUBank, ExpertBank, FeedForwardBank
+from dist_moe.experts import (
+    BertFeedForwardBank,
+    ConvBank,
+    DenseReLUBank,
+    ExpertBank,
+    FeedForwardBank,
+    MlpBank,
+    MlpConfig,
+)
+from tests.models.multi_task.naive import naive_expert as naive_mlp
 
 
 def naive_expert(bank: ExpertBank, expert: int, x_D: Tensor) -> Tensor:
@@ -18,6 +27,8 @@ def naive_expert(bank: ExpertBank, expert: int, x_D: Tensor) -> Tensor:
         return naive_bert_expert(bank, expert, x_D)
     if isinstance(bank, FeedForwardBank):
         return naive_feed_forward_expert(bank, expert, x_D)
+    if isinstance(bank, MlpBank):
+        return naive_mlp(bank, expert, [x_D])[0]
     assert isinstance(bank, DenseReLUBank)
     return _naive_dense(x_D, bank.weight[expert], bank.bias[expert])
 
@@ -87,15 +98,17 @@ _NAIVE_ACTIVATIONS = {
 def randomise_biases(bank: ExpertBank) -> None:
     """Zero biases would hide a bias that is left out or given to the wrong expert."""
     for name, parameter in bank.named_parameters():
-        if name.endswith("bias"):
+        if "bias" in name:
             torch.nn.init.uniform_(parameter, -0.2, 0.2)
 
 
+MLP = {"units": [5, 4], "activation": "silu", "feature_gate": {"number": 2, "rank": 3}}
 BANKS: dict[str, Callable[[Sequence[int]], ExpertBank]] = {
     "conv": lambda ids: ConvBank(20, 8, ids, channels=(2, 3), units=(5, 4)),
     "dense": lambda ids: DenseReLUBank(12, 5, 8, ids),
     "plain": lambda ids: FeedForwardBank(7, 5, 8, ids, activation="relu", out_dim=4),
     "gated": lambda ids: FeedForwardBank(7, 5, 8, ids, activation="silu", gated=True, bias=True),
+    "mlp": lambda ids: MlpBank(7, MlpConfig.model_validate(MLP), 8, ids),
     "bert": lambda ids: BertFeedForwardBank(7, 5, 8, ids, dropout=0.0, norm_eps=1e-3),
 }
 """Banks of every type without dropout, of some of 8 experts."""
@@ -108,6 +121,8 @@ def small_bank(name: str) -> ExpertBank:
     randomise_biases(bank)
     if isinstance(bank, BertFeedForwardBank):
         torch.nn.init.uniform_(bank.norm_weight, 0.5, 1.5)
+    if isinstance(bank, MlpBank):
+        torch.nn.init.uniform_(bank.back, -1, 1)
     return bank
 
 

@@ -55,8 +55,8 @@ def opening_line(config: SupervisedConfig, task: Task, trainer: Trainer, root: P
     engine, world_size = trainer.engine, trainer.groups.environment.world_size
     layers, tokens = len(trainer.model.moe_layers), task.tokens_per_example
     start = f"from step {trainer.step} " if trainer.step else ""
-    several = f" in each of {layers} layers" if layers > 1 else ""
     counts = {layer.experts.num_experts: None for layer in trainer.model.moe_layers.values()}
+    several = f" in {'each of ' if len(counts) == 1 else ''}{layers} layers" if layers > 1 else ""
     experts = f"{config.gate_label}, {' and '.join(map(str, counts))} experts{several}"
     spread = f"{experts} over {config.parallel.expert_parallel_size} of {world_size} rank(s)"
     return (

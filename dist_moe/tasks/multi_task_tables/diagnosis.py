@@ -1,4 +1,4 @@
-"""What goes wrong in multi-task mixtures, measured while a model is evaluated: the three diagnoses of HoME.
+"""Diagnoses of multi-task mixtures while they are evaluated: the three that HoME made.
 
 HoME (Kuaishou, arXiv 2408.05430, 2024) found in MMoE and PLE at work: *collapse*, experts whose results have very
 different scales, or are almost all zero under ReLU; *degradation*, a shared expert that one target has to itself;
@@ -19,7 +19,7 @@ from dist_moe.kernels import group_of_each_row
 from dist_moe.layer import MoE
 from dist_moe.models import ModelOutput, MoEModel
 from dist_moe.models.multi_task.levels import SHARED, LevelGate
-from dist_moe.parallel import sum_over_ranks
+from dist_moe.parallel import FlatExchange, sum_over_ranks
 from dist_moe.tasks.multi_task_tables.metrics import calibration_bins, labels_of
 from dist_moe.tasks.task import Columns, Watch
 
@@ -33,6 +33,8 @@ class TableWatch(Watch):
         names = [target.name for target in targets]
         self._layers = {name: _LayerSums(layer, *_names(layer, names)) for name, layer in model.moe_layers.items()}
         for sums, layer in zip(self._layers.values(), model.moe_layers.values(), strict=True):
+            self.callback(setattr, layer, "exchange", layer.exchange)
+            layer.exchange = FlatExchange(layer.world)  # in chunks the bank would not know whose rows it has
             self.callback(layer.experts.register_forward_hook(sums.add_results).remove)
 
     def see(self, output: ModelOutput) -> None:
