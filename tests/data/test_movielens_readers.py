@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dist_moe.data.fetch.archives import read_members
 from dist_moe.data.fetch.progress import Progress
@@ -140,3 +143,13 @@ def test_an_empty_ratings_file_is_refused(tiny: Path) -> None:
     (tiny / "ratings.dat").write_text("")
     with pytest.raises(UserError, match="holds no rows"):
         ratings_in(tiny)
+
+
+@given(st.text("a \n()1", max_size=30))
+def test_title_and_year_are_parted_as_by_dslabs_pattern(title: str) -> None:
+    match = re.search(r"(.*)\s\(\d+\)", title)
+    assert readers.before_year(title) == ("" if match is None else match[1])
+
+
+def test_a_title_of_a_megabyte_takes_no_time() -> None:
+    assert readers.before_year(" (" * 500_000) == ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import random
-import re
 import struct
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from dist_moe.data.labelled_text import TASKS
 from dist_moe.data.movielens import MovieLensConfig, prepare_movielens
+from dist_moe.data.movielens.readers import before_year
 from dist_moe.data.movielens.sources import EDITIONS
 from dist_moe.data.two_images import TwoImagesConfig, prepare_two_images
 from dist_moe.data.two_images.sources import STEMS
@@ -64,9 +64,8 @@ class MovieLens(DataSet):
     def _naive(self, root: Path) -> Rows:
         if self.is_small:
             titles = {int(row["movieId"]): row["title"] for row in spreadsheet(root / "movies.csv")}
-            short = {movie: re.search(r"(.*)\s\(\d+\)", title) for movie, title in titles.items()}
             return Counter(
-                (int(row["userId"]), found[1] if (found := short[int(row["movieId"])]) else "", float(row["rating"]))
+                (int(row["userId"]), before_year(titles[int(row["movieId"])]), float(row["rating"]))
                 for row in spreadsheet(root / "ratings.csv")
             )
         try:

@@ -219,7 +219,7 @@ def _good_records(path: Path) -> list[dict[str, Any]]:
         return found
     for line in path.read_bytes().split(b"\n"):
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and type(record.get("step")) is int and record["step"] > 0 and len(record) > 1:

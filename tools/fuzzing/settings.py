@@ -192,7 +192,9 @@ class FieldsArea(Area):
 
         def check(config: Any) -> str | None:
             plain = dict(assigned(config.plain()))
-            for name, value in given.items():
+            for place, (name, value) in enumerate(given.items()):
+                if any(name.startswith(f"{later}.") for later in list(given)[place + 1 :]):
+                    continue  # the whole section was set afterwards
                 found = plain.get(name)
                 try:
                     number = float(value)
