@@ -27,7 +27,7 @@ BYTES_AT_ONCE = 1 << 24
 """Read of a CSV file in one piece; a row must fit."""
 
 SEPARATOR = r"^[\t !#-~]$"
-"""What may part the cells of CSV: one character of ASCII, no quote."""
+"""Pattern of what parts the cells of CSV: one character of ASCII, no quote."""
 
 _PARQUET_MAGIC = b"PAR1"
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from dist_moe.data.tables import PreparedTable, TableConfig, Target, features, files, prepare_own_table
+from dist_moe.errors import UserError
 from tests.data.checks import assert_same_arrays
 
 from .naive import Rows, assert_read_rightly, write_csv, write_parquet
@@ -173,6 +174,8 @@ def test_what_is_prepared_is_kept_until_file_or_schema_change(tmp_path: Path) ->
     ):
         prepared(tmp_path / "u", tmp_path, **more)
         assert len(list(kept.glob("v*[0-9a-f]"))) == count
+    with pytest.raises(UserError, match="has no column 'city'"):
+        prepared(tmp_path / "u", tmp_path, separator=";")
     write_csv(tmp_path / "u", made_rows(41))
     assert len(prepared(tmp_path / "u", tmp_path)[0].train) == 33
     assert len(list(kept.glob("v*[0-9a-f]"))) == 5
