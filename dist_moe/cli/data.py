@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,9 +63,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from dist_moe.data.tables.files import SEPARATOR
     from dist_moe.data.tables.infer import inferred_schema
 
-    if len(options.separator) != 1:
-        raise UserError(f"--separator={options.separator!r} is no single character; for a tab: --separator $'\\t'")
+    if not re.search(SEPARATOR, options.separator):
+        raise UserError(f"--separator={options.separator!r} is not one character of ASCII but a quote; a tab is $'\\t'")
     print(inferred_schema(options.path, options.target, options.separator), end="")
     return 0

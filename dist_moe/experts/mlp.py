@@ -74,8 +74,9 @@ class MlpBank(ExpertBank):
     """y = dropout(act(norm(h W_e + b_e))), h = act(... x ...) of the layers before; see :class:`MlpConfig`.
 
     Parameters: ``weight0``, ``weight1``, ... (E_local, in, out), glorot-uniform, and ``bias0``, ... (E_local, out),
-    zero. With batch normalisation ``norm_weight``, ``norm_bias`` (E_local, out), one and zero. With L feature gates of
-    rank r: ``choice`` (E_local, dim, L), ``into`` (E_local, dim, L * r), glorot-uniform, and ``back``
+    zero; none in front of batch normalisation, which takes it away: its gradient would be rounding alone, of which Adam
+    makes steps. With batch normalisation ``norm_weight``, ``norm_bias`` (E_local, out), one and zero. With L feature
+    gates of rank r: ``choice`` (E_local, dim, L), ``into`` (E_local, dim, L * r), glorot-uniform, and ``back``
     (E_local, L * r, dim), zero: gates begin neutral, and learn, as the gradient of ``back`` is not zero. All are drawn
     per expert from its global id.
     """
@@ -87,7 +88,8 @@ class MlpBank(ExpertBank):
         generators, local = self.generators(), self.num_local_experts
         for i, (width, units) in enumerate(pairwise((dim, *config.units))):
             self.register_parameter(f"weight{i}", drawn((width, units), generators))
-            self.register_parameter(f"bias{i}", nn.Parameter(torch.zeros(local, units)))
+            has_bias = i < len(config.units) - 1 or not config.batch_norm
+            self.register_parameter(f"bias{i}", nn.Parameter(torch.zeros(local, units)) if has_bias else None)
         if config.batch_norm:
             self.norm = ExpertBatchNorm(self.out_dim, num_experts)
             self.norm_weight = nn.Parameter(torch.ones(local, self.out_dim))

@@ -21,9 +21,12 @@ from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.recipes.recipe import RunStart, plan_new_run, train, validate_config
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
+from tests.data.tables.tiny_named import write_tiny_census, write_tiny_kuairand, write_tiny_movielens_table
 from tests.data.tiny_images import write_tiny_images
 from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.runs import TINY_RUN
+from tests.helpers.tables import MODELS as TABLE_MODELS
+from tests.helpers.tables import TABLE_SCHEMA, write_table
 from tests.helpers.text_runs import write_encoder
 from tests.helpers.texts import TINY_LM, write_tiny_text
 
@@ -74,6 +77,11 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
     messages = encoder | {"name": "sms-spam", "root": str(write_messages(root / "messages"))}
     questions = encoder | {"name": "squad-v2", "root": str(SAMPLES / "SQuAD"), "stride": 4}
 
+    table = TABLE_SCHEMA | {"name": "table", "files": str(write_table(root / "table.csv", rows=200)), "cache": cache}
+    census = {"name": "census-income", "root": str(write_tiny_census(root / "census")), "cache": cache}
+    videos = {"name": "kuairand", "root": str(write_tiny_kuairand(root / "videos")), "cache": cache}
+    movies = {"name": "movielens-1m-table", "root": str(write_tiny_movielens_table(root / "movies")), "cache": cache}
+
     def run(data: dict[str, Any], model: dict[str, Any], **sections: Any) -> dict[str, Any]:
         length = {"epochs": 2.0, "max_steps": 2, "batch_size": 8, "checkpoint_every": 1}
         content = {"data": data, "model": model, "train": length, "deepspeed": TINY_RUN["deepspeed"]} | sections
@@ -95,6 +103,10 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
         "images": run(images, {"experts": {"channels": [2, 3], "units": [6, 5]}, "head_units": [7]}),
         "text": run(text, TINY_LM["model"]),
         "dense text": run(text, TINY_LM["model"] | {"moe_every": 0}),
+        "table": run(table, TABLE_MODELS["mmoe"] | {"name": "mmoe"}),
+        "census": run(census, TABLE_MODELS["ple"] | {"name": "ple"}),
+        "videos": run(videos, {"name": "home", "experts": {"units": [8]}}),
+        "movies": run(movies, TABLE_MODELS["shared_bottom"] | {"name": "shared_bottom"}),
         "dense bert": run(messages, {"name": "bert_classifier", "moe_every": 0}),
         "answers": run(questions, {"name": "bert_answerer", "moe_every": 0}, train={"max_steps": 1, "batch_size": 2}),
     }

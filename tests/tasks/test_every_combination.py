@@ -28,8 +28,10 @@ from dist_moe.recipes.recipe import RECIPES, validate_config
 from dist_moe.recipes.supervised.size import check_model
 from dist_moe.tasks import TASKS, Task, WeightedObjective, build_model
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
+from tests.data.tables.tiny_named import write_tiny_census, write_tiny_kuairand, write_tiny_movielens_table
 from tests.data.tiny_images import write_tiny_images
 from tests.data.tiny_movielens import write_tiny_movielens
+from tests.helpers.tables import TABLE_SCHEMA, write_table
 from tests.helpers.text_runs import write_encoder
 from tests.helpers.texts import TINY_LM, write_tiny_text
 
@@ -40,8 +42,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "transformer": {key: TINY_LM["model"][key] for key in ("dim", "heads", "kv_heads", "dense_hidden")} | {"layers": 2},
     "bert_classifier": {"hidden": None},
     "bert_answerer": {"hidden": None},
+    "shared_bottom": {"bottom_units": [6]},
 }
 EXPERTS_OF = {"dense_relu": {"units": 6}, "conv": {"channels": [2, 3], "units": [6, 5]}, "feed_forward": {"hidden": 6}}
+EXPERTS_OF["mlp"] = {"units": [6]}
 MORE: list[dict[str, Any]] = [{"permutation": {"epochs": 1.0}}, {"num_slots": 8}, {"moe_every": 0}]
 
 
@@ -63,6 +67,10 @@ DATA: dict[str, Callable[[Path], dict[str, Any]]] = {
         "max_length": 64,
         "stride": 8,
     },
+    "TableTaskSettings": lambda root: TABLE_SCHEMA | {"name": "table", "files": str(write_table(root / "t.csv", 200))},
+    "CensusIncomeSettings": lambda root: {"name": "census-income", "root": write_tiny_census(root)},
+    "KuaiRandSettings": lambda root: {"name": "kuairand", "root": write_tiny_kuairand(root)},
+    "MovieLensTableSettings": lambda root: {"name": "movielens-1m-table", "root": write_tiny_movielens_table(root)},
     "StarsSettings": lambda root: {"name": "stars", "root": write_stars(root)},
     "WavesSettings": lambda root: {"name": "waves"},
 }

@@ -1,4 +1,4 @@
-"""What the cells of a column mean, the same whether CSV or Parquet holds them.
+"""The meaning of cells: the same whether CSV or Parquet holds them.
 
 A cell is missing if it is empty but for white space, null, a NaN, or one of the words that the schema names. A
 category is its text without white space around it, in Unicode's form NFC; whole numbers have no point, so that the
@@ -28,7 +28,7 @@ LABELS = {"0": 0.0, "false": 0.0, "1": 1.0, "true": 1.0}
 _NEEDLESS_ZEROS = re.compile(r"(-?(?:0|[1-9]\d*)|.+:\d\d)\.0+", re.ASCII)
 """A whole number, or a time, with a fraction of zero."""
 
-_LARGE_WHOLE = re.compile(r"-?\d(?:\.\d+)?e\+[12]\d", re.ASCII)
+_LARGE_WHOLE = re.compile(r"-?\d(?:\.\d+)?e\+(?:1[5-9]|2\d)", re.ASCII)
 """A number as Arrow writes out 1e15 and more; other programs write it in full."""
 
 _ARE_NUMBERS = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
@@ -66,14 +66,14 @@ def texts(column: pa.Array) -> pa.Array:
         column = pc.if_else(pc.is_nan(column), None, column)
     try:
         return column.cast(pa.string())
-    except pa.ArrowInvalid as error:
-        raise BadCell(None, kind, f"it holds no text in UTF-8 ({error}); save it as text") from error
+    except pa.ArrowException as error:
+        raise BadCell(None, kind, f"its cells have no text in UTF-8 ({error}); save them as text") from error
 
 
 def categories(column: pa.Array, missing: Collection[str]) -> tuple[NDArray[np.int64], list[str]]:
     """Return which of the words each cell is, and the words: distinct texts, `canonical`, the first for a missing cell.
 
-    A word may stand there twice, where two texts mean the same.
+    A word may stand there twice, where two texts mean the same. ``missing``: `canonical` texts of missing cells.
     """
     encoded = texts(column).dictionary_encode()
     words = [canonical(text) for text in encoded.dictionary.to_pylist()]
@@ -122,6 +122,7 @@ def numbers(column: pa.Array, missing: Collection[str]) -> NDArray[np.float64]:
         except pa.ArrowInvalid:
             found = pa.array([_number(row, text) for row, text in enumerate(trimmed.to_pylist())], pa.float64())
     value_N: NDArray[np.float64] = found.to_numpy(zero_copy_only=False).astype(np.float64)
+    value_N[np.isin(value_N, [float(word) for word in missing if NUMBER.fullmatch(word)])] = np.nan
     if (beyond := np.flatnonzero(np.abs(value_N) > LARGEST_FLOAT)).size:
         row = int(beyond[0])
         raise BadCell(row, column[row].as_py(), f"expected a number within {LARGEST_FLOAT:g}, which fp32 holds")

@@ -48,12 +48,12 @@ TARGETS = {
     "income": BinaryTarget(type="binary", positive=("50000+.",)),
     "never_married": BinaryTarget(type="binary", positive=("Never married",)),
 }
-COLUMNS = (  # UCI's names, and those of the targets
-    *("age", "class_of_worker", "industry_code", "occupation_code", "education", "wage_per_hour"),
-    *("enrolled_in_edu_inst_last_wk", "never_married", "major_industry_code", "major_occupation_code", "race"),
-    *("hispanic_origin", "sex", "member_of_a_labor_union", "reason_for_unemployment"),
+COLUMNS = (  # as census-income.names has them, but for the targets
+    *("age", "class_of_worker", "detailed_industry_recode", "detailed_occupation_recode", "education"),
+    *("wage_per_hour", "enroll_in_edu_inst_last_wk", "never_married", "major_industry_code", "major_occupation_code"),
+    *("race", "hispanic_origin", "sex", "member_of_a_labor_union", "reason_for_unemployment"),
     *("full_or_part_time_employment_stat", "capital_gains", "capital_losses", "dividends_from_stocks"),
-    *("tax_filer_status", "region_of_previous_residence", "state_of_previous_residence"),
+    *("tax_filer_stat", "region_of_previous_residence", "state_of_previous_residence"),
     *("detailed_household_and_family_stat", "detailed_household_summary_in_household", WEIGHT),
     *("migration_code_change_in_msa", "migration_code_change_in_reg", "migration_code_move_within_reg"),
     *("live_in_this_house_1_year_ago", "migration_prev_res_in_sunbelt", "num_persons_worked_for_employer"),

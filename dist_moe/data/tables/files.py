@@ -21,10 +21,13 @@ from dist_moe.config.files import absolute, check_regular, digest_of
 from dist_moe.errors import UserError, shown
 
 ROWS_AT_ONCE, CELLS_AT_ONCE = 65_536, 4_000_000
-"""Of a Parquet file, whichever is less."""
+"""Read of a Parquet file in one piece, whichever is less."""
 
 BYTES_AT_ONCE = 1 << 24
-"""Of a CSV file; a row must fit."""
+"""Read of a CSV file in one piece; a row must fit."""
+
+SEPARATOR = r"^[\t !#-~]$"
+"""What may part the cells of CSV: one character of ASCII, no quote."""
 
 _PARQUET_MAGIC = b"PAR1"
 
@@ -58,7 +61,7 @@ class CsvFile:
     header: tuple[str, ...] | None = None
     content: bytes | None = None
 
-    def open(self) -> pa.NativeFile:
+    def stream(self) -> pa.NativeFile:
         """Return its bytes, decompressed where the name ends in .gz, .bz2 or .zst; from memory if ``content``."""
         return pa.input_stream(self.path if self.content is None else pa.py_buffer(self.content))
 
@@ -66,7 +69,7 @@ class CsvFile:
         """Return the names in its first line, in Unicode's form NFC, without white space around them."""
         if self.header is not None:
             return list(self.header)
-        with _readable(self.path), self.open() as stream:
+        with _readable(self.path), self.stream() as stream:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
             header = next(csv.reader(text, delimiter=self.separator), None)
         return [_plain(name) for name in header or ()]
@@ -85,7 +88,7 @@ class CsvFile:
             wrong.append(row)
             return "error"
 
-        with _readable(self.path), self.open() as stream:
+        with _readable(self.path), self.stream() as stream:
             try:
                 reader = pyarrow.csv.open_csv(
                     stream,
@@ -150,7 +153,7 @@ def _plain(name: str) -> str:
 
 def _lines(file: CsvFile, limit: int) -> int:
     """Return how many lines there are, at most ``limit``."""
-    with file.open() as stream:
+    with file.stream() as stream:
         return sum(1 for _ in zip(io.BufferedReader(stream), range(limit), strict=False))
 
 
@@ -193,7 +196,7 @@ def _own_file(path: Path, separator: str) -> tuple[TableFile, str]:
 
 def _checked_digest(file: CsvFile) -> str:
     sha256, decode, lines, quotes = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 1, 0
-    with file.open() as stream:
+    with file.stream() as stream:
         while True:
             block = stream.read(BYTES_AT_ONCE)
             try:

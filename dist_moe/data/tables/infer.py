@@ -27,7 +27,7 @@ MANY_VALUES = 100
 """Whole numbers of more values are taken for quantities, unless the column's name says that they are ids."""
 
 LONGEST_NAME = 100
-"""Of a column that the configuration names: YAML has no short form for longer ones."""
+"""Characters of a name that the configuration gives: YAML has no short form for longer ones."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.prepared import PARTS
-from dist_moe.data.tables.files import TableFile, own_files
+from dist_moe.data.tables.files import SEPARATOR, TableFile, own_files
 from dist_moe.data.tables.prepare import PreparedTable, TableSettings, TableSource, prepare_table
 from dist_moe.data.tables.schema import Part, TableSchema
 
@@ -25,7 +25,7 @@ class TableConfig(TableSchema, TableSettings):
         description="A CSV or Parquet file, a directory of them, or a list; or these for each of train, val and test, "
         "of which val and test may be left out.",
     )
-    separator: str = Field(default=",", min_length=1, max_length=1, description="What parts the cells of CSV files.")
+    separator: str = Field(default=",", pattern=SEPARATOR, description="What parts the cells of CSV files.")
 
     @field_validator("files", mode="before")
     @classmethod
@@ -61,8 +61,8 @@ def prepare_own_table(config: TableConfig, *, progress: bool = True) -> Prepared
     digests: dict[str, dict[str, str]] = {}
     for part in PARTS:
         if part in config.files:
-            paths = [Path(config.root or ".") / path.expanduser() for path in config.files[part]]
-            found = [item for path in paths for item in own_files(path, config.separator)]
+            root = config.root or Path()
+            found = [item for path in config.files[part] for item in own_files(root / path, config.separator)]
             files[part] = [file for file, _ in found]
             digests[part] = {str(file.path): digest for file, digest in found}
     source = TableSource(files, {"name": "files", "sha256": digests})

@@ -88,9 +88,10 @@ def part_rows(
     for file, part in zip(table, parts, strict=True):
         wanted = asked if part == TRAIN else []
         check_columns(file, [*names, *wanted])
-        before = sum(map(len, part_N))
+        first = 1
         for rows in file.batches(wanted or names[:1]):
-            block = RowBlock(file, 1 + sum(map(len, part_N)) - before, rows, np.full(len(rows), part, np.int8))
+            block = RowBlock(file, first, rows, np.full(len(rows), part, np.int8))
+            first += len(rows)
             part_N.append(_named_parts(block, split, missing) if wanted and split.column else block.part_B)
             if wanted and split.latest_by:
                 time_N.append(block.read(split.latest_by, lambda column: times(column, missing)))

@@ -129,9 +129,9 @@ def _build(
     downloads: Path,
 ) -> Prepared:
     source = locate(downloads, report)
-    table = part_rows(source.files, schema.split, schema.names, schema.missing)
+    table = part_rows(source.files, schema.split, schema.names, schema.absent)
     counts = {part: int((table.part_N == place).sum()) for place, part in enumerate(PARTS)}
-    features = [feature_of(name, column, counts["train"], schema.missing) for name, column in schema.columns.items()]
+    features = [feature_of(name, column, counts["train"], schema.absent) for name, column in schema.columns.items()]
     report.say(f"reading {len(table.part_N):,} rows twice, {len(schema.names)} columns")
     for block in table.blocks(schema.names):
         for feature in features:
@@ -165,7 +165,7 @@ def _filled(table: PartedTable, schema: TableSchema, features: Sequence[Feature]
     for feature in features:
         is_list, is_numeric = isinstance(feature, ListFeature), isinstance(feature, NumericFeature)
         by_kind["lists_NP" if is_list else "numeric_NM" if is_numeric else "ids_NC"].append(feature)
-    widths = {kind: sum(getattr(feature, "length", 1) for feature in several) for kind, several in by_kind.items()}
+    widths = {kind: sum(feature.length for feature in several) for kind, several in by_kind.items()}
     arrays: dict[str, dict[str, NDArray[Any]]] = {}
     for place, part in enumerate(PARTS):
         count = int((table.part_N == place).sum())
@@ -194,14 +194,14 @@ def _weights_and_groups(block: RowBlock, schema: TableSchema, groups: dict[str, 
     """Return the weights and groups of rows. ``groups``: the number of each group met, added to."""
 
     def weights(column: pa.Array) -> NDArray[np.float64]:
-        weight_B = numbers(column, schema.missing)
+        weight_B = numbers(column, schema.absent)
         if (wrong := np.flatnonzero(~(weight_B >= 0))).size:
             row = int(wrong[0])
             raise BadCell(row, column[row].as_py(), "a weight is a number from 0; 0 leaves the row out of the losses")
         return weight_B
 
     def numbered(column: pa.Array) -> NDArray[np.int64]:
-        word_B, words = categories(column, schema.missing)
+        word_B, words = categories(column, schema.absent)
         return np.array([groups.setdefault(word, len(groups)) if word else -1 for word in words])[word_B]
 
     count = len(block.part_B)
@@ -215,7 +215,7 @@ def _targets(block: RowBlock, schema: TableSchema) -> NDArray[np.float64]:
     """Return (B, T) targets, NaN where a row is not labelled."""
 
     def labels(column: pa.Array, target: BinaryTarget) -> NDArray[np.float64]:
-        word_B, words = categories(column, schema.missing)
+        word_B, words = categories(column, schema.absent)
         if target.positive is None:
             if wrong := [place for place, word in enumerate(words) if word and word not in LABELS]:
                 row = int(np.flatnonzero(np.isin(word_B, wrong))[0])
@@ -229,7 +229,7 @@ def _targets(block: RowBlock, schema: TableSchema) -> NDArray[np.float64]:
     def reader(target: TargetColumn) -> Callable[[pa.Array], NDArray[np.float64]]:
         if isinstance(target, BinaryTarget):
             return partial(labels, target=target)
-        return partial(numbers, missing=schema.missing)
+        return partial(numbers, missing=schema.absent)
 
     return np.stack([block.read(name, reader(target)) for name, target in schema.targets.items()], axis=1)
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from dist_moe.config.settings import LARGEST_SIZE, Settings
 from dist_moe.data.prepared import PARTS
+from dist_moe.data.tables.cells import canonical
 from dist_moe.data.tables.columns import Target
 
 Part: TypeAlias = Literal["train", "val", "test"]
@@ -127,6 +128,11 @@ class TableSchema(Settings):
     def table_targets(self) -> tuple[Target, ...]:
         """Names and kinds of the targets, in order."""
         return tuple(Target(name, target.type) for name, target in self.targets.items())
+
+    @property
+    def absent(self) -> frozenset[str]:
+        """The words for a missing cell as categories, such as "-1" for "-1.0"."""
+        return frozenset(map(canonical, self.missing))
 
     @property
     def names(self) -> tuple[str, ...]:

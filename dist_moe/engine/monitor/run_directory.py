@@ -8,6 +8,7 @@ metrics.jsonl.bad   lines that stood there and are no records, if there were any
 tensorboard/        the same and more, to look at
 checkpoints/        see dist_moe.engine.checkpoint.format
 summary.json        test metrics, beside those of simple predictors
+*.png               pictures of the test, of tasks that have some
 run-000001.lock     while a job works here, see dist_moe.engine.monitor.run_lock
 
 config.yaml is written with the first records or the first checkpoint, so that its presence means that there is

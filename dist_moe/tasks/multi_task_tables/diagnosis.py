@@ -1,4 +1,4 @@
-"""What goes wrong in multi-task mixtures, measured while a model is evaluated: the three diagnoses of HoME.
+"""Diagnoses of multi-task mixtures while they are evaluated: the three that HoME made.
 
 HoME (Kuaishou, arXiv 2408.05430, 2024) found in MMoE and PLE at work: *collapse*, experts whose results have very
 different scales, or are almost all zero under ReLU; *degradation*, a shared expert that one target has to itself;
@@ -34,7 +34,7 @@ class TableWatch(Watch):
         self._layers = {name: _LayerSums(layer, *_names(layer, names)) for name, layer in model.moe_layers.items()}
         for sums, layer in zip(self._layers.values(), model.moe_layers.values(), strict=True):
             self.callback(setattr, layer, "exchange", layer.exchange)
-            layer.exchange = FlatExchange(layer.world)  # else a pass of the bank may be one of several chunks
+            layer.exchange = FlatExchange(layer.world)  # in chunks the bank would not know whose rows it has
             self.callback(layer.experts.register_forward_hook(sums.add_results).remove)
 
     def see(self, output: ModelOutput) -> None:

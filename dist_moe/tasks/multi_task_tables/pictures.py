@@ -37,6 +37,8 @@ def draw_experts(path: Path, experts: Mapping[str, Mapping[str, Any]]) -> None:
         names, place_E = list(of["mean"]), np.arange(len(of["mean"]))
         zeros.bar(place_E, 100 * _row(of["zero_share"]), color=BLUE)
         zeros.set_ylim(0, 100)
+        if not any(of["zero_share"].values()):
+            zeros.text(0.5, 0.5, "none", transform=zeros.transAxes, ha="center", color="grey")
         zeros.set_title("zero activations (%)", fontsize=10)
         spread.errorbar(place_E, _row(of["mean"]), yerr=_row(of["std"]), fmt="o", color=ORANGE, capsize=3, markersize=4)
         spread.axhline(0, color="grey", linewidth=0.6)
@@ -57,7 +59,7 @@ def draw_calibration(path: Path, bins: Mapping[str, Mapping[str, list[float]]]) 
         return
     columns = min(len(bins), 3)
     rows = -(-len(bins) // columns)
-    figure = Figure(figsize=(3.6 * columns + 0.4, 3.6 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns + 0.4, 3.9 * rows + 0.6), layout="constrained")
     figure.suptitle("calibration on the test rows,\nbins of equal weight")
     for number, (target, of) in enumerate(bins.items()):
         axes = figure.add_subplot(rows, columns, number + 1)

@@ -70,6 +70,7 @@ def test_cells_of_categories(tmp_path: Path, name: str) -> None:
     "content",
     [
         b"\xef\xbb\xbf" + csv_of(["x", "z"]),
+        b"\xef\xbb\xbf" + csv_of(["x", "z"], head='"a","y","t"'),
         csv_of(["x", "z"], end="\r\n"),
         csv_of(["x", "z"], end="\r"),
         csv_of(["x", "z"], end="\n\n"),
@@ -77,7 +78,16 @@ def test_cells_of_categories(tmp_path: Path, name: str) -> None:
         csv_of(["x", "z"], head=" a , y,t "),
         csv_of(["x", "z"], head='"a","y","t"'),
     ],
-    ids=["BOM", "CRLF", "CR", "empty lines", "no last newline", "spaces in the header", "quoted header"],
+    ids=[
+        "BOM",
+        "BOM and quotes",
+        "CRLF",
+        "CR",
+        "empty lines",
+        "no last newline",
+        "spaces in the header",
+        "quoted header",
+    ],
 )
 def test_forms_of_csv(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.csv").write_bytes(content)
@@ -104,7 +114,7 @@ def test_values_that_training_rows_do_not_have(tmp_path: Path) -> None:
     assert data.test.ids_NC[:, 0].tolist() == [1, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("cells", [[""], ["3"], ["", "3"]], ids=["all missing", "constant", "constant with a gap"])
+@pytest.mark.parametrize("cells", [[""], ["0.1"], ["", "0.1"]], ids=["all missing", "constant", "constant with a gap"])
 def test_columns_that_say_nothing(tmp_path: Path, cells: list[str]) -> None:
     (tmp_path / "t.csv").write_bytes(csv_of(cells))
     assert not prepared(tmp_path / "t.csv", NUMBER).train.numeric_NM.any()
@@ -180,6 +190,14 @@ def test_numbers_of_parquet_in_any_type(tmp_path: Path) -> None:
     for kind in (pa.int8(), pa.uint64(), pa.float16(), pa.float32(), pa.decimal128(15, 2), pa.string()):
         data = prepared(write_column(tmp_path / "t", pa.array([1, 3], pa.int32()).cast(kind)), NUMBER)
         assert data.train.numeric_NM[:4, 0].tolist() == [-1, 1, -1, 1]
+
+
+def test_numbers_that_mean_missing(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(csv_of(["-1", "2", "NA", "4", "-1.0"]))
+    cells = pa.array([-1.0, 2, None, 4, *[-1] * 16])
+    for path in (tmp_path / "t.csv", write_column(tmp_path / "t", cells)):
+        assert prepared(path, NUMBER, missing=("-1.00", "NA")).train.numeric_NM[:5, 0].tolist() == [0, -1, 0, 1, 0]
+        assert words_of(prepared(path, missing=("-1.00", "NA")), 5) == [None, "2", None, "4", None]
 
 
 def test_lists_of_csv_and_parquet(tmp_path: Path) -> None:
@@ -281,7 +299,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
         {"columns": NUMBER},
         "t: column 'a' is of type date32[day]; a numeric",
     ),
-    "bytes": (column(pa.array([b"\xff"])), {}, "t: column 'a' is of type binary; it holds no text in UTF-8"),
+    "an extension": (column(pa.array([b"\xff" * 16], pa.uuid())), {}, "t: column 'a' is of type extension<arrow.uuid>"),
+    "bytes": (column(pa.array([b"\xff"])), {}, "t: column 'a' is of type binary; its cells have no text in UTF-8"),
     "one class": (
         write(csv_of(["1"])),
         BINARY,

@@ -92,12 +92,14 @@ def naive_expert(bank: MlpBank, e: int, x_B: Rows) -> Rows:
     if config.feature_gate is not None:
         x_B = [x_D * naive_feature_gate(bank, e, x_D) for x_D in x_B]
     for i in range(len(config.units)):
-        weight, bias = bank.get_parameter(f"weight{i}")[e], bank.get_parameter(f"bias{i}")[e]
-        x_B = [torch.stack([(x_D * w).sum() for w in weight.T]) + bias for x_D in x_B]
+        weight = bank.get_parameter(f"weight{i}")[e]
+        x_B = [torch.stack([(x_D * w).sum() for w in weight.T]) for x_D in x_B]
         if i == len(config.units) - 1 and config.batch_norm:
             mean = sum(x_B) / len(x_B)
             variance = sum((x - mean) ** 2 for x in x_B) / len(x_B)
             x_B = [(x - mean) / (variance + 1e-5) ** 0.5 * bank.norm_weight[e] + bank.norm_bias[e] for x in x_B]
+        else:
+            x_B = [x + bank.get_parameter(f"bias{i}")[e] for x in x_B]
         x_B = [x / (1 + torch.exp(-x)) if config.activation == "silu" else x.clamp(min=0) for x in x_B]
     return x_B
 
