@@ -1,4 +1,4 @@
-"""What all recommenders on tables share: the configuration, the embedding of a row's columns, and the towers."""
+"""The common parts of recommenders on tables: configuration, embedding of a row's columns, towers."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.engine.checkpoint.files import newest_checkpoint
+from dist_moe.engine.checkpoint.format import read_trainer_state
 from dist_moe.engine.checkpoint.models import read_model
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
@@ -22,9 +23,12 @@ from dist_moe.gates import Softmax
 from dist_moe.layer import MoE
 from dist_moe.models import MODELS, RunShape
 from dist_moe.parallel import ExchangeOptions, FlatExchange, Placement, SingleWorld, World, experts_of_rank
+from tests.helpers.commands import succeed
 from tests.helpers.oracle import assert_all_same, assert_same, gradients
 from tests.helpers.parity import by_expert
 from tests.helpers.pool import on_ranks
+from tests.helpers.runs import losses_of, records_of
+from tests.helpers.tables import table_config
 from tests.helpers.worlds import emulate, emulated_in_nodes
 from tests.models.multi_task.naive import FEATURES, SMALL, TARGETS, batch_of, draw_parameters, part_of, small_model
 from tests.models.shares import assert_shares, joined
@@ -218,3 +222,17 @@ def test_checkpoints_go_on_in_another_layout(tmp_path: Path) -> None:
     assert kept["levels.1.experts.norm.running_mean"].shape == (16, 4)
     assert kept["levels.1.experts.norm_weight"].shape == (16, 4)
     assert_trained_alike(on_ranks(4, trained, "home", 4, 3, [3, 0, 5, 4], tmp_path, 2), "home")
+
+
+def test_experts_that_move_while_levels_train_change_nothing(tmp_path: Path) -> None:
+    """Levels have 6 and 12 experts, of which the records of the load are as wide as the widest."""
+    config = table_config(tmp_path, "home", train={"log_every": 4})
+    split, gate = "parallel.expert_parallel_size=2", "model.gate={name: top_k, k: 1}"
+    staying, moved = tmp_path / "staying", tmp_path / "moved"
+    succeed(2, "train", config, "--run-dir", staying, split, gate)
+    moves = "placement={every_steps: 10, threshold: 1, least_return: 0, slack: 0, window: 16}"
+    succeed(2, "train", config, "--run-dir", moved, split, gate, moves)
+    assert read_trainer_state(newest_checkpoint(moved)).placements
+    torch.testing.assert_close(losses_of(moved), losses_of(staying), rtol=1e-4, atol=1e-5)
+    (widths,) = {tuple(map(len, record["load"])) for record in records_of(moved)}
+    assert widths == (12, 12)

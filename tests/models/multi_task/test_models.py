@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.errors import UserError
 from dist_moe.experts import MlpConfig
 from dist_moe.gates import GateContext
 from dist_moe.models import MODELS, HomeConfig, RunShape, TableFeatures
 from dist_moe.models.multi_task.levels import through
 from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.recipe import validate_config
 from tests.helpers.oracle import assert_all_same, assert_same, gradients, naive_gradients
 from tests.models.multi_task.naive import (
     EXPERTS,
     FEATURES,
+    GROUPS,
     SMALL,
     TARGETS,
     batch_of,
@@ -186,13 +187,36 @@ def test_groups_hold_each_target_once(groups: dict[str, Any]) -> None:
         config.expert_counts(TARGETS)
 
 
-def test_experts_of_levels_are_counted() -> None:
-    counts = HomeConfig.model_validate(SMALL["home"]).expert_counts(TARGETS)
-    first, *_ = counts
-    assert list(counts.values()) == [4, 16]
-    assert first.startswith("the 4 experts of level 1 (model.shared_experts=2, model.group_experts=1, ")
-    with pytest.raises(UserError, match=r"expert_parallel_size=8 does not divide the 4 experts of level 1 \(model\."):
-        ParallelConfig(expert_parallel_size=8).check(8, 4, first)
+@pytest.mark.parametrize(
+    ("name", "sections", "sentence"),
+    [
+        (
+            "home",
+            {},
+            r"=4 does not divide the 6 experts of level 1 \(model\.shared_experts=2, model\.group_",
+        ),
+        ("home", {"model": {"group_experts": 1}}, r"does not divide the 10 experts of level 2 .*; allowed: 1, 2$"),
+        ("ple", {"swap_search": {}}, r"swap_search: model\.name=ple has no slot -> expert table; set it to null"),
+        (
+            "shared_bottom",
+            {"placement": {}},
+            r"placement needs experts, and model\.name=shared_bottom has none; set it",
+        ),
+        (
+            "shared_bottom",
+            {},
+            r"parallel_size=4 needs experts, and model\.name=shared_bottom has none; set",
+        ),
+    ],
+)
+def test_configurations_are_refused_before_anything_runs(name: str, sections: dict[str, Any], sentence: str) -> None:
+    columns, targets = {"user": {"type": "categorical"}}, {target: {"type": "binary"} for target in TARGETS}
+    data = {"name": "table", "files": "rows.csv", "columns": columns, "targets": targets}
+    groups = {"groups": GROUPS} if name == "home" else {}
+    model = {"name": name} | groups | sections.get("model", {})
+    content = {"parallel": {"expert_parallel_size": 4}} | sections | {"data": data, "model": model}
+    with pytest.raises(UserError, match=sentence):
+        validate_config(content).check(4)
 
 
 def test_experts_that_cannot_take_the_rows_are_refused() -> None:
