@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +53,9 @@ class ExpertBatchNorm(nn.Module):
 
     Weights and biases, (E_local, F), are parameters of the bank that holds this rank's experts. ``running_mean``,
     ``running_var``: (E, F) over *all* experts by global id, the same on every rank whatever its experts, for
-    evaluation; fp32 at least in a model of lower precision. ``added``: adds up over the ranks, also over those that
-    hold copies of an expert. Two collectives forward and two backward while training. Computes in fp32 at least.
+    evaluation. ``added``: adds up over the ranks, also over those that hold copies of an expert; see
+    :meth:`~dist_moe.experts.ExpertBank.add_over_ranks`. Two collectives forward and two backward while training. With
+    gradient accumulation, a batch is one micro-batch. Computes in fp32 at least.
     """
 
     running_mean: Tensor
@@ -82,9 +82,3 @@ class ExpertBatchNorm(nn.Module):
         of_row = rows_of_tokens(of_expert, TokenIndex.of(local_N, len(id_E)))
         mean_NF, scale_NF, bias_NF = of_row.chunk(3, dim=1)
         return ((wide_NF - mean_NF) * scale_NF + bias_NF).to(x_NF.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        for name, buffer in list(self.named_buffers()):
-            self.register_buffer(name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)))
-        return self

@@ -180,7 +180,6 @@ def trained(
         resumed = newest_checkpoint(run) if run is not None and first else None
         fit(model, feed, objective, settings, deepspeed=section, groups=groups, run=directory, resume_from=resumed)
         parameters = {leaf: parameter.detach() for leaf, parameter in model.named_parameters()}
-        assert all(buffer.dtype == torch.float32 for buffer in statistics_of(model).values())
         return dict(by_expert(model, parameters)) | statistics_of(model)
 
 
@@ -214,6 +213,7 @@ def test_statistics_are_fp32_in_a_model_of_bf16() -> None:
     one, other = on_ranks(2, trained, "home", 2, 1, [6, 6], None, 0, True)
     for leaf in (leaf for leaf in one if ".running_" in leaf):
         assert torch.equal(one[leaf], other[leaf])
+        assert not torch.equal(one[leaf], one[leaf].bfloat16().float())
 
 
 def test_checkpoints_go_on_in_another_layout(tmp_path: Path) -> None:
