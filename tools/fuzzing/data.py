@@ -68,13 +68,18 @@ class MovieLens(DataSet):
                 (int(row["userId"]), before_year(titles[int(row["movieId"])]), float(row["rating"]))
                 for row in spreadsheet(root / "ratings.csv")
             )
-        try:
-            movies = lines_of(root / "movies.dat")
-        except UnicodeDecodeError:
-            movies = lines_of(root / "movies.dat", "latin-1")
-        titles = {int(movie): title for movie, title, _ in (line.split("::") for line in movies)}
-        ratings = (line.split("::") for line in lines_of(root / "ratings.dat"))
+        movies, ratings = (_grouplens(root / name) for name in ("movies.dat", "ratings.dat"))
+        titles = {int(movie): title for movie, title, _ in movies}
         return Counter((int(user), titles[int(movie)], float(stars)) for user, movie, stars, _ in ratings)
+
+
+def _grouplens(path: Path) -> list[list[str]]:
+    """Return the cells of a .dat file, which is in Latin-1 as GroupLens has it, or in UTF-8."""
+    try:
+        lines = lines_of(path)
+    except UnicodeDecodeError:
+        lines = lines_of(path, "latin-1")
+    return [line.split("::") for line in lines]
 
 
 class TwoImages(DataSet):
