@@ -63,7 +63,7 @@ def test_from_a_parquet_file_to_an_evaluated_model(tmp_path: Path, monkeypatch: 
     assert test["ne_click"] < 0.95
     summary = json.loads(RunDirectory(tmp_path / "run").summary.read_text())["test"]
     assert summary["loss"] == pytest.approx(test["loss"], rel=1e-6)
-    (numbers,) = re.findall(r"^\| number .*?\n\n", PAGE, re.DOTALL | re.MULTILINE)
+    (numbers,) = re.findall(r"^\| number .*?(?:\n\n|\Z)", PAGE, re.DOTALL | re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", numbers)) <= test.keys()
     for picture in ("experts.png", "calibration.png"):
         assert (tmp_path / "run" / picture).stat().st_size > 10_000

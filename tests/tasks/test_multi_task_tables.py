@@ -16,6 +16,8 @@ from PIL import Image
 from dist_moe.data.tables import RowTable, TableColumns, Target
 from dist_moe.data.tables.prepare import PreparedTable
 from dist_moe.models import ModelOutput
+from dist_moe.models.multi_task import HomeConfig
+from dist_moe.models.multi_task.levels import SHARED
 from dist_moe.recipes.supervised.evaluate import trained_run
 from dist_moe.tasks.evaluation import evaluate
 from dist_moe.tasks.multi_task_tables import MultiTaskTablesTask
@@ -163,9 +165,9 @@ def test_diagnoses_are_those_of_a_loop(runs: dict[tuple[str, int], Path], model:
             for gate, weight in zip(layer.gates, of["gate_weight"].values(), strict=True):
                 expected_E = gate(x_TD, None).dense().double().sum(dim=0) / len(rows)
                 np.testing.assert_allclose(list(weight.values()), expected_E, rtol=1e-5, atol=1e-9)
-            of_gates = {gate: weight for gate, weight in of["gate_weight"].items() if gate != "shared"}
+            of_gates = {gate: weight for gate, weight in of["gate_weight"].items() if gate != SHARED}
             for expert in of["std"]:
-                if expert.startswith("shared_"):
+                if expert.startswith(f"{SHARED}_"):
                     share = [weight[expert] for weight in of_gates.values()]
                     captured.append(max(share) / sum(share))
             for gate, weight in of_gates.items():
@@ -176,6 +178,14 @@ def test_diagnoses_are_those_of_a_loop(runs: dict[tuple[str, int], Path], model:
     assert found.get("own_weight") == pytest.approx(min(own) if own else None)
     assert found["dead_activations"] == max(max(of["zero_share"].values()) for of in every)
     assert found["scale_ratio"] == pytest.approx(max(max(of["std"].values()) / min(of["std"].values()) for of in every))
+
+
+def test_no_owner_is_taken_for_another() -> None:
+    """A group may be called as one of its targets is, and a target "shared"."""
+    config = HomeConfig(groups={"buy": ("buy",), "shared": ("shared", "like")}, self_gate=False)
+    for shape, owners in zip(config.shapes(("buy", "shared", "like")), (3, 6), strict=True):
+        assert len(set(shape.owner_of_expert)) == owners
+        assert len({output.name for output in shape.outputs}) == 3
 
 
 @pytest.mark.parametrize("model", MODELS)

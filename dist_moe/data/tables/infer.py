@@ -17,7 +17,7 @@ from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.data.fetch.tables import NUMBER
 from dist_moe.data.tables.cells import LABELS, BadCell, categories, entries, times
 from dist_moe.data.tables.files import own_files
-from dist_moe.data.tables.parts import check_columns
+from dist_moe.data.tables.parts import check_columns, separator_doubt
 from dist_moe.errors import UserError, shown
 
 ROWS, CELLS = 100_000, 10_000_000
@@ -95,6 +95,8 @@ def inferred_schema(path: Path, targets: Sequence[str], separator: str) -> str:
     files = [file for file, _ in own_files(path, separator)]
     names = files[0].names()
     check_columns(files[0], targets)
+    if doubt := separator_doubt(names):
+        raise UserError(f"{path} has one column, {shown(names[0])}{doubt}")
     once = [name for name in names if names.count(name) == 1 and name.isprintable() and 0 < len(name) <= LONGEST_NAME]
     if not once:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -40,12 +41,19 @@ class RowBlock:
             raise UserError(f"{place}: {name}={shown(bad.value)}; {bad.remedy}") from bad
 
 
+def separator_doubt(names: Sequence[str]) -> str:
+    """Return a question to end a message with where a table seems to be one column because it was parted wrongly."""
+    if len(names) != 1 or not re.search(r"[;,|\t]", names[0]):
+        return ""
+    return "; does another character part its cells? (data.separator, --separator of 'data inspect')"
+
+
 def check_columns(file: TableFile, names: Collection[str]) -> None:
     """Raise `UserError` if a column is not there, or there twice."""
     own = file.names()
     for name in names:
         if (count := own.count(name)) != 1:
-            remedy = f"its columns: {shown(own, 400)}" if own else "it is empty"
+            remedy = f"its columns: {shown(own, 400)}{separator_doubt(own)}" if own else "it is empty"
             how = f"has {count} columns {name!r}; leave one of them" if count else f"has no column {name!r}; {remedy}"
             raise UserError(f"{file.path} {how}")
 
@@ -101,6 +109,8 @@ def part_rows(
     shared = PartedTable(table, _share_out(np.concatenate(part_N), np.concatenate(time_N), split, given))
     for place, part_name in enumerate(PARTS):
         if not (shared.part_N == place).any():
+            if own := [several[0].path for part, several in files.items() if part == part_name != "train"]:
+                raise UserError(f"{own[0]} has no rows to be used for {part_name}; give a file with some")
             raise UserError(
                 f"{table[0].path} has {len(shared.part_N):,} rows and none of them for {part_name}; give more rows, "
                 "other shares or values under data.split, or a file for this part"

@@ -155,7 +155,7 @@ def _build(
         "learnt": learnt,
         "targets": _checked_targets(schema, arrays["train"]),
     }
-    words = [np.frombuffer(json.dumps(f.words).encode(), np.uint8) for f in [*categorical, *lists]]
+    words = [np.frombuffer(json_line(f.words).encode(), np.uint8) for f in [*categorical, *lists]]
     return Prepared(by_part(arrays) | {_VOCABULARY.format(i): each for i, each in enumerate(words)}, manifest)
 
 

@@ -110,8 +110,8 @@ class TableSchema(Settings):
     targets: dict[str, TargetColumn] = Field(min_length=1, description="Columns to predict by name.")
     weight: str | None = Field(default=None, description="Column of weights of the rows in losses, from 0.")
     group: str | None = Field(default=None, description="Column of groups, such as users, for metrics within each.")
-    missing: tuple[str, ...] = Field(
-        default=(), description='Cells that mean a missing value besides empty ones, such as "?" or "NA".'
+    missing: tuple[Value, ...] = Field(
+        default=(), description='Cells that mean a missing value besides empty ones, such as "?", "NA" or -1.'
     )
     split: Split = Field(default=Split(), description="How rows are shared out to train, validate and test.")
 
@@ -132,7 +132,7 @@ class TableSchema(Settings):
     @property
     def absent(self) -> frozenset[str]:
         """The words for a missing cell as categories, such as "-1" for "-1.0"."""
-        return frozenset(map(canonical, self.missing))
+        return frozenset(canonical(str(value)) for value in self.missing)
 
     @property
     def names(self) -> tuple[str, ...]:

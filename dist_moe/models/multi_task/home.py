@@ -89,7 +89,8 @@ class HomeConfig(LevelsConfig):
             return LevelOutput(name, reads, seen, own if self.self_gate else (), own_reads)
 
         meta = tuple(range(ends[everyone]))
-        group_outputs = [output(name, (0,), meta, own, (0,), own) for name, own in zip(groups, of_group, strict=True)]
+        titles = [f"group {name}" for name in groups]  # a group may be called as one of its targets is
+        group_outputs = [output(name, (0,), meta, own, (0,), own) for name, own in zip(titles, of_group, strict=True)]
         shared_output = output(SHARED, (0,), meta, shared, (0,), *of_group)
         target_outputs = []
         for name, own, g in zip(targets, of_target, group_of, strict=True):
@@ -101,7 +102,7 @@ class HomeConfig(LevelsConfig):
             *(g for g, experts in enumerate(of_group) for _ in experts),
             *(g for g, experts in zip(group_of, of_target, strict=True) for _ in experts),
         ]
-        names = [SHARED, *groups, *targets]
+        names = [SHARED, *titles, *targets]
         owners = tuple(name for name, count in zip(names, counts, strict=True) for _ in range(count))
         return (
             LevelShape(1, (0,) * len(meta), owners[: len(meta)], (*group_outputs, shared_output)),

@@ -27,14 +27,14 @@ from dist_moe.models.multi_task.front import Front, MultiTaskConfig, TableFeatur
 from dist_moe.parallel import experts_of_rank
 from dist_moe.routing import Route
 
-SHARED = "shared"
-"""The owner of what is for all targets."""
+SHARED = "shared by all"
+"""The owner of what is for all targets; a target may be called "shared"."""
 
 
 @dataclass(frozen=True)
 class LevelOutput:
-    """One output of a level: that of the target or group ``name``, or ``SHARED``. ``reads``: streams that its gate
-    sees. ``experts``: those that it may choose.
+    """One output of a level. ``name``: of its target, "group NAME" of a group, or ``SHARED``. ``reads``: streams that
+    its gate sees. ``experts``: those that it may choose.
 
     ``own``: experts that a self-gate adds, a residual; empty: no self-gate. ``own_reads``: streams that this one sees.
     """

@@ -79,6 +79,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([path, "--target", "x" * 200], "cannot be predicted, being without a short name of its own"),
         ([odd, "--target", "y"], "'y': {'type': 'binary', 'positive': ['b\\nc']} does not go on one line of YAML"),
         ([write_csv(tmp_path / "v", [{"y\nz": 1}])], "v has no column whose name is usable: ['y\\nz']"),
+        ([path, "--separator", ";"], "does another character part its cells? (data.separator, --separator of"),
         ([path, "--separator", "::"], "--separator='::' is not one character"),
     ):
         assert main(["data", "inspect", *map(str, arguments)]) == 2

@@ -197,7 +197,7 @@ def test_numbers_that_mean_missing(tmp_path: Path) -> None:
     cells = pa.array([-1.0, 2, None, 4, *[-1] * 16])
     for path in (tmp_path / "t.csv", write_column(tmp_path / "t", cells)):
         assert prepared(path, NUMBER, missing=("-1.00", "NA")).train.numeric_NM[:5, 0].tolist() == [0, -1, 0, 1, 0]
-        assert words_of(prepared(path, missing=("-1.00", "NA")), 5) == [None, "2", None, "4", None]
+        assert words_of(prepared(path, missing=(-1, "NA")), 5) == [None, "2", None, "4", None]
 
 
 def test_lists_of_csv_and_parquet(tmp_path: Path) -> None:
@@ -250,6 +250,11 @@ ONES = role(weight="a")
 BINARY = role(targets={"a": {"type": "binary"}})
 REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "nothing": (write(b""), {}, "t has no column 'a'; it is empty"),
+    "parted by something else": (
+        write(b"a;y;t\n1;2;3\n"),
+        {},
+        "its columns: ['a;y;t']; does another character part its cells?",
+    ),
     "a header alone": (write(b"a,y,t\n"), {}, "t has 0 rows and none of them for train"),
     "a header without a newline": (write(b"a,y,t"), {}, "t has 0 rows"),
     "no such file": (lambda path: None, {}, "t cannot be read: [Errno 2] No such file"),
@@ -350,3 +355,12 @@ def test_what_is_refused(tmp_path: Path, name: str) -> None:
     assert len(message) < 500
     assert "\n" not in message
     assert not list((tmp_path / "cache").rglob("manifest.json"))
+
+
+def test_a_file_without_rows_is_named(tmp_path: Path) -> None:
+    files = {"train": tmp_path / "t", "test": tmp_path / "none"}
+    write(csv_of(["1"]))(files["train"])
+    write(b"a,y,t\n")(files["test"])
+    config = TableConfig(files=files, columns=WORD, targets=Y, cache=tmp_path / "cache")
+    with pytest.raises(UserError, match=r"none has no rows to be used for test"):
+        prepare_own_table(config, progress=False)
