@@ -9,8 +9,7 @@ result (Lasby et al.: REAP the Experts, 2025).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +38,15 @@ _TOKENS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What the tokens of the calibration say of a layer's experts.
+    """Statistics of a layer's experts over the tokens of the calibration.
 
-    ``usage_E``: the share of all assignments that each gets. ``router_EE``: cosines of what gates say of experts: of
-    Top-k's logits, of the weights of any other gate. Where experts' results were asked for, else None:
-    ``output_EF``: the mean result of each over all tokens, whoever they are routed to; ``output_EE``: cosines of the
-    results; ``reap_E``: REAP's score, 0 for an expert without tokens.
+    ``tokens``: how many they are. ``usage_E``: the share of all assignments that each gets. ``router_EE``: cosines of
+    what gates say of experts: of Top-k's logits, of the weights of any other gate. Where experts' results were asked
+    for, else None: ``output_EF``: the mean result of each over all tokens, whoever they are routed to; ``output_EE``:
+    cosines of the results; ``reap_E``: REAP's score, 0 for an expert without tokens.
     """
 
+    tokens: int
     usage_E: Numbers
     router_EE: Numbers
     output_EF: Numbers | None
@@ -67,27 +67,19 @@ def calibrate(
     model.eval()
     model.begin_evaluation()
     with recording(None), ExitStack() as stack:  # gates record training steps only
-        sums = {name: stack.enter_context(_watched(layer, outputs)) for name, layer in model.moe_layers.items()}
+        sums = {name: LayerSums(layer, outputs=outputs) for name, layer in model.moe_layers.items()}
+        for name, layer in model.moe_layers.items():
+            stack.callback(layer.register_forward_hook(sums[name].see).remove)
         for index_B in shard_batches(rows, batch_size, rank=world.rank, world_size=world.size):
             model(*part.batch(rows[index_B], rows).to(groups.device).inputs)
             ACTIVITY.beat()
     return {name: of_layer.statistics() for name, of_layer in sums.items()}
 
 
-@contextmanager
-def _watched(layer: MoE, outputs: bool) -> Iterator[LayerSums]:
-    sums = LayerSums(layer, outputs)
-    hook = layer.register_forward_hook(sums.see)
-    try:
-        yield sums
-    finally:
-        hook.remove()
-
-
 class LayerSums:
     """Sums over the tokens that a layer has seen on this rank; ``see`` is a forward hook of the layer."""
 
-    def __init__(self, layer: MoE, outputs: bool) -> None:
+    def __init__(self, layer: MoE, *, outputs: bool) -> None:
         experts, width = layer.experts.num_experts, layer.experts.out_dim
         self._outputs = outputs
         self._tokens, self._count_E, self._reap_E, self._score_EE, self._output_EE, self._output_EF = (
@@ -122,9 +114,11 @@ class LayerSums:
         )
         usage_E = (count_E / count_E.sum().clamp_min(1)).numpy()
         if not self._outputs:
-            return LayerStatistics(usage_E, cosines(score_EE), None, None, None)
+            return LayerStatistics(int(tokens), usage_E, cosines(score_EE), None, None, None)
         mean_EF, reap_E = output_EF / tokens.clamp_min(1), reap_E / count_E.clamp_min(1)
-        return LayerStatistics(usage_E, cosines(score_EE), mean_EF.numpy(), cosines(output_EE), reap_E.numpy())
+        return LayerStatistics(
+            int(tokens), usage_E, cosines(score_EE), mean_EF.numpy(), cosines(output_EE), reap_E.numpy()
+        )
 
 
 def expert_scores(layer: MoE, gate: Gate, x_TD: Tensor, ids_T: Tensor | None) -> Tensor:

@@ -40,13 +40,15 @@ from dist_moe.recipes.merge_compress.group import (
     random_groups,
 )
 from dist_moe.recipes.merge_compress.merge import MergedLayer, merged_weights, orders, shares, weight_similarity
-from dist_moe.recipes.merge_compress.settings import PRUNING, CompressConfig
+from dist_moe.recipes.merge_compress.settings import CompressConfig
 from dist_moe.recipes.recipe import validate_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.evaluate import TrainedRun, trained_run
 from dist_moe.search import SlotTable
 
 REPORT = "compress.json"
+_BY_LAYER = "experts_by_layer"
+"""Field of models whose layers may have different numbers of experts."""
 
 
 def compress_run(
@@ -61,33 +63,31 @@ def compress_run(
     """
     environment = LaunchEnvironment.read()
     written = RunDirectory(output)
-    with (
-        held(output, environment, option="OUT"),
-        trained_run(run_dir, allow_changed_data=allow_changed_data) as run,
-    ):
+    opened = trained_run(run_dir, allow_changed_data=allow_changed_data)
+    with held(output, environment, option="OUT"), opened as run:
         if environment.is_rank_zero:
             written.check_unused("OUT")
+        config = config.settled(can_differ=_BY_LAYER in type(run.config.model).model_fields)
         _check(run, config)
         run.model.end_learning()
         part = getattr(run.task, config.part)
         statistics = calibrate(run.task, run.model, part, config.examples, run.groups, outputs=config.needs_outputs)
         weights = read_model(run.checkpoint)
         layers = plan_merge(run.model.moe_layers, statistics, weights, config)
-        prunes = config.method in PRUNING
-        new_config = compressed_config(run, layers, prunes=prunes)
+        new_config = compressed_config(run, layers, prunes=config.prunes)
         compressed = merged_weights(weights, layers, _buffers(run, layers, config))
         report = {
             "checkpoint": run.checkpoint.name,
             "changed_data": run.changed_data,
             "compress": config.model_dump(mode="json") | {"examples": min(config.examples, len(part))},
-            "expert_parallel_size": new_config.parallel.expert_parallel_size,
             "parameters_before": num_parameters(weights),
             "parameters_after": num_parameters(compressed),
             "layers": [
                 {
                     "layer": name,
                     "leaders": layer.leaders.tolist(),
-                    "groups": [[leader] for leader in layer.leaders.tolist()] if prunes else layer.groups(),
+                    "groups": [[leader] for leader in layer.leaders.tolist()] if config.prunes else layer.groups(),
+                    "tokens": statistics[name].tokens,
                     "usage": statistics[name].usage_E.tolist(),
                 }
                 for name, layer in layers.items()
@@ -110,56 +110,38 @@ def plan_merge(
     weights: ModelWeights,
     config: CompressConfig,
 ) -> dict[str, MergedLayer]:
-    """Return what becomes of the experts of each layer, by its name. The same on every rank."""
+    """Return what becomes of the experts of each layer, by its name; alike on all ranks."""
     usage_LE = [of_layer.usage_E for of_layer in statistics.values()]
     counts = [len(usage_E) if i in config.excluded_layers else config.experts for i, usage_E in enumerate(usage_LE)]
-    if config.is_global:
+    if config.grouping == "global":
         counts = global_counts(usage_LE, config.experts, config.excluded_layers)
-    planned = {}
+    planned: dict[str, MergedLayer] = {}
     for (name, seen), count in zip(statistics.items(), counts, strict=True):
-        hidden_axes = (
-            {
-                axis: at
-                for axis, at in moe_layers[name].experts.hidden_axes.items()
-                if f"{name}.experts.{axis}" in weights
-            }
-            if config.align != "none"
-            else {}
-        )
-        first_E = np.zeros(len(seen.usage_E), dtype=np.int64)
+        hidden_axes = moe_layers[name].experts.hidden_axes if config.align != "none" else {}
         order_EH = None
         if config.align == "first" or config.similarity == "weights":
-            order_EH = orders(weights, name, first_E, hidden_axes)
-        leader_E = _groups(name, seen, count, weights, order_EH, hidden_axes, config)
+            order_EH = orders(weights, name, np.zeros(len(seen.usage_E), dtype=np.int64), hidden_axes)
+        similarity_EE = seen.output_EE if config.similarity == "outputs" else seen.router_EE
+        if config.similarity == "weights":
+            similarity_EE = weight_similarity(weights, name, order_EH, hidden_axes)
+        leader_E = _groups(seen, similarity_EE, count, config, seed=(config.seed, len(planned)))
         if config.align == "leader":
             order_EH = orders(weights, name, leader_E, hidden_axes)
-        weight_E = {
-            "uniform": np.ones(len(leader_E)),
-            **dict.fromkeys(PRUNING, (leader_E == np.arange(len(leader_E))).astype(np.float64)),
-        }.get(config.method, seen.usage_E)
+        weight_E = np.ones(len(leader_E)) if config.method == "uniform" else seen.usage_E
+        if config.prunes:
+            weight_E = np.isin(np.arange(len(leader_E)), leader_E).astype(np.float64)
         planned[name] = MergedLayer(leader_E, shares(leader_E, weight_E), order_EH, hidden_axes)
     return planned
 
 
 def _groups(
-    name: str,
-    seen: LayerStatistics,
-    count: int,
-    weights: ModelWeights,
-    order_EH: Tensor | None,
-    hidden_axes: Mapping[str, int],
-    config: CompressConfig,
+    seen: LayerStatistics, similarity_EE: Numbers | None, count: int, config: CompressConfig, seed: tuple[int, int]
 ) -> Leaders:
     if config.method == "hc_smoe":
         assert seen.output_EF is not None
         return clusters(seen.output_EF, count, seen.usage_E, config.linkage)
     if config.method == "random":
-        return random_groups(count, seen.usage_E, (config.seed, *name.encode()))
-    similarity_EE: Numbers | None = seen.router_EE
-    if config.similarity != "router":
-        similarity_EE = seen.output_EE
-    if config.similarity == "weights":
-        similarity_EE = weight_similarity(weights, name, order_EH, hidden_axes)
+        return random_groups(count, seen.usage_E, seed)
     score_E = seen.reap_E if config.method == "reap" else seen.usage_E
     assert score_E is not None
     assert similarity_EE is not None
@@ -170,14 +152,12 @@ def compressed_config(run: TrainedRun, layers: Mapping[str, MergedLayer], *, pru
     """Return the configuration of the run with fewer experts. Raises UserError if its model cannot have them."""
     content = run.config.plain()
     model, counts = content["model"], [len(layer.leaders) for layer in layers.values()]
-    if len(set(counts)) > 1 and "experts_by_layer" not in model:
-        raise UserError(f"the layers of model.name={model['name']} have equally many experts; use grouping=uniform")
     if model.get("expert_hidden", 0) is None:  # it would follow from the number of experts
         model["expert_hidden"] = next(iter(run.model.moe_layers.values())).experts.get_parameter("up").shape[2]
     model |= {"num_slots": run.config.model.slots_per_gate, "num_experts": max(counts), "permutation": None}
     model["slot_masks"] = model["slot_masks"] or prunes
-    if "experts_by_layer" in model:
-        model["experts_by_layer"] = counts if len(set(counts)) > 1 else None
+    if _BY_LAYER in model:
+        model[_BY_LAYER] = counts if len(set(counts)) > 1 else None
     parallel = content["parallel"]  # several ranks must have equally many experts
     parallel["expert_parallel_size"] = gcd(parallel["expert_parallel_size"], *counts)
     config: SupervisedConfig = validate_config(content)
@@ -199,40 +179,36 @@ def _check(run: TrainedRun, config: CompressConfig) -> None:
             raise UserError(f"{name}: experts with batch normalisation have statistics that cannot be averaged")
         if config.experts > layer.experts.num_experts:
             raise UserError(f"experts={config.experts}: {name} has {layer.experts.num_experts}; give at most that many")
-        if config.method in PRUNING and not all(gate.can_exclude for gate in layer.each_gate):
-            raise UserError(
-                f"method={config.method}: gate.name={model.gate.name} cannot do without slots; use a method that merges"
-            )
-    wrong = [layer for layer in config.excluded_layers if not 0 <= layer < len(layers)]
-    if wrong:
-        raise UserError(f"excluded_layers={list(config.excluded_layers)}: there are MoE layers 0..{len(layers) - 1}")
-    if len(config.excluded_layers) == len(layers):
-        raise UserError(f"excluded_layers={list(config.excluded_layers)}: no layer is left to compress")
+        if config.prunes and not all(gate.can_exclude for gate in layer.each_gate):
+            raise UserError(f"method={config.method}: gate.name={model.gate.name} cannot do without slots; merge them")
+    excluded = set(config.excluded_layers)
+    if (excluded or config.grouping == "global") and len(layers) > 1 and _BY_LAYER not in type(model).model_fields:
+        raise UserError(f"model.name={model.name} has equally many experts in all layers: use grouping=uniform")
+    if not excluded < set(range(len(layers))):
+        raise UserError(f"excluded_layers={sorted(excluded)}: allowed: some of 0..{len(layers) - 1}, not all")
 
 
 def _buffers(run: TrainedRun, layers: Mapping[str, MergedLayer], config: CompressConfig) -> dict[str, Tensor]:
-    """Return the new slot maps and, of pruned experts, the gates' buffers, by name."""
+    """Return the new slot maps and, where experts are pruned, the gates' buffers, which exclude their slots."""
     buffers: dict[str, Tensor] = {}
     for name, merged in layers.items():
         layer = run.model.moe_layers[name]
         assert isinstance(layer.slot_map, SlotTable)
         expert_S = layer.slot_map.table.cpu()
         buffers[f"{name}.slot_map.table"] = merged.expert_E[expert_S]
-        if config.method not in PRUNING:
+        if not config.prunes:
             continue
-        kept_S = torch.from_numpy(merged.leader_E == np.arange(len(merged.leader_E)))[expert_S].flatten()
+        kept_S = torch.isin(expert_S.flatten(), torch.from_numpy(merged.leaders))
         for gate in layer.each_gate:
             gate.allow(kept_S if gate.allowed_E is None else kept_S & gate.allowed_E.cpu())
-        gates = layer.gates.named_buffers(prefix=f"{name}.gates")
-        buffers |= {named: buffer.cpu() for named, buffer in gates}
+        buffers |= {named: buffer.cpu() for named, buffer in layer.gates.named_buffers(prefix=f"{name}.gates")}
     return buffers
 
 
 def _write(
     source: Path, weights: ModelWeights, config: SupervisedConfig, written: RunDirectory, report: Mapping[str, Any]
 ) -> None:
-    came_from = f"{source.name} ({report['compress']['method']})"
-    write_first_checkpoint(weights, checkpoints_of(written.root), came_from, weights.identity)
+    write_first_checkpoint(weights, checkpoints_of(written.root), f"{source.name}, compressed", weights.identity)
     identity = RunDirectory(source).identity
     if identity.is_file():
         shutil.copy(identity, written.root)

@@ -22,7 +22,7 @@ from dist_moe.recipes.merge_compress.group import Leaders, Numbers
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What becomes of the experts of a layer.
+    """The groups of a layer's experts, and how each becomes one.
 
     ``leader_E``: groups, by their leaders; the new experts are the groups by rising leader. ``share_E``: the share that
     each expert has in its group's mean. ``order_EH``: its units in the order of its group's mean, None: as they are.
@@ -68,10 +68,12 @@ def orders(weights: ModelWeights, layer: str, reference_E: Leaders, hidden_axes:
         return None
     order_EH: list[Tensor] = []
     for expert, reference in enumerate(reference_E.tolist()):
-        ours, theirs = (one_expert(weights, layer, which) for which in (expert, reference))
-        order_EH.append(alignment(theirs, ours, hidden_axes))
-        if expert == reference:
-            order_EH[-1] = torch.arange(len(order_EH[-1]))
+        ours = one_expert(weights, layer, expert)
+        name = next(name for name in ours if name in hidden_axes)
+        order_H = torch.arange(ours[name].shape[hidden_axes[name] - 1])
+        if expert != reference:
+            order_H = alignment(one_expert(weights, layer, reference), ours, hidden_axes)
+        order_EH.append(order_H)
     return torch.stack(order_EH)
 
 

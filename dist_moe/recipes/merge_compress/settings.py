@@ -20,7 +20,6 @@ METHODS = {
     "prune_usage": "the most used experts are kept, the others are removed",
     "reap": "experts with the largest results, as weighted by the gate, are kept, the others are removed",
 }
-PRUNING = ("prune_usage", "reap")
 _BY_USAGE = ("m_smoe", "uniform", "prune_usage")
 
 
@@ -32,7 +31,7 @@ class CompressConfig(Settings):
     grouping: Grouping | None = Field(
         None,
         description="global: a layer whose experts are used evenly keeps more of them than others; uniform: every "
-        "layer keeps as many (null: global for m_smoe, uniform and prune_usage, which rank by usage, else uniform)",
+        "layer as many (null: global for m_smoe, uniform and prune_usage where the model allows it, else uniform)",
     )
     similarity: Literal["router", "outputs", "weights"] = Field(
         "router",
@@ -59,10 +58,15 @@ class CompressConfig(Settings):
             )
         return self
 
+    def settled(self, *, can_differ: bool) -> CompressConfig:
+        """Return this with a grouping. ``can_differ``: whether layers of the model can have unequally many experts."""
+        grouping: Grouping = "global" if can_differ and self.method in _BY_USAGE else "uniform"
+        return self.model_copy(update={"grouping": self.grouping or grouping})
+
     @property
-    def is_global(self) -> bool:
-        """Whether layers may keep different numbers of experts."""
-        return self.grouping == "global" or (self.grouping is None and self.method in _BY_USAGE)
+    def prunes(self) -> bool:
+        """Whether experts are removed, not merged."""
+        return self.method in ("prune_usage", "reap")
 
     @property
     def needs_outputs(self) -> bool:

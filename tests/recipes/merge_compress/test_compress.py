@@ -7,14 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dist_moe.engine.checkpoint import read_model, write_first_checkpoint
 from dist_moe.engine.checkpoint.files import newest_checkpoint
+from dist_moe.recipes import load_config
+from tests.data.labelled_text.tiny_texts import write_messages
 from tests.helpers.commands import dist_moe, succeed
 from tests.helpers.runs import largest_difference, summary_of, tensors_of, write_config
+from tests.helpers.text_runs import write_encoder, write_text_config
 from tests.helpers.texts import write_lm_config
 
 EXPERTS, LAYERS = 8, ("layers.1.moe", "layers.3.moe")
@@ -135,6 +139,24 @@ def test_a_recommender_with_a_permutation_and_two_gates(tmp_path: Path, tiny_dat
     assert loss_of(tmp_path / "out") > 0
 
 
+def test_a_bert_is_compressed_by_its_real_tokens(tmp_path: Path) -> None:
+    data = {"name": "sms-spam", "root": str(write_messages(tmp_path / "messages"))}
+    model = {"moe_every": 1, "expert_hidden": 16, "gate": {"name": "top_k", "k": 2}}
+    start = {"conversion": {"method": "copies", "noise": 0.5}}
+    encoder = write_encoder(tmp_path / "encoder")
+    config = write_text_config(tmp_path, encoder, data, model=model, start=start, train={"max_steps": 2})
+    succeed(1, "train", config, "--run-dir", tmp_path / "run")
+    report = compress(2, tmp_path / "run", tmp_path / "out", "--experts", 2, "part=val", "examples=10000")
+    task = load_config(tmp_path / "run" / "config.yaml").data.open(progress=False)
+    every = np.arange(len(task.val))
+    assert [layer["tokens"] for layer in report["layers"]] == [int(task.val.batch(every, every).inputs[1].sum())] * 2
+    assert [len(layer["groups"]) for layer in report["layers"]] == [2, 2]
+    assert loss_of(tmp_path / "out") > 0
+    (outcome,) = dist_moe(1, "compress", tmp_path / "run", tmp_path / "no", "--experts", 2, "--grouping", "global")
+    assert outcome.code == 2
+    assert "grouping=uniform" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -143,7 +165,7 @@ def test_a_recommender_with_a_permutation_and_two_gates(tmp_path: Path, tiny_dat
         (["--experts", 4, "--method", "reap", "--grouping", "global"], ["grouping=global", "method=reap"]),
         (["--experts", 4, "--method", "smoe"], ["method='smoe'", "hc_smoe"]),
         (["--experts", 4, "excluded_layers=[2]"], ["excluded_layers=[2]", "0..1"]),
-        (["--experts", 4, "excluded_layers=[0, 1]"], ["no layer is left"]),
+        (["--experts", 4, "excluded_layers=[0, 1]"], ["excluded_layers=[0, 1]", "not all"]),
         (["--experts", 4, "similarty=outputs"], ["did you mean similarity?"]),
     ],
 )

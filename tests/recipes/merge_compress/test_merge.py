@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.engine.checkpoint import ModelWeights, place_weights
+from dist_moe.engine.checkpoint import place_weights
 from dist_moe.engine.checkpoint.models import weights_of
 from dist_moe.experts import BertFeedForwardBank, ExpertBank, FeedForwardBank
 from dist_moe.gates import TopKConfig
@@ -149,26 +147,3 @@ def test_error_of_a_pair_and_a_pair_is_computed_once(ratio: float) -> None:
         r = g_E[1] / both if both else both
         law = both**2 * (r - ratio) ** 2 * (f_i - f_j).square().sum()
         assert_same((is_D - was_D).square().sum(), law, 1e-14)
-
-
-def test_pairs_of_one_expert_are_added_up() -> None:
-    """All experts equal: whatever two a token meets, one row with the whole weight gives the same."""
-    model = small()
-    for expert in (1, 2, 3):
-        copied(model, expert, 0, permuted=True)
-    merged = merge(model, [0, 0, 0, 0], [1, 2, 3, 4])
-    x_TD = torch.randn(9, 8, dtype=torch.float64)
-    output = merged.moe_layers[LAYER](x_TD)
-    assert output.rows_computed == 9
-    assert_same(output.outputs[0], model.moe_layers[LAYER](x_TD).outputs[0], 1e-14)
-
-
-def test_a_learnt_permutation_s_own_tensors_are_gone() -> None:
-    weights: ModelWeights = weights_of(small())
-    name = f"{LAYER}.slot_map.relaxed"
-    kinds, specs = dict(weights.kinds) | {name: "dense"}, dict(weights.specs)
-    specs[name] = specs[f"{LAYER}.gates.0.weight"]
-    layer = MergedLayer(np.arange(4), np.ones(4), None, {})
-    merged = merged_weights(replace(weights, kinds=kinds, specs=specs), {LAYER: layer}, {})
-    assert weights.keys() - merged.keys() == {f"{LAYER}.slot_map.table"}
-    assert name not in merged
