@@ -73,6 +73,8 @@ def test_planted_copies_are_merged_without_loss(planted: Path, tmp_path: Path) -
         assert [sorted(layer["groups"]) for layer in report["layers"]] == [[[e, e + 4] for e in range(4)]] * 2
         assert [layer["layer"] for layer in report["layers"]] == list(LAYERS)
     assert [layer["leaders"] for layer in reports[1]["layers"]] == [layer["leaders"] for layer in reports[2]["layers"]]
+    for layer in (0, 1):
+        assert reports[1]["layers"][layer]["usage"] == pytest.approx(reports[2]["layers"][layer]["usage"], abs=1e-9)
     one, two, before = (tensors_of(directory) for directory in (tmp_path / "1", tmp_path / "2", planted))
     assert largest_difference(one, two) < 1e-7
     for name, tensor in before.items():
@@ -120,7 +122,8 @@ def parameters_in(tensors: dict[str, Tensor]) -> int:
 
 
 def test_a_compressed_run_is_compressed_again(run: Path, tmp_path: Path) -> None:
-    compress(1, run, tmp_path / "first", "--experts", 4, "examples=40", "excluded_layers=[1]")
+    report = compress(1, run, tmp_path / "first", "--experts", 4, "examples=40", "excluded_layers=[1]")
+    assert [len(layer["groups"]) for layer in report["layers"]] == [4, 8]
     compress(1, tmp_path / "first", tmp_path / "second", "--experts", 3, "--grouping", "uniform", "examples=40")
     (table_S, _) = (tensors_of(tmp_path / "second")[f"{layer}.slot_map.table|buffer"].flatten() for layer in LAYERS)
     first_S = tensors_of(tmp_path / "first")[f"{LAYERS[0]}.slot_map.table|buffer"].flatten()

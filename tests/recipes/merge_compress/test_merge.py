@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +54,20 @@ def test_a_planted_order_is_found_and_changes_no_result(name: str) -> None:
             parameter[2] = planted[n]
     assert order_H.tolist() != list(range(HIDDEN))
     assert_same(torch.stack([naive_expert(bank, 2, x_D) for x_D in x_TD]), before, 1e-14)
+
+
+@pytest.mark.parametrize("name", BANKS)
+def test_the_order_is_the_best_of_all(name: str) -> None:
+    """By the products of all weights into and out of the units that take each other's place."""
+    bank = random_bank(name)
+    axes = bank.hidden_axes
+    ours, theirs = ({n: p[e].detach() for n, p in bank.named_parameters() if n in axes} for e in (0, 1))
+
+    def products(order_H: Sequence[int]) -> float:
+        order = torch.tensor(order_H)
+        return sum(float((ours[n] * reordered(theirs[n], n, order, axes)).sum()) for n in ours)
+
+    assert alignment(ours, theirs, axes).tolist() == list(max(permutations(range(HIDDEN)), key=products))
 
 
 def small() -> Transformer:
