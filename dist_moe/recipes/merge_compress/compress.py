@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,9 @@ def compress_run(
     """
     environment = LaunchEnvironment.read()
     written = RunDirectory(output)
-    opened = trained_run(run_dir, allow_changed_data=allow_changed_data)
-    with held(output, environment, option="OUT"), opened as run:
-        if environment.is_rank_zero:
-            written.check_unused("OUT")
+    with held(output, environment, option="OUT"), ExitStack() as stack:
+        written.check_unused("OUT")  # on all ranks: nothing is written before they have met
+        run = stack.enter_context(trained_run(run_dir, allow_changed_data=allow_changed_data))
         config = config.settled(can_differ=_BY_LAYER in type(run.config.model).model_fields)
         _check(run, config)
         run.model.end_learning()

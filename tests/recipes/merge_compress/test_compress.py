@@ -179,7 +179,7 @@ def test_refusals(run: Path, tmp_path: Path, arguments: list[object], parts: lis
     assert not (tmp_path / "out" / "config.yaml").exists()
 
 
-def test_a_used_output_is_refused(run: Path) -> None:
-    (outcome,) = dist_moe(1, "compress", run, run, "--experts", 4)
-    assert outcome.code == 2
-    assert f"OUT {run} holds a run already" in outcome.err
+def test_a_used_output_is_refused_by_every_rank(run: Path) -> None:
+    first, second = dist_moe(2, "compress", run, run, "--experts", 4)
+    assert (first.code, second.code) == (2, 2)
+    assert f"OUT {run} holds a run already" in first.err
