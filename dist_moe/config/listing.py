@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dist_moe.config.registry import Registry, names_of
+from dist_moe.config.registry import Registry
 from dist_moe.errors import UserError
 
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _NULL = "null"
+KEY = "NAME"
+"""What stands in a field's name for the key of a mapping, which the user chooses."""
 
 
 @dataclass(frozen=True)
 class NamedField:
-    """A field by its dotted ``name``. ``owner``: the registered name of the section that has it; None if all have."""
+    """A field by its dotted ``name``, with ``[]`` behind lists and NAME for the keys of mappings.
+
+    ``owner``: the name or type of the section that has it; None if all have. ``tells_kind``: it is such a name or type.
+    """
 
     name: str
     owner: str | None
     info: FieldInfo
+    tells_kind: bool
 
     @property
     def allowed(self) -> str:
@@ -51,12 +57,11 @@ class NamedField:
 def fields_of(model: type[BaseModel], prefix: str = "", owner: str | None = None) -> Iterator[NamedField]:
     """Yield the fields of ``model`` and, where a field is a section, those of each kind of section that it can be."""
     for name, info in model.model_fields.items():
-        yield NamedField(prefix + name, owner, info)
+        yield NamedField(prefix + name, owner, info, name == _tag_of(model)[0])
         kinds = _sections(info)
+        inner = "[]" if get_origin(info.annotation) is tuple else f".{KEY}" if _values(info) else ""
         for kind in kinds:
-            named = str(kind.model_fields["name"].default) if names_of(kind) else None
-            inner = f"{prefix}{name}[]." if get_origin(info.annotation) is tuple else f"{prefix}{name}."
-            yield from fields_of(kind, inner, named if len(kinds) > 1 else owner)
+            yield from fields_of(kind, f"{prefix}{name}{inner}.", _tag_of(kind)[1] if len(kinds) > 1 else owner)
 
 
 def field_listing(models: Sequence[type[BaseModel]], prefix: str = "") -> str:
@@ -66,14 +71,14 @@ def field_listing(models: Sequence[type[BaseModel]], prefix: str = "") -> str:
     section has are followed by the kinds that do. Raises UserError if there is no such field.
     """
     known = [field for model in models for field in fields_of(model)]
-    fields = [f for f in known if f.name.startswith(prefix) and not _sections(f.info)]
+    fields = [f for f in known if f.name.startswith(prefix) and (_values(f.info) or not _sections(f.info))]
     if not fields:
         near = difflib.get_close_matches(prefix, [f.name for f in known], n=1, cutoff=0)
         raise UserError(f"--fields {prefix}: no field begins so; did you mean {near[0]}?")
     names: dict[str, list[str]] = {}
     owners: dict[str, list[str]] = {}
     for field in fields:
-        if field.name.endswith(".name"):
+        if field.tells_kind:
             names.setdefault(field.name, []).append(field.allowed)
     for field in fields:
         if field.name in names:
@@ -101,12 +106,31 @@ def _annotated(annotation: Any) -> Iterator[Any]:
             yield from _annotated(one)
 
 
+def _tag_of(kind: type[BaseModel]) -> tuple[str, str] | tuple[None, None]:
+    """Return the field that tells a kind of section from others, and what it says by default or first."""
+    for tag in ("name", "type"):
+        info = kind.model_fields.get(tag)
+        if info is not None and get_origin(info.annotation) is Literal:
+            return tag, str(get_args(info.annotation)[0] if info.is_required() else info.default)
+    return None, None
+
+
 def _sections(info: FieldInfo) -> list[type[BaseModel]]:
-    """Return the kinds of section that a field can hold."""
+    """Return the kinds of section that a field can hold, itself or as values of a mapping."""
     registry = registry_of(info)
     if registry is not None:
         return list(registry.classes)
-    return [kind for kind in _members(info.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    members = _members(_values(info) or info.annotation)
+    return [kind for kind in members if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _values(info: FieldInfo) -> Any:
+    """Return the annotation of the values of a mapping, None for a field of another kind."""
+    return get_args(info.annotation)[1] if _is_mapping(info.annotation) else None
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return get_origin(annotation) in (dict, Mapping)
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -124,16 +148,19 @@ def _kind(annotation: Any) -> str:
         return " | ".join(map(str, get_args(annotation)))
     members = _members(annotation)
     if len(members) > 1:
-        return " | ".join(map(_kind, members))
+        return " | ".join(dict.fromkeys(map(_kind, members)))
     if annotation is type(None):
         return _NULL
     origin = get_origin(annotation)
     if origin is tuple:
         inner = [_kind(member) for member in get_args(annotation) if member is not Ellipsis]
         return f"[{', '.join(inner)}{', ...' if Ellipsis in get_args(annotation) else ''}]"
-    if origin is dict:
-        return "mapping"
-    return {"str": "text", "Path": "path"}.get(annotation.__name__, annotation.__name__)
+    if _is_mapping(annotation):
+        key, value = get_args(annotation)
+        return f"{{{KEY if key is str else _kind(key)}: {_kind(value)}}}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    return {"str": "text", "Path": "path", "Any": "..."}.get(annotation.__name__, annotation.__name__)
 
 
 def _shown(value: Any) -> str:
@@ -141,4 +168,6 @@ def _shown(value: Any) -> str:
         return _NULL
     if isinstance(value, bool):
         return str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_shown(one)}' for key, one in value.items())}}}"
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dist_moe.config.listing import fields_of, registry_of
+from dist_moe.config.listing import KEY, fields_of, registry_of
 from dist_moe.config.overrides import assign, parse_overrides
 from dist_moe.config.plain_yaml import Content
 from dist_moe.config.registry import UNKNOWN_NAME
@@ -33,7 +34,7 @@ def validate(config: type[S], content: Content) -> S:
         return config.model_validate(content)
     except ValidationError as error:
         faults = error.errors()
-        lines = [line[:SHOWN_CHARACTERS] for line in (_explain(one, config) for one in faults[:SHOWN_FAULTS])]
+        lines = [line[:SHOWN_CHARACTERS] for line in (_explain(one, config, content) for one in faults[:SHOWN_FAULTS])]
         lines += [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
         raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from error
 
@@ -101,17 +102,57 @@ def _import_remedy(name: str, error: BaseException) -> str:
     return f"install {missing}" if missing is not None else "fix the module, or take it out of imports"
 
 
-def _explain(error: Any, config: type[Settings]) -> str:
-    field, kind = ".".join(map(str, error["loc"])), error["type"]
+def _explain(error: Any, config: type[Settings], content: Content) -> str:
+    path, kind, context = _path(error, content), error["type"], error.get("ctx", {})
+    field = ".".join(path)
     if kind == "missing":
         return f"{field}: required, but not given"
     if kind == UNKNOWN_NAME:
         return f"{field}.{error['msg']}"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(field, [known.name for known in fields_of(config)], n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --fields'"
-        if near == [field]:  # of another member of a registry
-            hint = f" with this {field.rpartition('.')[0]}.name; see 'dist-moe config --fields'"
-        return f"{field}={shown(error['input'])}: there is no such field{hint}"
+        return f"{field}={shown(error['input'])}: there is no such field{_hint(path, config)}"
+    if kind == "union_tag_not_found":
+        return f"{field}.{_words(context['discriminator'])}: required, but not given"
+    if kind == "union_tag_invalid":
+        tag = _words(context["discriminator"])
+        return f"{field}.{tag}={shown(error['input'][tag])}: allowed: {_words(context['expected_tags'])}"
+    if kind == "literal_error" and error["loc"][-1] == "[key]":
+        return f"{field}: there is no such field; allowed: {_words(context['expected'])}"
     message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list, for example '[a, b]'")
+    message = re.sub(r"(valid path) for <.*>$", r"\1", message)
+    message = re.sub(r"^(Input should be a )valid dictionary\b.*$", r"\1mapping, for example '{a: b}'", message)
+    message = re.sub(r"^(Tuple|List|Dictionary)( should have .*) after validation", r"it\2", message)
     return f"{field}={shown(error['input'])}: {message[0].lower() + message[1:]}"
+
+
+def _words(quoted: str) -> str:
+    return quoted.replace("'", "")
+
+
+def _path(error: Any, content: Any) -> list[str]:
+    """Return where in ``content`` an error is: pydantic's place without what is not of it, such as tags of unions."""
+    path = list[str]()
+    for place, part in enumerate(error["loc"], 1):
+        keys = content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
+        inside = part in keys
+        if inside or (place == len(error["loc"]) and error["type"] == "missing"):
+            path.append(str(part))
+            content = content[part] if inside else None
+    return path
+
+
+def _hint(path: Sequence[str], config: type[Settings]) -> str:
+    """Return what to try in place of a field that there is not."""
+    field = ".".join(path)
+    known = [_filled(one.name, path) for one in fields_of(config)]
+    if field in known:  # of another kind of the same section
+        section = field.rpartition(".")[0]
+        tag = "type" if f"{section}.type" in known else "name"
+        return f" with this {section}.{tag}; see 'dist-moe config --fields'"
+    near = difflib.get_close_matches(field, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "; see 'dist-moe config --fields'"
+
+
+def _filled(name: str, path: Sequence[str]) -> str:
+    """Return a field's name as the listing has it with the keys of ``path`` for those of mappings."""
+    return ".".join(path[i] if part == KEY and i < len(path) else part for i, part in enumerate(name.split(".")))

@@ -13,6 +13,8 @@ from dist_moe.gates import GATES
 from dist_moe.recipes.recipe import load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
 
+VALUE = "text | bool | int | float"
+
 
 def test_the_fields_of_every_kind_of_section_are_there() -> None:
     names = {(field.name, field.owner) for field in fields_of(SupervisedConfig)}
@@ -33,6 +35,15 @@ def test_the_fields_of_every_kind_of_section_are_there() -> None:
         ("data.negatives", "data.negatives: uniform | per_user, default uniform  [movielens-1m]"),
         ("target_weights", "target_weights: [float, ...], default []"),
         ("train.patience", "train.patience: int >= 1 | null, default null"),
+        ("data.columns", "data.columns: {NAME: section}, default required  [table]"),
+        ("data.columns.NAME.type", "data.columns.NAME.type: categorical | numeric | list"),
+        ("data.columns.NAME.min_count", "data.columns.NAME.min_count: int >= 1, default 2  [categorical, list]"),
+        ("data.targets.NAME.positive", f"data.targets.NAME.positive: [{VALUE}, ...] | null, default null  [binary]"),
+        (
+            "data.split.values",
+            f"data.split.values: {{train | val | test: [{VALUE}, ...]}}, "
+            "default {train: [train], val: [val], test: [test]}  [table]",
+        ),
     ],
 )
 def test_a_line(prefix: str, line: str) -> None:

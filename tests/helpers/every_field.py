@@ -146,8 +146,9 @@ def sections_of(content: dict[str, Any]) -> Iterator[tuple[str, BaseModel]]:
         if isinstance(section, BaseModel):
             yield name, section
             waiting += [(f"{name}.{field}".lstrip("."), value) for field, value in section]
-        elif isinstance(section, tuple):
-            waiting += [(f"{name}.{i}", value) for i, value in enumerate(section)]
+        elif isinstance(section, tuple | dict):
+            parts = section.items() if isinstance(section, dict) else enumerate(section)
+            waiting += [(f"{name}.{key}", value) for key, value in parts]
 
 
 def cases_of(bases: dict[str, dict[str, Any]], values: Sequence[Any] = VALUES) -> list[Case]:

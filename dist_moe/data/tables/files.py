@@ -162,6 +162,8 @@ def _readable(path: Path) -> Iterator[None]:
     """Turn what pyarrow and the system say of a file that cannot be read into a `UserError`."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file; give a CSV or Parquet file, or a directory of them") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {said[:300]}. Remedy: give an intact CSV or Parquet file") from error

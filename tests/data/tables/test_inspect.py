@@ -73,7 +73,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     path = write_csv(tmp_path / "t", ROWS)
     odd = write_csv(tmp_path / "odd", [{"y": "a", "x": 1}] * 2 + [{"y": "b\nc", "x": 2}])
     for arguments, said in (
-        ([tmp_path / "none"], "none cannot be read"),
+        ([tmp_path / "none"], "none: there is no such file; give a CSV or Parquet file"),
         ([path, "--target", "nobody"], "has no column 'nobody'; its columns: ['user_id', "),
         ([path, "--target", "always"], "--target=always cannot be predicted, being always 'k'; see"),
         ([path, "--target", "x" * 200], "cannot be predicted, being without a short name of its own"),

@@ -257,7 +257,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     ),
     "a header alone": (write(b"a,y,t\n"), {}, "t has 0 rows and none of them for train"),
     "a header without a newline": (write(b"a,y,t"), {}, "t has 0 rows"),
-    "no such file": (lambda path: None, {}, "t cannot be read: [Errno 2] No such file"),
+    "no such file": (lambda path: None, {}, "t: there is no such file; give a CSV or Parquet file"),
     "a directory": (Path.mkdir, {}, "t holds no files"),
     "a directory in one": (
         lambda path: (path / "day=1").mkdir(parents=True),
