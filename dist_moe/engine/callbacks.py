@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,10 +73,19 @@ class Validation(Callback):
     """Validates every ``every`` steps (None: at the end of each epoch) by ``evaluate(trainer, step)``: metrics by name.
 
     ``at_end``: after the last step, too. ``evaluate`` is collective and must give the same on every rank.
+    ``headlines``: see :meth:`Monitor.evaluation`.
     """
 
-    def __init__(self, evaluate: Callable[[Trainer, int], dict[str, Any]], every: int | None, *, at_end: bool) -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[Trainer, int], dict[str, Any]],
+        every: int | None,
+        *,
+        at_end: bool,
+        headlines: Collection[str] | None = None,
+    ) -> None:
         self._evaluate = evaluate
+        self._headlines = headlines
         self._every = every
         self._at_end = at_end
 
@@ -98,7 +107,7 @@ class Validation(Callback):
 
     def _validate(self, trainer: Trainer, step: int) -> None:
         ACTIVITY.enter("evaluation")
-        trainer.validated(step, self._evaluate(trainer, step))
+        trainer.validated(step, self._evaluate(trainer, step), self._headlines)
 
 
 class EarlyStopping(Callback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -222,10 +222,13 @@ class Trainer:
         """Have a checkpoint written when the present step is over. On every rank alike."""
         self._checkpoint_is_due = True
 
-    def validated(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Take the metrics of a validation after ``step`` steps, the same on every rank; tells all callbacks."""
+    def validated(self, step: int, metrics: Mapping[str, Any], headlines: Collection[str] | None = None) -> None:
+        """Take the metrics of a validation after ``step`` steps, the same on every rank; tells all callbacks.
+
+        ``headlines``: see :meth:`Monitor.evaluation`.
+        """
         self.history = TrainingHistory({**self.history.validation_losses, step: float(metrics["loss"])}, self._seconds)
-        self.monitor.evaluation("validation", dict(metrics), step)
+        self.monitor.evaluation("validation", dict(metrics), step, headlines)
         self.call("on_validation", step, metrics)
 
     def save(self, root: Path, keep: int) -> None:

@@ -54,10 +54,11 @@ class Task(ABC):
 
     ``train``, ``val``, ``test``: tables of examples. ``manifest``: where the data came from, if known. ``eval_batch``:
     examples that a rank evaluates at once. ``tokens_per_example``: rows that are routed for each. ``kind``: models of
-    the same kind fit.
+    the same kind fit. ``headlines``: metrics that the line about an evaluation has, None: all.
     """
 
     kind: ClassVar[str]
+    headlines: ClassVar[tuple[str, ...] | None] = None
 
     eval_batch = 4096
     tokens_per_example = 1

@@ -140,6 +140,18 @@ def test_every_model_learns_and_ranks_change_nothing(runs: dict[tuple[str, int],
     assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
 
 
+def test_the_line_about_an_evaluation_has_means_and_loss_alone(tmp_path: Path) -> None:
+    config = table_config(tmp_path, "mmoe")
+    (outcome,) = succeed(
+        1, "train", config, "--run-dir", tmp_path / "run", "train.max_steps=2", "train.validate_every=1"
+    )
+    for when in ("validation after step 1: ", "test after step 2: "):
+        (line,) = (line for line in outcome.err.splitlines() if line.startswith(when))
+        named = [number.split()[0] for number in line.partition(": ")[2].split(", ")]
+        assert named == ["auc", "gauc", "log_loss", "ne", "mse", "loss"]
+    assert {"auc_click", "ece_like", "mse_stars"} < summary_of(tmp_path / "run")["test"].keys()
+
+
 @pytest.mark.parametrize("model", ["mmoe", "home"])
 def test_diagnoses_are_those_of_a_loop(runs: dict[tuple[str, int], Path], model: str) -> None:
     inputs: dict[str, torch.Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -83,13 +83,18 @@ class Monitor:
         for tracker in self._trackers.values():
             tracker.metrics(part, metrics, step)
 
-    def evaluation(self, part: str, metrics: dict[str, Any], step: int) -> None:
-        """Show the metrics of an evaluation on ``part`` (validation, test) after ``step`` steps, on screen too."""
+    def evaluation(
+        self, part: str, metrics: dict[str, Any], step: int, headlines: Collection[str] | None = None
+    ) -> None:
+        """Show the metrics of an evaluation on ``part`` (validation, test) after ``step`` steps, on screen too.
+
+        ``headlines``: names of those that the line on screen has; None: all.
+        """
         self.metrics(part, metrics, step)
         shown = ", ".join(
             f"{name} undefined" if value is None else f"{name} {value:.4g}"
             for name, value in metrics.items()
-            if value is None or isinstance(value, float)
+            if (value is None or isinstance(value, float)) and (headlines is None or name in headlines)
         )
         self.say(f"{part} after step {step}: {shown}")
 

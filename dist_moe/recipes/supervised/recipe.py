@@ -229,7 +229,8 @@ def callbacks_of(config: SupervisedConfig, task: Task, on_validation: OnValidati
             raise Stopped(f"given up after step {step}")
         return metrics
 
-    return [*callbacks, Validation(validate, config.train.validate_every, at_end=config.train.patience is not None)]
+    every, at_end = config.train.validate_every, config.train.patience is not None
+    return [*callbacks, Validation(validate, every, at_end=at_end, headlines=task.headlines)]
 
 
 class Opening(Callback):
@@ -268,7 +269,7 @@ class FinalEvaluation(Callback):
         self.val = evaluate(task, model, task.val, self._weights, groups)
         self.test = evaluate(task, model, task.test, self._weights, groups)
         self.tested_step = trainer.step
-        trainer.monitor.evaluation("test", self.test, trainer.step)
+        trainer.monitor.evaluation("test", self.test, trainer.step, task.headlines)
         self.costs, self.report = task.costs(model, self.test), task.final_report(model)
 
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from dist_moe.data.tables import PreparedTable, RowBatch, RowTable, Target
 from dist_moe.models import ModelOutput, MoEModel, TableFeatures
 from dist_moe.tasks.multi_task_tables.diagnosis import TableWatch
-from dist_moe.tasks.multi_task_tables.metrics import LOSSES, constant_columns, labels_of, table_metrics, table_undefined
+from dist_moe.tasks.multi_task_tables.metrics import (
+    LOSSES,
+    MEANS,
+    constant_columns,
+    labels_of,
+    table_metrics,
+    table_undefined,
+)
 from dist_moe.tasks.multi_task_tables.pictures import draw_calibration, draw_experts
 from dist_moe.tasks.objective import at_least_fp32
 from dist_moe.tasks.task import Columns, Metrics, Task
@@ -27,6 +34,7 @@ class MultiTaskTablesTask(Task):
     """
 
     kind = "multi_task_table"
+    headlines = (*MEANS, "loss")
 
     def __init__(self, data: PreparedTable, targets: tuple[Target, ...]) -> None:
         self.train, self.val, self.test = data.train, data.val, data.test
