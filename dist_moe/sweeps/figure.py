@@ -1,4 +1,4 @@
-"""The budget curves as a picture."""
+"""The pictures of a sweep: budget curves, and differences between rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from dist_moe.sweeps.paired import LEVEL, Differences
 from dist_moe.sweeps.statistics import BudgetCurve
 
 # Okabe and Ito's colours, which people tell apart whatever their colour vision; without the faint yellow.
@@ -39,6 +40,33 @@ def draw_budget_curves(path: Path, title: str, curves: dict[str, BudgetCurve]) -
     if curves:
         figure.legend(loc="outside right upper", frameon=False)
     canvas.print_figure(path, dpi=DOTS_PER_INCH)
+
+
+def draw_differences(path: Path, title: str, differences: Differences) -> None:
+    """Draw the interval of each row's difference to the first row, a panel for each metric; none without rows.
+
+    Intervals that hold 0 are grey.
+    """
+    if not differences:
+        return
+    names, metrics = list(differences), list(next(iter(differences.values())))
+    figure = Figure(figsize=(2.2 + 2.6 * len(metrics), 1.4 + 0.35 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        axes.axvline(0, color="black", linewidth=0.8)
+        for place, name in enumerate(names):
+            one = differences[name][metric]
+            colour = "#888888" if one.verdict == "within" else COLOURS[0]
+            reach = one.high - one.mean
+            axes.errorbar(one.mean, place, xerr=reach, fmt="o", color=colour, capsize=3, markersize=5)
+        axes.set_title(metric, fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.suptitle(f"{title} (test, paired by seed, {100 * LEVEL:g} % intervals; grey: 0 is within)", fontsize=11)
+    FigureCanvasAgg(figure).print_figure(path, dpi=DOTS_PER_INCH)
 
 
 def group_of(name: str) -> str:

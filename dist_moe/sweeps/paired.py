@@ -33,6 +33,10 @@ class Difference:
         return "above" if self.low > 0 else "below" if self.high < 0 else "within"
 
 
+Differences = dict[str, dict[str, Difference]]
+"""Differences to one row, by row and metric."""
+
+
 def chosen_trials(records: Sequence[TrialRecord], seeds: int) -> list[TrialRecord]:
     """Return the trials of the draw with the least mean validation loss, by seed; [] if no draw is complete.
 

@@ -6,6 +6,7 @@ table.csv     the same table
 budget.csv    expected test loss of the chosen trial against the number of trials
 budget.png    the same as a picture
 pairs.csv     with several seeds: differences of all pairs of rows, seed by seed, in every metric
+pairs.png     those to the first row as a picture
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import numpy as np
 
 from dist_moe.errors import UserError
 from dist_moe.sweeps.directory import SweepDirectory
-from dist_moe.sweeps.figure import draw_budget_curves
-from dist_moe.sweeps.paired import LEVEL, chosen_trials, paired_difference
+from dist_moe.sweeps.figure import draw_budget_curves, draw_differences
+from dist_moe.sweeps.paired import LEVEL, Differences, chosen_trials, paired_difference
 from dist_moe.sweeps.plan import SweepPlan
 from dist_moe.sweeps.records import TrialRecord
 from dist_moe.sweeps.runner import OBJECTIVE
@@ -46,8 +47,11 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
     parts = [_opening(plan, rows, studies), _main_table(plan, summaries)]
     if plan.sweep.seeds > 1:
         chosen = {name: chosen_trials(records, plan.sweep.seeds) for name, records in rows.items()}
-        parts += _comparison(plan, {name: trials for name, trials in chosen.items() if trials})
+        complete = {name: trials for name, trials in chosen.items() if trials}
+        differences = _differences_to_first(plan, complete)
+        parts += _comparison(plan, complete, differences)
         _write_csv(directory.report / "pairs.csv", _pair_cells(chosen))
+        draw_differences(directory.report / "pairs.png", f"{plan.path.stem}: minus {next(iter(rows))}", differences)
     text = "\n\n".join([*parts, _reach_table(summaries)]) + "\n"
     (directory.report / "table.md").write_text(text, encoding="utf-8")
     _write_csv(directory.report / "table.csv", (_table_cells(summary) for summary in summaries))
@@ -104,16 +108,26 @@ def _metrics(summary: RowSummary, others: list[str]) -> list[str]:
     return [f"{loss.mean:.4f}{error} (of {loss.count})", single, *means]
 
 
-def _comparison(plan: SweepPlan, chosen: dict[str, list[TrialRecord]]) -> Iterable[str]:
-    """Yield the table of the chosen draws, and that of their differences to the first row's.
+def _differences_to_first(plan: SweepPlan, chosen: dict[str, list[TrialRecord]]) -> Differences:
+    """Return the differences of rows to the first one of the file, in the compared metrics.
 
-    Raises UserError for a compared metric that the trials do not have.
+    Empty if that has no complete draw. Raises UserError for a metric that the trials do not have.
     """
-    metrics, rows = plan.sweep.compared, {row.name: row for row in plan.rows}
+    metrics, first = plan.sweep.compared, plan.rows[0].name
     for trials in chosen.values():
         for metric in set(metrics) - trials[0].test.keys():
             known = ", ".join(sorted(trials[0].test))
             raise UserError(f"sweep {plan.path}: compared={list(metrics)}: there is no metric {metric}; known: {known}")
+    return {
+        name: {m: paired_difference(_tests(trials, m), _tests(chosen[first], m)) for m in metrics}
+        for name, trials in chosen.items()
+        if first in chosen and name != first
+    }
+
+
+def _comparison(plan: SweepPlan, chosen: dict[str, list[TrialRecord]], differences: Differences) -> Iterable[str]:
+    """Yield the table of the chosen draws, and that of their differences to the first row's."""
+    metrics, rows = plan.sweep.compared, {row.name: row for row in plan.rows}
     body = []
     for name, trials in chosen.items():
         drawn = {key: rows[name].space[key].value(stored) for key, stored in trials[0].params.items()}
@@ -123,14 +137,14 @@ def _comparison(plan: SweepPlan, chosen: dict[str, list[TrialRecord]]) -> Iterab
         f"Of each row the draw with the least mean validation loss over {plan.sweep.seeds} seeds: test metrics, mean ± "
         "standard\ndeviation over the seeds.\n\n" + _markdown([["row", "draw", *metrics], *body])
     )
-    first, *others = chosen or [""]
-    lines = []
-    for name in others:
-        pairs = [paired_difference(_tests(chosen[name], metric), _tests(chosen[first], metric)) for metric in metrics]
-        lines.append([name, *(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] {d.verdict}" for d in pairs)])
+    lines = [
+        [name, *(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] {d.verdict}" for d in of.values())]
+        for name, of in differences.items()
+    ]
     yield (
-        f"The same minus {first}, seed by seed, with a {100 * LEVEL:g} % interval; within: it holds 0, no difference "
-        "is seen.\npairs.csv has all pairs of rows and all metrics.\n\n" + _markdown([["row", *metrics], *lines])
+        f"The same minus {plan.rows[0].name}, seed by seed, with a {100 * LEVEL:g} % interval; within: it holds 0, "
+        "no difference is seen.\npairs.csv has all pairs of rows and all metrics.\n\n"
+        + _markdown([["row", *metrics], *lines])
     )
 
 

@@ -222,6 +222,7 @@ def test_rows_are_compared_seed_by_seed(bench: Bench) -> None:
         chosen[row] = min(draws, key=lambda draw: sum(one.loss for one in draw))
     assert chosen["COMET"][0].params[LR] == chosen["Top-k"][0].params[LR]
     assert "3 draws (common) x 3 seeds" in text
+    assert imread(bench.directory.report / "pairs.png").shape[1] > 500
     (loss,) = (line for line in lines_of(bench.directory.report / "pairs.csv") if line["metric"] == "loss")
     pairs = zip(chosen["COMET"], chosen["Top-k"], strict=True)
     differences = [one.test["loss"] - other.test["loss"] for one, other in pairs]
