@@ -11,11 +11,25 @@ from collections.abc import Sequence
 
 import dist_moe
 from dist_moe import screen
-from dist_moe.cli import bench, config, data, evaluate, export, import_, inspect, plan, reshard, search, sweep, train
+from dist_moe.cli import (
+    bench,
+    compress,
+    config,
+    data,
+    evaluate,
+    export,
+    import_,
+    inspect,
+    plan,
+    reshard,
+    search,
+    sweep,
+    train,
+)
 from dist_moe.engine.launch.signals import Interruption, interruptible, speaks_for_node
 from dist_moe.errors import LaunchError, UserError
 
-COMMANDS = (train, evaluate, search, sweep, plan, config, data, inspect, export, import_, reshard, bench)
+COMMANDS = (train, evaluate, search, compress, sweep, plan, config, data, inspect, export, import_, reshard, bench)
 
 
 def console_script() -> None:

@@ -17,7 +17,7 @@ from dist_moe.errors import UserError
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _NULL = "null"
 KEY = "NAME"
-"""The part of a field's name that stands for the key of a mapping, which the user chooses."""
+"""The word that stands, in a field's name, for a mapping's key, which the user chooses."""
 
 
 @dataclass(frozen=True)

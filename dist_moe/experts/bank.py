@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -23,12 +24,15 @@ class ExpertBank(nn.Module, ABC):
     ``dealt_PE``: None, or the :meth:`fingerprint` of what it was last given: built, loaded, cast or moved.
     ``batch_dependent``: whether a row's result depends on the expert's other rows of the pass, of all ranks: such a
     bank is called once in a pass.
+    ``hidden_axes``: the parameters that have the units of a hidden layer along an axis, by name, with that axis: who
+    reorders an expert's units in all of them leaves what it computes. Empty: there is nothing to reorder.
     """
 
     group_name: str | None = None
     num_marked: int = 0
     dealt_PE: Tensor | None = None
     batch_dependent: bool = False
+    hidden_axes: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, dim: int, out_dim: int, num_experts: int, expert_ids: Sequence[int]) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -51,6 +52,8 @@ class FeedForwardBank(ExpertBank):
     glorot-uniform. Biases are zero. All are drawn per expert from its global id.
     Raises ValueError for an activation that is unknown.
     """
+
+    hidden_axes = MappingProxyType({"up": 2, "gate": 2, "up_bias": 1, "down": 1})
 
     def __init__(
         self,

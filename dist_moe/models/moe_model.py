@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
@@ -68,6 +69,10 @@ class MoEModelConfig(Settings, ABC):
         description="slots that each gate chooses among; slot i leads to expert i mod num_experts until its slot map "
         "is changed, and slots of one expert add up their weights (null: as many as experts)",
     )
+    slot_masks: bool = Field(
+        False,
+        description="gates have masks of the slots that they may choose, in the checkpoint, as pruning leaves them",
+    )
     gate: GateConfig = Field(
         default_factory=lambda: CometConfig(), description="the gate; each task has one of its own"
     )
@@ -108,6 +113,8 @@ class MoEModelConfig(Settings, ABC):
             for field in ("num_slots", "permutation"):
                 if getattr(self, field) is not None:
                     yield f"{field}: the gates of name={self.name} choose among experts, not slots; set it to null"
+            if self.slot_masks:
+                yield f"slot_masks: the gates of name={self.name} have masks of their own; set it to false"
         if self.permutation is not None and self.slots_per_gate != self.num_experts:
             yield (
                 f"num_slots={self.num_slots} is not num_experts={self.num_experts}, and only as many slots as experts "
@@ -141,10 +148,12 @@ class MoEModelConfig(Settings, ABC):
         """
         settings = self.gate.of_layer(layer)
         gates = [settings.build(experts.dim, self.slots_per_gate, run.gates) for _ in range(num_gates)]
+        for gate in gates if self.slot_masks else ():
+            gate.allow(torch.ones(gate.num_experts, dtype=torch.bool, device="cpu"))
         if self.permutation is not None:
             table: SlotTable = self.permutation.build(gates, run.steps_per_epoch)
         else:
-            table = SlotTable(self.num_experts, num_gates, num_slots=self.num_slots)
+            table = SlotTable(experts.num_experts, num_gates, num_slots=self.slots_per_gate)
         return self.layer_of(gates, experts, table, run, shared=shared)
 
     def layer_of(

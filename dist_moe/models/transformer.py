@@ -13,7 +13,7 @@ position p by the angle p theta^(-2i/d).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -42,6 +42,10 @@ class TransformerConfig(MoEModelConfig):
 
     name: Literal["transformer"] = Field("transformer", description="which model this is")
     num_experts: int = Field(8, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
+    experts_by_layer: tuple[Annotated[int, Field(ge=1, le=LARGEST_COUNT)], ...] | None = Field(
+        None,
+        description="experts of each mixture, at most num_experts, as merging leaves them (null: num_experts in each)",
+    )
     layers: int = Field(4, ge=1, le=LARGEST_DEPTH, description="layers, each of attention and a feed-forward network")
     dim: int = Field(128, ge=2, le=LARGEST_SIZE, description="width of the residual stream")
     heads: int = Field(4, ge=1, description="attention heads, each of width dim / heads")
@@ -101,6 +105,20 @@ class TransformerConfig(MoEModelConfig):
             yield f"moe_every={self.moe_every} exceeds layers={self.layers}; allowed: 0 (dense) to {self.layers}"
         if self.moe_every:
             yield from self.experts.validation_errors(self.dim, self.dim)
+        counts = self.experts_by_layer
+        if counts is not None and (len(counts) != self.num_moe_layers or max(counts, default=0) > self.num_experts):
+            yield (
+                f"experts_by_layer={list(counts)}: give {self.num_moe_layers} numbers, one for each mixture, of at "
+                f"most num_experts={self.num_experts}"
+            )
+        if counts is not None and self.permutation is not None:
+            yield "experts_by_layer: only as many slots as experts can be permuted; set it or permutation to null"
+
+    def expert_counts(self, targets: Sequence[str]) -> dict[str, int]:
+        """Return the numbers of experts of the mixtures, by what to call them."""
+        if self.experts_by_layer is None:
+            return super().expert_counts(targets)
+        return {f"model.experts_by_layer[{i}]={count}": count for i, count in enumerate(self.experts_by_layer)}
 
     def expert_mismatches(self) -> Iterator[tuple[str, Any, Any]]:
         """Yield (field, value, value to set) of the experts, where they are not the SwiGLU networks of dense layers."""
@@ -121,8 +139,9 @@ class TransformerConfig(MoEModelConfig):
 
     def build_mixture(self, run: RunShape, layer: int) -> MoE:
         """Return the MoE layer of layer ``layer`` (from 0). Raises UserError if its results have not width ``dim``."""
-        expert_ids, stds = experts_of_rank(self.num_experts, run.world), (INIT_STD, self.residual_std)
-        experts = self.experts.build(self.dim, self.num_experts, expert_ids, init_stds=stds)
+        counts, stds = self.experts_by_layer, (INIT_STD, self.residual_std)
+        count = self.num_experts if counts is None else counts[layer // self.moe_every]
+        experts = self.experts.build(self.dim, count, experts_of_rank(count, run.world), init_stds=stds)
         if experts.out_dim != self.dim:
             raise UserError(
                 f"model.experts.name={self.experts.name}: gives rows of width {experts.out_dim}, the model "
@@ -136,13 +155,15 @@ class TransformerConfig(MoEModelConfig):
 class TransformerSize:
     """Parameters and FLOPs of a model and of a token, counted when the model is built, wherever its experts live.
 
-    ``others``: all parameters but the experts'. ``expert``: those of an expert in each MoE layer, together.
+    ``others``: all parameters but the experts'. ``experts``: those of all experts. ``expert``: those of an expert in
+    each MoE layer, together.
     ``expert_flops``: of such experts and a row each, forward. ``products``: multiplications with matrices that every
     token meets; an upper bound for a gate that finds its way without the dense products (COMET's lazy one).
     """
 
     config: TransformerConfig
     others: int
+    experts: int
     expert: int
     expert_flops: float
     products: int
@@ -159,12 +180,13 @@ class TransformerSize:
         inside = {id(module) for layer in layers for part in (layer.gates, layer.experts) for module in part.modules()}
         linears = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
         products += sum(linear.weight.numel() for linear in linears)
+        experts = sum(bank.parameters_per_expert * bank.num_experts for bank in banks)
         expert = sum(bank.parameters_per_expert for bank in banks)
-        return cls(config, others, expert, sum(bank.flops_per_row for bank in banks), products)
+        return cls(config, others, experts, expert, sum(bank.flops_per_row for bank in banks), products)
 
     def num_params(self) -> int:
         """Return the number of all parameters, those of all experts included; a tied embedding counts once."""
-        return self.active_params(self.config.num_experts)
+        return self.others + self.experts
 
     def active_params(self, experts_per_token: float) -> int:
         """Return the number of parameters met by a token that goes to so many experts in each MoE layer."""

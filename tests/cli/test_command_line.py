@@ -103,7 +103,7 @@ def test_shipped_configurations_are_valid(capsys: pytest.CaptureFixture[str], pa
     shown = yaml.safe_load(capsys.readouterr().out)
     written = yaml.safe_load(path.read_text())
     assert shown["deepspeed"] == written["deepspeed"]
-    assert shown["model"]["num_experts"] >= 2
+    assert any(count >= 2 for name, count in shown["model"].items() if name.endswith("_experts"))
 
 
 def test_a_shown_configuration_is_itself_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

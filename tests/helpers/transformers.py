@@ -136,7 +136,7 @@ def _mixture(moe: MoE, x_TD: Tensor, ids_T: Tensor) -> tuple[list[Tensor], dict[
         mixture_TE = naive_branch_mix(mixture_TE, soft.unsqueeze(0))
         aux = aux | {"permutation": search.entropy_weight * naive_permutation_entropy(soft)}
     else:
-        mixture_TE = naive_branch_relabel(mixture_TE, search.table[0])
+        mixture_TE = naive_branch_relabel(mixture_TE, search.table[0], moe.experts.num_experts)
     bank, results = moe.experts, []
     for weight_E, x_D in zip(mixture_TE, x_TD, strict=True):
         total = torch.zeros_like(x_D) if moe.shared is None else _swiglu(moe.shared, x_D)

@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "top_k everywhere": {"gate": TOP_K, "moe_every": 1, "tied_embeddings": False},
     "shared expert": {"gate": TOP_K, "shared_hidden": 3},
     "every second of three": {"gate": TOP_K, "layers": 3},
+    "merged and pruned": {"gate": TOP_K, "layers": 4, "experts_by_layer": (2, 4), "slot_masks": True},
     "ada_moe": {"gate": AdaMoEConfig(k=2, null_slots=3, balance_weight=0.1)},
     "hash": {"gate": HashRoutingConfig(assignment="balanced")},
     "smoe_dropout": {"gate": SMoEDropoutConfig(k_min=1, k_max=4)},

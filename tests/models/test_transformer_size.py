@@ -42,6 +42,16 @@ def test_number_of_parameters(case: str) -> None:
     assert model.size.active_params(1.5) == rest + 1.5 * experts / SMALL["num_experts"]
 
 
+def test_layers_of_different_numbers_of_experts() -> None:
+    model = make_transformer(gate=TopKConfig(k=2), layers=4, experts_by_layer=(1, 3))
+    assert [layer.experts.num_experts for layer in model.moe_layers.values()] == [1, 3]
+    assert model.size.num_params() == sum(p.numel() for p in model.parameters())
+    assert [table.table.tolist() for table in model.tables.values()] == [[[[0, 0, 0, 0]]], [[[0, 1, 2, 0]]]]
+    (wrong,) = model.config.model_copy(update={"experts_by_layer": (5, 1)}).validation_errors()
+    assert "give 2 numbers" in wrong
+    assert list(model.config.expert_counts(["next"]).values()) == [1, 3]
+
+
 def test_by_hand() -> None:
     """V D + layers (2 D D + 2 D K) + norms + a dense and a mixed layer, with K = 4 the width of both key heads."""
     model = make_transformer(gate=TopKConfig(k=2))

@@ -184,10 +184,10 @@ def test_diagnoses_are_those_of_a_loop(runs: dict[tuple[str, int], Path], model:
                     captured.append(max(share) / sum(share))
             for gate, weight in of_gates.items():
                 of_own = [w for expert, w in weight.items() if expert.startswith(f"{gate}_")]
-                own += [sum(of_own)] if of_own else []
+                own += [sum(of_own) / sum(weight.values())] if of_own else []
     every = list(found["experts"].values())
     assert found["captured"] == pytest.approx(max(captured))
-    assert found.get("own_weight") == pytest.approx(min(own) if own else None)
+    assert found.get("own_share") == pytest.approx(min(own) if own else None)
     assert found["dead_activations"] == max(max(of["zero_share"].values()) for of in every)
     assert found["scale_ratio"] == pytest.approx(max(max(of["std"].values()) / min(of["std"].values()) for of in every))
 
@@ -220,4 +220,4 @@ def test_pictures_and_numbers_are_left_behind(runs: dict[tuple[str, int], Path],
         expert = next(iter(of["std"]))
         wanted = {f"test/experts/{layer}/std/{expert}", "validation/dead_activations", "validation/captured"}
         assert wanted <= tags
-        assert ("own_weight" in test) == (model != "mmoe")
+        assert ("own_share" in test) == (model != "mmoe")

@@ -26,6 +26,8 @@ from dist_moe.models.transformer import TransformerConfig
 OF_MIXTURES = {
     "num_experts",
     "num_slots",
+    "slot_masks",
+    "experts_by_layer",
     "gate",
     "permutation",
     "activation_checkpointing",

@@ -230,6 +230,10 @@ def _misfits(config: TransformerConfig, architecture: Architecture) -> Iterator[
     yield from (f"model.experts.{field}={value}" for field, value, _ in config.expert_mismatches())
     if config.slots_per_gate != config.num_experts:
         yield f"model.num_slots={config.num_slots}"
+    if config.experts_by_layer is not None:
+        yield f"model.experts_by_layer={list(config.experts_by_layer)}"
+    if config.slot_masks:
+        yield "model.slot_masks=True"
     gate = config.gate
     if not isinstance(gate, TopKConfig):
         yield f"model.gate.name={gate.name}"

@@ -51,13 +51,14 @@ class TableWatch(Watch):
         ``std`` of them, and by gate ``gate_weight``, the mean weight on it. In a number each, over all layers:
         ``dead_activations``, the largest share of zeros; ``scale_ratio``, the largest ``std`` of an expert over the
         least of one in its layer; ``captured``, the largest share that a target (or group of targets) has of all
-        weight on a shared expert; ``own_weight``, the least weight that one has on experts of its own.
+        weight on a shared expert; ``own_share``, the least share of a target's (or group's) weight that goes to
+        experts of its own.
         """
         found: dict[str, Any] = {name: sums.end() for name, sums in self._layers.items()}
         headlines: dict[str, float] = {}
         for sums in self._layers.values():
             for name, value in sums.headlines().items():
-                worst = min if name == "own_weight" else max
+                worst = min if name == "own_share" else max
                 headlines[name] = worst(value, headlines.get(name, value))
         bins = {}
         for one, column_N in zip(labels_of(part, self._targets), columns, strict=True):
@@ -117,11 +118,11 @@ class _LayerSums:
             weight_GE = weight_GE[:, shared]
             found["captured"] = float((weight_GE.max(dim=0).values / weight_GE.sum(dim=0).clamp(min=1e-30)).max())
         own = [
-            sum(w for w, owner in zip(weight_E, self.owners, strict=True) if owner == gate)
+            sum(w for w, owner in zip(weight_E, self.owners, strict=True) if owner == gate) / max(sum(weight_E), 1e-30)
             for gate, weight_E in zip(self.gates, self.weight_GE.tolist(), strict=True)
             if gate != SHARED and gate in self.owners
         ]
-        return found | ({"own_weight": min(own)} if own else {})
+        return found | ({"own_share": min(own)} if own else {})
 
 
 def _names(layer: MoE, targets: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
