@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dist_moe.errors import UserError
+from dist_moe.models import RunShape, TableFeatures
+from dist_moe.parallel import SingleWorld
 from dist_moe.sweeps.config import RowConfig, SweepConfig, load_sweep
 from dist_moe.sweeps.distributions import KINDS
 from dist_moe.sweeps.plan import plan_sweep
@@ -92,12 +95,33 @@ def test_every_field_is_described() -> None:
 
 
 SWEEPS = sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml"))
+(CENSUS,) = (path for path in SWEEPS if path.stem == "multi_task_census")
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_the_sweeps_that_come_with_it_have_the_papers_rows(path: Path) -> None:
-    of_gates = [f"{gate}{plus}" for gate in ("Hash", "Top-k", "DSelect-k") for plus in ("", "+")]
-    assert [row.name for row in plan_sweep(path).rows] == [*of_gates, "COMET", "COMET+ (Sinkhorn)", "COMET+ (swap)"]
+    rows = [row.name for row in plan_sweep(path).rows]
+    if path.stem == "multi_task_census":
+        assert rows[:5] == ["MMoE", "shared-bottom", "PLE", "HoME", "MMoE with COMET"]
+        assert all(row.startswith("HoME - ") for row in rows[5:])
+    else:
+        of_gates = [f"{gate}{plus}" for gate in ("Hash", "Top-k", "DSelect-k") for plus in ("", "+")]
+        assert rows == [*of_gates, "COMET", "COMET+ (Sinkhorn)", "COMET+ (swap)"]
+
+
+@pytest.mark.parametrize("row", ["shared-bottom", "PLE", "HoME", "HoME - feature gate", "HoME - mask", "HoME - BN"])
+def test_rows_of_the_census_have_as_many_parameters_as_the_first(row: str) -> None:
+    rows = {row.name: row for row in plan_sweep(CENSUS).rows}
+    first, other = (parameters(rows[name].config(load_sweep(CENSUS).config, {}).model) for name in ("MMoE", row))
+    assert other == pytest.approx(first, rel=0.02)
+
+
+def parameters(model: Any) -> int:
+    """The parameters of a model of Census-Income's columns."""
+    features = TableFeatures(sizes=(519 // 32,) * 31 + (519 - 31 * (519 // 32),), numeric=7)  # 519 ids in 32 columns
+    with torch.device("meta"):
+        built = model.build(features, ("income", "never_married"), RunShape(SingleWorld(), 1))
+    return sum(parameter.numel() for parameter in built.parameters())
 
 
 def test_a_training_configuration_is_no_sweep() -> None:
