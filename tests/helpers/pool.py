@@ -99,7 +99,7 @@ def _context() -> Any:
 
 
 def free_port() -> int:
-    """A local port on which nothing listens, below those that Linux gives to whoever asks for any: they go meanwhile."""
+    """A local port on which nothing listens, below those that Linux gives to whoever asks for any."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_768)
         with contextlib.suppress(OSError), socket.socket() as probe:
