@@ -50,6 +50,9 @@ def wrap_ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
         if (group := groups[split.world]) is not None:
             average_copies(list(split.bank.parameters()), group, lambda: bool(ddp.require_backward_grad_sync))
     vars(ddp)["averages_copies_of_experts"] = True
+    # The last attribute goes last. If the reducer dropped the last reference to the group, it would wait for gloo's
+    # thread while it holds Python's lock; and that may wait for the lock, to let go of the last collective's tensors.
+    vars(ddp)["outlives_the_reducer"] = ddp.process_group
     return ddp
 
 

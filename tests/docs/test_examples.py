@@ -41,6 +41,11 @@ def test_ddp_prints_the_same_norms_on_two_ranks_as_on_one() -> None:
         assert max(abs(float(a) - b) for a, b in zip(found, norms, strict=True)) <= 2e-6
 
 
+def test_ddp_ends_every_time() -> None:
+    """One run in ten used to wait for ever when it was let go of."""
+    assert all(len(on_ranks(2, printed_by, str(DDP))) == 2 for _ in range(20))
+
+
 def test_the_readme_shows_the_example_in_twenty_lines() -> None:
     lines = DDP.read_text().split("\n\n", 1)[1].splitlines()
     assert len([line for line in lines if line.strip()]) <= 20
