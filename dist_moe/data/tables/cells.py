@@ -31,8 +31,6 @@ _NEEDLESS_ZEROS = re.compile(r"(-?(?:0|[1-9]\d*)|.+:\d\d)\.0+", re.ASCII)
 _LARGE_WHOLE = re.compile(r"-?\d(?:\.\d+)?e\+(?:1[5-9]|2\d)", re.ASCII)
 """A number as Arrow writes out 1e15 and more; other programs write it in full."""
 
-_ARE_NUMBERS = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-
 
 class BadCell(Exception):
     """A cell that is not what its column is said to hold; ``row``: in its batch, None if it is the column's type."""

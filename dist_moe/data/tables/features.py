@@ -5,6 +5,7 @@ A feature is shown all blocks of rows with ``learn``, then ``settle``d, then sho
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
@@ -23,7 +24,7 @@ QUANTILE_ROWS = 1 << 17
 """Training rows whose numbers the quantiles are taken of; if there are more, some at equal distances."""
 
 
-class Feature:
+class Feature(ABC):
     """A column that is read. ``words``: texts of its ids from 1, none if it is of numbers."""
 
     length = 1
@@ -36,17 +37,17 @@ class Feature:
     def _read(self, block: RowBlock) -> Any:
         return block.read(self.name, self._reader)
 
+    @abstractmethod
     def learn(self, block: RowBlock) -> None:
         """Learn from the training rows of a block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self) -> dict[str, Any]:
         """End learning; return what was learnt, but for the words, for the manifest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, block: RowBlock) -> NDArray[Any]:
         """Return (B,) or (B, length) entries of the arrays for all rows of a block."""
-        raise NotImplementedError
 
 
 class CategoricalFeature(Feature):

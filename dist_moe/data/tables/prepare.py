@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,25 +68,25 @@ class PreparedTable:
         )
 
 
-class TableSettings(DataSettings):
+class TableSettings(DataSettings, ABC):
     """Which table, and where its files are; a subclass knows its schema without opening them, and prepares it."""
 
     @property
+    @abstractmethod
     def table_schema(self) -> TableSchema:
         """Which columns mean what, and how the rows are split."""
-        raise NotImplementedError
 
     @property
     def table_targets(self) -> tuple[Target, ...]:
         """Names and kinds of the targets, in order."""
         return self.table_schema.table_targets
 
+    @abstractmethod
     def prepare(self, progress: bool) -> PreparedTable:
         """Return the table, prepared once. ``progress``: report on stderr.
 
         Raises `UserError` for anything that the user can fix.
         """
-        raise NotImplementedError
 
     def fetch(self, progress: bool) -> str:
         """Prepare the table and return what there is of it in one line."""
