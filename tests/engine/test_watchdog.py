@@ -8,13 +8,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dist_moe.cli.main import main
 from dist_moe.data.batches import ShuffledFeed
-from dist_moe.engine.health.heartbeats import Activity, Heartbeat, Observer, Process, read_heartbeat, write_heartbeat
+from dist_moe.engine.health.heartbeats import (
+    Activity,
+    Heartbeat,
+    Observer,
+    Process,
+    collectives_issued,
+    read_heartbeat,
+    write_heartbeat,
+)
 from dist_moe.engine.health.watchdog import EXIT_STALLED, RankReport, StallDiagnosis, diagnose
 from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.errors import UserError
@@ -219,3 +228,18 @@ def test_the_limit_lies_below_the_timeout_of_collectives() -> None:
     assert ParallelConfig(stall_s=0).stall_limit_s == 0
     with pytest.raises(UserError, match=r"parallel.stall_s=100 must be below parallel.timeout_s=100"):
         ParallelConfig(timeout_s=100, stall_s=100).check(1, 4)
+
+
+def test_groups_may_be_made_while_the_collectives_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: dict[Any, None] = {}
+
+    class Group:
+        @property
+        def _device_types(self) -> list[str]:
+            groups[object()] = None  # as the main thread does
+            return []
+
+    groups |= {Group(): None, Group(): None}
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._world", SimpleNamespace(pg_map=groups))
+    assert collectives_issued() == 0

@@ -10,7 +10,6 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -149,7 +148,8 @@ def collectives_issued() -> int:
     """Return how many collectives this process has issued so far, over all backends of its groups. Issues none."""
     if not dist.is_initialized():
         return 0
-    groups: Iterable[Any] = distributed_c10d._world.pg_map  # torch's stubs do not know the methods
+    # A copy, as the main thread may be making groups. torch's stubs do not know their methods.
+    groups: list[Any] = list(distributed_c10d._world.pg_map)
     backends = {group._get_backend(device) for group in groups for device in group._device_types}
     return sum(backend._get_sequence_number_for_group() for backend in backends)
 
