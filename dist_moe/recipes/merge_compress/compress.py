@@ -204,6 +204,11 @@ def check_merge(config: SupervisedConfig, model: MoEModel, merge: CompressConfig
     settings, layers = config.model, model.moe_layers
     if not layers or not settings.has_tables:
         raise UserError(f"model.name={settings.name}: there are no MoE layers with slot maps in it to compress")
+    head = getattr(settings, "auxiliary_head", None)
+    if head is not None:
+        raise UserError(
+            f"model.auxiliary_head={head}: a model with a second head cannot be compressed; name another run"
+        )
     can_differ = _BY_LAYER in type(settings).model_fields
     merge = merge.settled(can_differ=can_differ)
     for name, layer in layers.items():

@@ -121,6 +121,9 @@ class MergeCompressRecipe(StagedRecipe):
         for name, work in self.stages().items():
             weights = find_weights(before)
             config = supervised_config(plan.start.config, weights.config.model.model_dump(mode="json"))
+            size, asked = config.parallel.expert_parallel_size, plan.start.config.parallel.expert_parallel_size
+            if size < asked:
+                plan.start.say(f"stage {name}: experts over {size} rank(s): {asked} would not have equally many")
             stages.run(name, partial(work, plan, weights, config), config.parallel)
             before = stages.directory(name).root
 
