@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from dist_moe.config.files import replace_text, write_json
+from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.errors import UserError
 from dist_moe.parallel import current_world, gather_columns
 from dist_moe.recipes.branch_train_merge.forest import Forest
 from dist_moe.recipes.branch_train_merge.merge import MergeSettings, Scores
-from dist_moe.recipes.branch_train_merge.scoring import Scorer
+from dist_moe.recipes.branch_train_merge.partition import task_of_domain
+from dist_moe.recipes.branch_train_merge.scoring import Scorer, new_model
+from dist_moe.recipes.branch_train_merge.training import ForestPlan
 
 REPORT, TABLE = "evaluation.json", "evaluation.md"
 TRAINED_ON, HELD_OUT = "all trained on", "all held out"
@@ -74,6 +77,28 @@ def evaluate_forest(scorer: Scorer, merges: Sequence[MergeSettings], trained_on:
         "experts_per_token": active,
         "weights": {label: by_domain for label, by_domain in weights.items() if by_domain},
     }
+
+
+def evaluate_run(
+    plan: ForestPlan,
+    groups: ProcessGroups,
+    merges: Sequence[MergeSettings],
+    *,
+    domains: Sequence[str] | None = None,
+    experts: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Return the report on the forest of a run, see :func:`evaluate_forest`. Collective.
+
+    ``domains``, ``experts``: those that are looked at; None: all. Raises UserError for names that there are not.
+    """
+    forest, known = Forest(plan.start.run.root), plan.task.data.domains
+    for called, given, there in (("domain", domains, known), ("expert", experts, forest.experts)):
+        for name in given or ():
+            if name not in there:
+                raise UserError(f"there is no {called} {name}; there are {', '.join(there)}")
+    tasks = {name: task_of_domain(plan.task, name) for name in domains or known}
+    scorer = Scorer(new_model(plan, groups), tasks, forest, groups, plan.prior, experts)
+    return evaluate_forest(scorer, merges if scorer.experts else (), plan.partition.trained_on)
 
 
 def _gathered(scorer: Scorer, domain: str, mine_CN: Tensor) -> Tensor:

@@ -7,18 +7,22 @@ be trained first does so in :meth:`MergeSettings.prepare`, by stages of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, SerializeAsAny
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import LARGEST_COUNT, Settings
+from dist_moe.engine.checkpoint import ModelWeights, place_weights
 from dist_moe.errors import UserError
+from dist_moe.models import MoEModel
 from dist_moe.recipes.branch_train_merge.average import averaged
+from dist_moe.recipes.branch_train_merge.ensemble import EnsembleModel
 from dist_moe.recipes.branch_train_merge.posterior import History, log_mixture, log_weights, top_k, uniform_prior
 from dist_moe.recipes.branch_train_merge.scoring import Scorer
 
@@ -63,6 +67,14 @@ class MergeSettings(Settings, ABC):
     def score(self, scorer: Scorer, domain: str) -> Scores:
         """Score the test sequences of a domain. Collective over all ranks."""
 
+    @abstractmethod
+    def model(self, scorer: Scorer, domain: str | None, new_model: Callable[[], MoEModel]) -> nn.Module:
+        """Return one module that predicts as this way of merging does. Collective over all ranks.
+
+        ``domain``: of the text to come, None if it is not known. ``new_model``: returns a model for some weights.
+        Raises UserError for a domain that must be known.
+        """
+
 
 MERGES = Registry("merge", MergeSettings)
 
@@ -87,11 +99,9 @@ class Ensemble(MergeSettings):
         None, ge=1, le=LARGEST_COUNT, description="use only so many experts, of the largest prior (null: all)"
     )
 
-    def prior_of(self, scorer: Scorer, domain: str) -> Tensor:
+    def prior_of(self, scorer: Scorer, domain: str | None) -> Tensor:
         """Return (J,) the prior with which sequences of a domain begin. Collective over all ranks."""
-        cached = self.prior == "cached"
-        prior_J = scorer.prior(domain, self.history) if cached else uniform_prior(len(scorer.experts))
-        return top_k(prior_J, self.top_k)
+        return top_k(_prior(self.prior, scorer, domain, self.history), self.top_k)
 
     def log_weights(self, logp_JBS: Tensor, token_BS: Tensor, prior_J: Tensor) -> Tensor:
         """Return (J, B, S) log-weights of the experts before each target.
@@ -111,6 +121,15 @@ class Ensemble(MergeSettings):
         weight_JN[used] = log_weight_KNS.exp().mean(dim=2)
         return Scores(log_mixture(log_weight_KNS, logp_KNS), float(len(used)), weight_JN)
 
+    def model(self, scorer: Scorer, domain: str | None, new_model: Callable[[], MoEModel]) -> nn.Module:
+        """Return the experts that have a prior, and the mixture of what they predict."""
+        prior_J = self.prior_of(scorer, domain)
+        used, models = prior_J.nonzero().flatten().tolist(), []
+        for j in used:
+            models.append(new_model())
+            place_weights(models[-1], scorer.forest.weights(scorer.experts[j]))
+        return EnsembleModel(models, partial(self.log_weights, prior_J=prior_J[used]))
+
 
 @MERGES.register
 class Average(MergeSettings):
@@ -127,13 +146,30 @@ class Average(MergeSettings):
                 "model.permutation=null, or give only ensembles in recipe.merge"
             )
 
+    def average(self, scorer: Scorer, weight_J: Sequence[float]) -> ModelWeights:
+        """Return the average of the experts' weights."""
+        return averaged([scorer.forest.weights(name) for name in scorer.experts], weight_J)
+
     def score(self, scorer: Scorer, domain: str) -> Scores:
         """Average for the domain, and score its sequences by that one model."""
-        cached = self.weights == "cached"
-        prior_J = scorer.prior(domain, "all") if cached else uniform_prior(len(scorer.experts))
-        weight_J = tuple(prior_J.tolist())
-        scorer.place(weight_J, lambda: averaged([scorer.forest.weights(name) for name in scorer.experts], weight_J))
+        weight_J = tuple(_prior(self.weights, scorer, domain).tolist())
+        scorer.place(weight_J, lambda: self.average(scorer, weight_J))
         return Scores(scorer.score(scorer.model, domain), 1.0)
+
+    def model(self, scorer: Scorer, domain: str | None, new_model: Callable[[], MoEModel]) -> nn.Module:
+        """Return the one model."""
+        model = new_model()
+        place_weights(model, self.average(scorer, _prior(self.weights, scorer, domain).tolist()))
+        return model
+
+
+def _prior(kind: Prior, scorer: Scorer, domain: str | None, history: History = "all") -> Tensor:
+    """Return (J,) the prior of a domain, fp64. Raises UserError for the cached one of no domain."""
+    if kind == "uniform":
+        return uniform_prior(len(scorer.experts))
+    if domain is None:
+        raise UserError("a cached prior is that of a domain of the data; name one by --domain, or take prior: uniform")
+    return scorer.prior(domain, history)
 
 
 DEFAULT_MERGES: Sequence[MergeSettings] = (

@@ -51,9 +51,10 @@ def task_of_rows(task: LanguageModelTask, rows: Mapping[str, Rows]) -> LanguageM
     return LanguageModelTask(replace(task.data, **tables))
 
 
-def rows_of_domain(task: LanguageModelTask, part: str, domain: str) -> Rows:
-    """Return the sequences of a domain in a part of the data."""
-    return np.flatnonzero(getattr(task.data, part).domain_N == task.data.domains.index(domain))
+def task_of_domain(task: LanguageModelTask, domain: str) -> LanguageModelTask:
+    """Return the task of the sequences of one of the data's domains."""
+    number = task.data.domains.index(domain)
+    return task_of_rows(task, {part: np.flatnonzero(getattr(task.data, part).domain_N == number) for part in PARTS})
 
 
 class PartitionSettings(Settings, ABC):

@@ -13,6 +13,7 @@ nothing was seen, so there the weights are the prior.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,6 +23,16 @@ from torch import Tensor
 History = Literal["all", "previous"]
 """How much of the past decides: ``all`` of the sequence as the formula says, or the ``previous`` token alone, as the
 scorer that was released with the paper's successor computes it."""
+
+
+@dataclass(frozen=True)
+class PriorOptions:
+    """How a domain's prior is estimated: from so many ``sequences``, each moving it by ``decay``; ``seed`` of the draw
+    of the sequences."""
+
+    sequences: int = 100
+    decay: float = 0.3
+    seed: int = 0
 
 
 def log_weights(logp_JBS: Tensor, prior_J: Tensor, history: History = "all") -> Tensor:

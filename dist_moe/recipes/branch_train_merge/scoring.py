@@ -6,8 +6,7 @@ each domain's sequences, so that every way of using the experts together costs n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,51 +23,38 @@ from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.models import MoEModel
 from dist_moe.parallel import current_world, gather_columns
 from dist_moe.recipes.branch_train_merge.forest import Forest
-from dist_moe.recipes.branch_train_merge.partition import rows_of_domain
-from dist_moe.recipes.branch_train_merge.posterior import History, cached_prior
+from dist_moe.recipes.branch_train_merge.posterior import History, PriorOptions, cached_prior
+from dist_moe.recipes.branch_train_merge.training import ForestPlan
 from dist_moe.recording import recording
 from dist_moe.tasks import build_model
 from dist_moe.tasks.language import LanguageModelTask
-from dist_moe.tasks.language.task import token_nats
+from dist_moe.tasks.language.task import EVAL_TOKENS, token_nats
 
 _TEST, _PRIOR = "test", "val"
 """Parts of the data: what is evaluated, and what priors are estimated from."""
 
 
-@dataclass(frozen=True)
-class PriorOptions:
-    """How a domain's prior is estimated: from so many ``sequences``, each moving it by ``decay``; ``seed`` of the draw
-    of the sequences."""
-
-    sequences: int = 100
-    decay: float = 0.3
-    seed: int = 0
-
-
 class Scorer:
-    """Scores sequences of ``domains`` by the models of ``forest``. Its methods are collective, alike on all ranks.
+    """Scores sequences by the models of ``forest``. Its methods are collective, alike on all ranks.
 
-    ``model``: of the run, into which weights are copied. ``task``: of the whole text. ``experts``: those that are used,
-    all if None.
+    ``model``: of the run, into which weights are copied. ``domains``: by name the tasks of their sequences.
+    ``prior``: how cached priors are estimated. ``experts``: those that are used, all if None.
     """
 
     def __init__(
         self,
         model: MoEModel,
-        task: LanguageModelTask,
+        domains: Mapping[str, LanguageModelTask],
         forest: Forest,
         groups: ProcessGroups,
-        domains: Sequence[str],
-        *,
+        prior: PriorOptions,
         experts: Sequence[str] | None = None,
-        prior: PriorOptions = PriorOptions(),
     ) -> None:
-        self.model, self.task, self.forest, self.groups = model, task, forest, groups
-        self.domains = tuple(domains)
+        self.model, self.domains, self.forest, self.groups = model, dict(domains), forest, groups
         self.experts = tuple(forest.experts if experts is None else experts)
         self._prior = prior
-        self._tables = {(_TEST, domain): self._rows(_TEST, domain) for domain in self.domains}
-        self._tables |= {(_PRIOR, domain): self._drawn(domain) for domain in self.domains}
+        self._tables = {(_TEST, domain): task.data.test for domain, task in domains.items()}
+        self._tables |= {(_PRIOR, domain): self._drawn(domain) for domain in domains}
         self._kept: dict[tuple[str, str, str], Tensor] = {}
         self._priors: dict[tuple[str, History], Tensor] = {}
         self._placed: Hashable = None
@@ -117,20 +103,16 @@ class Scorer:
                 self._kept[name, part, each] = self._forward(self.model, self._tables[part, each])
         return self._kept[name, part, domain]
 
-    def _rows(self, part: str, domain: str) -> TokenTable:
-        table: TokenTable = getattr(self.task.data, part)
-        return table.select(rows_of_domain(self.task, part, domain))
-
     def _drawn(self, domain: str) -> TokenTable:
         """Return the sequences from which a domain's prior is estimated, in random order."""
-        table = self._rows(_PRIOR, domain)
+        table = self.domains[domain].data.val
         order_N = np.random.default_rng((self._prior.seed, *domain.encode())).permutation(len(table))
         return table.select(order_N[: self._prior.sequences])
 
     def _batches(self, table: TokenTable) -> list[Any]:
         """Return this rank's share of a table in batches, as many on every rank, some of them empty."""
-        world = current_world()
-        indices = shard_batches(table, self.task.eval_batch, rank=world.rank, world_size=world.size)
+        world, size = current_world(), max(1, EVAL_TOKENS // table.sequence_length)
+        indices = shard_batches(table, size, rank=world.rank, world_size=world.size)
         return [table.batch(index_B, index_B).to(self.groups.device) for index_B in indices]
 
     @torch.no_grad()
@@ -145,8 +127,9 @@ class Scorer:
         return torch.cat(scores)
 
 
-def new_model(config: Any, task: LanguageModelTask, groups: ProcessGroups) -> MoEModel:
+def new_model(plan: ForestPlan, groups: ProcessGroups) -> MoEModel:
     """Return a model of the run with this rank's experts, in the precision in which the run computed."""
-    model: MoEModel = build_model(config, task, groups.world).to(groups.device)
+    config = plan.start.config
+    model: MoEModel = build_model(config, plan.union, groups.world).to(groups.device)
     cast_parameters(model, config.deepspeed, groups.device)
     return model
