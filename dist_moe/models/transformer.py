@@ -164,14 +164,9 @@ class TransformerConfig(MoEModelConfig):
                 f"model.experts.name={self.experts.name}: gives rows of width {experts.out_dim}, the model "
                 f"needs model.dim={self.dim}; use feed_forward"
             )
-<<<<<<< HEAD
         network = GatedSwiGLU if self.shared_gate else SwiGLU
         shared = network(self.dim, self.shared_hidden, self.residual_std) if self.shared_hidden else None
-        return self.build_layer(experts, 1, run, layer=layer, shared=shared)
-=======
-        shared = SwiGLU(self.dim, self.shared_hidden, self.residual_std) if self.shared_hidden else None
         return self.build_layer(experts, 1, run, layer=layer, mixture=layer // self.moe_every, shared=shared)
->>>>>>> losparse
 
 
 @dataclass(frozen=True)
