@@ -18,7 +18,13 @@ from dist_moe.engine.checkpoint import write_first_checkpoint
 from dist_moe.engine.checkpoint.files import checkpoints_of, remove
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModelConfig
-from dist_moe.recipes.merge_compress.compress import check_merge, compress, report_text, supervised_config
+from dist_moe.recipes.merge_compress.compress import (
+    check_beside,
+    check_merge,
+    compress,
+    report_text,
+    supervised_config,
+)
 from dist_moe.recipes.merge_compress.recover import (
     check_recovery,
     fit_student,
@@ -102,6 +108,7 @@ class MergeCompressRecipe(StagedRecipe):
     def plan(self, start: RunStart) -> StagedPlan:
         """Check that the source is there, has this model and these data, and that all stages can be run."""
         config: MergeCompressConfig = start.config
+        check_beside(self.source, start.run.root)
         weights = _weights_of(self.source)
         _check_same_model(self.source, weights.config.model, config.model)
         plan = super().plan(start)
