@@ -132,6 +132,9 @@ def test_interrupted_while_it_recovers_it_goes_on_to_the_bit(run: Path, recovere
     (stopped,) = on_ranks(1, signalled, signal.SIGTERM, 8, 0, arguments)
     assert stopped.code == 128 + signal.SIGTERM
     assert f"dist-moe train --resume {tmp_path / 'out'}" in stopped.err
+    (refused,) = dist_moe(1, "evaluate", tmp_path / "out")
+    assert refused.code == 2
+    assert "its stage recover has not finished" in refused.err
     merged = (tmp_path / "out" / "stages" / "merge" / "result.json").stat()
     succeed(1, "train", "--resume", tmp_path / "out")
     assert (tmp_path / "out" / "stages" / "merge" / "result.json").stat().st_mtime_ns == merged.st_mtime_ns
