@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
@@ -95,6 +95,12 @@ class FeedForwardBank(ExpertBank):
         hidden_ETF = _affine(x_ETD, self.up, self.up_bias)
         hidden_ETF = act(hidden_ETF) if self.gate is None else act(x_ETD @ self.gate) * hidden_ETF
         return _affine(hidden_ETF, self.down, self.down_bias)
+
+    def hidden_units(self, expert: Mapping[str, Tensor], x_TD: Tensor) -> Tensor:
+        """Return the (T, hidden) activations of the hidden units of an expert with these parameters, by name."""
+        act, hidden_TF = kernels.ACTIVATIONS[self.activation].function, x_TD @ expert["up"]
+        hidden_TF = hidden_TF + expert["up_bias"] if "up_bias" in expert else hidden_TF
+        return act(hidden_TF) if "gate" not in expert else act(x_TD @ expert["gate"]) * hidden_TF
 
     @property
     def kept_per_row(self) -> int:
