@@ -52,8 +52,12 @@ def test_statistics_equal_a_loop(gate: str, num_gates: int, monkeypatch: pytest.
     layer, x_TD = build(gate, num_gates), torch.randn(11, DIM, dtype=torch.float64)
     sums = LayerSums(layer, outputs=True)
     layer.register_forward_hook(sums.see)
+    seen_at_once, all_results = [], layer.all_results
+    monkeypatch.setattr(layer, "all_results", lambda x: seen_at_once.append(len(x)) or all_results(x))
     for part in x_TD.split([4, 0, 6, 1]):
         layer(part)
+    assert len(seen_at_once) == 4 * 3, "on every rank as many, whatever tokens it has"
+    assert max(seen_at_once) == 2
     seen = sums.statistics()
     count, reap = [0] * EXPERTS, [0.0] * EXPERTS
     column: list[list[float]] = [[] for _ in range(EXPERTS)]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dist_moe.engine.checkpoint import place_weights
 from dist_moe.engine.checkpoint.models import weights_of
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
 from dist_moe.experts import BertFeedForwardBank, FeedForwardBank
 from dist_moe.gates import TopKConfig
 from dist_moe.models import Transformer
@@ -22,6 +24,7 @@ from dist_moe.recipes.merge_compress.group import Leaders
 from dist_moe.recipes.merge_compress.merge import MergedLayer, merged_weights, orders, shares, weight_similarity
 from tests.experts.naive_banks import naive_expert
 from tests.helpers.oracle import assert_same, naive_gate
+from tests.helpers.pool import on_ranks
 from tests.helpers.transformers import make_transformer, random_tokens
 
 LAYER, HIDDEN = "layers.1.moe", 5
@@ -105,6 +108,20 @@ def test_the_order_by_activations_correlates_best(name: str) -> None:
 
     found = alignment_by_activations(experts[0], experts[1], bank, x_TD).tolist()
     assert correlation(found) == pytest.approx(max(map(correlation, permutations(range(HIDDEN)))))
+
+
+def order_by_half_of_the_tokens() -> list[int]:
+    bank, x_TD = random_bank("plain"), torch.randn(9, 4, dtype=torch.float64, generator=torch.manual_seed(8))
+    experts = [{n: p[e].detach() for n, p in bank.named_parameters()} for e in (0, 1)]
+    with process_groups(LaunchEnvironment.read(), ParallelConfig()) as groups:
+        rank, size = groups.environment.rank, groups.environment.world_size
+        order_H = alignment_by_activations(experts[0], experts[1], bank, x_TD[rank::size])
+    return list(order_H.tolist())
+
+
+def test_the_order_by_activations_is_that_of_all_ranks_tokens() -> None:
+    (alone,), shared = (on_ranks(world, order_by_half_of_the_tokens) for world in (1, 2))
+    assert shared == [alone, alone]
 
 
 def small() -> Transformer:
