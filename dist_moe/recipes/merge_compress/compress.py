@@ -202,6 +202,8 @@ def _check(run: TrainedRun, config: CompressConfig) -> None:
         raise UserError(f"recipe.name={run.config.recipe.name}: only supervised runs can be compressed so far")
     if not layers or not model.has_tables:
         raise UserError(f"model.name={model.name}: there are no MoE layers with slot maps in it to compress")
+    if model.low_rank is not None:
+        raise UserError("model.low_rank: experts that are factored cannot be merged any more; merge them before")
     for name, layer in layers.items():
         if not isinstance(layer.slot_map, SlotTable) or layer.slot_map.table.shape[:2] != (1, 1):
             raise UserError(f"{name} has a slot map for each gate or branch; only one for all can be compressed")
