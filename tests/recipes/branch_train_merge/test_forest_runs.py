@@ -136,6 +136,7 @@ def test_experts_are_specialists_and_the_table_has_every_domain(run: Path) -> No
     assert report["experts_per_token"]["ensemble"] == 2
     assert report["experts_per_token"]["average"] == 1
     assert (run / "forest" / "evaluation.md").read_text().count("\n") >= len(table) + 2
+    assert (run / "forest" / "weights.png").read_bytes().startswith(b"\x89PNG")
 
 
 STAGES = ("seed", f"branch-{TRAINED_ON[1]}", "twin", "forest", "evaluation")
