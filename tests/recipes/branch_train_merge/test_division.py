@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.errors import UserError
 from dist_moe.recipes.branch_train_merge.budget import Budget
 from dist_moe.recipes.branch_train_merge.partition import PartitionSettings, Provenance, RandomSplit, task_of_domain
+from dist_moe.recipes.branch_train_merge.training import LaterFeed
 from dist_moe.recipes.recipe import load_config, plan_new_run, validate_config
 from dist_moe.recipes.stages import blocks_of
 from dist_moe.tasks.language import LanguageModelTask
@@ -98,6 +100,14 @@ def test_with_another_batch_it_does_to_half_a_step_of_each_branch() -> None:
             if budget.branches and budget.branch > 1:
                 difference = abs(budget.sequences["forest"] - budget.sequences["twin"])
                 assert difference <= branches * batch / 2
+
+
+def test_a_branch_begins_its_text_anew(task: LanguageModelTask) -> None:
+    feed = ShuffledFeed(task.train, 4, seed=0)
+    later = LaterFeed(feed, 7)
+    for step in range(5):
+        ((ours,), (theirs,)) = (later.micro_batches(step + 7), feed.micro_batches(step))
+        assert ours.token_BS.equal(theirs.token_BS)
 
 
 def test_blocks_of_ranks_hold_an_expert_parallel_group() -> None:
