@@ -102,7 +102,7 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
         "softmax": recommender({"name": "softmax"}),
         "images": run(images, {"experts": {"channels": [2, 3], "units": [6, 5]}, "head_units": [7]}),
         "text": run(text, TINY_LM["model"]),
-        "dense text": run(text, TINY_LM["model"] | {"moe_every": 0}),
+        "dense text": run(text | {"clusters": {"count": 2}}, TINY_LM["model"] | {"moe_every": 0}),
         "table": run(table, TABLE_MODELS["mmoe"] | {"name": "mmoe"}),
         "census": run(census, TABLE_MODELS["ple"] | {"name": "ple"}),
         "videos": run(videos, {"name": "home", "experts": {"units": [8]}}),
