@@ -34,7 +34,7 @@ Prior = Literal["uniform", "cached"]
 
 @dataclass(frozen=True)
 class Scores:
-    """What a way of merging gives for a domain, on this rank.
+    """The predictions of a way of merging for a domain, on this rank.
 
     ``logp_NS``: log-probabilities of the targets of this rank's sequences. ``experts_per_token``: whole models that are
     computed for each token. ``weight_JN``: mean weight of each expert in each sequence; None where they have none.

@@ -36,7 +36,7 @@ from dist_moe.tasks.language import LanguageModelTask
 from dist_moe.tasks.language.samples import write_on
 
 BEGINNINGS = ("average", "nearest", SEED)
-"""What the branch of a further domain can begin from: the experts, averaged by how well they predict the domain; the
+"""Beginnings of the branch of a further domain: the experts, averaged by how well they predict the domain; the
 one that predicts it best; the seed, optimizer and schedule included."""
 
 
