@@ -102,7 +102,7 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
         "softmax": recommender({"name": "softmax"}, model={"low_rank": {"rank": 2, "rows": [{"weight": 3}]}}),
         "images": run(images, {"experts": {"channels": [2, 3], "units": [6, 5]}, "head_units": [7]}),
         "text": run(text, TINY_LM["model"]),
-        "dense text": run(text | {"clusters": {"count": 2}}, TINY_LM["model"] | {"moe_every": 0}),
+        "dense text": run(text, TINY_LM["model"] | {"moe_every": 0}),
         "table": run(table, TABLE_MODELS["mmoe"] | {"name": "mmoe"}),
         "census": run(census, TABLE_MODELS["ple"] | {"name": "ple"}),
         "videos": run(videos, {"name": "home", "experts": {"units": [8]}}),
@@ -114,6 +114,8 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
     bases["forest"] = run(text, TINY_LM["model"] | {"moe_every": 0}, recipe=forest)
     forest = {"name": "branch_train_merge", "partition": {"domains": ["cooking"]}, "merge": ["average", "ensemble"]}
     bases["small forest"] = run(text, TINY_LM["model"] | {"moe_every": 0}, recipe=forest)
+    forest = {"name": "branch_train_merge", "merge": ["clusters", {"name": "btx", "gate": "top_k"}]}
+    bases["clusters"] = run(text | {"clusters": {"count": 2}}, TINY_LM["model"] | {"moe_every": 0}, recipe=forest)
     runs = {name: train_case(root / name, bases[name]) for name in ("dense text", "dense bert")}
     start = {"name": "decoder", "run": str(runs["dense text"])}
     bases["up-cycled text"] = run(text, TINY_LM["model"] | {"experts": {"hidden": 20}}, start=start)

@@ -224,14 +224,15 @@ def prefix_log_weights(
 
 
 def prefix_vectors(
-    clusterer: Clusterer, tokenizer: Tokenizer, end_of_text: int, token_BS: Iterable[Sequence[int]]
+    clusterer: Clusterer, tokenizer: Tokenizer, end_of_text: int, token_BS: NDArray[np.integer[Any]]
 ) -> NDArray[np.float64]:
     """Return (B, S, D): the vector at place t is that of the tokens 0..t of its row, in time linear in the tokens."""
-    rows = []
-    for token_S in token_BS:
+    vector_BSD = np.empty((*token_BS.shape, clusterer.vector_VD.shape[1]))
+    for vector_SD, token_S in zip(vector_BSD, token_BS.tolist(), strict=True):
         reader = PrefixReader(clusterer, tokenizer, end_of_text)
-        rows.append([reader.add(token) for token in token_S])
-    return np.array(rows).reshape(len(rows), -1, clusterer.vector_VD.shape[1])
+        for t, token in enumerate(token_S):
+            vector_SD[t] = reader.add(token)
+    return vector_BSD
 
 
 def texts_of_rows(tokenizer: Tokenizer, end_of_text: int, token_NS: Iterable[Sequence[int]]) -> list[str]:

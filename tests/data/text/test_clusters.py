@@ -153,10 +153,10 @@ def test_growing_prefixes_have_the_vectors_of_whole_ones(root: Path, text: Text,
     clustered = prepare_text(config, progress=False)
     assert clustered.clusterer is not None
     index = np.arange(min(len(clustered.test), 80))
-    token_BS = clustered.test.batch(index, index).token_BS.reshape(-1, 32).tolist()
-    assert sum(clustered.end_of_text in token_S for token_S in token_BS) > 1
+    token_BS = clustered.test.batch(index, index).token_BS.reshape(-1, 32).numpy()
+    assert (token_BS == clustered.end_of_text).any(axis=1).sum() > 1
     found = prefix_vectors(clustered.clusterer, clustered.tokenizer, clustered.end_of_text, token_BS)
-    for vector_SD, token_S in zip(found, token_BS, strict=True):
+    for vector_SD, token_S in zip(found, token_BS.tolist(), strict=True):
         np.testing.assert_allclose(vector_SD, prefixes_anew(clustered, token_S), atol=1e-6)
 
 
@@ -168,7 +168,8 @@ def test_no_weight_depends_on_a_later_token(clustered: Text, data: st.DataObject
     token_S = data.draw(st.lists(ids, min_size=2, max_size=24))
     place = data.draw(st.integers(1, len(token_S) - 1))
     other_S = [*token_S[:place], data.draw(ids), *token_S[place + 1 :]]
-    both = prefix_vectors(clustered.clusterer, clustered.tokenizer, clustered.end_of_text, [token_S, other_S])
+    token_BS = np.array([token_S, other_S])
+    both = prefix_vectors(clustered.clusterer, clustered.tokenizer, clustered.end_of_text, token_BS)
     weights = prefix_log_weights(clustered.clusterer, both, range(COUNT))
     np.testing.assert_array_equal(weights[:, 0, :place], weights[:, 1, :place])
 
