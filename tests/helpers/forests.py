@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dist_moe.recipes.branch_train_merge import Forest
 from tests.helpers.texts import write_lm_config, write_tiny_text
 
 TRAINED_ON, HELD_OUT = ("cooking", "sailing"), "mending"
@@ -25,9 +24,3 @@ def write_forest_config(directory: Path, **sections: Any) -> Path:
     recipe = {"name": "branch_train_merge", "partition": {"domains": list(TRAINED_ON)}, "prior_sequences": 5}
     sections["recipe"] = recipe | sections.get("recipe", {})
     return write_lm_config(directory, {"root": str(root), "cache": str(directory / "cache")}, **sections)
-
-
-def digests_of(run: Path) -> dict[str, str]:
-    """The digests of the files of a forest by the names of its models."""
-    forest = Forest(run)
-    return {name: forest.weights(name).digest for name in forest.members}

@@ -18,10 +18,11 @@ from dist_moe.parallel import current_world, gather_columns
 from dist_moe.recipes.branch_train_merge.forest import Forest
 from dist_moe.recipes.branch_train_merge.merge import MergeSettings, Scores
 from dist_moe.recipes.branch_train_merge.partition import task_of_domain
+from dist_moe.recipes.branch_train_merge.picture import draw_weights
 from dist_moe.recipes.branch_train_merge.scoring import Scorer, new_model
 from dist_moe.recipes.branch_train_merge.training import ForestPlan
 
-REPORT, TABLE = "evaluation.json", "evaluation.md"
+REPORT, TABLE, PICTURE = "evaluation.json", "evaluation.md", "weights.png"
 TRAINED_ON, HELD_OUT = "all trained on", "all held out"
 
 
@@ -149,11 +150,16 @@ def table_text(report: Mapping[str, Any]) -> str:
 
 
 def write_report(forest: Forest, report: Mapping[str, Any]) -> Path:
-    """Write the report into the forest's directory as JSON and Markdown; return the latter. Raises UserError."""
+    """Write the report into the forest's directory as JSON and Markdown; return the latter. Raises UserError.
+
+    With it comes a picture of the weights that the first of the ways of merging with weights gives the experts.
+    """
     path = forest.root / TABLE
     try:
         write_json(forest.root / REPORT, report)
         replace_text(path, table_text(report) + "\n")
+        for label, weights in list(report["weights"].items())[:1]:
+            draw_weights(forest.root / PICTURE, weights, f"{label}: who answers which text")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}; make room, then 'dist-moe forest evaluate'") from error
     return path

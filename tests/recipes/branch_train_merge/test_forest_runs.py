@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch.distributed import distributed_c10d
 from dist_moe.cli.main import main
 from dist_moe.engine.health.heartbeats import collectives_issued
 from dist_moe.engine.training import Trainer
-from dist_moe.recipes.branch_train_merge import Forest, training
+from dist_moe.recipes.branch_train_merge import Forest, recipe, training
 from dist_moe.recipes.stages import Stage
-from tests.helpers.commands import succeed
+from tests.helpers.commands import finish, start, succeed
 from tests.helpers.forests import HELD_OUT, SEED_STEPS, STEPS, TRAINED_ON, write_forest_config
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, records_of
@@ -135,43 +136,88 @@ def test_experts_are_specialists_and_the_table_has_every_domain(run: Path) -> No
     assert report["experts_per_token"]["ensemble"] == 2
     assert report["experts_per_token"]["average"] == 1
     assert (run / "forest" / "evaluation.md").read_text().count("\n") >= len(table) + 2
+    assert (run / "forest" / "weights.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("stage", ["seed", f"branch-{TRAINED_ON[1]}", "twin"])
+STAGES = ("seed", f"branch-{TRAINED_ON[1]}", "twin", "forest", "evaluation")
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_in_a_stage_and_resumed(config: Path, run: Path, tmp_path: Path, stage: str) -> None:
-    """Every model is that of the undisturbed run, bit for bit, and what had finished is not trained again."""
+    """Every model is that of the undisturbed run, bit for bit, and what had finished is not done again."""
     killed = tmp_path / "run"
-    _, died = on_ranks(1, train_and_die, str(config), str(killed), stage)[0]
-    assert died
-    finished = {p.parent: p.stat().st_mtime_ns for p in killed.glob("stages/*/result.json")}
-    assert killed / "stages" / stage not in finished
+    on_ranks(1, train_and_die, str(config), str(killed), stage)
+    finished = {path: path.stat().st_mtime_ns for path in killed.glob("stages/*/result.json")}
+    assert [name for name in STAGES if killed / "stages" / name / "result.json" in finished] == [
+        *STAGES[: STAGES.index(stage)]
+    ]
     succeed(1, "train", "--resume", killed)
-    assert {path: (path / "result.json").stat().st_mtime_ns for path in finished} == finished
-    assert digests_without_place(killed) == digests_without_place(run)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert contents_of(killed) == contents_of(run)
     for trained in ("seed", "twin", *(f"branch-{name}" for name in TRAINED_ON)):
         assert losses_of(killed / "stages" / trained).equal(losses_of(run / "stages" / trained))
+    assert (killed / "forest" / "evaluation.md").read_text() == (run / "forest" / "evaluation.md").read_text()
 
 
-def train_and_die(config: str, run: str, stage: str) -> tuple[int, bool]:
-    """Train until the middle of a stage, where it fails as a process that is killed would: nothing is written."""
-    original = Trainer._settle_step
+def train_and_die(config: str, run: str, stage: str) -> None:
+    """Train until the middle of a stage, where it fails as a process that is killed would: nothing more is written."""
 
-    def fail(self: Trainer) -> bool:
-        assert self.run is not None
-        if self.run.root.name == stage and self.step % SEED_STEPS == 3:
+    def fail(self: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(self, Forest) or (self.run.root.name == stage and self.step % SEED_STEPS == 3):
             raise RuntimeError("killed")
-        return original(self)
+        return original(self, *arguments, **options)
 
-    Trainer._settle_step = fail  # type: ignore[method-assign]
+    owner: Any = Trainer
+    name = "_settle_step"
+    if stage == "forest":
+        owner, name = Forest, "_write"  # the first file is there, and no manifest yet
+    elif stage == "evaluation":
+        owner, name = recipe, "write_report"
+    original = getattr(owner, name)
+    setattr(owner, name, fail)
     try:
-        return main(["train", "--run-dir", run, config]), False
-    except RuntimeError as error:
-        return 1, "killed" in str(error)
+        with pytest.raises(RuntimeError, match="killed"):
+            main(["train", "--run-dir", run, config])
     finally:
-        Trainer._settle_step = original  # type: ignore[method-assign]
+        setattr(owner, name, original)
 
 
-def digests_without_place(run: Path) -> dict[str, str]:
-    """Digests of the values of a forest's models; those of files also cover the identity of the run."""
+def contents_of(run: Path) -> dict[str, str]:
+    """Digests of the values of a forest's models."""
     forest = Forest(run)
     return {name: forest.weights(name).content_digest() for name in forest.members}
+
+
+KILLER = """
+import os, signal
+from pathlib import Path
+from typing import Literal
+from dist_moe.engine.callbacks import CALLBACKS, Callback, CallbackSettings
+
+class Killer(Callback):
+    def after_step(self, trainer, step):
+        marker = Path("killed")
+        if trainer.run.root.name == "branch-sailing" and step == 9 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+@CALLBACKS.register
+class KillerConfig(CallbackSettings):
+    name: Literal["killer"] = "killer"
+    def build(self):
+        return Killer()
+"""
+
+
+@pytest.mark.slow
+def test_the_death_of_one_branch_changes_no_bit_of_another(config: Path, watched: object, tmp_path: Path) -> None:
+    """Two processes, a branch each; one of them is killed, and the run resumed."""
+    (tmp_path / "killer.py").write_text(KILLER)
+    command = (sys.executable, "-m", "dist_moe", "train", "--emulate", 2)
+    more = ("imports=[killer]", "callbacks=[{name: killer}]")
+    assert finish(start(*command, "--run-dir", "run", config, *more, cwd=tmp_path)).code != 0
+    assert (tmp_path / "killed").exists()
+    assert not (tmp_path / "run" / "stages" / "branch-sailing" / "result.json").exists()
+    resumed = finish(start(*command, "--resume", "run", cwd=tmp_path))
+    assert resumed.code == 0, resumed.err
+    assert contents_of(tmp_path / "run") == contents_of(config.parent / "world2")

@@ -148,6 +148,15 @@ def test_what_cannot_be_done_is_refused(run: Path, tmp_path: Path) -> None:
     assert Forest(run).experts == (FIRST,)
 
 
+def test_an_expert_is_evaluated_alone_from_its_file_and_from_its_stage(trained: Path) -> None:
+    """By the command for single models, to the figures of the table."""
+    table = read_json(trained / "forest" / "evaluation.json")["bits_per_byte"][FIRST]
+    for place in (Forest(trained).path(FIRST), trained / "stages" / f"branch-{FIRST}"):
+        test = json.loads(succeed(1, "evaluate", "--json", place)[0].out)["test"]
+        for domain in (*TRAINED_ON, HELD_OUT):
+            assert test[f"bits_per_byte_{domain}"] == pytest.approx(table[domain], rel=1e-9)
+
+
 MERGES: tuple[MergeSettings, ...] = (
     Ensemble(name="ensemble"),
     Ensemble(name="ensemble", history="previous"),
