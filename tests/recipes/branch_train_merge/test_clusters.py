@@ -91,7 +91,7 @@ def test_a_table_of_clusters_is_the_same_on_two_ranks(run: Path) -> None:
     [
         (["data.clusters=null"], "set data.clusters.count, or take ensemble"),
         (["recipe.partition={name: random, branches: 2}"], "the branch random-0 is none"),
-        (["data.clusters.domains=[cooking, sailing]"], "the branch mending is none"),
+        (["data.clusters.domains=[cooking, sailing]", "recipe.branch_batch_size=2"], "the branch mending is none"),
     ],
 )
 def test_experts_of_no_cluster_are_refused(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
