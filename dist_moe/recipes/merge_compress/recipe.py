@@ -25,6 +25,7 @@ from dist_moe.recipes.merge_compress.compress import (
     report_text,
     supervised_config,
 )
+from dist_moe.recipes.merge_compress.picture import PICTURE, write_picture
 from dist_moe.recipes.merge_compress.recover import (
     check_recovery,
     fit_student,
@@ -144,6 +145,7 @@ class MergeCompressRecipe(StagedRecipe):
             identity = stage.identity.plain()
             checkpoints = checkpoints_of(stage.run.root)
             write_first_checkpoint(compressed.weights, checkpoints, f"{self.source.name}, compressed", identity)
+            write_picture(compressed.report, stage.run.root / PICTURE)
         plan.start.say(report_text(compressed.report))
         return RunOfStage(compressed.report, compressed.config)
 
