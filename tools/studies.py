@@ -32,15 +32,20 @@ class StudyRun:
     overrides: tuple[str, ...]
 
     @property
+    def result(self) -> Path:
+        """The file whose presence means that the run is complete."""
+        return RunDirectory(self.directory).summary
+
+    @property
     def summary(self) -> dict[str, Any]:
         """The summary of the trained run."""
-        content: dict[str, Any] = read_json(RunDirectory(self.directory).summary)
+        content: dict[str, Any] = read_json(self.result)
         return content
 
     def train(self, keep_weights: bool = True) -> None:
         """To its end, unless that has been done. Raises SystemExit if it fails, or if the directory has another run."""
         self._check_same()
-        if RunDirectory(self.directory).summary.exists():
+        if self.result.exists():
             print(f"{self.directory}: trained already", flush=True)
             return
         dist_moe("train", self.config, *self.overrides, "--run-dir", self.directory, "--auto-resume")

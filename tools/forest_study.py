@@ -1,0 +1,224 @@
+"""Branch-Train-Merge beside what it must beat, at equal tokens: specialists, random shares, averages, mixtures.
+
+    python tools/forest_study.py --report results/branch_train_merge
+
+trains the forests below from one configuration, each with several seeds, and writes DIR/table.md and DIR/figure.png:
+bits per byte of the test part over the domains that were trained on, and over those that were held out, with paired
+differences to the dense run of the same tokens and seed, and Student's interval at 95 %. Runs that are complete are not
+trained again; the command can be stopped and given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dist_moe.config.files import read_json
+from dist_moe.recipes.branch_train_merge.evaluate import HELD_OUT, REPORT, TRAINED_ON
+from dist_moe.recipes.branch_train_merge.forest import FOLDER
+from dist_moe.sweeps.paired import Difference, paired_difference
+from tools.studies import StudyRun, command_given, directory_name, machine, spread, train_all, write_report
+
+EIGHT = "[news, hobbies, lore, belles_lettres, government, learned, fiction, romance]"
+BTX = "{name: btx, gate: {name: top_k, k: 2}}, {name: btx, gate: {name: comet, k: 2, max_active: 2, gamma: 1.0}}"
+PLAIN = (
+    "ensemble, {name: ensemble, prior: cached}, {name: ensemble, prior: cached, top_k: 2}, average, "
+    "{name: average, weights: cached}"
+)
+
+
+def _clustered(count: int) -> tuple[str, ...]:
+    names = ", ".join(f"cluster-{k}" for k in range(count))
+    return (
+        f"data.clusters={{count: {count}, domains: {EIGHT}}}",
+        f"recipe.partition={{name: provenance, domains: [{names}]}}",
+        "recipe.merge=[clusters, {name: clusters, top_k: 2}, ensemble]",
+    )
+
+
+def _random(count: int) -> tuple[str, ...]:
+    return (f"recipe.partition={{name: random, branches: {count}, domains: {EIGHT}}}", "recipe.merge=[ensemble]")
+
+
+RUNS: dict[str, tuple[str, ...]] = {
+    "domains": ("recipe.twin=true", f"recipe.merge=[{PLAIN}, {BTX}]"),
+    "random 8": _random(8),
+    "clusters 8": _clustered(8),
+    "clusters 4": _clustered(4),
+    "random 4": _random(4),
+    "seed 0": ("recipe.seed_share=0", f"recipe.merge=[{PLAIN}]"),
+    "seed 25": ("recipe.seed_share=0.25", f"recipe.merge=[{PLAIN}]"),
+    "seed 75": ("recipe.seed_share=0.75", f"recipe.merge=[{PLAIN}]"),
+    "mixture": (
+        "recipe.seed_share=1",
+        "model.moe_every=1",
+        "model.num_experts=8",
+        "model.experts={hidden: 256}",
+        "model.gate={name: top_k, k: 2, balance_weight: 0.01}",
+        "model.permutation=null",
+    ),
+}
+"""Overrides of the configuration; all of them see the same tokens, BTX a tenth more."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A line of the table: a model or a way of merging of a run, by its label there."""
+
+    name: str
+    run: str
+    label: str
+
+
+DENSE = Arm("dense, all domains", "domains", "twin")
+ARMS = (
+    DENSE,
+    Arm("random shares, ensemble", "random 8", "ensemble"),
+    Arm("BTM ensemble, uniform prior", "domains", "ensemble"),
+    Arm("BTM ensemble, cached prior", "domains", "ensemble, prior cached"),
+    Arm("BTM ensemble, cached prior, top 2", "domains", "ensemble, prior cached, top_k 2"),
+    Arm("BTM average, uniform", "domains", "average"),
+    Arm("BTM average, cached prior", "domains", "average, weights cached"),
+    Arm("c-BTM, 8 clusters", "clusters 8", "clusters"),
+    Arm("c-BTM, 8 clusters, top 2", "clusters 8", "clusters, top_k 2"),
+    Arm("c-BTM, 4 clusters", "clusters 4", "clusters"),
+    Arm("4 random shares, ensemble", "random 4", "ensemble"),
+    Arm("BTX, Top-2", "domains", "btx top_k"),
+    Arm("BTX, COMET", "domains", "btx comet"),
+    Arm("mixture from scratch, Top-2", "mixture", "seed"),
+    *(
+        Arm(f"seed share {share} %, ensemble, cached prior", f"seed {share}", "ensemble, prior cached")
+        for share in (0, 25, 75)
+    ),
+)
+EXPECTED = (
+    "Expected before (the papers' order): BTM ensemble with the cached prior < dense < random shares; the uniform "
+    "average worst, the one weighted by the cached prior between; clusters better than random shares."
+)
+
+
+Reports = Mapping[tuple[str, int], dict[str, Any]]
+"""Evaluations of forests by run and seed."""
+
+
+def main() -> None:
+    options = parse()
+    every = [(name, seed) for seed in range(options.seeds) for name in options.only]
+    train_all((study_run(*each, options) for each in every), options.at_once)
+    reports = {each: read_json(study_run(*each, options).directory / FOLDER / REPORT) for each in every}
+    write_report(options.report, page(reports, options), partial(draw, reports, options))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/btm_small.yaml"))
+    parser.add_argument("--report", type=Path, default=Path("results/branch_train_merge"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/forest_study"), help="where the runs are kept")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help="of the runs")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side, a thread each")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all runs alike")
+    return parser.parse_args()
+
+
+def study_run(name: str, seed: int, options: argparse.Namespace) -> ForestRun:
+    overrides = (*options.overrides, *RUNS[name], f"seed={seed}")
+    return ForestRun(options.runs / directory_name(name, f"seed{seed}"), options.config, overrides)
+
+
+class ForestRun(StudyRun):
+    """A forest, which has an evaluation where another run has a summary."""
+
+    @property
+    def result(self) -> Path:
+        """The file whose presence means that the run is complete."""
+        return self.directory / FOLDER / REPORT
+
+
+def bits(arm: Arm, seed: int, domains: str, reports: Reports) -> float:
+    """Return the bits per byte of an arm, whose label the run's begins with."""
+    columns = reports[arm.run, seed]["bits_per_byte"]
+    label = arm.label if arm.label in columns else next(name for name in columns if name.startswith(f"{arm.label},"))
+    return float(columns[label][domains])
+
+
+def page(reports: Reports, options: argparse.Namespace) -> str:
+    """Return the table, a line for each arm whose run there is."""
+    lines = [
+        "# Experts trained apart, used together",
+        "",
+        f"`{command_given()}`: {options.seeds} seeds, test part, bits per byte; mean ± standard deviation over seeds. "
+        f"In brackets: the mean difference to the line '{DENSE.name}', seed by seed, and its 95 % interval (Student), "
+        "* where it does not contain 0. Experts: whole models computed per token. All lines have seen the same "
+        f"training tokens, BTX a tenth more. {machine()}.",
+        "",
+        EXPECTED,
+        "",
+        f"| | {TRAINED_ON} | {HELD_OUT} | experts |",
+        "| --- | --- | --- | --- |",
+    ]
+    for arm in arms_of(options):
+        cells = [quality_cell(arm, domains, reports, options) for domains in (TRAINED_ON, HELD_OUT)]
+        active = experts_per_token(arm, reports)
+        lines.append(f"| {arm.name} | {' | '.join(cells)} | {active:.1f} |")
+    return "\n".join([*lines, "", "![bits per byte by way of using the experts](figure.png)", ""])
+
+
+def arms_of(options: argparse.Namespace) -> list[Arm]:
+    return [arm for arm in ARMS if arm.run in options.only]
+
+
+def experts_per_token(arm: Arm, reports: Reports) -> float:
+    active = reports[arm.run, 0]["experts_per_token"]
+    return float(next(value for name, value in active.items() if name == arm.label or name.startswith(f"{arm.label},")))
+
+
+def quality_cell(arm: Arm, domains: str, reports: Reports, options: argparse.Namespace) -> str:
+    own = [bits(arm, seed, domains, reports) for seed in range(options.seeds)]
+    difference = to_dense(arm, domains, reports, options)
+    if difference is None:
+        return spread(own, 4)
+    star = "" if difference.verdict == "within" else " *"
+    return f"{spread(own, 4)} ({difference.mean:+.4f}: {difference.low:+.4f} to {difference.high:+.4f}{star})"
+
+
+def to_dense(arm: Arm, domains: str, reports: Reports, options: argparse.Namespace) -> Difference | None:
+    """Return the paired difference to the dense run, None for itself, without it, and for a single seed."""
+    if arm == DENSE or options.seeds < 2 or DENSE.run not in options.only:
+        return None
+    own, dense = (np.array([bits(a, s, domains, reports) for s in range(options.seeds)]) for a in (arm, DENSE))
+    return paired_difference(own, dense)
+
+
+def draw(reports: Reports, options: argparse.Namespace, path: Path) -> None:
+    """A line for each arm, a mark for each seed; domains that were trained on and held out side by side."""
+    arms = arms_of(options)
+    figure = Figure(figsize=(11.0, 0.36 * len(arms) + 1.4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, domains in zip(figure.subplots(1, 2, sharey=True), (TRAINED_ON, HELD_OUT), strict=True):
+        for place, arm in enumerate(arms):
+            values = [bits(arm, seed, domains, reports) for seed in range(options.seeds)]
+            axes.plot(values, [place] * len(values), "o", color="#0072B2", ms=4)
+        if DENSE in arms:
+            dense = [bits(DENSE, seed, domains, reports) for seed in range(options.seeds)]
+            axes.axvline(float(np.mean(dense)), color="#D55E00", lw=1)
+        axes.set(xlabel=f"bits per byte, {domains}", ylim=(len(arms) - 0.5, -0.5))
+        axes.set_yticks(range(len(arms)), [arm.name for arm in arms], fontsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    canvas.print_figure(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
