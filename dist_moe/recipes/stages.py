@@ -111,7 +111,18 @@ class Stage:
         return result
 
 
-StageFunction = Callable[[Stage], Mapping[str, Any] | None]
+@dataclass(frozen=True)
+class RunOfStage:
+    """The end of a stage whose directory holds a run of another configuration than the whole.
+
+    ``result``: JSON, kept as the stage's result. ``config``: of that run, by which others read its weights.
+    """
+
+    result: Mapping[str, Any]
+    config: RecipeConfig
+
+
+StageFunction = Callable[[Stage], Mapping[str, Any] | RunOfStage | None]
 """The work of a stage, on every rank that takes part. It returns JSON, which is kept as the stage's result."""
 
 
@@ -180,9 +191,12 @@ class Stages:
             if environment.world_size > 1:
                 self._start.say(f"stage {name}: ranks exchange over {groups.transport}")
             checkpoint = agree_on_checkpoint(directory.root, checkpoint)
-            result = function(Stage(self._start, directory, groups, checkpoint, self._stop, self._identity))
+            ended = function(Stage(self._start, directory, groups, checkpoint, self._stop, self._identity))
             if environment.is_rank_zero:
                 Described(replace(self._start, environment=environment), self._identity, of_stage=True).write(directory)
+                if isinstance(ended, RunOfStage):
+                    directory.describe(ended.config.plain(), environment)
+                result = ended.result if isinstance(ended, RunOfStage) else ended
                 write_json(directory.root / RESULT, dict(result or {}))
 
     def _wait_for_all(self) -> None:
@@ -225,12 +239,19 @@ class StagedRecipe(RecipeSettings):
         task = start.config.data.open(progress=start.environment.is_rank_zero)
         if isinstance(start.config, SupervisedConfig):
             check_fits(start.config, task, start.environment)
-        identity = identify(start, Identity(data=task.digests()), None)
+        identity = identify(start, Identity(data=task.digests(), weights=self.weights()), None)
         for stage in sorted(start.run.stages.glob("*")) if start.resumes else ():
             if complete_directories(checkpoints_of(stage)) and not (stage / RESULT).is_file():
                 recorded = recorded_identity(RunDirectory(stage), newest_good_checkpoint(stage)[0])
                 check_same(stage, recorded, identity, allowed=start.allow_changed_data)
         return StagedPlan(start, task, identity)
+
+    def weights(self) -> dict[str, str]:
+        """Return digests of the weights that the run starts from or follows, by name, as far as they are there.
+
+        Raises UserError for weights that are not intact.
+        """
+        return {}
 
     @abstractmethod
     def run(self, plan: Any, stages: Stages) -> None:

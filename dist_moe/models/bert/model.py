@@ -52,6 +52,7 @@ class BertConfig(MoEModelConfig):
     """
 
     one_layer: ClassVar[bool] = False
+    gives_hidden_states: ClassVar[bool] = True
 
     num_experts: int = Field(4, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
     moe_every: int = Field(

@@ -54,6 +54,8 @@ class Weights:
 def find_weights(path: Path) -> Weights:
     """Return the weights of a run (its best checkpoint if patience kept one, else its newest), checkpoint or file.
 
+    Those of a recipe of stages are its result's, with the configuration of the stage that holds it.
+
     Raises UserError if it is none of them or is not intact.
     """
     if path.is_file():
@@ -65,8 +67,11 @@ def find_weights(path: Path) -> Weights:
             f"{path} is a checkpoint outside of a run directory: the configuration of its model is not known"
         )
     config = load_config(run.config)
-    found = checkpoint or tested_checkpoint(config.recipe.result_of(run.root))
-    return Weights(read_model(found), config)
+    if checkpoint is not None:
+        return Weights(read_model(checkpoint), config)
+    result = RunDirectory(config.recipe.result_of(run.root))
+    found = tested_checkpoint(result.root)
+    return Weights(read_model(found), load_config(result.config) if result.config.is_file() else config)
 
 
 def digest_of_weights(path: Path) -> str | None:
