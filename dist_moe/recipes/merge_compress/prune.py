@@ -86,7 +86,6 @@ class RowPruning(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Watch the gradients of S. Raises UserError for a model without one, or one that is held or not whole."""
-        self._config.between(trainer.total_steps)
         banks = {name: m for name, m in trainer.model.named_modules() if isinstance(m, ExpertBank)}
         self._matrices = {
             f"{name}.{matrix}": _Sparse(bank, matrix)
@@ -103,7 +102,8 @@ class RowPruning(Callback):
                 sparse.importance_EQ.copy_(_tensor_of(self._saved[name]).view_as(sparse.importance_EQ))
             elif not bool((sparse.ids_EQ >= 0).all()):
                 raise UserError(f"model.low_rank.rows: rows of {name} are pruned already; give rows=null")
-        self._hooks = [sparse.parameter.register_hook(sparse.see) for sparse in self._matrices.values()]
+        if trainer.step < self._config.between(trainer.total_steps)[1]:
+            self._hooks = [sparse.parameter.register_hook(sparse.see) for sparse in self._matrices.values()]
 
     def before_step(self, trainer: Trainer, step: int) -> None:
         """Forget the gradients of the step before."""
@@ -118,13 +118,14 @@ class RowPruning(Callback):
             if not trainer.engine.step_was_skipped:
                 self._update_importance(trainer)
             self._remove(trainer, self._config.share_at(step, trainer.total_steps))
+        if step == end:
+            self._let_go()
         left, rows = (sum(f(s) for s in self._matrices.values()) for f in (_Sparse.rows_left, _Sparse.rows))
         record("rows_left", left / rows, reduce="max")
 
     def on_end(self, trainer: Trainer) -> None:
-        """Let go of the parameters."""
-        for hook in self._hooks:
-            hook.remove()
+        """Let go of the parameters, of a training that ended early."""
+        self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the importance of all rows; which of them are left is in the model's buffers."""
@@ -133,6 +134,13 @@ class RowPruning(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back importance."""
         self._saved = {name: str(text) for name, text in state.items()}
+
+    def _let_go(self) -> None:
+        """Watch no gradients any more."""
+        for hook in self._hooks:
+            hook.remove()
+        for sparse in self._matrices.values():
+            sparse.product_EDQ = None
 
     def _update_importance(self, trainer: Trainer) -> None:
         groups, world_size = trainer.groups, trainer.groups.environment.world_size

@@ -1,8 +1,8 @@
 """The recipe ``merge_compress``: a finished run with fewer or smaller experts, which follow what they were.
 
-Its stages, each a directory under ``stages/`` that holds a supervised run: ``merge``, ``recover``; ``factor``, ``prune``
-and ``drop``, which together are ``compress``; ``recover_again``. What a stage begins with is the run that the one before
-has left, the first one's the source; any of them may be left out.
+Its stages, each a directory under ``stages/`` that holds a supervised run: ``merge``, ``recover``; ``factor``,
+``prune`` and ``drop``, which together are ``compress``; ``recover_again``. What a stage begins with is the run that the
+one before has left, the first one's the source; any of them may be left out.
 """
 
 from __future__ import annotations
