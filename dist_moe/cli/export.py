@@ -9,7 +9,6 @@ from dist_moe.cli.commands import Commands, add_changed_data
 from dist_moe.errors import UserError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-ARCHITECTURES = ("llama", "mixtral", "olmoe", "dist_moe")
 
 
 def add_to(commands: Commands) -> None:
@@ -26,8 +25,9 @@ def add_to(commands: Commands) -> None:
     export.add_argument("--hf", type=Path, metavar="DIR", help="write a Hugging Face directory instead of a file")
     export.add_argument(
         "--architecture",
-        choices=ARCHITECTURES,
-        help="of a decoder, with --hf (default: the first that has a place for all that the model is)",
+        metavar="NAME",
+        help="of a decoder, with --hf: llama, mixtral, olmoe, qwen2_moe, qwen3_moe or dist_moe (default: the first "
+        "that has a place for all that the model is)",
     )
     export.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters (default: %(default)s)")
     add_changed_data(export)

@@ -260,5 +260,5 @@ def _check_same_run(recorded: RecipeConfig, config: RecipeConfig) -> None:
                 f"{name}={here!r}: the run was trained with {there!r}, and --resume goes on with the "
                 f"same run. It may change train (but for batch_size), parallel, placement, deepspeed, swap_search, "
                 f"model.activation_checkpointing and where things are (data.root, data.cache, data.encoder, "
-                f"start.run, recipe.teacher); for anything else start a new run"
+                f"start.run, recipe.teacher, recipe.source); for anything else start a new run"
             )

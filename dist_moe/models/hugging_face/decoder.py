@@ -1,6 +1,6 @@
 """Decoder language models as Hugging Face keeps them, there and back.
 
-    checkpoint = read_decoder(directory)                     # Llama's family, Mixtral, OLMoE, or what we wrote
+    checkpoint = read_decoder(directory)                     # a directory of one of families.py
     model = checkpoint.config.build(checkpoint.vocab_size, run)
     checkpoint.into(model)
     write_decoder(model, other)                              # the plainest architecture that has a place for all of it
@@ -9,8 +9,8 @@
 Every tensor is accounted for by name, and anything else is refused. Needs no transformers.
 
 Our names are those of ``state_dict``: parameters, experts stacked by global id, and buffers. Matrices outside of
-experts are the same on both sides. Mixtral and OLMoE have every expert's matrices one by one and transposed; a slot ->
-expert table is folded into their routers.
+experts are the same on both sides. transformers' own architectures with experts have every expert's matrices one by one
+and transposed; a slot -> expert table is folded into their routers.
 """
 
 from __future__ import annotations
@@ -27,13 +27,8 @@ from torch import Tensor
 from dist_moe.engine.checkpoint import place_weights
 from dist_moe.errors import UserError
 from dist_moe.experts import FeedForwardConfig
-from dist_moe.models.hugging_face.decoder_config import (
-    CLASSES,
-    Architecture,
-    plainest_architecture,
-    read_decoder_config,
-    write_decoder_config,
-)
+from dist_moe.models.hugging_face.decoder_config import read_decoder_config, write_decoder_config
+from dist_moe.models.hugging_face.families import FAMILIES, OURS, Family, plainest_architecture
 from dist_moe.models.hugging_face.files import (
     CONFIG,
     DECODER,
@@ -65,11 +60,6 @@ _OF_LAYER = {
     "feed_forward_norm": "post_attention_layernorm",
 }
 _OF_DENSE_LAYER = {f"dense.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-_OF_NORMED_HEADS = {f"attention.{name}_norm": f"self_attn.{name[0]}_norm" for name in ("query", "key")}
-_OF_EXPERT = {
-    "mixtral": {"gate": "w1", "down": "w2", "up": "w3"},
-    "olmoe": {name: f"{name}_proj" for name in ("gate", "down", "up")},
-}
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ class DecoderCheckpoint:
     matrix is in the file twice."""
 
     directory: Path
-    architecture: Architecture
+    architecture: str
     config: TransformerConfig
     vocab_size: int
     weights: dict[str, Tensor]
@@ -87,7 +77,7 @@ class DecoderCheckpoint:
 
     def into(self, model: Transformer) -> None:
         """Fill a model of ``config``, which may hold any part of the experts. Raises UserError for another model."""
-        if self.architecture == "dist_moe":
+        if self.architecture == OURS:
             wanted = model.state_dict().keys() - ({"head.weight"} if self.config.tied_embeddings else set())
             check_names(self.directory, set(self.weights), set(wanted), "the model")
             self._check_mixtures(model)
@@ -122,22 +112,23 @@ def read_decoder(directory: Path) -> DecoderCheckpoint:
         config, vocab_size = read_decoder_config(content)
     except UserError as error:
         raise UserError(f"{directory / CONFIG}: {error}") from error
-    architecture: Architecture = content["model_type"]
+    architecture: str = content["model_type"]
+    family = FAMILIES[architecture]
     tensors = without_buffers(read_tensors(directory))
-    _check_counts(directory, config, architecture, tensors)
+    _check_counts(directory, config, family, tensors)
     has_tied_head = config.tied_embeddings and HEAD in tensors
     if has_tied_head and not _same(tensors.pop(HEAD), tensors.get(TIED_TO)):
         raise UserError(f"{directory / WEIGHTS}: tie_word_embeddings=true, and {HEAD} is not {TIED_TO}")
-    wanted = set(_dense_names(config).values())
+    wanted = set(_dense_names(config, family).values())
     for layer in filter(config.has_experts, range(config.layers)):
-        prefix = f"{_block(architecture, layer)}."
-        if architecture in _OF_EXPERT:
-            wanted |= {prefix + name for name in _stock_names(architecture, config.num_experts)}
+        prefix = f"{_block(family, layer)}."
+        if family.has_experts:
+            wanted |= {prefix + name for name in _stock_names(family, config.num_experts)}
         else:
             wanted |= {name for name in tensors if name.startswith(prefix)}
-    check_names(directory, set(tensors), wanted, CLASSES[architecture])
-    check_tensors(directory, tensors, _shapes(config, vocab_size, architecture))
-    weights = _to_ours(config, architecture, tensors)
+    check_names(directory, set(tensors), wanted, family.class_name)
+    check_tensors(directory, tensors, _shapes(config, vocab_size, family))
+    weights = _to_ours(config, family, tensors)
     return DecoderCheckpoint(directory, architecture, config, vocab_size, weights, content, has_tied_head)
 
 
@@ -145,7 +136,7 @@ def write_decoder(
     model: Transformer,
     directory: Path,
     *,
-    architecture: Architecture | None = None,
+    architecture: str | None = None,
     like: DecoderCheckpoint | None = None,
     dtype: torch.dtype | None = None,
     positions: int = 2048,
@@ -153,7 +144,7 @@ def write_decoder(
     tokenizer: Tokenizer | None = None,
     end_of_text: int | None = None,
     imports: Sequence[str] = (),
-) -> Architecture:
+) -> str:
     """Write a whole model as a directory that transformers loads; return the architecture.
 
     ``architecture``: None is the plainest one that fits. ``like``: the checkpoint whose config.json and precision are
@@ -173,13 +164,13 @@ def write_decoder(
         content = like.content if same else {**like.content, **content}
     else:
         content |= dtype_fields(dtype or model.embedding.weight.dtype)
-    if architecture == "dist_moe":
+    if architecture == OURS:
         content |= DECODER.fields(imports)
-    tensors = _to_theirs(config, architecture, tensors_of(model, dtype, like.weights if like else {}))
+    tensors = _to_theirs(config, FAMILIES[architecture], tensors_of(model, dtype, like.weights if like else {}))
     if like is not None and like.has_tied_head:
         tensors[HEAD] = tensors[TIED_TO].clone()
     write_directory(directory, content, tensors)
-    if architecture == "dist_moe":
+    if architecture == OURS:
         DECODER.write(directory)
     if tokenizer is not None:
         end = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
@@ -187,52 +178,64 @@ def write_decoder(
     return architecture
 
 
-def _dense_names(config: TransformerConfig) -> dict[str, str]:
+def _dense_names(config: TransformerConfig, family: Family) -> dict[str, str]:
     """Return their name of every parameter of ours outside of MoE layers."""
-    modules = dict(_MODULES)
+    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _MODULES.items()}
     for layer in range(config.layers):
-        of_layer = _OF_LAYER if config.has_experts(layer) else _OF_LAYER | _OF_DENSE_LAYER
-        of_layer = of_layer | (_OF_NORMED_HEADS if config.qk_norm else {})
-        modules |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in of_layer.items()}
+        modules = _OF_LAYER if config.has_experts(layer) else _OF_LAYER | _OF_DENSE_LAYER
+        of_layer = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in modules.items()}
+        of_layer |= family.attention_names(config)
+        names |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in of_layer.items()}
     if config.tied_embeddings:
-        del modules["head"]
-    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in modules.items()}
+        del names["head.weight"]
+    return names
 
 
-def _shapes(config: TransformerConfig, vocab_size: int, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+def _shapes(config: TransformerConfig, vocab_size: int, family: Family) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors by their names, but for MoE layers of our own architecture."""
-    dim, keys, hidden = config.dim, config.width_of_keys, config.dense_hidden
-    of_module = {
-        **dict.fromkeys(("embedding", "head"), (vocab_size, dim)),
-        **dict.fromkeys(("norm", "attention_norm", "feed_forward_norm", "query_norm"), (dim,)),
-        **dict.fromkeys(("query", "out"), (dim, dim)),
-        **dict.fromkeys(("key", "value"), (keys, dim)),
-        "key_norm": (keys,),
-        **dict.fromkeys(("gate", "up"), (hidden, dim)),
-        "down": (dim, hidden),
+    dim, queries, keys = config.dim, config.width_of_queries, config.width_of_keys
+    by_head = config.qk_norm == "head"
+    of_parameter = {
+        **dict.fromkeys(("embedding.weight", "head.weight"), (vocab_size, dim)),
+        **dict.fromkeys(("norm.weight", "attention_norm.weight", "feed_forward_norm.weight"), (dim,)),
+        "query_norm.weight": (config.head_width if by_head else queries,),
+        "key_norm.weight": (config.head_width if by_head else keys,),
+        "query.weight": (queries, dim),
+        "out.weight": (dim, queries),
+        **dict.fromkeys(("key.weight", "value.weight"), (keys, dim)),
+        "query.bias": (queries,),
+        **dict.fromkeys(("key.bias", "value.bias"), (keys,)),
+        **_swiglu_shapes(dim, config.dense_hidden),
     }
-    names = _dense_names(config).items()
-    shapes = {theirs: of_module[ours.removesuffix(".weight").rpartition(".")[2]] for ours, theirs in names}
-    if architecture not in _OF_EXPERT:
+    names = _dense_names(config, family).items()
+    shapes = {theirs: of_parameter[".".join(ours.split(".")[-2:])] for ours, theirs in names}
+    if not family.has_experts:
         return shapes
     assert isinstance(config.experts, FeedForwardConfig)
-    width = config.experts.hidden
+    of_expert = _swiglu_shapes(dim, config.experts.hidden)
+    of_shared = _swiglu_shapes(dim, config.shared_hidden or 0) | {"share.weight": (1, dim)}
     for layer in filter(config.has_experts, range(config.layers)):
-        prefix = _block(architecture, layer)
+        prefix = _block(family, layer)
         shapes[f"{prefix}.gate.weight"] = (config.num_experts, dim)
+        for ours, theirs in family.shared_names().items():
+            shapes[f"{prefix}.{theirs}"] = of_shared[ours.removeprefix("shared.")]
         for expert in range(config.num_experts):
-            for ours, theirs in _OF_EXPERT[architecture].items():
-                shapes[f"{prefix}.experts.{expert}.{theirs}.weight"] = (dim, width) if ours == "down" else (width, dim)
+            for ours, theirs in family.matrices.items():
+                shapes[f"{prefix}.experts.{expert}.{theirs}.weight"] = of_expert[f"{ours}.weight"]
     return shapes
 
 
-def _check_counts(directory: Path, config: TransformerConfig, architecture: Architecture, tensors: Tensors) -> None:
+def _swiglu_shapes(dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    return {"gate.weight": (hidden, dim), "up.weight": (hidden, dim), "down.weight": (dim, hidden)}
+
+
+def _check_counts(directory: Path, config: TransformerConfig, family: Family, tensors: Tensors) -> None:
     """Raise UserError for more layers or experts than there can be: nothing of that size shall be built."""
     if config.layers > len(tensors):
         raise UserError(f"{directory / CONFIG} says {config.layers:,} layers, and there are {len(tensors)} tensors")
     if not config.moe_every:
         return
-    if architecture in _OF_EXPERT:
+    if family.has_experts:
         others = ["the tensors"] if config.num_experts > len(tensors) else []
     else:
         stacks = {name: tensor.shape[:1] for name, tensor in tensors.items() if ".moe.experts." in name}
@@ -245,43 +248,44 @@ def _same(one: Tensor, other: Tensor | None) -> bool:
     return other is not None and one.shape == other.shape and torch.equal(one, other)
 
 
-def _block(architecture: Architecture, layer: int) -> str:
+def _block(family: Family, layer: int) -> str:
     """Return how their names of a layer's experts begin."""
-    block = {"mixtral": "block_sparse_moe", "olmoe": "mlp"}.get(architecture, "mlp.moe")
-    return f"model.layers.{layer}.{block}"
+    return f"model.layers.{layer}.{family.block}"
 
 
-def _stock_names(architecture: Architecture, experts: int) -> set[str]:
+def _stock_names(family: Family, experts: int) -> set[str]:
     """Return their names of all that an MoE layer has, in an architecture of transformers' own."""
-    matrices = _OF_EXPERT[architecture].values()
-    return {"gate.weight"} | {f"experts.{expert}.{name}.weight" for expert in range(experts) for name in matrices}
+    matrices = family.matrices.values()
+    of_experts = {f"experts.{expert}.{name}.weight" for expert in range(experts) for name in matrices}
+    return {"gate.weight", *family.shared_names().values()} | of_experts
 
 
-def _to_theirs(config: TransformerConfig, architecture: Architecture, state: Tensors) -> dict[str, Tensor]:
+def _to_theirs(config: TransformerConfig, family: Family, state: Tensors) -> dict[str, Tensor]:
     """Return by their names the ``state_dict()`` of a whole model, whose table is no longer being learnt."""
     rest = dict(state)
     if config.tied_embeddings:
         rest.pop("head.weight", None)
-    tensors = {theirs: rest.pop(ours) for ours, theirs in _dense_names(config).items()}
+    tensors = {theirs: rest.pop(ours) for ours, theirs in _dense_names(config, family).items()}
     for layer in range(config.layers):
         prefix = f"layers.{layer}.moe."
         block = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
-        if architecture in _OF_EXPERT:
-            block = _to_stock(architecture, block)
-        tensors |= {f"{_block(architecture, layer)}.{name}": tensor for name, tensor in block.items()}
+        if block and family.has_experts:
+            block = _to_stock(family, block)
+        tensors |= {f"{_block(family, layer)}.{name}": tensor for name, tensor in block.items()}
     assert not rest, f"no name for {sorted(rest)}"
     return tensors
 
 
-def _to_ours(config: TransformerConfig, architecture: Architecture, tensors: Tensors) -> dict[str, Tensor]:
+def _to_ours(config: TransformerConfig, family: Family, tensors: Tensors) -> dict[str, Tensor]:
     """Return by our names the tensors that were accounted for."""
-    weights = {ours: tensors[theirs] for ours, theirs in _dense_names(config).items()}
-    for layer in range(config.layers):
-        prefix = f"{_block(architecture, layer)}."
+    weights = {ours: tensors[theirs] for ours, theirs in _dense_names(config, family).items()}
+    for layer in filter(config.has_experts, range(config.layers)):
+        prefix = f"{_block(family, layer)}."
         block = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if architecture in _OF_EXPERT:
+        if family.has_experts:
             stacked = {"gates.0.weight": block["gate.weight"]}
-            for ours, theirs in _OF_EXPERT[architecture].items():
+            stacked |= {ours: block[theirs] for ours, theirs in family.shared_names().items()}
+            for ours, theirs in family.matrices.items():
                 matrices = [block[f"experts.{expert}.{theirs}.weight"].T for expert in range(config.num_experts)]
                 stacked[f"experts.{ours}"] = torch.stack(matrices)
             block = stacked
@@ -289,18 +293,19 @@ def _to_ours(config: TransformerConfig, architecture: Architecture, tensors: Ten
     return weights
 
 
-def _to_stock(architecture: Architecture, block: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_stock(family: Family, block: dict[str, Tensor]) -> dict[str, Tensor]:
     table = block["slot_map.table"].flatten()
     slot_of_E = table.argsort()
     if "gates.0.allowed_E" in block or table[slot_of_E].tolist() != list(range(len(table))):
         raise UserError(
-            f"{CLASSES[architecture]} has no place for slots that share an expert or that a gate must not choose; "
+            f"{family.class_name} has no place for slots that share an expert or that a gate must not choose; "
             "write the model with --architecture=dist_moe"
         )
     tensors = {"gate.weight": block["gates.0.weight"][slot_of_E]}
-    for ours, theirs in _OF_EXPERT[architecture].items():
+    tensors |= {theirs: block[ours] for ours, theirs in family.shared_names().items()}
+    for ours, theirs in family.matrices.items():
         for expert, weight in enumerate(block[f"experts.{ours}"]):
             tensors[f"experts.{expert}.{theirs}.weight"] = weight.T
-    unknown = [name for name in block if not name.startswith(("slot_map.", "experts."))]
-    assert unknown == ["gates.0.weight"], f"no name for {unknown}"
+    unknown = {name for name in block if not name.startswith(("slot_map.", "experts."))} - family.shared_names().keys()
+    assert unknown == {"gates.0.weight"}, f"no name for {unknown}"
     return tensors

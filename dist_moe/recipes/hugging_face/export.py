@@ -15,7 +15,7 @@ from dist_moe.models import BertConfig, BertModel, MoEModel, Transformer, Transf
 from dist_moe.models.bert import write_hugging_face, write_with_experts
 from dist_moe.models.bert.model import AUXILIARY
 from dist_moe.models.hugging_face.decoder import write_decoder
-from dist_moe.models.hugging_face.decoder_config import CLASSES, Architecture
+from dist_moe.models.hugging_face.families import family_named
 from dist_moe.models.hugging_face.files import write_tokenizer
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.supervised.config import SupervisedConfig
@@ -51,7 +51,7 @@ def export_hugging_face(
     source: Path,
     directory: Path,
     dtype: torch.dtype,
-    architecture: Architecture | None = None,
+    architecture: str | None = None,
     *,
     allow_changed_data: bool = False,
 ) -> HuggingFaceExport:
@@ -76,11 +76,13 @@ def export_hugging_face(
     return HuggingFaceExport(directory, written, sum(kept))
 
 
-def _check(config: SupervisedConfig, architecture: Architecture | None) -> None:
+def _check(config: SupervisedConfig, architecture: str | None) -> None:
     if not isinstance(config.model, TransformerConfig | BertConfig):
         raise UserError(
             f"model.name={config.model.name} is none that transformers knows; a transformer, or a BERT, can be written"
         )
+    if architecture is not None:
+        family_named(architecture, "--architecture")
     if config.model.low_rank is not None:
         raise UserError("model.low_rank: transformers has no experts of low rank; export such a run without --hf")
     if architecture is not None and isinstance(config.model, BertConfig):
@@ -95,7 +97,7 @@ def _write_decoder(
     config: SupervisedConfig,
     directory: Path,
     dtype: torch.dtype,
-    architecture: Architecture | None,
+    architecture: str | None,
 ) -> str:
     assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
     written = write_decoder(
@@ -109,7 +111,7 @@ def _write_decoder(
         end_of_text=task.end_of_text,
         imports=config.imports,
     )
-    return CLASSES[written]
+    return family_named(written).class_name
 
 
 def _write_bert(model: MoEModel, task: Task, config: SupervisedConfig, directory: Path, dtype: torch.dtype) -> str:

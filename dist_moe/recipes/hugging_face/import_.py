@@ -25,7 +25,7 @@ from dist_moe.models.conversion.decoder import (
     width_of_experts,
 )
 from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, read_decoder
-from dist_moe.models.hugging_face.decoder_config import CLASSES
+from dist_moe.models.hugging_face.families import family_named
 from dist_moe.models.hugging_face.files import TOKENIZER
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.identity import Identity
@@ -68,7 +68,7 @@ def import_hugging_face(
                 checkpoint.into(_model(config, task))
         model = _model(config, task)
         _fill(model, checkpoint, conversion)
-        imported_from = f"{source.name} ({CLASSES[checkpoint.architecture]})"
+        imported_from = f"{source.name} ({family_named(checkpoint.architecture).class_name})"
         identity = Identity(data=task.digests())
         written = write_first_checkpoint(model, checkpoints_of(run_dir), imported_from, identity.plain())
         identity.write(run)

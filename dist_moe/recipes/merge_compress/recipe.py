@@ -7,7 +7,7 @@ one before has left, the first one's the source; any of them may be left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -15,12 +15,18 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from dist_moe.config.plain_yaml import Content
-from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.checkpoint import write_first_checkpoint
 from dist_moe.engine.checkpoint.files import checkpoints_of, remove
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModelConfig
-from dist_moe.recipes.merge_compress.compress import Compressed, check_merge, compress, report_text, supervised_config
+from dist_moe.recipes.merge_compress.compress import (
+    Compressed,
+    check_beside,
+    check_merge,
+    compress,
+    report_text,
+    supervised_config,
+)
 from dist_moe.recipes.merge_compress.low_rank import check_low_rank, dropped, factored, low_rank_text
 from dist_moe.recipes.merge_compress.prune import LowRankPruningConfig, RowPruning
 from dist_moe.recipes.merge_compress.recover import (
@@ -101,9 +107,9 @@ class MergeCompressRecipe(StagedRecipe):
             "recover": None if self.recover is None else partial(self._recover, self.recover),
         }
         if self.compress is not None:
-            recover, pruning = self.recover or RecoverConfig(), RowPruning(self.compress)
+            recover = self.recover or RecoverConfig()
             every["factor"] = partial(self._factor, self.compress.rank)
-            every["prune"] = partial(self._recover, recover, callbacks=[pruning])
+            every["prune"] = partial(self._recover, recover, pruning=self.compress)
             every["drop"] = self._drop
             every["recover_again"] = partial(self._recover, recover) if self.recover_again else None
         return {name: work for name, work in every.items() if work is not None}
@@ -120,6 +126,7 @@ class MergeCompressRecipe(StagedRecipe):
     def plan(self, start: RunStart) -> StagedPlan:
         """Check that the source is there, has this model and these data, and that all stages can be run."""
         config: MergeCompressConfig = start.config
+        check_beside(self.source, start.run.root)
         weights = _weights_of(self.source)
         _check_same_model(self.source, weights.config.model, config.model)
         plan = super().plan(start)
@@ -144,6 +151,9 @@ class MergeCompressRecipe(StagedRecipe):
         for name, work in self.stages().items():
             weights = find_weights(before)
             config = supervised_config(plan.start.config, weights.config.model.model_dump(mode="json"))
+            size, asked = config.parallel.expert_parallel_size, plan.start.config.parallel.expert_parallel_size
+            if size < asked:
+                plan.start.say(f"stage {name}: experts over {size} rank(s): {asked} would not have equally many")
             stages.run(name, partial(work, plan, weights, config), config.parallel)
             before = stages.directory(name).root
 
@@ -181,13 +191,14 @@ class MergeCompressRecipe(StagedRecipe):
         weights: Weights,
         config: SupervisedConfig,
         stage: Stage,
-        callbacks: Sequence[Callback] = (),
+        pruning: LowRankPruningConfig | None = None,
     ) -> RunOfStage:
         student = student_of(stage, config, plan.task, weights.stored)
         trained = trained_parts(recover.trained, student)
         objective = recovery_objective(recover, self.source, config, plan.task, stage.groups)
-        options: dict[str, Any] = {"trained": trained, "callbacks": callbacks}
-        return RunOfStage(fit_student(stage, config, plan.task, student, objective, **options), config)
+        callbacks = [] if pruning is None else [RowPruning(pruning)]
+        fitted = fit_student(stage, config, plan.task, student, objective, trained=trained, callbacks=callbacks)
+        return RunOfStage(fitted, config)
 
 
 def _weights_of(source: Path) -> Weights:

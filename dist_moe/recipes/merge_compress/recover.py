@@ -18,7 +18,7 @@ from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.checkpoint import ModelWeights, place_weights
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.engine.trainable import Trained as TrainedParts
-from dist_moe.engine.training import Objective
+from dist_moe.engine.training import Objective, Trainer
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.recipes.distillation import DistillationObjective, Teacher
@@ -36,7 +36,7 @@ from dist_moe.recipes.supervised.recipe import (
     weighted_objective,
 )
 from dist_moe.recipes.supervised.runs import trained_model
-from dist_moe.tasks import Task, build_model
+from dist_moe.tasks import Task, build_model, evaluate
 
 
 def check_recovery(recover: RecoverConfig, config: SupervisedConfig, task: Task, model: MoEModel) -> None:
@@ -87,6 +87,32 @@ def recovery_objective(
     return DistillationObjective(plain, teacher, terms, recover.ask, weight=recover.loss_weight)
 
 
+class FirstEvaluation(Callback):
+    """Evaluates a student on the validation examples before it is trained.
+
+    ``metrics``: those that are numbers, or have no value; also after a resumption.
+    """
+
+    def __init__(self, task: Task, weights: tuple[float, ...]) -> None:
+        self._task, self._weights = task, weights
+        self.metrics = dict[str, Any]()
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Evaluate, and show the metrics, unless the fit goes on."""
+        if trainer.step == 0:
+            metrics = evaluate(self._task, trainer.model, self._task.val, self._weights, trainer.groups)
+            trainer.monitor.evaluation("validation", metrics, 0, self._task.headlines)
+            self.metrics = {name: x for name, x in metrics.items() if x is None or isinstance(x, int | float)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the metrics."""
+        return self.metrics
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the metrics of the fit that goes on."""
+        self.metrics = state
+
+
 def fit_student(
     stage: Stage,
     config: SupervisedConfig,
@@ -97,7 +123,7 @@ def fit_student(
     trained: TrainedParts | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
-    """Train ``model`` as a stage, as supervised training would, but by ``objective``; return metrics at the end.
+    """Train ``model`` as a stage, as supervised training would, but by ``objective``; return metrics before and after.
 
     ``config``: of the model that the stage leaves, and of its training. ``trained``, ``callbacks``: see ``fit``.
     Collective over all ranks.
@@ -105,19 +131,20 @@ def fit_student(
     environment = stage.environment
     start = replace(stage.start, config=config, run=stage.run, environment=environment, warnings=[])
     plan = SupervisedPlan(start, task, feed_of(config, task, environment), stage.checkpoint, stage.identity)
-    ending = FinalEvaluation(task, config.target_weights)
+    first, ending = FirstEvaluation(task, config.target_weights), FinalEvaluation(task, config.target_weights)
     fitted = stage.fit(
         model,
         plan.feed,
         objective,
         config.train,
         trained=trained,
-        callbacks=[Opening(plan), *callbacks, *callbacks_of(config, task, None), ending],
+        callbacks=[Opening(plan), first, *callbacks, *callbacks_of(config, task, None), ending],
         keep_model=False,
     )
     if environment.is_rank_zero:
         summarise(plan, SupervisedResult(fitted, ending.val, ending.test, ending.tested_step), ending)
-    return {"steps": fitted.steps, "tested_step": ending.tested_step, "val": ending.val, "test": ending.test}
+    metrics = {"val_before": first.metrics, "val": ending.val, "test": ending.test}
+    return {"steps": fitted.steps, "tested_step": ending.tested_step} | metrics
 
 
 def student_of(stage: Stage, config: SupervisedConfig, task: Task, weights: ModelWeights) -> MoEModel:

@@ -66,12 +66,16 @@ def find_weights(path: Path) -> Weights:
         raise UserError(
             f"{path} is a checkpoint outside of a run directory: the configuration of its model is not known"
         )
-    config = load_config(run.config)
     if checkpoint is not None:
-        return Weights(read_model(checkpoint), config)
-    result = RunDirectory(config.recipe.result_of(run.root))
+        return Weights(read_model(checkpoint), load_config(run.config))
+    result = result_of(run)
     found = tested_checkpoint(result.root)
-    return Weights(read_model(found), load_config(result.config) if result.config.is_file() else config)
+    return Weights(read_model(found), load_config((result if result.config.is_file() else run).config))
+
+
+def result_of(run: RunDirectory) -> RunDirectory:
+    """Return the directory that holds the result of a run: its own, or that of a stage of its recipe."""
+    return RunDirectory(load_config(run.config).recipe.result_of(run.root)) if run.config.is_file() else run
 
 
 def digest_of_weights(path: Path) -> str | None:
@@ -154,7 +158,10 @@ def reshard_run(source: Path, output: Path, expert_files: int) -> Path:
     written = RunDirectory(output)
     with held(output, LaunchEnvironment(), option="--output"):
         written.check_unused("--output")
-        checkpoint = checkpoint or newest_checkpoint(source)
+        if checkpoint is None:
+            assert run is not None, "it is no checkpoint"
+            run = result_of(run)
+            checkpoint = newest_checkpoint(run.root)
         final = reshard_checkpoint(checkpoint, checkpoints_of(output), expert_files)
         if run is not None:
             for file in (run.environment, run.identity, run.config):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.checkpoint.files import newest_checkpoint
+from dist_moe.engine.deepspeed.migration import migrate
 from dist_moe.engine.deepspeed.parameter_state import read_parameter_state
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
@@ -20,6 +21,7 @@ from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import Trainer, fit
 from dist_moe.errors import UserError
+from dist_moe.parallel import Placement
 from dist_moe.recipes.merge_compress.prune import LowRankPruningConfig, RowPruning, least_important
 from tests.helpers.fits import EXPERTS, ROWS, Model, Rows, objective
 from tests.helpers.pool import on_ranks
@@ -38,6 +40,7 @@ class Case:
     stage: int
     accumulation: int = 1
     pruning: LowRankPruningConfig = PRUNING
+    moves: bool = False
 
 
 def small_model(groups: ProcessGroups) -> Model:
@@ -95,7 +98,7 @@ def run(
         objective,
         SETTINGS,
         deepspeed=section,
-        callbacks=[pruning, watch, EndAfter(end)],
+        callbacks=[pruning, watch, EndAfter(end), *([Move()] if case.moves else [])],
         trackers=(),
         run=None if run_dir is None else RunDirectory(run_dir),
         resume_from=newest_checkpoint(run_dir) if resume and run_dir is not None else None,
@@ -103,6 +106,14 @@ def run(
     )
     importance = {name.rpartition(".")[2]: s.importance_EQ for name, s in pruning._matrices.items()}
     return Course(watch.ids, importance, model.moe.experts.expert_ids, watch.states)
+
+
+class Move(Callback):
+    """Lets experts change their ranks in the middle of the pruning."""
+
+    def after_step(self, trainer: Trainer, step: int) -> None:
+        if step == 5:
+            migrate(trainer.engine, trainer.model.moe, Placement((3, 0, 1, 2), 2))
 
 
 class EndAfter(Callback):
@@ -178,7 +189,11 @@ def naive(pruning: LowRankPruningConfig) -> Course:
 LAYOUTS = {
     1: [Case(1, 1, 0), Case(1, 1, 1, pruning=PRUNING.model_copy(update={"scope": "matrix"})), Case(1, 1, 3)],
     2: [Case(2, 1, 0), Case(2, 1, 2, accumulation=2), Case(2, 1, 3)],
-    -2: [Case(2, 2, 1), Case(2, 2, 2, pruning=PRUNING.model_copy(update={"scope": "matrix"})), Case(2, 2, 3)],
+    -2: [
+        Case(2, 2, 1, moves=True),
+        Case(2, 2, 2, pruning=PRUNING.model_copy(update={"scope": "matrix"})),
+        Case(2, 2, 3),
+    ],
     4: [Case(4, 2, 1), Case(4, 2, 3)],
     -4: [Case(4, 4, 1)],
 }

@@ -49,15 +49,20 @@ def result_of(run: Path, stage: str) -> dict[str, Any]:
     return result
 
 
+def evaluated(path: Path) -> float:
+    (outcome,) = succeed(1, "evaluate", path, "--json")
+    return float(json.loads(outcome.out)["test"]["loss"])
+
+
 def test_it_lowers_the_loss_and_leaves_the_gates_as_they_were(run: Path, recovered: Path) -> None:
     merged, after = (recovered / "stages" / stage for stage in ("merge", "recover"))
-    loss = {
-        path: json.loads(succeed(1, "evaluate", path, "--json")[0].out)["test"]["loss"] for path in (merged, recovered)
-    }
-    assert loss[recovered] < loss[merged] - 0.01
-    assert result_of(recovered, "recover")["test"]["loss"] == loss[recovered]
+    report = result_of(recovered, "recover")
+    assert report["val"]["loss"] < report["val_before"]["loss"] - 0.01
+    test = {path: evaluated(path) for path in (merged, recovered)}
+    assert test[recovered] < test[merged] - 0.01
+    assert report["test"]["loss"] == test[recovered]
     assert result_of(recovered, "merge")["parameters_after"] < result_of(recovered, "merge")["parameters_before"]
-    assert list(validations_of(after)) == [6]
+    assert list(validations_of(after)) == [0, 6]
     source, before, now = (tensors_of(path) for path in (run, merged, after))
     held = [name for name in source if ".gates." in name and name in now]
     assert {name.rpartition("|")[2] for name in held} == {"master", "buffer"}, "no moments of what is held"
@@ -82,11 +87,13 @@ def test_router_kd_trains_the_gates_alone_by_the_teacher_alone(run: Path, tmp_pa
 LAYOUTS = {
     "ep 2": (2, ["parallel.expert_parallel_size=2"]),
     "zero 3": (2, ["deepspeed.zero_optimization={stage: 3, stage3_param_persistence_threshold: 0}"]),
+    "4 ranks, ep 2, zero 2": (4, ["parallel.expert_parallel_size=2", "deepspeed.zero_optimization.stage=2"]),
+    "4 ranks, ep 4": (4, ["parallel.expert_parallel_size=4"]),
     "accumulation": (1, ["deepspeed.gradient_accumulation_steps=2"]),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] * ("4" in name)) for name in LAYOUTS])
 def test_every_layout_gives_the_same(run: Path, recovered: Path, tmp_path: Path, layout: str) -> None:
     world, options = LAYOUTS[layout]
     succeed(world, "compress", run, tmp_path / "out", *MERGE, *RECOVER, *options)
@@ -99,6 +106,13 @@ def test_every_layout_gives_the_same(run: Path, recovered: Path, tmp_path: Path,
         for path in (tmp_path / "out", recovered)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_ranks_that_cannot_have_equally_many_experts_have_them_all(run: Path, tmp_path: Path) -> None:
+    options = ["examples=40", "--grouping", "uniform", "train.max_steps=2", "parallel.expert_parallel_size=2"]
+    first, _ = succeed(2, "compress", run, tmp_path / "out", "--experts", 3, "--recover", *options)
+    assert "stage recover: experts over 1 rank(s): 2 would not have equally many" in first.err
+    succeed(2, "evaluate", tmp_path / "out")
 
 
 def masters_of(run: Path) -> dict[str, Tensor]:
@@ -224,14 +238,17 @@ def test_a_used_output_and_a_source_that_is_none_are_refused(run: Path, tmp_path
 
 
 def test_what_recovered_is_a_run_as_any_other(recovered: Path, tmp_path: Path) -> None:
-    """It is evaluated, exported, searched, compressed again, and starts another run."""
+    """It is evaluated, exported, searched, inspected, resharded, compressed again without and with recovery."""
     tested = result_of(recovered, "recover")["test"]["loss"]
     succeed(1, "export", recovered, tmp_path / "model.safetensors")
     succeed(1, "search", recovered, "--output", tmp_path / "searched", "examples=8")
     succeed(1, "compress", recovered, tmp_path / "again", "--experts", 4, "--grouping", "uniform")
     for path in (tmp_path / "model.safetensors", tmp_path / "again"):
-        (outcome,) = succeed(1, "evaluate", path, "--json")
-        assert json.loads(outcome.out)["test"]["loss"] == pytest.approx(tested, abs=1e-6)
+        assert evaluated(path) == pytest.approx(tested, abs=1e-6)
+    (inspected,) = succeed(1, "inspect", recovered)
+    assert f"step {STEPS}" in inspected.out or f"step-{STEPS:08d}" in inspected.out
+    succeed(1, "reshard", recovered, "--output", tmp_path / "resharded", "--expert-files", 2)
+    assert evaluated(tmp_path / "resharded") == tested
     succeed(1, "train", "--resume", tmp_path / "again", "train.max_steps=1")
     arguments = ["compress", recovered, tmp_path / "twice", "--experts", 2, "--recover", "train.max_steps=1"]
     succeed(1, *arguments)
