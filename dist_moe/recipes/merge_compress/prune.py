@@ -1,8 +1,8 @@
 """Pruning of rows of S while experts that are stored as U V + S train.
 
 Importance of a row q of an S: I_t = beta I_{t-1} + (1 - beta) mean_i |S_qi dL/dS_qi|, S and gradient being those of
-step t: the release of MC-SMoE compares those of the step before. After step t of T the largest share r_t of all rows
-is kept, with start t_i (warm_up) and end t_f = T - hold,
+step t: the release of MC-SMoE compares those of the step before. After step t of T the most important rows are kept, a
+share r_t of all, with start t_i (warm_up) and end t_f = T - hold,
 
     r_t = 1 before t_i,   r + (1 - r) (1 - (t - t_i) / (t_f - t_i))^3 in between,   r from t_f on
 
