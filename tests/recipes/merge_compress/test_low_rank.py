@@ -106,7 +106,6 @@ def test_what_is_left_computes_the_same_and_takes_less(source: Path, compressed:
 
 
 LAYOUTS = {
-    "ep 2": (2, ["parallel.expert_parallel_size=2"]),
     "ep 4": (4, ["parallel.expert_parallel_size=4"]),
     "zero 3": (2, ["deepspeed.zero_optimization={stage: 3, stage3_param_persistence_threshold: 0}"]),
 }
