@@ -44,9 +44,9 @@ def _run(options: argparse.Namespace) -> int:
     merge, others = list(flags), dict[str, str]()
     for text in options.overrides:
         section = text.partition("=")[0].partition(".")[0]
-        if section in MergeCompressRecipe.model_fields and section not in CompressConfig.model_fields:
+        if section not in CompressConfig.model_fields and section in MergeCompressRecipe.model_fields:
             others[text] = f"recipe.{text}"
-        elif section in MergeCompressConfig.model_fields:
+        elif section not in CompressConfig.model_fields and section in MergeCompressConfig.model_fields:
             others[text] = text
         else:
             merge.append(text)

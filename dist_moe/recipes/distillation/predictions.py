@@ -37,7 +37,10 @@ class FollowConfig(Settings):
     weight: float = Field(0.2, ge=0, description="weight of following the teacher's predictions")
     temperature: float = Field(2.0, gt=0, description="T, by which logits are divided; the divergence is times T^2")
     hidden_weight: float = Field(
-        0.0, ge=0, description="weight of the mean squared difference of hidden states, summed over layers; of a BERT"
+        0.0,
+        ge=0,
+        description="weight of the mean squared difference of hidden states, summed over layers; for models that give "
+        "them: transformers and BERTs",
     )
 
     @property

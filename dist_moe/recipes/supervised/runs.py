@@ -74,8 +74,18 @@ def find_weights(path: Path) -> Weights:
 
 
 def result_of(run: RunDirectory) -> RunDirectory:
-    """Return the directory that holds the result of a run: its own, or that of a stage of its recipe."""
-    return RunDirectory(load_config(run.config).recipe.result_of(run.root)) if run.config.is_file() else run
+    """Return the directory that holds the result of a run: its own, or that of a stage of its recipe.
+
+    Raises UserError if that stage has not finished.
+    """
+    if not run.config.is_file():
+        return run
+    result = RunDirectory(load_config(run.config).recipe.result_of(run.root))
+    if result != run and not result.result.is_file():
+        raise UserError(
+            f"{run.root}: its stage {result.root.name} has not finished; go on by 'dist-moe train --resume {run.root}'"
+        )
+    return result
 
 
 def digest_of_weights(path: Path) -> str | None:

@@ -132,6 +132,9 @@ def test_interrupted_while_it_recovers_it_goes_on_to_the_bit(run: Path, recovere
     (stopped,) = on_ranks(1, signalled, signal.SIGTERM, 8, 0, arguments)
     assert stopped.code == 128 + signal.SIGTERM
     assert f"dist-moe train --resume {tmp_path / 'out'}" in stopped.err
+    (refused,) = dist_moe(1, "evaluate", tmp_path / "out")
+    assert refused.code == 2
+    assert "its stage recover has not finished" in refused.err
     merged = (tmp_path / "out" / "stages" / "merge" / "result.json").stat()
     succeed(1, "train", "--resume", tmp_path / "out")
     assert (tmp_path / "out" / "stages" / "merge" / "result.json").stat().st_mtime_ns == merged.st_mtime_ns
@@ -207,7 +210,6 @@ def test_the_file_says_little_and_means_the_same(run: Path, recovered: Path, tmp
     ("arguments", "parts"),
     [
         (["recover.trained=gates", "--recover"], ["recover.trained='gates'", "router"]),
-        (["recover.hidden_weight=1", "--recover"], ["hidden_weight=1", "model.name=transformer"]),
         (["recover.weight=0", "recover.task_weight=0", "--recover"], ["nothing to learn from"]),
         (["experts=9", "--recover"], ["experts=9", "has 8"]),
         (["train.epochs=1"], ["train.epochs=1", "--recover"]),
@@ -272,10 +274,21 @@ def test_a_bert_follows_hidden_states_and_a_recommender_both_targets(tmp_path: P
         succeed(1, "train", config, "--run-dir", source)
         succeed(1, "compress", source, out, "--experts", 2, "--recover", "train.max_steps=3", *options)
         records = records_of(out / "stages" / "recover")
-        assert names <= records[0].keys(), records[0].keys()
+        assert names <= records[0].keys()
         assert not {"entropy", "load_balance"} & records[0].keys()
         merged, after = (tensors_of(out / "stages" / stage) for stage in ("merge", "recover"))
         changed = {name for name in merged if not merged[name].equal(after[name])}
         assert not any(".gates." in name for name in changed)
         assert any(".experts." in name for name in changed)
         assert all(".experts." in name for name in changed) == ("recover.trained=experts" in options)
+    arguments = ["compress", source, tmp_path / "no", "--experts", 2, "--recover", "recover.hidden_weight=1"]
+    (outcome,) = dist_moe(1, *arguments)
+    assert outcome.code == 2
+    assert "recover.hidden_weight=1: model.name=recommender gives no hidden states" in outcome.err
+
+
+def test_a_language_model_follows_hidden_states(run: Path, tmp_path: Path) -> None:
+    options = ["recover.hidden_weight=0.5", "recover.task_weight=0", "recover.weight=0", "train.max_steps=30"]
+    succeed(1, "compress", run, tmp_path / "out", *MERGE, *RECOVER, *options)
+    losses = [record["teacher_hidden"] for record in records_of(tmp_path / "out" / "stages" / "recover")]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
