@@ -161,27 +161,29 @@ class MergeCompressRecipe(StagedRecipe):
         self, merge: CompressConfig, plan: StagedPlan, weights: Weights, config: SupervisedConfig, stage: Stage
     ) -> RunOfStage:
         compressed = compress(opened_run(weights, config, plan.task, stage.groups, []), merge)
-        return self._left(compressed, report_text(compressed.report), plan, stage)
+        return self._left(compressed, report_text, plan, stage)
 
     def _factor(
         self, rank: int, plan: StagedPlan, weights: Weights, config: SupervisedConfig, stage: Stage
     ) -> RunOfStage:
         compressed = factored(weights.stored, config, plan.task, rank)
-        return self._left(compressed, low_rank_text(compressed.report), plan, stage)
+        return self._left(compressed, low_rank_text, plan, stage)
 
     def _drop(self, plan: StagedPlan, weights: Weights, config: SupervisedConfig, stage: Stage) -> RunOfStage:
         compressed = dropped(weights.stored, config, plan.task)
-        return self._left(compressed, low_rank_text(compressed.report), plan, stage)
+        return self._left(compressed, low_rank_text, plan, stage)
 
-    def _left(self, compressed: Compressed, text: str, plan: StagedPlan, stage: Stage) -> RunOfStage:
-        """Write a run that has yet to train; ``text``: its report in words."""
+    def _left(
+        self, compressed: Compressed, in_words: Callable[[dict[str, Any]], str], plan: StagedPlan, stage: Stage
+    ) -> RunOfStage:
+        """Write a run that has yet to train, and say what its report says."""
         if stage.environment.is_rank_zero:
             if stage.checkpoint is not None:  # of an attempt that died before its report was written
                 remove(stage.checkpoint)
             identity = stage.identity.plain()
             checkpoints = checkpoints_of(stage.run.root)
             write_first_checkpoint(compressed.weights, checkpoints, f"{self.source.name}, compressed", identity)
-        plan.start.say(text)
+        plan.start.say(in_words(compressed.report))
         return RunOfStage(compressed.report, compressed.config)
 
     def _recover(
