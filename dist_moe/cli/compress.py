@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from dist_moe.cli.commands import Commands, add_changed_data
 from dist_moe.errors import UserError
@@ -25,7 +26,8 @@ def add_to(commands: Commands) -> None:
     compress.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory or a checkpoint in one")
     compress.add_argument("output", type=Path, metavar="OUT", help="where the run is to be")
     compress.add_argument("overrides", nargs="*", metavar="key=value", help="similarity=outputs train.epochs=1 ...")
-    compress.add_argument("--experts", required=True, metavar="N", help="experts that a layer keeps, on average")
+    compress.add_argument("--config", type=Path, metavar="FILE", help="YAML with such keys, such as groups")
+    compress.add_argument("--experts", metavar="N", help="experts that a layer keeps, on average")
     compress.add_argument("--method", help="m_smoe (default), hc_smoe, uniform, random, prune_usage or reap")
     compress.add_argument("--grouping", help="global or uniform")
     compress.add_argument(
@@ -58,11 +60,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _compress(options: argparse.Namespace, overrides: list[str]) -> int:
-    from dist_moe.config.validation import validate_section
+    from dist_moe.config.overrides import parse_overrides
+    from dist_moe.config.validation import validate
     from dist_moe.engine.launch.environment import LaunchEnvironment
     from dist_moe.recipes.merge_compress import CompressConfig, compress_run, report_text
 
-    config = validate_section(CompressConfig, overrides)
+    config = validate(CompressConfig, _merge_in_file(options) | parse_overrides(overrides))
     source = options.run_dir.resolve()
     report = compress_run(source, options.output, config, allow_changed_data=options.allow_changed_data)
     if LaunchEnvironment.read().is_rank_zero:
@@ -77,10 +80,17 @@ def _recover(options: argparse.Namespace, overrides: list[str]) -> int:
     from dist_moe.engine.monitor.run_lock import held
     from dist_moe.recipes.recipe import plan_run_of, set_fields, train, validate_config
 
-    content = {"recipe": {"name": "merge_compress", "source": str(options.run_dir.resolve())}}
+    source = str(options.run_dir.resolve())
+    content = {"recipe": {"name": "merge_compress", "source": source, "merge": _merge_in_file(options)}}
     set_fields(content, overrides)
     with held(options.output, LaunchEnvironment.read(), option="OUT") as begin:
         config = validate_config(content)
         plan = plan_run_of(config, options.output, "OUT", allow_changed_data=options.allow_changed_data)
         begin()
         return train(plan)
+
+
+def _merge_in_file(options: argparse.Namespace) -> dict[str, Any]:
+    from dist_moe.config.plain_yaml import read_yaml
+
+    return read_yaml(options.config) if options.config else {}

@@ -10,7 +10,7 @@ expert would be a merge by another name.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -30,20 +30,16 @@ from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.run_lock import held
 from dist_moe.errors import UserError
+from dist_moe.experts import FeedForwardBank
 from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
 from dist_moe.parallel import wait_for_all
-from dist_moe.recipes.merge_compress.calibrate import LayerStatistics, calibrate
-from dist_moe.recipes.merge_compress.group import (
-    Leaders,
-    Numbers,
-    clusters,
-    global_counts,
-    join_leaders,
-    largest,
-    random_groups,
-)
+from dist_moe.recipes.merge_compress.align import alignment_by_activations
+from dist_moe.recipes.merge_compress.calibrate import LayerStatistics, calibrate, layer_inputs
+from dist_moe.recipes.merge_compress.group import Leaders, Numbers, global_counts, led_by_usage
 from dist_moe.recipes.merge_compress.merge import MergedLayer, merged_weights, orders, shares, weight_similarity
+from dist_moe.recipes.merge_compress.methods import LayerChoice
+from dist_moe.recipes.merge_compress.picture import PICTURE, write_picture
 from dist_moe.recipes.merge_compress.settings import CompressConfig
 from dist_moe.recipes.recipe import validate_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
@@ -107,8 +103,11 @@ def compress(run: TrainedRun, merge: CompressConfig) -> Compressed:
     part = getattr(run.task, merge.part)
     statistics = calibrate(run.task, run.model, part, merge.examples, run.groups, outputs=merge.needs_outputs)
     weights = read_model(run.checkpoint)
-    layers = plan_merge(run.model.moe_layers, statistics, weights, merge)
-    config = compressed_config(run, layers, prunes=merge.prunes)
+    inputs = {}
+    if merge.aligns_by_activations:
+        inputs = layer_inputs(run.task, run.model, part, merge.examples, run.groups)
+    layers = plan_merge(run.model.moe_layers, statistics, weights, merge, inputs)
+    config = compressed_config(run, layers, prunes=merge.by.prunes)
     merged = merged_weights(weights, layers, _buffers(run, layers, merge))
     report = {
         "checkpoint": run.checkpoint.name,
@@ -119,7 +118,7 @@ def compress(run: TrainedRun, merge: CompressConfig) -> Compressed:
             {
                 "layer": name,
                 "leaders": layer.leaders.tolist(),
-                "groups": [[leader] for leader in layer.leaders.tolist()] if merge.prunes else layer.groups(),
+                "groups": [[leader] for leader in layer.leaders.tolist()] if merge.by.prunes else layer.groups(),
                 "tokens": statistics[name].tokens,
                 "usage": statistics[name].usage_E.tolist(),
             }
@@ -139,36 +138,56 @@ def plan_merge(
     statistics: Mapping[str, LayerStatistics],
     weights: ModelWeights,
     config: CompressConfig,
+    inputs: Mapping[str, Tensor],
 ) -> dict[str, MergedLayer]:
-    """Return what becomes of the experts of each layer, by its name; alike on all ranks."""
+    """Return what becomes of the experts of each layer, by its name; alike on all ranks.
+
+    ``inputs``: (T, D) tokens of each layer, where units are matched by activations; collective then.
+    """
     usage_LE = [of_layer.usage_E for of_layer in statistics.values()]
-    counts = [len(usage_E) if i in config.excluded_layers else config.experts for i, usage_E in enumerate(usage_LE)]
-    if config.grouping == "global":
-        counts = global_counts(usage_LE, config.experts, config.excluded_layers)
     planned: dict[str, MergedLayer] = {}
-    for (name, seen), count in zip(statistics.items(), counts, strict=True):
-        hidden_axes = moe_layers[name].experts.hidden_axes if config.align != "none" and not config.prunes else {}
-        order_EH = None
-        if config.align == "first" or config.similarity == "weights":
-            order_EH = orders(weights, name, np.zeros(len(seen.usage_E), dtype=np.int64), hidden_axes)
-        similarity_EE = seen.router_EE if seen.output_EE is None or config.similarity != "outputs" else seen.output_EE
-        if config.similarity == "weights":
-            similarity_EE = weight_similarity(weights, name, order_EH, hidden_axes)
-        if config.joins and not _tells_apart(similarity_EE, count):
-            raise UserError(
-                f"similarity={config.similarity}: no two experts of {name} have anything in common, as where a gate "
-                "sends each token to one expert with all weight; use similarity=outputs or similarity=weights"
+    for (name, seen), count in zip(statistics.items(), _counts(usage_LE, config), strict=True):
+        bank = moe_layers[name].experts
+        hidden_axes = bank.hidden_axes if config.align != "none" and not config.by.prunes else {}
+        match = None
+        if config.aligns_by_activations and isinstance(bank, FeedForwardBank):
+            match = partial(alignment_by_activations, bank=bank, x_TD=inputs[name])
+        order_EH, similarity_EE = None, None
+        if config.align == "first" or (config.compares and config.similarity == "weights"):
+            order_EH = orders(weights, name, np.zeros(len(seen.usage_E), dtype=np.int64), hidden_axes, match)
+        if config.compares:
+            similarity_EE = (
+                weight_similarity(weights, name, order_EH, hidden_axes)
+                if config.similarity == "weights"
+                else {"router": seen.router_EE, "router_rows": seen.rows_EE, "outputs": seen.output_EE}[
+                    config.similarity
+                ]
             )
-        leader_E = _groups(seen, similarity_EE, count, config, seed=(config.seed, len(planned)))
-        if config.prunes:
-            order_EH = None  # what is kept stays, to the bit
-        elif config.align == "leader":
-            order_EH = orders(weights, name, leader_E, hidden_axes)
-        weight_E = np.ones(len(leader_E)) if config.method == "uniform" else seen.usage_E
-        if config.prunes:
+            assert similarity_EE is not None
+            if not _tells_apart(similarity_EE, count):
+                raise UserError(
+                    f"similarity={config.similarity}: no two experts of {name} have anything in common, as where a "
+                    "gate sends each token to one expert with all weight; use similarity=outputs or similarity=weights"
+                )
+        choice = LayerChoice(seen, similarity_EE, count, config.linkage, (config.seed, len(planned)))
+        leader_E = _groups(seen, choice, config, len(planned))
+        if config.align == "leader":
+            order_EH = orders(weights, name, leader_E, hidden_axes, match)
+        weight_E = np.ones(len(leader_E)) if config.by.plain_means else seen.usage_E
+        if config.by.prunes:
             weight_E = np.isin(np.arange(len(leader_E)), leader_E).astype(np.float64)
         planned[name] = MergedLayer(leader_E, shares(leader_E, weight_E), order_EH, hidden_axes)
     return planned
+
+
+def _counts(usage_LE: Sequence[Numbers], config: CompressConfig) -> list[int]:
+    """Return how many groups each layer gets."""
+    if config.groups is not None:
+        return [len(groups) for groups in config.groups]
+    assert config.experts is not None
+    if config.grouping == "global":
+        return global_counts(usage_LE, config.experts, config.excluded_layers)
+    return [len(usage_E) if i in config.excluded_layers else config.experts for i, usage_E in enumerate(usage_LE)]
 
 
 def _tells_apart(similarity_EE: Numbers, count: int) -> bool:
@@ -177,17 +196,13 @@ def _tells_apart(similarity_EE: Numbers, count: int) -> bool:
     return count == experts or bool(similarity_EE[~np.eye(experts, dtype=np.bool_)].any())
 
 
-def _groups(
-    seen: LayerStatistics, similarity_EE: Numbers, count: int, config: CompressConfig, seed: tuple[int, int]
-) -> Leaders:
-    if config.method == "hc_smoe":
-        assert seen.output_EF is not None
-        return clusters(seen.output_EF, count, seen.usage_E, config.linkage)
-    if config.method == "random":
-        return random_groups(count, seen.usage_E, seed)
-    score_E = seen.reap_E if config.method == "reap" else seen.usage_E
-    assert score_E is not None
-    return join_leaders(largest(score_E, count), similarity_EE)
+def _groups(seen: LayerStatistics, choice: LayerChoice, config: CompressConfig, layer: int) -> Leaders:
+    if config.groups is None:
+        return config.by.groups(choice)
+    label_E = np.empty(len(seen.usage_E), dtype=np.int64)
+    for label, group in enumerate(config.groups[layer]):
+        label_E[list(group)] = label
+    return led_by_usage(label_E, seen.usage_E)
 
 
 def compressed_config(run: TrainedRun, layers: Mapping[str, MergedLayer], *, prunes: bool) -> SupervisedConfig:
@@ -219,28 +234,42 @@ def supervised_config(config: SupervisedConfig, model: Mapping[str, Any]) -> Sup
 def check_merge(config: SupervisedConfig, model: MoEModel, merge: CompressConfig) -> None:
     """Raise UserError for a ``model``, with or without storage, whose experts cannot be merged as ``merge`` says."""
     settings, layers = config.model, model.moe_layers
+    gate_name = f"gate.name={settings.gate.name}"
+    can_differ = _BY_LAYER in type(settings).model_fields
+    merge = merge.settled(can_differ=can_differ)
+    head = getattr(settings, "auxiliary_head", None)
+    if head is not None:
+        raise UserError(f"model.auxiliary_head={head}: a model with a second head cannot be compressed; name another")
     if not layers or not settings.has_tables:
         raise UserError(f"model.name={settings.name}: there are no MoE layers with slot maps in it to compress")
     if settings.low_rank is not None:
         raise UserError("model.low_rank: experts that are factored cannot be merged any more; merge them before")
-    head = getattr(settings, "auxiliary_head", None)
-    if head is not None:
-        raise UserError(f"model.auxiliary_head={head}: a model with a second head cannot be compressed; name another")
-    can_differ = _BY_LAYER in type(settings).model_fields
-    merge = merge.settled(can_differ=can_differ)
-    method, gate = merge.method, settings.gate.name
     for name, layer in layers.items():
         if not isinstance(layer.slot_map, SlotTable) or layer.slot_map.table.shape[:2] != (1, 1):
             raise UserError(f"{name} has a slot map for each gate or branch; only one for all can be compressed")
         if next(layer.experts.buffers(), None) is not None:
             raise UserError(f"{name}: experts with batch normalisation have statistics that cannot be averaged")
-        if merge.prunes and not all(gate.can_exclude for gate in layer.each_gate):
-            raise UserError(f"method={method}: gate.name={gate} cannot do without slots; merge them")
+        if merge.by.prunes and not all(gate.can_exclude for gate in layer.each_gate):
+            raise UserError(f"method={merge.method}: {gate_name} cannot do without slots; merge them")
+        if merge.similarity == "router_rows" and any(gate.rows_ED is None for gate in layer.each_gate):
+            raise UserError(f"similarity=router_rows: {gate_name} has no rows; use similarity=router")
+        bank = layer.experts
+        if merge.aligns_by_activations and bank.hidden_axes and not isinstance(bank, FeedForwardBank):
+            raise UserError(f"align_by=activations: {name} has no feed-forward networks; use align_by=weights")
     excluded = set(merge.excluded_layers)
-    if (excluded or merge.grouping == "global") and len(layers) > 1 and not can_differ:
-        raise UserError(f"model.name={settings.name} has equally many experts in all layers: use grouping=uniform")
+    differ = excluded or merge.grouping == "global" or len({len(groups) for groups in merge.groups or ()}) > 1
+    if differ and len(layers) > 1 and not can_differ:
+        raise UserError(
+            f"model.name={settings.name} has as many experts in each layer: use grouping=uniform, or as many groups"
+        )
     if not excluded < set(range(len(layers))):
         raise UserError(f"excluded_layers={sorted(excluded)}: allowed: some of 0..{len(layers) - 1}, not all")
+    if merge.groups is not None:
+        error = merge.group_errors([layer.experts.num_experts for layer in layers.values()])
+        if error:
+            raise UserError(error)
+        return
+    assert merge.experts is not None
     counts = {name: layer.experts.num_experts for i, (name, layer) in enumerate(layers.items()) if i not in excluded}
     mean = sum(counts.values()) // len(counts)
     if merge.grouping == "global" and merge.experts > mean:
@@ -258,7 +287,7 @@ def _buffers(run: TrainedRun, layers: Mapping[str, MergedLayer], config: Compres
         assert isinstance(layer.slot_map, SlotTable)
         expert_S = layer.slot_map.table.cpu()
         buffers[f"{name}.slot_map.table"] = merged.expert_E[expert_S]
-        if not config.prunes:
+        if not config.by.prunes:
             continue
         kept_S = torch.isin(expert_S.flatten(), torch.from_numpy(merged.leaders))
         for gate in layer.each_gate:
@@ -274,6 +303,7 @@ def _write(source: Path, compressed: Compressed, written: RunDirectory, report: 
     if identity.is_file():
         shutil.copy(identity, written.root)
     write_json(written.root / REPORT, report)
+    write_picture(report, written.root / PICTURE)
     written.describe(compressed.config.plain(), LaunchEnvironment())  # last: its presence makes it a run
 
 

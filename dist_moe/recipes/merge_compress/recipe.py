@@ -28,6 +28,7 @@ from dist_moe.recipes.merge_compress.compress import (
     supervised_config,
 )
 from dist_moe.recipes.merge_compress.low_rank import check_low_rank, dropped, factored, low_rank_text
+from dist_moe.recipes.merge_compress.picture import PICTURE, write_picture
 from dist_moe.recipes.merge_compress.prune import LowRankPruningConfig, RowPruning
 from dist_moe.recipes.merge_compress.recover import (
     check_recovery,
@@ -161,6 +162,8 @@ class MergeCompressRecipe(StagedRecipe):
         self, merge: CompressConfig, plan: StagedPlan, weights: Weights, config: SupervisedConfig, stage: Stage
     ) -> RunOfStage:
         compressed = compress(opened_run(weights, config, plan.task, stage.groups, []), merge)
+        if stage.environment.is_rank_zero:
+            write_picture(compressed.report, stage.run.root / PICTURE)
         return self._left(compressed, report_text, plan, stage)
 
     def _factor(
