@@ -20,7 +20,7 @@ from dist_moe.recipes.branch_train_merge.merge import MergeSettings, Scores
 from dist_moe.recipes.branch_train_merge.partition import task_of_domain
 from dist_moe.recipes.branch_train_merge.picture import draw_weights
 from dist_moe.recipes.branch_train_merge.scoring import Scorer, new_model
-from dist_moe.recipes.branch_train_merge.training import ForestPlan
+from dist_moe.recipes.branch_train_merge.training import SEED, TWIN, ForestPlan
 
 REPORT, TABLE, PICTURE = "evaluation.json", "evaluation.md", "weights.png"
 TRAINED_ON, HELD_OUT = "all trained on", "all held out"
@@ -49,7 +49,7 @@ def evaluate_forest(scorer: Scorer, merges: Sequence[MergeSettings], trained_on:
         tokens. ``weights``: by label of a merge that has them, then by domain and expert: the mean weight.
         ``experts``: their names. ``trained_on``, ``held_out``: the domains.
     """
-    others = [name for name in scorer.forest.members if name not in scorer.forest.experts]
+    others = [name for name, member in scorer.forest.members.items() if member.role in (SEED, TWIN)]
     columns: dict[str, dict[str, Totals]] = {}
     active: dict[str, float] = {}
     weights: dict[str, dict[str, dict[str, float]]] = {}

@@ -28,7 +28,7 @@ EXPERT = "expert"
 class Member(Settings):
     """A model of the forest.
 
-    ``role``: ``expert``, or what else the recipe keeps beside experts to compare with: ``seed``, ``twin``.
+    ``role``: ``expert``; ``seed`` or ``twin``, models of the same kind to compare with; or what a way of merging made.
     ``digest``: of the file. ``tokens``: that this model alone has seen, without those of what it began from.
     ``begun_from``: where its first weights came from.
     """

@@ -14,6 +14,8 @@ from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
 from dist_moe.cli.main import main
+from dist_moe.engine.checkpoint import newest_checkpoint
+from dist_moe.engine.checkpoint.format import read_trainer_state
 from dist_moe.engine.health.heartbeats import collectives_issued
 from dist_moe.engine.training import Trainer
 from dist_moe.recipes.branch_train_merge import Forest, recipe, training
@@ -103,6 +105,9 @@ def test_a_branch_goes_on_with_the_seeds_optimizer_and_schedule(run: Path) -> No
     for name in TRAINED_ON:
         records = records_of(run / "stages" / f"branch-{name}")
         assert [record["step"] for record in records] == list(range(SEED_STEPS + 1, STEPS + 1))
+        state, twin = (read_trainer_state(newest_checkpoint(run / "stages" / s)) for s in (f"branch-{name}", "twin"))
+        assert state.schedule_steps == twin.schedule_steps == STEPS
+        assert state.scalars == twin.scalars != {}  # Adam's count of steps
     forest = Forest(run)
     result = json.loads((run / "stages" / "forest" / "result.json").read_text())
     assert result["tokens"]["forest"] == result["tokens"]["twin"] == STEPS * 8 * 16

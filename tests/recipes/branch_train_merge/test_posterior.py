@@ -95,7 +95,7 @@ def test_long_sequences_of_unlikely_tokens_do_not_underflow() -> None:
     last_J = log_weights(logp_JBS, uniform_prior(2))[:, 0, -1]
     ahead = 19_999 * 1e-4
     expected_J = -torch.tensor([-ahead, ahead], dtype=torch.float64).exp().log1p()
-    torch.testing.assert_close(last_J, expected_J, rtol=1e-8, atol=0)
+    torch.testing.assert_close(last_J, expected_J, rtol=1e-6, atol=0)  # sums of a million nats
 
 
 @pytest.mark.parametrize("history", HISTORIES)

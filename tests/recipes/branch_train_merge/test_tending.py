@@ -13,12 +13,14 @@ import torch
 from dist_moe.config.files import read_json
 from dist_moe.engine.checkpoint import newest_checkpoint, read_model
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
-from dist_moe.recipes.branch_train_merge import Forest
+from dist_moe.recipes.branch_train_merge import Forest, tend
 from dist_moe.recipes.branch_train_merge.evaluate import evaluate_run
 from dist_moe.recipes.branch_train_merge.merge import Average, Ensemble, MergeSettings
 from dist_moe.recipes.branch_train_merge.partition import task_of_domain
 from dist_moe.recipes.branch_train_merge.scoring import Scorer, new_model
 from dist_moe.recipes.branch_train_merge.tend import open_run
+from dist_moe.recipes.stages import Interrupted
+from dist_moe.tasks import build_model
 from tests.helpers.commands import dist_moe, succeed
 from tests.helpers.forests import HELD_OUT, TRAINED_ON, write_forest_config
 from tests.helpers.pool import on_ranks
@@ -70,6 +72,40 @@ def test_an_expert_of_a_further_domain(run: Path, begin: str) -> None:
     forest("drop", run, HELD_OUT)
     assert files_of(run) == before
     assert len(list((run / "forest").glob("*.safetensors"))) == len(before)
+
+
+def first_weights(run: str, begin_from: str) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The weights with which a further expert's training begins, and the prior of its domain."""
+    begun: dict[str, torch.Tensor] = {}
+    priors: list[float] = []
+
+    def look(plan: Any, stage: Any, task: Any, settings: Any, *, begin: Any) -> dict[str, Any]:
+        model = build_model(plan.start.config, plan.union, stage.groups.world)
+        begin(model)
+        begun.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        scorer = Scorer(new_model(plan, stage.groups), {HELD_OUT: task}, Forest(Path(run)), stage.groups, plan.prior)
+        priors.extend(scorer.prior(HELD_OUT, "all").tolist())
+        raise Interrupted(15)
+
+    original, tend.fit_model = tend.fit_model, look
+    try:
+        assert tend.add_expert(Path(run), HELD_OUT, begin_from) == 128 + 15
+    finally:
+        tend.fit_model = original
+    return begun, priors
+
+
+def test_a_further_expert_begins_from_the_average_or_the_nearest(run: Path) -> None:
+    weights = [Forest(run).weights(name) for name in TRAINED_ON]
+    ((begun, prior_J),) = on_ranks(1, first_weights, str(run), "average")
+    assert sum(prior_J) == pytest.approx(1)
+    assert 0 < min(prior_J) < max(prior_J)
+    for name, value in begun.items():
+        expected = sum(share * of[name].double() for share, of in zip(prior_J, weights, strict=True))
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-8)
+    ((begun, _),) = on_ranks(1, first_weights, str(run), "nearest")
+    nearest = weights[prior_J.index(max(prior_J))]
+    assert all(value.equal(nearest[name]) for name, value in begun.items())
 
 
 def test_one_that_is_added_again_is_trained_again(run: Path) -> None:
