@@ -22,7 +22,8 @@ def add_to(commands: Commands) -> None:
     compress.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory or a checkpoint in one")
     compress.add_argument("output", type=Path, metavar="OUT", help="where the run is to be")
     compress.add_argument("overrides", nargs="*", metavar="key=value", help="similarity=outputs align=first ...")
-    compress.add_argument("--experts", required=True, metavar="N", help="experts that a layer keeps, on average")
+    compress.add_argument("--config", type=Path, metavar="FILE", help="YAML with such keys, such as groups")
+    compress.add_argument("--experts", metavar="N", help="experts that a layer keeps, on average")
     compress.add_argument("--method", help="m_smoe (default), hc_smoe, uniform, random, prune_usage or reap")
     compress.add_argument("--grouping", help="global or uniform")
     add_changed_data(compress)
@@ -30,12 +31,15 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.config.validation import validate_section
+    from dist_moe.config.overrides import parse_overrides
+    from dist_moe.config.plain_yaml import read_yaml
+    from dist_moe.config.validation import validate
     from dist_moe.engine.launch.environment import LaunchEnvironment
     from dist_moe.recipes.merge_compress import CompressConfig, compress_run, report_text
 
     flags = [f"{name}={getattr(options, name)}" for name in _FLAGS if getattr(options, name) is not None]
-    config = validate_section(CompressConfig, [*options.overrides, *flags])
+    content = read_yaml(options.config) if options.config else {}
+    config = validate(CompressConfig, content | parse_overrides([*options.overrides, *flags]))
     report = compress_run(
         options.run_dir.resolve(), options.output, config, allow_changed_data=options.allow_changed_data
     )

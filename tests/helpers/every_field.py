@@ -114,6 +114,9 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
     bases["forest"] = run(text, TINY_LM["model"] | {"moe_every": 0}, recipe=forest)
     forest = {"name": "branch_train_merge", "partition": {"domains": ["cooking"]}, "merge": ["average", "ensemble"]}
     bases["small forest"] = run(text, TINY_LM["model"] | {"moe_every": 0}, recipe=forest)
+    for merge in ("clusters", "btx"):
+        forest, clusters = {"name": "branch_train_merge", "merge": [{"name": merge}]}, {"clusters": {"count": 2}}
+        bases[merge] = run(text | clusters, TINY_LM["model"] | {"moe_every": 0}, recipe=forest)
     runs = {name: train_case(root / name, bases[name]) for name in ("dense text", "dense bert")}
     start = {"name": "decoder", "run": str(runs["dense text"])}
     bases["up-cycled text"] = run(text, TINY_LM["model"] | {"experts": {"hidden": 20}}, start=start)

@@ -25,4 +25,5 @@ def write_forest_config(directory: Path, **sections: Any) -> Path:
         write_tiny_text(root, sentences=_SENTENCES)
     recipe = {"name": "branch_train_merge", "partition": {"domains": list(TRAINED_ON)}, "prior_sequences": 5}
     sections["recipe"] = recipe | sections.get("recipe", {})
-    return write_lm_config(directory, {"root": str(root), "cache": str(directory / "cache")}, **sections)
+    data = {"root": str(root), "cache": str(directory / "cache")} | sections.pop("data", {})
+    return write_lm_config(directory, data, **sections)

@@ -55,6 +55,6 @@ def write_tiny_text(
     return root
 
 
-def write_lm_config(directory: Path, data: dict[str, str], **sections: Any) -> Path:
+def write_lm_config(directory: Path, data: dict[str, Any], **sections: Any) -> Path:
     """A YAML file with TINY_LM on the tiny corpus, sections merged one level deep."""
     return write_yaml(directory, TINY_LM | {"data": TINY_LM["data"] | data}, sections)

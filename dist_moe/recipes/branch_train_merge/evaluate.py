@@ -97,7 +97,7 @@ def evaluate_run(
             if name not in there:
                 raise UserError(f"there is no {called} {name}; there are {', '.join(there)}")
     tasks = {name: task_of_domain(plan.task, name) for name in domains or known}
-    scorer = Scorer(new_model(plan, groups), tasks, forest, groups, plan.prior, experts)
+    scorer = Scorer(new_model(plan, groups), plan.union, tasks, forest, groups, plan.prior, experts)
     return evaluate_forest(scorer, merges if scorer.experts else (), plan.partition.trained_on)
 
 

@@ -27,7 +27,8 @@ from dist_moe.recipes.branch_train_merge.posterior import History, log_mixture, 
 from dist_moe.recipes.branch_train_merge.scoring import Scorer
 
 if TYPE_CHECKING:
-    from dist_moe.recipes.stages import StagedPlan, Stages
+    from dist_moe.recipes.branch_train_merge.training import ForestPlan
+    from dist_moe.recipes.stages import Stages
 
 Prior = Literal["uniform", "cached"]
 
@@ -60,7 +61,10 @@ class MergeSettings(Settings, ABC):
     def check_config(self, config: Any) -> None:
         """Raise UserError for what of the whole configuration does not go with it."""
 
-    def prepare(self, plan: StagedPlan, stages: Stages) -> None:
+    def check_plan(self, plan: ForestPlan) -> None:
+        """Raise UserError for what of the branches does not go with it."""
+
+    def prepare(self, plan: ForestPlan, stages: Stages) -> None:
         """Run stages of its own once all experts are in the forest. On every rank."""
 
     @abstractmethod

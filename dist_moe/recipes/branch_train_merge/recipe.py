@@ -148,6 +148,8 @@ class BranchTrainMergeRecipe(StagedRecipe):
             return
         tasks = {branch: partition.task_of(plan.task, branch) for branch in partition.branches}
         check_batch(plan, tasks, blocks_of(plan.start.environment.world_size, budget.branches, config.parallel)[1])
+        for merge in self.merge:
+            merge.check_plan(plan)
 
     def run(self, plan: ForestPlan, stages: Stages) -> None:
         """Run the stages in order. On every rank."""

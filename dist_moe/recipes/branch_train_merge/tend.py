@@ -109,7 +109,7 @@ def generate(
     with process_groups(plan.start.environment, config.parallel) as groups:
         tasks = {} if domain is None else {domain: task_of_domain(task, domain)}
         forest = Forest(run_dir)
-        scorer = Scorer(new_model(plan, groups), tasks, forest, groups, plan.prior)
+        scorer = Scorer(new_model(plan, groups), plan.union, tasks, forest, groups, plan.prior)
         model: Any = merge.model(scorer, domain, partial(new_model, plan, groups))
         written_BS = write_on(
             model,
@@ -218,7 +218,7 @@ def _train(plan: ForestPlan, name: str, task: LanguageModelTask, begin_from: str
 
     def begin(model: MoEModel) -> None:
         """Fill it with the average of the experts, by the posterior of their domains on a sample, or the likeliest."""
-        scorer = Scorer(model.to(stage.groups.device), {name: task}, forest, stage.groups, plan.prior)
+        scorer = Scorer(model.to(stage.groups.device), plan.union, {name: task}, forest, stage.groups, plan.prior)
         prior_J = scorer.prior(name, "all")
         shares = prior_J.tolist()
         if begin_from == "nearest":

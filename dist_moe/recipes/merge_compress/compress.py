@@ -10,8 +10,9 @@ expert would be a merge by another name.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,15 @@ from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.run_lock import held
 from dist_moe.errors import UserError
+from dist_moe.experts import FeedForwardBank
 from dist_moe.layer import MoE
 from dist_moe.parallel import wait_for_all
-from dist_moe.recipes.merge_compress.calibrate import LayerStatistics, calibrate
-from dist_moe.recipes.merge_compress.group import (
-    Leaders,
-    Numbers,
-    clusters,
-    global_counts,
-    join_leaders,
-    largest,
-    random_groups,
-)
+from dist_moe.recipes.merge_compress.align import alignment_by_activations
+from dist_moe.recipes.merge_compress.calibrate import LayerStatistics, calibrate, layer_inputs
+from dist_moe.recipes.merge_compress.group import Leaders, Numbers, global_counts, led_by_usage
 from dist_moe.recipes.merge_compress.merge import MergedLayer, merged_weights, orders, shares, weight_similarity
+from dist_moe.recipes.merge_compress.methods import LayerChoice
+from dist_moe.recipes.merge_compress.picture import PICTURE, write_picture
 from dist_moe.recipes.merge_compress.settings import CompressConfig
 from dist_moe.recipes.recipe import validate_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
@@ -75,8 +72,11 @@ def compress_run(
         part = getattr(run.task, config.part)
         statistics = calibrate(run.task, run.model, part, config.examples, run.groups, outputs=config.needs_outputs)
         weights = read_model(run.checkpoint)
-        layers = plan_merge(run.model.moe_layers, statistics, weights, config)
-        new_config = compressed_config(run, layers, prunes=config.prunes)
+        inputs = {}
+        if config.aligns_by_activations:
+            inputs = layer_inputs(run.task, run.model, part, config.examples, run.groups)
+        layers = plan_merge(run.model.moe_layers, statistics, weights, config, inputs)
+        new_config = compressed_config(run, layers, prunes=config.by.prunes)
         compressed = merged_weights(weights, layers, _buffers(run, layers, config))
         report = {
             "checkpoint": run.checkpoint.name,
@@ -88,7 +88,7 @@ def compress_run(
                 {
                     "layer": name,
                     "leaders": layer.leaders.tolist(),
-                    "groups": [[leader] for leader in layer.leaders.tolist()] if config.prunes else layer.groups(),
+                    "groups": [[leader] for leader in layer.leaders.tolist()] if config.by.prunes else layer.groups(),
                     "tokens": statistics[name].tokens,
                     "usage": statistics[name].usage_E.tolist(),
                 }
@@ -111,34 +111,56 @@ def plan_merge(
     statistics: Mapping[str, LayerStatistics],
     weights: ModelWeights,
     config: CompressConfig,
+    inputs: Mapping[str, Tensor],
 ) -> dict[str, MergedLayer]:
-    """Return what becomes of the experts of each layer, by its name; alike on all ranks."""
+    """Return what becomes of the experts of each layer, by its name; alike on all ranks.
+
+    ``inputs``: (T, D) tokens of each layer, where units are matched by activations; collective then.
+    """
     usage_LE = [of_layer.usage_E for of_layer in statistics.values()]
-    counts = [len(usage_E) if i in config.excluded_layers else config.experts for i, usage_E in enumerate(usage_LE)]
-    if config.grouping == "global":
-        counts = global_counts(usage_LE, config.experts, config.excluded_layers)
     planned: dict[str, MergedLayer] = {}
-    for (name, seen), count in zip(statistics.items(), counts, strict=True):
-        hidden_axes = moe_layers[name].experts.hidden_axes if config.align != "none" and not config.prunes else {}
-        order_EH = None
-        if config.align == "first" or config.similarity == "weights":
-            order_EH = orders(weights, name, np.zeros(len(seen.usage_E), dtype=np.int64), hidden_axes)
-        similarity_EE = seen.router_EE if seen.output_EE is None or config.similarity != "outputs" else seen.output_EE
-        if config.similarity == "weights":
-            similarity_EE = weight_similarity(weights, name, order_EH, hidden_axes)
-        if config.joins and not _tells_apart(similarity_EE, count):
-            raise UserError(
-                f"similarity={config.similarity}: no two experts of {name} have anything in common, as where a gate "
-                "sends each token to one expert with all weight; use similarity=outputs or similarity=weights"
+    for (name, seen), count in zip(statistics.items(), _counts(usage_LE, config), strict=True):
+        bank = moe_layers[name].experts
+        hidden_axes = bank.hidden_axes if config.align != "none" and not config.by.prunes else {}
+        match = None
+        if config.aligns_by_activations and isinstance(bank, FeedForwardBank):
+            match = partial(alignment_by_activations, bank=bank, x_TD=inputs[name])
+        order_EH, similarity_EE = None, None
+        if config.align == "first" or (config.compares and config.similarity == "weights"):
+            order_EH = orders(weights, name, np.zeros(len(seen.usage_E), dtype=np.int64), hidden_axes, match)
+        if config.compares:
+            similarity_EE = (
+                weight_similarity(weights, name, order_EH, hidden_axes)
+                if config.similarity == "weights"
+                else {"router": seen.router_EE, "router_rows": seen.rows_EE, "outputs": seen.output_EE}[
+                    config.similarity
+                ]
             )
-        leader_E = _groups(seen, similarity_EE, count, config, seed=(config.seed, len(planned)))
+            assert similarity_EE is not None
+            if not _tells_apart(similarity_EE, count):
+                raise UserError(
+                    f"similarity={config.similarity}: no two experts of {name} have anything in common, as where a "
+                    "gate sends each token to one expert with all weight; use similarity=outputs or similarity=weights"
+                )
+        choice = LayerChoice(seen, similarity_EE, count, config.linkage, (config.seed, len(planned)))
+        leader_E = _groups(seen, choice, config, len(planned))
         if config.align == "leader":
-            order_EH = orders(weights, name, leader_E, hidden_axes)
-        weight_E = np.ones(len(leader_E)) if config.method == "uniform" else seen.usage_E
-        if config.prunes:
+            order_EH = orders(weights, name, leader_E, hidden_axes, match)
+        weight_E = np.ones(len(leader_E)) if config.by.plain_means else seen.usage_E
+        if config.by.prunes:
             weight_E = np.isin(np.arange(len(leader_E)), leader_E).astype(np.float64)
         planned[name] = MergedLayer(leader_E, shares(leader_E, weight_E), order_EH, hidden_axes)
     return planned
+
+
+def _counts(usage_LE: Sequence[Numbers], config: CompressConfig) -> list[int]:
+    """Return how many groups each layer gets."""
+    if config.groups is not None:
+        return [len(groups) for groups in config.groups]
+    assert config.experts is not None
+    if config.grouping == "global":
+        return global_counts(usage_LE, config.experts, config.excluded_layers)
+    return [len(usage_E) if i in config.excluded_layers else config.experts for i, usage_E in enumerate(usage_LE)]
 
 
 def _tells_apart(similarity_EE: Numbers, count: int) -> bool:
@@ -147,17 +169,13 @@ def _tells_apart(similarity_EE: Numbers, count: int) -> bool:
     return count == experts or bool(similarity_EE[~np.eye(experts, dtype=np.bool_)].any())
 
 
-def _groups(
-    seen: LayerStatistics, similarity_EE: Numbers, count: int, config: CompressConfig, seed: tuple[int, int]
-) -> Leaders:
-    if config.method == "hc_smoe":
-        assert seen.output_EF is not None
-        return clusters(seen.output_EF, count, seen.usage_E, config.linkage)
-    if config.method == "random":
-        return random_groups(count, seen.usage_E, seed)
-    score_E = seen.reap_E if config.method == "reap" else seen.usage_E
-    assert score_E is not None
-    return join_leaders(largest(score_E, count), similarity_EE)
+def _groups(seen: LayerStatistics, choice: LayerChoice, config: CompressConfig, layer: int) -> Leaders:
+    if config.groups is None:
+        return config.by.groups(choice)
+    label_E = np.empty(len(seen.usage_E), dtype=np.int64)
+    for label, group in enumerate(config.groups[layer]):
+        label_E[list(group)] = label
+    return led_by_usage(label_E, seen.usage_E)
 
 
 def compressed_config(run: TrainedRun, layers: Mapping[str, MergedLayer], *, prunes: bool) -> SupervisedConfig:
@@ -191,13 +209,27 @@ def _check(run: TrainedRun, config: CompressConfig) -> None:
             raise UserError(f"{name} has a slot map for each gate or branch; only one for all can be compressed")
         if next(layer.experts.buffers(), None) is not None:
             raise UserError(f"{name}: experts with batch normalisation have statistics that cannot be averaged")
-        if config.prunes and not all(gate.can_exclude for gate in layer.each_gate):
+        if config.by.prunes and not all(gate.can_exclude for gate in layer.each_gate):
             raise UserError(f"method={config.method}: gate.name={model.gate.name} cannot do without slots; merge them")
+        if config.similarity == "router_rows" and any(gate.rows_ED is None for gate in layer.each_gate):
+            raise UserError(f"similarity=router_rows: gate.name={model.gate.name} has no rows; use similarity=router")
+        bank = layer.experts
+        if config.aligns_by_activations and bank.hidden_axes and not isinstance(bank, FeedForwardBank):
+            raise UserError(f"align_by=activations: {name} has no feed-forward networks; use align_by=weights")
     excluded = set(config.excluded_layers)
-    if (excluded or config.grouping == "global") and len(layers) > 1 and _BY_LAYER not in type(model).model_fields:
-        raise UserError(f"model.name={model.name} has equally many experts in all layers: use grouping=uniform")
+    differ = excluded or config.grouping == "global" or len({len(groups) for groups in config.groups or ()}) > 1
+    if differ and len(layers) > 1 and _BY_LAYER not in type(model).model_fields:
+        raise UserError(
+            f"model.name={model.name} has as many experts in each layer: use grouping=uniform, or as many groups"
+        )
     if not excluded < set(range(len(layers))):
         raise UserError(f"excluded_layers={sorted(excluded)}: allowed: some of 0..{len(layers) - 1}, not all")
+    if config.groups is not None:
+        error = config.group_errors([layer.experts.num_experts for layer in layers.values()])
+        if error:
+            raise UserError(error)
+        return
+    assert config.experts is not None
     counts = {name: layer.experts.num_experts for i, (name, layer) in enumerate(layers.items()) if i not in excluded}
     mean = sum(counts.values()) // len(counts)
     if config.grouping == "global" and config.experts > mean:
@@ -215,7 +247,7 @@ def _buffers(run: TrainedRun, layers: Mapping[str, MergedLayer], config: Compres
         assert isinstance(layer.slot_map, SlotTable)
         expert_S = layer.slot_map.table.cpu()
         buffers[f"{name}.slot_map.table"] = merged.expert_E[expert_S]
-        if not config.prunes:
+        if not config.by.prunes:
             continue
         kept_S = torch.isin(expert_S.flatten(), torch.from_numpy(merged.leaders))
         for gate in layer.each_gate:
@@ -232,6 +264,7 @@ def _write(
     if identity.is_file():
         shutil.copy(identity, written.root)
     write_json(written.root / REPORT, report)
+    write_picture(report, written.root / PICTURE)
     written.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
 
 

@@ -246,7 +246,7 @@ def scores_and_modules(run: str) -> list[tuple[str, float, float, float]]:
     plan, found = open_run(Path(run)), []
     with process_groups(plan.start.environment, ParallelConfig()) as groups:
         domains = {FIRST: task_of_domain(plan.task, FIRST)}
-        scorer = Scorer(new_model(plan, groups), domains, Forest(Path(run)), groups, plan.prior)
+        scorer = Scorer(new_model(plan, groups), plan.union, domains, Forest(Path(run)), groups, plan.prior)
         tokens_NS = scorer.tokens(FIRST)
         target_NS1 = torch.cat([batch.target_BS for batch in scorer._batches(scorer.table(FIRST))]).unsqueeze(2)
         for merge in MERGES:
