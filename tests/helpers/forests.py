@@ -14,6 +14,8 @@ _SENTENCES = {
     "sailing": "haul the sheet and trim sail then steer north until wind shifts before you drop anchor at dusk",
 }
 STEPS, SEED_STEPS = 12, 6
+OFTEN = {"checkpoint_every": 2, "async_checkpoints": False}
+"""Checkpoints that are there as soon as their step is done."""
 
 
 def write_forest_config(directory: Path, **sections: Any) -> Path:

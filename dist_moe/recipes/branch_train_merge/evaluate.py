@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_moe.config.files import replace_text, write_json
@@ -111,9 +110,7 @@ def _gathered(scorer: Scorer, domain: str, mine_CN: Tensor) -> Tensor:
 
 def _totals(scorer: Scorer, domain: str, logp_NS: Tensor) -> Totals:
     nats_1N = _gathered(scorer, domain, -logp_NS.double().sum(dim=1)[None])
-    table = scorer.table(domain)
-    every_N = torch.arange(len(table)).numpy()
-    return Totals(float(nats_1N.sum()), int(table.batch(every_N, every_N).bytes_B.sum()))
+    return Totals(float(nats_1N.sum()), scorer.bytes(domain))
 
 
 def _mean_weights(scorer: Scorer, domain: str, found: Scores) -> dict[str, float]:

@@ -60,11 +60,20 @@ class Scorer:
         self._kept: dict[tuple[str, str, str], Tensor] = {}
         self._priors: dict[tuple[str, History], Tensor] = {}
         self._placed: Hashable = None
+        self._bytes: dict[str, int] = {}
         self._another: tuple[Hashable, MoEModel] | None = None
 
     def table(self, domain: str) -> TokenTable:
         """Return the sequences of a domain that are evaluated: those of the test part."""
         return self._tables[_TEST, domain]
+
+    def bytes(self, domain: str) -> int:
+        """Return the bytes of UTF-8 that the targets of a domain stand for, over all ranks."""
+        if domain not in self._bytes:
+            table = self.table(domain)
+            batches = shard_batches(table, EVAL_TOKENS, rank=0, world_size=1)
+            self._bytes[domain] = sum(int(table.batch(index_B, index_B).bytes_B.sum()) for index_B in batches)
+        return self._bytes[domain]
 
     def tokens(self, domain: str) -> Tensor:
         """Return (N, S) the tokens of this rank's sequences of a domain: row n, place t stands before target t."""

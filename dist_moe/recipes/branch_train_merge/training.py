@@ -9,6 +9,7 @@ from typing import Any
 
 from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.checkpoint import newest_checkpoint, read_model
+from dist_moe.engine.checkpoint.format import read_trainer_state
 from dist_moe.engine.deepspeed.checks import check_deepspeed_section
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.trainable import Trained
@@ -106,7 +107,7 @@ def fit_model(
     begin: Callable[[MoEModel], None] | None = None,
     trained: Trained | None = None,
 ) -> dict[str, Any]:
-    """Fit a model to ``task``; return steps and seconds. Collective over the stage's ranks.
+    """Fit a model to ``task``; return its steps, and the seconds that it took alone. Collective over the stage's ranks.
 
     ``first``: a run from whose newest checkpoint a stage that begins goes on, optimizer and schedule included.
     ``first_step``: steps that were taken on other data. ``begin``: gives a model its first weights, where there is no
@@ -114,8 +115,9 @@ def fit_model(
     """
     config, environment = plan.start.config, stage.environment
     model: MoEModel = build_model(config, plan.union, stage.groups.world)
-    if stage.checkpoint is None and first is not None:
-        stage = replace(stage, checkpoint=newest_checkpoint(first))
+    begun_from = None if first is None else newest_checkpoint(first)
+    seconds_before = 0.0 if begun_from is None else read_trainer_state(begun_from).history.seconds
+    stage = replace(stage, checkpoint=stage.checkpoint or begun_from)
     if stage.checkpoint is None and begin is not None:
         begin(model)
     feed = ShuffledFeed(
@@ -127,17 +129,17 @@ def fit_model(
         accumulation=config.accumulation,
         device=environment.device,
     )
-    validated = len(task.val) > 0  # a branch of a partition may have no sequence to validate on
+    validated = task if len(task.val) else plan.union  # a branch may have no sequence to validate on
     fitted = stage.fit(
         model,
         LaterFeed(feed, first_step),
         weighted_objective(config, task, stage.groups),
         settings,
-        callbacks=callbacks_of(config, task, None) if validated else [one.build() for one in config.callbacks],
+        callbacks=callbacks_of(config, validated, None),
         trained=trained,
         keep_model=False,
     )
-    return {"steps": fitted.steps, "first_step": fitted.first_step, "training_seconds": fitted.history.seconds}
+    return {"steps": fitted.steps, "training_seconds": fitted.history.seconds - seconds_before}
 
 
 def plant_forest(plan: ForestPlan, branches: Sequence[str], stage: Stage) -> dict[str, Any]:

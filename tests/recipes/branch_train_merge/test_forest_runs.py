@@ -21,7 +21,7 @@ from dist_moe.engine.training import Trainer
 from dist_moe.recipes.branch_train_merge import Forest, recipe, training
 from dist_moe.recipes.stages import Stage
 from tests.helpers.commands import finish, start, succeed
-from tests.helpers.forests import HELD_OUT, SEED_STEPS, STEPS, TRAINED_ON, write_forest_config
+from tests.helpers.forests import HELD_OUT, OFTEN, SEED_STEPS, STEPS, TRAINED_ON, write_forest_config
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import losses_of, records_of
 
@@ -31,7 +31,7 @@ WORLDS = {1: 1, 2: 1, 4: 2}
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_forest_config(tmp_path_factory.mktemp("forest"), recipe={"twin": True}, train={"checkpoint_every": 2})
+    return write_forest_config(tmp_path_factory.mktemp("forest"), recipe={"twin": True}, train=OFTEN)
 
 
 def train_watched(config: str, run: str, ep: int) -> dict[str, Any]:
@@ -156,6 +156,9 @@ def test_killed_in_a_stage_and_resumed(config: Path, run: Path, tmp_path: Path, 
     assert [name for name in STAGES if killed / "stages" / name / "result.json" in finished] == [
         *STAGES[: STAGES.index(stage)]
     ]
+    if stage not in ("forest", "evaluation"):
+        before = {"seed": 0}.get(stage, SEED_STEPS)
+        assert newest_checkpoint(killed / "stages" / stage).name == f"step-{before + 2:08}"
     succeed(1, "train", "--resume", killed)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert contents_of(killed) == contents_of(run)

@@ -13,6 +13,7 @@ import torch
 from dist_moe.config.files import read_json
 from dist_moe.engine.checkpoint import newest_checkpoint, read_model
 from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
+from dist_moe.engine.training import Trainer
 from dist_moe.recipes.branch_train_merge import Forest, tend
 from dist_moe.recipes.branch_train_merge.evaluate import evaluate_run
 from dist_moe.recipes.branch_train_merge.merge import Average, Ensemble, MergeSettings
@@ -22,7 +23,7 @@ from dist_moe.recipes.branch_train_merge.tend import open_run
 from dist_moe.recipes.stages import Interrupted
 from dist_moe.tasks import build_model
 from tests.helpers.commands import dist_moe, succeed
-from tests.helpers.forests import HELD_OUT, TRAINED_ON, write_forest_config
+from tests.helpers.forests import HELD_OUT, OFTEN, TRAINED_ON, write_forest_config
 from tests.helpers.pool import on_ranks
 
 FIRST, SECOND = TRAINED_ON
@@ -30,7 +31,7 @@ FIRST, SECOND = TRAINED_ON
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = write_forest_config(tmp_path_factory.mktemp("tended"))
+    config = write_forest_config(tmp_path_factory.mktemp("tended"), train=OFTEN)
     succeed(1, "train", "--run-dir", config.parent / "run", config)
     return config.parent / "run"
 
@@ -106,6 +107,43 @@ def test_a_further_expert_begins_from_the_average_or_the_nearest(run: Path) -> N
     ((begun, _),) = on_ranks(1, first_weights, str(run), "nearest")
     nearest = weights[prior_J.index(max(prior_J))]
     assert all(value.equal(nearest[name]) for name, value in begun.items())
+
+
+def add_and_die(run: str) -> None:
+    """Add an expert, and fail in the middle of its training."""
+    original = Trainer._settle_step
+
+    def fail(self: Trainer) -> bool:
+        if self.step == 3:
+            raise RuntimeError("killed")
+        return original(self)
+
+    Trainer._settle_step = fail  # type: ignore[method-assign]
+    try:
+        with pytest.raises(RuntimeError, match="killed"):
+            tend.add_expert(Path(run), HELD_OUT, "average")
+    finally:
+        Trainer._settle_step = original  # type: ignore[method-assign]
+
+
+def test_an_addition_that_was_killed_goes_on(run: Path, trained: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(trained, tmp_path / "whole"))
+    forest("add", whole, HELD_OUT)
+    on_ranks(1, add_and_die, str(run))
+    assert Forest(run).experts == TRAINED_ON
+    (stage,) = run.glob(f"stages/added-*-{HELD_OUT}")
+    assert newest_checkpoint(stage).name == "step-00000002"
+    forest("add", run, HELD_OUT)
+    assert Forest(run).weights(HELD_OUT).content_digest() == Forest(whole).weights(HELD_OUT).content_digest()
+
+
+def test_an_addition_is_the_same_on_two_ranks(run: Path, trained: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    forest("add", run, HELD_OUT)
+    succeed(2, "forest", "add", other, HELD_OUT)
+    ours, theirs = (Forest(place).weights(HELD_OUT) for place in (run, other))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
 def test_one_that_is_added_again_is_trained_again(run: Path) -> None:
