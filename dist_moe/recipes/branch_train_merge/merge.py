@@ -56,7 +56,7 @@ class MergeSettings(Settings, ABC):
         """A short name for tables that tells it from others, by the fields that differ from their defaults."""
         fields = type(self).model_fields
         changed = {name: value for name, value in self if name != "name" and value != fields[name].default}
-        return ", ".join([self.name, *(f"{name} {value}" for name, value in changed.items())]).replace("_", " ")
+        return ", ".join([self.name.replace("_", " "), *(f"{name} {value}" for name, value in changed.items())])
 
     def check_config(self, config: Any) -> None:
         """Raise UserError for what of the whole configuration does not go with it."""
