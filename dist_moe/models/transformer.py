@@ -33,6 +33,7 @@ class TransformerConfig(LayeredConfig):
     """Decoder language model."""
 
     kind: ClassVar[str] = "language"
+    gives_hidden_states: ClassVar[bool] = True
 
     name: Literal["transformer"] = Field("transformer", description="which model this is")
     num_experts: int = Field(8, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
@@ -256,6 +257,14 @@ class DecoderLayer(nn.Module):
         return x_BSD + mixed.outputs[0].view_as(x_BSD), mixed
 
 
+@dataclass(frozen=True)
+class TransformerOutput(ModelOutput):
+    """Output of a decoder. ``hidden_states``: if asked for, the embeddings and the residual stream after each layer,
+    (B, S, D) each."""
+
+    hidden_states: tuple[Tensor, ...] = ()
+
+
 class Transformer(MoEModel):
     """``model(token_BS)``: int64 ids of B sequences of S tokens (B may be 0) -> (B, S, V) logits of the next tokens.
 
@@ -274,16 +283,20 @@ class Transformer(MoEModel):
             self.head.weight = self.embedding.weight
         self.size = TransformerSize.of(self)
 
-    def forward(self, token_BS: Tensor) -> ModelOutput:
-        """Return (B, S, V) logits of the next tokens."""
+    def forward(self, token_BS: Tensor, hidden_states: bool = False) -> TransformerOutput:
+        """Return (B, S, V) logits of the next tokens, and (``hidden_states``) what each layer gives."""
         x_BSD = self.embedding(token_BS)
         table_2SP = rotary_table(token_BS.shape[1], self.config.head_width, self.config.rope_theta, x_BSD)
         mixtures: list[MoEOutput] = []
+        states = [x_BSD]
         for layer in self.layers:
             x_BSD, mixed = layer(x_BSD, token_BS, table_2SP)
             if mixed is not None:
                 mixtures.append(mixed)
-        return ModelOutput((self.head(self.norm(x_BSD)),), tuple(mixtures))
+            if hidden_states:
+                states.append(x_BSD)
+        kept = tuple(states) if hidden_states else ()
+        return TransformerOutput((self.head(self.norm(x_BSD)),), tuple(mixtures), kept)
 
     def activation_bytes(self, value_bytes: int, tokens: float, places: int) -> tuple[float, float]:
         """Return what autograd keeps of each operation on a CPU, without scores, as torch's fused attention has it;

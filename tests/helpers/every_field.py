@@ -117,13 +117,16 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
     for merge in ("clusters", "btx"):
         forest, clusters = {"name": "branch_train_merge", "merge": [{"name": merge}]}, {"clusters": {"count": 2}}
         bases[merge] = run(text | clusters, TINY_LM["model"] | {"moe_every": 0}, recipe=forest)
-    runs = {name: train_case(root / name, bases[name]) for name in ("dense text", "dense bert")}
+    runs = {name: train_case(root / "runs" / name, bases[name]) for name in ("text", "dense text", "dense bert")}
     start = {"name": "decoder", "run": str(runs["dense text"])}
     bases["up-cycled text"] = run(text, TINY_LM["model"] | {"experts": {"hidden": 20}}, start=start)
     start = {"name": "bert", "run": str(runs["dense bert"]), "importance_examples": 4}
     for name, more in (("moebert", {}), ("dhkd", {"auxiliary_head": "linear"})):
         recipe = {"name": name, "teacher": str(runs["dense bert"])}
         bases[name] = run(messages, bert | more, recipe=recipe, start=start)
+    recipe = {"name": "merge_compress", "source": str(runs["text"]), "merge": {"experts": 2, "examples": 4}}
+    recipe |= {"compress": {"rank": 2, "warm_up": 0, "hold": 1}, "recover_again": True}
+    bases["merge_compress"] = run(text, TINY_LM["model"], recipe=recipe)
     return bases
 
 

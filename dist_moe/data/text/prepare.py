@@ -215,7 +215,9 @@ def _by_clusters(text: Text, config: TextConfig, clusters: ClusterConfig, key: s
         cluster_N = found.arrays[f"{part}_clusters"]
         domain_N = np.where(is_divided_D[table.domain_N], cluster_N, number_D[table.domain_N])
         tables[part] = replace(table, domain_N=domain_N.astype(np.int64))
-    files = text.manifest["files"] | found.manifest["files"]
+    # A run is known by who is in which cluster; the numbers behind it are rounded differently from machine to machine.
+    divided = {name: entry for name, entry in found.manifest["files"].items() if name.endswith("_clusters")}
+    files = text.manifest["files"] | divided
     manifest = text.manifest | {"clusters": found.manifest["clusters"], "files": files}
     return replace(text, **tables, domains=domains, clusterer=clusterer, manifest=manifest)
 

@@ -52,6 +52,8 @@ class BertConfig(LayeredConfig):
     default, width are those of the checkpoint, and their form decides where the residual and the LayerNorm are.
     """
 
+    gives_hidden_states: ClassVar[bool] = True
+
     num_experts: int = Field(4, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
     moe_every: int = Field(
         1,

@@ -107,8 +107,8 @@ class BTX(MergeSettings):
 
     @property
     def label(self) -> str:
-        """A short name for tables: the gate, and what else differs from the defaults."""
-        changed = {name: value for name, value in _changed(self).items() if name != "gate"}
+        """A short name for tables: the gate, and what else differs from the defaults, but for the layout."""
+        changed = {n: value for n, value in _changed(self).items() if n not in ("gate", "expert_parallel_size")}
         fields = [f"{name} {value}" for name, value in (_changed(self.gate) | changed).items()]
         return ", ".join([f"btx {self.gate.name}", *fields])
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from math import gcd
 from pathlib import Path
@@ -31,6 +32,7 @@ from dist_moe.engine.monitor.run_lock import held
 from dist_moe.errors import UserError
 from dist_moe.experts import FeedForwardBank
 from dist_moe.layer import MoE
+from dist_moe.models import MoEModel
 from dist_moe.parallel import wait_for_all
 from dist_moe.recipes.merge_compress.align import alignment_by_activations
 from dist_moe.recipes.merge_compress.calibrate import LayerStatistics, calibrate, layer_inputs
@@ -49,6 +51,16 @@ _BY_LAYER = "experts_by_layer"
 """Field of models whose layers may have different numbers of experts."""
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """A model with fewer experts. ``weights``: made as they are read. ``config``: of a supervised run of it.
+    ``report``: JSON, see docs/compress.md."""
+
+    weights: ModelWeights
+    config: SupervisedConfig
+    report: dict[str, Any]
+
+
 def compress_run(
     run_dir: Path, output: Path, config: CompressConfig, *, allow_changed_data: bool = False
 ) -> dict[str, Any]:
@@ -61,44 +73,59 @@ def compress_run(
     """
     environment = LaunchEnvironment.read()
     written = RunDirectory(output)
-    if run_dir.resolve() in output.resolve().parents:
-        raise UserError(f"OUT {output} lies within RUN {run_dir}, which stays as it is; name a directory beside it")
+    check_beside(run_dir, output)
     with held(output, environment, option="OUT"), ExitStack() as stack:
         written.check_unused("OUT")  # on all ranks: nothing is written before they have met
-        run = stack.enter_context(trained_run(run_dir, allow_changed_data=allow_changed_data))
-        config = config.settled(can_differ=_BY_LAYER in type(run.config.model).model_fields)
-        _check(run, config)
-        run.model.end_learning()
-        part = getattr(run.task, config.part)
-        statistics = calibrate(run.task, run.model, part, config.examples, run.groups, outputs=config.needs_outputs)
-        weights = read_model(run.checkpoint)
-        inputs = {}
-        if config.aligns_by_activations:
-            inputs = layer_inputs(run.task, run.model, part, config.examples, run.groups)
-        layers = plan_merge(run.model.moe_layers, statistics, weights, config, inputs)
-        new_config = compressed_config(run, layers, prunes=config.by.prunes)
-        compressed = merged_weights(weights, layers, _buffers(run, layers, config))
-        report = {
-            "checkpoint": run.checkpoint.name,
-            "changed_data": run.changed_data,
-            "compress": config.model_dump(mode="json") | {"examples": min(config.examples, len(part))},
-            "parameters_before": num_parameters(weights),
-            "parameters_after": num_parameters(compressed),
-            "layers": [
-                {
-                    "layer": name,
-                    "leaders": layer.leaders.tolist(),
-                    "groups": [[leader] for leader in layer.leaders.tolist()] if config.by.prunes else layer.groups(),
-                    "tokens": statistics[name].tokens,
-                    "usage": statistics[name].usage_E.tolist(),
-                }
-                for name, layer in layers.items()
-            ],
-        }
+        check = partial(check_merge, merge=config)
+        run = stack.enter_context(trained_run(run_dir, allow_changed_data=allow_changed_data, check=check))
+        compressed = compress(run, config)
+        report = compressed.report | {"changed_data": run.changed_data}
         if environment.is_rank_zero:
-            _write(run_dir, compressed, new_config, written, report)
+            _write(run_dir, compressed, written, report)
         wait_for_all()
     return report
+
+
+def check_beside(source: Path, output: Path) -> None:
+    """Raise UserError for an output within the run of which it is made."""
+    if source.resolve() in output.resolve().parents:
+        raise UserError(f"OUT {output} lies within RUN {source}, which stays as it is; name a directory beside it")
+
+
+def compress(run: TrainedRun, merge: CompressConfig) -> Compressed:
+    """Return the model of ``run`` with fewer experts; its own ends learning, and forgets slots that are pruned.
+
+    Collective over all ranks, and alike on all. Raises UserError if its experts cannot be merged as ``merge`` says, of
+    which :func:`check_merge` knows most.
+    """
+    merge = merge.settled(can_differ=_BY_LAYER in type(run.config.model).model_fields)
+    run.model.end_learning()
+    part = getattr(run.task, merge.part)
+    statistics = calibrate(run.task, run.model, part, merge.examples, run.groups, outputs=merge.needs_outputs)
+    weights = read_model(run.checkpoint)
+    inputs = {}
+    if merge.aligns_by_activations:
+        inputs = layer_inputs(run.task, run.model, part, merge.examples, run.groups)
+    layers = plan_merge(run.model.moe_layers, statistics, weights, merge, inputs)
+    config = compressed_config(run, layers, prunes=merge.by.prunes)
+    merged = merged_weights(weights, layers, _buffers(run, layers, merge))
+    report = {
+        "checkpoint": run.checkpoint.name,
+        "compress": merge.model_dump(mode="json") | {"examples": min(merge.examples, len(part))},
+        "parameters_before": num_parameters(weights),
+        "parameters_after": num_parameters(merged),
+        "layers": [
+            {
+                "layer": name,
+                "leaders": layer.leaders.tolist(),
+                "groups": [[leader] for leader in layer.leaders.tolist()] if merge.by.prunes else layer.groups(),
+                "tokens": statistics[name].tokens,
+                "usage": statistics[name].usage_E.tolist(),
+            }
+            for name, layer in layers.items()
+        ],
+    }
+    return Compressed(merged, config, report)
 
 
 def num_parameters(weights: ModelWeights) -> int:
@@ -179,64 +206,77 @@ def _groups(seen: LayerStatistics, choice: LayerChoice, config: CompressConfig, 
 
 
 def compressed_config(run: TrainedRun, layers: Mapping[str, MergedLayer], *, prunes: bool) -> SupervisedConfig:
-    """Return the configuration of the run with fewer experts. Raises UserError if its model cannot have them."""
-    content = run.config.plain()
-    model, counts = content["model"], [len(layer.leaders) for layer in layers.values()]
+    """Return the configuration of a run with fewer experts. Raises UserError if its model cannot have them."""
+    model, counts = run.config.model.model_dump(mode="json"), [len(layer.leaders) for layer in layers.values()]
     if model.get("expert_hidden", 0) is None:  # it would follow from the number of experts
         model["expert_hidden"] = next(iter(run.model.moe_layers.values())).experts.get_parameter("up").shape[2]
     model |= {"num_slots": run.config.model.slots_per_gate, "num_experts": max(counts), "permutation": None}
     model["slot_masks"] = model["slot_masks"] or prunes
     if _BY_LAYER in model:
         model[_BY_LAYER] = counts if len(set(counts)) > 1 else None
-    parallel = content["parallel"]  # several ranks must have equally many experts
-    parallel["expert_parallel_size"] = gcd(parallel["expert_parallel_size"], *counts)
-    config: SupervisedConfig = validate_config(content)
+    config = supervised_config(run.config, model)
     config.check(config.parallel.expert_parallel_size)
     return config
 
 
-def _check(run: TrainedRun, config: CompressConfig) -> None:
-    """Raise UserError for a model whose experts cannot be merged, or not as ``config`` says."""
-    model, layers = run.config.model, run.model.moe_layers
-    if run.config.recipe.name != "supervised":
-        raise UserError(f"recipe.name={run.config.recipe.name}: only supervised runs can be compressed so far")
-    if not layers or not model.has_tables:
-        raise UserError(f"model.name={model.name}: there are no MoE layers with slot maps in it to compress")
-    if model.low_rank is not None:
+def supervised_config(config: SupervisedConfig, model: Mapping[str, Any]) -> SupervisedConfig:
+    """Return the configuration of supervised training of another ``model``, of which there are weights already.
+
+    The ranks over which experts are split are those of ``config``, or fewer where all of them must have equally many.
+    """
+    content = config.plain() | {"recipe": {"name": "supervised"}, "start": None, "model": dict(model)}
+    supervised: SupervisedConfig = validate_config(content)
+    size = gcd(config.parallel.expert_parallel_size, *supervised.model.expert_counts(config.data.target_names).values())
+    parallel = supervised.parallel.model_copy(update={"expert_parallel_size": size})
+    return supervised.model_copy(update={"parallel": parallel})
+
+
+def check_merge(config: SupervisedConfig, model: MoEModel, merge: CompressConfig) -> None:
+    """Raise UserError for a ``model``, with or without storage, whose experts cannot be merged as ``merge`` says."""
+    settings, layers = config.model, model.moe_layers
+    gate_name = f"gate.name={settings.gate.name}"
+    can_differ = _BY_LAYER in type(settings).model_fields
+    merge = merge.settled(can_differ=can_differ)
+    head = getattr(settings, "auxiliary_head", None)
+    if head is not None:
+        raise UserError(f"model.auxiliary_head={head}: a model with a second head cannot be compressed; name another")
+    if not layers or not settings.has_tables:
+        raise UserError(f"model.name={settings.name}: there are no MoE layers with slot maps in it to compress")
+    if settings.low_rank is not None:
         raise UserError("model.low_rank: experts that are factored cannot be merged any more; merge them before")
     for name, layer in layers.items():
         if not isinstance(layer.slot_map, SlotTable) or layer.slot_map.table.shape[:2] != (1, 1):
             raise UserError(f"{name} has a slot map for each gate or branch; only one for all can be compressed")
         if next(layer.experts.buffers(), None) is not None:
             raise UserError(f"{name}: experts with batch normalisation have statistics that cannot be averaged")
-        if config.by.prunes and not all(gate.can_exclude for gate in layer.each_gate):
-            raise UserError(f"method={config.method}: gate.name={model.gate.name} cannot do without slots; merge them")
-        if config.similarity == "router_rows" and any(gate.rows_ED is None for gate in layer.each_gate):
-            raise UserError(f"similarity=router_rows: gate.name={model.gate.name} has no rows; use similarity=router")
+        if merge.by.prunes and not all(gate.can_exclude for gate in layer.each_gate):
+            raise UserError(f"method={merge.method}: {gate_name} cannot do without slots; merge them")
+        if merge.similarity == "router_rows" and any(gate.rows_ED is None for gate in layer.each_gate):
+            raise UserError(f"similarity=router_rows: {gate_name} has no rows; use similarity=router")
         bank = layer.experts
-        if config.aligns_by_activations and bank.hidden_axes and not isinstance(bank, FeedForwardBank):
+        if merge.aligns_by_activations and bank.hidden_axes and not isinstance(bank, FeedForwardBank):
             raise UserError(f"align_by=activations: {name} has no feed-forward networks; use align_by=weights")
-    excluded = set(config.excluded_layers)
-    differ = excluded or config.grouping == "global" or len({len(groups) for groups in config.groups or ()}) > 1
-    if differ and len(layers) > 1 and _BY_LAYER not in type(model).model_fields:
+    excluded = set(merge.excluded_layers)
+    differ = excluded or merge.grouping == "global" or len({len(groups) for groups in merge.groups or ()}) > 1
+    if differ and len(layers) > 1 and not can_differ:
         raise UserError(
-            f"model.name={model.name} has as many experts in each layer: use grouping=uniform, or as many groups"
+            f"model.name={settings.name} has as many experts in each layer: use grouping=uniform, or as many groups"
         )
     if not excluded < set(range(len(layers))):
         raise UserError(f"excluded_layers={sorted(excluded)}: allowed: some of 0..{len(layers) - 1}, not all")
-    if config.groups is not None:
-        error = config.group_errors([layer.experts.num_experts for layer in layers.values()])
+    if merge.groups is not None:
+        error = merge.group_errors([layer.experts.num_experts for layer in layers.values()])
         if error:
             raise UserError(error)
         return
-    assert config.experts is not None
+    assert merge.experts is not None
     counts = {name: layer.experts.num_experts for i, (name, layer) in enumerate(layers.items()) if i not in excluded}
     mean = sum(counts.values()) // len(counts)
-    if config.grouping == "global" and config.experts > mean:
-        raise UserError(f"experts={config.experts}: the run has {mean} a layer; give at most that many")
+    if merge.grouping == "global" and merge.experts > mean:
+        raise UserError(f"experts={merge.experts}: the run has {mean} a layer; give at most that many")
     for name, count in counts.items():
-        if config.grouping == "uniform" and config.experts > count:
-            raise UserError(f"experts={config.experts}: {name} has {count}; give at most that many, or exclude it")
+        if merge.grouping == "uniform" and merge.experts > count:
+            raise UserError(f"experts={merge.experts}: {name} has {count}; give at most that many, or exclude it")
 
 
 def _buffers(run: TrainedRun, layers: Mapping[str, MergedLayer], config: CompressConfig) -> dict[str, Tensor]:
@@ -256,16 +296,15 @@ def _buffers(run: TrainedRun, layers: Mapping[str, MergedLayer], config: Compres
     return buffers
 
 
-def _write(
-    source: Path, weights: ModelWeights, config: SupervisedConfig, written: RunDirectory, report: Mapping[str, Any]
-) -> None:
+def _write(source: Path, compressed: Compressed, written: RunDirectory, report: Mapping[str, Any]) -> None:
+    weights = compressed.weights
     write_first_checkpoint(weights, checkpoints_of(written.root), f"{source.name}, compressed", weights.identity)
     identity = RunDirectory(source).identity
     if identity.is_file():
         shutil.copy(identity, written.root)
     write_json(written.root / REPORT, report)
     write_picture(report, written.root / PICTURE)
-    written.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
+    written.describe(compressed.config.plain(), LaunchEnvironment())  # last: its presence makes it a run
 
 
 def report_text(report: Mapping[str, Any]) -> str:

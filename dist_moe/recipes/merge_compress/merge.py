@@ -16,6 +16,7 @@ from torch import Tensor
 from dist_moe.engine.checkpoint import ModelWeights
 from dist_moe.engine.checkpoint.format import BUFFER
 from dist_moe.engine.checkpoint.safetensors_writer import TensorSpec
+from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.recipes.merge_compress.align import Expert, alignment, reordered
 from dist_moe.recipes.merge_compress.group import Leaders, Numbers
 
@@ -119,6 +120,7 @@ def cosines(product_EE: Tensor) -> Numbers:
 
 def one_expert(weights: ModelWeights, layer: str, expert: int) -> dict[str, Tensor]:
     """Return the parameters of one expert."""
+    ACTIVITY.beat()
     bank = bank_of(layer)
     return {name.removeprefix(bank): weights.read(name, expert).cpu() for name in weights if name.startswith(bank)}
 
@@ -139,6 +141,7 @@ def merged_weights(
     layer_of = {name: layer for layer in layers for name in weights if name.startswith(bank_of(layer))}
 
     def read(name: str, expert: int | None) -> Tensor:
+        ACTIVITY.beat()
         if name in buffers:
             return buffers[name]
         if expert is None or name not in layer_of:

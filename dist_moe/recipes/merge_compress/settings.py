@@ -1,4 +1,4 @@
-"""Settings of ``dist-moe compress``."""
+"""Settings of ``dist-moe compress`` and of the recipe ``merge_compress``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dist_moe.config.settings import LARGEST_COUNT, Settings
+from dist_moe.recipes.distillation.predictions import FollowConfig
 from dist_moe.recipes.merge_compress.group import Linkage
 from dist_moe.recipes.merge_compress.methods import METHODS, Method
 
 Grouping = Literal["global", "uniform"]
+Trained = Literal["all_but_router", "experts", "router", "all"]
 Ids = tuple[Annotated[int, Field(ge=0)], ...]
 
 
@@ -118,3 +120,36 @@ class CompressConfig(Settings):
     def aligns_by_activations(self) -> bool:
         """Whether hidden units are matched by their activations."""
         return self.align_by == "activations" and self.align != "none" and not self.by.prunes
+
+
+class RecoverConfig(FollowConfig):
+    """How a compressed model is trained to be as good as the uncompressed one, which it follows."""
+
+    trained: Trained = Field(
+        "all_but_router",
+        description="what is trained, the rest is held still: all_but_router (the gates stay, M-SMoE), experts, router "
+        "(the gates alone: Router KD), or all",
+    )
+    task_weight: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the task's own loss, and of the gates' auxiliary ones where gates are trained (null: 1, "
+        "but 0 for trained=router)",
+    )
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> Self:
+        if not self.loss_weight and not self.weight and not self.hidden_weight:
+            raise ValueError("task_weight, weight and hidden_weight are all 0: there is nothing to learn from")
+        return self
+
+    @property
+    def loss_weight(self) -> float:
+        """Weight of the task's own loss."""
+        default = 0.0 if self.trained == "router" else 1.0
+        return default if self.task_weight is None else self.task_weight
+
+    @property
+    def trains_router(self) -> bool:
+        """Whether gates are trained."""
+        return self.trained in ("router", "all")

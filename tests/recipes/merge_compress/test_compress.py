@@ -217,6 +217,15 @@ def test_refusals(run: Path, tmp_path: Path, arguments: list[object], parts: lis
     assert not (tmp_path / "out" / "config.yaml").exists()
 
 
+def test_the_seed_is_that_of_random_groups(run: Path, tmp_path: Path) -> None:
+    options = ["--experts", 4, "--method", "random", "examples=8"]
+    groups = [
+        [layer["groups"] for layer in compress(1, run, tmp_path / str(seed), *options, f"seed={seed}")["layers"]]
+        for seed in (0, 1)
+    ]
+    assert groups[0] != groups[1]
+
+
 def test_a_used_output_is_refused_by_every_rank(run: Path) -> None:
     first, second = dist_moe(2, "compress", run, run, "--experts", 4)
     assert (first.code, second.code) == (2, 2)
