@@ -166,7 +166,7 @@ class TransformerConfig(MoEModelConfig):
             )
         network = GatedSwiGLU if self.shared_gate else SwiGLU
         shared = network(self.dim, self.shared_hidden, self.residual_std) if self.shared_hidden else None
-        return self.build_layer(experts, 1, run, layer=layer, shared=shared)
+        return self.build_layer(experts, 1, run, layer=layer, mixture=layer // self.moe_every, shared=shared)
 
 
 @dataclass(frozen=True)

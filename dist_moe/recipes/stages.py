@@ -143,18 +143,18 @@ class Stages:
     ) -> dict[str, dict[str, Any]]:
         """Run several stages, each on an equal share of the ranks; returns their results by name. Collective.
 
-        Where there are more stages than shares, a share runs several, one after the other. The shares are blocks of
-        consecutive ranks, as many as divide the ranks. Raises Interrupted where one of them was asked to stop.
+        Where there are more stages than shares, a share runs several, one after the other; see :func:`blocks_of` for
+        the shares. Raises Interrupted where one of them was asked to stop.
         """
         self._count += 1
         # Rank 0 says what has finished: to another machine a shared directory may look older.
         unfinished = [name for name in functions if not (self.directory(name).root / RESULT).is_file()]
         todo = self._store.agree(f"unfinished-{self._count}", unfinished)
-        blocks = max(b for b in range(1, len(functions) + 1) if self._environment.world_size % b == 0)
-        size = self._environment.world_size // blocks
+        layout = parallel or self._start.config.parallel
+        blocks, size = blocks_of(self._environment.world_size, len(functions), layout)
         block, rank = divmod(self._environment.rank, size)
         environment = replace(self._environment, rank=rank, world_size=size)
-        layout = (parallel or self._start.config.parallel).fitted(size)
+        layout = layout.fitted(size)
         try:
             for name in list(functions)[block::blocks]:
                 if name in todo:
@@ -198,6 +198,17 @@ class Stages:
         self._store.arrive(left)
         while self._environment.is_rank_zero and not self._store.is_told(left):
             time.sleep(SECONDS_BETWEEN_LOOKS)  # its process may hold the store that the others still look into
+
+
+def blocks_of(world_size: int, stages: int, parallel: ParallelConfig) -> tuple[int, int]:
+    """Return the number of blocks of consecutive ranks on which so many ``stages`` run at once, and their size.
+
+    As many as divide the ranks, and leave each block the ranks over which the experts of a layer are split.
+    """
+    allowed = [b for b in range(1, stages + 1) if world_size % b == 0]
+    whole = [b for b in allowed if world_size // b % parallel.expert_parallel_size == 0]
+    blocks = max(whole or allowed, default=1)
+    return blocks, world_size // blocks
 
 
 def _reads_all(environment: LaunchEnvironment) -> bool:

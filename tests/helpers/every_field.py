@@ -99,7 +99,7 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
         "hash": recommender({"name": "hash"}),
         "ada_moe": recommender({"name": "ada_moe"}),
         "smoe_dropout": recommender({"name": "smoe_dropout"}),
-        "softmax": recommender({"name": "softmax"}),
+        "softmax": recommender({"name": "softmax"}, model={"low_rank": {"rank": 2, "rows": [{"weight": 3}]}}),
         "images": run(images, {"experts": {"channels": [2, 3], "units": [6, 5]}, "head_units": [7]}),
         "text": run(text, TINY_LM["model"]),
         "dense text": run(text, TINY_LM["model"] | {"moe_every": 0}),

@@ -108,13 +108,13 @@ def micro_batches(step: int, rank: int, ranks: int, accumulation: int) -> Iterat
 
 
 @cache
-def reference(clipping: bool, bf16: bool = False) -> Course:
+def reference(clipping: bool, bf16: bool = False, model_options: tuple[tuple[str, Any], ...] = ()) -> Course:
     """Plain torch, one process, all experts in one bank, whole batches.
 
     With ``bf16`` the model computes in bf16 while masters and moments are fp32, as mixed precision is
     defined: parameters are the masters rounded, also at first.
     """
-    model = small_model(SingleWorld())
+    model = small_model(SingleWorld(), **dict(model_options))
     masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     if bf16:
         model.bfloat16()

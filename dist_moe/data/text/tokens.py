@@ -7,7 +7,7 @@ but the first is predicted exactly once. The last tokens of a stream, fewer than
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,10 @@ class TokenTable:
         columns = (token_BS, target_BS, bytes_BS.sum(axis=1, dtype=np.int64), self.domain_N[index_B])
         token, target, count, domain = map(torch.from_numpy, columns)
         return TokenBatch(token, target, count, domain, len(step_index))
+
+    def select(self, row_N: NDArray[np.int64]) -> TokenTable:
+        """Return a table of the sequences ``row_N`` alone, in this order, on the same memory map."""
+        return replace(self, start_N=self.start_N[row_N], domain_N=self.domain_N[row_N])
 
 
 def cut(

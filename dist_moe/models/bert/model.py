@@ -143,7 +143,7 @@ class BertConfig(MoEModelConfig):
             experts = FeedForwardBank(*where, activation=activation, bias=True)
         else:
             experts = BertFeedForwardBank(*where, activation=activation, dropout=self.dropout, norm_eps=norm_eps)
-        moe = self.build_layer(experts, 1, run, layer=layer)
+        moe = self.build_layer(experts, 1, run, layer=layer, mixture=layer // self.moe_every)
         norm = nn.LayerNorm(shape.width, eps=norm_eps) if form == "network" else None
         return ExpertFeedForward(moe, norm, self.dropout)
 

@@ -83,6 +83,8 @@ def _check(config: SupervisedConfig, architecture: str | None) -> None:
         )
     if architecture is not None:
         family_named(architecture, "--architecture")
+    if config.model.low_rank is not None:
+        raise UserError("model.low_rank: transformers has no experts of low rank; export such a run without --hf")
     if architecture is not None and isinstance(config.model, BertConfig):
         raise UserError(
             f"--architecture={architecture} is a decoder's; leave it out for model.name={config.model.name}"

@@ -21,7 +21,6 @@ from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.gates import Gate
 from dist_moe.gates.base import gate_dtype
-from dist_moe.gates.top_k import TopK
 from dist_moe.kernels import sums_at
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.models import MoEModel
@@ -33,7 +32,10 @@ from dist_moe.search import SlotTable
 from dist_moe.tasks import Task
 
 _TOKENS_AT_ONCE = 1024
-"""On a rank, where every expert computes every token."""
+"""Tokens of a batch on a rank."""
+
+_NUMBERS_AT_ONCE = 1 << 22
+"""Numbers, in fp64, of the results of all experts that a rank looks at together."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class LayerStatistics:
     """Statistics of a layer's experts over the tokens of the calibration.
 
     ``tokens``: how many they are. ``usage_E``: the share of all assignments that each gets. ``router_EE``: cosines of
-    what gates say of experts: of Top-k's logits, of the weights of any other gate. Where experts' results were asked
+    what gates say of experts: of logits, of the weights where a gate has no logits. Where experts' results were asked
     for, else None: ``output_EF``: the mean result of each over all tokens, whoever they are routed to; ``output_EE``:
     cosines of the results; ``reap_E``: REAP's score, 0 for an expert without tokens.
     """
@@ -82,6 +84,7 @@ class LayerSums:
     def __init__(self, layer: MoE, *, outputs: bool) -> None:
         experts, width = layer.experts.num_experts, layer.experts.out_dim
         self._outputs = outputs
+        self._parts = -(-_TOKENS_AT_ONCE * experts * width // _NUMBERS_AT_ONCE)
         self._tokens, self._count_E, self._reap_E, self._score_EE, self._output_EE, self._output_EF = (
             torch.zeros(shape, dtype=torch.float64, device=next(layer.experts.parameters()).device)
             for shape in ((), experts, experts, (experts, experts), (experts, experts), (experts, width))
@@ -97,10 +100,13 @@ class LayerSums:
             self._score_EE += score_TE.T @ score_TE
         if not self._outputs:
             return
-        result_TEF = layer.all_results(x_TD).double()
-        self._output_EF += result_TEF.sum(dim=0)
-        self._output_EE += torch.einsum("tef,tgf->eg", result_TEF, result_TEF)
-        norm_TE = result_TEF.norm(dim=2)
+        norms = []
+        for part_TD in x_TD.tensor_split(self._parts):  # as many on every rank
+            result_TEF = layer.all_results(part_TD).double()
+            self._output_EF += result_TEF.sum(dim=0)
+            self._output_EE += torch.einsum("tef,tgf->eg", result_TEF, result_TEF)
+            norms.append(result_TEF.norm(dim=2))
+        norm_TE = torch.cat(norms)
         for route in output.routes:
             sum_T = sums_at(route.weight_N, route.token_N, route.num_tokens)
             share_N = route.weight_N.double() / sum_T[route.token_N]
@@ -125,7 +131,8 @@ def expert_scores(layer: MoE, gate: Gate, x_TD: Tensor, ids_T: Tensor | None) ->
     """Return (T, E) fp64: what ``gate`` says of each expert, summed over its slots; nothing (0) for excluded slots."""
     with torch.autocast(x_TD.device.type, enabled=False):
         rows_TD = x_TD.to(gate_dtype(x_TD))
-        score_TS = gate.logits(rows_TD) if isinstance(gate, TopK) else gate.mixture(rows_TD, ids_T).weight_TKE.sum(1)
+        logit_TS = gate.logits(rows_TD)
+        score_TS = gate.mixture(rows_TD, ids_T).weight_TKE.sum(1) if logit_TS is None else logit_TS
     score_TS = score_TS.double().masked_fill(score_TS == -torch.inf, 0)
     if not isinstance(layer.slot_map, SlotTable):
         return score_TS

@@ -64,6 +64,8 @@ def compress_run(
     """
     environment = LaunchEnvironment.read()
     written = RunDirectory(output)
+    if run_dir.resolve() in output.resolve().parents:
+        raise UserError(f"OUT {output} lies within RUN {run_dir}, which stays as it is; name a directory beside it")
     with held(output, environment, option="OUT"), ExitStack() as stack:
         written.check_unused("OUT")  # on all ranks: nothing is written before they have met
         run = stack.enter_context(trained_run(run_dir, allow_changed_data=allow_changed_data))
@@ -117,13 +119,18 @@ def plan_merge(
         counts = global_counts(usage_LE, config.experts, config.excluded_layers)
     planned: dict[str, MergedLayer] = {}
     for (name, seen), count in zip(statistics.items(), counts, strict=True):
-        hidden_axes = moe_layers[name].experts.hidden_axes if config.align != "none" else {}
+        hidden_axes = moe_layers[name].experts.hidden_axes if config.align != "none" and not config.prunes else {}
         order_EH = None
         if config.align == "first" or config.similarity == "weights":
             order_EH = orders(weights, name, np.zeros(len(seen.usage_E), dtype=np.int64), hidden_axes)
-        similarity_EE = seen.output_EE if config.similarity == "outputs" else seen.router_EE
+        similarity_EE = seen.router_EE if seen.output_EE is None or config.similarity != "outputs" else seen.output_EE
         if config.similarity == "weights":
             similarity_EE = weight_similarity(weights, name, order_EH, hidden_axes)
+        if config.joins and not _tells_apart(similarity_EE, count):
+            raise UserError(
+                f"similarity={config.similarity}: no two experts of {name} have anything in common, as where a gate "
+                "sends each token to one expert with all weight; use similarity=outputs or similarity=weights"
+            )
         leader_E = _groups(seen, similarity_EE, count, config, seed=(config.seed, len(planned)))
         if config.align == "leader":
             order_EH = orders(weights, name, leader_E, hidden_axes)
@@ -134,8 +141,14 @@ def plan_merge(
     return planned
 
 
+def _tells_apart(similarity_EE: Numbers, count: int) -> bool:
+    """Return whether experts that do not lead can be told which leader they are like."""
+    experts = len(similarity_EE)
+    return count == experts or bool(similarity_EE[~np.eye(experts, dtype=np.bool_)].any())
+
+
 def _groups(
-    seen: LayerStatistics, similarity_EE: Numbers | None, count: int, config: CompressConfig, seed: tuple[int, int]
+    seen: LayerStatistics, similarity_EE: Numbers, count: int, config: CompressConfig, seed: tuple[int, int]
 ) -> Leaders:
     if config.method == "hc_smoe":
         assert seen.output_EF is not None
@@ -144,7 +157,6 @@ def _groups(
         return random_groups(count, seen.usage_E, seed)
     score_E = seen.reap_E if config.method == "reap" else seen.usage_E
     assert score_E is not None
-    assert similarity_EE is not None
     return join_leaders(largest(score_E, count), similarity_EE)
 
 
@@ -172,13 +184,13 @@ def _check(run: TrainedRun, config: CompressConfig) -> None:
         raise UserError(f"recipe.name={run.config.recipe.name}: only supervised runs can be compressed so far")
     if not layers or not model.has_tables:
         raise UserError(f"model.name={model.name}: there are no MoE layers with slot maps in it to compress")
+    if model.low_rank is not None:
+        raise UserError("model.low_rank: experts that are factored cannot be merged any more; merge them before")
     for name, layer in layers.items():
         if not isinstance(layer.slot_map, SlotTable) or layer.slot_map.table.shape[:2] != (1, 1):
             raise UserError(f"{name} has a slot map for each gate or branch; only one for all can be compressed")
         if next(layer.experts.buffers(), None) is not None:
             raise UserError(f"{name}: experts with batch normalisation have statistics that cannot be averaged")
-        if config.experts > layer.experts.num_experts:
-            raise UserError(f"experts={config.experts}: {name} has {layer.experts.num_experts}; give at most that many")
         if config.prunes and not all(gate.can_exclude for gate in layer.each_gate):
             raise UserError(f"method={config.method}: gate.name={model.gate.name} cannot do without slots; merge them")
     excluded = set(config.excluded_layers)
@@ -186,6 +198,13 @@ def _check(run: TrainedRun, config: CompressConfig) -> None:
         raise UserError(f"model.name={model.name} has equally many experts in all layers: use grouping=uniform")
     if not excluded < set(range(len(layers))):
         raise UserError(f"excluded_layers={sorted(excluded)}: allowed: some of 0..{len(layers) - 1}, not all")
+    counts = {name: layer.experts.num_experts for i, (name, layer) in enumerate(layers.items()) if i not in excluded}
+    mean = sum(counts.values()) // len(counts)
+    if config.grouping == "global" and config.experts > mean:
+        raise UserError(f"experts={config.experts}: the run has {mean} a layer; give at most that many")
+    for name, count in counts.items():
+        if config.grouping == "uniform" and config.experts > count:
+            raise UserError(f"experts={config.experts}: {name} has {count}; give at most that many, or exclude it")
 
 
 def _buffers(run: TrainedRun, layers: Mapping[str, MergedLayer], config: CompressConfig) -> dict[str, Tensor]:

@@ -19,6 +19,9 @@ from dist_moe.engine.checkpoint.safetensors_writer import TensorSpec
 from dist_moe.recipes.merge_compress.align import alignment, reordered
 from dist_moe.recipes.merge_compress.group import Leaders, Numbers
 
+_COLUMNS_AT_ONCE = 1 << 16
+"""Weights of each expert that are compared in fp64 at a time."""
+
 
 @dataclass(frozen=True)
 class MergedLayer:
@@ -80,15 +83,22 @@ def orders(weights: ModelWeights, layer: str, reference_E: Leaders, hidden_axes:
 def weight_similarity(
     weights: ModelWeights, layer: str, order_EH: Tensor | None, hidden_axes: Mapping[str, int]
 ) -> Numbers:
-    """Return (E, E) cosines of all weights of the experts, their units in the order that is given."""
-    count = next(weights.specs[name].shape[0] for name in weights if name.startswith(bank_of(layer)))
-    rows = []
-    for expert in range(count):
-        parts = one_expert(weights, layer, expert).items()
-        ordered = [w if order_EH is None else reordered(w, name, order_EH[expert], hidden_axes) for name, w in parts]
-        rows.append(torch.cat([weight.double().flatten() for weight in ordered]))
-    row_EW = torch.stack(rows)
-    return cosines(row_EW @ row_EW.T)
+    """Return (E, E) cosines of all weights of the experts, their units in the order that is given.
+
+    Of the whole layer, one parameter is in memory at a time, in its own precision.
+    """
+    product_EE = torch.zeros((), dtype=torch.float64)
+    for name in filter(lambda name: name.startswith(bank_of(layer)), weights):
+        parameter = name.removeprefix(bank_of(layer))
+        rows = [
+            piece if order_EH is None else reordered(piece, parameter, order_EH[expert], hidden_axes)
+            for expert, piece in enumerate(piece.cpu() for piece in weights.pieces(name))
+        ]
+        row_EW = torch.stack([row.flatten() for row in rows])
+        for part_EW in row_EW.split(_COLUMNS_AT_ONCE, dim=1):
+            wide_EW = part_EW.double()
+            product_EE = product_EE + wide_EW @ wide_EW.T
+    return cosines(product_EE)
 
 
 def cosines(product_EE: Tensor) -> Numbers:

@@ -69,6 +69,11 @@ class CompressConfig(Settings):
         return self.method in ("prune_usage", "reap")
 
     @property
+    def joins(self) -> bool:
+        """Whether experts join the leader that is most similar."""
+        return self.method in ("m_smoe", "uniform")
+
+    @property
     def needs_outputs(self) -> bool:
         """Whether the experts' results on all tokens are looked at."""
-        return self.similarity == "outputs" or self.method in ("hc_smoe", "reap")
+        return self.method in ("hc_smoe", "reap") or (self.similarity == "outputs" and self.joins)

@@ -64,11 +64,11 @@ class LanguageModelTask(Task):
 
     def task_losses(self, output: ModelOutput, batch: TokenBatch) -> dict[str, Tensor]:
         """Return ``ce``: nats of all tokens over the number of tokens in the step."""
-        return {"ce": _nats(output, batch).sum() / batch.tokens_in_step}
+        return {"ce": token_nats(output, batch).sum() / batch.tokens_in_step}
 
     def observe(self, output: ModelOutput, batch: TokenBatch) -> Tensor:
         """Return the nats of each sequence, and its bytes."""
-        return torch.stack([_nats(output, batch).double().sum(dim=1), batch.bytes_B.double()])
+        return torch.stack([token_nats(output, batch).double().sum(dim=1), batch.bytes_B.double()])
 
     def metrics(self, columns: Columns, part: TokenTable, weights: tuple[float, ...]) -> Metrics:
         """Return ``loss``, nats per token; its exponential; bits per byte of all and of each domain in ``part``."""
@@ -99,8 +99,8 @@ class LanguageModelTask(Task):
         return sample_text(model, self.data)
 
 
-def _nats(output: ModelOutput, batch: TokenBatch) -> Tensor:
-    """(B, S) cross-entropy of every token."""
+def token_nats(output: ModelOutput, batch: TokenBatch) -> Tensor:
+    """Return (B, S) nats of every target: its negative log-probability given the tokens before it."""
     (logits_BSV,) = output.predictions
     nats_T = F.cross_entropy(at_least_fp32(logits_BSV).flatten(0, 1), batch.target_BS.flatten(), reduction="none")
     return nats_T.view_as(batch.target_BS)

@@ -130,6 +130,25 @@ def test_a_compressed_run_is_compressed_again(run: Path, tmp_path: Path) -> None
     assert sorted(set(first_S.tolist())) == [0, 1, 2, 3]
     assert sorted(set(table_S.tolist())) == [0, 1, 2]
     assert all(len(set(table_S[first_S == expert].tolist())) == 1 for expert in range(4))
+    third = compress(1, tmp_path / "first", tmp_path / "third", "--experts", 5, "excluded_layers=[0]", "examples=40")
+    assert [len(layer["groups"]) for layer in third["layers"]] == [4, 5]
+    for arguments, part in ((["--grouping", "uniform"], f"{LAYERS[0]} has 4"), ([], "the run has 6 a layer")):
+        (outcome,) = dist_moe(1, "compress", tmp_path / "first", tmp_path / "no", "--experts", 7, *arguments)
+        assert outcome.code == 2
+        assert part in outcome.err
+
+
+def test_experts_that_never_share_a_token_are_not_compared_by_the_router(
+    tmp_path: Path, tiny_text: dict[str, str]
+) -> None:
+    """Hash routing has no logits, and gives each token to one expert: all cosines are 0."""
+    config = write_lm_config(tmp_path, tiny_text, model={"gate": {"name": "hash"}}, train={"max_steps": 2})
+    succeed(1, "train", config, "--run-dir", tmp_path / "run")
+    first, second = dist_moe(2, "compress", tmp_path / "run", tmp_path / "out", "--experts", 2)
+    assert (first.code, second.code) == (2, 2)
+    assert "similarity=outputs" in first.err
+    assert not (tmp_path / "out").exists()
+    compress(1, tmp_path / "run", tmp_path / "out", "--experts", 2, "similarity=weights")
 
 
 def test_a_recommender_with_a_permutation_and_two_gates(tmp_path: Path, tiny_data: dict[str, str]) -> None:
@@ -183,3 +202,10 @@ def test_a_used_output_is_refused_by_every_rank(run: Path) -> None:
     first, second = dist_moe(2, "compress", run, run, "--experts", 4)
     assert (first.code, second.code) == (2, 2)
     assert f"OUT {run} holds a run already" in first.err
+
+
+def test_nothing_is_written_within_the_run(run: Path) -> None:
+    (outcome,) = dist_moe(1, "compress", run, run / "checkpoints" / "fewer", "--experts", 4)
+    assert outcome.code == 2
+    assert "name a directory beside it" in outcome.err
+    assert not (run / "checkpoints" / "fewer").exists()

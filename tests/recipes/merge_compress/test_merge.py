@@ -15,6 +15,7 @@ from dist_moe.engine.checkpoint.models import weights_of
 from dist_moe.experts import BertFeedForwardBank, ExpertBank, FeedForwardBank
 from dist_moe.gates import TopKConfig
 from dist_moe.models import Transformer
+from dist_moe.recipes.merge_compress import merge as merging
 from dist_moe.recipes.merge_compress.align import alignment, reordered
 from dist_moe.recipes.merge_compress.compress import num_parameters
 from dist_moe.recipes.merge_compress.group import Leaders
@@ -126,7 +127,8 @@ def test_limits() -> None:
     assert shares(np.array([0, 0, 2]), np.zeros(3)).tolist() == [0.5, 0.5, 1.0]
 
 
-def test_weights_are_compared_in_the_order_of_their_units() -> None:
+def test_weights_are_compared_in_the_order_of_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_COLUMNS_AT_ONCE", 7)
     model = small()
     copied(model, 3, 1, permuted=True)
     weights, axes = weights_of(model), {"up": 2, "gate": 2, "down": 1}
