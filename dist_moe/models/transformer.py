@@ -154,10 +154,15 @@ class TransformerConfig(MoEModelConfig):
         """Return whether layer ``layer`` (from 0) is a mixture."""
         return bool(self.moe_every) and (layer + 1) % self.moe_every == 0
 
+    def experts_of_layer(self, layer: int) -> int:
+        """Return the number of experts of layer ``layer`` (from 0), which is a mixture."""
+        counts = self.experts_by_layer
+        return self.num_experts if counts is None else counts[layer // self.moe_every]
+
     def build_mixture(self, run: RunShape, layer: int) -> MoE:
         """Return the MoE layer of layer ``layer`` (from 0). Raises UserError if its results have not width ``dim``."""
-        counts, stds = self.experts_by_layer, (INIT_STD, self.residual_std)
-        count = self.num_experts if counts is None else counts[layer // self.moe_every]
+        stds = (INIT_STD, self.residual_std)
+        count = self.experts_of_layer(layer)
         experts = self.experts.build(self.dim, count, experts_of_rank(count, run.world), init_stds=stds)
         if experts.out_dim != self.dim:
             raise UserError(
@@ -271,13 +276,17 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, token_BS: Tensor, table_2SP: Tensor) -> tuple[Tensor, MoEOutput | None]:
         """Return (B, S, D) rows, and what the MoE layer did, if there is one."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table_2SP)
-        normed_BSD = self.feed_forward_norm(x_BSD)
+        x_BSD, normed_BSD = self.attend(x_BSD, table_2SP)
         if self.moe is None:
             assert self.dense is not None
             return x_BSD + self.dense(normed_BSD), None
         mixed = self.moe(normed_BSD.flatten(0, 1), token_BS.flatten())
         return x_BSD + mixed.outputs[0].view_as(x_BSD), mixed
+
+    def attend(self, x_BSD: Tensor, table_2SP: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, S, D) rows after attention, and the same as the feed-forward network sees them."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table_2SP)
+        return x_BSD, self.feed_forward_norm(x_BSD)
 
 
 class Transformer(MoEModel):

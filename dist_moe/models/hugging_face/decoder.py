@@ -54,6 +54,8 @@ from dist_moe.models.hugging_face.files import (
 )
 from dist_moe.models.transformer import Transformer, TransformerConfig
 
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 @dataclass(frozen=True)
 class DecoderCheckpoint:
@@ -183,9 +185,12 @@ def write_decoder_weights(
     content = write_decoder_config(config, vocab_size, architecture, **options)
     if like is not None and like.architecture == architecture:
         same = write_decoder_config(like.config, like.vocab_size, architecture, **options) == content
-        content = like.content if same else {**like.content, **content}
+        others = FAMILIES[architecture].num_experts[1:]
+        content = like.content if same else {k: v for k, v in like.content.items() if k not in others} | content
     else:
         content |= dtype_fields(dtype or weights.specs["embedding.weight"].dtype)
+    if like is not None and end_of_text is None:
+        content |= {name: like.content[name] for name in _TOKEN_IDS if name in like.content}
     if architecture == OURS:
         content |= DECODER.fields(imports)
     given = like.weights if like else {}
@@ -209,15 +214,15 @@ def _check_counts(directory: Path, config: TransformerConfig, family: Family, te
     """Raise UserError for more layers or experts than there can be: nothing of that size shall be built."""
     if config.layers > len(tensors):
         raise UserError(f"{directory / CONFIG} says {config.layers:,} layers, and there are {len(tensors)} tensors")
-    if not config.moe_every:
-        return
-    if family.has_experts:
-        others = ["the tensors"] if config.num_experts > len(tensors) else []
-    else:
-        stacks = {name: spec.shape[:1] for name, spec in tensors.specs.items() if ".moe.experts." in name}
-        others = [name for name, rows in stacks.items() if rows != (config.num_experts,)]
-    if others:
-        raise UserError(f"{directory / CONFIG} says {config.num_experts:,} experts, and {others[0]} has another number")
+    if family.has_experts and config.num_experts > len(tensors):
+        raise UserError(
+            f"{directory / CONFIG} says {config.num_experts:,} experts, and there are {len(tensors)} tensors"
+        )
+    for layer in filter(config.has_experts, range(0 if family.has_experts else config.layers)):
+        count, prefix = config.experts_of_layer(layer), f"{block_of(family, layer)}.experts."
+        stacks = {name: spec.shape[:1] for name, spec in tensors.specs.items() if name.startswith(prefix)}
+        for name in (name for name, rows in stacks.items() if rows != (count,)):
+            raise UserError(f"{directory / CONFIG} says {count:,} experts, and {name} has another number")
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:
