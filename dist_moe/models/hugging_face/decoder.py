@@ -145,15 +145,23 @@ def read_decoder(directory: Path) -> DecoderCheckpoint:
 def write_decoder(model: Transformer, directory: Path, **options: Any) -> str:
     """Write a whole model as a directory that transformers loads; return the architecture.
 
-    ``options``: see :func:`write_decoder_weights`. A table that is still being learnt is rounded as it stands. Raises
-    UserError as that does, and ValueError for a model without all of its experts.
+    ``options``: see :func:`write_decoder_weights`. Raises UserError as that does, and ValueError as
+    :func:`saved_weights` does.
+    """
+    return write_decoder_weights(
+        saved_weights(model), model.config, model.embedding.num_embeddings, directory, **options
+    )
+
+
+def saved_weights(model: Transformer) -> ModelWeights:
+    """Return the weights of a whole model in memory, as views, with the buffers that are saved.
+
+    A table that is still being learnt is rounded as it stands. Raises ValueError for a model without all experts.
     """
     model.begin_evaluation()
     weights, state = weights_of(model), model.state_dict()
     kinds = {name: kind for name, kind in weights.kinds.items() if name in state}
-    return write_decoder_weights(
-        replace(weights, kinds=kinds), model.config, model.embedding.num_embeddings, directory, **options
-    )
+    return replace(weights, kinds=kinds, specs={name: weights.specs[name] for name in kinds})
 
 
 def write_decoder_weights(

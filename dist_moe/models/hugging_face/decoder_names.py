@@ -212,6 +212,6 @@ def _slots_of_experts(family: Family, weights: ModelWeights, prefix: str) -> Ten
     if f"{prefix}gates.0.allowed_E" in weights or table[slot_of_E].tolist() != list(range(len(table))):
         raise UserError(
             f"{family.class_name} has no place for slots that share an expert or that a gate must not choose; "
-            "write the model with --architecture=dist_moe"
+            "write the model with architecture=dist_moe, or fold it before"
         )
     return slot_of_E

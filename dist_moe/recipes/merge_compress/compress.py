@@ -295,10 +295,15 @@ def report_text(report: Mapping[str, Any]) -> str:
     before, after = report["parameters_before"], report["parameters_after"]
     lines.append(f"{before:,} -> {after:,} parameters ({100 * after / before:.1f} %)")
     for name, text in _COMPARED.items():
-        if found := report.get(name):
-            lines.append(
-                f"{text}: {found['loss_before']:.4f} -> {found['loss_after']:.4f} nats per token, divergence "
-                f"{found['divergence']:.2e} nats, logits differ by {found['mean_difference']:.2e} on average and "
-                f"{found['largest_difference']:.2e} at most"
-            )
+        if report.get(name):
+            lines.append(difference_text(text, report[name]))
     return "\n".join(lines)
+
+
+def difference_text(what: str, found: Mapping[str, float]) -> str:
+    """Return in words how two models differ; ``found``: see ``compare``."""
+    return (
+        f"{what}: {found['loss_before']:.4f} -> {found['loss_after']:.4f} nats per token, divergence "
+        f"{found['divergence']:.2e} nats, logits differ by {found['mean_difference']:.2e} on average and "
+        f"{found['largest_difference']:.2e} at most"
+    )

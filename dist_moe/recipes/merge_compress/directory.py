@@ -21,7 +21,6 @@ from dist_moe.config.files import write_json
 from dist_moe.config.overrides import assign, parse_overrides
 from dist_moe.config.plain_yaml import Content, read_yaml
 from dist_moe.config.validation import validate
-from dist_moe.data.batches import spread_over
 from dist_moe.engine.checkpoint import ModelWeights, write_first_checkpoint
 from dist_moe.engine.checkpoint.files import checkpoints_of
 from dist_moe.engine.health.heartbeats import ACTIVITY
@@ -47,7 +46,7 @@ from dist_moe.recipes.merge_compress.compress import (
     slot_buffers,
     what_became,
 )
-from dist_moe.recipes.merge_compress.fold import StoredDecoder, compare, fold
+from dist_moe.recipes.merge_compress.fold import StoredDecoder, compare, fold, some_tokens
 from dist_moe.recipes.merge_compress.merge import MergedLayer, merged_weights
 from dist_moe.recipes.merge_compress.settings import CompressConfig
 from dist_moe.recipes.recipe import set_fields, validate_config
@@ -102,7 +101,7 @@ def compress_directory(job: Compression, config: CompressConfig) -> dict[str, An
     check_tokens(job.source, checkpoint, task)
     lock = held(job.output, environment, option="OUT") if form == "run" else nullcontext()
     with lock, recording(None):
-        token_NS, _ = _tokens(task, config.part, config.examples)
+        token_NS, _ = some_tokens(getattr(task, config.part), config.examples)
         plan = _plan(before, config, token_NS)
         after = _merged(before, plan, prunes=config.prunes)
         report: dict[str, Any] = {
@@ -111,7 +110,7 @@ def compress_directory(job: Compression, config: CompressConfig) -> dict[str, An
             "compress": config.model_dump(mode="json") | {"examples": len(token_NS)},
             **what_became(before.weights, after.weights, plan.layers, plan.statistics, prunes=config.prunes),
         }
-        held_out = _tokens(task, "test", config.examples)
+        held_out = some_tokens(task.test, config.examples)
         if form == "stock":
             merged = after
             after, exact = fold(merged, token_NS)
@@ -235,14 +234,6 @@ def _run_config(job: Compression, checkpoint: DecoderCheckpoint) -> SupervisedCo
     set_fields(content, job.overrides)
     config: SupervisedConfig = validate_config(content | {"model": checkpoint.config.model_dump(mode="json")})
     return config
-
-
-def _tokens(task: LanguageModelTask, part: str, examples: int) -> tuple[Tensor, Tensor]:
-    """Return (N, S) tokens of sequences of a part, evenly spread, and (N, S) tokens that follow them."""
-    table = getattr(task, part)
-    rows = spread_over(len(table), examples)
-    batch = table.batch(rows, rows)
-    return batch.token_BS, batch.target_BS
 
 
 def _write_directory(job: Compression, form: Form, checkpoint: DecoderCheckpoint, model: StoredDecoder) -> None:

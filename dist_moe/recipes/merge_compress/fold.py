@@ -11,11 +11,13 @@ several of its k slots could lead to the same one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dist_moe.data.batches import Examples, spread_over
 from dist_moe.engine.checkpoint import ModelWeights
 from dist_moe.engine.checkpoint.safetensors_writer import TensorSpec
 from dist_moe.errors import UserError
@@ -154,10 +156,17 @@ def _with_rows(weights: ModelWeights, rows: dict[str, Tensor]) -> ModelWeights:
         new[f"{layer}.slot_map.table"] = torch.arange(len(row_ED)).view(1, 1, -1)
     masks = {f"{layer}.gates.0.allowed_E" for layer in rows}
     kinds = {name: kind for name, kind in weights.kinds.items() if name not in masks}
-    specs = dict(weights.specs) | {name: TensorSpec.of(tensor) for name, tensor in new.items()}
+    specs = {name: TensorSpec.of(new[name]) if name in new else weights.specs[name] for name in kinds}
     return replace(
         weights, kinds=kinds, specs=specs, read=lambda name, e: new[name] if name in new else weights.read(name, e)
     )
+
+
+def some_tokens(part: Examples[Any], sequences: int) -> tuple[Tensor, Tensor]:
+    """Return (N, S) tokens of at most so many sequences of a text, evenly spread, and (N, S) tokens that follow."""
+    rows = spread_over(len(part), sequences)
+    batch = part.batch(rows, rows)
+    return batch.token_BS, batch.target_BS
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,13 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_moe.data.batches import spread_over
-from dist_moe.engine.checkpoint import newest_checkpoint, read_model
+from dist_moe.engine.checkpoint import newest_checkpoint, place_weights, read_model
 from dist_moe.models import RunShape, Transformer, layer_stream
 from dist_moe.models.hugging_face.decoder import read_decoder
 from dist_moe.models.hugging_face.files import StoredTensors
 from dist_moe.models.transformer import DecoderLayer
 from dist_moe.parallel import SingleWorld
+from dist_moe.recipes import load_config
 from dist_moe.recipes.merge_compress import CompressConfig, Compression, compress_directory
+from dist_moe.tasks import build_model
 from dist_moe.tasks.language import LanguageModelSettings
 from tests.data.text.test_own_tokenizer import byte_level
 from tests.helpers.commands import dist_moe, succeed
@@ -290,6 +293,49 @@ def test_a_run_of_ours_with_slot_maps(sources: Path, tmp_path: Path, tiny_text: 
     assert run.keys() == maps.keys()
     assert all(run[name].equal(maps[name]) for name in maps)
     succeed(1, "train", "--resume", tmp_path / "run", "train.max_steps=1", "train.validate_every=1")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_text: dict[str, str]) -> Path:
+    """A run that any stock architecture but OLMoE's and Qwen's has a place for."""
+    root = tmp_path_factory.mktemp("trained")
+    gate = {"name": "top_k", "k": 2, "bias": False}
+    model = {"num_experts": 8, "moe_every": 1, "experts": {"hidden": 8}, "gate": gate}
+    config = write_lm_config(root, tiny_text, model=model, train={"max_steps": 20})
+    succeed(1, "train", config, "--run-dir", root / "run")
+    return root / "run"
+
+
+@pytest.mark.parametrize("method", ["m_smoe", "prune_usage"])
+@pytest.mark.parametrize("grouping", ["global", "uniform"])
+def test_a_compressed_run_is_exported(trained: Path, tmp_path: Path, method: str, grouping: str) -> None:
+    """With slot maps, masks and layers of different numbers of experts in our architecture; equal ones in Mixtral's."""
+    compressed = tmp_path / "run"
+    succeed(1, "compress", trained, compressed, "--experts", 4, "--method", method, "--grouping", grouping)
+    config = load_config(compressed / "config.yaml")
+    assert (config.model.experts_by_layer is not None) == (grouping == "global")
+    task = config.data.open(progress=False)
+    ours = build_model(config, task, SingleWorld()).eval()
+    place_weights(ours, read_model(newest_checkpoint(compressed)))
+    token_BS = task.test.batch(*[np.arange(20)] * 2).token_BS
+    with torch.no_grad():
+        expected = ours(token_BS).predictions[0]
+    succeed(1, "export", compressed, "--hf", tmp_path / "maps")
+    assert json.loads((tmp_path / "maps/config.json").read_text())["model_type"] == "dist_moe"
+    torch.testing.assert_close(logits_of(load(tmp_path / "maps"), token_BS), expected, rtol=1e-5, atol=1e-5)
+    (outcome,) = dist_moe(1, "export", compressed, "--hf", tmp_path / "stock", "--architecture", "mixtral")
+    if grouping == "global":
+        assert outcome.code == 2
+        assert "equally many experts" in outcome.err
+        return
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("MixtralForCausalLM of ")
+    assert ("slot maps folded into the routers" in outcome.out) == (method == "m_smoe")
+    stock = logits_of(load(tmp_path / "stock"), token_BS)
+    if method == "prune_usage":
+        torch.testing.assert_close(stock, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert 0 < (stock - expected).abs().max() < 0.5 * expected.abs().max()
 
 
 def test_one_layer_is_in_memory_at_a_time(
