@@ -30,7 +30,7 @@ from dist_moe.engine.monitor.run_lock import held
 from dist_moe.errors import UserError
 from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, open_decoder, write_decoder_weights
 from dist_moe.models.hugging_face.families import OURS, family_named
-from dist_moe.models.hugging_face.files import CONTEXT, WEIGHTS
+from dist_moe.models.hugging_face.files import CONTEXT, IMPORTS, WEIGHTS
 from dist_moe.models.hugging_face.mixtures import run_of
 from dist_moe.models.layer_stream import Flow, each_layer
 from dist_moe.models.transformer import DecoderLayer
@@ -87,8 +87,8 @@ def compress_directory(job: Compression, config: CompressConfig) -> dict[str, An
     ``config`` says, if the output exists already, and for text of other tokens.
     """
     environment = LaunchEnvironment.read()
-    form = job.form or ("stock" if config.prunes else "dist_moe")
     checkpoint = open_decoder(job.source)
+    form = job.form or ("stock" if config.prunes and checkpoint.architecture != OURS else "dist_moe")
     _check(job, form, checkpoint, environment)
     config = config.settled(can_differ=form != "stock")
     before = _stored(checkpoint)
@@ -126,7 +126,7 @@ def compress_directory(job: Compression, config: CompressConfig) -> dict[str, An
 
 @dataclass(frozen=True)
 class _Plan:
-    """What becomes of the experts; ``buffers``: new slot maps and masks."""
+    """The new experts of each layer, the statistics that say so, and new slot maps and masks: ``buffers``."""
 
     layers: Mapping[str, MergedLayer]
     statistics: Mapping[str, LayerStatistics]
@@ -193,7 +193,7 @@ def _check(job: Compression, form: Form, checkpoint: DecoderCheckpoint, environm
         raise UserError(f"{job.source}: experts that are factored cannot be merged any more; merge them before")
     if form == "run" and job.config is None:
         raise UserError("--as run needs --config CONFIG for the rest of the run")
-    if form != "run" and checkpoint.architecture == OURS and form == "stock":
+    if form == "stock" and checkpoint.architecture == OURS:
         raise UserError(f"{job.source} is of our own architecture: there is no stock one to write; use --as dist_moe")
     if form == "run" and checkpoint.architecture == OURS:
         raise UserError(
@@ -246,6 +246,8 @@ def _write_directory(job: Compression, form: Form, checkpoint: DecoderCheckpoint
         architecture=architecture,
         like=checkpoint,
         positions=checkpoint.content.get("max_position_embeddings", 2048),
+        total_steps=(checkpoint.content.get(CONTEXT) or {}).get("total_steps"),
+        imports=checkpoint.content.get(IMPORTS) or (),
     )
     for name in filter(lambda name: (job.source / name).is_file(), _BESIDE_WEIGHTS):
         shutil.copyfile(job.source / name, job.output / name)

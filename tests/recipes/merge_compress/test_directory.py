@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,30 @@ def test_a_run_of_ours_with_slot_maps(sources: Path, tmp_path: Path, tiny_text: 
     assert run.keys() == maps.keys()
     assert all(run[name].equal(maps[name]) for name in maps)
     succeed(1, "train", "--resume", tmp_path / "run", "train.max_steps=1", "train.validate_every=1")
+
+
+def test_a_compressed_directory_is_compressed_again(sources: Path, tmp_path: Path, tiny_text: dict[str, str]) -> None:
+    """In bf16, which it keeps; slots are led on through both maps, and masks stay."""
+    half = transformers.AutoModelForCausalLM.from_pretrained(sources / "qwen2_moe", dtype=torch.bfloat16)
+    shutil.copytree(sources / "qwen2_moe", tmp_path / "half", ignore=shutil.ignore_patterns("*.safetensors"))
+    half.save_pretrained(tmp_path / "half")
+    compress(tmp_path / "half", tmp_path / "first", tiny_text, "--experts", 4, "examples=40")
+    report = compress(tmp_path / "first", tmp_path / "second", tiny_text, "--experts", 2, "--method", "reap")
+    assert report["form"] == "dist_moe"
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert {t.dtype for t in second.values()} == {torch.bfloat16, torch.int64, torch.bool}
+    for number, layer in enumerate(report["layers"]):
+        block = f"model.layers.{number}.mlp.moe"
+        kept_S = torch.isin(first[f"{block}.slot_map.table"].flatten(), torch.tensor(layer["leaders"]))
+        assert second[f"{block}.gates.0.allowed_E"].equal(kept_S)
+        for new, old in enumerate(layer["leaders"]):
+            assert second[f"{block}.experts.up"][new].equal(first[f"{block}.experts.up"][old])
+    token_BS, target_BS = held_out(tmp_path / "second", tiny_text, report)
+    logits_BSV = logits_of(load(tmp_path / "second"), token_BS)
+    assert report["held_out"]["loss_after"] == pytest.approx(loss_of(logits_BSV, target_BS), abs=1e-5)
+    (outcome,) = dist_moe(1, "compress", tmp_path / "first", tmp_path / "no", "--experts", 2, "--as", "stock")
+    assert outcome.code == 2
+    assert "no stock one to write" in outcome.err
 
 
 @pytest.fixture(scope="module")
