@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
@@ -101,6 +101,12 @@ class FeedForwardBank(ExpertBank):
         hidden_NF = linear(x_ND, "up", self.up_bias)
         hidden_NF = act(linear(x_ND, "gate", None)) * hidden_NF if self.gated else act(hidden_NF)
         return linear(hidden_NF, "down", self.down_bias)
+
+    def hidden_units(self, expert: Mapping[str, Tensor], x_TD: Tensor) -> Tensor:
+        """Return the (T, hidden) activations of the hidden units of an expert with these parameters, by name."""
+        act, hidden_TF = kernels.ACTIVATIONS[self.activation].function, x_TD @ expert["up"]
+        hidden_TF = hidden_TF + expert["up_bias"] if "up_bias" in expert else hidden_TF
+        return act(hidden_TF) if "gate" not in expert else act(x_TD @ expert["gate"]) * hidden_TF
 
     @property
     def kept_per_row(self) -> int:

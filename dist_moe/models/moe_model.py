@@ -53,11 +53,13 @@ class RunShape:
 class MoEModelConfig(Settings, ABC):
     """The fields that every model has. ``kind``: tasks of the same kind fit. ``one_layer``: whether every
     example is one token, which meets one MoE layer; what plans and stacked training know. ``has_tables``: whether its
-    layers have slot -> expert tables, which searches rewrite."""
+    layers have slot -> expert tables, which searches rewrite. ``gives_hidden_states``: whether the model takes
+    ``hidden_states=True``, and its output has them then, see ``BertOutput``."""
 
     kind: ClassVar[str]
     one_layer: ClassVar[bool] = True
     has_tables: ClassVar[bool] = True
+    gives_hidden_states: ClassVar[bool] = False
 
     name: str
 

@@ -8,7 +8,7 @@ GPT-2, 2019).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,24 +22,21 @@ from dist_moe.errors import UserError
 from dist_moe.experts import EXPERTS, ExpertSettings, FeedForwardConfig
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.models.attention import INIT_STD, CausalAttention, QKNorm, linear, rotary_table
-from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
+from dist_moe.models.layered import LayeredConfig
+from dist_moe.models.moe_model import ModelOutput, MoEModel, RunShape
 from dist_moe.parallel import experts_of_rank
 
 _FP32, _INT64 = torch.float32.itemsize, torch.int64.itemsize
 
 
-class TransformerConfig(MoEModelConfig):
+class TransformerConfig(LayeredConfig):
     """Decoder language model."""
 
     kind: ClassVar[str] = "language"
-    one_layer: ClassVar[bool] = False
+    gives_hidden_states: ClassVar[bool] = True
 
     name: Literal["transformer"] = Field("transformer", description="which model this is")
     num_experts: int = Field(8, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
-    experts_by_layer: tuple[Annotated[int, Field(ge=1, le=LARGEST_COUNT)], ...] | None = Field(
-        None,
-        description="experts of each mixture, at most num_experts, as merging leaves them (null: num_experts in each)",
-    )
     layers: int = Field(4, ge=1, le=LARGEST_DEPTH, description="layers, each of attention and a feed-forward network")
     dim: int = Field(128, ge=2, le=LARGEST_SIZE, description="width of the residual stream")
     heads: int = Field(4, ge=1, description="attention heads")
@@ -118,24 +115,9 @@ class TransformerConfig(MoEModelConfig):
             yield f"kv_heads={self.kv_heads} does not divide heads={self.heads}"
         if self.shared_gate and self.shared_hidden is None:
             yield "shared_gate=true weighs a shared network, and there is none; set shared_hidden"
-        if self.moe_every > self.layers:
-            yield f"moe_every={self.moe_every} exceeds layers={self.layers}; allowed: 0 (dense) to {self.layers}"
+        yield from self.layer_errors(self.layers)
         if self.moe_every:
             yield from self.experts.validation_errors(self.dim, self.dim)
-        counts = self.experts_by_layer
-        if counts is not None and (len(counts) != self.num_moe_layers or max(counts, default=0) > self.num_experts):
-            yield (
-                f"experts_by_layer={list(counts)}: give {self.num_moe_layers} numbers, one for each mixture, of at "
-                f"most num_experts={self.num_experts}"
-            )
-        if counts is not None and self.permutation is not None:
-            yield "experts_by_layer: only as many slots as experts can be permuted; set it or permutation to null"
-
-    def expert_counts(self, targets: Sequence[str]) -> dict[str, int]:
-        """Return the numbers of experts of the mixtures, by what to call them."""
-        if self.experts_by_layer is None:
-            return super().expert_counts(targets)
-        return {f"model.experts_by_layer[{i}]={count}": count for i, count in enumerate(self.experts_by_layer)}
 
     def expert_mismatches(self) -> Iterator[tuple[str, Any, Any]]:
         """Yield (field, value, value to set) of the experts, where they are not the SwiGLU networks of dense layers."""
@@ -150,19 +132,9 @@ class TransformerConfig(MoEModelConfig):
         """Return the model with this rank's experts, over tokens 0..vocab_size - 1."""
         return Transformer(self, vocab_size, run)
 
-    def has_experts(self, layer: int) -> bool:
-        """Return whether layer ``layer`` (from 0) is a mixture."""
-        return bool(self.moe_every) and (layer + 1) % self.moe_every == 0
-
-    def experts_of_layer(self, layer: int) -> int:
-        """Return the number of experts of layer ``layer`` (from 0), which is a mixture."""
-        counts = self.experts_by_layer
-        return self.num_experts if counts is None else counts[layer // self.moe_every]
-
     def build_mixture(self, run: RunShape, layer: int) -> MoE:
         """Return the MoE layer of layer ``layer`` (from 0). Raises UserError if its results have not width ``dim``."""
-        stds = (INIT_STD, self.residual_std)
-        count = self.experts_of_layer(layer)
+        count, stds = self.experts_of(layer), (INIT_STD, self.residual_std)
         experts = self.experts.build(self.dim, count, experts_of_rank(count, run.world), init_stds=stds)
         if experts.out_dim != self.dim:
             raise UserError(
@@ -289,6 +261,14 @@ class DecoderLayer(nn.Module):
         return x_BSD, self.feed_forward_norm(x_BSD)
 
 
+@dataclass(frozen=True)
+class TransformerOutput(ModelOutput):
+    """Output of a decoder. ``hidden_states``: if asked for, the embeddings and the residual stream after each layer,
+    (B, S, D) each."""
+
+    hidden_states: tuple[Tensor, ...] = ()
+
+
 class Transformer(MoEModel):
     """``model(token_BS)``: int64 ids of B sequences of S tokens (B may be 0) -> (B, S, V) logits of the next tokens.
 
@@ -307,16 +287,20 @@ class Transformer(MoEModel):
             self.head.weight = self.embedding.weight
         self.size = TransformerSize.of(self)
 
-    def forward(self, token_BS: Tensor) -> ModelOutput:
-        """Return (B, S, V) logits of the next tokens."""
+    def forward(self, token_BS: Tensor, hidden_states: bool = False) -> TransformerOutput:
+        """Return (B, S, V) logits of the next tokens, and (``hidden_states``) what each layer gives."""
         x_BSD = self.embedding(token_BS)
         table_2SP = rotary_table(token_BS.shape[1], self.config.head_width, self.config.rope_theta, x_BSD)
         mixtures: list[MoEOutput] = []
+        states = [x_BSD]
         for layer in self.layers:
             x_BSD, mixed = layer(x_BSD, token_BS, table_2SP)
             if mixed is not None:
                 mixtures.append(mixed)
-        return ModelOutput((self.head(self.norm(x_BSD)),), tuple(mixtures))
+            if hidden_states:
+                states.append(x_BSD)
+        kept = tuple(states) if hidden_states else ()
+        return TransformerOutput((self.head(self.norm(x_BSD)),), tuple(mixtures), kept)
 
     def activation_bytes(self, value_bytes: int, tokens: float, places: int) -> tuple[float, float]:
         """Return what autograd keeps of each operation on a CPU, without scores, as torch's fused attention has it;

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from dist_moe.experts import LowRankConfig
-from tests.helpers.parity import BATCH, Cell, Course, reference, relative_error, run_cells
+from tests.helpers.parity import BATCH, EXPERT_OF_SLOT, Cell, Course, reference, relative_error, run_cells
 from tests.helpers.pool import on_ranks
 
 LAYOUTS = [(ranks, ep) for ranks in (1, 2, 3, 4, 8) for ep in (1, 2, 4, 8) if ranks % ep == 0]
@@ -112,6 +112,14 @@ def test_options_change_nothing(ep: int) -> None:
     assert list(errors_of([cell for cell in OPTIONS if cell.ep == ep])) == []
 
 
+@pytest.mark.parametrize("ep", [1, 2])
+def test_merged_experts_train_alike_in_all_layouts(ep: int) -> None:
+    """Pairs of one token that meet the same expert are sent and computed once, with the sum of their weights."""
+    merged = (("num_slots", len(EXPERT_OF_SLOT)),)
+    cells = [Cell(2, ep, stage, accumulation=3, clipping=True, model=merged) for stage in STAGES]
+    assert list(errors_of(cells)) == []
+
+
 @pytest.mark.parametrize("layout", sorted({(cell.ranks, cell.ep) for cell in FACTORED_CELLS}), ids=str)
 def test_experts_of_low_rank(layout: tuple[int, int]) -> None:
     assert list(errors_of([cell for cell in FACTORED_CELLS if (cell.ranks, cell.ep) == layout])) == []
@@ -137,6 +145,8 @@ def test_the_reference_clips_and_rounds() -> None:
     """Else the cells would agree for lack of anything to differ in."""
     assert min(reference(clipping=True).norms) > 1
     plain, clipped, rounded = (reference(False), reference(True), reference(False, bf16=True))
+    merged = reference(False, model_options=(("num_slots", len(EXPERT_OF_SLOT)),))
     name = "moe.experts.weight|0"
+    assert (plain.masters[name] - merged.masters[name]).abs().max() > 1e-3
     assert (plain.masters[name] - clipped.masters[name]).abs().max() > 1e-3
     assert (plain.masters[name] - rounded.masters[name]).abs().max() > 1e-4

@@ -198,3 +198,12 @@ def test_faults_of_a_configuration(options: dict[str, Any], fault: str) -> None:
     sizes = {"layers": 2, "dim": 8, "heads": 4}
     assert list(TransformerConfig(**(sizes | options)).validation_errors()) == [fault]
     assert list(TransformerConfig(**sizes).validation_errors()) == []
+
+
+def test_hidden_states_are_the_embeddings_and_what_each_layer_gives() -> None:
+    model, token_BS = make_transformer(), random_tokens(2, 5)
+    output = model(token_BS, hidden_states=True)
+    assert model(token_BS).hidden_states == ()
+    assert output.hidden_states[0].equal(model.embedding(token_BS))
+    assert len(output.hidden_states) == model.config.layers + 1
+    assert output.predictions[0].equal(model.head(model.norm(output.hidden_states[-1])))

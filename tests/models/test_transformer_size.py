@@ -49,8 +49,9 @@ def test_layers_of_different_numbers_of_experts() -> None:
     assert [layer.experts.num_experts for layer in model.moe_layers.values()] == [1, 3]
     assert model.size.num_params() == sum(p.numel() for p in model.parameters())
     assert [table.table.tolist() for table in model.tables.values()] == [[[[0, 0, 0, 0]]], [[[0, 1, 2, 0]]]]
-    (wrong,) = model.config.model_copy(update={"experts_by_layer": (5, 1)}).validation_errors()
-    assert "give 2 numbers" in wrong
+    for counts, error in (((5, 1), "at most num_experts=4"), ((3,), "give 2 numbers")):
+        (wrong,) = model.config.model_copy(update={"experts_by_layer": counts}).validation_errors()
+        assert error in wrong
     assert list(model.config.expert_counts(["next"]).values()) == [1, 3]
 
 

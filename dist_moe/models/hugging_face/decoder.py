@@ -227,7 +227,7 @@ def _check_counts(directory: Path, config: TransformerConfig, family: Family, te
             f"{directory / CONFIG} says {config.num_experts:,} experts, and there are {len(tensors)} tensors"
         )
     for layer in filter(config.has_experts, range(0 if family.has_experts else config.layers)):
-        count, prefix = config.experts_of_layer(layer), f"{block_of(family, layer)}.experts."
+        count, prefix = config.experts_of(layer), f"{block_of(family, layer)}.experts."
         stacks = {name: spec.shape[:1] for name, spec in tensors.specs.items() if name.startswith(prefix)}
         for name in (name for name, rows in stacks.items() if rows != (count,)):
             raise UserError(f"{directory / CONFIG} says {count:,} experts, and {name} has another number")

@@ -18,10 +18,11 @@ from dist_moe.parallel import current_world, gather_columns
 from dist_moe.recipes.branch_train_merge.forest import Forest
 from dist_moe.recipes.branch_train_merge.merge import MergeSettings, Scores
 from dist_moe.recipes.branch_train_merge.partition import task_of_domain
+from dist_moe.recipes.branch_train_merge.picture import draw_weights
 from dist_moe.recipes.branch_train_merge.scoring import Scorer, new_model
-from dist_moe.recipes.branch_train_merge.training import ForestPlan
+from dist_moe.recipes.branch_train_merge.training import SEED, TWIN, ForestPlan
 
-REPORT, TABLE = "evaluation.json", "evaluation.md"
+REPORT, TABLE, PICTURE = "evaluation.json", "evaluation.md", "weights.png"
 TRAINED_ON, HELD_OUT = "all trained on", "all held out"
 
 
@@ -48,7 +49,7 @@ def evaluate_forest(scorer: Scorer, merges: Sequence[MergeSettings], trained_on:
         tokens. ``weights``: by label of a merge that has them, then by domain and expert: the mean weight.
         ``experts``: their names. ``trained_on``, ``held_out``: the domains.
     """
-    others = [name for name in scorer.forest.members if name not in scorer.forest.experts]
+    others = [name for name, member in scorer.forest.members.items() if member.role in (SEED, TWIN)]
     columns: dict[str, dict[str, Totals]] = {}
     active: dict[str, float] = {}
     weights: dict[str, dict[str, dict[str, float]]] = {}
@@ -97,7 +98,7 @@ def evaluate_run(
             if name not in there:
                 raise UserError(f"there is no {called} {name}; there are {', '.join(there)}")
     tasks = {name: task_of_domain(plan.task, name) for name in domains or known}
-    scorer = Scorer(new_model(plan, groups), tasks, forest, groups, plan.prior, experts)
+    scorer = Scorer(new_model(plan, groups), plan.union, tasks, forest, groups, plan.prior, experts)
     return evaluate_forest(scorer, merges if scorer.experts else (), plan.partition.trained_on)
 
 
@@ -149,11 +150,16 @@ def table_text(report: Mapping[str, Any]) -> str:
 
 
 def write_report(forest: Forest, report: Mapping[str, Any]) -> Path:
-    """Write the report into the forest's directory as JSON and Markdown; return the latter. Raises UserError."""
+    """Write the report into the forest's directory as JSON and Markdown; return the latter. Raises UserError.
+
+    With it comes a picture of the weights that the first of the ways of merging with weights gives the experts.
+    """
     path = forest.root / TABLE
     try:
         write_json(forest.root / REPORT, report)
         replace_text(path, table_text(report) + "\n")
+        for label, weights in list(report["weights"].items())[:1]:
+            draw_weights(forest.root / PICTURE, weights, f"{label}: who answers which text")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}; make room, then 'dist-moe forest evaluate'") from error
     return path

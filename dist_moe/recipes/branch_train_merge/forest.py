@@ -2,6 +2,7 @@
 
     RUN/forest/forest.json          the manifest, replaced in one piece
     RUN/forest/0003-news.safetensors    the weights of one expert, as 'dist-moe export' writes them
+    RUN/forest/clusters.npz         what tells the domains of a text by its words, where they were discovered
 
 A file never changes: an expert that is replaced gets another file. So what happens to one expert cannot touch another.
 """
@@ -15,18 +16,19 @@ from pydantic import ValidationError
 
 from dist_moe.config.files import read_json, write_json
 from dist_moe.config.settings import Settings
+from dist_moe.data.text.clusters import Clusterer
 from dist_moe.engine.checkpoint import ModelWeights, read_model, write_model
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.errors import UserError
 
-FOLDER, MANIFEST = "forest", "forest.json"
+FOLDER, MANIFEST, CLUSTERS = "forest", "forest.json", "clusters.npz"
 EXPERT = "expert"
 
 
 class Member(Settings):
     """A model of the forest.
 
-    ``role``: ``expert``, or what else the recipe keeps beside experts to compare with: ``seed``, ``twin``.
+    ``role``: ``expert``; ``seed`` or ``twin``, models of the same kind to compare with; or what a way of merging made.
     ``digest``: of the file. ``tokens``: that this model alone has seen, without those of what it began from.
     ``begun_from``: where its first weights came from.
     """
@@ -118,6 +120,25 @@ class Forest:
         if before is not None:
             (self.root / before.file).unlink(missing_ok=True)
         return member
+
+    def plant_clusterer(self, clusterer: Clusterer) -> None:
+        """Write what tells discovered domains. For one process alone. Raises UserError if it cannot be written."""
+        path = self.root / CLUSTERS
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            clusterer.save(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error}") from error
+
+    def clusterer(self) -> Clusterer:
+        """Return what tells discovered domains. Raises UserError if there is none."""
+        path = self.root / CLUSTERS
+        if not path.is_file():
+            raise UserError(
+                f"{path} is not there, which tells experts by words; it belongs to a run of data.clusters, whose "
+                "domains are discovered"
+            )
+        return Clusterer.load(path)
 
     def drop(self, name: str) -> None:
         """Take a model out of the manifest, then remove its file. For one process alone. Raises UserError."""

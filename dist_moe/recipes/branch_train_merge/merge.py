@@ -27,14 +27,15 @@ from dist_moe.recipes.branch_train_merge.posterior import History, log_mixture, 
 from dist_moe.recipes.branch_train_merge.scoring import Scorer
 
 if TYPE_CHECKING:
-    from dist_moe.recipes.stages import StagedPlan, Stages
+    from dist_moe.recipes.branch_train_merge.training import ForestPlan
+    from dist_moe.recipes.stages import Stages
 
 Prior = Literal["uniform", "cached"]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a way of merging gives for a domain, on this rank.
+    """The predictions of a way of merging for a domain, on this rank.
 
     ``logp_NS``: log-probabilities of the targets of this rank's sequences. ``experts_per_token``: whole models that are
     computed for each token. ``weight_JN``: mean weight of each expert in each sequence; None where they have none.
@@ -60,7 +61,10 @@ class MergeSettings(Settings, ABC):
     def check_config(self, config: Any) -> None:
         """Raise UserError for what of the whole configuration does not go with it."""
 
-    def prepare(self, plan: StagedPlan, stages: Stages) -> None:
+    def check_plan(self, plan: ForestPlan) -> None:
+        """Raise UserError for what of the branches does not go with it."""
+
+    def prepare(self, plan: ForestPlan, stages: Stages) -> None:
         """Run stages of its own once all experts are in the forest. On every rank."""
 
     @abstractmethod

@@ -43,7 +43,7 @@ def log_weights(logp_JBS: Tensor, prior_J: Tensor, history: History = "all") -> 
     logp_JBS = logp_JBS.double()
     seen_JBS = logp_JBS.cumsum(dim=2) if history == "all" else logp_JBS
     seen_JBS = F.pad(seen_JBS[:, :, :-1], (1, 0))  # a target's own probability must not decide its weight
-    return (prior_J.double().log()[:, None, None] + seen_JBS).log_softmax(dim=0)
+    return (prior_J.to(logp_JBS).log()[:, None, None] + seen_JBS).log_softmax(dim=0)
 
 
 def log_mixture(log_weight_JBS: Tensor, logp_JBS: Tensor) -> Tensor:

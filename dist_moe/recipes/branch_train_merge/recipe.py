@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from dist_moe.config.settings import LARGEST_COUNT
+from dist_moe.engine.checkpoint.files import checkpoints_of, complete_directories
 from dist_moe.engine.deepspeed.schedules import check_length_of_schedule
 from dist_moe.errors import UserError
 from dist_moe.recipes.branch_train_merge.budget import Budget
@@ -98,7 +99,9 @@ class BranchTrainMergeRecipe(StagedRecipe):
             merge.check_config(config)
 
     def result_of(self, root: Path) -> Path:
-        """Raise UserError: a forest is several models."""
+        """Return ``root`` for a stage that trained one model. Raises UserError for the run: it is several models."""
+        if complete_directories(checkpoints_of(root)):
+            return root
         raise UserError(
             f"{root} is a forest, not one model: 'dist-moe forest evaluate {root}' evaluates it, and 'dist-moe forest "
             f"list {root}' names the files of its experts"
@@ -145,6 +148,8 @@ class BranchTrainMergeRecipe(StagedRecipe):
             return
         tasks = {branch: partition.task_of(plan.task, branch) for branch in partition.branches}
         check_batch(plan, tasks, blocks_of(plan.start.environment.world_size, budget.branches, config.parallel)[1])
+        for merge in self.merge:
+            merge.check_plan(plan)
 
     def run(self, plan: ForestPlan, stages: Stages) -> None:
         """Run the stages in order. On every rank."""

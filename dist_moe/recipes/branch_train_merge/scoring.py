@@ -37,20 +37,22 @@ _TEST, _PRIOR = "test", "val"
 class Scorer:
     """Scores sequences by the models of ``forest``. Its methods are collective, alike on all ranks.
 
-    ``model``: of the run, into which weights are copied. ``domains``: by name the tasks of their sequences.
-    ``prior``: how cached priors are estimated. ``experts``: those that are used, all if None.
+    ``model``: of the run, into which weights are copied. ``task``: that of the run, for which models are built.
+    ``domains``: by name the tasks of their sequences. ``prior``: how cached priors are estimated. ``experts``: those
+    that are used, all if None.
     """
 
     def __init__(
         self,
         model: MoEModel,
+        task: LanguageModelTask,
         domains: Mapping[str, LanguageModelTask],
         forest: Forest,
         groups: ProcessGroups,
         prior: PriorOptions,
         experts: Sequence[str] | None = None,
     ) -> None:
-        self.model, self.domains, self.forest, self.groups = model, dict(domains), forest, groups
+        self.model, self.task, self.domains, self.forest, self.groups = model, task, dict(domains), forest, groups
         self.experts = tuple(forest.experts if experts is None else experts)
         self._prior = prior
         self._tables = {(_TEST, domain): task.data.test for domain, task in domains.items()}
@@ -58,6 +60,7 @@ class Scorer:
         self._kept: dict[tuple[str, str, str], Tensor] = {}
         self._priors: dict[tuple[str, History], Tensor] = {}
         self._placed: Hashable = None
+        self._another: tuple[Hashable, MoEModel] | None = None
 
     def table(self, domain: str) -> TokenTable:
         """Return the sequences of a domain that are evaluated: those of the test part."""
@@ -73,6 +76,13 @@ class Scorer:
             self._placed = None
             place_weights(self.model, weights())
             self._placed = key
+
+    def another(self, key: Hashable, build: Callable[[], MoEModel]) -> MoEModel:
+        """Return the model that ``build`` returns, built once as long as the ``key`` stays the same."""
+        if self._another is None or self._another[0] != key:
+            self._another = None
+            self._another = (key, build())
+        return self._another[1]
 
     def score(self, model: MoEModel, domain: str) -> Tensor:
         """Return (N, S) log-probabilities of the targets of this rank's sequences of a domain, by any model."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from dist_moe.tasks.language import LanguageModelTask
 from dist_moe.tasks.language.samples import write_on
 
 BEGINNINGS = ("average", "nearest", SEED)
-"""What the branch of a further domain can begin from: the experts, averaged by how well they predict the domain; the
+"""Beginnings of the branch of a further domain: the experts, averaged by how well they predict the domain; the
 one that predicts it best; the seed, optimizer and schedule included."""
 
 
@@ -110,7 +109,7 @@ def generate(
     with process_groups(plan.start.environment, config.parallel) as groups:
         tasks = {} if domain is None else {domain: task_of_domain(task, domain)}
         forest = Forest(run_dir)
-        scorer = Scorer(new_model(plan, groups), tasks, forest, groups, plan.prior)
+        scorer = Scorer(new_model(plan, groups), plan.union, tasks, forest, groups, plan.prior)
         model: Any = merge.model(scorer, domain, partial(new_model, plan, groups))
         written_BS = write_on(
             model,
@@ -126,22 +125,14 @@ def generate(
     return text
 
 
-@contextmanager
-def _tended(run_dir: Path, allow_changed_data: bool) -> Iterator[ForestPlan]:
-    """Open a run's forest for changes, under the lock of its directory."""
-    RunDirectory(run_dir).check_exists()
-    with held(run_dir, LaunchEnvironment.read(), option="RUN") as begin:
-        plan = open_run(run_dir, allow_changed_data=allow_changed_data)
-        begin()
-        yield plan
-
-
 def drop_expert(run_dir: Path, name: str) -> None:
     """Remove an expert from a run's forest; no other file is touched. Raises UserError if there is no such expert."""
-    with _tended(run_dir, allow_changed_data=True) as plan:
-        forest = Forest(run_dir)
+    environment = LaunchEnvironment.read()
+    RunDirectory(run_dir).check_exists()
+    with held(run_dir, environment, option="RUN"):
+        forest = Forest.found(run_dir)
         _check_is_expert(forest, name)
-        if plan.start.environment.is_rank_zero:
+        if environment.is_rank_zero:
             forest.drop(name)
 
 
@@ -156,8 +147,10 @@ def add_expert(
 
     Returns 0, or 128 + signal where the training was asked to stop: the same command goes on with it. Raises UserError.
     """
-    with _tended(run_dir, allow_changed_data) as plan:
-        forest = Forest(run_dir)
+    RunDirectory(run_dir).check_exists()
+    with held(run_dir, LaunchEnvironment.read(), option="RUN") as begin:
+        plan, forest = open_run(run_dir, allow_changed_data=allow_changed_data), Forest(run_dir)
+        begin()
         if replaces:
             _check_is_expert(forest, name)
         elif name in forest.members:
@@ -225,7 +218,7 @@ def _train(plan: ForestPlan, name: str, task: LanguageModelTask, begin_from: str
 
     def begin(model: MoEModel) -> None:
         """Fill it with the average of the experts, by the posterior of their domains on a sample, or the likeliest."""
-        scorer = Scorer(model.to(stage.groups.device), {name: task}, forest, stage.groups, plan.prior)
+        scorer = Scorer(model.to(stage.groups.device), plan.union, {name: task}, forest, stage.groups, plan.prior)
         prior_J = scorer.prior(name, "all")
         shares = prior_J.tolist()
         if begin_from == "nearest":

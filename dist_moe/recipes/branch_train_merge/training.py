@@ -11,6 +11,7 @@ from dist_moe.data.batches import ShuffledFeed
 from dist_moe.engine.checkpoint import newest_checkpoint, read_model
 from dist_moe.engine.deepspeed.checks import check_deepspeed_section
 from dist_moe.engine.settings import TrainConfig
+from dist_moe.engine.trainable import Trained
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import wait_for_all
@@ -103,12 +104,13 @@ def fit_model(
     first: Path | None = None,
     first_step: int = 0,
     begin: Callable[[MoEModel], None] | None = None,
+    trained: Trained | None = None,
 ) -> dict[str, Any]:
     """Fit a model to ``task``; return steps and seconds. Collective over the stage's ranks.
 
     ``first``: a run from whose newest checkpoint a stage that begins goes on, optimizer and schedule included.
     ``first_step``: steps that were taken on other data. ``begin``: gives a model its first weights, where there is no
-    checkpoint to go on from.
+    checkpoint to go on from. ``trained``: which parameters train, see :func:`dist_moe.engine.training.fit`.
     """
     config, environment = plan.start.config, stage.environment
     model: MoEModel = build_model(config, plan.union, stage.groups.world)
@@ -132,13 +134,14 @@ def fit_model(
         weighted_objective(config, task, stage.groups),
         settings,
         callbacks=callbacks_of(config, task, None) if validated else [one.build() for one in config.callbacks],
+        trained=trained,
         keep_model=False,
     )
     return {"steps": fitted.steps, "first_step": fitted.first_step, "training_seconds": fitted.history.seconds}
 
 
 def plant_forest(plan: ForestPlan, branches: Sequence[str], stage: Stage) -> dict[str, Any]:
-    """Write the weights of every trained model into the forest."""
+    """Write the weights of every trained model into the forest, and what tells domains that were discovered."""
     run, budget, length = plan.start.run, plan.budget, plan.task.tokens_per_example
     if stage.environment.is_rank_zero:
         forest, configuration = Forest(run.root), plan.start.config.plain()
@@ -150,5 +153,7 @@ def plant_forest(plan: ForestPlan, branches: Sequence[str], stage: Stage) -> dic
                 weights = read_model(newest_checkpoint(run.stages / directory))
                 begun = SEED if budget.seed and name != SEED else "random weights"
                 forest.plant(name, weights, configuration, role=role, tokens=sequences * length, begun_from=begun)
+        if plan.task.data.clusterer is not None:
+            forest.plant_clusterer(plan.task.data.clusterer)
     wait_for_all()
     return {"tokens": {name: count * length for name, count in budget.sequences.items()}}

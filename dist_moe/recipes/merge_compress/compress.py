@@ -12,6 +12,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -28,21 +30,24 @@ from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.run_lock import held
 from dist_moe.errors import UserError
+from dist_moe.experts import FeedForwardBank
 from dist_moe.gates import Gate
 from dist_moe.layer import MoE
-from dist_moe.models import MoEModelConfig
+from dist_moe.models import MoEModel, MoEModelConfig
 from dist_moe.parallel import wait_for_all
-from dist_moe.recipes.merge_compress.calibrate import LayerStatistics, calibrate
-from dist_moe.recipes.merge_compress.group import (
-    Leaders,
-    Numbers,
-    clusters,
-    global_counts,
-    join_leaders,
-    largest,
-    random_groups,
+from dist_moe.recipes.merge_compress.align import alignment_by_activations
+from dist_moe.recipes.merge_compress.calibrate import LayerStatistics, calibrate, layer_inputs
+from dist_moe.recipes.merge_compress.group import Leaders, Numbers, global_counts, led_by_usage
+from dist_moe.recipes.merge_compress.merge import (
+    Match,
+    MergedLayer,
+    merged_weights,
+    orders,
+    shares,
+    weight_similarity,
 )
-from dist_moe.recipes.merge_compress.merge import MergedLayer, merged_weights, orders, shares, weight_similarity
+from dist_moe.recipes.merge_compress.methods import LayerChoice
+from dist_moe.recipes.merge_compress.picture import PICTURE, write_picture
 from dist_moe.recipes.merge_compress.settings import CompressConfig
 from dist_moe.recipes.recipe import validate_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
@@ -54,6 +59,16 @@ _COMPARED = {"folding": "slot maps folded into the routers, on held-out text", "
 """Fields of a report that say how two models differ."""
 _BY_LAYER = "experts_by_layer"
 """Field of models whose layers may have different numbers of experts."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A model with fewer experts. ``weights``: made as they are read. ``config``: of a supervised run of it.
+    ``report``: JSON, see docs/compress.md."""
+
+    weights: ModelWeights
+    config: SupervisedConfig
+    report: dict[str, Any]
 
 
 def compress_run(
@@ -68,36 +83,57 @@ def compress_run(
     """
     environment = LaunchEnvironment.read()
     written = RunDirectory(output)
-    if run_dir.resolve() in output.resolve().parents:
-        raise UserError(f"OUT {output} lies within RUN {run_dir}, which stays as it is; name a directory beside it")
+    check_beside(run_dir, output)
     with held(output, environment, option="OUT"), ExitStack() as stack:
         written.check_unused("OUT")  # on all ranks: nothing is written before they have met
-        run = stack.enter_context(trained_run(run_dir, allow_changed_data=allow_changed_data))
-        config = config.settled(can_differ=_BY_LAYER in type(run.config.model).model_fields)
-        _check(run, config)
-        run.model.end_learning()
-        part = getattr(run.task, config.part)
-        statistics = calibrate(run.task, run.model, part, config.examples, run.groups, outputs=config.needs_outputs)
-        weights = read_model(run.checkpoint)
-        moe_layers = run.model.moe_layers
-        hidden_axes = {name: layer.experts.hidden_axes for name, layer in moe_layers.items()}
-        layers = plan_merge(hidden_axes, statistics, weights, config)
-        new_config = compressed_config(run, layers, prunes=config.prunes)
-        buffers: dict[str, Tensor] = {}
-        for name, layer in moe_layers.items():
-            assert isinstance(layer.slot_map, SlotTable)
-            buffers |= slot_buffers(name, layers[name], layer.slot_map, layer.gates, prunes=config.prunes)
-        compressed = merged_weights(weights, layers, buffers)
-        report = {
-            "checkpoint": run.checkpoint.name,
-            "changed_data": run.changed_data,
-            "compress": config.model_dump(mode="json") | {"examples": min(config.examples, len(part))},
-            **what_became(weights, compressed, layers, statistics, prunes=config.prunes),
-        }
+        check = partial(check_merge, merge=config)
+        run = stack.enter_context(trained_run(run_dir, allow_changed_data=allow_changed_data, check=check))
+        compressed = compress(run, config)
+        report = compressed.report | {"changed_data": run.changed_data}
         if environment.is_rank_zero:
-            _write(run_dir, compressed, new_config, written, report)
+            _write(run_dir, compressed, written, report)
         wait_for_all()
     return report
+
+
+def check_beside(source: Path, output: Path) -> None:
+    """Raise UserError for an output within the run of which it is made."""
+    if source.resolve() in output.resolve().parents:
+        raise UserError(f"OUT {output} lies within RUN {source}, which stays as it is; name a directory beside it")
+
+
+def compress(run: TrainedRun, merge: CompressConfig) -> Compressed:
+    """Return the model of ``run`` with fewer experts; its own ends learning, and forgets slots that are pruned.
+
+    Collective over all ranks, and alike on all. Raises UserError if its experts cannot be merged as ``merge`` says, of
+    which :func:`check_merge` knows most.
+    """
+    merge = merge.settled(can_differ=_BY_LAYER in type(run.config.model).model_fields)
+    run.model.end_learning()
+    part = getattr(run.task, merge.part)
+    statistics = calibrate(run.task, run.model, part, merge.examples, run.groups, outputs=merge.needs_outputs)
+    weights = read_model(run.checkpoint)
+    matches: dict[str, Match] = {}
+    moe_layers = run.model.moe_layers
+    if merge.aligns_by_activations:
+        inputs = layer_inputs(run.task, run.model, part, merge.examples, run.groups)
+        for name, layer in moe_layers.items():
+            if isinstance(layer.experts, FeedForwardBank):
+                matches[name] = partial(alignment_by_activations, bank=layer.experts, x_TD=inputs[name])
+    hidden_axes = {name: layer.experts.hidden_axes for name, layer in moe_layers.items()}
+    layers = plan_merge(hidden_axes, statistics, weights, merge, matches)
+    config = compressed_config(run, layers, prunes=merge.by.prunes)
+    buffers: dict[str, Tensor] = {}
+    for name, layer in moe_layers.items():
+        assert isinstance(layer.slot_map, SlotTable)
+        buffers |= slot_buffers(name, layers[name], layer.slot_map, layer.gates, prunes=merge.by.prunes)
+    merged = merged_weights(weights, layers, buffers)
+    report = {
+        "checkpoint": run.checkpoint.name,
+        "compress": merge.model_dump(mode="json") | {"examples": min(merge.examples, len(part))},
+        **what_became(weights, merged, layers, statistics, prunes=merge.by.prunes),
+    }
+    return Compressed(merged, config, report)
 
 
 def what_became(
@@ -135,37 +171,54 @@ def plan_merge(
     statistics: Mapping[str, LayerStatistics],
     weights: ModelWeights,
     config: CompressConfig,
+    matches: Mapping[str, Match],
 ) -> dict[str, MergedLayer]:
     """Return what becomes of the experts of each layer, by its name; alike on all ranks.
 
     ``hidden_axes``: of each layer's bank, see ExpertBank. ``weights``: of the model, wherever they are from.
+    ``matches``: of each layer, where units are matched by activations; collective then.
     """
     usage_LE = [of_layer.usage_E for of_layer in statistics.values()]
-    counts = [len(usage_E) if i in config.excluded_layers else config.experts for i, usage_E in enumerate(usage_LE)]
-    if config.grouping == "global":
-        counts = global_counts(usage_LE, config.experts, config.excluded_layers)
     planned: dict[str, MergedLayer] = {}
-    for (name, seen), count in zip(statistics.items(), counts, strict=True):
-        axes = hidden_axes[name] if config.align != "none" and not config.prunes else {}
-        order_EH = None
-        if config.align == "first" or config.similarity == "weights":
-            order_EH = orders(weights, name, np.zeros(len(seen.usage_E), dtype=np.int64), axes)
-        similarity_EE = seen.router_EE if seen.output_EE is None or config.similarity != "outputs" else seen.output_EE
-        if config.similarity == "weights":
-            similarity_EE = weight_similarity(weights, name, order_EH, axes)
-        if config.joins and not _tells_apart(similarity_EE, count):
-            raise UserError(
-                f"similarity={config.similarity}: no two experts of {name} have anything in common, as where a gate "
-                "sends each token to one expert with all weight; use similarity=outputs or similarity=weights"
+    for (name, seen), count in zip(statistics.items(), _counts(usage_LE, config), strict=True):
+        axes = hidden_axes[name] if config.align != "none" and not config.by.prunes else {}
+        match = matches.get(name)
+        order_EH, similarity_EE = None, None
+        if config.align == "first" or (config.compares and config.similarity == "weights"):
+            order_EH = orders(weights, name, np.zeros(len(seen.usage_E), dtype=np.int64), axes, match)
+        if config.compares:
+            similarity_EE = (
+                weight_similarity(weights, name, order_EH, axes)
+                if config.similarity == "weights"
+                else {"router": seen.router_EE, "router_rows": seen.rows_EE, "outputs": seen.output_EE}[
+                    config.similarity
+                ]
             )
-        leader_E = _groups(seen, similarity_EE, count, config, seed=(config.seed, len(planned)))
+            assert similarity_EE is not None
+            if not _tells_apart(similarity_EE, count):
+                raise UserError(
+                    f"similarity={config.similarity}: no two experts of {name} have anything in common, as where a "
+                    "gate sends each token to one expert with all weight; use similarity=outputs or similarity=weights"
+                )
+        choice = LayerChoice(seen, similarity_EE, count, config.linkage, (config.seed, len(planned)))
+        leader_E = _groups(seen, choice, config, len(planned))
         if config.align == "leader":
-            order_EH = orders(weights, name, leader_E, axes)
-        weight_E = np.ones(len(leader_E)) if config.method == "uniform" else seen.usage_E
-        if config.prunes:
+            order_EH = orders(weights, name, leader_E, axes, match)
+        weight_E = np.ones(len(leader_E)) if config.by.plain_means else seen.usage_E
+        if config.by.prunes:
             weight_E = np.isin(np.arange(len(leader_E)), leader_E).astype(np.float64)
         planned[name] = MergedLayer(leader_E, shares(leader_E, weight_E), order_EH, axes)
     return planned
+
+
+def _counts(usage_LE: Sequence[Numbers], config: CompressConfig) -> list[int]:
+    """Return how many groups each layer gets."""
+    if config.groups is not None:
+        return [len(groups) for groups in config.groups]
+    assert config.experts is not None
+    if config.grouping == "global":
+        return global_counts(usage_LE, config.experts, config.excluded_layers)
+    return [len(usage_E) if i in config.excluded_layers else config.experts for i, usage_E in enumerate(usage_LE)]
 
 
 def _tells_apart(similarity_EE: Numbers, count: int) -> bool:
@@ -174,29 +227,22 @@ def _tells_apart(similarity_EE: Numbers, count: int) -> bool:
     return count == experts or bool(similarity_EE[~np.eye(experts, dtype=np.bool_)].any())
 
 
-def _groups(
-    seen: LayerStatistics, similarity_EE: Numbers, count: int, config: CompressConfig, seed: tuple[int, int]
-) -> Leaders:
-    if config.method == "hc_smoe":
-        assert seen.output_EF is not None
-        return clusters(seen.output_EF, count, seen.usage_E, config.linkage)
-    if config.method == "random":
-        return random_groups(count, seen.usage_E, seed)
-    score_E = seen.reap_E if config.method == "reap" else seen.usage_E
-    assert score_E is not None
-    return join_leaders(largest(score_E, count), similarity_EE)
+def _groups(seen: LayerStatistics, choice: LayerChoice, config: CompressConfig, layer: int) -> Leaders:
+    if config.groups is None:
+        return config.by.groups(choice)
+    label_E = np.empty(len(seen.usage_E), dtype=np.int64)
+    for label, group in enumerate(config.groups[layer]):
+        label_E[list(group)] = label
+    return led_by_usage(label_E, seen.usage_E)
 
 
 def compressed_config(run: TrainedRun, layers: Mapping[str, MergedLayer], *, prunes: bool) -> SupervisedConfig:
-    """Return the configuration of the run with fewer experts. Raises UserError if its model cannot have them."""
-    content = run.config.plain()
-    model, counts = content["model"], [len(layer.leaders) for layer in layers.values()]
+    """Return the configuration of a run with fewer experts. Raises UserError if its model cannot have them."""
+    model, counts = run.config.model.model_dump(mode="json"), [len(layer.leaders) for layer in layers.values()]
     if model.get("expert_hidden", 0) is None:  # it would follow from the number of experts
         model["expert_hidden"] = next(iter(run.model.moe_layers.values())).experts.get_parameter("up").shape[2]
     model |= mixture_fields(run.config.model, counts, prunes=prunes)
-    parallel = content["parallel"]  # several ranks must have equally many experts
-    parallel["expert_parallel_size"] = gcd(parallel["expert_parallel_size"], *counts)
-    config: SupervisedConfig = validate_config(content)
+    config = supervised_config(run.config, model)
     config.check(config.parallel.expert_parallel_size)
     return config
 
@@ -210,48 +256,77 @@ def mixture_fields(model: MoEModelConfig, counts: Sequence[int], *, prunes: bool
     return fields
 
 
-def _check(run: TrainedRun, config: CompressConfig) -> None:
-    """Raise UserError for a model whose experts cannot be merged, or not as ``config`` says."""
-    model, layers = run.config.model, run.model.moe_layers
-    if run.config.recipe.name != "supervised":
-        raise UserError(f"recipe.name={run.config.recipe.name}: only supervised runs can be compressed so far")
-    if not layers or not model.has_tables:
-        raise UserError(f"model.name={model.name}: there are no MoE layers with slot maps in it to compress")
-    if model.low_rank is not None:
+def supervised_config(config: SupervisedConfig, model: Mapping[str, Any]) -> SupervisedConfig:
+    """Return the configuration of supervised training of another ``model``, of which there are weights already.
+
+    The ranks over which experts are split are those of ``config``, or fewer where all of them must have equally many.
+    """
+    content = config.plain() | {"recipe": {"name": "supervised"}, "start": None, "model": dict(model)}
+    supervised: SupervisedConfig = validate_config(content)
+    size = gcd(config.parallel.expert_parallel_size, *supervised.model.expert_counts(config.data.target_names).values())
+    parallel = supervised.parallel.model_copy(update={"expert_parallel_size": size})
+    return supervised.model_copy(update={"parallel": parallel})
+
+
+def check_merge(config: SupervisedConfig, model: MoEModel, merge: CompressConfig) -> None:
+    """Raise UserError for a ``model``, with or without storage, whose experts cannot be merged as ``merge`` says."""
+    settings, layers = config.model, model.moe_layers
+    gate_name = f"gate.name={settings.gate.name}"
+    can_differ = _BY_LAYER in type(settings).model_fields
+    merge = merge.settled(can_differ=can_differ)
+    head = getattr(settings, "auxiliary_head", None)
+    if head is not None:
+        raise UserError(f"model.auxiliary_head={head}: a model with a second head cannot be compressed; name another")
+    if not layers or not settings.has_tables:
+        raise UserError(f"model.name={settings.name}: there are no MoE layers with slot maps in it to compress")
+    if settings.low_rank is not None:
         raise UserError("model.low_rank: experts that are factored cannot be merged any more; merge them before")
     for name, layer in layers.items():
-        check_layer(name, layer, config)
-    can_differ = len(layers) == 1 or _BY_LAYER in type(model).model_fields
-    check_counts({name: layer.experts.num_experts for name, layer in layers.items()}, config, can_differ=can_differ)
+        check_layer(name, layer, merge, gate_name)
+    experts = {name: layer.experts.num_experts for name, layer in layers.items()}
+    check_counts(experts, merge, f"model.name={settings.name}", can_differ=can_differ)
 
 
-def check_layer(name: str, layer: MoE, config: CompressConfig) -> None:
-    """Raise UserError for an MoE layer whose experts cannot be merged, or not as ``config`` says."""
+def check_layer(name: str, layer: MoE, merge: CompressConfig, gate_name: str) -> None:
+    """Raise UserError for an MoE layer whose experts cannot be merged as ``merge`` says."""
     if not isinstance(layer.slot_map, SlotTable) or layer.slot_map.table.shape[:2] != (1, 1):
         raise UserError(f"{name} has a slot map for each gate or branch; only one for all can be compressed")
     if next(layer.experts.buffers(), None) is not None:
         raise UserError(f"{name}: experts with batch normalisation have statistics that cannot be averaged")
-    if config.prunes and not all(gate.can_exclude for gate in layer.each_gate):
-        raise UserError(f"method={config.method}: {name} has a gate that cannot do without slots; merge them")
+    if merge.by.prunes and not all(gate.can_exclude for gate in layer.each_gate):
+        raise UserError(f"method={merge.method}: {gate_name} cannot do without slots; merge them")
+    if merge.similarity == "router_rows" and any(gate.rows_ED is None for gate in layer.each_gate):
+        raise UserError(f"similarity=router_rows: {gate_name} has no rows; use similarity=router")
+    bank = layer.experts
+    if merge.aligns_by_activations and bank.hidden_axes and not isinstance(bank, FeedForwardBank):
+        raise UserError(f"align_by=activations: {name} has no feed-forward networks; use align_by=weights")
 
 
-def check_counts(experts: Mapping[str, int], config: CompressConfig, *, can_differ: bool) -> None:
-    """Raise UserError if layers cannot keep as many experts as ``config`` says.
+def check_counts(experts: Mapping[str, int], merge: CompressConfig, model: str, *, can_differ: bool) -> None:
+    """Raise UserError if layers cannot keep as many experts as ``merge`` says.
 
-    ``experts``: how many each layer has, by its name. ``can_differ``: whether layers may keep unequally many.
+    ``experts``: how many each layer has, by its name. ``model``: what to call it. ``can_differ``: whether its layers
+    may keep unequally many.
     """
-    excluded = set(config.excluded_layers)
-    if (excluded or config.grouping == "global") and not can_differ:
-        raise UserError("the model must have equally many experts in all layers: use grouping=uniform")
+    excluded = set(merge.excluded_layers)
+    differ = excluded or merge.grouping == "global" or len({len(groups) for groups in merge.groups or ()}) > 1
+    if differ and len(experts) > 1 and not can_differ:
+        raise UserError(f"{model} has as many experts in each layer: use grouping=uniform, or as many groups")
     if not excluded < set(range(len(experts))):
         raise UserError(f"excluded_layers={sorted(excluded)}: allowed: some of 0..{len(experts) - 1}, not all")
+    if merge.groups is not None:
+        error = merge.group_errors(list(experts.values()))
+        if error:
+            raise UserError(error)
+        return
+    assert merge.experts is not None
     counts = {name: count for i, (name, count) in enumerate(experts.items()) if i not in excluded}
     mean = sum(counts.values()) // len(counts)
-    if config.grouping == "global" and config.experts > mean:
-        raise UserError(f"experts={config.experts}: the model has {mean} a layer; give at most that many")
+    if merge.grouping == "global" and merge.experts > mean:
+        raise UserError(f"experts={merge.experts}: the model has {mean} a layer; give at most that many")
     for name, count in counts.items():
-        if config.grouping == "uniform" and config.experts > count:
-            raise UserError(f"experts={config.experts}: {name} has {count}; give at most that many, or exclude it")
+        if merge.grouping == "uniform" and merge.experts > count:
+            raise UserError(f"experts={merge.experts}: {name} has {count}; give at most that many, or exclude it")
 
 
 def slot_buffers(
@@ -272,15 +347,15 @@ def slot_buffers(
     return buffers | {named: buffer.cpu() for named, buffer in gates.named_buffers(prefix=f"{name}.gates")}
 
 
-def _write(
-    source: Path, weights: ModelWeights, config: SupervisedConfig, written: RunDirectory, report: Mapping[str, Any]
-) -> None:
+def _write(source: Path, compressed: Compressed, written: RunDirectory, report: Mapping[str, Any]) -> None:
+    weights = compressed.weights
     write_first_checkpoint(weights, checkpoints_of(written.root), f"{source.name}, compressed", weights.identity)
     identity = RunDirectory(source).identity
     if identity.is_file():
         shutil.copy(identity, written.root)
     write_json(written.root / REPORT, report)
-    written.describe(config.plain(), LaunchEnvironment())  # last: its presence makes it a run
+    write_picture(report, written.root / PICTURE)
+    written.describe(compressed.config.plain(), LaunchEnvironment())  # last: its presence makes it a run
 
 
 def report_text(report: Mapping[str, Any]) -> str:

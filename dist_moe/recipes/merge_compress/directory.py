@@ -60,6 +60,9 @@ Form = Literal["run", "dist_moe", "stock"]
 TEXT = "brown"
 """The corpus on which experts are compared if nothing else is said: the smallest one."""
 
+_TOKENS_AT_ONCE = 256
+"""Tokens that are compared at once: what all experts make of more would take more memory than a layer."""
+
 _BESIDE_WEIGHTS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
@@ -88,12 +91,14 @@ def compress_directory(job: Compression, config: CompressConfig) -> dict[str, An
     """
     environment = LaunchEnvironment.read()
     checkpoint = open_decoder(job.source)
-    form = job.form or ("stock" if config.prunes and checkpoint.architecture != OURS else "dist_moe")
+    form = job.form or ("stock" if config.by.prunes and checkpoint.architecture != OURS else "dist_moe")
     _check(job, form, checkpoint, environment)
+    if config.aligns_by_activations:
+        raise UserError("align_by=activations: a directory is never whole in memory; use align_by=weights")
     config = config.settled(can_differ=form != "stock")
     before = _stored(checkpoint)
     counts = {name: _experts(before.weights, name) for name in before.moe_layers}
-    check_counts(counts, config, can_differ=form != "stock" or len(counts) == 1)
+    check_counts(counts, config, "a stock architecture", can_differ=form != "stock")
     settings = _run_config(job, checkpoint) if form == "run" else None
     data = settings.data if settings else _data(job)
     assert isinstance(data, LanguageModelSettings)
@@ -103,12 +108,12 @@ def compress_directory(job: Compression, config: CompressConfig) -> dict[str, An
     with lock, recording(None):
         token_NS, _ = some_tokens(getattr(task, config.part), config.examples)
         plan = _plan(before, config, token_NS)
-        after = _merged(before, plan, prunes=config.prunes)
+        after = _merged(before, plan, prunes=config.by.prunes)
         report: dict[str, Any] = {
             "source": str(job.source),
             "form": form,
             "compress": config.model_dump(mode="json") | {"examples": len(token_NS)},
-            **what_became(before.weights, after.weights, plan.layers, plan.statistics, prunes=config.prunes),
+            **what_became(before.weights, after.weights, plan.layers, plan.statistics, prunes=config.by.prunes),
         }
         held_out = some_tokens(task.test, config.examples)
         if form == "stock":
@@ -143,22 +148,22 @@ def _plan(model: StoredDecoder, config: CompressConfig, token_NS: Tensor) -> _Pl
     def visit(index: int, layer: DecoderLayer) -> None:
         if layer.moe is not None:
             name = f"layers.{index}.moe"
-            check_layer(name, layer.moe, config)
+            check_layer(name, layer.moe, config, f"gate.name={model.config.gate.name}")
             sums = LayerSums(layer.moe, outputs=config.needs_outputs)
             layer.moe.register_forward_hook(sums.see)
             assert isinstance(layer.moe.slot_map, SlotTable)
             hidden_axes[name] = layer.moe.experts.hidden_axes
             routers[name] = layer.moe.slot_map, layer.moe.gates
-        flow.advance(layer)
+        flow.advance(layer, _TOKENS_AT_ONCE)
         if layer.moe is not None:
             statistics[name] = sums.statistics()
         ACTIVITY.beat()
 
     each_layer(model.config, model.weights, model.run, visit)
-    layers = plan_merge(hidden_axes, statistics, model.weights, config)
+    layers = plan_merge(hidden_axes, statistics, model.weights, config, {})
     buffers: dict[str, Tensor] = {}
     for name, (slot_map, gates) in routers.items():
-        buffers |= slot_buffers(name, layers[name], slot_map, gates, prunes=config.prunes)
+        buffers |= slot_buffers(name, layers[name], slot_map, gates, prunes=config.by.prunes)
     kept = {name: buffer for name, buffer in buffers.items() if name in model.weights or "allowed_E" in name}
     return _Plan(layers, statistics, kept)
 
@@ -192,7 +197,7 @@ def _check(job: Compression, form: Form, checkpoint: DecoderCheckpoint, environm
     if model.low_rank is not None:
         raise UserError(f"{job.source}: experts that are factored cannot be merged any more; merge them before")
     if form == "run" and job.config is None:
-        raise UserError("--as run needs --config CONFIG for the rest of the run")
+        raise UserError("--as run needs --run-config CONFIG for the rest of the run")
     if form == "stock" and checkpoint.architecture == OURS:
         raise UserError(f"{job.source} is of our own architecture: there is no stock one to write; use --as dist_moe")
     if form == "run" and checkpoint.architecture == OURS:

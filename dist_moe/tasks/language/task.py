@@ -21,7 +21,7 @@ from dist_moe.data.text import Text, TokenBatch, TokenTable
 from dist_moe.models import ModelOutput, Transformer
 from dist_moe.tasks.language.samples import sample_text
 from dist_moe.tasks.objective import at_least_fp32
-from dist_moe.tasks.task import Columns, Metrics, Task
+from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
 
 EVAL_TOKENS = 4096
 """Evaluated at once on a rank: their logits are V numbers each."""
@@ -48,6 +48,11 @@ class LanguageModelTask(Task):
     def model_inputs(self) -> dict[str, Any]:
         """Return the size of the vocabulary."""
         return {"vocab_size": self.vocab_size}
+
+    @property
+    def prediction_kinds(self) -> tuple[PredictionKind, ...]:
+        """The next token's logits."""
+        return ("classes",)
 
     def costs(self, model: Transformer, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``parameters``, ``active_parameters`` and forward FLOPs, at the measured experts per token."""

@@ -52,8 +52,12 @@ def test_statistics_equal_a_loop(gate: str, num_gates: int, monkeypatch: pytest.
     layer, x_TD = build(gate, num_gates), torch.randn(11, DIM, dtype=torch.float64)
     sums = LayerSums(layer, outputs=True)
     layer.register_forward_hook(sums.see)
+    seen_at_once, all_results = [], layer.all_results
+    monkeypatch.setattr(layer, "all_results", lambda x: seen_at_once.append(len(x)) or all_results(x))
     for part in x_TD.split([4, 0, 6, 1]):
         layer(part)
+    assert len(seen_at_once) == 4 * 3, "on every rank as many, whatever tokens it has"
+    assert max(seen_at_once) == 2
     seen = sums.statistics()
     count, reap = [0] * EXPERTS, [0.0] * EXPERTS
     column: list[list[float]] = [[] for _ in range(EXPERTS)]
@@ -80,6 +84,12 @@ def test_statistics_equal_a_loop(gate: str, num_gates: int, monkeypatch: pytest.
     assert seen.usage_E == pytest.approx([c / sum(count) for c in count])
     assert seen.router_EE == pytest.approx(np.array([[cosine(column[a], column[b]) for b in every] for a in every]))
     assert seen.output_EF == pytest.approx(result_ETF.mean(dim=1).numpy())
+    if gate == "comet":
+        assert seen.rows_EE is None
+    else:
+        weights = [each.gate.weight if isinstance(each, NullSlots) else each.weight for each in layer.each_gate]
+        row = [torch.cat([sum(w[s] for s in range(SLOTS) if TABLE[s] == e) for w in weights]) for e in every]
+        assert seen.rows_EE == pytest.approx(np.array([[cosine(row[a], row[b]) for b in every] for a in every]))
     of_outputs = [[cosine(result_ETF[a], result_ETF[b]) for b in every] for a in every]
     assert seen.output_EE == pytest.approx(np.array(of_outputs))
     assert seen.reap_E == pytest.approx([r / c for r, c in zip(reap, count, strict=True)])
@@ -95,4 +105,6 @@ def test_excluded_slots_say_nothing_of_experts() -> None:
     seen = sums.statistics()
     assert seen.usage_E[1] == 0
     assert seen.router_EE[1].tolist() == [0, 0, 0]
+    assert seen.rows_EE is not None
+    assert seen.rows_EE[1].tolist() == [0, 0, 0]
     assert np.isfinite(seen.router_EE).all()

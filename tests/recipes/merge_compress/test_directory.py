@@ -284,7 +284,7 @@ def test_a_run_of_ours_with_slot_maps(sources: Path, tmp_path: Path, tiny_text: 
     """It evaluates to what the report says, trains on, and has the weights of the directory."""
     source, options = sources / "mixtral", ["--experts", 3, "examples=10000"]
     config = write_lm_config(tmp_path, tiny_text | {"tokenizer": str(source)}, train={"max_steps": 2})
-    report = compress(source, tmp_path / "run", {}, *options, "--as", "run", "--config", config)
+    report = compress(source, tmp_path / "run", {}, *options, "--as", "run", "--run-config", config)
     directory = compress(source, tmp_path / "maps", tiny_text, *options)
     assert report["layers"] == directory["layers"]
     found = json.loads(succeed(1, "evaluate", tmp_path / "run", "--json")[0].out)["test"]["loss"]
@@ -396,9 +396,9 @@ def test_one_layer_is_in_memory_at_a_time(
     ("arguments", "parts"),
     [
         (["--experts", 7, "--grouping", "uniform"], ["experts=7", "has 6"]),
-        (["--experts", 3, "--as", "stock", "--grouping", "global"], ["equally many", "grouping=uniform"]),
-        (["--experts", 3, "--as", "stock", "excluded_layers=[0]"], ["equally many"]),
-        (["--experts", 3, "--as", "run"], ["--as run needs --config"]),
+        (["--experts", 3, "--as", "stock", "--grouping", "global"], ["as many experts", "grouping=uniform"]),
+        (["--experts", 3, "--as", "stock", "excluded_layers=[0]"], ["as many experts"]),
+        (["--experts", 3, "--as", "run"], ["--as run needs --run-config"]),
         (["--experts", 3, "model.dim=4"], ["model.dim", "data.FIELD"]),
         (["--experts", 3, "data.tokenizer=null"], ["vocabulary of"]),
     ],
