@@ -84,7 +84,9 @@ def first_weights(run: str, begin_from: str) -> tuple[dict[str, torch.Tensor], l
         model = build_model(plan.start.config, plan.union, stage.groups.world)
         begin(model)
         begun.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
-        scorer = Scorer(new_model(plan, stage.groups), {HELD_OUT: task}, Forest(Path(run)), stage.groups, plan.prior)
+        scorer = Scorer(
+            new_model(plan, stage.groups), plan.union, {HELD_OUT: task}, Forest(Path(run)), stage.groups, plan.prior
+        )
         priors.extend(scorer.prior(HELD_OUT, "all").tolist())
         raise Interrupted(15)
 
