@@ -125,6 +125,7 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
         recipe = {"name": name, "teacher": str(runs["dense bert"])}
         bases[name] = run(messages, bert | more, recipe=recipe, start=start)
     recipe = {"name": "merge_compress", "source": str(runs["text"]), "merge": {"experts": 2, "examples": 4}}
+    recipe |= {"compress": {"rank": 2, "warm_up": 0, "hold": 1}, "recover_again": True}
     bases["merge_compress"] = run(text, TINY_LM["model"], recipe=recipe)
     return bases
 

@@ -54,7 +54,7 @@ class MergeSettings(Settings, ABC):
     @property
     def label(self) -> str:
         """A short name for tables that tells it from others, by the fields that differ from their defaults."""
-        return label_of(self.name, changed_fields(self))
+        return label_of(self.name.replace("_", " "), changed_fields(self))
 
     def check_config(self, config: Any) -> None:
         """Raise UserError for what of the whole configuration does not go with it."""
@@ -86,8 +86,8 @@ def changed_fields(settings: Settings) -> dict[str, Any]:
 
 
 def label_of(name: str, fields: Mapping[str, Any]) -> str:
-    """Return a label in words: a name, and fields with their values."""
-    return ", ".join([name, *(f"{field} {value}" for field, value in fields.items())]).replace("_", " ")
+    """Return a label: a name, and fields with their values."""
+    return ", ".join([name, *(f"{field} {value}" for field, value in fields.items())])
 
 
 MERGES = Registry("merge", MergeSettings)

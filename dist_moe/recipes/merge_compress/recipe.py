@@ -1,7 +1,8 @@
-"""The recipe ``merge_compress``: a finished run with fewer experts, which then recover by following what they were.
+"""The recipe ``merge_compress``: a finished run with fewer or smaller experts, which follow what they were.
 
-Its stages, each a directory under ``stages/`` that holds a supervised run: ``merge``, then ``recover``. What a stage
-begins with is the run that the one before has left, the first one's the source; any of them may be left out.
+Its stages, each a directory under ``stages/`` that holds a supervised run: ``merge``, ``recover``; ``factor``,
+``prune`` and ``drop``, which together are ``compress``; ``recover_again``. What a stage begins with is the run that the
+one before has left, the first one's the source; any of them may be left out.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from dist_moe.engine.checkpoint.files import checkpoints_of, remove
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModelConfig
 from dist_moe.recipes.merge_compress.compress import (
+    Compressed,
     check_beside,
     check_merge,
     compress,
     report_text,
     supervised_config,
 )
+from dist_moe.recipes.merge_compress.low_rank import check_low_rank, dropped, factored, low_rank_text
 from dist_moe.recipes.merge_compress.picture import PICTURE, write_picture
+from dist_moe.recipes.merge_compress.prune import LowRankPruningConfig, RowPruning
 from dist_moe.recipes.merge_compress.recover import (
     check_recovery,
     fit_student,
@@ -71,7 +75,7 @@ class MergeCompressConfig(SupervisedConfig):
 
 
 class MergeCompressRecipe(StagedRecipe):
-    """Merge the experts of a finished run, or prune them; then recover by distillation from what it was."""
+    """Merge the experts of a finished run, or prune them; then recover by distillation from what it was; compress."""
 
     configuration: ClassVar[type[RecipeConfig]] = MergeCompressConfig
     places: ClassVar[tuple[str, ...]] = ("source",)
@@ -82,11 +86,19 @@ class MergeCompressRecipe(StagedRecipe):
     recover: RecoverConfig | None = Field(
         default_factory=lambda: RecoverConfig(), description="how the result is trained (null: it is not)"
     )
+    compress: LowRankPruningConfig | None = Field(
+        None,
+        description="how experts become a product of low rank plus a few rows, while they train as recover says (null: "
+        "they do not)",
+    )
+    recover_again: bool = Field(False, description="train once more, as recover says, when experts are compressed")
 
     @model_validator(mode="after")
     def _has_stages(self) -> Self:
         if not self.stages():
-            raise ValueError("merge and recover are null: there is nothing to do")
+            raise ValueError("merge, recover and compress are null: there is nothing to do")
+        if self.recover_again and (self.recover is None or self.compress is None):
+            raise ValueError("recover_again=true needs recover and compress; set it to false, or give both")
         return self
 
     def stages(self) -> dict[str, Work]:
@@ -95,6 +107,12 @@ class MergeCompressRecipe(StagedRecipe):
             "merge": None if self.merge is None else partial(self._merge, self.merge),
             "recover": None if self.recover is None else partial(self._recover, self.recover),
         }
+        if self.compress is not None:
+            recover = self.recover or RecoverConfig()
+            every["factor"] = partial(self._factor, self.compress.rank)
+            every["prune"] = partial(self._recover, recover, pruning=self.compress)
+            every["drop"] = self._drop
+            every["recover_again"] = partial(self._recover, recover) if self.recover_again else None
         return {name: work for name, work in every.items() if work is not None}
 
     def result_of(self, root: Path) -> Path:
@@ -117,10 +135,15 @@ class MergeCompressRecipe(StagedRecipe):
         model = rehearsed_model(self.source, plan.task)
         if self.merge is not None:
             check_merge(config, model, self.merge)
-        if self.recover is not None:
+        recover = self.recover or (RecoverConfig() if self.compress is not None else None)
+        if recover is not None:
             check_task(start, plan.task)
-            check_recovery(self.recover, config, plan.task, model)
-            checked_feed(config, plan.task, start.environment)
+            check_recovery(recover, config, plan.task, model)
+            feed = checked_feed(config, plan.task, start.environment)
+            if self.compress is not None:
+                check_low_rank(
+                    self.compress, recover, config, plan.task, config.train.total_steps(feed.steps_per_epoch)
+                )
         return plan
 
     def run(self, plan: StagedPlan, stages: Stages) -> None:
@@ -140,22 +163,47 @@ class MergeCompressRecipe(StagedRecipe):
     ) -> RunOfStage:
         compressed = compress(opened_run(weights, config, plan.task, stage.groups, []), merge)
         if stage.environment.is_rank_zero:
+            write_picture(compressed.report, stage.run.root / PICTURE)
+        return self._left(compressed, report_text, plan, stage)
+
+    def _factor(
+        self, rank: int, plan: StagedPlan, weights: Weights, config: SupervisedConfig, stage: Stage
+    ) -> RunOfStage:
+        compressed = factored(weights.stored, config, plan.task, rank)
+        return self._left(compressed, low_rank_text, plan, stage)
+
+    def _drop(self, plan: StagedPlan, weights: Weights, config: SupervisedConfig, stage: Stage) -> RunOfStage:
+        compressed = dropped(weights.stored, config, plan.task)
+        return self._left(compressed, low_rank_text, plan, stage)
+
+    def _left(
+        self, compressed: Compressed, in_words: Callable[[dict[str, Any]], str], plan: StagedPlan, stage: Stage
+    ) -> RunOfStage:
+        """Write a run that has yet to train, and say what its report says."""
+        if stage.environment.is_rank_zero:
             if stage.checkpoint is not None:  # of an attempt that died before its report was written
                 remove(stage.checkpoint)
             identity = stage.identity.plain()
             checkpoints = checkpoints_of(stage.run.root)
             write_first_checkpoint(compressed.weights, checkpoints, f"{self.source.name}, compressed", identity)
-            write_picture(compressed.report, stage.run.root / PICTURE)
-        plan.start.say(report_text(compressed.report))
+        plan.start.say(in_words(compressed.report))
         return RunOfStage(compressed.report, compressed.config)
 
     def _recover(
-        self, recover: RecoverConfig, plan: StagedPlan, weights: Weights, config: SupervisedConfig, stage: Stage
+        self,
+        recover: RecoverConfig,
+        plan: StagedPlan,
+        weights: Weights,
+        config: SupervisedConfig,
+        stage: Stage,
+        pruning: LowRankPruningConfig | None = None,
     ) -> RunOfStage:
         student = student_of(stage, config, plan.task, weights.stored)
         trained = trained_parts(recover.trained, student)
         objective = recovery_objective(recover, self.source, config, plan.task, stage.groups)
-        return RunOfStage(fit_student(stage, config, plan.task, student, objective, trained=trained), config)
+        callbacks = [] if pruning is None else [RowPruning(pruning)]
+        fitted = fit_student(stage, config, plan.task, student, objective, trained=trained, callbacks=callbacks)
+        return RunOfStage(fitted, config)
 
 
 def _weights_of(source: Path) -> Weights:

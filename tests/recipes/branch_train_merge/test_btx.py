@@ -168,7 +168,7 @@ def test_the_mixture_is_a_run_that_is_evaluated_like_any_other(run: Path) -> Non
     report = json.loads((Forest(run).root / "evaluation.json").read_text())["bits_per_byte"]
     merges = load_config(run / "config.yaml").recipe.merge
     assert [merge.label for merge in merges] == [
-        "btx top k, bias False, share 0.5",
+        "btx top_k, bias False, share 0.5",
         "btx comet, share 0.5, learns gates",
     ]
     for number, label in enumerate(merge.label for merge in merges):

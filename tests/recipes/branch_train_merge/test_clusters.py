@@ -40,7 +40,7 @@ def test_each_cluster_has_an_expert_and_every_column_is_one(run: Path) -> None:
     assert forest.experts == ("cluster-0", "cluster-1")
     report = json.loads((forest.root / "evaluation.json").read_text())
     assert report["trained_on"] == ["cluster-0", "cluster-1"]
-    assert set(report["bits_per_byte"]) >= {"clusters", "clusters, top k 1", "clusters, doubled square True"}
+    assert set(report["bits_per_byte"]) >= {"clusters", "clusters, top_k 1", "clusters, doubled_square True"}
     assert [report["experts_per_token"][merge.label] for merge in MERGES] == [2, 1, 2]
     for domain, weights in report["weights"]["clusters"].items():
         assert sum(weights.values()) == pytest.approx(1)
