@@ -44,10 +44,13 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("name either FILE.safetensors or --hf DIR, to which the weights are to be written")
     if options.hf is not None:
         from dist_moe.recipes.hugging_face.export import export_hugging_face
+        from dist_moe.recipes.merge_compress.compress import difference_text
 
         allow = options.allow_changed_data
         written = export_hugging_face(options.source, options.hf, dtype, options.architecture, allow_changed_data=allow)
         print(f"{written.architecture} of {written.parameters:,} parameters in {written.directory}")
+        if written.folding is not None:
+            print(difference_text("slot maps folded into the routers, on held-out text", written.folding))
         return 0
     if options.architecture is not None:
         raise UserError(f"--architecture={options.architecture} goes with --hf DIR; a file has none")

@@ -248,13 +248,17 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, token_BS: Tensor, table_2SP: Tensor) -> tuple[Tensor, MoEOutput | None]:
         """Return (B, S, D) rows, and what the MoE layer did, if there is one."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table_2SP)
-        normed_BSD = self.feed_forward_norm(x_BSD)
+        x_BSD, normed_BSD = self.attend(x_BSD, table_2SP)
         if self.moe is None:
             assert self.dense is not None
             return x_BSD + self.dense(normed_BSD), None
         mixed = self.moe(normed_BSD.flatten(0, 1), token_BS.flatten())
         return x_BSD + mixed.outputs[0].view_as(x_BSD), mixed
+
+    def attend(self, x_BSD: Tensor, table_2SP: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, S, D) rows after attention, and the same as the feed-forward network sees them."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table_2SP)
+        return x_BSD, self.feed_forward_norm(x_BSD)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ class Family:
     def _misfits_of_gate(self, config: TransformerConfig) -> Iterator[str]:
         if config.slots_per_gate != config.num_experts:
             yield f"model.num_slots={config.num_slots}"
+        if config.low_rank is not None:
+            yield f"model.low_rank.rank={config.low_rank.rank}"
         if config.experts_by_layer is not None:
             yield f"model.experts_by_layer={list(config.experts_by_layer)}"
         if config.slot_masks:

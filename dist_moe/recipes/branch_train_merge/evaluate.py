@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Totals:
         return self.nats / math.log(2) / self.bytes
 
 
-def evaluate_forest(scorer: Scorer, merges: Sequence[MergeSettings], trained_on: Sequence[str]) -> dict[str, Any]:
+def evaluate_forest(scorer: Scorer, merges: Sequence[MergeSettings], trained_on: Collection[str]) -> dict[str, Any]:
     """Return the bits per byte of every domain of ``scorer`` by every model and way of merging. Collective.
 
     ``trained_on``: the domains that some expert has learnt; over these, and over the others, there are totals.
@@ -98,7 +98,8 @@ def evaluate_run(
                 raise UserError(f"there is no {called} {name}; there are {', '.join(there)}")
     tasks = {name: task_of_domain(plan.task, name) for name in domains or known}
     scorer = Scorer(new_model(plan, groups), plan.union, tasks, forest, groups, plan.prior, experts)
-    return evaluate_forest(scorer, merges if scorer.experts else (), plan.partition.trained_on)
+    trained_on = {*plan.partition.trained_on, *forest.experts}  # those of further domains were added later
+    return evaluate_forest(scorer, merges if scorer.experts else (), trained_on)
 
 
 def _gathered(scorer: Scorer, domain: str, mine_CN: Tensor) -> Tensor:

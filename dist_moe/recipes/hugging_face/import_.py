@@ -62,7 +62,7 @@ def import_hugging_face(
         config.check(config.parallel.expert_parallel_size)  # the least number of ranks
         task = config.data.open(progress=True)
         assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
-        _check_tokens(source, checkpoint, task)
+        check_tokens(source, checkpoint, task)
         if checkpoint.config.moe_every:  # without storage first: sizes that no tensor has would take memory
             with torch.device("meta"):
                 checkpoint.into(_model(config, task))
@@ -104,8 +104,8 @@ def _fitted(
     return content | {"model": given}
 
 
-def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, task: LanguageModelTask) -> None:
-    """The data's tokens must be those of the checkpoint: as many, and where it has a tokenizer, the same."""
+def check_tokens(source: Path, checkpoint: DecoderCheckpoint, task: LanguageModelTask) -> None:
+    """Raise UserError unless the data have the tokens of a checkpoint: as many, and its tokenizer where it has one."""
     size, path = task.vocab_size, source / TOKENIZER
     tokens = _tokens_of(path) if path.is_file() else None
     if tokens is not None and max(tokens.values()) >= checkpoint.vocab_size:

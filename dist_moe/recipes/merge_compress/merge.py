@@ -20,6 +20,9 @@ from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.recipes.merge_compress.align import Expert, alignment, reordered
 from dist_moe.recipes.merge_compress.group import Leaders, Numbers
 
+Match = Callable[[Expert, Expert], Tensor]
+"""Gives (H,): which unit of the second expert takes the place of each unit of the first."""
+
 _COLUMNS_AT_ONCE = 1 << 16
 """Weights of each expert that are compared in fp64 at a time."""
 
@@ -68,7 +71,7 @@ def orders(
     layer: str,
     reference_E: Leaders,
     hidden_axes: Mapping[str, int],
-    match: Callable[[Expert, Expert], Tensor] | None = None,
+    match: Match | None = None,
 ) -> Tensor | None:
     """Return (E, H): each expert's units as they match those of its reference; None if experts have no such units.
 

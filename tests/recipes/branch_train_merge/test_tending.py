@@ -68,6 +68,7 @@ def test_an_expert_of_a_further_domain(run: Path, begin: str) -> None:
     assert Forest(run).experts == (*TRAINED_ON, HELD_OUT)
     assert Forest(run).members[HELD_OUT].begun_from == begin
     report = json.loads(forest("evaluate", run, "--json", "--domains", HELD_OUT))
+    assert report["trained_on"] == [HELD_OUT]
     on_it = {label: row[HELD_OUT] for label, row in report["bits_per_byte"].items()}
     assert on_it[HELD_OUT] < min(on_it[FIRST], on_it[SECOND], on_it["seed"])
     forest("drop", run, HELD_OUT)
@@ -84,7 +85,8 @@ def first_weights(run: str, begin_from: str) -> tuple[dict[str, torch.Tensor], l
         model = build_model(plan.start.config, plan.union, stage.groups.world)
         begin(model)
         begun.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
-        scorer = Scorer(new_model(plan, stage.groups), {HELD_OUT: task}, Forest(Path(run)), stage.groups, plan.prior)
+        domains, place = {HELD_OUT: task}, Forest(Path(run))
+        scorer = Scorer(new_model(plan, stage.groups), plan.union, domains, place, stage.groups, plan.prior)
         priors.extend(scorer.prior(HELD_OUT, "all").tolist())
         raise Interrupted(15)
 

@@ -137,7 +137,7 @@ def test_a_compressed_run_is_compressed_again(run: Path, tmp_path: Path) -> None
     assert all(len(set(table_S[first_S == expert].tolist())) == 1 for expert in range(4))
     third = compress(1, tmp_path / "first", tmp_path / "third", "--experts", 5, "excluded_layers=[0]", "examples=40")
     assert [len(layer["groups"]) for layer in third["layers"]] == [4, 5]
-    for arguments, part in ((["--grouping", "uniform"], f"{LAYERS[0]} has 4"), ([], "the run has 6 a layer")):
+    for arguments, part in ((["--grouping", "uniform"], f"{LAYERS[0]} has 4"), ([], "the model has 6 a layer")):
         (outcome,) = dist_moe(1, "compress", tmp_path / "first", tmp_path / "no", "--experts", 7, *arguments)
         assert outcome.code == 2
         assert part in outcome.err
