@@ -162,7 +162,7 @@ def trained(wanted: str, name: str, seed: int, options: argparse.Namespace) -> S
 
 def all_cells(options: argparse.Namespace) -> Iterator[Cell]:
     for name in options.bases:
-        yield Cell(name, 1.0, "as trained", False)
+        yield from (Cell(name, 1.0, "as trained", recovered) for recovered in (False, True))
         for share in options.shares:
             for recovered in (False, True):
                 made = (method for method in options.methods if recovered or method != LOW_RANK)
@@ -170,7 +170,7 @@ def all_cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 
 def run_directory(cell: Cell, seed: int, options: argparse.Namespace) -> Path:
-    if cell.share == 1.0:
+    if cell.share == 1.0 and not cell.recovered:
         run = trained("base", cell.base, seed, options)
         assert run is not None
         return run.directory
@@ -187,12 +187,16 @@ def make(cell: Cell, seed: int, options: argparse.Namespace) -> None:
     if result.is_file():
         return
     base = BASES[cell.base]
+    source = run_directory(Cell(cell.base, 1.0, "as trained", False), seed, options)
     if cell.share < 1.0:
-        source = run_directory(Cell(cell.base, 1.0, "as trained", False), seed, options)
         words = ["--experts", round(cell.share * base.experts), f"seed={seed}", *METHODS[cell.method]]
         if cell.recovered:
             words += ["--recover", *(FACTORED if cell.method == LOW_RANK else ()), *base.recovery]
         dist_moe("compress", source, directory, *words)
+    elif cell.recovered:  # trained as long as the others are, following itself
+        recipe = {"name": "merge_compress", "source": str(source.resolve())}
+        write_json(directory.with_suffix(".yaml"), {"recipe": recipe})
+        dist_moe("train", directory.with_suffix(".yaml"), *base.recovery, "--run-dir", directory, "--auto-resume")
     told = parse_json(dist_moe("evaluate", directory, "--json"))
     write_json(result, {"quality": base.scale * told["test"][base.metric]})
     print(f"{directory}: {told['test'][base.metric]:.4f}", flush=True)
@@ -265,14 +269,17 @@ def page(cells: Sequence[Cell], rows: Rows, options: argparse.Namespace) -> str:
     ]
     for name in options.bases:
         base = BASES[name]
-        whole = Cell(name, 1.0, "as trained", False)
-        of_base = [rows[whole, seed] for seed in range(options.seeds)]
+        of_base, on = (
+            [rows[Cell(name, 1.0, "as trained", recovered), seed] for seed in range(options.seeds)]
+            for recovered in (False, True)
+        )
         unit = f"{base.metric}{', percent' if base.scale == 100 else ''}"
         lines += [
             "",
             f"## {name} ({unit}; {'less' if base.sign > 0 else 'more'} is better)",
             "",
-            f"As trained: {spread([row.quality for row in of_base], 4)}, {of_base[0].parameters:,} parameters, "
+            f"As trained: {spread([row.quality for row in of_base], 4)}; trained on, for as long as the others recover: "
+            f"{spread([row.quality for row in on], 4)}. {of_base[0].parameters:,} parameters, "
             f"{statistics.mean(row.mega_flops for row in of_base):.2f} MFLOPs.",
         ]
         for share in options.shares:
