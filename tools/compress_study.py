@@ -278,7 +278,7 @@ def page(cells: Sequence[Cell], rows: Rows, options: argparse.Namespace) -> str:
             "",
             f"## {name} ({unit}; {'less' if base.sign > 0 else 'more'} is better)",
             "",
-            f"As trained: {spread([row.quality for row in of_base], 4)}; trained on, for as long as the others recover: "
+            f"As trained: {spread([row.quality for row in of_base], 4)}; trained on, as long as the others recover: "
             f"{spread([row.quality for row in on], 4)}. {of_base[0].parameters:,} parameters, "
             f"{statistics.mean(row.mega_flops for row in of_base):.2f} MFLOPs.",
         ]
