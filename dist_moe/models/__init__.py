@@ -10,6 +10,7 @@ from dist_moe.models.bert import (
     BertOutput,
     BertShape,
 )
+from dist_moe.models.graphs import NodeClassifier, NodeClassifierConfig
 from dist_moe.models.moe_model import (
     MODELS,
     ModelConfig,
@@ -43,6 +44,7 @@ for _settings in (
     SharedBottomConfig,
     PLEConfig,
     HomeConfig,
+    NodeClassifierConfig,
 ):
     MODELS.register(_settings)
 
@@ -64,6 +66,8 @@ __all__ = [
     "MoEModelConfig",
     "ModelConfig",
     "ModelOutput",
+    "NodeClassifier",
+    "NodeClassifierConfig",
     "PLEConfig",
     "Recommender",
     "RecommenderConfig",

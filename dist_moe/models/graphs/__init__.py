@@ -1,0 +1,6 @@
+"""Models of the nodes of a graph, each of a network or of two."""
+
+from dist_moe.models.graphs.classifier import NodeClassifier, NodeClassifierConfig
+from dist_moe.models.graphs.networks import NETWORKS, NetworkConfig, NetworkSettings, NodeNetwork
+
+__all__ = ["NETWORKS", "NetworkConfig", "NetworkSettings", "NodeClassifier", "NodeClassifierConfig", "NodeNetwork"]
