@@ -10,7 +10,7 @@ from dist_moe.models.bert import (
     BertOutput,
     BertShape,
 )
-from dist_moe.models.graphs import NodeClassifier, NodeClassifierConfig
+from dist_moe.models.graphs import NodeClassifier, NodeClassifierConfig, WeakStrongConfig, WeakStrongNodes
 from dist_moe.models.moe_model import (
     MODELS,
     ModelConfig,
@@ -45,6 +45,7 @@ for _settings in (
     PLEConfig,
     HomeConfig,
     NodeClassifierConfig,
+    WeakStrongConfig,
 ):
     MODELS.register(_settings)
 
@@ -79,5 +80,7 @@ __all__ = [
     "TransformerConfig",
     "TwoImageClassifier",
     "TwoImageClassifierConfig",
+    "WeakStrongConfig",
+    "WeakStrongNodes",
     "models_of_kind",
 ]

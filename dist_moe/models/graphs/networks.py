@@ -30,6 +30,14 @@ class NodeNetwork(nn.Module, ABC):
     def forward(self, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> Tensor:
         """Return logits of the nodes."""
 
+    @abstractmethod
+    def edges(self, edge_2E: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
+        """Return the edges as the layers take them, and numbers of each edge, if any."""
+
+    @abstractmethod
+    def rows(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
+        """Return logits of all nodes of a graph, or of a part of one, given :meth:`edges` or those within the part."""
+
 
 class NetworkSettings(Settings, ABC):
     """The fields that every network has."""
@@ -77,16 +85,20 @@ class Layers(NodeNetwork):
 
     def forward(self, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> Tensor:
         """Return logits of the nodes; without neighbours and statistics, of their rows alone."""
-        alone = self._of_rows or (self.hops == 0 and not self.training)
-        h = x_ND[node_B] if alone else x_ND
-        edges = self.edges(edge_2E, len(x_ND))
+        if self._of_rows or (self.hops == 0 and not self.training):
+            return self.rows(x_ND[node_B])
+        return self.rows(x_ND, *self.edges(edge_2E, len(x_ND)))[node_B]
+
+    def rows(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
+        """Return logits of all rows."""
+        h = x_ND
         for i, layer in enumerate(self.layers):
             h = F.dropout(h, self.dropout, self.training)
             result = layer(h, *edges)
             h = result + self.skips[i](h) if len(self.skips) else result
             if i < len(self.norms):
                 h = F.relu(self.norms[i](h))
-        return h if alone else h[node_B]
+        return h
 
     def edges(self, edge_2E: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
         """Return what the layers take beside the rows."""
@@ -97,7 +109,7 @@ class WeightedLayers(Layers):
     """Layers of GCN: their edges carry the weights of the symmetric normalisation, kept for the graph of the last call.
 
     The weights come from the degrees in the whole graph: a part of it is computed by the weights of its edges, see
-    :func:`~dist_moe.models.graphs.sparse.logits_of_some`.
+    :func:`~dist_moe.models.graphs.weak_strong.logits_of_some`.
     """
 
     _graph: tuple[Tensor, tuple[Tensor, ...]] | None = None
