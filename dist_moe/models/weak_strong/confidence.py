@@ -149,23 +149,20 @@ class RandomConfidenceConfig(ConfidenceSettings):
 
     def build(self, num_features: int) -> nn.Module:
         """Return the module."""
-        return RandomConfidence(num_features)
+        return RandomConfidence()
 
 
 class RandomConfidence(nn.Module):
     """z = logit(u), u uniform by a hash of the features: wherever an example occurs it has the same one."""
 
-    direction_D: Tensor
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.register_buffer("direction_D", torch.rand(num_features) + 0.5)
-
     def forward(self, weak_BC: Tensor, features_BD: Tensor) -> Tensor:
         """Return the logits of the confidence."""
-        wide_B = (features_BD.double() * self.direction_D.double()).sum(dim=1)
-        u_B = (torch.sin(wide_B * 12_345.678) * 43_758.5453) % 1.0
-        return torch.logit(u_B, eps=1e-6).float()
+        # In whole numbers, which wrap around alike whatever the number and order of rows.
+        factor_D = (2 * torch.arange(features_BD.shape[1], device=features_BD.device) + 1) * 2_654_435_761
+        hash_B = ((features_BD.detach() * 2**20).round().long() * factor_D).sum(dim=1)
+        hash_B = (hash_B ^ (hash_B >> 31)) * 6_364_136_223_846_793_005
+        u_B = ((hash_B >> 33) % 2**24).double() / 2**24
+        return torch.logit(u_B, eps=1e-6).to(weak_BC.dtype)
 
 
 for _settings in (DispersionConfig, FeatureGateConfig, RandomConfidenceConfig):

@@ -53,10 +53,11 @@ class Answers:
             accuracies.append(float(torch.where(weak_answers_N, self.weak_N, self.strong_N).mean()))
         return statistics.fmean(accuracies), statistics.stdev(accuracies) if draws > 1 else 0.0
 
-    def best_threshold(self) -> tuple[float, float]:
-        """Return the threshold of the best accuracy, and that: where the confidence is below, the strong one answers.
+    def threshold(self, tolerance: float = 0.0) -> tuple[float, float]:
+        """Return a threshold and its accuracy: where the confidence is below, the strong expert answers.
 
-        Of equal ones it is the least, with which the fewest nodes ask the strong expert. 0: none does.
+        It is the one with which the fewest nodes ask the strong expert, of those whose accuracy is not more than
+        ``tolerance`` below the best. 0: none asks; 2: all do.
         """
         order_N = self.confidence_N.argsort()
         right_N = (self.strong_N - self.weak_N)[order_N].cumsum(0)
@@ -65,10 +66,12 @@ class Answers:
         # Nodes of equal confidence ask together: a cut is possible where it changes.
         possible_N = torch.ones(len(gain_N), dtype=torch.bool)
         possible_N[1:-1] = confidence_N[1:] > confidence_N[:-1]
-        cut = int(torch.where(possible_N, gain_N, -torch.inf).argmax())
+        gain_N = torch.where(possible_N, gain_N, -torch.inf)
+        within_N = gain_N >= gain_N.max() - tolerance * len(order_N) - 1e-9
+        cut = int(within_N.nonzero()[0])
         accuracy = float(self.weak_N.mean() + gain_N[cut] / len(order_N))
         if cut in (0, len(order_N)):
-            return float(cut > 0) * 2.0, accuracy  # no confidence is above 1
+            return 2.0 * (cut > 0), accuracy  # no confidence is above 1
         return float((confidence_N[cut - 1] + confidence_N[cut]) / 2), accuracy
 
 
@@ -84,7 +87,7 @@ def answers_of(model: WeakStrongNodes, part: Any) -> Answers:
 
 
 def report(
-    plan: StagedPlan, stage: Stage, best: Path, turns: Mapping[str, float], alone: Mapping[str, Any], draws: int
+    plan: StagedPlan, stage: Stage, best: Path, turns: Mapping[str, float], alone: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Evaluate the weights of the stage ``best``; write the summary and the pictures and print the table on rank 0.
 
@@ -98,7 +101,7 @@ def report(
     if not stage.environment.is_rank_zero:
         return {}
     model.eval()
-    found = _inference(model, task, draws, config.seed)
+    found = _inference(model, task, config.recipe, config.seed)
     baselines = evaluate_baselines(task, task.test, config.target_weights)
     summary = {
         "val": val,
@@ -125,28 +128,27 @@ def _row(accuracy: float, share: float) -> dict[str, Any]:
 
 
 def _rows(found: Mapping[str, Any], alone: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    rows = {
-        f"{of['network']} alone": _row(of["test"]["accuracy"], float(part == "strong")) for part, of in alone.items()
-    }
-    by_threshold = found["threshold"]
-    return rows | {
-        f"C < {by_threshold['value']:.3f} asks": _row(by_threshold["accuracy"], by_threshold["strong_share"])
-    }
+    rows = {}
+    for part, of in alone.items():
+        rows[f"{of['network']} alone"] = _row(of["test"]["accuracy"], float(part == "strong"))
+    fixed = found["threshold"]
+    rows[f"asked below C = {fixed['value']:.3g}"] = _row(fixed["accuracy"], fixed["strong_share"])
+    return rows
 
 
-def _inference(model: WeakStrongNodes, task: Any, draws: int, seed: int) -> dict[str, Any]:
+def _inference(model: WeakStrongNodes, task: Any, recipe: Any, seed: int) -> dict[str, Any]:
     """Return accuracies on the test nodes, and the measured cost of asking the strong network for some alone."""
     val, test = answers_of(model, task.val), answers_of(model, task.test)
-    threshold, val_accuracy = val.best_threshold()
+    threshold, val_accuracy = val.threshold(recipe.tolerance)
     device = next(model.parameters()).device
     graph, node_B = task.graph.on(device), torch.from_numpy(task.test.node_N).to(device)
     inputs = (graph.x_ND, graph.edge_2E, node_B)
     class_B, asks_B = model.classify(*inputs, threshold)
-    mean, deviation = test.sampled_accuracy(draws, seed)
+    mean, deviation = test.sampled_accuracy(recipe.draws, seed)
     weak, strong = model.networks
     return {
         "expected_accuracy": test.expected_accuracy(),
-        "sampled_accuracy": {"mean": mean, "std": deviation, "draws": draws},
+        "sampled_accuracy": {"mean": mean, "std": deviation, "draws": recipe.draws},
         "threshold": {
             "value": threshold,
             "val_accuracy": val_accuracy,

@@ -3,19 +3,20 @@
 Zeng et al.: Mixture of Weak & Strong Experts on Graphs (ICLR 2024). The stages, each one fit with early stopping by the
 loss of the validation nodes, of which the best weights are kept:
 
-    pretrain-weak, pretrain-strong     each network alone, as ``node_classifier`` would train it
+    alone-weak, alone-strong           each network as ``node_classifier`` would train it: to begin with, or to compare
     session-NN-weak                    weak network and confidence; the strong one is held still, buffers included
     session-NN-strong                  strong network; weak one and confidence are held still
     inference                          no training: what answers, and at which cost, see :mod:`.inference`
 
 A turn begins with the best weights so far, of both networks and the confidence; what it leaves is kept if its loss is
 less than any before. Sessions end when some in a row brought nothing. Mowst* trains all parts together on mixed
-predictions: ``pretrain-*``, ``together``, ``inference``.
+predictions: ``alone-*``, ``together``, ``inference``.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,15 +45,17 @@ TRAINED = {"weak": ("layer.weak.", "layer.confidence."), "strong": ("layer.stron
 class MowstRecipe(StagedRecipe):
     """Train a ``weak_strong`` model in turns (Mowst), or together on mixed predictions (Mowst*)."""
 
-    name: Literal["mowst", "mowst_star"] = Field(  # type: ignore[assignment]
+    name: Literal["mowst", "mowst_star"] = Field(
         "mowst", description="a weak and a strong network in turns, or together (mowst_star)"
     )
-    pretrain: Literal["both", "weak", "strong", "none"] = Field(
-        "both", description="which network is trained alone before"
+    pretrain: Literal["none", "weak", "strong", "both"] = Field(
+        "weak", description="which networks begin as trained alone; the other ones begin at random"
     )
+    compare: bool = Field(True, description="train each network alone in any case, to be compared with")
     max_sessions: int = Field(10, ge=1, le=999, description="sessions at most: a turn of the weak, one of the strong")
-    session_patience: int = Field(
-        2, ge=1, description="sessions in a row without a better loss after which none follow"
+    session_patience: int = Field(2, ge=1, description="end after this many sessions in a row without a better loss")
+    tolerance: float = Field(
+        0.0, ge=0, le=1, description="validation accuracy that the threshold may give up for fewer nodes that ask"
     )
     draws: int = Field(50, ge=1, le=LARGEST_COUNT, description="draws of who answers, for the sampled accuracy")
 
@@ -86,34 +89,27 @@ class MowstRecipe(StagedRecipe):
 
     def run(self, plan: StagedPlan, stages: Stages) -> None:
         """Run the stages in order."""
-        alone = {}
-        for part in PARTS:
-            if self.pretrain in (part, "both"):
-                alone[part] = stages.run(f"pretrain-{part}", lambda stage, part=part: train_alone(plan, stage, part))
-        pretrained = {part: stages.directory(f"pretrain-{part}").root for part in alone}
-        turns = self._turns(plan, stages, pretrained)
+        pretrained = PARTS if self.pretrain == "both" else (self.pretrain,)
+        wanted = [part for part in PARTS if self.compare or part in pretrained]
+        alone = {part: stages.run(f"alone-{part}", partial(train_alone, plan, part)) for part in wanted}
+        begin = {part: stages.directory(f"alone-{part}").root for part in wanted if part in pretrained}
+        turns = self._turns(plan, stages, begin)
         best = stages.directory(min(turns, key=lambda turn: turns[turn])).root
-        stages.run("inference", lambda stage: report(plan, stage, best, turns, alone, self.draws))
+        stages.run("inference", lambda stage: report(plan, stage, best, turns, alone))
 
-    def _turns(self, plan: StagedPlan, stages: Stages, pretrained: dict[str, Path]) -> dict[str, float]:
+    def _turns(self, plan: StagedPlan, stages: Stages, begin: dict[str, Path]) -> dict[str, float]:
         """Run the turns; return the best validation loss of each."""
         losses: dict[str, float] = {}
         stale = 0
-        sessions = 1 if self.name == "mowst_star" else self.max_sessions
-        while len(losses) < 2 * sessions and stale < self.session_patience:
+        sessions, parts = (1, ("together",)) if self.name == "mowst_star" else (self.max_sessions, PARTS)
+        while len(losses) < len(parts) * sessions and stale < self.session_patience:
             before = min(losses.values(), default=math.inf)
-            for part in ("together",) if self.name == "mowst_star" else PARTS:
+            for part in parts:
                 name = part if part == "together" else f"session-{1 + len(losses) // 2:02}-{part}"
                 best = stages.directory(min(losses, key=lambda turn: losses[turn])).root if losses else None
-                number = len(losses)
-
-                def work(stage: Stage, part: str = part, best: Path | None = best, number: int = number) -> Any:
-                    return take_turn(plan, stage, part, number, best, pretrained)
-
-                losses[name] = float(stages.run(name, work)["loss"])
+                turn = partial(take_turn, plan, part, len(losses), best, begin)
+                losses[name] = float(stages.run(name, turn)["loss"])
             stale = 0 if min(losses.values()) < before else stale + 1
-            if self.name == "mowst_star":
-                break
         return losses
 
 
@@ -121,7 +117,7 @@ def _is_turn(stage: str) -> bool:
     return stage.startswith(("session-", "together"))
 
 
-def train_alone(plan: StagedPlan, stage: Stage, part: str) -> dict[str, Any]:
+def train_alone(plan: StagedPlan, part: str, stage: Stage) -> dict[str, Any]:
     """Train the weak or the strong network as a model of its own; return its name, loss and metrics."""
     config, task = plan.start.config, plan.task
     network = getattr(config.model, part)
@@ -136,9 +132,9 @@ _PARTS = ("val", "test")
 
 
 def take_turn(
-    plan: StagedPlan, stage: Stage, part: str, number: int, best: Path | None, pretrained: dict[str, Path]
+    plan: StagedPlan, part: str, number: int, best: Path | None, begin: dict[str, Path], stage: Stage
 ) -> dict[str, Any]:
-    """Train a part of the model from the weights of the stage ``best``, or from those of networks trained alone.
+    """Train a part of the model from the weights of the stage ``best``, or where networks ``begin`` as trained alone.
 
     ``number``: of the turn, from 0, for its random numbers. Returns the least validation loss.
     """
@@ -146,7 +142,7 @@ def take_turn(
     model = build_model(config, plan.task, stage.groups.world)
     if best is not None:
         place_weights(model, read_model(tested_checkpoint(best)))
-    for name, directory in pretrained.items() if best is None else ():
+    for name, directory in begin.items() if best is None else ():
         weights = read_model(tested_checkpoint(directory))
         place_weights(getattr(model.layer, name), {key.removeprefix("network."): weights[key] for key in weights})
     return {"loss": _fitted(plan, stage, model, config.seed + 1000 * (number + 1), TRAINED[part]), "part": part}
