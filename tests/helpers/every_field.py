@@ -121,12 +121,12 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
     start = {"name": "decoder", "run": str(runs["dense text"])}
     bases["up-cycled text"] = run(text, TINY_LM["model"] | {"experts": {"hidden": 20}}, start=start)
     start = {"name": "bert", "run": str(runs["dense bert"]), "importance_examples": 4}
-    networks = {"weak": {"name": "mlp", "hidden": 4}, "strong": {"name": "gcn", "hidden": 4}}
-    for base, confidence in (("mowst", {}), ("gated nodes", {"name": "features"})):
-        length = {"train": {"max_steps": 1, "batch_size": 8, "patience": 1}} if base == "mowst" else {}
-        recipe = {"recipe": {"name": "mowst", "max_sessions": 1, "compare": False}} if base == "mowst" else {}
-        model = {"name": "weak_strong", **networks, "confidence": confidence}
-        bases[base] = run(graph, model, **recipe, **length)
+    model = {"name": "weak_strong", "weak": {"name": "gat", "hidden": 8}, "strong": {"name": "gat", "hidden": 8}}
+    bases["gated nodes"] = run(graph, model | {"confidence": {"name": "features"}})
+    length = {"max_steps": 1, "batch_size": 8, "patience": 1}
+    recipe = {"name": "mowst", "max_sessions": 1, "compare": False}
+    bases["mowst"] = run(graph, {"name": "weak_strong"}, recipe=recipe, train=length)
+    bases["random mowst"] = run(graph, {"name": "weak_strong", "confidence": {"name": "random"}})
     for name, more in (("moebert", {}), ("dhkd", {"auxiliary_head": "linear"})):
         recipe = {"name": name, "teacher": str(runs["dense bert"])}
         bases[name] = run(messages, bert | more, recipe=recipe, start=start)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -155,6 +156,46 @@ def test_ranks_share_the_nodes_and_change_nothing(tmp_path: Path) -> None:
     assert results(tmp_path / "4")["session-01-strong"]["loss"] == pytest.approx(
         results(tmp_path / "1")["session-01-strong"]["loss"], rel=1e-5
     )
+
+
+def planted(path: Path) -> Path:
+    """A graph of two kinds of nodes: of the first half features tell the class and edges are noise; of the others the
+    edges tell it, to neighbours of the first half, and features are noise."""
+    rng = np.random.default_rng(0)
+    label_N = rng.integers(3, size=600)
+    told_N = np.arange(600) < 300
+    features_ND = rng.normal(size=(600, 6)) * 0.3
+    features_ND[np.arange(600), label_N] += np.where(told_N, 2.0, 0.0)
+    edges = [(int(rng.integers(300)), node) for node in range(300) for _ in range(9)]
+    for node in range(300, 600):
+        alike = np.flatnonzero(told_N & (label_N == label_N[node]))
+        edges += [(int(source), node) for source in rng.choice(alike, 4)]
+    part_N = rng.permutation(np.repeat([0, 0, 1, 2], 150))
+    masks = {f"{part}_mask": part_N == i for i, part in enumerate(("train", "val", "test"))}
+    np.savez(path, features=features_ND, edges=np.array(edges).T, labels=label_N, **masks)
+    return path
+
+
+def test_the_confidence_learns_whose_features_tell(tmp_path: Path) -> None:
+    """The soft split: the weak network is trusted where features alone predict, the strong one asked elsewhere, and
+    both together are right more often than the weak one alone and than the strong one alone."""
+    root = str(planted(tmp_path / "planted.npz"))
+    data = {"name": "graph", "root": root, "cache": str(tmp_path / "cache"), "directed": True}
+    content = TINY | {"data": data, "recipe": {"name": "mowst", "max_sessions": 2, "session_patience": 1}}
+    content |= {"train": {"batch_size": 300, "epochs": 60, "patience": 5, "validate_every": 5}}
+    content["model"] = {"name": "weak_strong", "weak": {"name": "mlp", "hidden": 16, "dropout": 0.0}}
+    content["model"] |= {"strong": {"name": "gcn", "layers": 1, "dropout": 0.0}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert run_here(["train", str(path), "--run-dir", str(tmp_path / "run")]).code == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    test, alone = summary["test"], {part: of["test"]["accuracy"] for part, of in summary["alone"].items()}
+    assert test["accuracy"] > max(alone.values()) + 0.02, (test, alone)
+    assert 0.2 < test["strong_share"] < 0.8
+    least, most = test["deciles"][0], test["deciles"][-1]
+    assert least["strong"] > least["weak"] + 0.1
+    assert most["weak"] > 0.95
+    assert most["confidence"] > least["confidence"] + 0.5
 
 
 @pytest.mark.parametrize("mixture", ["predictions", "logits"])
