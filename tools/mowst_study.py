@@ -19,7 +19,7 @@ import random
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,14 @@ class Place:
     graph: str
     split: str
     rewired: float = 0.0
+    root: Path | None = None
 
     def data(self, seed: int) -> str:
         """Return the override of the data. The official split is one, whatever the seed; Cora's is Planetoid's kind."""
         split = "planetoid" if self.split == OFFICIAL and self.graph in ("cora", "wordnet") else self.split
         drawn = 0 if self.split == OFFICIAL else seed
-        return f"data={{name: {self.graph}, split: {split}, seed: {drawn}, rewired: {self.rewired}}}"
+        root = "" if self.root is None else f", root: {self.root}"
+        return f"data={{name: {self.graph}, split: {split}, seed: {drawn}, rewired: {self.rewired}{root}}}"
 
     def __str__(self) -> str:
         return f"{self.graph}, {self.split}" + (f", {self.rewired:.0%} rewired" if self.rewired else "")
@@ -125,7 +127,7 @@ class Study:
 
     def tuning(self, place: Place, name: str) -> Iterator[StudyRun]:
         # Rewired edges are met with the draws of the graph as it is.
-        place = Place(place.graph, place.split)
+        place = replace(place, rewired=0.0)
         yield from (self.run(place, name, TUNING_SEED, draw) for draw in range(self.options.draws))
 
     def chosen(self, place: Place, name: str) -> int:
@@ -159,8 +161,8 @@ def main() -> None:
     options = parse()
     study = Study(options)
     splits = [RANDOM, OFFICIAL] if options.official else [RANDOM]
-    places = [Place(graph, split) for graph in options.graphs for split in splits]
-    rewired = [Place(options.graphs[0], RANDOM, share) for share in options.rewired]
+    places = [Place(graph, split, root=options.root) for graph in options.graphs for split in splits]
+    rewired = [replace(places[0], rewired=share) for share in options.rewired]
     cells = [(place, name) for place in places for name in options.variants]
     cells += [(place, name) for place in rewired for name in REWIRED_VARIANTS if name in options.variants]
     study.train(cells)
@@ -173,6 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, default=Path("results/mowst"))
     parser.add_argument("--runs", type=Path, default=Path("runs/mowst_study"), help="where the runs are kept")
     parser.add_argument("--graphs", nargs="+", default=["cora", "citeseer", "pubmed", "wordnet"], metavar="NAME")
+    parser.add_argument("--root", type=Path, help="directory of the original files, if they are not to be fetched")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--rewired", nargs="*", type=float, default=[0.25, 0.5, 0.75], metavar="SHARE")
     parser.add_argument("--seeds", type=int, default=10)

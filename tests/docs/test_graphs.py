@@ -6,13 +6,21 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.data.graphs.tiny_graphs import tiny_graph, write_pyg
-from tests.helpers.commands import REPOSITORY, run_here
+from tests.helpers.commands import REPOSITORY, example_of, run_here
 
 PAGE = (REPOSITORY / "docs/graphs.md").read_text()
+
+
+def test_the_layer_takes_any_two_modules() -> None:
+    names: dict[str, Any] = {}
+    exec(example_of(REPOSITORY / "docs/graphs.md"), names)
+    assert names["needs_the_strong_one"].shape == (64,)
+    assert all(parameter.grad is not None for parameter in names["layer"].parameters())
 
 
 def test_from_a_saved_graph_to_an_evaluated_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

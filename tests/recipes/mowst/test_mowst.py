@@ -92,14 +92,26 @@ def test_what_is_held_still_stays_bit_for_bit(trained: Path) -> None:
         before = weights(trained / "stages" / min(losses, key=lambda name: losses[name]))
 
 
-def test_the_weak_network_begins_as_trained_alone(trained: Path) -> None:
-    alone = weights(trained / "stages" / "alone-weak")
-    first = weights(trained / "stages" / "session-01-strong")
-    if results(trained)["session-01-strong"]["loss"] < results(trained)["session-01-weak"]["loss"]:
-        first = weights(trained / "stages" / "session-01-weak")
-    assert {name.removeprefix("layer.weak.") for name in first if name.startswith("layer.weak.")} == {
-        name.removeprefix("network.") for name in alone
-    }
+def test_a_network_alone_is_what_supervised_training_gives(trained: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    content = yaml.safe_load(config.read_text())
+    content |= {"recipe": "supervised", "model": {"name": "node_classifier", "network": content["model"]["strong"]}}
+    config.write_text(yaml.safe_dump(content))
+    outcome = run_here(["train", str(config), "--run-dir", str(tmp_path / "run")])
+    assert outcome.code == 0, outcome.err
+    ours, theirs = weights(trained / "stages" / "alone-strong"), weights(tmp_path / "run")
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    test = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
+    assert results(trained)["alone-strong"]["test"] == test
+
+
+def test_a_network_begins_as_trained_alone(tmp_path: Path) -> None:
+    """The first turn of the weak network holds the strong one still: it is what was trained alone, buffers too."""
+    config = write_config(tmp_path, recipe={"pretrain": "both", "max_sessions": 1})
+    assert run_here(["train", str(config), "--run-dir", str(tmp_path / "run")]).code == 0
+    alone, first = (weights(tmp_path / "run" / "stages" / stage) for stage in ("alone-strong", "session-01-weak"))
+    assert all(first[f"layer.strong.{name.removeprefix('network.')}"].equal(alone[name]) for name in alone)
+    assert any("running_mean" in name for name in alone)
 
 
 def test_the_best_turn_is_the_result_and_its_loss_is_real(trained: Path) -> None:
