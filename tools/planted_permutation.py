@@ -87,7 +87,8 @@ def measure(run_dir: Path, seed: int) -> dict[str, Any]:
             run.config.target_weights,
             LaunchEnvironment.read(),
         ).losses[0]
-        table = run.model.table.table
+        (slot_table,) = run.model.tables.values()  # a recommender has one layer
+        table = slot_table.table
         table.copy_(torch.randperm(table.shape[-1], generator=torch.Generator().manual_seed(seed)))
         started = time.perf_counter()
         report = search_swaps(run.task, run.model, CONFIG, run.config.target_weights, LaunchEnvironment.read())

@@ -1,11 +1,13 @@
-"""dist-moe compress: a run with fewer experts."""
+"""dist-moe compress: a run, or a Hugging Face directory, with fewer experts, as it is or after recovery."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from dist_moe.cli.commands import Commands, add_changed_data
+from dist_moe.cli.commands import CONFIG_HELP, Commands, add_changed_data, add_config
+from dist_moe.errors import UserError
 
 _FLAGS = ("experts", "method", "grouping")
 
@@ -14,32 +16,117 @@ def add_to(commands: Commands) -> None:
     """Add the command and its options to the command line."""
     compress = commands.add_parser(
         "compress",
-        help="make a run with fewer experts of a finished one, by merging or pruning",
+        help="make a model with fewer experts of a run or of a Hugging Face directory, by merging or pruning",
         description="Compare the experts of a finished run on some of its examples, merge those that are alike (or "
         "remove those that do least), and write the result as a run of its own, from which 'dist-moe train --resume' "
-        "goes on. Works at any number of ranks; docs/compress.md says what the options mean.",
+        "goes on. With --recover it is trained at once, on its task and to follow the finished run; an interrupted "
+        "recovery goes on by 'dist-moe train --resume OUT'. Works at any number of ranks. Or do so with a Hugging "
+        "Face decoder, one layer in memory at a time. docs/compress.md says what the options mean.",
     )
-    compress.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory or a checkpoint in one")
+    compress.add_argument(
+        "run_dir", type=Path, metavar="RUN|DIR", help="a run, a checkpoint in one, or a Hugging Face directory"
+    )
     compress.add_argument("output", type=Path, metavar="OUT", help="where the run is to be")
-    compress.add_argument("overrides", nargs="*", metavar="key=value", help="similarity=outputs align=first ...")
-    compress.add_argument("--experts", required=True, metavar="N", help="experts that a layer keeps, on average")
+    compress.add_argument("overrides", nargs="*", metavar="key=value", help="similarity=outputs train.epochs=1 ...")
+    compress.add_argument("--config", type=Path, metavar="FILE", help="YAML with such keys, such as groups")
+    compress.add_argument("--experts", metavar="N", help="experts that a layer keeps, on average")
     compress.add_argument("--method", help="m_smoe (default), hc_smoe, uniform, random, prune_usage or reap")
     compress.add_argument("--grouping", help="global or uniform")
+    compress.add_argument(
+        "--recover",
+        action="store_true",
+        help="train the result (recover.trained=router train.epochs=1 ...; what is not said is as for RUN)",
+    )
+    compress.add_argument(
+        "--as",
+        dest="form",
+        choices=("run", "dist_moe", "stock"),
+        help="of DIR: write a run of ours (with --run-config), a directory of our own architecture, or one of DIR's "
+        "(default: stock after pruning, else dist_moe)",
+    )
+    run_help = f"of DIR: the data, and all of a run but its model: {CONFIG_HELP}"
+    add_config(compress, "--run-config", metavar="CONFIG", help=run_help)
     add_changed_data(compress)
     compress.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.config.validation import validate_section
+    from dist_moe.recipes.merge_compress import CompressConfig, MergeCompressConfig, MergeCompressRecipe
+
+    flags = [f"{name}={getattr(options, name)}" for name in _FLAGS if getattr(options, name) is not None]
+    if (options.run_dir / "config.json").is_file():
+        return _compress_directory(options, flags)
+    if options.form not in (None, "run") or options.run_config is not None:
+        raise UserError(
+            f"--as and --run-config go with a Hugging Face directory, and {options.run_dir} is none; of a run, the "
+            "result is a run: 'dist-moe export OUT --hf' writes it as a directory"
+        )
+    merge, others = list(flags), dict[str, str]()
+    for text in options.overrides:
+        section = text.partition("=")[0].partition(".")[0]
+        if section not in CompressConfig.model_fields and section in MergeCompressRecipe.model_fields:
+            others[text] = f"recipe.{text}"
+        elif section not in CompressConfig.model_fields and section in MergeCompressConfig.model_fields:
+            others[text] = text
+        else:
+            merge.append(text)
+    if options.recover:
+        return _recover(options, [*(f"recipe.merge.{text}" for text in merge), *others.values()])
+    if others:
+        raise UserError(f"{next(iter(others))}: nothing is trained without --recover; give it, or leave this out")
+    return _compress(options, merge)
+
+
+def _compress(options: argparse.Namespace, overrides: list[str]) -> int:
+    from dist_moe.config.overrides import parse_overrides
+    from dist_moe.config.validation import validate
     from dist_moe.engine.launch.environment import LaunchEnvironment
     from dist_moe.recipes.merge_compress import CompressConfig, compress_run, report_text
 
-    flags = [f"{name}={getattr(options, name)}" for name in _FLAGS if getattr(options, name) is not None]
-    config = validate_section(CompressConfig, [*options.overrides, *flags])
-    report = compress_run(
-        options.run_dir.resolve(), options.output, config, allow_changed_data=options.allow_changed_data
-    )
+    config = validate(CompressConfig, _merge_in_file(options) | parse_overrides(overrides))
+    source = options.run_dir.resolve()
+    report = compress_run(source, options.output, config, allow_changed_data=options.allow_changed_data)
     if LaunchEnvironment.read().is_rank_zero:
         print(report_text(report))
         print(f"written to {options.output}; now: dist-moe evaluate {options.output}")
     return 0
+
+
+def _compress_directory(options: argparse.Namespace, flags: list[str]) -> int:
+    from dist_moe.config.overrides import parse_overrides
+    from dist_moe.config.validation import validate
+    from dist_moe.recipes.merge_compress import CompressConfig, Compression, compress_directory, report_text
+
+    if options.recover:
+        raise UserError("--recover trains a run; compress with --as run, and train that")
+    of_run = [text for text in options.overrides if "." in text.partition("=")[0]]
+    own = [text for text in options.overrides if text not in of_run]
+    config = validate(CompressConfig, _merge_in_file(options) | parse_overrides([*own, *flags]))
+    job = Compression(options.run_dir.resolve(), options.output, options.form, options.run_config, of_run)
+    report = compress_directory(job, config)
+    print(report_text(report))
+    now = f"; now: dist-moe evaluate {options.output}" if report["form"] == "run" else ""
+    print(f"written to {options.output}{now}")
+    return 0
+
+
+def _recover(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Train by the recipe, whose configuration is that of the source with ``overrides``."""
+    from dist_moe.engine.launch.environment import LaunchEnvironment
+    from dist_moe.engine.monitor.run_lock import held
+    from dist_moe.recipes.recipe import plan_run_of, set_fields, train, validate_config
+
+    source = str(options.run_dir.resolve())
+    content = {"recipe": {"name": "merge_compress", "source": source, "merge": _merge_in_file(options)}}
+    set_fields(content, overrides)
+    with held(options.output, LaunchEnvironment.read(), option="OUT") as begin:
+        config = validate_config(content)
+        plan = plan_run_of(config, options.output, "OUT", allow_changed_data=options.allow_changed_data)
+        begin()
+        return train(plan)
+
+
+def _merge_in_file(options: argparse.Namespace) -> dict[str, Any]:
+    from dist_moe.config.plain_yaml import read_yaml
+
+    return read_yaml(options.config) if options.config else {}

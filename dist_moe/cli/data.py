@@ -33,6 +33,7 @@ def add_to(commands: Commands) -> None:
         metavar="DIR",
         help="of labelled texts and questions: the BERT checkpoint whose tokenizer cuts them",
     )
+    fetch.add_argument("overrides", nargs="*", metavar="data.FIELD=VALUE", help="fields of the section 'data'")
     fetch.set_defaults(run=_run)
     inspect = verbs.add_parser(
         "inspect",
@@ -46,19 +47,27 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from dist_moe.config.overrides import assign, parse_overrides
+    from dist_moe.config.validation import validate
     from dist_moe.data import DATA
 
     settings = DATA.by_name[options.name]
     if any(field.is_required() for field in settings.model_fields.values()):
         raise UserError(f"{options.name} is prepared when it is trained on; 'dist-moe data inspect FILE' describes it")
-    given = {"name": options.name, "root": options.data_root}
+    given = {"name": options.name}
+    for key, value in parse_overrides(options.overrides).items():
+        if not key.startswith("data."):
+            raise UserError(f"{key}={value}: only fields of the section data can be given, such as data.seed=1")
+        assign(given, key.removeprefix("data."), value)
+    if options.data_root is not None:
+        given["root"] = options.data_root
     if options.encoder is not None:
         if "encoder" not in settings.model_fields:
             raise UserError(
                 f"--encoder={options.encoder} is for texts that a BERT reads, and {options.name} is none of them"
             )
         given["encoder"] = options.encoder
-    print(settings(**given).fetch(progress=True))
+    print(validate(settings, given).fetch(progress=True))
     return 0
 
 

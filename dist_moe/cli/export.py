@@ -9,7 +9,6 @@ from dist_moe.cli.commands import Commands, add_changed_data
 from dist_moe.errors import UserError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-ARCHITECTURES = ("llama", "mixtral", "olmoe", "dist_moe")
 
 
 def add_to(commands: Commands) -> None:
@@ -26,8 +25,9 @@ def add_to(commands: Commands) -> None:
     export.add_argument("--hf", type=Path, metavar="DIR", help="write a Hugging Face directory instead of a file")
     export.add_argument(
         "--architecture",
-        choices=ARCHITECTURES,
-        help="of a decoder, with --hf (default: the first that has a place for all that the model is)",
+        metavar="NAME",
+        help="of a decoder, with --hf: llama, mixtral, olmoe, qwen2_moe, qwen3_moe or dist_moe (default: the first "
+        "that has a place for all that the model is)",
     )
     export.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters (default: %(default)s)")
     add_changed_data(export)
@@ -44,10 +44,13 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("name either FILE.safetensors or --hf DIR, to which the weights are to be written")
     if options.hf is not None:
         from dist_moe.recipes.hugging_face.export import export_hugging_face
+        from dist_moe.recipes.merge_compress.compress import difference_text
 
         allow = options.allow_changed_data
         written = export_hugging_face(options.source, options.hf, dtype, options.architecture, allow_changed_data=allow)
         print(f"{written.architecture} of {written.parameters:,} parameters in {written.directory}")
+        if written.folding is not None:
+            print(difference_text("slot maps folded into the routers, on held-out text", written.folding))
         return 0
     if options.architecture is not None:
         raise UserError(f"--architecture={options.architecture} goes with --hf DIR; a file has none")

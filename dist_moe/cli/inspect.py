@@ -23,8 +23,10 @@ def add_to(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from dist_moe.engine.checkpoint.inspection import inspect_path
+    from dist_moe.engine.monitor.run_directory import RunDirectory
+    from dist_moe.recipes.supervised.runs import result_of
 
-    found = inspect_path(options.path)
+    found = inspect_path(result_of(RunDirectory(options.path)).root)
     print(found.text)
     for error in found.errors:
         print(f"dist-moe: {error}", file=sys.stderr)

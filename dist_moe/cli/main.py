@@ -18,6 +18,7 @@ from dist_moe.cli import (
     data,
     evaluate,
     export,
+    forest,
     import_,
     inspect,
     plan,
@@ -29,7 +30,22 @@ from dist_moe.cli import (
 from dist_moe.engine.launch.signals import Interruption, interruptible, speaks_for_node
 from dist_moe.errors import LaunchError, UserError
 
-COMMANDS = (train, evaluate, search, compress, sweep, plan, config, data, inspect, export, import_, reshard, bench)
+COMMANDS = (
+    train,
+    evaluate,
+    search,
+    compress,
+    sweep,
+    plan,
+    config,
+    data,
+    inspect,
+    export,
+    import_,
+    reshard,
+    forest,
+    bench,
+)
 
 
 def console_script() -> None:

@@ -5,6 +5,7 @@ from dist_moe.experts.bert_feed_forward import BertFeedForwardBank
 from dist_moe.experts.conv import ConvBank, ConvConfig
 from dist_moe.experts.dense_relu import DenseReLUBank, DenseReLUConfig
 from dist_moe.experts.feed_forward import FeedForwardBank, FeedForwardConfig
+from dist_moe.experts.low_rank import LowRankConfig
 from dist_moe.experts.mlp import FeatureGateConfig, MlpBank, MlpConfig
 from dist_moe.experts.registry import EXPERTS
 
@@ -21,6 +22,7 @@ __all__ = [
     "FeedForwardBank",
     "FeedForwardConfig",
     "InitStds",
+    "LowRankConfig",
     "MlpBank",
     "MlpConfig",
 ]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from dist_moe import kernels
 from dist_moe.config.settings import Settings
+from dist_moe.errors import UserError
 from dist_moe.experts.batch_norm import ExpertBatchNorm
+from dist_moe.experts.low_rank import LowRankMatrix, batched_linear
 
 
 class ExpertBank(nn.Module, ABC):
@@ -26,6 +28,8 @@ class ExpertBank(nn.Module, ABC):
     bank is called once in a pass.
     ``hidden_axes``: the parameters that have the units of a hidden layer along an axis, by name, with that axis: who
     reorders an expert's units in all of them leaves what it computes. Empty: there is nothing to reorder.
+    ``matrices``: the parameters (E_local, in, out) that :meth:`factor` can store in another way, by name; a bank that
+    has some multiplies with them by :meth:`grouped` and :meth:`batched`. ``factored``: those that are.
     """
 
     group_name: str | None = None
@@ -33,6 +37,8 @@ class ExpertBank(nn.Module, ABC):
     dealt_PE: Tensor | None = None
     batch_dependent: bool = False
     hidden_axes: Mapping[str, int] = MappingProxyType({})
+    matrices: tuple[str, ...] = ()
+    factored: tuple[str, ...] = ()
 
     def __init__(self, dim: int, out_dim: int, num_experts: int, expert_ids: Sequence[int]) -> None:
         super().__init__()
@@ -54,6 +60,56 @@ class ExpertBank(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, ExpertBatchNorm):
                 module.added = added
+
+    def factor(self, rank: int, rows: Mapping[str, int] | None = None) -> None:
+        """Store each of ``matrices`` as U V + S: see :class:`~dist_moe.experts.low_rank.LowRankMatrix`.
+
+        In the place of ``up`` there are parameters ``up_into``, ``up_back`` and ``up_sparse``, and a buffer
+        ``up_row_ids`` (E, Q) of *all* experts by global id, the same on every rank. ``rows``: of S, by the matrix's
+        name; None: all. First factors are glorot-uniform, S is 0. Raises UserError for a bank without matrices, for a
+        rank above a matrix's own, and for rows that do not fit.
+        """
+        weights = {name: weight for name in self.matrices if (weight := getattr(self, name)) is not None}
+        if not weights:
+            raise UserError("model.low_rank: these experts have no matrices that can be factored; set it to null")
+        rows = {name: weight.shape[2] for name, weight in weights.items()} if rows is None else rows
+        if rows.keys() != weights.keys():
+            raise UserError(f"model.low_rank.rows: names {sorted(rows)}; the experts' matrices are {sorted(weights)}")
+        generators = self.generators()
+        for name, weight in weights.items():
+            (local, dim, out_dim), count = weight.shape, rows[name]
+            if rank > min(dim, out_dim):
+                raise UserError(f"model.low_rank.rank={rank}: {name} is {dim} x {out_dim}; use {min(dim, out_dim)}")
+            if count > out_dim:
+                raise UserError(f"model.low_rank.rows: {name}={count} exceeds its {out_dim} rows")
+            delattr(self, name)
+            self.register_parameter(f"{name}_into", drawn((dim, rank), generators))
+            self.register_parameter(f"{name}_back", drawn((rank, out_dim), generators))
+            if count:
+                self.register_parameter(f"{name}_sparse", nn.Parameter(torch.zeros(local, dim, count)))
+                ids_EQ = torch.arange(count, dtype=torch.int32).repeat(self.num_experts, 1)
+                self.register_buffer(f"{name}_row_ids", ids_EQ)
+        self.factored = tuple(weights)
+
+    def low_rank(self, name: str) -> LowRankMatrix:
+        """Return the matrix ``name``, one of ``factored``, of the local experts."""
+        parts: dict[str, Any] = {part: getattr(self, f"{name}_{part}", None) for part in LowRankMatrix._fields}
+        ids_EQ = parts["row_ids"]
+        if ids_EQ is not None and self.expert_ids != tuple(range(self.num_experts)):
+            parts["row_ids"] = ids_EQ[torch.tensor(self.expert_ids, device=ids_EQ.device)]
+        return LowRankMatrix(**parts)
+
+    def grouped(self, x_ND: Tensor, name: str, bias_EF: Tensor | None, rows_per_expert: kernels.RowCounts) -> Tensor:
+        """Return (N, out): rows sorted by local expert times its matrix ``name``, plus its bias if there is one."""
+        if name in self.factored:
+            return self.low_rank(name).grouped(x_ND, bias_EF, rows_per_expert)
+        return kernels.grouped_linear(x_ND, getattr(self, name), bias_EF, rows_per_expert)
+
+    def batched(self, x_ETD: Tensor, name: str, bias_EF: Tensor | None) -> Tensor:
+        """Return (E_local, T, out): every local expert's rows times its matrix ``name``, plus its bias."""
+        if name in self.factored:
+            return self.low_rank(name).batched(x_ETD, bias_EF)
+        return batched_linear(x_ETD, getattr(self, name), bias_EF)
 
     @property
     def num_local_experts(self) -> int:

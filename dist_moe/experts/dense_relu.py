@@ -37,6 +37,8 @@ class DenseReLUBank(ExpertBank):
     Weights are glorot-uniform, biases zero, drawn per expert from its global id.
     """
 
+    matrices = ("weight",)
+
     def __init__(
         self, dim: int, hidden: int, num_experts: int, expert_ids: Sequence[int], dropout: float = 0.0
     ) -> None:
@@ -57,11 +59,10 @@ class DenseReLUBank(ExpertBank):
 
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
         """Return the experts' results on their rows."""
-        hidden_NF = kernels.grouped_linear(x_ND, self.weight, self.bias, rows_per_expert)
+        hidden_NF = self.grouped(x_ND, "weight", self.bias, rows_per_expert)
         return kernels.dropout(torch.relu(hidden_NF), self.dropout, self.training)
 
     def all_experts(self, x_TD: Tensor) -> Tensor:
         """Return all experts' results by one batched product."""
-        x_ETD = x_TD.expand(self.num_local_experts, *x_TD.shape)
-        hidden_ETF = torch.baddbmm(self.bias.unsqueeze(1), x_ETD, self.weight)
+        hidden_ETF = self.batched(x_TD.expand(self.num_local_experts, *x_TD.shape), "weight", self.bias)
         return kernels.dropout(torch.relu(hidden_ETF), self.dropout, self.training, under_vmap=True)

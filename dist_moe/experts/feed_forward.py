@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
@@ -54,6 +54,7 @@ class FeedForwardBank(ExpertBank):
     """
 
     hidden_axes = MappingProxyType({"up": 2, "gate": 2, "up_bias": 1, "down": 1})
+    matrices = ("up", "gate", "down")
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class FeedForwardBank(ExpertBank):
             raise ValueError(f"activation must be one of {sorted(kernels.ACTIVATIONS)}, got {activation!r}")
         self.hidden = hidden
         self.activation = activation
+        self.gated = gated
         generators = self.generators()
         in_std, out_std = init_stds or (None, None)
         self.up = drawn((dim, hidden), generators, in_std)
@@ -84,23 +86,33 @@ class FeedForwardBank(ExpertBank):
         )
 
     def forward(self, x_ND: Tensor, rows_per_expert: kernels.RowCounts) -> Tensor:
-        """Return the networks' results, by the kernel for rows sorted by expert."""
+        """Return the networks' results, by the kernel for rows sorted by expert, which knows whole matrices only."""
+        if self.factored:
+            return self._network(x_ND, lambda x, name, bias: self.grouped(x, name, bias, rows_per_expert))
         weights = kernels.FeedForwardWeights(self.up, self.down, self.gate, self.up_bias, self.down_bias)
         return kernels.feed_forward(x_ND, weights, self.activation, rows_per_expert)
 
     def all_experts(self, x_TD: Tensor) -> Tensor:
         """Return all networks' results by batched products."""
+        return self._network(x_TD.expand(self.num_local_experts, *x_TD.shape), self.batched)
+
+    def _network(self, x_ND: Tensor, linear: Callable[[Tensor, str, Tensor | None], Tensor]) -> Tensor:
         act = kernels.ACTIVATIONS[self.activation].function
-        x_ETD = x_TD.expand(self.num_local_experts, *x_TD.shape)
-        hidden_ETF = _affine(x_ETD, self.up, self.up_bias)
-        hidden_ETF = act(hidden_ETF) if self.gate is None else act(x_ETD @ self.gate) * hidden_ETF
-        return _affine(hidden_ETF, self.down, self.down_bias)
+        hidden_NF = linear(x_ND, "up", self.up_bias)
+        hidden_NF = act(linear(x_ND, "gate", None)) * hidden_NF if self.gated else act(hidden_NF)
+        return linear(hidden_NF, "down", self.down_bias)
+
+    def hidden_units(self, expert: Mapping[str, Tensor], x_TD: Tensor) -> Tensor:
+        """Return the (T, hidden) activations of the hidden units of an expert with these parameters, by name."""
+        act, hidden_TF = kernels.ACTIVATIONS[self.activation].function, x_TD @ expert["up"]
+        hidden_TF = hidden_TF + expert["up_bias"] if "up_bias" in expert else hidden_TF
+        return act(hidden_TF) if "gate" not in expert else act(x_TD @ expert["gate"]) * hidden_TF
 
     @property
     def kept_per_row(self) -> int:
-        """The number that goes into the activation, and the one multiplied with its result, per hidden unit."""
-        return self.hidden * (1 if self.gate is None else 2)
+        """The number that goes into the activation, and the one multiplied with its result, per hidden unit.
 
-
-def _affine(x_ETD: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None) -> Tensor:
-    return x_ETD @ weight_EDF if bias_EF is None else torch.baddbmm(bias_EF.unsqueeze(1), x_ETD, weight_EDF)
+        Of factored matrices both results, too, and what is between the factors.
+        """
+        kept = self.hidden * (2 if self.gated else 1)
+        return 2 * kept + sum(self.low_rank(name).into.shape[2] for name in self.factored) if self.factored else kept

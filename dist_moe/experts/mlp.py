@@ -104,7 +104,6 @@ class MlpBank(ExpertBank):
         """Return the experts' results on their rows."""
 
         def linear(x_ND: Tensor, weight_EDF: Tensor, bias_EF: Tensor | None = None) -> Tensor:
-            bias_EF = weight_EDF.new_zeros(weight_EDF.shape[::2]) if bias_EF is None else bias_EF
             return kernels.grouped_linear(x_ND, weight_EDF, bias_EF, rows_per_expert)
 
         counts_E = torch.as_tensor(rows_per_expert, device=x_ND.device)

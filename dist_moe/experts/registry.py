@@ -3,6 +3,7 @@
 To add an expert type: a bank derived from :class:`ExpertBank`, and settings derived from :class:`ExpertSettings` that
 build it, registered here or with ``@EXPERTS.register`` in a module under ``imports``. Plans take the bank's sizes from
 its parameters; override ``flops_per_row``, ``kept_per_row`` and ``accesses_per_row`` where these defaults are far off.
+A bank that names its ``matrices`` and multiplies by ``grouped`` and ``batched`` can be factored (``model.low_rank``).
 """
 
 from __future__ import annotations

@@ -102,6 +102,18 @@ class Gate(nn.Module, ABC):
         weight_TS = weight_TKE.flatten(1) if self.splits_branches else weight_TKE.sum(dim=1)
         return Route.from_dense(weight_TS, mixture.aux)
 
+    def logits(self, x_TD: Tensor) -> Tensor | None:
+        """Return the (T, n) logits of the slots, -inf for excluded ones, by which a gate of one linear layer chooses.
+
+        None: it has no such layer.
+        """
+        return None
+
+    @property
+    def rows_ED(self) -> Tensor | None:
+        """The (n, D) rows of the linear layer that gives the slots' logits; None: the gate has no such layer."""
+        return None
+
     def begin_step(self, step: int) -> None:
         """Prepare for training step ``step`` (from 0), on every rank; for gates with a schedule."""
 

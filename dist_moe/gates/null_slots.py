@@ -92,6 +92,17 @@ class NullSlots(Gate):
             aux = aux | {"null_balance": self.balance_weight * loss}
         return Mixture(without_null(inner.weight_TKE, self.null_slots), aux)
 
+    def logits(self, x_TD: Tensor) -> Tensor | None:
+        """Return the inner gate's logits of the experts' slots."""
+        logit_TS = self.gate.logits(x_TD)
+        return None if logit_TS is None else logit_TS[:, : self.num_experts]
+
+    @property
+    def rows_ED(self) -> Tensor | None:
+        """The inner gate's rows of the experts' slots."""
+        row_SD = self.gate.rows_ED
+        return None if row_SD is None else row_SD[: self.num_experts]
+
     def begin_step(self, step: int) -> None:
         """Prepare the inner gate."""
         self._informed().begin_step(step)

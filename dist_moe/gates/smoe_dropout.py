@@ -111,10 +111,19 @@ class SMoEDropout(Gate):
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
         """Return the softmax over the k largest logits."""
         own_k = None if self.training else self.evaluation_k
-        logit_TE = self.exclude(affine(x_TD, self.weight, self.bias))
+        logit_TE = self.logits(x_TD)
         slot_TK = largest(logit_TE, self.k_at(int(self.step)) if own_k is None else own_k)
         weight_TE = torch.zeros_like(logit_TE).scatter(1, slot_TK, logit_TE.gather(1, slot_TK).softmax(dim=-1))
         return Mixture(weight_TE.unsqueeze(1))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Return the (T, n) logits, -inf for excluded slots."""
+        return self.exclude(affine(x_TD, self.weight, self.bias))
+
+    @property
+    def rows_ED(self) -> Tensor | None:
+        """The router's (n, dim) rows."""
+        return self.weight
 
     def k_at(self, step: int) -> int:
         """Return k of training step ``step``; from ``schedule_steps`` on, that of the end."""

@@ -38,4 +38,13 @@ class Softmax(Gate):
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
         """Return the softmax over all slots that are not excluded."""
-        return Mixture(self.exclude(affine(x_TD, self.weight, self.bias)).softmax(dim=-1).unsqueeze(1))
+        return Mixture(self.logits(x_TD).softmax(dim=-1).unsqueeze(1))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Return the (T, n) logits, -inf for excluded slots."""
+        return self.exclude(affine(x_TD, self.weight, self.bias))
+
+    @property
+    def rows_ED(self) -> Tensor | None:
+        """The router's (n, dim) rows."""
+        return self.weight

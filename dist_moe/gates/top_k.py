@@ -155,6 +155,11 @@ class TopK(Gate):
             logit_TE = logit_TE + torch.randn_like(logit_TE) * deviation_TE
         return self.exclude(logit_TE)
 
+    @property
+    def rows_ED(self) -> Tensor | None:
+        """The router's (n, dim) rows."""
+        return self.weight
+
     def probabilities(self, logit_TE: Tensor) -> Tensor:
         """Return the (T, n) router probabilities over all slots: the softmax, or each sigmoid divided by their sum."""
         return self._log_scores(logit_TE).softmax(dim=-1)

@@ -4,6 +4,7 @@ from dist_moe.kernels.dropout import dropout
 from dist_moe.kernels.feed_forward import feed_forward, feed_forward_reference
 from dist_moe.kernels.grouped import (
     group_of_each_row,
+    grouped_index_add,
     grouped_layer_norm,
     grouped_layer_norm_reference,
     grouped_linear,
@@ -50,6 +51,7 @@ __all__ = [
     "feed_forward",
     "feed_forward_reference",
     "group_of_each_row",
+    "grouped_index_add",
     "grouped_layer_norm",
     "grouped_layer_norm_reference",
     "grouped_linear",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import LARGEST_COUNT, Settings
 from dist_moe.errors import UserError
-from dist_moe.experts import ExpertBank, ExpertSettings
+from dist_moe.experts import ExpertBank, ExpertSettings, LowRankConfig
 from dist_moe.gates import CometConfig, Gate, GateConfig, GateContext
 from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import World, added_over_ranks, sum_over_ranks
@@ -53,11 +53,13 @@ class RunShape:
 class MoEModelConfig(Settings, ABC):
     """The fields that every model has. ``kind``: tasks of the same kind fit. ``one_layer``: whether every
     example is one token, which meets one MoE layer; what plans and stacked training know. ``has_tables``: whether its
-    layers have slot -> expert tables, which searches rewrite."""
+    layers have slot -> expert tables, which searches rewrite. ``gives_hidden_states``: whether the model takes
+    ``hidden_states=True``, and its output has them then, see ``BertOutput``."""
 
     kind: ClassVar[str]
     one_layer: ClassVar[bool] = True
     has_tables: ClassVar[bool] = True
+    gives_hidden_states: ClassVar[bool] = False
 
     name: str
 
@@ -78,6 +80,11 @@ class MoEModelConfig(Settings, ABC):
     )
     permutation: PermutationSearchConfig | None = Field(
         None, description="permutation local search while training: the '+' of COMET+ (null: none)"
+    )
+    low_rank: LowRankConfig | None = Field(
+        None,
+        description="store the experts' matrices as a product of low rank plus a few rows, as dist-moe compress leaves "
+        "them (null: whole)",
     )
     activation_checkpointing: bool = Field(
         False,
@@ -115,6 +122,11 @@ class MoEModelConfig(Settings, ABC):
                     yield f"{field}: the gates of name={self.name} choose among experts, not slots; set it to null"
             if self.slot_masks:
                 yield f"slot_masks: the gates of name={self.name} have masks of their own; set it to false"
+            if self.low_rank is not None:
+                yield f"low_rank: the experts of name={self.name} are stored whole; set it to null"
+        rows = None if self.low_rank is None else self.low_rank.rows
+        if rows is not None and len(rows) != self.num_moe_layers:
+            yield f"low_rank.rows: has {len(rows)} entries; give one for each of {self.num_moe_layers} mixtures"
         if self.permutation is not None and self.slots_per_gate != self.num_experts:
             yield (
                 f"num_slots={self.num_slots} is not num_experts={self.num_experts}, and only as many slots as experts "
@@ -139,13 +151,23 @@ class MoEModelConfig(Settings, ABC):
         """
 
     def build_layer(
-        self, experts: ExpertBank, num_gates: int, run: RunShape, *, layer: int = 0, shared: nn.Module | None = None
+        self,
+        experts: ExpertBank,
+        num_gates: int,
+        run: RunShape,
+        *,
+        layer: int = 0,
+        mixture: int = 0,
+        shared: nn.Module | None = None,
     ) -> MoE:
         """Return the layer of one gate per task over the same ``experts``, with a slot map or the search for one.
 
-        ``layer``: its number, from 0, where the model has several. ``shared``: what every token goes through
-        beside the experts.
+        ``layer``: its number, from 0, where the model has several; ``mixture``: its number among those with experts.
+        ``shared``: what every token goes through beside the experts. Raises UserError for experts that cannot be stored
+        as ``low_rank`` says.
         """
+        if self.low_rank is not None:
+            experts.factor(self.low_rank.rank, self.low_rank.rows[mixture] if self.low_rank.rows else None)
         settings = self.gate.of_layer(layer)
         gates = [settings.build(experts.dim, self.slots_per_gate, run.gates) for _ in range(num_gates)]
         for gate in gates if self.slot_masks else ():

@@ -4,16 +4,11 @@ Pre-norm layers as in the Llama family: RMSNorm (Zhang and Sennrich, 2019), rota
 SwiGLU (Shazeer, 2020); every m-th layer's feed-forward network is an MoE layer over SwiGLU experts, the others are
 dense. Initialisers: normal, 0.02, divided by sqrt(2 layers) where results join the residual stream (Radford et al.,
 GPT-2, 2019).
-
-Grouped-query attention: several query heads share a key and a value head (Ainslie et al., EMNLP 2023). Rotary
-positions: a score depends on the distance of query and key alone (Su, Lu, Pan, Murtadha, Wen, Liu: RoFormer, 2021,
-eq. 34), in the layout of the Llama family: number i of a head of width d is turned together with number i + d/2, at
-position p by the angle p theta^(-2i/d).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,29 +21,28 @@ from dist_moe.config.settings import LARGEST_COUNT, LARGEST_DEPTH, LARGEST_SIZE
 from dist_moe.errors import UserError
 from dist_moe.experts import EXPERTS, ExpertSettings, FeedForwardConfig
 from dist_moe.layer import MoE, MoEOutput
-from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
+from dist_moe.models.attention import INIT_STD, CausalAttention, QKNorm, linear, rotary_table
+from dist_moe.models.layered import LayeredConfig
+from dist_moe.models.moe_model import ModelOutput, MoEModel, RunShape
 from dist_moe.parallel import experts_of_rank
-
-INIT_STD = 0.02
 
 _FP32, _INT64 = torch.float32.itemsize, torch.int64.itemsize
 
 
-class TransformerConfig(MoEModelConfig):
+class TransformerConfig(LayeredConfig):
     """Decoder language model."""
 
     kind: ClassVar[str] = "language"
-    one_layer: ClassVar[bool] = False
+    gives_hidden_states: ClassVar[bool] = True
 
     name: Literal["transformer"] = Field("transformer", description="which model this is")
     num_experts: int = Field(8, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
-    experts_by_layer: tuple[Annotated[int, Field(ge=1, le=LARGEST_COUNT)], ...] | None = Field(
-        None,
-        description="experts of each mixture, at most num_experts, as merging leaves them (null: num_experts in each)",
-    )
     layers: int = Field(4, ge=1, le=LARGEST_DEPTH, description="layers, each of attention and a feed-forward network")
     dim: int = Field(128, ge=2, le=LARGEST_SIZE, description="width of the residual stream")
-    heads: int = Field(4, ge=1, description="attention heads, each of width dim / heads")
+    heads: int = Field(4, ge=1, description="attention heads")
+    head_dim: int | None = Field(
+        None, ge=2, le=LARGEST_SIZE, description="width of each attention head, even (null: dim / heads)"
+    )
     kv_heads: int | None = Field(
         None, ge=1, description="key and value heads, each shared by heads / kv_heads heads (null: one for each head)"
     )
@@ -70,11 +64,17 @@ class TransformerConfig(MoEModelConfig):
         le=LARGEST_SIZE,
         description="hidden width of a network beside the experts, for every token (null: none)",
     )
+    shared_gate: bool = Field(
+        False, description="weigh that network by the sigmoid of a learnt projection of the token, as Qwen2-MoE has it"
+    )
     rope_theta: float = Field(10_000.0, gt=1, description="base of the rotary position embeddings' wavelengths")
     norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in RMSNorm")
-    qk_norm: bool = Field(
-        False, description="RMSNorm over all features of queries and of keys before heads are split, as OLMoE has it"
+    qk_norm: QKNorm = Field(
+        "none",
+        description="RMSNorm of queries and of keys: over all features before heads are split, as OLMoE has it (all), "
+        "or over those of each head, with one weight for all heads, as Qwen3 has it (head)",
     )
+    qkv_bias: bool = Field(False, description="learnt biases of queries, keys and values, as Qwen2 has them")
     tied_embeddings: bool = Field(True, description="one matrix for the input embedding and the output layer")
 
     @property
@@ -88,37 +88,36 @@ class TransformerConfig(MoEModelConfig):
         return INIT_STD / (2 * self.layers) ** 0.5
 
     @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.dim // self.heads
+
+    @property
+    def width_of_queries(self) -> int:
+        """Width of all attention heads together."""
+        return self.head_width * self.heads
+
+    @property
     def width_of_keys(self) -> int:
         """Width of all key heads together, which is that of all value heads."""
-        return self.dim // self.heads * (self.kv_heads or self.heads)
+        return self.head_width * (self.kv_heads or self.heads)
 
     def validation_errors(self) -> Iterator[str]:
         """Yield what does not fit together, as "field=value: reason"."""
         yield from super().validation_errors()
-        if self.dim % self.heads:
+        if self.head_dim is not None and self.head_dim % 2:
+            yield f"head_dim={self.head_dim}; allowed: an even width"
+        elif self.head_dim is None and self.dim % self.heads:
             yield f"heads={self.heads} does not divide dim={self.dim}"
-        elif (self.dim // self.heads) % 2:
-            yield f"heads={self.heads} leaves heads of width {self.dim // self.heads}; allowed: an even width"
+        elif self.head_width % 2:
+            yield f"heads={self.heads} leaves heads of width {self.head_width}; allowed: an even width"
         if self.heads % (self.kv_heads or self.heads):
             yield f"kv_heads={self.kv_heads} does not divide heads={self.heads}"
-        if self.moe_every > self.layers:
-            yield f"moe_every={self.moe_every} exceeds layers={self.layers}; allowed: 0 (dense) to {self.layers}"
+        if self.shared_gate and self.shared_hidden is None:
+            yield "shared_gate=true weighs a shared network, and there is none; set shared_hidden"
+        yield from self.layer_errors(self.layers)
         if self.moe_every:
             yield from self.experts.validation_errors(self.dim, self.dim)
-        counts = self.experts_by_layer
-        if counts is not None and (len(counts) != self.num_moe_layers or max(counts, default=0) > self.num_experts):
-            yield (
-                f"experts_by_layer={list(counts)}: give {self.num_moe_layers} numbers, one for each mixture, of at "
-                f"most num_experts={self.num_experts}"
-            )
-        if counts is not None and self.permutation is not None:
-            yield "experts_by_layer: only as many slots as experts can be permuted; set it or permutation to null"
-
-    def expert_counts(self, targets: Sequence[str]) -> dict[str, int]:
-        """Return the numbers of experts of the mixtures, by what to call them."""
-        if self.experts_by_layer is None:
-            return super().expert_counts(targets)
-        return {f"model.experts_by_layer[{i}]={count}": count for i, count in enumerate(self.experts_by_layer)}
 
     def expert_mismatches(self) -> Iterator[tuple[str, Any, Any]]:
         """Yield (field, value, value to set) of the experts, where they are not the SwiGLU networks of dense layers."""
@@ -133,22 +132,18 @@ class TransformerConfig(MoEModelConfig):
         """Return the model with this rank's experts, over tokens 0..vocab_size - 1."""
         return Transformer(self, vocab_size, run)
 
-    def has_experts(self, layer: int) -> bool:
-        """Return whether layer ``layer`` (from 0) is a mixture."""
-        return bool(self.moe_every) and (layer + 1) % self.moe_every == 0
-
     def build_mixture(self, run: RunShape, layer: int) -> MoE:
         """Return the MoE layer of layer ``layer`` (from 0). Raises UserError if its results have not width ``dim``."""
-        counts, stds = self.experts_by_layer, (INIT_STD, self.residual_std)
-        count = self.num_experts if counts is None else counts[layer // self.moe_every]
+        count, stds = self.experts_of(layer), (INIT_STD, self.residual_std)
         experts = self.experts.build(self.dim, count, experts_of_rank(count, run.world), init_stds=stds)
         if experts.out_dim != self.dim:
             raise UserError(
                 f"model.experts.name={self.experts.name}: gives rows of width {experts.out_dim}, the model "
                 f"needs model.dim={self.dim}; use feed_forward"
             )
-        shared = SwiGLU(self.dim, self.shared_hidden, self.residual_std) if self.shared_hidden else None
-        return self.build_layer(experts, 1, run, layer=layer, shared=shared)
+        network = GatedSwiGLU if self.shared_gate else SwiGLU
+        shared = network(self.dim, self.shared_hidden, self.residual_std) if self.shared_hidden else None
+        return self.build_layer(experts, 1, run, layer=layer, mixture=layer // self.moe_every, shared=shared)
 
 
 @dataclass(frozen=True)
@@ -198,15 +193,9 @@ class TransformerSize:
         Matrix products only; attention counts all pairs of positions, as torch's flop counter does, though
         half of them are masked. ``experts_per_token``: as measured, on average over tokens and MoE layers.
         """
-        scores = 2 * self.config.layers * sequence_length * self.config.dim  # with keys, then with values
+        # with keys, then with values
+        scores = 2 * self.config.layers * sequence_length * self.config.width_of_queries
         return 2.0 * (self.products + scores) + experts_per_token * self.expert_flops
-
-
-def linear(dim: int, out_dim: int, std: float = INIT_STD) -> nn.Linear:
-    """Return a layer without bias, its weights from N(0, std)."""
-    layer = nn.Linear(dim, out_dim, bias=False)
-    nn.init.normal_(layer.weight, std=std)
-    return layer
 
 
 class SwiGLU(nn.Module):
@@ -224,61 +213,16 @@ class SwiGLU(nn.Module):
         return result
 
 
-class CausalAttention(nn.Module):
-    """Causal self-attention with ``heads`` heads of width dim / heads; head h uses key-value head h // (heads /
-    kv_heads): as many as heads is multi-head attention, one is multi-query attention. No biases.
+class GatedSwiGLU(SwiGLU):
+    """sigmoid(x v) y(x): SwiGLU, weighed by how much a token has use for it (Qwen2-MoE's shared expert)."""
 
-    ``qk_norm_eps``: RMSNorm over all features of the queries and over all of the keys, before heads are split (OLMo 2,
-    OLMoE), with that added to the mean square; None: none.
-    Raises ValueError unless ``heads`` divides ``dim`` into an even width and ``kv_heads`` divides ``heads``.
-    """
+    def __init__(self, dim: int, hidden: int, out_std: float = INIT_STD) -> None:
+        super().__init__(dim, hidden, out_std)
+        self.share = linear(dim, 1)
 
-    def __init__(
-        self, dim: int, heads: int, kv_heads: int, out_std: float = INIT_STD, qk_norm_eps: float | None = None
-    ) -> None:
-        super().__init__()
-        if dim % heads or (dim // heads) % 2 or heads % kv_heads:
-            raise ValueError(f"dim={dim}, heads={heads}, kv_heads={kv_heads} do not fit one another")
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = dim // heads
-        self.query = linear(dim, dim)
-        self.key = linear(dim, kv_heads * self.head_dim)
-        self.value = linear(dim, kv_heads * self.head_dim)
-        self.out = linear(dim, dim, out_std)
-        normed = qk_norm_eps is not None
-        self.query_norm = nn.RMSNorm(dim, qk_norm_eps) if normed else None
-        self.key_norm = nn.RMSNorm(kv_heads * self.head_dim, qk_norm_eps) if normed else None
-
-    def forward(self, x_BSD: Tensor, table_2SP: Tensor) -> Tensor:
-        """Return (B, S, D) rows mixed over earlier positions; ``table_2SP``: :func:`rotary_table` of S positions."""
-        query_BSD, key_BSQ = self.query(x_BSD), self.key(x_BSD)
-        if self.query_norm is not None and self.key_norm is not None:
-            query_BSD, key_BSQ = self.query_norm(query_BSD), self.key_norm(key_BSQ)
-        shape = (-1, self.head_dim)  # (B, S, heads * width) -> (B, heads, S, width)
-        query = rotate(query_BSD.unflatten(2, shape).transpose(1, 2), table_2SP)
-        key = rotate(key_BSQ.unflatten(2, shape).transpose(1, 2), table_2SP)
-        value = self.value(x_BSD).unflatten(2, shape).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.kv_heads < self.heads)
-        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return result
-
-
-def rotary_table(length: int, head_dim: int, theta: float, like: Tensor) -> Tensor:
-    """Return (2, S, head_dim / 2) cosines and sines of positions 0..S-1, on ``like``'s device, fp32 (fp64 if it is)."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    exponent_P = torch.arange(0, head_dim, 2, device=like.device, dtype=dtype) / head_dim
-    position_S = torch.arange(length, device=like.device, dtype=dtype)
-    angle_SP = torch.outer(position_S, 1.0 / theta**exponent_P)
-    return torch.stack([angle_SP.cos(), angle_SP.sin()])
-
-
-def rotate(x_BHSD: Tensor, table_2SP: Tensor) -> Tensor:
-    """Return ``x_BHSD``, every position turned by its angles in :func:`rotary_table`, in its own precision."""
-    cos_SP, sin_SP = table_2SP
-    first, second = x_BHSD.to(table_2SP.dtype).chunk(2, dim=-1)
-    turned = torch.cat([first * cos_SP - second * sin_SP, second * cos_SP + first * sin_SP], dim=-1)
-    return turned.to(x_BHSD.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., D) results of (..., D) rows."""
+        return self.share(x).sigmoid() * super().forward(x)
 
 
 class DecoderLayer(nn.Module):
@@ -286,24 +230,43 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig, run: RunShape, layer: int) -> None:
         super().__init__()
-        out_std, mixture = config.residual_std, config.has_experts(layer)
-        kv_heads = config.kv_heads or config.heads
+        mixture = config.has_experts(layer)
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        qk_norm_eps = config.norm_eps if config.qk_norm else None
-        self.attention = CausalAttention(config.dim, config.heads, kv_heads, out_std, qk_norm_eps)
+        self.attention = CausalAttention(
+            config.dim,
+            config.heads,
+            config.kv_heads or config.heads,
+            config.head_width,
+            out_std=config.residual_std,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            qkv_bias=config.qkv_bias,
+        )
         self.feed_forward_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.dense = None if mixture else SwiGLU(config.dim, config.dense_hidden, out_std)
+        self.dense = None if mixture else SwiGLU(config.dim, config.dense_hidden, config.residual_std)
         self.moe = config.build_mixture(run, layer) if mixture else None
 
     def forward(self, x_BSD: Tensor, token_BS: Tensor, table_2SP: Tensor) -> tuple[Tensor, MoEOutput | None]:
         """Return (B, S, D) rows, and what the MoE layer did, if there is one."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table_2SP)
-        normed_BSD = self.feed_forward_norm(x_BSD)
+        x_BSD, normed_BSD = self.attend(x_BSD, table_2SP)
         if self.moe is None:
             assert self.dense is not None
             return x_BSD + self.dense(normed_BSD), None
         mixed = self.moe(normed_BSD.flatten(0, 1), token_BS.flatten())
         return x_BSD + mixed.outputs[0].view_as(x_BSD), mixed
+
+    def attend(self, x_BSD: Tensor, table_2SP: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, S, D) rows after attention, and the same as the feed-forward network sees them."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table_2SP)
+        return x_BSD, self.feed_forward_norm(x_BSD)
+
+
+@dataclass(frozen=True)
+class TransformerOutput(ModelOutput):
+    """Output of a decoder. ``hidden_states``: if asked for, the embeddings and the residual stream after each layer,
+    (B, S, D) each."""
+
+    hidden_states: tuple[Tensor, ...] = ()
 
 
 class Transformer(MoEModel):
@@ -324,26 +287,31 @@ class Transformer(MoEModel):
             self.head.weight = self.embedding.weight
         self.size = TransformerSize.of(self)
 
-    def forward(self, token_BS: Tensor) -> ModelOutput:
-        """Return (B, S, V) logits of the next tokens."""
+    def forward(self, token_BS: Tensor, hidden_states: bool = False) -> TransformerOutput:
+        """Return (B, S, V) logits of the next tokens, and (``hidden_states``) what each layer gives."""
         x_BSD = self.embedding(token_BS)
-        head_dim = self.config.dim // self.config.heads
-        table_2SP = rotary_table(token_BS.shape[1], head_dim, self.config.rope_theta, x_BSD)
+        table_2SP = rotary_table(token_BS.shape[1], self.config.head_width, self.config.rope_theta, x_BSD)
         mixtures: list[MoEOutput] = []
+        states = [x_BSD]
         for layer in self.layers:
             x_BSD, mixed = layer(x_BSD, token_BS, table_2SP)
             if mixed is not None:
                 mixtures.append(mixed)
-        return ModelOutput((self.head(self.norm(x_BSD)),), tuple(mixtures))
+            if hidden_states:
+                states.append(x_BSD)
+        kept = tuple(states) if hidden_states else ()
+        return TransformerOutput((self.head(self.norm(x_BSD)),), tuple(mixtures), kept)
 
     def activation_bytes(self, value_bytes: int, tokens: float, places: int) -> tuple[float, float]:
         """Return what autograd keeps of each operation on a CPU, without scores, as torch's fused attention has it;
         and the fp32 logits with their gradient."""
         config, vocabulary = self.config, self.embedding.num_embeddings
-        attention = 9 * config.dim + 2 * config.width_of_keys + config.heads + 2  # with both norms before and after it
-        attention += 2 * (config.dim + config.width_of_keys + 1) if config.qk_norm else 0
+        queries, keys = config.width_of_queries, config.width_of_keys
+        attention = 6 * config.dim + 3 * queries + 2 * keys + config.heads + 2  # with both norms before and after it
+        attention += 2 * (queries + keys + 1) if config.qk_norm != "none" else 0
         dense = 4 * config.dense_hidden * (config.layers - config.num_moe_layers)
         shared = 4 * (config.shared_hidden or 0) * config.num_moe_layers
+        shared += (config.dim + 2) * config.num_moe_layers if config.shared_gate else 0
         kept = config.layers * attention + dense + shared + 3 * config.dim
         logits = vocabulary * (0 if value_bytes == _FP32 else value_bytes)  # beside those that are made fp32
         return value_bytes * kept + _FP32 * vocabulary + 3 * _INT64, 2 * _FP32 * vocabulary + logits

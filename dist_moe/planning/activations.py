@@ -6,6 +6,7 @@ the backward pass of one layer, or of the loss, takes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_moe.engine.deepspeed.config import parameter_dtype
@@ -46,8 +47,12 @@ class RowsPerToken:
         return cls(per_token, here * size, per_token - here, here * (size - 1))
 
 
+Load = Callable[[int], RowsPerToken]
+"""Gives the rows of a layer of so many experts."""
+
+
 def bytes_per_example(
-    model: MoEModel, config: SupervisedConfig, shape: ExampleShape, rows: RowsPerToken, size: int
+    model: MoEModel, config: SupervisedConfig, shape: ExampleShape, load: Load, size: int
 ) -> tuple[int, int]:
     """Return the bytes of the exchange, there and back, and those of everything else.
 
@@ -59,12 +64,13 @@ def bytes_per_example(
     gating = 0
     for layer in layers:
         slots = sum(gate.num_branches * gate.num_experts for gate in layer.each_gate)
-        gating += _FP32 * _GATE_TENSORS * slots + rows.sent * (4 * _INT64 + _FP32 * len(layer.each_gate))
+        sent = load(layer.experts.num_experts).sent
+        gating += _FP32 * _GATE_TENSORS * slots + sent * (4 * _INT64 + _FP32 * len(layer.each_gate))
     if config.model.one_layer:
-        exchange, experts = _one_layer(layers[0], width, rows, size)
+        exchange, experts = _one_layer(layers[0], width, load(layers[0].experts.num_experts), size)
         experts += at_once
     else:
-        exchange, experts = _several_layers(layers, width, rows, at_once, config.model.activation_checkpointing)
+        exchange, experts = _several_layers(layers, width, load, at_once, config.model.activation_checkpointing)
     return round(exchange * shape.tokens), round((kept + gating + experts) * shape.tokens)
 
 
@@ -78,16 +84,15 @@ def _one_layer(layer: MoE, width: int, rows: RowsPerToken, size: int) -> tuple[f
     return width * (rows_in + rows_out), width * (experts + mixed)
 
 
-def _several_layers(
-    layers: list[MoE], width: int, rows: RowsPerToken, at_once: float, recompute: bool
-) -> tuple[float, float]:
+def _several_layers(layers: list[MoE], width: int, load: Load, at_once: float, recompute: bool) -> tuple[float, float]:
     """Return the bytes per token of the exchange and of the experts.
 
     With ``recompute`` rows at the experts, and what these make of them, are there for one layer at a time.
     """
     over = (lambda numbers: max(numbers, default=0)) if recompute else sum
-    banks = [layer.experts for layer in layers]
-    exchange = over([rows.received * bank.dim for bank in banks]) + sum(rows.sent * bank.out_dim for bank in banks)
-    experts = over([rows.received * bank.kept_per_row for bank in banks])
-    gradients = [width * (rows.sent + rows.received) * (bank.dim + bank.out_dim) for bank in banks]
+    banks = [(layer.experts, load(layer.experts.num_experts)) for layer in layers]
+    exchange = over([rows.received * bank.dim for bank, rows in banks])
+    exchange += sum(rows.sent * bank.out_dim for bank, rows in banks)
+    experts = over([rows.received * bank.kept_per_row for bank, rows in banks])
+    gradients = [width * (rows.sent + rows.received) * (bank.dim + bank.out_dim) for bank, rows in banks]
     return width * exchange, width * experts + max([at_once, *gradients])

@@ -25,7 +25,7 @@ from dist_moe.engine.deepspeed.engine import is_expert_parameter, mark_experts
 from dist_moe.engine.deepspeed.optimizers import has_shape
 from dist_moe.engine.deepspeed.schedules import first_states
 from dist_moe.models import MoEModel
-from dist_moe.planning.activations import RowsPerToken, bytes_per_example
+from dist_moe.planning.activations import Load, RowsPerToken, bytes_per_example
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.size import planned_model
 from dist_moe.search import SlotTable
@@ -130,13 +130,15 @@ def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | 
     layers = model.moe_layers.values()
     experts = max((layer.experts.num_experts for layer in layers), default=0)
     hard = min(experts, config.model.experts_per_token * max((len(layer.gates) for layer in layers), default=0))
-    even, worst = RowsPerToken.evenly(hard, size), RowsPerToken.at_worst(hard, experts // size, size)
-    cases = {"no experts": (0, RowsPerToken.evenly(0, size))}
-    if layers:
+    cases: dict[str, tuple[int, Load]] = {"no experts": (0, lambda n: RowsPerToken.evenly(0, size))}
+    if layers:  # of n experts, perhaps fewer than others
         cases = {
-            "k experts per token, even load": (hard, even),
-            "k experts per token, all to one rank": (hard, worst),
-            "all experts per token": (experts, RowsPerToken.at_worst(experts, experts // size, size)),
+            "k experts per token, even load": (hard, lambda n: RowsPerToken.evenly(min(hard, n), size)),
+            "k experts per token, all to one rank": (
+                hard,
+                lambda n: RowsPerToken.at_worst(min(hard, n), n // size, size),
+            ),
+            "all experts per token": (experts, lambda n: RowsPerToken.at_worst(n, n // size, size)),
         }
     loads = tuple(_load(name, model, config, task, ranks, *case, left) for name, case in cases.items())
     tokens = round(config.train.batch_size // (ranks * config.accumulation) * task.example_shape().tokens)
@@ -222,22 +224,24 @@ def _load(
     task: Task,
     ranks: int,
     per_token: int,
-    rows: RowsPerToken,
+    load: Load,
     left: int | None,
 ) -> LoadPlan:
     size, accumulation = config.parallel.expert_parallel_size, config.accumulation
-    dispatch, others = bytes_per_example(model, config, task.example_shape(), rows, size)
+    dispatch, others = bytes_per_example(model, config, task.example_shape(), load, size)
     examples = config.train.batch_size // (ranks * accumulation)
     tokens = round(examples * task.example_shape().tokens)
-    sent = 0.0  # numbers per token: rows and results, and the gradients of both
+    sent, received = 0.0, 0  # sent: numbers per token, rows and results, and the gradients of both
     for layer in model.moe_layers.values():
+        rows = load(layer.experts.num_experts)
+        received += rows.received
         dim, out_dim = layer.experts.dim, layer.experts.out_dim
         again = 2 if config.model.activation_checkpointing else 1
         sent += rows.leaving * (dim * again + out_dim) + rows.arriving * (dim + out_dim)
     return LoadPlan(
         name,
         experts_per_token=per_token,
-        received_rows=rows.received * tokens * len(model.moe_layers),
+        received_rows=received * tokens,
         sent_per_step=round(sent * parameter_dtype(config.deepspeed).itemsize * tokens) * accumulation,
         dispatch=dispatch * examples,
         activations=(dispatch + others) * examples,

@@ -39,6 +39,7 @@ _IN_WORDS = {
     "split": "the texts and their split",
     "start": "the start weights",
     "teacher": "the teacher",
+    "source": "the source",
 }
 
 

@@ -177,11 +177,18 @@ def configuration_of(recipe: Any) -> type[RecipeConfig]:
 
 def plan_new_run(config_path: Path, overrides: Sequence[str], run_dir: Path) -> Any:
     """Plan a new run. Raises UserError for a wrong configuration or layout, a used run directory, missing data."""
-    environment, config = _read(config_path, overrides)
+    return plan_run_of(load_config(config_path, overrides), run_dir)
+
+
+def plan_run_of(
+    config: RecipeConfig, run_dir: Path, option: str = "--run-dir", *, allow_changed_data: bool = False
+) -> Any:
+    """Plan a new run of a configuration. ``option``: of the command, for ``run_dir``. Raises UserError as above."""
+    environment, fitted = _checked(config)
     run = RunDirectory(run_dir)
     if environment.is_rank_zero:
-        run.check_unused()
-    return _plan(RunStart(config, run, environment))
+        run.check_unused(option)
+    return _plan(RunStart(fitted, run, environment, allow_changed_data=allow_changed_data))
 
 
 def plan_resumed_run(run_dir: Path, overrides: Sequence[str], *, allow_changed_data: bool = False) -> Any:
@@ -233,10 +240,14 @@ def _plan(start: RunStart) -> Plan:
 
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[LaunchEnvironment, Any]:
+    return _checked(load_config(path, overrides))
+
+
+def _checked(config: RecipeConfig) -> tuple[LaunchEnvironment, Any]:
     environment = LaunchEnvironment.read()
-    config = load_config(path, overrides).fitted(environment.world_size)
-    config.check(environment.world_size)
-    return environment, config
+    fitted = config.fitted(environment.world_size)
+    fitted.check(environment.world_size)
+    return environment, fitted
 
 
 def _check_same_run(recorded: RecipeConfig, config: RecipeConfig) -> None:
@@ -249,5 +260,5 @@ def _check_same_run(recorded: RecipeConfig, config: RecipeConfig) -> None:
                 f"{name}={here!r}: the run was trained with {there!r}, and --resume goes on with the "
                 f"same run. It may change train (but for batch_size), parallel, placement, deepspeed, swap_search, "
                 f"model.activation_checkpointing and where things are (data.root, data.cache, data.encoder, "
-                f"start.run, recipe.teacher); for anything else start a new run"
+                f"start.run, recipe.teacher, recipe.source); for anything else start a new run"
             )

@@ -45,9 +45,6 @@ from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.size import check_fits
 from dist_moe.tasks import Task
 
-RESULT = "result.json"
-"""Written last into a stage's directory: its presence means that the stage has finished."""
-
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -111,7 +108,18 @@ class Stage:
         return result
 
 
-StageFunction = Callable[[Stage], Mapping[str, Any] | None]
+@dataclass(frozen=True)
+class RunOfStage:
+    """The end of a stage whose directory holds a run of another configuration than the whole.
+
+    ``result``: JSON, kept as the stage's result. ``config``: of that run, by which others read its weights.
+    """
+
+    result: Mapping[str, Any]
+    config: RecipeConfig
+
+
+StageFunction = Callable[[Stage], Mapping[str, Any] | RunOfStage | None]
 """The work of a stage, on every rank that takes part. It returns JSON, which is kept as the stage's result."""
 
 
@@ -143,18 +151,18 @@ class Stages:
     ) -> dict[str, dict[str, Any]]:
         """Run several stages, each on an equal share of the ranks; returns their results by name. Collective.
 
-        Where there are more stages than shares, a share runs several, one after the other. The shares are blocks of
-        consecutive ranks, as many as divide the ranks. Raises Interrupted where one of them was asked to stop.
+        Where there are more stages than shares, a share runs several, one after the other; see :func:`blocks_of` for
+        the shares. Raises Interrupted where one of them was asked to stop.
         """
         self._count += 1
         # Rank 0 says what has finished: to another machine a shared directory may look older.
-        unfinished = [name for name in functions if not (self.directory(name).root / RESULT).is_file()]
+        unfinished = [name for name in functions if not self.directory(name).result.is_file()]
         todo = self._store.agree(f"unfinished-{self._count}", unfinished)
-        blocks = max(b for b in range(1, len(functions) + 1) if self._environment.world_size % b == 0)
-        size = self._environment.world_size // blocks
+        layout = parallel or self._start.config.parallel
+        blocks, size = blocks_of(self._environment.world_size, len(functions), layout)
         block, rank = divmod(self._environment.rank, size)
         environment = replace(self._environment, rank=rank, world_size=size)
-        layout = (parallel or self._start.config.parallel).fitted(size)
+        layout = layout.fitted(size)
         try:
             for name in list(functions)[block::blocks]:
                 if name in todo:
@@ -163,7 +171,7 @@ class Stages:
             self._store.tell(f"interrupted-{self._count}")
             raise
         self._wait_for_all()
-        return {name: read_json(self.directory(name).root / RESULT) for name in functions}
+        return {name: read_json(self.directory(name).result) for name in functions}
 
     def _run_here(
         self, name: str, function: StageFunction, environment: LaunchEnvironment, parallel: ParallelConfig
@@ -180,10 +188,13 @@ class Stages:
             if environment.world_size > 1:
                 self._start.say(f"stage {name}: ranks exchange over {groups.transport}")
             checkpoint = agree_on_checkpoint(directory.root, checkpoint)
-            result = function(Stage(self._start, directory, groups, checkpoint, self._stop, self._identity))
+            ended = function(Stage(self._start, directory, groups, checkpoint, self._stop, self._identity))
             if environment.is_rank_zero:
                 Described(replace(self._start, environment=environment), self._identity, of_stage=True).write(directory)
-                write_json(directory.root / RESULT, dict(result or {}))
+                if isinstance(ended, RunOfStage):
+                    directory.describe(ended.config.plain(), environment)
+                result = ended.result if isinstance(ended, RunOfStage) else ended
+                write_json(directory.result, dict(result or {}))
 
     def _wait_for_all(self) -> None:
         """Wait until every rank has done its share; raises Interrupted if one was asked to stop meanwhile."""
@@ -198,6 +209,17 @@ class Stages:
         self._store.arrive(left)
         while self._environment.is_rank_zero and not self._store.is_told(left):
             time.sleep(SECONDS_BETWEEN_LOOKS)  # its process may hold the store that the others still look into
+
+
+def blocks_of(world_size: int, stages: int, parallel: ParallelConfig) -> tuple[int, int]:
+    """Return the number of blocks of consecutive ranks on which so many ``stages`` run at once, and their size.
+
+    As many as divide the ranks, and leave each block the ranks over which the experts of a layer are split.
+    """
+    allowed = [b for b in range(1, stages + 1) if world_size % b == 0]
+    whole = [b for b in allowed if world_size // b % parallel.expert_parallel_size == 0]
+    blocks = max(whole or allowed, default=1)
+    return blocks, world_size // blocks
 
 
 def _reads_all(environment: LaunchEnvironment) -> bool:
@@ -225,12 +247,19 @@ class StagedRecipe(RecipeSettings):
         task = start.config.data.open(progress=start.environment.is_rank_zero)
         if isinstance(start.config, SupervisedConfig):
             check_fits(start.config, task, start.environment)
-        identity = identify(start, Identity(data=task.digests()), None)
+        identity = identify(start, Identity(data=task.digests(), weights=self.weights()), None)
         for stage in sorted(start.run.stages.glob("*")) if start.resumes else ():
-            if complete_directories(checkpoints_of(stage)) and not (stage / RESULT).is_file():
+            if complete_directories(checkpoints_of(stage)) and not RunDirectory(stage).result.is_file():
                 recorded = recorded_identity(RunDirectory(stage), newest_good_checkpoint(stage)[0])
                 check_same(stage, recorded, identity, allowed=start.allow_changed_data)
         return StagedPlan(start, task, identity)
+
+    def weights(self) -> dict[str, str]:
+        """Return digests of the weights that the run starts from or follows, by name, as far as they are there.
+
+        Raises UserError for weights that are not intact.
+        """
+        return {}
 
     @abstractmethod
     def run(self, plan: Any, stages: Stages) -> None:

@@ -28,11 +28,13 @@ class WeightedObjective:
     """The weighted sum of the targets' losses + the auxiliary losses.
 
     ``shares``: ranks times micro-batches per step. Every sum is divided by its size in the whole
-    step, and multiplied by ``shares`` because the engine averages over exactly these.
+    step, and multiplied by ``shares`` because the engine averages over exactly these. ``auxiliary``: whether the gates'
+    auxiliary losses count; without, they are not recorded either.
     """
 
-    def __init__(self, task: Task, weights: tuple[float, ...], shares: int) -> None:
+    def __init__(self, task: Task, weights: tuple[float, ...], shares: int, *, auxiliary: bool = True) -> None:
         self._task = task
+        self._auxiliary = auxiliary
         self._weights = weights
         self.shares = shares
 
@@ -51,9 +53,8 @@ class WeightedObjective:
         by_target = self._task.task_losses(output, batch)
         weighted = weighted_sum(by_target, self._weights)
         # An auxiliary loss is a mean over this rank's tokens: it counts with their share of the step's.
-        aux = {
-            name: loss * (len(output.layers[0].outputs[0]) / batch.tokens_in_step) for name, loss in output.aux.items()
-        }
+        counted = output.aux if self._auxiliary else {}
+        aux = {name: loss * (len(output.layers[0].outputs[0]) / batch.tokens_in_step) for name, loss in counted.items()}
         total = torch.stack([weighted, *aux.values()]).sum()
         return {"loss": weighted, "total_loss": total} | by_target | aux
 

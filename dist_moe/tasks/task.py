@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from dist_moe.parallel import World
 
 Metrics = dict[str, float]
 Columns = NDArray[np.float64]
+
+PredictionKind = Literal["classes", "binary", "number"]
+"""Meaning of a prediction: logits of classes on its last axis, logits of yes or no, or numbers."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,14 @@ class Task(ABC):
     def example_shape(self) -> ExampleShape:
         """Return how large an example is."""
         return ExampleShape(self.tokens_per_example, self.tokens_per_example)
+
+    @property
+    def prediction_kinds(self) -> tuple[PredictionKind, ...]:
+        """The kind of each of a model's predictions, by which a student follows a teacher's; empty: not known.
+
+        They are in the order of the targets, equally many for each.
+        """
+        return ()
 
     def id_counts(self) -> Tensor | None:
         """Return (ids,) int64: how often each id that a gate can route by occurs in training; None: no ids."""

@@ -89,6 +89,16 @@ def test_a_table_of_the_domains(fetch: Fetch, tmp_path: Path) -> None:
     assert last.startswith("brown: 3 domains, ")
 
 
+def test_a_table_of_discovered_domains(fetch: Fetch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_tiny_text(tmp_path / "root", count=60)
+    *_, title, first, second = fetch("brown", root, "data.clusters.count=2", "data.sequence_length=64")
+    assert title.split() == ["discovered", "sequences:", "train", "val", "test", "its", "words"]
+    assert [line.split()[0] for line in (first, second)] == ["cluster-0", "cluster-1"]
+    for override, said in (("seed=1", "only fields of the section data"), ("data.clusters.count=0", "count=0: input")):
+        assert main(["data", "fetch", "brown", override]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_texts_are_cut_by_the_tokenizer_of_an_encoder(fetch: Fetch, tmp_path: Path) -> None:
     encoder, root = write_encoder(tmp_path / "encoder"), write_messages(tmp_path / "root")
     (line,) = fetch("sms-spam", root, "--encoder", encoder)

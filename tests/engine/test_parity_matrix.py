@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers.parity import BATCH, Cell, Course, reference, relative_error, run_cells
+from dist_moe.experts import LowRankConfig
+from tests.helpers.parity import BATCH, EXPERT_OF_SLOT, Cell, Course, reference, relative_error, run_cells
 from tests.helpers.pool import on_ranks
 
 LAYOUTS = [(ranks, ep) for ranks in (1, 2, 3, 4, 8) for ep in (1, 2, 4, 8) if ranks % ep == 0]
@@ -55,6 +56,17 @@ OPTIONS = [
 """Offload, other ways to communicate, activation checkpointing: they change where and when, never what."""
 
 
+FACTORED = (("low_rank", LowRankConfig(rank=2)),)
+FACTORED_CELLS = [
+    *(
+        Cell(2, ep, stage, accumulation=3, clipping=True, model=FACTORED)
+        for ep, stage in [(1, 2), (2, 0), (2, 1), (2, 3)]
+    ),
+    Cell(4, 2, stage=1, model=FACTORED),
+    Cell(4, 4, stage=2, model=FACTORED),
+]
+
+
 def all_cells(ranks: int, ep: int) -> list[Cell]:
     return [
         Cell(ranks, ep, stage, bf16, accumulation, clipping)
@@ -75,7 +87,7 @@ def errors_of(cells: list[Cell]) -> Iterator[str]:
 
 
 def _errors_of_cell(cell: Cell, course: Course) -> Iterator[str]:
-    wanted = reference(cell.clipping, cell.bf16)
+    wanted = reference(cell.clipping, cell.bf16, cell.model)
     for step, (norm, true) in enumerate(zip(course.norms, wanted.norms, strict=True)):
         if not abs(norm - true) <= (0.01 if cell.bf16 else 1e-5) * true:
             yield f"norm of step {step} is {norm}, not {true}"
@@ -100,6 +112,21 @@ def test_options_change_nothing(ep: int) -> None:
     assert list(errors_of([cell for cell in OPTIONS if cell.ep == ep])) == []
 
 
+@pytest.mark.parametrize("ep", [1, 2])
+def test_merged_experts_train_alike_in_all_layouts(ep: int) -> None:
+    """Pairs of one token that meet the same expert are sent and computed once, with the sum of their weights."""
+    merged = (("num_slots", len(EXPERT_OF_SLOT)),)
+    cells = [Cell(2, ep, stage, accumulation=3, clipping=True, model=merged) for stage in STAGES]
+    assert list(errors_of(cells)) == []
+
+
+@pytest.mark.parametrize("layout", sorted({(cell.ranks, cell.ep) for cell in FACTORED_CELLS}), ids=str)
+def test_experts_of_low_rank(layout: tuple[int, int]) -> None:
+    assert list(errors_of([cell for cell in FACTORED_CELLS if (cell.ranks, cell.ep) == layout])) == []
+    masters = reference(False, model_options=FACTORED).masters
+    assert all(masters[f"moe.experts.weight_{part}|3"].any() for part in ("into", "back", "sparse"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -118,6 +145,8 @@ def test_the_reference_clips_and_rounds() -> None:
     """Else the cells would agree for lack of anything to differ in."""
     assert min(reference(clipping=True).norms) > 1
     plain, clipped, rounded = (reference(False), reference(True), reference(False, bf16=True))
+    merged = reference(False, model_options=(("num_slots", len(EXPERT_OF_SLOT)),))
     name = "moe.experts.weight|0"
+    assert (plain.masters[name] - merged.masters[name]).abs().max() > 1e-3
     assert (plain.masters[name] - clipped.masters[name]).abs().max() > 1e-3
     assert (plain.masters[name] - rounded.masters[name]).abs().max() > 1e-4

@@ -30,7 +30,21 @@ def naive_expert(bank: ExpertBank, expert: int, x_D: Tensor) -> Tensor:
     if isinstance(bank, MlpBank):
         return naive_mlp(bank, expert, [x_D])[0]
     assert isinstance(bank, DenseReLUBank)
-    return _naive_dense(x_D, bank.weight[expert], bank.bias[expert])
+    return _naive_dense(x_D, naive_matrix(bank, "weight", expert), bank.bias[expert])
+
+
+def naive_matrix(bank: ExpertBank, name: str, expert: int) -> Tensor:
+    """(in, out) matrix of a local expert, stored whole or not: V^T U^T, and one row of S after the other."""
+    if name not in bank.factored:
+        return bank.get_parameter(name)[expert]
+    product = bank.get_parameter(f"{name}_into")[expert] @ bank.get_parameter(f"{name}_back")[expert]
+    columns = list(product.unbind(1))
+    if hasattr(bank, f"{name}_sparse"):
+        ids = bank.get_buffer(f"{name}_row_ids")[bank.expert_ids[expert]].tolist()
+        for number, row_D in zip(ids, bank.get_parameter(f"{name}_sparse")[expert].T, strict=True):
+            if number >= 0:
+                columns[number] = columns[number] + row_D
+    return torch.stack(columns, dim=1)
 
 
 def naive_conv_expert(bank: ConvBank, expert: int, x_D: Tensor) -> Tensor:
@@ -53,12 +67,15 @@ def _naive_conv(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def naive_feed_forward_expert(bank: FeedForwardBank, expert: int, x_D: Tensor) -> Tensor:
-    hidden_F = _naive_affine(x_D, bank.up[expert], None if bank.up_bias is None else bank.up_bias[expert])
-    if bank.gate is None:
+    up, down = (naive_matrix(bank, name, expert) for name in ("up", "down"))
+    hidden_F = _naive_affine(x_D, up, None if bank.up_bias is None else bank.up_bias[expert])
+    if not bank.gated:
         hidden_F = _NAIVE_ACTIVATIONS[bank.activation](hidden_F)
     else:
-        hidden_F = _NAIVE_ACTIVATIONS[bank.activation](_naive_affine(x_D, bank.gate[expert], None)) * hidden_F
-    return _naive_affine(hidden_F, bank.down[expert], None if bank.down_bias is None else bank.down_bias[expert])
+        hidden_F = (
+            _NAIVE_ACTIVATIONS[bank.activation](_naive_affine(x_D, naive_matrix(bank, "gate", expert), None)) * hidden_F
+        )
+    return _naive_affine(hidden_F, down, None if bank.down_bias is None else bank.down_bias[expert])
 
 
 def naive_bert_expert(bank: BertFeedForwardBank, expert: int, x_D: Tensor) -> Tensor:
@@ -102,6 +119,23 @@ def randomise_biases(bank: ExpertBank) -> None:
             torch.nn.init.uniform_(parameter, -0.2, 0.2)
 
 
+def factored(bank: ExpertBank, rank: int, rows: dict[str, int] | None = None) -> ExpertBank:
+    """The bank with its matrices stored as U V + S, of which each expert has other rows, and some of them none."""
+    bank.factor(rank, rows)
+    base = int(torch.randint(2**31, ()))
+    for name in bank.factored:
+        if not hasattr(bank, f"{name}_sparse"):
+            continue
+        sparse_EDQ, outputs = bank.get_parameter(f"{name}_sparse"), bank.get_parameter(f"{name}_back").shape[2]
+        for expert, id_Q in enumerate(bank.get_buffer(f"{name}_row_ids")):
+            generator = torch.Generator().manual_seed(base + expert)
+            id_Q.copy_(torch.randperm(outputs, generator=generator)[: len(id_Q)])
+            id_Q[: (0, 1, len(id_Q))[expert % 3]] = -1
+            if expert in bank.expert_ids:
+                torch.nn.init.uniform_(sparse_EDQ[bank.expert_ids.index(expert)], -1, 1, generator)
+    return bank
+
+
 MLP = {"units": [5, 4], "activation": "silu", "feature_gate": {"number": 2, "rank": 3}}
 BANKS: dict[str, Callable[[Sequence[int]], ExpertBank]] = {
     "conv": lambda ids: ConvBank(20, 8, ids, channels=(2, 3), units=(5, 4)),
@@ -110,6 +144,11 @@ BANKS: dict[str, Callable[[Sequence[int]], ExpertBank]] = {
     "gated": lambda ids: FeedForwardBank(7, 5, 8, ids, activation="silu", gated=True, bias=True),
     "mlp": lambda ids: MlpBank(7, MlpConfig.model_validate(MLP), 8, ids),
     "bert": lambda ids: BertFeedForwardBank(7, 5, 8, ids, dropout=0.0, norm_eps=1e-3),
+    "factored dense": lambda ids: factored(DenseReLUBank(12, 5, 8, ids), 2),
+    "factored gated": lambda ids: factored(
+        FeedForwardBank(7, 5, 8, ids, activation="silu", gated=True, bias=True), 3, {"up": 4, "gate": 0, "down": 5}
+    ),
+    "factored bert": lambda ids: factored(BertFeedForwardBank(7, 5, 8, ids, dropout=0.0, norm_eps=1e-3), 2),
 }
 """Banks of every type without dropout, of some of 8 experts."""
 

@@ -103,7 +103,7 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
         "hash": recommender({"name": "hash"}),
         "ada_moe": recommender({"name": "ada_moe"}),
         "smoe_dropout": recommender({"name": "smoe_dropout"}),
-        "softmax": recommender({"name": "softmax"}),
+        "softmax": recommender({"name": "softmax"}, model={"low_rank": {"rank": 2, "rows": [{"weight": 3}]}}),
         "images": run(images, {"experts": {"channels": [2, 3], "units": [6, 5]}, "head_units": [7]}),
         "text": run(text, TINY_LM["model"]),
         "dense text": run(text, TINY_LM["model"] | {"moe_every": 0}),
@@ -117,7 +117,14 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
         "dense bert": run(messages, {"name": "bert_classifier", "moe_every": 0}),
         "answers": run(questions, {"name": "bert_answerer", "moe_every": 0}, train={"max_steps": 1, "batch_size": 2}),
     }
-    runs = {name: train_case(root / name, bases[name]) for name in ("dense text", "dense bert")}
+    forest = {"name": "branch_train_merge", "partition": {"name": "random", "branches": 2}}
+    bases["forest"] = run(text, TINY_LM["model"] | {"moe_every": 0}, recipe=forest)
+    forest = {"name": "branch_train_merge", "partition": {"domains": ["cooking"]}, "merge": ["average", "ensemble"]}
+    bases["small forest"] = run(text, TINY_LM["model"] | {"moe_every": 0}, recipe=forest)
+    for merge in ("clusters", "btx"):
+        forest, clusters = {"name": "branch_train_merge", "merge": [{"name": merge}]}, {"clusters": {"count": 2}}
+        bases[merge] = run(text | clusters, TINY_LM["model"] | {"moe_every": 0}, recipe=forest)
+    runs = {name: train_case(root / "runs" / name, bases[name]) for name in ("text", "dense text", "dense bert")}
     start = {"name": "decoder", "run": str(runs["dense text"])}
     bases["up-cycled text"] = run(text, TINY_LM["model"] | {"experts": {"hidden": 20}}, start=start)
     start = {"name": "bert", "run": str(runs["dense bert"]), "importance_examples": 4}
@@ -130,6 +137,9 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
     for name, more in (("moebert", {}), ("dhkd", {"auxiliary_head": "linear"})):
         recipe = {"name": name, "teacher": str(runs["dense bert"])}
         bases[name] = run(messages, bert | more, recipe=recipe, start=start)
+    recipe = {"name": "merge_compress", "source": str(runs["text"]), "merge": {"experts": 2, "examples": 4}}
+    recipe |= {"compress": {"rank": 2, "warm_up": 0, "hold": 1}, "recover_again": True}
+    bases["merge_compress"] = run(text, TINY_LM["model"], recipe=recipe)
     return bases
 
 

@@ -26,6 +26,8 @@ from dist_moe.tasks.objective import WeightedObjective
 from dist_moe.tasks.recommendation.task import RecommendationTask
 
 EXPERTS, USERS, ITEMS = 8, 40, 30
+EXPERT_OF_SLOT = [3, 0, 0, 7, 1, 2, 4, 5, 6, 0, 3]
+"""A slot map as merging leaves it: several slots lead to one expert, from any rank."""
 BATCH = 72  # divisible by 1, 2, 3, 4 and 8 ranks times 1 and 3 micro-batches
 STEPS = 3
 CLIPPING = 0.1
@@ -88,6 +90,8 @@ def small_model(world: World, **options: Any) -> Recommender:
         for name, parameter in model.named_parameters():
             if "split_weight" in name:
                 parameter.mul_(SPLIT_SCALE)
+    if "num_slots" in options:
+        model.tables["moe"].table.copy_(torch.tensor(EXPERT_OF_SLOT))
     return model
 
 
@@ -108,13 +112,13 @@ def micro_batches(step: int, rank: int, ranks: int, accumulation: int) -> Iterat
 
 
 @cache
-def reference(clipping: bool, bf16: bool = False) -> Course:
+def reference(clipping: bool, bf16: bool = False, model_options: tuple[tuple[str, Any], ...] = ()) -> Course:
     """Plain torch, one process, all experts in one bank, whole batches.
 
     With ``bf16`` the model computes in bf16 while masters and moments are fp32, as mixed precision is
     defined: parameters are the masters rounded, also at first.
     """
-    model = small_model(SingleWorld())
+    model = small_model(SingleWorld(), **dict(model_options))
     masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     if bf16:
         model.bfloat16()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,13 @@ TINY_LM: dict[str, Any] = {
 }
 
 
-def write_tiny_text(root: Path, documents: int = 10, words: int = 60) -> Path:
-    """So many files per domain; a word is followed by one of two, most of the time."""
+def write_tiny_text(
+    root: Path, documents: int = 10, words: int = 60, sentences: Mapping[str, str] = _SENTENCES
+) -> Path:
+    """So many files per domain, with the words of its sentence; one is followed by one of two, most of the time."""
     random = np.random.default_rng(0)
-    for domain in DOMAINS:
-        directory, vocabulary = root / domain, _SENTENCES[domain].split()
+    for domain, sentence in sentences.items():
+        directory, vocabulary = root / domain, sentence.split()
         directory.mkdir(parents=True)
         for number in range(documents):
             place, text = int(random.integers(len(vocabulary))), []
@@ -52,6 +55,6 @@ def write_tiny_text(root: Path, documents: int = 10, words: int = 60) -> Path:
     return root
 
 
-def write_lm_config(directory: Path, data: dict[str, str], **sections: Any) -> Path:
+def write_lm_config(directory: Path, data: dict[str, Any], **sections: Any) -> Path:
     """A YAML file with TINY_LM on the tiny corpus, sections merged one level deep."""
     return write_yaml(directory, TINY_LM | {"data": TINY_LM["data"] | data}, sections)

@@ -21,7 +21,8 @@ from dist_moe.gates import (
 )
 from dist_moe.layer import MoE
 from dist_moe.models import RunShape, Transformer, TransformerConfig
-from dist_moe.models.transformer import CausalAttention, SwiGLU
+from dist_moe.models.attention import CausalAttention
+from dist_moe.models.transformer import GatedSwiGLU, SwiGLU
 from dist_moe.parallel import SingleWorld, World
 from dist_moe.search import PermutationSearch
 from tests.helpers.branches import naive_branch_mix, naive_branch_relabel
@@ -61,6 +62,8 @@ def make_transformer(world: World | None = None, **options: Any) -> Transformer:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
             elif ".gates." not in name and ".slot_map." not in name:
                 parameter.mul_(15)
+            if name.endswith(".bias") and ".attention." in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -93,6 +96,10 @@ def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 def _attention(attention: CausalAttention, x_SD: Tensor, model: Transformer) -> Tensor:
     """Of one sequence: every head's softmax over the positions up to one's own, written out."""
     width, shared_by = attention.head_dim, attention.heads // attention.kv_heads
+    query_SQ, key_SK = _projected(attention.query, x_SD), _projected(attention.key, x_SD)
+    value_SK = _projected(attention.value, x_SD)
+    if model.config.qk_norm == "all":
+        query_SQ, key_SK = _normed(query_SQ, attention.query_norm), _normed(key_SK, attention.key_norm)
     theta = model.config.rope_theta
     rows = []
     for here in range(len(x_SD)):
@@ -100,16 +107,28 @@ def _attention(attention: CausalAttention, x_SD: Tensor, model: Transformer) -> 
         for head in range(attention.heads):
             own = slice(head * width, (head + 1) * width)
             lent = slice(head // shared_by * width, (head // shared_by + 1) * width)
-            query = _turned(attention.query.weight[own] @ x_SD[here], here, theta)
+            query = _turned(_of_head(query_SQ[here, own], attention.query_norm, model), here, theta)
             scores, values = [], []
             for there in range(here + 1):
-                key = _turned(attention.key.weight[lent] @ x_SD[there], there, theta)
+                key = _turned(_of_head(key_SK[there, lent], attention.key_norm, model), there, theta)
                 scores.append((query @ key / math.sqrt(width)).exp())
-                values.append(attention.value.weight[lent] @ x_SD[there])
+                values.append(value_SK[there, lent])
             total = sum(scores)
             heads.append(sum(score / total * value for score, value in zip(scores, values, strict=True)))
         rows.append(attention.out.weight @ torch.cat(heads))
     return torch.stack(rows)
+
+
+def _projected(linear: nn.Linear, x_SD: Tensor) -> Tensor:
+    bias = 0 if linear.bias is None else linear.bias
+    return torch.stack([linear.weight @ x_D + bias for x_D in x_SD])
+
+
+def _of_head(x_H: Tensor, norm: nn.RMSNorm | None, model: Transformer) -> Tensor:
+    if model.config.qk_norm != "head":
+        return x_H
+    assert norm is not None
+    return _normed(x_H, norm)
 
 
 def _turned(x_H: Tensor, position: int, theta: float) -> Tensor:
@@ -128,6 +147,11 @@ def _swiglu(network: SwiGLU, x_D: Tensor) -> Tensor:
     return network.down.weight @ (gate / (1 + (-gate).exp()) * (network.up.weight @ x_D))
 
 
+def _shared(network: SwiGLU, x_D: Tensor) -> Tensor:
+    share = network.share.weight @ x_D if isinstance(network, GatedSwiGLU) else None
+    return _swiglu(network, x_D) / (1 if share is None else 1 + (-share).exp())
+
+
 def _mixture(moe: MoE, x_TD: Tensor, ids_T: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     mixture_TE, aux = naive_gate(moe.gates[0], x_TD, ids_T)
     search = moe.slot_map
@@ -139,7 +163,7 @@ def _mixture(moe: MoE, x_TD: Tensor, ids_T: Tensor) -> tuple[list[Tensor], dict[
         mixture_TE = naive_branch_relabel(mixture_TE, search.table[0], moe.experts.num_experts)
     bank, results = moe.experts, []
     for weight_E, x_D in zip(mixture_TE, x_TD, strict=True):
-        total = torch.zeros_like(x_D) if moe.shared is None else _swiglu(moe.shared, x_D)
+        total = torch.zeros_like(x_D) if moe.shared is None else _shared(moe.shared, x_D)
         for expert, weight in enumerate(weight_E):
             gate = x_D @ bank.gate[expert]
             active = gate / (1 + (-gate).exp()) * (x_D @ bank.up[expert])

@@ -24,6 +24,10 @@ CASES: dict[str, dict[str, Any]] = {
     "comet+": {"gate": CometConfig(k=2, gamma=1.0), "permutation": PermutationSearchConfig(epochs=1)},
     "top_k everywhere": {"gate": TOP_K, "moe_every": 1, "tied_embeddings": False},
     "shared expert": {"gate": TOP_K, "shared_hidden": 3},
+    "gated shared expert": {"gate": TOP_K, "shared_hidden": 3, "shared_gate": True},
+    "queries and keys normalised": {"gate": TOP_K, "qk_norm": "all"},
+    "heads normalised, of a width of their own": {"gate": TOP_K, "qk_norm": "head", "head_dim": 6},
+    "biases, wide heads, dense": {"moe_every": 0, "qkv_bias": True, "head_dim": 4},
     "every second of three": {"gate": TOP_K, "layers": 3},
     "merged and pruned": {"gate": TOP_K, "layers": 4, "experts_by_layer": (2, 4), "slot_masks": True},
     "ada_moe": {"gate": AdaMoEConfig(k=2, null_slots=3, balance_weight=0.1)},
@@ -180,6 +184,11 @@ def test_layers_have_tables_of_their_own() -> None:
     [
         ({"dim": 9}, "heads=4 does not divide dim=9"),
         ({"dim": 12}, "heads=4 leaves heads of width 3; allowed: an even width"),
+        ({"head_dim": 3}, "head_dim=3; allowed: an even width"),
+        (
+            {"shared_gate": True},
+            "shared_gate=true weighs a shared network, and there is none; set shared_hidden",
+        ),
         ({"kv_heads": 3}, "kv_heads=3 does not divide heads=4"),
         ({"moe_every": 3}, "moe_every=3 exceeds layers=2; allowed: 0 (dense) to 2"),
         ({"experts": {"name": "dense_relu"}}, "experts.units=256: the model needs results of width 8; use 8"),
@@ -189,3 +198,12 @@ def test_faults_of_a_configuration(options: dict[str, Any], fault: str) -> None:
     sizes = {"layers": 2, "dim": 8, "heads": 4}
     assert list(TransformerConfig(**(sizes | options)).validation_errors()) == [fault]
     assert list(TransformerConfig(**sizes).validation_errors()) == []
+
+
+def test_hidden_states_are_the_embeddings_and_what_each_layer_gives() -> None:
+    model, token_BS = make_transformer(), random_tokens(2, 5)
+    output = model(token_BS, hidden_states=True)
+    assert model(token_BS).hidden_states == ()
+    assert output.hidden_states[0].equal(model.embedding(token_BS))
+    assert len(output.hidden_states) == model.config.layers + 1
+    assert output.predictions[0].equal(model.head(model.norm(output.hidden_states[-1])))

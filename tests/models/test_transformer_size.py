@@ -20,8 +20,10 @@ CASES: dict[str, dict[str, Any]] = {
     "comet": {"gate": CometConfig(k=2, gamma=1.0), "kv_heads": None},
     "comet+": {"gate": CometConfig(k=3, gamma=1.0), "permutation": PermutationSearchConfig(epochs=1)},
     "top_k everywhere": {"gate": TopKConfig(k=2), "moe_every": 1, "layers": 3},
-    "normalised queries and keys": {"gate": TopKConfig(k=2), "qk_norm": True},
+    "normalised queries and keys": {"gate": TopKConfig(k=2), "qk_norm": "all"},
     "shared expert": {"gate": TopKConfig(k=1), "shared_hidden": 3},
+    "gated shared expert": {"gate": TopKConfig(k=1), "shared_hidden": 3, "shared_gate": True},
+    "wide heads with biases": {"gate": TopKConfig(k=1), "head_dim": 6, "qkv_bias": True, "qk_norm": "head"},
     "ada_moe": {"gate": AdaMoEConfig(k=2, null_slots=3)},
     "hash": {"gate": HashRoutingConfig()},
     "smoe_dropout": {"gate": SMoEDropoutConfig(k_min=3, k_max=3)},
@@ -47,8 +49,9 @@ def test_layers_of_different_numbers_of_experts() -> None:
     assert [layer.experts.num_experts for layer in model.moe_layers.values()] == [1, 3]
     assert model.size.num_params() == sum(p.numel() for p in model.parameters())
     assert [table.table.tolist() for table in model.tables.values()] == [[[[0, 0, 0, 0]]], [[[0, 1, 2, 0]]]]
-    (wrong,) = model.config.model_copy(update={"experts_by_layer": (5, 1)}).validation_errors()
-    assert "give 2 numbers" in wrong
+    for counts, error in (((5, 1), "at most num_experts=4"), ((3,), "give 2 numbers")):
+        (wrong,) = model.config.model_copy(update={"experts_by_layer": counts}).validation_errors()
+        assert error in wrong
     assert list(model.config.expert_counts(["next"]).values()) == [1, 3]
 
 

@@ -27,6 +27,7 @@ TOLERANCE = 1.3
 
 UNEVEN = ["model.num_experts=6", "model.heads=3", "model.kv_heads=3", "model.dim=18", "model.experts.hidden=13"]
 DENSE = ["model.moe_every=0"]
+BY_LAYER = ["model.experts_by_layer=[2, 4]", "model.num_slots=4"]
 EVERY_TOKEN = "model.gate={name: softmax}"
 
 
@@ -46,14 +47,21 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (2, 1)])
 def test_states_of_a_decoder_are_exact(decoder: Path, tmp_path: Path, ranks: int, ep: int) -> None:
-    models = [UNEVEN, [*UNEVEN, "model.tied_embeddings=false", "model.shared_hidden=7"], *([DENSE] if ep == 1 else [])]
+    models = [
+        UNEVEN,
+        BY_LAYER,
+        [*UNEVEN, "model.tied_embeddings=false", "model.shared_hidden=7"],
+        *([DENSE] if ep == 1 else []),
+    ]
     cases = [[*stage_overrides(stage), *model] for stage in (0, 1, 3) for model in models]
     check_states(decoder, tmp_path / "run", ranks, cases, [f"parallel.expert_parallel_size={ep}"])
 
 
 @pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (2, 1)])
 def test_states_of_a_classifier_are_exact(classifier: Path, tmp_path: Path, ranks: int, ep: int) -> None:
-    cases = [stage_overrides(stage) + model for stage in (0, 1, 3) for model in ([], *([DENSE] if ep == 1 else []))]
+    cases = [
+        stage_overrides(stage) + model for stage in (0, 1, 3) for model in ([], BY_LAYER, *([DENSE] if ep == 1 else []))
+    ]
     check_states(classifier, tmp_path / "run", ranks, cases, [f"parallel.expert_parallel_size={ep}"])
 
 
@@ -75,6 +83,7 @@ TWO = "model.gate={name: top_k, k: 2}"
         [EVERY_TOKEN],
         [EVERY_TOKEN, "model.activation_checkpointing=true"],
         [TWO, "model.moe_every=1", "model.kv_heads=2", "model.shared_hidden=40"],
+        [EVERY_TOKEN, "model.experts_by_layer=[1, 4]", "model.num_slots=4"],
         DENSE,
     ],
     ids=lambda model: " ".join(model),
@@ -85,7 +94,14 @@ def test_activations_of_a_decoder_are_near_the_measured_peak(decoder: Path, tmp_
 
 @pytest.mark.parametrize(
     "model",
-    [[], ["model.dropout=0.1"], ["model.expert_form=network", "model.dropout=0.1"], ["model.moe_every=2"], DENSE],
+    [
+        [],
+        [EVERY_TOKEN, *BY_LAYER],
+        ["model.dropout=0.1"],
+        ["model.expert_form=network", "model.dropout=0.1"],
+        ["model.moe_every=2"],
+        DENSE,
+    ],
     ids=lambda model: " ".join(model),
 )
 def test_activations_of_a_classifier_are_near_the_measured_peak(

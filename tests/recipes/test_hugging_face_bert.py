@@ -110,6 +110,15 @@ def test_a_sharded_run_with_experts(sharded: Path, tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+def test_layers_of_different_size(sharded: Path, tmp_path: Path) -> None:
+    """The first layer's experts are one, the second's are as they were."""
+    succeed(1, "compress", sharded, tmp_path / "fewer", "groups=[[[0, 1]], [[0], [1]]]")
+    export(tmp_path / "fewer", tmp_path / "exported")
+    assert_same_answers(tmp_path / "fewer", tmp_path / "exported")
+    model, _ = load(tmp_path / "exported")
+    assert [len(block.feed_forward.moe.experts.up) for block in model.blocks] == [1, 2]
+
+
 def test_a_dense_run_is_a_plain_bert_from_which_another_run_can_begin(
     dense: Path, config: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from dist_moe.gates import GATES
 from dist_moe.models import models_of_kind
 from dist_moe.models.moe_model import MODELS
 from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.distillation import follow
 from dist_moe.recipes.recipe import RECIPES, validate_config
 from dist_moe.recipes.supervised.size import check_model
 from dist_moe.tasks import TASKS, Task, WeightedObjective, build_model
@@ -112,12 +113,18 @@ def sections(kind: str) -> Iterator[dict[str, Any]]:
 
 
 def take_step(config: Any, task: Task) -> None:
-    """Of the model that is built for good."""
+    """Of the model that is built for good, whose predictions can be followed, by itself without loss."""
     model, rows = build_model(config, task, SingleWorld()), np.arange(2)
+    batch = task.train.batch(rows, rows)
     objective = WeightedObjective(task, config.target_weights, shares=1)
-    loss = objective(model.train(), task.train.batch(rows, rows)).loss
+    output = model.train()(*batch.inputs)
+    loss = objective.of_output(output, batch).loss
     loss.backward()
     assert torch.isfinite(loss)
+    if type(task).__module__.startswith("dist_moe."):
+        assert len(task.prediction_kinds) % len(config.data.target_names) == 0
+        for kind, predicted in zip(task.prediction_kinds, output.predictions, strict=True):
+            assert follow(kind, predicted.detach(), predicted.detach(), 2.0, len(rows)) == pytest.approx(0, abs=1e-6)
 
 
 def told(function: Callable[[], Any]) -> tuple[Any, str]:

@@ -33,7 +33,7 @@ class Table:
     def texts(self, name: str) -> list[str]:
         """Return the cells of a column. Raises `UserError` if there is no such column."""
         if name not in self.header:
-            raise UserError(f"{self.path} has no column {name!r}; its columns: {_several(map(repr, self.header))}")
+            raise UserError(f"{self.path} has no column {shown(name)}; its columns: {_several(map(repr, self.header))}")
         if self.header.count(name) > 1:
             raise UserError(f"{self.path} has {self.header.count(name)} columns {name!r}; leave one of them")
         place = self.header.index(name)

@@ -54,7 +54,11 @@ def check_columns(file: TableFile, names: Collection[str]) -> None:
     for name in names:
         if (count := own.count(name)) != 1:
             remedy = f"its columns: {shown(own, 400)}{separator_doubt(own)}" if own else "it is empty"
-            how = f"has {count} columns {name!r}; leave one of them" if count else f"has no column {name!r}; {remedy}"
+            how = (
+                f"has {count} columns {shown(name)}; leave one of them"
+                if count
+                else f"has no column {shown(name)}; {remedy}"
+            )
             raise UserError(f"{file.path} {how}")
 
 

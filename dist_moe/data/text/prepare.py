@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from dist_moe.config.settings import LARGEST_SIZE
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.prepared import PARTS, DataSettings, Prepared, prepare_data
+from dist_moe.data.text.clusters import ClusterConfig, Clusterer, discover, texts_of_rows
 from dist_moe.data.text.documents import Domain, Splitter
 from dist_moe.data.text.sources import Corpus, choose
 from dist_moe.data.text.tokenizer import (
@@ -88,6 +89,11 @@ class TextConfig(DataSettings):
     )
     sequence_length: int = Field(default=256, ge=1, le=LARGEST_SIZE, description="Tokens that one sequence predicts.")
     seed: int = Field(default=0, ge=0, description="Seed of the order of documents, and so of the split.")
+    clusters: ClusterConfig | None = Field(
+        default=None,
+        description="Domains that are discovered, clusters of sequences with the same words, in place of those by "
+        "provenance. If not given, those by provenance.",
+    )
 
     @model_validator(mode="after")
     def _end_of_text_of_what(self) -> Self:
@@ -111,7 +117,8 @@ class Text:
     separator. ``vocab_size``: that a model needs. ``token_counts_V``: int64, how often each token occurs in the
     training part. ``token_bytes_V``: int64, bytes of UTF-8 that each token stands for (of the user's own tokenizer:
     anywhere at most), 0 for the separator. ``domains``: their names, in the order of
-    ``domain_N``. ``manifest``: sources with SHA-256 sums, and of every domain its licence, documents,
+    ``domain_N``. ``clusterer``: what tells discovered domains, which come first; None if there are none.
+    ``manifest``: sources with SHA-256 sums, and of every domain by provenance its licence, documents,
     characters, bytes and tokens by part, and what was left out.
     """
 
@@ -125,6 +132,7 @@ class Text:
     token_bytes_V: NDArray[np.int64]
     domains: tuple[str, ...]
     manifest: dict[str, Any]
+    clusterer: Clusterer | None = None
 
     def summary(self) -> str:
         """Return a table with a line for each domain, and a last line for all."""
@@ -140,6 +148,12 @@ class Text:
             f"sequences of {self.train.sequence_length} to train on {len(self.train):,}, "
             f"to validate {len(self.val):,}, to test {len(self.test):,}"
         )
+        if clusters := self.manifest.get("clusters"):
+            width = max(map(len, clusters))
+            lines.append(f"{'discovered':{width}}  sequences: train     val    test  its words")
+            for name, entry in clusters.items():
+                sequences = "".join(f"{entry['sequences'][part]:>8,}" for part in PARTS)
+                lines.append(f"{name:{width}}        {sequences}  {', '.join(entry['words'])}")
         return "\n".join(lines)
 
 
@@ -158,9 +172,10 @@ def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
         named = ", ".join(others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
         report.say(f"note: passed over, not being DOMAIN/NAME.txt: {len(others):,} entries of data.root ({named})")
     own = None if config.tokenizer is None else open_own_tokenizer(config.tokenizer, config.end_of_text)
-    content = prepare_data(config, _key(config, corpus, own), partial(_build, config, corpus, own, report), report)
+    key = _key(config, corpus, own)
+    content = prepare_data(config, key, partial(_build, config, corpus, own, report), report)
     train, val, test = (_table(content, part, config.sequence_length) for part in PARTS)
-    return Text(
+    text = Text(
         train,
         val,
         test,
@@ -172,6 +187,69 @@ def prepare_text(config: TextConfig, *, progress: bool = True) -> Text:
         domains=tuple(content.manifest["domains"]),
         manifest=content.manifest,
     )
+    return text if config.clusters is None else _by_clusters(text, config, config.clusters, key, report)
+
+
+def _by_clusters(text: Text, config: TextConfig, clusters: ClusterConfig, key: str, report: Progress) -> Text:
+    """Return the text with discovered domains before those that stay; its sequences and their order are the same.
+
+    ``key``: names the prepared text. Raises `UserError` for an unknown domain, for what :func:`discover` refuses, and
+    for a domain that has no sequences to validate or test on.
+    """
+    for name in clusters.domains or ():
+        if name not in text.domains:
+            raise UserError(f"data.clusters.domains: there is no domain {name}; there are {', '.join(text.domains)}")
+    is_divided_D = np.array([clusters.domains is None or name in clusters.domains for name in text.domains])
+    settings = f"{clusters.model_dump_json()} {config.sequence_length}"
+    key += f"-clusters-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+    found = prepare_data(config, key, lambda _: _discover(text, clusters, is_divided_D, report), report)
+    clusterer = Clusterer.of(found.columns("clusterer"))
+    others = [name for name, is_divided in zip(text.domains, is_divided_D, strict=True) if not is_divided]
+    domains = (*clusterer.names, *others)
+    if len(set(domains)) < len(domains):
+        raise UserError(f"data.clusters.domains leaves a domain called as one that is discovered: {', '.join(others)}")
+    number_D = clusters.count + np.cumsum(~is_divided_D) - 1  # of the domains that stay
+    tables: dict[str, Any] = {}
+    for part in PARTS:
+        table: TokenTable = getattr(text, part)
+        cluster_N = found.arrays[f"{part}_clusters"]
+        domain_N = np.where(is_divided_D[table.domain_N], cluster_N, number_D[table.domain_N])
+        tables[part] = replace(table, domain_N=domain_N.astype(np.int64))
+    # A run is known by who is in which cluster; the numbers behind it are rounded differently from machine to machine.
+    divided = {name: entry for name, entry in found.manifest["files"].items() if name.endswith("_clusters")}
+    files = text.manifest["files"] | divided
+    manifest = text.manifest | {"clusters": found.manifest["clusters"], "files": files}
+    return replace(text, **tables, domains=domains, clusterer=clusterer, manifest=manifest)
+
+
+def _discover(text: Text, clusters: ClusterConfig, is_divided_D: NDArray[np.bool_], report: Progress) -> Prepared:
+    """Cluster the training sequences of some domains, and assign those of the other parts to the nearest centres."""
+    texts, row_of = {}, {}
+    for part in PARTS:
+        table: TokenTable = getattr(text, part)
+        row_of[part] = np.flatnonzero(is_divided_D[table.domain_N])
+        texts[part] = texts_of_rows(text.tokenizer, text.end_of_text, table.windows(row_of[part]))
+    report.say(f"discovering {clusters.count:,} domains in {len(texts['train']):,} sequences")
+    clusterer, train_N, words = discover(texts["train"], clusters)
+    arrays = {f"clusterer_{name}": array for name, array in clusterer.arrays().items()}
+    about: dict[str, dict[str, Any]] = {
+        name: {"sequences": {}, "words": top} for name, top in zip(clusterer.names, words, strict=True)
+    }
+    for part in PARTS:
+        found_N = train_N if part == "train" else clusterer.assign(texts[part])
+        size_K = np.bincount(found_N, minlength=clusters.count)
+        if not size_K.all():
+            raise UserError(
+                f"data.clusters.count={clusters.count}: no sequence of the {part} part belongs to "
+                f"{clusterer.names[size_K.argmin()]}, so nothing could be said of it.\n"
+                "Remedy: fewer clusters, a larger share held out (data.held_out), or more text."
+            )
+        for entry, size in zip(about.values(), size_K.tolist(), strict=True):
+            entry["sequences"][part] = size
+        cluster_N = np.full(len(getattr(text, part)), -1, dtype=np.int64)
+        cluster_N[row_of[part]] = found_N
+        arrays[f"{part}_clusters"] = cluster_N
+    return Prepared(arrays, {"format_version": FORMAT_VERSION, "clusters": about})
 
 
 def _key(config: TextConfig, corpus: Corpus, own: OwnTokenizer | None) -> str:

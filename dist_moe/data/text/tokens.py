@@ -7,7 +7,8 @@ but the first is predicted exactly once. The last tokens of a stream, fewer than
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class TokenBatch(TensorBatch):
 
 @dataclass(frozen=True)
 class TokenTable:
-    """N sequences of one part, domain after domain; the tokens are a read-only memory map.
+    """N sequences of one part, in the order of their provenance; the tokens are a read-only memory map.
 
     ``token_M``: all streams of the part. ``start_N``: int64, where in it a sequence begins.
     ``domain_N``: int64, its domain. ``token_bytes_V``: int64, see `dist_moe.data.text.Text`. ``byte_M``: bytes of
@@ -66,6 +67,11 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self.start_N)
 
+    def windows(self, row_N: NDArray[np.int64]) -> Iterator[list[int]]:
+        """Yield the tokens of each of the sequences ``row_N``: those to begin with, and the last target."""
+        for start in self.start_N[row_N].tolist():
+            yield self.token_M[start : start + self.sequence_length + 1].tolist()
+
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> TokenBatch:
         """Return the sequences ``index_B`` of a step that uses ``step_index`` over all ranks and micro-batches."""
         offset_S = np.arange(self.sequence_length + 1)
@@ -76,6 +82,10 @@ class TokenTable:
         columns = (token_BS, target_BS, bytes_BS.sum(axis=1, dtype=np.int64), self.domain_N[index_B])
         token, target, count, domain = map(torch.from_numpy, columns)
         return TokenBatch(token, target, count, domain, len(step_index))
+
+    def select(self, row_N: NDArray[np.int64]) -> TokenTable:
+        """Return a table of the sequences ``row_N`` alone, in this order, on the same memory map."""
+        return replace(self, start_N=self.start_N[row_N], domain_N=self.domain_N[row_N])
 
 
 def cut(

@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dist_moe.config.files import json_line
 from dist_moe.errors import UserError
 
 SEAL = "sha256"
@@ -28,17 +27,19 @@ SEAL = "sha256"
 _UNSEALED = "0" * 64
 _BLOCK = 1 << 20
 DTYPE_NAMES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""The format's names, in the order in which the library writes tensors: every one is aligned."""
+_ORDER = list(DTYPE_NAMES)
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -141,7 +142,7 @@ def _read_header(file: BinaryIO) -> bytes:
 def _blocks(
     specs: Mapping[str, TensorSpec], pieces: Pieces, metadata: Mapping[str, str]
 ) -> Iterable[bytes | memoryview]:
-    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))  # every tensor is aligned
+    names = sorted(specs, key=lambda name: (_ORDER.index(specs[name].dtype), name))
     header = _header({name: specs[name] for name in names}, metadata)
     yield len(header).to_bytes(8, "little")
     yield header
@@ -164,7 +165,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
         end = start + spec.num_bytes
         content[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
         start = end
-    text = json_line(content).encode()
+    text = json.dumps(content, separators=(",", ":")).encode()  # as the library writes it, to the byte
     return text + b" " * (-len(text) % 8)
 
 

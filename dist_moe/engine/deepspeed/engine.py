@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_moe.engine.deepspeed.config import DeepSpeedSection, import_deepspeed
@@ -106,6 +107,11 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
         if is_expert_parameter(parameter):
             return self.expert_data_parallel_group[self.process_groups.expert_group_name]
         return self.seq_data_parallel_group
+
+    def sum_over_copies(self, x: Tensor) -> None:
+        """Add ``x`` up, in place, over the ranks that hold copies of this rank's experts. Collective over these."""
+        if self.process_groups.copies > 1:
+            dist.all_reduce(x, group=self.expert_data_parallel_group[self.process_groups.expert_group_name])
 
     def destroy(self) -> None:
         """Free what DeepSpeed keeps of this engine beyond its own life."""

@@ -235,6 +235,21 @@ def write_state(engine: ExpertParallelEngine, parameter: nn.Parameter, key: str,
         (parameter.ds_tensor if engine.shards_parameters else parameter).copy_(value)  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def zero_state(engine: ExpertParallelEngine, parameter: nn.Parameter, mask: Tensor) -> None:
+    """Set a trained parameter to zero where ``mask``, of its whole shape, is True; its master and moments, too.
+
+    Nothing is sent: each rank zeroes what it holds. At stage 3 :func:`gather_kept` must follow.
+    """
+    flat = own_slice(parameter, mask.byte()).bool() if engine.shards_parameters else mask.flatten()
+    for key in state_keys(engine):
+        own, start = _own_part(engine, parameter, key)
+        part = flat if engine.shards_parameters else flat[start : start + own.numel()]
+        own.masked_fill_(part[: own.numel()].to(own.device), 0)
+    parameter_of_model = parameter.ds_tensor if engine.shards_parameters else parameter.data.view(-1)  # type: ignore[attr-defined]
+    parameter_of_model.masked_fill_(flat.to(parameter_of_model.device), 0)
+
+
 def _torch_optimizer(engine: ExpertParallelEngine) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
 

@@ -8,6 +8,7 @@ metrics.jsonl.bad   lines that stood there and are no records, if there were any
 tensorboard/        the same and more, to look at
 checkpoints/        see dist_moe.engine.checkpoint.format
 summary.json        test metrics, beside those of simple predictors
+result.json         of a stage of a recipe: what it found; written last, so that its presence means that it has finished
 *.png               pictures of the test, of tasks that have some
 run-000001.lock     while a job works here, see dist_moe.engine.monitor.run_lock
 
@@ -65,6 +66,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """The file with a line per step and per validation."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """The file of what a stage found, which is there when it has finished."""
+        return self.root / "result.json"
 
     @property
     def summary(self) -> Path:

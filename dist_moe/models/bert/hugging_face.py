@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_moe.engine.checkpoint.safetensors_writer import TensorSpec
 from dist_moe.errors import UserError
 from dist_moe.experts import FeedForwardBank
 from dist_moe.models.bert.encoder import BertShape
@@ -41,14 +42,15 @@ from dist_moe.models.hugging_face.files import (
     CONTEXT,
     MIXTURE,
     WEIGHTS,
+    Pieces,
     check_names,
-    check_tensors,
+    check_specs,
     dtype_fields,
     followed,
+    is_constant,
+    open_tensors,
     read_config,
-    read_tensors,
     tensors_of,
-    without_buffers,
     write_directory,
 )
 
@@ -142,8 +144,8 @@ def read_hugging_face(directory: Path) -> BertCheckpoint:
     """
     config, shape = read_config(directory), read_shape(directory)
     tensors: dict[str, Tensor] = {}
-    prefixed = False
-    for name, tensor in read_tensors(directory).items():
+    prefixed, stored = False, open_tensors(directory)
+    for name, tensor in stored.without(n for n in stored if is_constant(n) and not n.endswith(POSITION_IDS)).items():
         prefixed |= name.startswith(PREFIX)
         name = name.removeprefix(PREFIX)  # and today's names for the oldest checkpoints' scale and shift
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
@@ -153,7 +155,6 @@ def read_hugging_face(directory: Path) -> BertCheckpoint:
     position_ids = tensors.pop(POSITION_IDS, None)
     if position_ids is not None and position_ids.flatten().tolist() != list(range(shape.positions)):
         raise UserError(f"{directory / WEIGHTS}: {POSITION_IDS} is not 0..{shape.positions - 1}")
-    tensors = without_buffers(tensors)
     if shape.layers > len(tensors):
         raise UserError(f"{directory / CONFIG} says {shape.layers:,} layers, and there are {len(tensors)} tensors")
     left_out = tuple(sorted(tensors.keys() & _PRE_TRAINING_HEADS))
@@ -163,7 +164,7 @@ def read_hugging_face(directory: Path) -> BertCheckpoint:
         of_part = {theirs for ours, theirs in names.items() if ours.startswith(part)}
         wanted -= set() if of_part & found else of_part
     check_names(directory, found, wanted, "a BERT encoder with what stands above it")
-    check_tensors(directory, tensors, _shapes(shape, names, tensors))
+    check_specs(directory, {n: TensorSpec.of(t) for n, t in tensors.items()}, _shapes(shape, names, tensors))
     weights = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
     return BertCheckpoint(shape, weights, config, left_out, prefixed, position_ids is not None)
 
@@ -221,7 +222,7 @@ def write_hugging_face(
         content = _config_of(model, labels, dtype, padding)
     else:
         content = like.config | ({} if like.shape == model.shape else model.shape.to_hugging_face())
-    write_directory(directory, content, tensors)
+    write_directory(directory, content, {name: Pieces.of(tensor) for name, tensor in tensors.items()})
     return _class_of(model)
 
 
@@ -266,7 +267,7 @@ def write_with_experts(
         if not ours.startswith(AUXILIARY):
             name = ours.replace("encoder.layers.", "encoder.layer.", 1) if ours.startswith(blocks) else of_dense[ours]
             tensors[_written_name(name)] = tensor
-    write_directory(directory, content, tensors)
+    write_directory(directory, content, {name: Pieces.of(tensor) for name, tensor in tensors.items()})
     BERT.write(directory)
     return architecture
 

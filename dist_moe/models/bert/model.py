@@ -36,7 +36,8 @@ from dist_moe.models.bert.encoder import (
     linear,
 )
 from dist_moe.models.dual_head import AuxiliaryHead, auxiliary_head, auxiliary_logits
-from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
+from dist_moe.models.layered import LayeredConfig
+from dist_moe.models.moe_model import ModelOutput, MoEModel, RunShape
 from dist_moe.parallel import experts_of_rank
 
 ABOVE = ("pooler.", "classifier.", "span.", "auxiliary.")
@@ -44,14 +45,14 @@ ABOVE = ("pooler.", "classifier.", "span.", "auxiliary.")
 AUXILIARY = ABOVE[-1]
 
 
-class BertConfig(MoEModelConfig):
+class BertConfig(LayeredConfig):
     """The encoder's part of a model's section.
 
     Experts are described by fields of its own, not by ``experts: {name: ...}``: their activation, epsilon and, by
     default, width are those of the checkpoint, and their form decides where the residual and the LayerNorm are.
     """
 
-    one_layer: ClassVar[bool] = False
+    gives_hidden_states: ClassVar[bool] = True
 
     num_experts: int = Field(4, ge=2, le=LARGEST_COUNT, description="experts of a layer, over all ranks")
     moe_every: int = Field(
@@ -94,11 +95,7 @@ class BertConfig(MoEModelConfig):
     @property
     def num_moe_layers(self) -> int:
         """A lower bound of the number of MoE layers: how many layers the encoder has, only its checkpoint says."""
-        return 2 if self.moe_every else 0
-
-    def has_experts(self, layer: int) -> bool:
-        """Return whether layer ``layer`` (from 0) of the encoder has experts."""
-        return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
+        return len(self.experts_by_layer or (0, 0)) if self.moe_every else 0
 
     def fitted(self, shape: BertShape) -> BertShape:
         """Return ``shape`` with the dense width of this configuration."""
@@ -121,29 +118,23 @@ class BertConfig(MoEModelConfig):
 
         Raises UserError if ``moe_every`` leaves a model without the experts that it speaks of.
         """
-        if self.moe_every > shape.layers:
-            raise UserError(
-                f"model.moe_every={self.moe_every}: the encoder has {shape.layers} layers; use 0 for a dense model"
-            )
+        for error in self.layer_errors(shape.layers):
+            raise UserError(f"model.{error} (layers of the encoder)")
         return [self.feed_forward(shape, layer, run) for layer in range(shape.layers)]
 
     def feed_forward(self, shape: BertShape, layer: int, run: RunShape) -> FeedForward:
         """Return the block of layer ``layer`` alone."""
         if not self.has_experts(layer):
             return DenseFeedForward(self.fitted(shape), self.dropout)
-        where = (
-            shape.width,
-            self.width_of_experts(shape),
-            self.num_experts,
-            experts_of_rank(self.num_experts, run.world),
-        )
+        count = self.experts_of(layer)
+        where = (shape.width, self.width_of_experts(shape), count, experts_of_rank(count, run.world))
         form, activation, norm_eps = self.expert_form, shape.activation, shape.norm_eps
         experts: ExpertBank
         if form == "network":
             experts = FeedForwardBank(*where, activation=activation, bias=True)
         else:
             experts = BertFeedForwardBank(*where, activation=activation, dropout=self.dropout, norm_eps=norm_eps)
-        moe = self.build_layer(experts, 1, run, layer=layer)
+        moe = self.build_layer(experts, 1, run, layer=layer, mixture=layer // self.moe_every)
         norm = nn.LayerNorm(shape.width, eps=norm_eps) if form == "network" else None
         return ExpertFeedForward(moe, norm, self.dropout)
 

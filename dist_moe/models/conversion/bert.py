@@ -93,21 +93,21 @@ def _with_experts(
 ) -> dict[str, Tensor]:
     network = _network(block)
     if conversion.method == "split":
-        experts = split_exactly(network, config.num_experts)
+        experts = split_exactly(network, config.experts_of(layer))
     elif conversion.method == "copies":
-        experts = copies(network, config.num_experts, conversion.noise, conversion.seed_of(layer))
+        experts = copies(network, config.experts_of(layer), conversion.noise, conversion.seed_of(layer))
     else:
         width = config.width_of_experts(shape)
         shared = 2 * width // 3 if conversion.shared is None else conversion.shared
         order_H = _order(network, conversion, importance_H, layer)
-        experts = take_neurons(network, partition(order_H, config.num_experts, width, shared))
+        experts = take_neurons(network, partition(order_H, config.experts_of(layer), width, shared))
     named = {f"moe.experts.{name}": tensor for name, tensor in experts._asdict().items() if tensor is not None}
     for kind in ("weight", "bias"):
         norm = block[f"norm.{kind}"]
         if config.expert_form == "network":
             named[f"norm.{kind}"] = norm
         else:
-            named[f"moe.experts.norm_{kind}"] = norm.repeat(config.num_experts, 1)
+            named[f"moe.experts.norm_{kind}"] = norm.repeat(config.experts_of(layer), 1)
     return named
 
 

@@ -73,9 +73,9 @@ def convert_decoder(
         up, down, gate = (weights.pop(f"{prefix}dense.{name}.weight").T.unsqueeze(0) for name in ("up", "down", "gate"))
         network = FeedForwardWeights(up, down, gate)
         if conversion.method == "split":
-            experts = split_exactly(network, config.num_experts)
+            experts = split_exactly(network, config.experts_of(layer))
         else:
-            experts = copies(network, config.num_experts, conversion.noise, conversion.seed * 1_000_003 + layer)
+            experts = copies(network, config.experts_of(layer), conversion.noise, conversion.seed * 1_000_003 + layer)
         made = experts._asdict().items()
         weights |= {f"{prefix}moe.experts.{name}": tensor for name, tensor in made if tensor is not None}
     return weights

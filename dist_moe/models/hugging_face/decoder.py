@@ -1,22 +1,19 @@
 """Decoder language models as Hugging Face keeps them, there and back.
 
-    checkpoint = read_decoder(directory)                     # Llama's family, Mixtral, OLMoE, or what we wrote
+    checkpoint = read_decoder(directory)                     # a directory of one of families.py
     model = checkpoint.config.build(checkpoint.vocab_size, run)
     checkpoint.into(model)
     write_decoder(model, other)                              # the plainest architecture that has a place for all of it
     write_decoder(model, other, like=checkpoint)             # as it was read, to the bit
 
-Every tensor is accounted for by name, and anything else is refused. Needs no transformers.
-
-Our names are those of ``state_dict``: parameters, experts stacked by global id, and buffers. Matrices outside of
-experts are the same on both sides. Mixtral and OLMoE have every expert's matrices one by one and transposed; a slot ->
-expert table is folded into their routers.
+Every tensor is accounted for by name, and anything else is refused. Needs no transformers. ``open_decoder`` reads no
+tensor before it is asked for: a model that is larger than memory can pass through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +21,40 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dist_moe.engine.checkpoint import place_weights
+from dist_moe.engine.checkpoint import ModelWeights, place_weights
+from dist_moe.engine.checkpoint.format import BUFFER
+from dist_moe.engine.checkpoint.models import weights_of
 from dist_moe.errors import UserError
-from dist_moe.experts import FeedForwardConfig
-from dist_moe.models.hugging_face.decoder_config import (
-    CLASSES,
-    Architecture,
-    plainest_architecture,
-    read_decoder_config,
-    write_decoder_config,
+from dist_moe.models.hugging_face.decoder_config import read_decoder_config, write_decoder_config
+from dist_moe.models.hugging_face.decoder_names import (
+    HEAD,
+    TIED_TO,
+    block_of,
+    dense_names,
+    stock_names,
+    tensor_shapes,
+    to_ours,
+    to_theirs,
 )
+from dist_moe.models.hugging_face.families import FAMILIES, OURS, Family, plainest_architecture
 from dist_moe.models.hugging_face.files import (
     CONFIG,
     DECODER,
     WEIGHTS,
     WEIGHTS_ARE,
+    StoredTensors,
     check_names,
-    check_tensors,
+    check_specs,
     dtype_fields,
+    is_constant,
+    open_tensors,
     read_config,
-    read_tensors,
-    tensors_of,
-    without_buffers,
     write_directory,
     write_tokenizer,
 )
 from dist_moe.models.transformer import Transformer, TransformerConfig
 
-Tensors = Mapping[str, Tensor]
-
-HEAD, TIED_TO = "lm_head.weight", "model.embed_tokens.weight"
-
-_MODULES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_OF_LAYER = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.out": "self_attn.o_proj",
-    "feed_forward_norm": "post_attention_layernorm",
-}
-_OF_DENSE_LAYER = {f"dense.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-_OF_NORMED_HEADS = {f"attention.{name}_norm": f"self_attn.{name[0]}_norm" for name in ("query", "key")}
-_OF_EXPERT = {
-    "mixtral": {"gate": "w1", "down": "w2", "up": "w3"},
-    "olmoe": {name: f"{name}_proj" for name in ("gate", "down", "up")},
-}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -78,16 +63,16 @@ class DecoderCheckpoint:
     matrix is in the file twice."""
 
     directory: Path
-    architecture: Architecture
+    architecture: str
     config: TransformerConfig
     vocab_size: int
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     content: dict[str, Any]
     has_tied_head: bool
 
     def into(self, model: Transformer) -> None:
         """Fill a model of ``config``, which may hold any part of the experts. Raises UserError for another model."""
-        if self.architecture == "dist_moe":
+        if self.architecture == OURS:
             wanted = model.state_dict().keys() - ({"head.weight"} if self.config.tied_embeddings else set())
             check_names(self.directory, set(self.weights), set(wanted), "the model")
             self._check_mixtures(model)
@@ -111,41 +96,81 @@ class DecoderCheckpoint:
                 raise UserError(f"{self.directory / WEIGHTS}: {name} {fault}. Remedy: export the run again")
 
 
-def read_decoder(directory: Path) -> DecoderCheckpoint:
-    """Return a checkpoint directory of a known architecture.
+def open_decoder(directory: Path) -> DecoderCheckpoint:
+    """Return a checkpoint directory of a known architecture, whose ``weights`` are ModelWeights, read one by one.
 
     Raises UserError for a directory that is none, naming fields that cannot be followed, and every tensor that is
-    missing or unknown.
+    missing or unknown or has another shape; for values that are not finite, when they are read.
     """
     content = read_config(directory)
     try:
         config, vocab_size = read_decoder_config(content)
     except UserError as error:
         raise UserError(f"{directory / CONFIG}: {error}") from error
-    architecture: Architecture = content["model_type"]
-    tensors = without_buffers(read_tensors(directory))
-    _check_counts(directory, config, architecture, tensors)
+    architecture: str = content["model_type"]
+    family, tensors = FAMILIES[architecture], open_tensors(directory)
+    tensors = tensors.without(filter(is_constant, tensors))
+    _check_counts(directory, config, family, tensors)
     has_tied_head = config.tied_embeddings and HEAD in tensors
-    if has_tied_head and not _same(tensors.pop(HEAD), tensors.get(TIED_TO)):
-        raise UserError(f"{directory / WEIGHTS}: tie_word_embeddings=true, and {HEAD} is not {TIED_TO}")
-    wanted = set(_dense_names(config).values())
+    if has_tied_head:
+        if not _same(tensors[HEAD], tensors.get(TIED_TO)):
+            raise UserError(f"{directory / WEIGHTS}: tie_word_embeddings=true, and {HEAD} is not {TIED_TO}")
+        tensors = tensors.without([HEAD])
+    wanted = set(dense_names(config, family).values())
     for layer in filter(config.has_experts, range(config.layers)):
-        prefix = f"{_block(architecture, layer)}."
-        if architecture in _OF_EXPERT:
-            wanted |= {prefix + name for name in _stock_names(architecture, config.num_experts)}
+        prefix = f"{block_of(family, layer)}."
+        if family.has_experts:
+            wanted |= {prefix + name for name in stock_names(family, config.num_experts)}
         else:
             wanted |= {name for name in tensors if name.startswith(prefix)}
-    check_names(directory, set(tensors), wanted, CLASSES[architecture])
-    check_tensors(directory, tensors, _shapes(config, vocab_size, architecture))
-    weights = _to_ours(config, architecture, tensors)
+    check_names(directory, set(tensors), wanted, family.class_name)
+    check_specs(directory, tensors.specs, tensor_shapes(config, vocab_size, family))
+    weights = replace(to_ours(config, family, tensors), path=directory / WEIGHTS)
     return DecoderCheckpoint(directory, architecture, config, vocab_size, weights, content, has_tied_head)
 
 
-def write_decoder(
-    model: Transformer,
+def read_decoder(directory: Path) -> DecoderCheckpoint:
+    """Return what :func:`open_decoder` does, with all weights in memory; of a stock architecture the parameters only.
+
+    Raises UserError as that does, and for values that are not finite.
+    """
+    checkpoint = open_decoder(directory)
+    stored = checkpoint.weights
+    assert isinstance(stored, ModelWeights)
+    is_stock = checkpoint.architecture != OURS
+    weights = {name: stored[name] for name in stored if not (is_stock and stored.kinds[name] == BUFFER)}
+    return replace(checkpoint, weights=weights)
+
+
+def write_decoder(model: Transformer, directory: Path, **options: Any) -> str:
+    """Write a whole model as a directory that transformers loads; return the architecture.
+
+    ``options``: see :func:`write_decoder_weights`. Raises UserError as that does, and ValueError as
+    :func:`saved_weights` does.
+    """
+    return write_decoder_weights(
+        saved_weights(model), model.config, model.embedding.num_embeddings, directory, **options
+    )
+
+
+def saved_weights(model: Transformer) -> ModelWeights:
+    """Return the weights of a whole model in memory, as views, with the buffers that are saved.
+
+    A table that is still being learnt is rounded as it stands. Raises ValueError for a model without all experts.
+    """
+    model.begin_evaluation()
+    weights, state = weights_of(model), model.state_dict()
+    kinds = {name: kind for name, kind in weights.kinds.items() if name in state}
+    return replace(weights, kinds=kinds, specs={name: weights.specs[name] for name in kinds})
+
+
+def write_decoder_weights(
+    weights: ModelWeights,
+    config: TransformerConfig,
+    vocab_size: int,
     directory: Path,
     *,
-    architecture: Architecture | None = None,
+    architecture: str | None = None,
     like: DecoderCheckpoint | None = None,
     dtype: torch.dtype | None = None,
     positions: int = 2048,
@@ -153,33 +178,39 @@ def write_decoder(
     tokenizer: Tokenizer | None = None,
     end_of_text: int | None = None,
     imports: Sequence[str] = (),
-) -> Architecture:
-    """Write a whole model as a directory that transformers loads; return the architecture.
+) -> str:
+    """Write the weights of a model of ``config`` as a directory that transformers loads; return the architecture.
 
-    ``architecture``: None is the plainest one that fits. ``like``: the checkpoint whose config.json and precision are
-    used where they fit the model. ``dtype``: of floating-point parameters; None: as they are. ``positions``: tokens
-    that a sequence should have at most. ``total_steps``: of the training run, for gates with a schedule.
-    ``tokenizer``: written along; ``end_of_text``: the id that begins and ends a text. ``imports``: modules that
-    register gates of one's own. A table that is still being learnt is rounded as it stands.
+    No more than one expert's tensor, or one of another kind, is in memory at a time. ``architecture``: None is the
+    plainest one that fits. ``like``: the checkpoint whose config.json and precision are used where they fit the model.
+    ``dtype``: of floating-point parameters; None: as they are. ``positions``: tokens that a sequence should have at
+    most. ``total_steps``: of the training run, for gates with a schedule. ``tokenizer``: written along;
+    ``end_of_text``: the id that begins and ends a text. ``imports``: modules that register gates of one's own.
     Raises UserError naming what the architecture has no place for, or if the directory cannot be written.
     """
-    model.begin_evaluation()
-    config, vocab_size = model.config, model.embedding.num_embeddings
     architecture = architecture or (like.architecture if like else plainest_architecture(config))
     options: dict[str, Any] = {"positions": positions, "total_steps": total_steps, "end_of_text": end_of_text}
     content = write_decoder_config(config, vocab_size, architecture, **options)
     if like is not None and like.architecture == architecture:
         same = write_decoder_config(like.config, like.vocab_size, architecture, **options) == content
-        content = like.content if same else {**like.content, **content}
+        others = FAMILIES[architecture].num_experts[1:]
+        content = like.content if same else {k: v for k, v in like.content.items() if k not in others} | content
     else:
-        content |= dtype_fields(dtype or model.embedding.weight.dtype)
-    if architecture == "dist_moe":
+        content |= dtype_fields(dtype or weights.specs["embedding.weight"].dtype)
+    if like is not None and end_of_text is None:
+        content |= {name: like.content[name] for name in _TOKEN_IDS if name in like.content}
+    if architecture == OURS:
         content |= DECODER.fields(imports)
-    tensors = _to_theirs(config, architecture, tensors_of(model, dtype, like.weights if like else {}))
+    given = like.weights if like else {}
+
+    def dtype_of(name: str) -> torch.dtype:
+        return dtype or (given[name] if name in given else weights.specs[name]).dtype
+
+    tensors = to_theirs(config, FAMILIES[architecture], weights, dtype_of)
     if like is not None and like.has_tied_head:
-        tensors[HEAD] = tensors[TIED_TO].clone()
+        tensors[HEAD] = tensors[TIED_TO]
     write_directory(directory, content, tensors)
-    if architecture == "dist_moe":
+    if architecture == OURS:
         DECODER.write(directory)
     if tokenizer is not None:
         end = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
@@ -187,120 +218,20 @@ def write_decoder(
     return architecture
 
 
-def _dense_names(config: TransformerConfig) -> dict[str, str]:
-    """Return their name of every parameter of ours outside of MoE layers."""
-    modules = dict(_MODULES)
-    for layer in range(config.layers):
-        of_layer = _OF_LAYER if config.has_experts(layer) else _OF_LAYER | _OF_DENSE_LAYER
-        of_layer = of_layer | (_OF_NORMED_HEADS if config.qk_norm else {})
-        modules |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in of_layer.items()}
-    if config.tied_embeddings:
-        del modules["head"]
-    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in modules.items()}
-
-
-def _shapes(config: TransformerConfig, vocab_size: int, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors by their names, but for MoE layers of our own architecture."""
-    dim, keys, hidden = config.dim, config.width_of_keys, config.dense_hidden
-    of_module = {
-        **dict.fromkeys(("embedding", "head"), (vocab_size, dim)),
-        **dict.fromkeys(("norm", "attention_norm", "feed_forward_norm", "query_norm"), (dim,)),
-        **dict.fromkeys(("query", "out"), (dim, dim)),
-        **dict.fromkeys(("key", "value"), (keys, dim)),
-        "key_norm": (keys,),
-        **dict.fromkeys(("gate", "up"), (hidden, dim)),
-        "down": (dim, hidden),
-    }
-    names = _dense_names(config).items()
-    shapes = {theirs: of_module[ours.removesuffix(".weight").rpartition(".")[2]] for ours, theirs in names}
-    if architecture not in _OF_EXPERT:
-        return shapes
-    assert isinstance(config.experts, FeedForwardConfig)
-    width = config.experts.hidden
-    for layer in filter(config.has_experts, range(config.layers)):
-        prefix = _block(architecture, layer)
-        shapes[f"{prefix}.gate.weight"] = (config.num_experts, dim)
-        for expert in range(config.num_experts):
-            for ours, theirs in _OF_EXPERT[architecture].items():
-                shapes[f"{prefix}.experts.{expert}.{theirs}.weight"] = (dim, width) if ours == "down" else (width, dim)
-    return shapes
-
-
-def _check_counts(directory: Path, config: TransformerConfig, architecture: Architecture, tensors: Tensors) -> None:
+def _check_counts(directory: Path, config: TransformerConfig, family: Family, tensors: StoredTensors) -> None:
     """Raise UserError for more layers or experts than there can be: nothing of that size shall be built."""
     if config.layers > len(tensors):
         raise UserError(f"{directory / CONFIG} says {config.layers:,} layers, and there are {len(tensors)} tensors")
-    if not config.moe_every:
-        return
-    if architecture in _OF_EXPERT:
-        others = ["the tensors"] if config.num_experts > len(tensors) else []
-    else:
-        stacks = {name: tensor.shape[:1] for name, tensor in tensors.items() if ".moe.experts." in name}
-        others = [name for name, rows in stacks.items() if rows != (config.num_experts,)]
-    if others:
-        raise UserError(f"{directory / CONFIG} says {config.num_experts:,} experts, and {others[0]} has another number")
+    if family.has_experts and config.num_experts > len(tensors):
+        raise UserError(
+            f"{directory / CONFIG} says {config.num_experts:,} experts, and there are {len(tensors)} tensors"
+        )
+    for layer in filter(config.has_experts, range(0 if family.has_experts else config.layers)):
+        count, prefix = config.experts_of(layer), f"{block_of(family, layer)}.experts."
+        stacks = {name: spec.shape[:1] for name, spec in tensors.specs.items() if name.startswith(prefix)}
+        for name in (name for name, rows in stacks.items() if rows != (count,)):
+            raise UserError(f"{directory / CONFIG} says {count:,} experts, and {name} has another number")
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:
     return other is not None and one.shape == other.shape and torch.equal(one, other)
-
-
-def _block(architecture: Architecture, layer: int) -> str:
-    """Return how their names of a layer's experts begin."""
-    block = {"mixtral": "block_sparse_moe", "olmoe": "mlp"}.get(architecture, "mlp.moe")
-    return f"model.layers.{layer}.{block}"
-
-
-def _stock_names(architecture: Architecture, experts: int) -> set[str]:
-    """Return their names of all that an MoE layer has, in an architecture of transformers' own."""
-    matrices = _OF_EXPERT[architecture].values()
-    return {"gate.weight"} | {f"experts.{expert}.{name}.weight" for expert in range(experts) for name in matrices}
-
-
-def _to_theirs(config: TransformerConfig, architecture: Architecture, state: Tensors) -> dict[str, Tensor]:
-    """Return by their names the ``state_dict()`` of a whole model, whose table is no longer being learnt."""
-    rest = dict(state)
-    if config.tied_embeddings:
-        rest.pop("head.weight", None)
-    tensors = {theirs: rest.pop(ours) for ours, theirs in _dense_names(config).items()}
-    for layer in range(config.layers):
-        prefix = f"layers.{layer}.moe."
-        block = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
-        if architecture in _OF_EXPERT:
-            block = _to_stock(architecture, block)
-        tensors |= {f"{_block(architecture, layer)}.{name}": tensor for name, tensor in block.items()}
-    assert not rest, f"no name for {sorted(rest)}"
-    return tensors
-
-
-def _to_ours(config: TransformerConfig, architecture: Architecture, tensors: Tensors) -> dict[str, Tensor]:
-    """Return by our names the tensors that were accounted for."""
-    weights = {ours: tensors[theirs] for ours, theirs in _dense_names(config).items()}
-    for layer in range(config.layers):
-        prefix = f"{_block(architecture, layer)}."
-        block = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if architecture in _OF_EXPERT:
-            stacked = {"gates.0.weight": block["gate.weight"]}
-            for ours, theirs in _OF_EXPERT[architecture].items():
-                matrices = [block[f"experts.{expert}.{theirs}.weight"].T for expert in range(config.num_experts)]
-                stacked[f"experts.{ours}"] = torch.stack(matrices)
-            block = stacked
-        weights |= {f"layers.{layer}.moe.{name}": tensor for name, tensor in block.items()}
-    return weights
-
-
-def _to_stock(architecture: Architecture, block: dict[str, Tensor]) -> dict[str, Tensor]:
-    table = block["slot_map.table"].flatten()
-    slot_of_E = table.argsort()
-    if "gates.0.allowed_E" in block or table[slot_of_E].tolist() != list(range(len(table))):
-        raise UserError(
-            f"{CLASSES[architecture]} has no place for slots that share an expert or that a gate must not choose; "
-            "write the model with --architecture=dist_moe"
-        )
-    tensors = {"gate.weight": block["gates.0.weight"][slot_of_E]}
-    for ours, theirs in _OF_EXPERT[architecture].items():
-        for expert, weight in enumerate(block[f"experts.{ours}"]):
-            tensors[f"experts.{expert}.{theirs}.weight"] = weight.T
-    unknown = [name for name in block if not name.startswith(("slot_map.", "experts."))]
-    assert unknown == ["gates.0.weight"], f"no name for {unknown}"
-    return tensors

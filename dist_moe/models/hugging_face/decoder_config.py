@@ -1,34 +1,23 @@
 """The ``config.json`` of a decoder language model, read and written.
 
-Four architectures are known: "llama" is our decoder without experts; "mixtral" with a Top-k gate over experts in
-every layer; "olmoe" the same with normalised queries and keys; "dist_moe", our own, is Llama's with MoE layers in place
-of some feed-forward networks, under any gate. Fields that change what a model computes, and that ours cannot follow,
-are refused by name.
+Fields that change what a model computes, and that ours cannot follow, are refused by name. See families.py for the
+architectures that there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
+from dist_moe.config.settings import LARGEST_DEPTH
 from dist_moe.errors import UserError, shown
 from dist_moe.experts import FeedForwardConfig
 from dist_moe.gates import TopKConfig
-from dist_moe.gates.top_k import Scores
+from dist_moe.models.hugging_face.families import FAMILIES, OURS, Family, family_named
 from dist_moe.models.hugging_face.files import CONTEXT, LARGEST_SIZE, MIXTURE, field_errors, followed
 from dist_moe.models.transformer import TransformerConfig
 
-Architecture = Literal["llama", "mixtral", "olmoe", "dist_moe"]
 Content = Mapping[str, Any]
-
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-    "dist_moe": "DistMoEForCausalLM",
-}
-_NUM_EXPERTS = {"mixtral": "num_local_experts", "olmoe": "num_experts"}
-"""Architectures of transformers' own with experts, in every layer behind a Top-k gate, and their field for how many."""
 
 _SIZES = {
     "layers": "num_hidden_layers",
@@ -39,11 +28,7 @@ _SIZES = {
     "tied_embeddings": "tie_word_embeddings",
 }
 _LEFT_OUT = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0}
-"""transformers' own values for fields that a config.json does not have: Llama's, and where others differ."""
-_LEFT_OUT_OF: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
-    "olmoe": {"rms_norm_eps": 1e-5, "norm_topk_prob": False},
-}
+"""transformers' own values for fields that a config.json does not have: Llama's; see Family for others."""
 
 _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
@@ -57,9 +42,10 @@ _ONLY: dict[str, Any] = {
     "router_jitter_noise": 0,
     "pretraining_tp": 1,
     "clip_qkv": None,
+    "use_sliding_window": False,
 }
 _ROPE = ("rope_scaling", "rope_parameters")
-_ELSEWHERE = {"name", "rope_theta", "dense_hidden", *_SIZES}
+_ELSEWHERE = {"name", "rope_theta", "dense_hidden", "head_dim", "qkv_bias", *_SIZES}
 
 
 def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
@@ -67,28 +53,31 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
 
     Raises UserError for an unknown architecture, or naming the fields that are missing or that ours cannot follow.
     """
-    known = get_args(Architecture)
-    if content.get("model_type") not in known:
-        raise UserError(f"model_type={shown(content.get('model_type'))}: there is no such decoder here; known: {known}")
-    architecture: Architecture = content["model_type"]
-    content = {**_LEFT_OUT, **_LEFT_OUT_OF.get(architecture, {}), **content}
-    for error in _errors(content):
+    family = family_named(content.get("model_type"))
+    content = _completed(content, family)
+    for error in _errors(content, family):
         raise UserError(f"the Hugging Face configuration cannot be followed: {error}")
     fields = {ours: content[theirs] for ours, theirs in _SIZES.items()} | {"rope_theta": _rope(content)["rope_theta"]}
-    if architecture == "llama":
-        fields |= {"moe_every": 0, "dense_hidden": content["intermediate_size"]}
-    elif architecture in _NUM_EXPERTS:
-        is_olmoe = architecture == "olmoe"
-        scores: Scores = "softmax_before" if is_olmoe and not content["norm_topk_prob"] else "softmax_after"
+    fields |= {"dense_hidden": content["intermediate_size"], "qkv_bias": bool(family.qkv_bias and content["qkv_bias"])}
+    if content.get("head_dim") != fields["dim"] // fields["heads"]:
+        fields["head_dim"] = content.get("head_dim")
+    if family.has_experts:
+        renormalised = not family.norm_topk_prob or content["norm_topk_prob"]
         fields |= {
-            "moe_every": 1,
-            "num_experts": content[_NUM_EXPERTS[architecture]],
-            "experts": FeedForwardConfig(hidden=content["intermediate_size"]),
-            "gate": TopKConfig(k=content["num_experts_per_tok"], bias=False, scores=scores),
-            "qk_norm": is_olmoe,
+            "moe_every": _moe_every(content),
+            "num_experts": content[family.num_experts[0]],
+            "experts": FeedForwardConfig(hidden=content[family.expert_hidden]),
+            "gate": TopKConfig(
+                k=content["num_experts_per_tok"],
+                bias=False,
+                scores="softmax_after" if renormalised else "softmax_before",
+            ),
+            "qk_norm": family.qk_norm,
+            "shared_hidden": content[family.shared_hidden] if family.shared_hidden else None,
+            "shared_gate": family.shared_hidden is not None,
         }
     else:
-        fields |= {"dense_hidden": content["intermediate_size"], **content[MIXTURE]}
+        fields |= content[MIXTURE] if family is FAMILIES[OURS] else {"moe_every": 0}
     with followed():
         config = TransformerConfig(**fields)
     of_gate = config.gate_errors() if config.moe_every else ()
@@ -100,7 +89,7 @@ def read_decoder_config(content: Content) -> tuple[TransformerConfig, int]:
 def write_decoder_config(
     config: TransformerConfig,
     vocab_size: int,
-    architecture: Architecture,
+    architecture: str,
     *,
     positions: int = 2048,
     end_of_text: int | None = None,
@@ -110,18 +99,20 @@ def write_decoder_config(
 
     Raises UserError naming what ``architecture`` has no place for.
     """
-    for misfit in _misfits(config, architecture):
-        fitting = " or ".join(each for each in get_args(Architecture) if not list(_misfits(config, each)))
+    family = family_named(architecture)
+    for misfit in family.misfits(config):
+        fitting = " or ".join(name for name, other in FAMILIES.items() if not list(other.misfits(config)))
         raise UserError(
-            f"{misfit}: a model of this kind cannot be written as {CLASSES[architecture]}; architectures that have a "
-            f"place for it: {fitting or 'none'}"
+            f"{misfit}: a model of this kind cannot be written as {family.class_name}; architectures that have a "
+            f"place for it: {fitting}"
         )
     content: dict[str, Any] = {
         "model_type": architecture,
-        "architectures": [CLASSES[architecture]],
+        "architectures": [family.class_name],
         "vocab_size": vocab_size,
         **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
         "num_key_value_heads": config.kv_heads or config.heads,
+        "head_dim": config.head_width,
         "intermediate_size": config.dense_hidden,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -130,35 +121,64 @@ def write_decoder_config(
         "max_position_embeddings": positions,
         **{f"{kind}_token_id": end_of_text for kind in ("bos", "eos")},
     }
-    if architecture in _NUM_EXPERTS:
+    content |= family.constants
+    if family.qkv_bias:
+        content[family.qkv_bias] = config.qkv_bias
+    if family.has_experts:
         assert isinstance(config.gate, TopKConfig)
         assert isinstance(config.experts, FeedForwardConfig)
         content |= {
-            "intermediate_size": config.experts.hidden,
-            _NUM_EXPERTS[architecture]: config.num_experts,
+            family.num_experts[0]: config.num_experts,
+            family.expert_hidden: config.experts.hidden,
             "num_experts_per_tok": config.gate.k,
         }
-        if architecture == "mixtral":
-            content["sliding_window"] = None
-        else:
-            content |= {"norm_topk_prob": config.gate.scores == "softmax_after", "clip_qkv": None}
-    elif architecture == "dist_moe":
+        if family.norm_topk_prob:
+            content["norm_topk_prob"] = config.gate.scores == "softmax_after"
+        if family.sparse_step:
+            content["decoder_sparse_step"] = config.moe_every
+        if family.shared_hidden:
+            content[family.shared_hidden] = config.shared_hidden
+    elif architecture == OURS:
         section = config.model_dump(mode="json")
         content[MIXTURE] = {name: value for name, value in section.items() if name not in _ELSEWHERE}
         content[CONTEXT] = {"total_steps": total_steps}
     return content
 
 
-def plainest_architecture(config: TransformerConfig) -> Architecture:
-    """Return the first architecture that has a place for all that the model is; our own if none has."""
-    return next((each for each in get_args(Architecture) if not list(_misfits(config, each))), "dist_moe")
+def _completed(content: Content, family: Family) -> dict[str, Any]:
+    """Return the content with what it leaves out, as transformers completes it."""
+    whole = {**_LEFT_OUT, **family.left_out, **content}
+    for name in family.num_experts if family.has_experts else ():  # versions of transformers differ
+        if name in content:
+            whole.setdefault(family.num_experts[0], content[name])
+    if "use_sliding_window" in family.left_out:
+        whole.pop("sliding_window", None)  # some width, which is not looked at unless that field is true
+    return whole
 
 
-def _errors(content: Content) -> Iterator[str]:
+def _moe_every(content: Content) -> int:
+    """Return m if the layers with experts are every m-th one. Raises UserError if they are others."""
+    step, dense = content.get("decoder_sparse_step", 1), content.get("mlp_only_layers")
+    if not dense:
+        return int(step)
+    layers = range(min(content["num_hidden_layers"], LARGEST_DEPTH))
+    sparse = [layer for layer in layers if (layer + 1) % step == 0 and layer not in dense]
+    every = sparse[0] + 1 if sparse else 1
+    if sparse == [layer for layer in layers if (layer + 1) % every == 0]:
+        return every
+    raise UserError(
+        f"the Hugging Face configuration cannot be followed: decoder_sparse_step={step}, mlp_only_layers={dense}: the "
+        f"layers with experts are {sparse}; supported: every m-th layer, beginning with m - 1"
+    )
+
+
+def _errors(content: Content, family: Family) -> Iterator[str]:
     wanted = {*_SIZES.values(), "vocab_size", "intermediate_size"}
-    if content["model_type"] in _NUM_EXPERTS:
-        wanted |= {_NUM_EXPERTS[content["model_type"]], "num_experts_per_tok"}
-    elif content["model_type"] == "dist_moe":
+    if family.has_experts:
+        wanted |= {family.num_experts[0], family.expert_hidden, "num_experts_per_tok"}
+        wanted |= {"decoder_sparse_step"} if family.sparse_step else set()
+        wanted |= {family.shared_hidden} if family.shared_hidden else set()
+    elif family is FAMILIES[OURS]:
         wanted |= {MIXTURE}
     yield from (f"it has no {field}" for field in sorted(wanted - content.keys()))
     yield from _malformed(content, wanted)
@@ -168,13 +188,16 @@ def _errors(content: Content) -> Iterator[str]:
     rope_type = _rope(content)["rope_type"]
     if rope_type != "default":
         yield f"rope_type={shown(rope_type)}; supported: 'default'"
-    if wanted <= content.keys():
+    others = set(content.get("layer_types") or ()) - {"full_attention"}
+    if others:
+        yield f"layer_types: {shown(sorted(others))}; supported: full_attention"
+    if wanted <= content.keys() and not family.head_dim:
         head_dim = content["hidden_size"] // content["num_attention_heads"]
         if content.get("head_dim") not in (None, head_dim):
             yield f"head_dim={shown(content['head_dim'])}; supported: hidden_size / num_attention_heads = {head_dim}"
 
 
-_OPTIONAL = {"num_key_value_heads", "head_dim", *_ROPE}
+_OPTIONAL = {"num_key_value_heads", "head_dim", "mlp_only_layers", "layer_types", *_ROPE}
 """Fields that may be null."""
 
 
@@ -187,14 +210,18 @@ def _malformed(content: Content, wanted: set[str]) -> Iterator[str]:
         for field in (*_ROPE, MIXTURE)
         if not isinstance(given.get(field, {}), dict)
     )
-    sizes = {*wanted, "num_key_value_heads"} - {"rms_norm_eps", "tie_word_embeddings", MIXTURE}
+    sizes = {*wanted, "num_key_value_heads", "head_dim"} - {"rms_norm_eps", "tie_word_embeddings", MIXTURE}
     yield from field_errors(given, sorted(sizes), sorted(numbers))
     for name, value in _numbers(given.get(MIXTURE), MIXTURE):
         if abs(value) > LARGEST_SIZE:
             yield f"{name}={shown(value)}; expected at most {LARGEST_SIZE}"
-    for field in ("tie_word_embeddings", "norm_topk_prob"):
+    for field in ("tie_word_embeddings", "norm_topk_prob", "qkv_bias", "use_sliding_window"):
         if not isinstance(given.get(field, True), bool):
             yield f"{field}={shown(given[field])}; expected true or false"
+    for field, kind in (("mlp_only_layers", int), ("layer_types", str)):
+        listed = given.get(field) or []
+        if not isinstance(listed, list) or any(type(entry) is not kind for entry in listed):
+            yield f"{field}={shown(listed)}; expected a list of {kind.__name__}"
     yield from field_errors(_rope(content), (), ("rope_theta",))
 
 
@@ -213,36 +240,3 @@ def _rope(content: Content) -> dict[str, Any]:
     found = {"rope_type": "default", "rope_theta": content["rope_theta"], **scaling}
     found |= content.get("rope_parameters") or {}
     return found | {"rope_type": found.get("type") or found["rope_type"]}
-
-
-def _misfits(config: TransformerConfig, architecture: Architecture) -> Iterator[str]:
-    """Yield what of a model ``architecture`` has no place for, as "field=value"."""
-    if architecture == "llama" and config.moe_every:
-        yield f"model.moe_every={config.moe_every}"
-    if config.qk_norm != (architecture == "olmoe"):
-        yield f"model.qk_norm={config.qk_norm}"
-    if architecture not in _NUM_EXPERTS:
-        return
-    if config.moe_every != 1:
-        yield f"model.moe_every={config.moe_every}"
-    if config.shared_hidden is not None:
-        yield f"model.shared_hidden={config.shared_hidden}"
-    yield from (f"model.experts.{field}={value}" for field, value, _ in config.expert_mismatches())
-    if config.slots_per_gate != config.num_experts:
-        yield f"model.num_slots={config.num_slots}"
-    if config.experts_by_layer is not None:
-        yield f"model.experts_by_layer={list(config.experts_by_layer)}"
-    if config.slot_masks:
-        yield "model.slot_masks=True"
-    gate = config.gate
-    if not isinstance(gate, TopKConfig):
-        yield f"model.gate.name={gate.name}"
-        return
-    allowed = {"bias": False, "noise": False, "bias_update_rate": 0}
-    for field, value in (allowed | ({"scores": "softmax_after"} if architecture == "mixtral" else {})).items():
-        if getattr(gate, field) != value:
-            yield f"model.gate.{field}={getattr(gate, field)}"
-    if gate.scores == "sigmoid" and architecture == "olmoe":
-        yield "model.gate.scores=sigmoid"
-    if config.permutation is not None and config.permutation.per_branch:
-        yield "model.permutation.per_branch=True"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from dist_moe.config.files import json_text, read_json_object
 from dist_moe.config.registry import UNKNOWN_NAME
+from dist_moe.engine.checkpoint.safetensors_writer import TensorSpec, spec_in_file, write_pieces
 from dist_moe.errors import UserError, shown
 
 NAMES_SHOWN = 12
@@ -51,23 +51,32 @@ WEIGHTS_ARE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MISFITS_SHOWN = 5
 
 
-def without_buffers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors but for constants that are no weights, rotary frequencies for one, as transformers does."""
-    return {name: tensor for name, tensor in tensors.items() if not _BUFFERS.fullmatch(name)}
+def is_constant(name: str) -> bool:
+    """Return whether a tensor is no weight, but rotary frequencies for one, which transformers passes over."""
+    return _BUFFERS.fullmatch(name) is not None
 
 
-def check_tensors(directory: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError naming the tensors that have not the given shapes or are no floating-point numbers that are
-    finite. ``shapes``: what config.json says."""
+def check_specs(directory: Path, specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError naming the tensors that have not the given shapes or are no floating-point numbers.
+
+    ``shapes``: what config.json says.
+    """
     misfits = []
     for name, shape in shapes.items():
-        tensor = tensors[name]
-        if tensor.dtype not in WEIGHTS_ARE:
-            misfits.append(f"{name} is of {tensor.dtype}, and weights are fp32, bf16, fp16 or fp64")
-        elif tuple(tensor.shape) != shape:
-            misfits.append(f"{name} has shape {tuple(tensor.shape)}, and {CONFIG} says {shape}")
-        elif not tensor.isfinite().all():
-            misfits.append(f"{name} holds values that are not finite")
+        if specs[name].dtype not in WEIGHTS_ARE:
+            misfits.append(f"{name} is of {specs[name].dtype}, and weights are fp32, bf16, fp16 or fp64")
+        elif specs[name].shape != shape:
+            misfits.append(f"{name} has shape {specs[name].shape}, and {CONFIG} says {shape}")
+    _refuse(directory, misfits)
+
+
+def check_finite(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError naming the tensors with floating-point numbers that are not finite."""
+    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    _refuse(directory, [f"{n} holds values that are not finite" for n, t in numbers.items() if not t.isfinite().all()])
+
+
+def _refuse(directory: Path, misfits: Sequence[str]) -> None:
     if misfits:
         more = f" and {len(misfits) - _MISFITS_SHOWN} more" if len(misfits) > _MISFITS_SHOWN else ""
         raise UserError(
@@ -106,11 +115,73 @@ def followed() -> Iterator[None]:
         raise UserError(f"the Hugging Face configuration cannot be followed: {'; '.join(errors)}") from error
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Return all tensors by name, of ``model.safetensors`` or of the files that its index names. Raises UserError."""
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors of a directory by name, each read when it is asked for, and not kept. ``specs``: dtypes and shapes.
+
+    Files are read, not mapped into memory: a model that passes through would leave all of its pages there. Raises
+    UserError for files that are none, and for values that are not finite when they are read.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.specs: dict[str, TensorSpec] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        for path in files:
+            self._open(path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """Return a tensor, or one row of it along axis 0. Raises UserError, also if its file can no longer be read."""
+        (path, offset), spec = self._places[name], self.specs[name]
+        if row is not None:
+            spec = TensorSpec(spec.dtype, spec.shape[1:])
+            offset += row * spec.num_bytes
+        content = torch.empty(spec.num_bytes, dtype=torch.uint8)
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                if file.readinto(content.numpy().data) != spec.num_bytes:
+                    raise OSError("it has become shorter")
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        tensor = content.view(spec.dtype).view(spec.shape)
+        check_finite(path.parent, {name: tensor})
+        return tensor
+
+    def without(self, names: Iterable[str]) -> StoredTensors:
+        """Return the tensors but for some."""
+        rest, left_out = StoredTensors(()), set(names)
+        rest.specs = {name: spec for name, spec in self.specs.items() if name not in left_out}
+        rest._places = self._places
+        return rest
+
+    def _open(self, path: Path) -> None:
+        try:
+            if path.exists() and not path.is_file():
+                raise OSError("it is no file")
+            with safe_open(path, framework="pt") as file:  # whose checks are thorough
+                specs = {name: spec_in_file(file, name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            with path.open("rb") as raw:
+                length = int.from_bytes(raw.read(8), "little")
+                header = json.loads(raw.read(length))
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise _unreadable(path, error) from error
+        self.specs |= specs
+        self._places |= {name: (path, 8 + length + header[name]["data_offsets"][0]) for name in specs}
+
+
+def open_tensors(directory: Path) -> StoredTensors:
+    """Return all tensors, of ``model.safetensors`` or of the files that its index names. Raises UserError."""
     path, index = directory / WEIGHTS, directory / INDEX
     if path.is_file():
-        return _load(path)
+        return StoredTensors([path])
     if not index.is_file():
         endings = (".bin", ".h5", ".msgpack", ".safetensors", ".ckpt")
         beside = ", ".join(file.name for file in sorted(directory.glob("*")) if file.suffix in endings)
@@ -121,27 +192,22 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     file_of = _read_object(index, "an index of weights").get("weight_map")
     if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
         raise UserError(f"{index} cannot be read as an index of weights: it has no weight_map of names of files")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(file_of.values())):
+    files = sorted(set(file_of.values()))
+    for name in files:
         if name.startswith("/") or ".." in Path(name).parts or not name.endswith(".safetensors"):
             raise UserError(f"{index} names {shown(name)}; expected .safetensors files of its own directory")
-        found = _load(directory / name)
+        found = StoredTensors([directory / name])
         if others := sorted(tensor for tensor in found if file_of.get(tensor) != name):
             raise UserError(f"{index} and its files do not agree on {', '.join(others)}")
-        tensors |= found
+    tensors = StoredTensors(directory / name for name in files)
     if missing := sorted(file_of.keys() - tensors.keys()):
         raise UserError(f"{index} and its files do not agree on {', '.join(missing)}")
     return tensors
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")
-        return load_file(path)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} cannot be read: {reason}. Remedy: copy or download it again") from error
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+    return UserError(f"{path} cannot be read: {reason}. Remedy: copy or download it again")
 
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:
@@ -164,18 +230,33 @@ def check_names(directory: Path, found: set[str], wanted: set[str], what: str) -
         )
 
 
-def write_directory(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor to be written that comes piece by piece along axis 0; ``read`` gives them anew each time."""
+
+    spec: TensorSpec
+    read: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Pieces:
+        """Return a tensor in one piece."""
+        return cls(TensorSpec.of(tensor), lambda: (tensor,))
+
+
+def write_directory(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Pieces]) -> None:
     """Write both files. Raises UserError if there are weights already, or if they cannot be written."""
     for name in (WEIGHTS, INDEX):
         if (directory / name).exists():
             raise UserError(f"{directory / name} exists already; name another directory")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    specs = {name: pieces.spec for name, pieces in tensors.items()}
+    partial = directory / f".{WEIGHTS}.partial"
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        write_pieces(partial, specs, lambda name: (piece.cpu() for piece in tensors[name].read()), {"format": "pt"})
         (directory / CONFIG).write_text(json_text(config, sort_keys=True), encoding="utf-8")
-        save_file(whole, directory / WEIGHTS, metadata={"format": "pt"})
-        shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # the library's files are for their owner's eyes only
-    except (OSError, SafetensorError) as error:
+        partial.rename(directory / WEIGHTS)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
         raise UserError(f"{directory} cannot be written: {error}") from error
 
 

@@ -3,7 +3,8 @@
     import dist_moe.models.hugging_face.modeling_dist_moe    # registers it; no trust_remote_code needed then
     model = AutoModelForCausalLM.from_pretrained(directory)
 
-Attention, cache, masks and generation are those of transformers' Llama. In training mode a loss includes the gates'
+Attention, cache, masks and generation are those of transformers' Llama, but for projections with biases and with
+normalised rows. In training mode a loss includes the gates'
 auxiliary losses; what else a gate does between steps is left to dist_moe's own training, gradient checkpointing too.
 """
 
@@ -12,10 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from dist_moe.models.attention import normalised
 from dist_moe.models.hugging_face.decoder_config import read_decoder_config
 from dist_moe.models.hugging_face.files import DECODER
 from dist_moe.models.hugging_face.mixtures import (
@@ -31,18 +33,43 @@ from dist_moe.models.transformer import TransformerConfig
 
 class DistMoEConfig(LlamaConfig):
     """Llama's fields, and: ``mixture``: the section of our configuration for what Llama has no field for;
-    ``gate_context``: what gates need to know of the training run; ``imports``: modules that register gates."""
+    ``gate_context``: what gates need to know of the training run; ``imports``: modules that register gates;
+    ``qkv_bias``: biases of queries, keys and values."""
 
     model_type = "dist_moe"
 
     mixture: dict | None = None
     gate_context: dict | None = None
     imports: list | None = None
+    qkv_bias: bool = False
 
     def section(self) -> TransformerConfig:
         """Return the section of our own configuration. Raises UserError for values that cannot be followed."""
         import_gates(self.imports)
         return read_decoder_config(self.to_dict())[0]
+
+
+class NormalisedLinear(nn.Linear):
+    """A projection to queries or keys whose rows are normalised: whole, or in parts of ``width``, which are heads."""
+
+    def __init__(self, dim: int, out_dim: int, width: int, eps: float, *, bias: bool) -> None:
+        super().__init__(dim, out_dim, bias)
+        self.norm = nn.RMSNorm(width, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_dim) rows of (..., dim) ones."""
+        return normalised(super().forward(x), self.norm)
+
+
+def set_projections(attention: Any, section: TransformerConfig) -> None:
+    """Give Llama's attention the projections that ``section`` asks for."""
+    eps, bias = section.norm_eps, section.qkv_bias
+    for name, width in (("q", section.width_of_queries), ("k", section.width_of_keys), ("v", section.width_of_keys)):
+        layer: nn.Linear = nn.Linear(section.dim, width, bias)
+        if section.qk_norm != "none" and name != "v":
+            part = section.head_width if section.qk_norm == "head" else width
+            layer = NormalisedLinear(section.dim, width, part, eps, bias=bias)
+        setattr(attention, f"{name}_proj", layer)
 
 
 class MixtureNetwork(MixtureBlock):
@@ -69,6 +96,8 @@ class DistMoEModel(WithMixtures, LlamaModel):
     def __init__(self, config: DistMoEConfig) -> None:
         super().__init__(config)
         section = config.section()
+        for layer in self.layers if section.qkv_bias or section.qk_norm != "none" else ():
+            set_projections(layer.self_attn, section)
         with torch.device("cpu"):  # transformers builds without storage, where gates could not draw their tables
             for index, layer in enumerate(self.layers):
                 if section.has_experts(index):

@@ -137,13 +137,14 @@ def plan_traffic(
         layers = []
         for layer in model.moe_layers.values():
             again = sized.model.activation_checkpointing
-            work = work_of_layer(layer.experts, layer.each_gate, k, value_bytes=width, recompute=again)
-            layers.append((work, expected_spread(work.experts, k, work.gates, tokens, layout)))
+            in_layer = min(k, layer.experts.num_experts)  # layers may have different numbers of experts
+            work = work_of_layer(layer.experts, layer.each_gate, in_layer, value_bytes=width, recompute=again)
+            layers.append((work, expected_spread(work.experts, work.k, work.gates, tokens, layout)))
         sent = {}
         for name in exchanges:
             parts = [exchange_bytes(work, spread, name) for work, spread in layers]
             sent[name] = Bytes(*(sum(getattr(part, field.name) for part in parts) for field in fields(Bytes)))
-        flops = model.training_flops_per_token(shape.places, k if layers else 0.0)
+        flops = model.training_flops_per_token(shape.places, _mean([work.k for work, _ in layers]))
         experts = {id(p) for layer in model.moe_layers.values() for p in layer.experts.parameters()}
         trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
         expert_parameters = sum(count for key, count in trained.items() if key in experts)
@@ -190,6 +191,10 @@ def _sizes(
             sized = sized.model_copy(update={"train": config.train.model_copy(update={"batch_size": batch})})
         layout = Layout(number, per_node, parallel.expert_parallel_size)
         yield sized, layout, plan_memory(sized, task, ranks)  # checks the configuration, too
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / max(len(numbers), 1)
 
 
 def _held(memory: MemoryPlan) -> int:

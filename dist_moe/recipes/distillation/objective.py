@@ -25,6 +25,7 @@ class DistillationObjective(Callback):
 
     Takes the place of a :class:`~dist_moe.tasks.objective.WeightedObjective`. ``align``: what of the terms'
     gradient contradicts that of all other losses is taken out; the cosine of the two is recorded as ``teacher_cosine``.
+    ``weight``: of the losses of ``objective``, which are recorded without it.
     ``ask``: keyword arguments for both models beside the batch's inputs, such as ``{"hidden_states": True}``.
     """
 
@@ -36,11 +37,13 @@ class DistillationObjective(Callback):
         ask: Mapping[str, Any] | None = None,
         *,
         align: bool = False,
+        weight: float = 1.0,
     ) -> None:
         self._objective = objective
         self._teacher = teacher
         self._terms = terms
         self._align = align
+        self._weight = weight
         self._alignment: GradientAlignment | None = None
         self._ask = dict(ask or {})
 
@@ -57,11 +60,11 @@ class DistillationObjective(Callback):
         added = torch.stack(list(terms.values())).sum()
         total = plain.sums["total_loss"]
         assert isinstance(total, Tensor)
-        sums: Sums = plain.sums | terms | {"total_loss": total + added}
-        following = added * self._objective.shares
+        sums: Sums = plain.sums | terms | {"total_loss": self._weight * total + added}
+        leading, following = self._weight * plain.loss, added * self._objective.shares
         if self._alignment is None:
-            return StepLoss(plain.loss + following, sums)
-        loss = self._alignment(plain.loss, following)
+            return StepLoss(leading + following, sums)
+        loss = self._alignment(leading, following)
         return StepLoss(loss, sums | {"teacher_cosine": self._cosine()})
 
     def _cosine(self) -> Tensor:

@@ -50,11 +50,14 @@ class DistillationRecipe(SupervisedRecipe):
         check_same_split("recipe.teacher", self.teacher, weights, config.data, digests)
         check_stem("recipe.teacher", self.teacher, weights.identity, digests, ("tokenizer",))
         size = config.parallel.expert_parallel_size
-        if theirs.model.num_moe_layers and theirs.model.num_experts % size:
-            raise UserError(
-                f"parallel.expert_parallel_size={size} does not divide the {theirs.model.num_experts} experts of "
-                f"recipe.teacher={self.teacher}"
-            )
+        for count in (
+            theirs.model.expert_counts(config.data.target_names).values() if theirs.model.num_moe_layers else ()
+        ):
+            if count % size:
+                raise UserError(
+                    f"parallel.expert_parallel_size={size} does not divide the {count} experts of "
+                    f"recipe.teacher={self.teacher}"
+                )
         rehearsed_model(self.teacher, task)
 
     def check_config(self, config: SupervisedConfig) -> None:

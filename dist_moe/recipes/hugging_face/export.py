@@ -14,10 +14,13 @@ from dist_moe.errors import UserError
 from dist_moe.models import BertConfig, BertModel, MoEModel, Transformer, TransformerConfig
 from dist_moe.models.bert import write_hugging_face, write_with_experts
 from dist_moe.models.bert.model import AUXILIARY
-from dist_moe.models.hugging_face.decoder import write_decoder
-from dist_moe.models.hugging_face.decoder_config import CLASSES, Architecture
+from dist_moe.models.hugging_face.decoder import saved_weights, write_decoder_weights
+from dist_moe.models.hugging_face.families import family_named
 from dist_moe.models.hugging_face.files import write_tokenizer
+from dist_moe.models.hugging_face.mixtures import run_of
 from dist_moe.parallel import SingleWorld
+from dist_moe.recipes.merge_compress.compress import num_parameters
+from dist_moe.recipes.merge_compress.fold import StoredDecoder, compare, fold, has_maps, some_tokens
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.runs import check_same_data, find_weights
 from dist_moe.tasks import build_model
@@ -34,24 +37,29 @@ SPECIAL_TOKENS = {
 }
 """Tokens that transformers' tokenizers of encoders want to know by name, and how they are usually written."""
 
+_FOLDED_ON = 256
+"""Sequences of the training text on which routers of merged experts are fitted, and of the test text, to compare."""
+
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 """Inputs of a BERT; transformers' tokenizers leave out the second unless they are told."""
 
 
 @dataclass(frozen=True)
 class HuggingFaceExport:
-    """``architecture``: transformers' class. ``parameters``: how many the model has."""
+    """``architecture``: transformers' class. ``parameters``: how many the model that was written has. ``folding``: how
+    much it differs where slots that share an expert were folded into its routers; see ``compare``."""
 
     directory: Path
     architecture: str
     parameters: int
+    folding: dict[str, float] | None = None
 
 
 def export_hugging_face(
     source: Path,
     directory: Path,
     dtype: torch.dtype,
-    architecture: Architecture | None = None,
+    architecture: str | None = None,
     *,
     allow_changed_data: bool = False,
 ) -> HuggingFaceExport:
@@ -69,18 +77,21 @@ def export_hugging_face(
     model = build_model(config, task, SingleWorld())
     weights.load(model)
     if isinstance(model, Transformer):
-        written = _write_decoder(model, task, config, directory, dtype, architecture)
-    else:
-        written = _write_bert(model, task, config, directory, dtype)
+        return _write_decoder(model, task, config, directory, dtype, architecture)
+    written = _write_bert(model, task, config, directory, dtype)
     kept = (p.numel() for name, p in model.named_parameters() if not name.startswith(AUXILIARY))
     return HuggingFaceExport(directory, written, sum(kept))
 
 
-def _check(config: SupervisedConfig, architecture: Architecture | None) -> None:
+def _check(config: SupervisedConfig, architecture: str | None) -> None:
     if not isinstance(config.model, TransformerConfig | BertConfig):
         raise UserError(
             f"model.name={config.model.name} is none that transformers knows; a transformer, or a BERT, can be written"
         )
+    if architecture is not None:
+        family_named(architecture, "--architecture")
+    if config.model.low_rank is not None:
+        raise UserError("model.low_rank: transformers has no experts of low rank; export such a run without --hf")
     if architecture is not None and isinstance(config.model, BertConfig):
         raise UserError(
             f"--architecture={architecture} is a decoder's; leave it out for model.name={config.model.name}"
@@ -93,21 +104,31 @@ def _write_decoder(
     config: SupervisedConfig,
     directory: Path,
     dtype: torch.dtype,
-    architecture: Architecture | None,
-) -> str:
+    architecture: str | None,
+) -> HuggingFaceExport:
+    """Write a decoder; slot maps that a stock architecture has no place for are folded into its routers."""
     assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
-    written = write_decoder(
-        model,
+    steps, folding = _total_steps(task, config), None
+    stored = StoredDecoder(model.config, saved_weights(model), run_of(task.vocab_size, {"total_steps": steps}))
+    if architecture is not None and family_named(architecture).has_experts and has_maps(model.config):
+        before, (fitted, held_out) = stored, (some_tokens(part, _FOLDED_ON) for part in (task.train, task.test))
+        stored, exact = fold(before, fitted[0])
+        folding = None if exact else compare(before, stored, *held_out)
+    written = write_decoder_weights(
+        stored.weights,
+        stored.config,
+        task.vocab_size,
         directory,
         architecture=architecture,
         dtype=dtype,
         positions=task.tokens_per_example,
-        total_steps=_total_steps(task, config),
+        total_steps=steps,
         tokenizer=task.tokenizer,
         end_of_text=task.end_of_text,
         imports=config.imports,
     )
-    return CLASSES[written]
+    parameters = num_parameters(stored.weights)
+    return HuggingFaceExport(directory, family_named(written).class_name, parameters, folding)
 
 
 def _write_bert(model: MoEModel, task: Task, config: SupervisedConfig, directory: Path, dtype: torch.dtype) -> str:

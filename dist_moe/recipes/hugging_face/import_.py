@@ -25,7 +25,7 @@ from dist_moe.models.conversion.decoder import (
     width_of_experts,
 )
 from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, read_decoder
-from dist_moe.models.hugging_face.decoder_config import CLASSES
+from dist_moe.models.hugging_face.families import family_named
 from dist_moe.models.hugging_face.files import TOKENIZER
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.identity import Identity
@@ -62,13 +62,13 @@ def import_hugging_face(
         config.check(config.parallel.expert_parallel_size)  # the least number of ranks
         task = config.data.open(progress=True)
         assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
-        _check_tokens(source, checkpoint, task)
+        check_tokens(source, checkpoint, task)
         if checkpoint.config.moe_every:  # without storage first: sizes that no tensor has would take memory
             with torch.device("meta"):
                 checkpoint.into(_model(config, task))
         model = _model(config, task)
         _fill(model, checkpoint, conversion)
-        imported_from = f"{source.name} ({CLASSES[checkpoint.architecture]})"
+        imported_from = f"{source.name} ({family_named(checkpoint.architecture).class_name})"
         identity = Identity(data=task.digests())
         written = write_first_checkpoint(model, checkpoints_of(run_dir), imported_from, identity.plain())
         identity.write(run)
@@ -104,8 +104,8 @@ def _fitted(
     return content | {"model": given}
 
 
-def _check_tokens(source: Path, checkpoint: DecoderCheckpoint, task: LanguageModelTask) -> None:
-    """The data's tokens must be those of the checkpoint: as many, and where it has a tokenizer, the same."""
+def check_tokens(source: Path, checkpoint: DecoderCheckpoint, task: LanguageModelTask) -> None:
+    """Raise UserError unless the data have the tokens of a checkpoint: as many, and its tokenizer where it has one."""
     size, path = task.vocab_size, source / TOKENIZER
     tokens = _tokens_of(path) if path.is_file() else None
     if tokens is not None and max(tokens.values()) >= checkpoint.vocab_size:

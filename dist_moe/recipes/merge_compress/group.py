@@ -3,8 +3,8 @@ which is an expert of the group and its own leader.
 
 M-SMoE (Li et al.: Merge, Then Compress, ICLR 2024): the most used experts lead, every other one joins the leader most
 similar to it; how many lead in a layer follows from its usage (globally), or is the same in each (uniformly).
-HC-SMoE (Chen et al., 2024): hierarchical clusters of the experts' mean outputs. Ties go to the lower layer, then to the
-lower expert, so that all ranks and all layouts find the same groups.
+HC-SMoE (Chen et al., 2024): hierarchical clusters of the experts' mean outputs. Ties go to the layer that has fewer so
+far, then to the lower one, and within a layer to the lower expert, so that all ranks and layouts find the same groups.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ def global_counts(score_LE: Sequence[Numbers], experts: int, excluded: Sequence[
     """Return how many groups each layer gets, ``experts`` on average over the layers that are not excluded.
 
     ``score_LE``: usage, for each layer (E,). Each layer's are divided by the largest; the largest of all lead. A layer
-    keeps at least one, an ``excluded`` one all of its experts.
+    keeps at least one, an ``excluded`` one all of its experts. Equal scores are dealt to the layers in turn: gates that
+    use all experts alike, such as the softmax, leave each layer as many.
     """
     counts = [0 if layer not in excluded else len(score_E) for layer, score_E in enumerate(score_LE)]
     ranked = []
     for layer in (layer for layer, count in enumerate(counts) if not count):
         score_E = score_LE[layer] / max(score_LE[layer].max(), np.finfo(np.float64).tiny)
         score_E[score_E.argmax()] = np.inf  # even where others are as large
-        ranked += [(-score, layer, expert) for expert, score in enumerate(score_E)]
-    for _, layer, _ in sorted(ranked)[: experts * (len(counts) - len(set(excluded)))]:
+        ranked += [(-score, place, layer) for place, score in enumerate(np.sort(score_E)[::-1])]
+    for _, _, layer in sorted(ranked)[: experts * (len(counts) - len(set(excluded)))]:
         counts[layer] += 1
     return counts
 
@@ -52,6 +53,8 @@ def join_leaders(leaders: Leaders, similarity_EE: Numbers) -> Leaders:
 
 def clusters(output_EF: Numbers, count: int, usage_E: Numbers, method: Linkage = "average") -> Leaders:
     """Return ``count`` hierarchical clusters of the experts' mean outputs, each led by its most used expert."""
+    if count == len(usage_E):  # a layer of one expert has no distances
+        return np.arange(count)
     return led_by_usage(cut_tree(linkage(output_EF, method), [count]).squeeze(1), usage_E)
 
 

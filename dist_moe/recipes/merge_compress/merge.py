@@ -6,7 +6,7 @@ of a checkpoint, by global id, so that the ranks over which they were split do n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +16,15 @@ from torch import Tensor
 from dist_moe.engine.checkpoint import ModelWeights
 from dist_moe.engine.checkpoint.format import BUFFER
 from dist_moe.engine.checkpoint.safetensors_writer import TensorSpec
-from dist_moe.recipes.merge_compress.align import alignment, reordered
+from dist_moe.engine.health.heartbeats import ACTIVITY
+from dist_moe.recipes.merge_compress.align import Expert, alignment, reordered
 from dist_moe.recipes.merge_compress.group import Leaders, Numbers
+
+Match = Callable[[Expert, Expert], Tensor]
+"""Gives (H,): which unit of the second expert takes the place of each unit of the first."""
+
+_COLUMNS_AT_ONCE = 1 << 16
+"""Weights of each expert that are compared in fp64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,17 @@ def shares(leader_E: Leaders, weight_E: Numbers) -> Numbers:
     return share_E
 
 
-def orders(weights: ModelWeights, layer: str, reference_E: Leaders, hidden_axes: Mapping[str, int]) -> Tensor | None:
+def orders(
+    weights: ModelWeights,
+    layer: str,
+    reference_E: Leaders,
+    hidden_axes: Mapping[str, int],
+    match: Match | None = None,
+) -> Tensor | None:
     """Return (E, H): each expert's units as they match those of its reference; None if experts have no such units.
 
-    ``reference_E``: the id of an expert for each. An expert that is its own reference stays as it is.
+    ``reference_E``: the id of an expert for each. An expert that is its own reference stays as it is. ``match``: gives
+    the order of an expert's units, given its reference and it; None: :func:`alignment`, by their weights.
     """
     if not hidden_axes:
         return None
@@ -72,7 +86,8 @@ def orders(weights: ModelWeights, layer: str, reference_E: Leaders, hidden_axes:
         name = next(name for name in ours if name in hidden_axes)
         order_H = torch.arange(ours[name].shape[hidden_axes[name] - 1])
         if expert != reference:
-            order_H = alignment(one_expert(weights, layer, reference), ours, hidden_axes)
+            theirs = one_expert(weights, layer, reference)
+            order_H = match(theirs, ours) if match else alignment(theirs, ours, hidden_axes)
         order_EH.append(order_H)
     return torch.stack(order_EH)
 
@@ -80,15 +95,22 @@ def orders(weights: ModelWeights, layer: str, reference_E: Leaders, hidden_axes:
 def weight_similarity(
     weights: ModelWeights, layer: str, order_EH: Tensor | None, hidden_axes: Mapping[str, int]
 ) -> Numbers:
-    """Return (E, E) cosines of all weights of the experts, their units in the order that is given."""
-    count = next(weights.specs[name].shape[0] for name in weights if name.startswith(bank_of(layer)))
-    rows = []
-    for expert in range(count):
-        parts = one_expert(weights, layer, expert).items()
-        ordered = [w if order_EH is None else reordered(w, name, order_EH[expert], hidden_axes) for name, w in parts]
-        rows.append(torch.cat([weight.double().flatten() for weight in ordered]))
-    row_EW = torch.stack(rows)
-    return cosines(row_EW @ row_EW.T)
+    """Return (E, E) cosines of all weights of the experts, their units in the order that is given.
+
+    Of the whole layer, one parameter is in memory at a time, in its own precision.
+    """
+    product_EE = torch.zeros((), dtype=torch.float64)
+    for name in filter(lambda name: name.startswith(bank_of(layer)), weights):
+        parameter = name.removeprefix(bank_of(layer))
+        rows = [
+            piece if order_EH is None else reordered(piece, parameter, order_EH[expert], hidden_axes)
+            for expert, piece in enumerate(piece.cpu() for piece in weights.pieces(name))
+        ]
+        row_EW = torch.stack([row.flatten() for row in rows])
+        for part_EW in row_EW.split(_COLUMNS_AT_ONCE, dim=1):
+            wide_EW = part_EW.double()
+            product_EE = product_EE + wide_EW @ wide_EW.T
+    return cosines(product_EE)
 
 
 def cosines(product_EE: Tensor) -> Numbers:
@@ -101,6 +123,7 @@ def cosines(product_EE: Tensor) -> Numbers:
 
 def one_expert(weights: ModelWeights, layer: str, expert: int) -> dict[str, Tensor]:
     """Return the parameters of one expert."""
+    ACTIVITY.beat()
     bank = bank_of(layer)
     return {name.removeprefix(bank): weights.read(name, expert).cpu() for name in weights if name.startswith(bank)}
 
@@ -121,6 +144,7 @@ def merged_weights(
     layer_of = {name: layer for layer in layers for name in weights if name.startswith(bank_of(layer))}
 
     def read(name: str, expert: int | None) -> Tensor:
+        ACTIVITY.beat()
         if name in buffers:
             return buffers[name]
         if expert is None or name not in layer_of:

@@ -27,11 +27,12 @@ from dist_moe.config.files import read_json
 from dist_moe.config.settings import LARGEST_COUNT
 from dist_moe.engine.checkpoint import place_weights, read_model
 from dist_moe.engine.checkpoint.files import tested_checkpoint
+from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.errors import UserError
 from dist_moe.models import NodeClassifierConfig, WeakStrongConfig
 from dist_moe.recipes.mowst.inference import report
-from dist_moe.recipes.recipe import RunStart
-from dist_moe.recipes.stages import RESULT, Stage, StagedPlan, StagedRecipe, Stages
+from dist_moe.recipes.recipe import RunStart, validate_recipe
+from dist_moe.recipes.stages import RunOfStage, Stage, StagedPlan, StagedRecipe, Stages
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.recipe import callbacks_of, feed_of, weighted_objective
 from dist_moe.tasks import build_model, evaluate
@@ -82,10 +83,11 @@ class MowstRecipe(StagedRecipe):
 
     def result_of(self, root: Path) -> Path:
         """Return the directory of the turn with the least loss; where none has finished, that of the first one."""
-        turns = sorted(path.parent for path in root.glob(f"stages/*/{RESULT}") if _is_turn(path.parent.name))
+        stages = (path for path in sorted(root.glob("stages/*")) if path.name.startswith(("session-", "together")))
+        turns = [path for path in stages if RunDirectory(path).result.is_file()]
         if not turns:
             return root / "stages" / ("session-01-weak" if self.name == "mowst" else "together")
-        return min(turns, key=lambda turn: float(read_json(turn / RESULT)["loss"]))
+        return min(turns, key=lambda turn: float(read_json(RunDirectory(turn).result)["loss"]))
 
     def run(self, plan: StagedPlan, stages: Stages) -> None:
         """Run the stages in order."""
@@ -113,22 +115,18 @@ class MowstRecipe(StagedRecipe):
         return losses
 
 
-def _is_turn(stage: str) -> bool:
-    return stage.startswith(("session-", "together"))
+def train_alone(plan: StagedPlan, part: str, stage: Stage) -> RunOfStage:
+    """Train the weak or the strong network as a model of its own, whose run the stage's directory holds then.
 
-
-def train_alone(plan: StagedPlan, part: str, stage: Stage) -> dict[str, Any]:
-    """Train the weak or the strong network as a model of its own; return its name, loss and metrics."""
+    The result has the network's name, its loss and its metrics.
+    """
     config, task = plan.start.config, plan.task
-    network = getattr(config.model, part)
-    alone = config.model_copy(update={"model": NodeClassifierConfig(network=network)})
+    network, supervised = getattr(config.model, part), validate_recipe("supervised")
+    alone = config.model_copy(update={"model": NodeClassifierConfig(network=network), "recipe": supervised})
     model = build_model(alone, task, stage.groups.world)
     loss = _fitted(plan, stage, model, config.seed, None)
-    metrics = {name: evaluate(task, model, getattr(task, name), config.target_weights, stage.groups) for name in _PARTS}
-    return {"network": network.name, "loss": loss} | metrics
-
-
-_PARTS = ("val", "test")
+    val, test = (evaluate(task, model, of, config.target_weights, stage.groups) for of in (task.val, task.test))
+    return RunOfStage({"network": network.name, "loss": loss, "val": val, "test": test}, alone)
 
 
 def take_turn(

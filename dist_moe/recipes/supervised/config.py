@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from dist_moe.config.files import is_finite
+from dist_moe.config.plain_yaml import Content
 from dist_moe.config.registry import names_of
 from dist_moe.engine.callbacks import CallbackConfig
 from dist_moe.engine.deepspeed.checks import check_deepspeed_section
@@ -74,15 +75,17 @@ class SupervisedConfig(RecipeConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_what_fits(cls, content: Any) -> Any:
-        """Fill in model.name and start.name where they are left out: they follow from data.name and model.name."""
-        if not isinstance(content, dict):
-            return content
+    def _fill_in(cls, content: Any) -> Any:
+        return cls.filled(content) if isinstance(content, dict) else content
+
+    @classmethod
+    def filled(cls, content: Content) -> Content:
+        """Return what a file says with model.name and start.name, which follow from data.name and model.name."""
         data, model, start = (content.get(name) for name in ("data", "model", "start"))
         data_name = data.get("name", TASKS.default) if isinstance(data, dict) else data
         settings = TASKS.get(data_name or TASKS.default) or TASKS.by_name["movielens-1m"]
         model = {} if model is None else {"name": model} if isinstance(model, str) else model
-        filled = {"data": {} if data is None else data}
+        filled: Content = {"data": {} if data is None else data}
         if isinstance(model, dict):
             model = {"name": next(iter(models_of_kind(settings.kind)), None)} | model
         fitting = start_of(model["name"]) if isinstance(model, dict) and isinstance(model["name"], str) else None

@@ -90,19 +90,13 @@ class SupervisedRecipe(RecipeSettings):
         config: SupervisedConfig = start.config
         checkpoint = newest_checkpoint_of(start) if start.resumes else None
         task = config.data.open(progress=start.environment.is_rank_zero)
-        check_parts(task)
-        if config.train.patience is not None:
-            check_selection(task, config.target_weights, f"train.patience={config.train.patience}")
-        start.warnings.extend(label_warnings(task, config.target_weights))
+        check_task(start, task)
         self.check(config, task)
         check_fits(config, task, start.environment)
         if checkpoint is None and config.start is not None:
             config.start.check(config, task)
         identity = identify(start, Identity(data=task.digests(), weights=self.weights(config, task)), checkpoint)
-        feed = feed_of(config, task, start.environment)
-        if config.swap_search is not None:
-            config.swap_search.check(config.train, feed.steps_per_epoch)
-        check_length_of_schedule(config.deepspeed, config.train.total_steps(feed.steps_per_epoch))
+        feed = checked_feed(config, task, start.environment)
         if checkpoint is not None:
             check_optimizer_of_checkpoint(checkpoint, config.deepspeed)
             check_changes_have_effect(load_config(start.run.config).deepspeed, config.deepspeed)
@@ -178,9 +172,12 @@ class SupervisedRecipe(RecipeSettings):
         return weighted_objective(config, task, groups)
 
 
-def weighted_objective(config: SupervisedConfig, task: Task, groups: ProcessGroups) -> WeightedObjective:
-    """Return the objective of the labels alone."""
-    return WeightedObjective(task, config.target_weights, groups.environment.world_size * config.accumulation)
+def weighted_objective(
+    config: SupervisedConfig, task: Task, groups: ProcessGroups, *, auxiliary: bool = True
+) -> WeightedObjective:
+    """Return the objective of the labels alone. ``auxiliary``: with the gates' auxiliary losses."""
+    shares = groups.environment.world_size * config.accumulation
+    return WeightedObjective(task, config.target_weights, shares, auxiliary=auxiliary)
 
 
 def newest_checkpoint_of(start: RunStart) -> Path:
@@ -196,6 +193,24 @@ def newest_checkpoint_of(start: RunStart) -> Path:
             f"{checkpoint.name} is imported from {imported_from}: the optimizer begins without moments"
         )
     return checkpoint
+
+
+def check_task(start: RunStart, task: Task) -> None:
+    """Raise UserError for a task that cannot be trained on; adds to the warnings what its labels cannot tell."""
+    config: SupervisedConfig = start.config
+    check_parts(task)
+    if config.train.patience is not None:
+        check_selection(task, config.target_weights, f"train.patience={config.train.patience}")
+    start.warnings.extend(label_warnings(task, config.target_weights))
+
+
+def checked_feed(config: SupervisedConfig, task: Task, environment: LaunchEnvironment) -> ShuffledFeed[Any]:
+    """Return :func:`feed_of`. Raises UserError for a search or a schedule that does not fit its length, too."""
+    feed = feed_of(config, task, environment)
+    if config.swap_search is not None:
+        config.swap_search.check(config.train, feed.steps_per_epoch)
+    check_length_of_schedule(config.deepspeed, config.train.total_steps(feed.steps_per_epoch))
+    return feed
 
 
 def feed_of(config: SupervisedConfig, task: Task, environment: LaunchEnvironment) -> ShuffledFeed[Any]:

@@ -54,6 +54,8 @@ class Weights:
 def find_weights(path: Path) -> Weights:
     """Return the weights of a run (its best checkpoint if patience kept one, else its newest), checkpoint or file.
 
+    Those of a recipe of stages are its result's, with the configuration of the stage that holds it.
+
     Raises UserError if it is none of them or is not intact.
     """
     if path.is_file():
@@ -64,9 +66,26 @@ def find_weights(path: Path) -> Weights:
         raise UserError(
             f"{path} is a checkpoint outside of a run directory: the configuration of its model is not known"
         )
-    config = load_config(run.config)
-    found = checkpoint or tested_checkpoint(config.recipe.result_of(run.root))
-    return Weights(read_model(found), config)
+    if checkpoint is not None:
+        return Weights(read_model(checkpoint), load_config(run.config))
+    result = result_of(run)
+    found = tested_checkpoint(result.root)
+    return Weights(read_model(found), load_config((result if result.config.is_file() else run).config))
+
+
+def result_of(run: RunDirectory) -> RunDirectory:
+    """Return the directory that holds the result of a run: its own, or that of a stage of its recipe.
+
+    Raises UserError if that stage has not finished.
+    """
+    if not run.config.is_file():
+        return run
+    result = RunDirectory(load_config(run.config).recipe.result_of(run.root))
+    if result != run and not result.result.is_file():
+        raise UserError(
+            f"{run.root}: its stage {result.root.name} has not finished; go on by 'dist-moe train --resume {run.root}'"
+        )
+    return result
 
 
 def digest_of_weights(path: Path) -> str | None:
@@ -149,7 +168,10 @@ def reshard_run(source: Path, output: Path, expert_files: int) -> Path:
     written = RunDirectory(output)
     with held(output, LaunchEnvironment(), option="--output"):
         written.check_unused("--output")
-        checkpoint = checkpoint or newest_checkpoint(source)
+        if checkpoint is None:
+            assert run is not None, "it is no checkpoint"
+            run = result_of(run)
+            checkpoint = newest_checkpoint(run.root)
         final = reshard_checkpoint(checkpoint, checkpoints_of(output), expert_files)
         if run is not None:
             for file in (run.environment, run.identity, run.config):

@@ -79,4 +79,4 @@ def _write(run: TrainedRun, run_dir: Path, found: RunDirectory, report: dict[str
         if file.is_file():
             shutil.copy(file, found.root)
     write_json(found.root / REPORT, report)
-    shutil.copy(source.config, found.config)  # last: its presence makes it a run
+    found.describe(run.config.plain(), LaunchEnvironment())  # last: its presence makes it a run

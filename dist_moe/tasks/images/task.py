@@ -15,7 +15,7 @@ from dist_moe.data.two_images import FRAME_SIDE, ImageBatch, ImagePairs, TwoImag
 from dist_moe.models import ModelOutput
 from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
 from dist_moe.tasks.objective import at_least_fp32
-from dist_moe.tasks.task import Columns, Metrics, Task
+from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
 
 NUM_CLASSES = 10
 TARGETS = ("top_left", "bottom_right")
@@ -34,6 +34,11 @@ class TwoImagesTask(Task):
     def model_inputs(self) -> dict[str, Any]:
         """Return side of the frame, number of classes, number of targets."""
         return {"side": FRAME_SIDE, "num_classes": NUM_CLASSES, "num_targets": len(TARGETS)}
+
+    @property
+    def prediction_kinds(self) -> tuple[PredictionKind, ...]:
+        """The logits of each image's class."""
+        return ("classes", "classes")
 
     def id_counts(self) -> Tensor:
         """Return how often each hash of pixels occurs."""

@@ -14,7 +14,7 @@ from dist_moe.models import ModelOutput
 from dist_moe.tasks.labelled_text.classification_metrics import CORRELATIONS, METRICS
 from dist_moe.tasks.labelled_text.encoder import Encoder
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
-from dist_moe.tasks.task import Columns, Metrics
+from dist_moe.tasks.task import Columns, Metrics, PredictionKind
 
 
 class TextClassificationTask(LabelledTextTask):
@@ -41,6 +41,11 @@ class TextClassificationTask(LabelledTextTask):
     def loss_name(self) -> str:
         """``ce``, or ``mse`` where a number is predicted."""
         return "mse" if self.is_regression else "ce"
+
+    @property
+    def prediction_kinds(self) -> tuple[PredictionKind, ...]:
+        """The logits of the classes, or the number."""
+        return ("number",) if self.is_regression else ("classes",)
 
     def model_inputs(self) -> dict[str, Any]:
         """Return the encoder's sizes and the width of the prediction."""

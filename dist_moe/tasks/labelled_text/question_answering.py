@@ -14,7 +14,7 @@ from dist_moe.tasks.labelled_text.answer_metrics import answer_metrics
 from dist_moe.tasks.labelled_text.answer_spans import NO_WINDOW, answering_windows, best_spans, span_losses
 from dist_moe.tasks.labelled_text.encoder import Encoder
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
-from dist_moe.tasks.task import Columns, Metrics
+from dist_moe.tasks.task import Columns, Metrics, PredictionKind
 
 
 class QuestionAnsweringTask(LabelledTextTask):
@@ -30,6 +30,11 @@ class QuestionAnsweringTask(LabelledTextTask):
     def __init__(self, data: Questions, encoder: Encoder, longest_answer: int) -> None:
         super().__init__(data, encoder)
         self._longest = longest_answer
+
+    @property
+    def prediction_kinds(self) -> tuple[PredictionKind, ...]:
+        """The logits of an answer's first token among all of a window, and of its last one."""
+        return ("classes", "classes")
 
     def model_inputs(self) -> dict[str, Any]:
         """Return the encoder's sizes."""

@@ -21,7 +21,7 @@ from dist_moe.data.text import Text, TokenBatch, TokenTable
 from dist_moe.models import ModelOutput, Transformer
 from dist_moe.tasks.language.samples import sample_text
 from dist_moe.tasks.objective import at_least_fp32
-from dist_moe.tasks.task import Columns, Metrics, Task
+from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
 
 EVAL_TOKENS = 4096
 """Evaluated at once on a rank: their logits are V numbers each."""
@@ -49,6 +49,11 @@ class LanguageModelTask(Task):
         """Return the size of the vocabulary."""
         return {"vocab_size": self.vocab_size}
 
+    @property
+    def prediction_kinds(self) -> tuple[PredictionKind, ...]:
+        """The next token's logits."""
+        return ("classes",)
+
     def costs(self, model: Transformer, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``parameters``, ``active_parameters`` and forward FLOPs, at the measured experts per token."""
         size, experts = model.size, float(metrics["active_experts"])
@@ -64,11 +69,11 @@ class LanguageModelTask(Task):
 
     def task_losses(self, output: ModelOutput, batch: TokenBatch) -> dict[str, Tensor]:
         """Return ``ce``: nats of all tokens over the number of tokens in the step."""
-        return {"ce": _nats(output, batch).sum() / batch.tokens_in_step}
+        return {"ce": token_nats(output, batch).sum() / batch.tokens_in_step}
 
     def observe(self, output: ModelOutput, batch: TokenBatch) -> Tensor:
         """Return the nats of each sequence, and its bytes."""
-        return torch.stack([_nats(output, batch).double().sum(dim=1), batch.bytes_B.double()])
+        return torch.stack([token_nats(output, batch).double().sum(dim=1), batch.bytes_B.double()])
 
     def metrics(self, columns: Columns, part: TokenTable, weights: tuple[float, ...]) -> Metrics:
         """Return ``loss``, nats per token; its exponential; bits per byte of all and of each domain in ``part``."""
@@ -99,8 +104,8 @@ class LanguageModelTask(Task):
         return sample_text(model, self.data)
 
 
-def _nats(output: ModelOutput, batch: TokenBatch) -> Tensor:
-    """(B, S) cross-entropy of every token."""
+def token_nats(output: ModelOutput, batch: TokenBatch) -> Tensor:
+    """Return (B, S) nats of every target: its negative log-probability given the tokens before it."""
     (logits_BSV,) = output.predictions
     nats_T = F.cross_entropy(at_least_fp32(logits_BSV).flatten(0, 1), batch.target_BS.flatten(), reduction="none")
     return nats_T.view_as(batch.target_BS)

@@ -24,7 +24,7 @@ from dist_moe.tasks.multi_task_tables.metrics import (
 )
 from dist_moe.tasks.multi_task_tables.pictures import draw_calibration, draw_experts
 from dist_moe.tasks.objective import at_least_fp32
-from dist_moe.tasks.task import Columns, Metrics, Task
+from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
 
 
 class MultiTaskTablesTask(Task):
@@ -49,6 +49,11 @@ class MultiTaskTablesTask(Task):
             columns.sizes, len(columns.numeric), tuple((size, length) for _, size, length in columns.lists)
         )
         return {"features": features, "targets": tuple(target.name for target in self.targets)}
+
+    @property
+    def prediction_kinds(self) -> tuple[PredictionKind, ...]:
+        """A logit of each binary target, and a number of each other."""
+        return tuple("binary" if target.kind == "binary" else "number" for target in self.targets)
 
     def id_counts(self) -> Tensor | None:
         """Return how often each id of the first categorical column occurs; None if there is no such column."""

@@ -14,7 +14,7 @@ from dist_moe.models import ModelOutput
 from dist_moe.tasks.objective import at_least_fp32
 from dist_moe.tasks.recommendation.baselines import baseline_metrics
 from dist_moe.tasks.recommendation.metrics import two_task_metrics
-from dist_moe.tasks.task import Columns, Metrics, Task
+from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
 
 TARGETS = ("watched", "rating")
 
@@ -32,6 +32,11 @@ class RecommendationTask(Task):
     def model_inputs(self) -> dict[str, Any]:
         """Return the numbers of users, items and targets."""
         return {"num_users": self._data.num_users, "num_items": self._data.num_items, "num_targets": len(TARGETS)}
+
+    @property
+    def prediction_kinds(self) -> tuple[PredictionKind, ...]:
+        """The logit of "watched", and the stars."""
+        return ("binary", "number")
 
     def id_counts(self) -> Tensor:
         """Return how often each user occurs."""

@@ -160,13 +160,18 @@ def test_missing_and_unknown_tensors_are_named(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2': there is no such decoder here; known: .*llama.*mixtral"),
+        ({"model_type": "gpt2"}, "model_type='gpt2': there is no such decoder here; known: llama, mixtral, olmoe, .*"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'; supported: 'silu'"),
         ({"attention_bias": True}, "attention_bias=True; supported: False"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"attention_dropout": 0.1}, r"attention_dropout=0\.1"),
         ({"sliding_window": 128}, "sliding_window=128; supported: None"),
-        ({"head_dim": 4}, "head_dim=4; supported: hidden_size / num_attention_heads = 2"),
+        ({"head_dim": 4}, r"q_proj.weight has shape \(8, 8\), and config.json says \(16, 8\)"),
+        ({"head_dim": 3}, "head_dim=3; allowed: an even width"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types: .*sliding_att.*; supported: full",
+        ),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3'; supported: 'default'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
@@ -284,7 +289,7 @@ def test_what_a_router_of_mixtral_cannot_say(tmp_path: Path, kind: str) -> None:
         next(iter(ours.tables.values())).table.copy_(torch.tensor([0, 1, 1, 2]))
     else:
         next(iter(ours.moe_layers.values())).each_gate[0].allow(torch.tensor([True, True, False, True]))
-    with pytest.raises(UserError, match=r"MixtralForCausalLM has no place for .* --architecture=dist_moe"):
+    with pytest.raises(UserError, match=r"MixtralForCausalLM has no place for .* architecture=dist_moe"):
         write_decoder(ours, tmp_path / "x", architecture="mixtral")
     assert not (tmp_path / "x").exists()
     if kind == "slots that share an expert":

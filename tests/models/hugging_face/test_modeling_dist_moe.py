@@ -26,6 +26,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "top_k": {"gate": TopKConfig(k=2, bias_update_rate=0.1), "shared_hidden": 3},
 }
 GATES = {name: {"gate": gate} | OPTIONS.get(name, {}) for name, gate in EACH_GATE.items()}
+MODELS: dict[str, dict[str, Any]] = {
+    "keys normalised": {"gate": CometConfig(k=2), "qk_norm": "all"},
+    "heads normalised, wide": {"gate": CometConfig(k=2), "qk_norm": "head", "head_dim": 6, "qkv_bias": True},
+    "shared gate": {"gate": TopKConfig(k=2), "qkv_bias": True, "shared_hidden": 3, "shared_gate": True},
+    "merged": {"gate": TopKConfig(k=2), "moe_every": 1, "experts_by_layer": (3, 1), "slot_masks": True},
+}
 
 
 def load(directory: Path) -> Any:
@@ -49,9 +55,9 @@ def test_a_process_that_knows_nothing_of_ours_loads_comet_and_has_the_same_logit
     assert not torch.equal(table.table, torch.arange(4).expand_as(table.table))
 
 
-@pytest.mark.parametrize("case", GATES)
+@pytest.mark.parametrize("case", [*GATES, *MODELS])
 def test_same_logits_and_weights_under_any_gate(tmp_path: Path, case: str) -> None:
-    ours, token_BS = make_transformer(**GATES[case]).eval(), random_tokens(3, 9)
+    ours, token_BS = make_transformer(**(GATES | MODELS)[case]).eval(), random_tokens(3, 9)
     write_decoder(ours, tmp_path, total_steps=10)
     theirs = load(tmp_path)
     assert len(theirs.blocks) == len(ours.moe_layers)

@@ -11,7 +11,7 @@ import torch
 from dist_moe.errors import UserError
 from dist_moe.gates import CometConfig, TopKConfig
 from dist_moe.models.hugging_face.decoder import read_decoder, write_decoder
-from dist_moe.models.hugging_face.decoder_config import plainest_architecture
+from dist_moe.models.hugging_face.families import plainest_architecture
 from dist_moe.search import SlotTable
 from tests.helpers.transformers import VOCABULARY, make_transformer, random_tokens
 from tests.models.hugging_face.directories import assert_same_directories, reconfigure
@@ -20,7 +20,7 @@ from tests.models.hugging_face.test_decoder import SIZES, logits, read_into_fres
 transformers = pytest.importorskip("transformers")
 
 EXPERTS = 4
-OURS: dict[str, Any] = {"moe_every": 1, "qk_norm": True, "tied_embeddings": False, "experts": {"hidden": 8}}
+OURS: dict[str, Any] = {"moe_every": 1, "qk_norm": "all", "tied_embeddings": False, "experts": {"hidden": 8}}
 
 
 def save_olmoe(directory: Path, **options: Any) -> Any:
@@ -80,15 +80,17 @@ def test_our_model_is_written_as_one(tmp_path: Path, scores: str) -> None:
 
 def test_what_has_no_place(tmp_path: Path) -> None:
     stock = TopKConfig(k=2, bias=False)
-    plain = make_transformer(gate=stock, **(OURS | {"qk_norm": False}))
+    plain = make_transformer(gate=stock, **(OURS | {"qk_norm": "none"}))
     assert plainest_architecture(plain.config) == "mixtral"
     for architecture in ("olmoe", "llama"):
         with pytest.raises(UserError, match="cannot be written as"):
-            write_decoder(plain, tmp_path / "x", architecture=architecture)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"model\.qk_norm=True: .* cannot be written as MixtralForCausalLM"):
+            write_decoder(plain, tmp_path / "x", architecture=architecture)
+    with pytest.raises(UserError, match=r"model\.qk_norm=all: .* cannot be written as MixtralForCausalLM"):
         write_decoder(make_transformer(gate=stock, **OURS), tmp_path / "x", architecture="mixtral")
-    with pytest.raises(UserError, match=r"model\.qk_norm=True: .* cannot be written as DistMoEForCausalLM"):
-        write_decoder(make_transformer(gate=CometConfig(k=2, gamma=1.0), **OURS), tmp_path / "x")
+    assert plainest_architecture(make_transformer(gate=CometConfig(k=2, gamma=1.0), **OURS).config) == "dist_moe"
+    wide = make_transformer(gate=stock, **OURS, head_dim=6)
+    with pytest.raises(UserError, match=r"model\.head_dim=6: .* cannot be written as OlmoeForCausalLM"):
+        write_decoder(wide, tmp_path / "x", architecture="olmoe")
     sigmoid = make_transformer(gate=TopKConfig(k=2, bias=False, scores="sigmoid"), **OURS)
     with pytest.raises(UserError, match=r"model\.gate\.scores=sigmoid"):
         write_decoder(sigmoid, tmp_path / "x", architecture="olmoe")

@@ -44,6 +44,18 @@ def test_the_loss_of_a_step_is_the_sum_and_every_part_is_recorded() -> None:
     torch.testing.assert_close(result.loss, shares * sums["total_loss"])
 
 
+def test_the_loss_of_the_labels_may_weigh_less_or_nothing() -> None:
+    student, batch, shares = Student(SingleWorld()).train(), step_of_examples(0), 6
+    plain = WeightedObjective(Labels(), (2.0,), shares, auxiliary=False)
+    terms = auxiliary_terms(DHKDConfig(weight=0.5))
+    for weight in (0.0, 0.25):
+        result = DistillationObjective(plain, Teacher(Oracle(3.0)), terms, weight=weight)(student, batch)
+        sums = result.sums
+        assert "load_balance" not in sums
+        torch.testing.assert_close(sums["total_loss"], weight * 2 * sums["ce"] + sums["dhkd"])
+        torch.testing.assert_close(result.loss, shares * sums["total_loss"])
+
+
 class Talkative(nn.Module):
     """Remembers what it is asked for."""
 

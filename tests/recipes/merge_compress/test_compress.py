@@ -83,6 +83,11 @@ def test_planted_copies_are_merged_without_loss(planted: Path, tmp_path: Path) -
     expected = loss_of(planted)
     assert loss_of(tmp_path / "1") == pytest.approx(expected, abs=1e-6)
     assert loss_of(tmp_path / "2", 2) == pytest.approx(expected, abs=1e-6)
+    given = tmp_path / "given.yaml"
+    given.write_text(f"groups: {[[[e, e + 4] for e in (2, 0, 3, 1)]] * 2}\nalign_by: activations\n")
+    ours = compress(2, planted, tmp_path / "given", "--config", given)
+    assert ours["layers"] == reports[2]["layers"]
+    assert loss_of(tmp_path / "given") == pytest.approx(expected, abs=1e-6)
     plain = compress(1, planted, tmp_path / "plain", "--experts", 4, "--method", "hc_smoe", "align=none")
     assert plain["layers"] == reports[1]["layers"]
     assert abs(loss_of(tmp_path / "plain") - expected) > 1e-5, "not aligned"
@@ -130,6 +135,28 @@ def test_a_compressed_run_is_compressed_again(run: Path, tmp_path: Path) -> None
     assert sorted(set(first_S.tolist())) == [0, 1, 2, 3]
     assert sorted(set(table_S.tolist())) == [0, 1, 2]
     assert all(len(set(table_S[first_S == expert].tolist())) == 1 for expert in range(4))
+    third = compress(1, tmp_path / "first", tmp_path / "third", "--experts", 5, "excluded_layers=[0]", "examples=40")
+    assert [len(layer["groups"]) for layer in third["layers"]] == [4, 5]
+    for arguments, part in ((["--grouping", "uniform"], f"{LAYERS[0]} has 4"), ([], "the model has 6 a layer")):
+        (outcome,) = dist_moe(1, "compress", tmp_path / "first", tmp_path / "no", "--experts", 7, *arguments)
+        assert outcome.code == 2
+        assert part in outcome.err
+
+
+def test_experts_that_never_share_a_token_are_not_compared_by_the_router(
+    tmp_path: Path, tiny_text: dict[str, str]
+) -> None:
+    """Hash routing has no logits, and gives each token to one expert: all cosines are 0."""
+    config = write_lm_config(tmp_path, tiny_text, model={"gate": {"name": "hash"}}, train={"max_steps": 2})
+    succeed(1, "train", config, "--run-dir", tmp_path / "run")
+    first, second = dist_moe(2, "compress", tmp_path / "run", tmp_path / "out", "--experts", 2)
+    assert (first.code, second.code) == (2, 2)
+    assert "similarity=outputs" in first.err
+    assert not (tmp_path / "out").exists()
+    (outcome,) = dist_moe(1, "compress", tmp_path / "run", tmp_path / "out", "--experts", 2, "similarity=router_rows")
+    assert outcome.code == 2
+    assert "similarity=router_rows: gate.name=hash has no rows" in outcome.err
+    compress(1, tmp_path / "run", tmp_path / "out", "--experts", 2, "similarity=weights", "align_by=activations")
 
 
 def test_a_recommender_with_a_permutation_and_two_gates(tmp_path: Path, tiny_data: dict[str, str]) -> None:
@@ -140,6 +167,9 @@ def test_a_recommender_with_a_permutation_and_two_gates(tmp_path: Path, tiny_dat
     assert loss_of(tmp_path / "same") == pytest.approx(loss_of(tmp_path / "run"), abs=1e-6)
     assert len(tensors_of(tmp_path / "out")["moe.slot_map.table|buffer"].unique()) == 2
     assert loss_of(tmp_path / "out") > 0
+
+
+ALIGN = ("align_by=activations", "similarity=router_rows")
 
 
 def test_a_bert_is_compressed_by_its_real_tokens(tmp_path: Path) -> None:
@@ -153,11 +183,13 @@ def test_a_bert_is_compressed_by_its_real_tokens(tmp_path: Path) -> None:
     task = load_config(tmp_path / "run" / "config.yaml").data.open(progress=False)
     every = np.arange(len(task.val))
     assert [layer["tokens"] for layer in report["layers"]] == [int(task.val.batch(every, every).inputs[1].sum())] * 2
-    assert [len(layer["groups"]) for layer in report["layers"]] == [2, 2]
-    assert loss_of(tmp_path / "out") > 0
-    (outcome,) = dist_moe(1, "compress", tmp_path / "run", tmp_path / "no", "--experts", 2, "--grouping", "global")
-    assert outcome.code == 2
-    assert "grouping=uniform" in outcome.err
+    assert sum(len(layer["groups"]) for layer in report["layers"]) == 4
+    unequal = compress(1, tmp_path / "run", tmp_path / "unequal", "--experts", 2, "excluded_layers=[0]", *ALIGN)
+    assert [len(layer["groups"]) for layer in unequal["layers"]] == [4, 2]
+    assert loss_of(tmp_path / "unequal", 2) == pytest.approx(loss_of(tmp_path / "unequal"), abs=1e-6)
+    succeed(2, "train", "--resume", tmp_path / "unequal", "parallel.expert_parallel_size=2")
+    banks = ["encoder.layers.0.feed_forward.moe.experts.up", "encoder.layers.1.feed_forward.moe.experts.up"]
+    assert [read_model(newest_checkpoint(tmp_path / "unequal")).specs[bank].shape[0] for bank in banks] == [4, 2]
 
 
 @pytest.mark.parametrize(
@@ -166,10 +198,16 @@ def test_a_bert_is_compressed_by_its_real_tokens(tmp_path: Path) -> None:
         (["--experts", 9], ["experts=9", "has 8"]),
         (["--experts", 1], ["experts"]),
         (["--experts", 4, "--method", "reap", "--grouping", "global"], ["grouping=global", "method=reap"]),
-        (["--experts", 4, "--method", "smoe"], ["method='smoe'", "hc_smoe"]),
+        (["--experts", 4, "--method", "smoe"], ["method", "smoe", "hc_smoe"]),
         (["--experts", 4, "excluded_layers=[2]"], ["excluded_layers=[2]", "0..1"]),
         (["--experts", 4, "excluded_layers=[0, 1]"], ["excluded_layers=[0, 1]", "not all"]),
         (["--experts", 4, "similarty=outputs"], ["did you mean similarity?"]),
+        ([], ["experts=N", "groups=[[[0, 1], ...], ...]"]),
+        (["--experts", 4, "groups=[[[0, 1]]]"], ["experts=N", "groups=[[[0, 1], ...], ...]"]),
+        (["--method", "reap", "groups=[[[0, 1]]]"], ["groups", "not reap"]),
+        (["groups=[[[0, 1, 2, 3, 4, 5, 6, 7]]]"], ["of 1 layers", "has 2"]),
+        (["groups=[[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 2, 3], [4, 5, 6, 6]]]"], ["groups[1]", "each of 0..7 once"]),
+        (["groups=[[[0, 1, 2, 3, 4, 5, 6, 7]], [[0, 1, 2, 3, 4, 5, 6, 7]]]"], ["groups", "at least 2"]),
     ],
 )
 def test_refusals(run: Path, tmp_path: Path, arguments: list[object], parts: list[str]) -> None:
@@ -179,7 +217,23 @@ def test_refusals(run: Path, tmp_path: Path, arguments: list[object], parts: lis
     assert not (tmp_path / "out" / "config.yaml").exists()
 
 
+def test_the_seed_is_that_of_random_groups(run: Path, tmp_path: Path) -> None:
+    options = ["--experts", 4, "--method", "random", "examples=8"]
+    groups = [
+        [layer["groups"] for layer in compress(1, run, tmp_path / str(seed), *options, f"seed={seed}")["layers"]]
+        for seed in (0, 1)
+    ]
+    assert groups[0] != groups[1]
+
+
 def test_a_used_output_is_refused_by_every_rank(run: Path) -> None:
     first, second = dist_moe(2, "compress", run, run, "--experts", 4)
     assert (first.code, second.code) == (2, 2)
     assert f"OUT {run} holds a run already" in first.err
+
+
+def test_nothing_is_written_within_the_run(run: Path) -> None:
+    (outcome,) = dist_moe(1, "compress", run, run / "checkpoints" / "fewer", "--experts", 4)
+    assert outcome.code == 2
+    assert "name a directory beside it" in outcome.err
+    assert not (run / "checkpoints" / "fewer").exists()

@@ -67,8 +67,10 @@ def test_uniform_groups_leave_no_expert_alone_by_its_index() -> None:
 
 
 def test_ties_are_settled_by_layer_and_expert() -> None:
+    """Layers whose experts are all used alike, as by a softmax gate, keep as many each."""
     even = [np.full(4, 0.25) for _ in range(3)]
-    assert global_counts(even, 2) == [4, 1, 1]
+    assert global_counts(even, 2) == [2, 2, 2]
+    assert global_counts([np.full(2, 0.5), *even[:2]], 3) == [2, 4, 3]
     assert global_counts([np.zeros(3), np.array([0.5, 0.25, 0.25])], 1) == [1, 1]
     assert join_leaders(largest(even[0], 2), np.ones((4, 4))).tolist() == [0, 1, 0, 0]
 
@@ -86,7 +88,7 @@ def naive_clusters(point_EF: Numbers, count: int) -> list[frozenset[int]]:
     return found
 
 
-@pytest.mark.parametrize("count", [1, 3, 6, 7])
+@pytest.mark.parametrize("count", [1, 3, 6, EXPERTS])
 def test_clusters_equal_brute_force(count: int) -> None:
     random = np.random.default_rng(5)
     point_EF, usage_E = random.normal(size=(EXPERTS, 3)), random.random(EXPERTS)
@@ -94,6 +96,10 @@ def test_clusters_equal_brute_force(count: int) -> None:
     groups = [frozenset(np.flatnonzero(leader_E == leader).tolist()) for leader in np.unique(leader_E)]
     assert set(groups) == set(naive_clusters(point_EF, count))
     assert [max(group, key=lambda e: usage_E[e]) for group in groups] == np.unique(leader_E).tolist()
+
+
+def test_a_layer_of_one_expert_is_a_cluster() -> None:
+    assert clusters(np.ones((1, 3)), 1, np.ones(1)).tolist() == [0]
 
 
 def test_random_groups_are_drawn_by_the_seed_and_none_is_empty() -> None:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_moe.engine.checkpoint import place_weights
 from dist_moe.engine.checkpoint.models import weights_of
-from dist_moe.experts import BertFeedForwardBank, ExpertBank, FeedForwardBank
+from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.process_groups import ParallelConfig, process_groups
+from dist_moe.experts import BertFeedForwardBank, FeedForwardBank
 from dist_moe.gates import TopKConfig
 from dist_moe.models import Transformer
-from dist_moe.recipes.merge_compress.align import alignment, reordered
+from dist_moe.recipes.merge_compress import merge as merging
+from dist_moe.recipes.merge_compress.align import alignment, alignment_by_activations, reordered
 from dist_moe.recipes.merge_compress.compress import num_parameters
 from dist_moe.recipes.merge_compress.group import Leaders
 from dist_moe.recipes.merge_compress.merge import MergedLayer, merged_weights, orders, shares, weight_similarity
 from tests.experts.naive_banks import naive_expert
-from tests.helpers.oracle import assert_same
+from tests.helpers.oracle import assert_same, naive_gate
+from tests.helpers.pool import on_ranks
 from tests.helpers.transformers import make_transformer, random_tokens
 
 LAYER, HIDDEN = "layers.1.moe", 5
@@ -31,9 +35,9 @@ BANKS = {
 }
 
 
-def random_bank(name: str) -> ExpertBank:
+def random_bank(name: str) -> FeedForwardBank:
     torch.manual_seed(2)
-    bank = BANKS[name]().double()
+    bank: FeedForwardBank = BANKS[name]().double()
     with torch.no_grad():
         for parameter in bank.parameters():
             parameter.add_(torch.rand_like(parameter))
@@ -47,8 +51,12 @@ def test_a_planted_order_is_found_and_changes_no_result(name: str) -> None:
     x_TD = torch.randn(6, 4, dtype=torch.float64)
     before = torch.stack([naive_expert(bank, 2, x_D) for x_D in x_TD])
     planted = {n: reordered(p[2].detach(), n, order_H, bank.hidden_axes) for n, p in bank.named_parameters()}
-    found_H = alignment({n: p[2].detach() for n, p in bank.named_parameters()}, planted, bank.hidden_axes)
-    assert order_H[found_H].tolist() == list(range(HIDDEN))
+    reference = {n: p[2].detach() for n, p in bank.named_parameters()}
+    for found_H in (
+        alignment(reference, planted, bank.hidden_axes),
+        alignment_by_activations(reference, planted, bank, x_TD),
+    ):
+        assert order_H[found_H].tolist() == list(range(HIDDEN))
     with torch.no_grad():
         for n, parameter in bank.named_parameters():
             parameter[2] = planted[n]
@@ -68,6 +76,52 @@ def test_the_order_is_the_best_of_all(name: str) -> None:
         return sum(float((ours[n] * reordered(theirs[n], n, order, axes)).sum()) for n in ours)
 
     assert alignment(ours, theirs, axes).tolist() == list(max(permutations(range(HIDDEN)), key=products))
+
+
+@pytest.mark.parametrize("name", BANKS)
+def test_the_order_by_activations_correlates_best(name: str) -> None:
+    """The activations are those of the naive expert's loop; a unit that never changes has no correlation."""
+    bank = random_bank(name)
+    with torch.no_grad():
+        for parameter in (p for n, p in bank.named_parameters() if n in ("up", "gate", "up_bias")):
+            parameter[1].select(-1, 3).zero_()
+    x_TD = torch.randn(9, 4, dtype=torch.float64)
+    experts = [{n: p[e].detach() for n, p in bank.named_parameters()} for e in (0, 1)]
+    act = {"relu": torch.relu, "silu": nn.functional.silu, "gelu": nn.functional.gelu}[str(bank.activation)]
+    units_2TH = np.zeros((2, 9, HIDDEN))
+    for e, t, h in product(range(2), range(9), range(HIDDEN)):
+        into = {n: float(x_TD[t] @ experts[e][n][:, h]) for n in ("up", "gate") if n in experts[e]}
+        up = into["up"] + (float(experts[e]["up_bias"][h]) if "up_bias" in experts[e] else 0.0)
+        units_2TH[e, t, h] = (
+            float(act(torch.tensor(into["gate"], dtype=torch.float64))) * up
+            if "gate" in into
+            else float(act(torch.tensor(up, dtype=torch.float64)))
+        )
+    centred_2TH = units_2TH - units_2TH.mean(axis=1, keepdims=True)
+    norm_2H = np.linalg.norm(centred_2TH, axis=1)
+    assert norm_2H[1, 3] == 0
+    assert (norm_2H > 0).sum() == 2 * HIDDEN - 1 or name == "plain"  # a ReLU may be dead by itself
+
+    def correlation(order_H: Sequence[int]) -> float:
+        pairs = [(norm_2H[0, h] * norm_2H[1, o], h, o) for h, o in enumerate(order_H)]
+        return sum(float(centred_2TH[0, :, h] @ centred_2TH[1, :, o]) / scale for scale, h, o in pairs if scale)
+
+    found = alignment_by_activations(experts[0], experts[1], bank, x_TD).tolist()
+    assert correlation(found) == pytest.approx(max(map(correlation, permutations(range(HIDDEN)))))
+
+
+def order_by_half_of_the_tokens() -> list[int]:
+    bank, x_TD = random_bank("plain"), torch.randn(9, 4, dtype=torch.float64, generator=torch.manual_seed(8))
+    experts = [{n: p[e].detach() for n, p in bank.named_parameters()} for e in (0, 1)]
+    with process_groups(LaunchEnvironment.read(), ParallelConfig()) as groups:
+        rank, size = groups.environment.rank, groups.environment.world_size
+        order_H = alignment_by_activations(experts[0], experts[1], bank, x_TD[rank::size])
+    return list(order_H.tolist())
+
+
+def test_the_order_by_activations_is_that_of_all_ranks_tokens() -> None:
+    (alone,), shared = (on_ranks(world, order_by_half_of_the_tokens) for world in (1, 2))
+    assert shared == [alone, alone]
 
 
 def small() -> Transformer:
@@ -126,7 +180,8 @@ def test_limits() -> None:
     assert shares(np.array([0, 0, 2]), np.zeros(3)).tolist() == [0.5, 0.5, 1.0]
 
 
-def test_weights_are_compared_in_the_order_of_their_units() -> None:
+def test_weights_are_compared_in_the_order_of_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_COLUMNS_AT_ONCE", 7)
     model = small()
     copied(model, 3, 1, permuted=True)
     weights, axes = weights_of(model), {"up": 2, "gate": 2, "down": 1}
@@ -135,6 +190,32 @@ def test_weights_are_compared_in_the_order_of_their_units() -> None:
     assert plain[1, 3] < 0.99 < aligned[1, 3] == pytest.approx(1)
     flat = torch.stack([torch.cat([weights[f"{LAYER}.experts.{n}"][e].flatten() for n in axes]) for e in range(4)])
     assert plain == pytest.approx(torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=2).numpy())
+
+
+def test_a_merged_model_is_the_naive_loop_over_its_slots() -> None:
+    """Values and gradients of the merged layer, in fp64: each slot's weight times its expert's result."""
+    merged = merge(small(), [0, 1, 0, 1], [0.1, 0.2, 0.3, 0.4])
+    layer = merged.moe_layers[LAYER]
+    x_TD = torch.randn(12, 8, dtype=torch.float64)
+    found = []
+    for naive in (False, True):
+        x = x_TD.clone().requires_grad_()
+        if naive:
+            weight_TS, _ = naive_gate(layer.each_gate[0], x)
+            expert_S = merged.tables[LAYER].table.flatten().tolist()
+            assert sorted(expert_S) == [0, 0, 1, 1]
+            rows = [
+                sum(w * naive_expert(layer.experts, e, x_D) for w, e in zip(weight_S, expert_S, strict=True) if w)
+                for x_D, weight_S in zip(x, weight_TS, strict=True)
+            ]
+            y_TD = torch.stack([torch.as_tensor(row) for row in rows])
+        else:
+            y_TD = layer(x).outputs[0]
+        parameters = dict(layer.named_parameters())
+        gradients = torch.autograd.grad(y_TD.square().sum(), [x, *parameters.values()])
+        found.append([y_TD.detach(), *gradients])
+    for name, ours, theirs in zip(["y", "x", *parameters], *found, strict=True):
+        assert_same(ours, theirs, 1e-12, name)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.7])

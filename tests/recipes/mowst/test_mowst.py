@@ -103,6 +103,9 @@ def test_a_network_alone_is_what_supervised_training_gives(trained: Path, tmp_pa
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     test = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
     assert results(trained)["alone-strong"]["test"] == test
+    evaluated = run_here(["evaluate", "--json", str(trained / "stages" / "alone-strong")])
+    assert evaluated.code == 0, evaluated.err
+    assert json.loads(evaluated.out)["test"]["accuracy"] == test["accuracy"]
 
 
 def test_a_network_begins_as_trained_alone(tmp_path: Path) -> None:
