@@ -1,4 +1,4 @@
-"""What answers for a node, and at which cost: by chance, by its expectation, by a threshold on the confidence.
+"""Answers for nodes, and their cost: drawn by the confidence, expected over such draws, or by a threshold on it.
 
 Mowst lets the weak expert answer with probability C. The expected accuracy over such draws has a closed form,
 mean(C [weak right] + (1 - C) [strong right]). With a threshold, chosen on the validation nodes, the choice is fixed,

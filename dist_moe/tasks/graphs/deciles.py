@@ -1,4 +1,4 @@
-"""What the confidence of a weak expert has learnt: how often both experts are right, by its deciles."""
+"""A picture of a confidence: how often the weak and the strong expert are right, by its deciles."""
 
 from __future__ import annotations
 
