@@ -18,7 +18,7 @@ from dist_moe.models import ModelOutput
 from dist_moe.models.weak_strong import WeakStrongOutput
 from dist_moe.tasks.graphs.deciles import ConfidenceWatch, draw_deciles
 from dist_moe.tasks.objective import at_least_fp32
-from dist_moe.tasks.task import Columns, Metrics, Task
+from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
 
 WEAK_STRONG_COLUMNS = ("loss_weak", "accuracy_weak", "loss_strong", "accuracy_strong", "confidence")
 """Observed columns of a weak and a strong expert, after those of the mixture."""
@@ -39,6 +39,11 @@ class NodeClassificationTask(Task):
     def model_inputs(self) -> dict[str, Any]:
         """Return the numbers of features and of classes."""
         return {"num_features": self.graph.x_ND.shape[1], "num_classes": self.num_classes}
+
+    @property
+    def prediction_kinds(self) -> tuple[PredictionKind, ...]:
+        """Return the kind of the only prediction: logits of classes."""
+        return ("classes",)
 
     def digests(self) -> dict[str, str]:
         """Return digests of the graph, of the nodes and labels of each part, and of the sizes."""
