@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +43,7 @@ from dist_moe.recipes.merge_compress.compress import (
     mixture_fields,
     plan_merge,
     slot_buffers,
+    supervised_config,
     what_became,
 )
 from dist_moe.recipes.merge_compress.fold import StoredDecoder, compare, fold, some_tokens
@@ -267,12 +267,7 @@ def _write_run(
     model: StoredDecoder,
     task: LanguageModelTask,
 ) -> None:
-    content = settings.plain() | {"model": model.config.model_dump(mode="json")}
-    counts = model.config.expert_counts([]).values()
-    content["parallel"]["expert_parallel_size"] = int(
-        np.gcd.reduce([content["parallel"]["expert_parallel_size"], *counts])
-    )
-    config: SupervisedConfig = validate_config(content)
+    config = supervised_config(settings, model.config.model_dump(mode="json"))
     config.check(config.parallel.expert_parallel_size)
     run, identity = RunDirectory(job.output), Identity(data=task.digests())
     name = f"{job.source.name} ({family_named(checkpoint.architecture).class_name}), compressed"
