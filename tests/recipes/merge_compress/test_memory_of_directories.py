@@ -87,6 +87,6 @@ def test_peak_memory_is_below_two_layers_and_a_half(tmp_path: Path, tiny_text: d
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     layers, seconds = found["bytes"] / layer, found["seconds"] / LARGE["layers"]
-    took = f"{layers:.2f} layers of {layer / 2**20:.0f} MB, {seconds:.1f} s a layer"
+    took = f"{layers:.2f} layers of {layer / 2**20:.0f} MiB, {seconds:.1f} s a layer"
     print(took)
     assert layers < 2.5, took
