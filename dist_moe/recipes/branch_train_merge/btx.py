@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_moe.config.settings import LARGEST_COUNT, LARGEST_DEPTH, Settings
+from dist_moe.config.settings import LARGEST_COUNT, LARGEST_DEPTH
 from dist_moe.engine.checkpoint import (
     ROUTERS,
     ModelWeights,
@@ -45,7 +45,7 @@ from dist_moe.parallel import wait_for_all
 from dist_moe.recipes.branch_train_merge.average import averaged
 from dist_moe.recipes.branch_train_merge.budget import settings_until
 from dist_moe.recipes.branch_train_merge.forest import FOLDER, Forest
-from dist_moe.recipes.branch_train_merge.merge import MERGES, MergeSettings, Scores
+from dist_moe.recipes.branch_train_merge.merge import MERGES, MergeSettings, Scores, changed_fields, label_of
 from dist_moe.recipes.branch_train_merge.scoring import Scorer
 from dist_moe.recipes.branch_train_merge.training import ForestPlan, fit_model
 from dist_moe.recipes.recipe import validate_recipe
@@ -108,14 +108,13 @@ class BTX(MergeSettings):
     @property
     def label(self) -> str:
         """A short name for tables: the gate, and what else differs from the defaults, but for the layout."""
-        changed = {n: value for n, value in _changed(self).items() if n not in ("gate", "expert_parallel_size")}
-        fields = [f"{name} {value}" for name, value in (_changed(self.gate) | changed).items()]
-        return ", ".join([f"btx {self.gate.name}", *fields])
+        changed = {n: value for n, value in changed_fields(self).items() if n not in ("gate", "expert_parallel_size")}
+        return label_of(f"btx {self.gate.name}", changed_fields(self.gate) | changed)
 
     @property
     def directory(self) -> str:
         """The name of its run directory in the forest, and of its stage."""
-        return re.sub(r"[^\w.]+", "-", self.label.replace(", ", "-"))
+        return re.sub(r"[^\w.]+", "-", self.label)
 
     def config_of(self, plan: ForestPlan) -> SupervisedConfig:
         """Return the configuration of the mixture: that of a supervised run."""
@@ -213,10 +212,3 @@ def opened(run: Path, task: Task, groups: ProcessGroups) -> MoEModel:
     cast_parameters(model, weights.config.deepspeed, groups.device)
     weights.load(model)
     return model
-
-
-def _changed(settings: Settings) -> dict[str, Any]:
-    """Return the fields but the name that differ from their defaults, with their values."""
-    fields = type(settings).model_fields
-    defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
-    return {name: value for name, value in settings if name != "name" and value != defaults[name]}

@@ -7,7 +7,7 @@ be trained first does so in :meth:`MergeSettings.prepare`, by stages of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -54,9 +54,7 @@ class MergeSettings(Settings, ABC):
     @property
     def label(self) -> str:
         """A short name for tables that tells it from others, by the fields that differ from their defaults."""
-        fields = type(self).model_fields
-        changed = {name: value for name, value in self if name != "name" and value != fields[name].default}
-        return ", ".join([self.name.replace("_", " "), *(f"{name} {value}" for name, value in changed.items())])
+        return label_of(self.name.replace("_", " "), changed_fields(self))
 
     def check_config(self, config: Any) -> None:
         """Raise UserError for what of the whole configuration does not go with it."""
@@ -78,6 +76,18 @@ class MergeSettings(Settings, ABC):
         ``domain``: of the text to come, None if it is not known. ``new_model``: returns a model for some weights.
         Raises UserError for a domain that must be known.
         """
+
+
+def changed_fields(settings: Settings) -> dict[str, Any]:
+    """Return the fields but the name that differ from their defaults, with their values."""
+    fields = type(settings).model_fields
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+    return {name: value for name, value in settings if name != "name" and value != defaults[name]}
+
+
+def label_of(name: str, fields: Mapping[str, Any]) -> str:
+    """Return a label: a name, and fields with their values."""
+    return ", ".join([name, *(f"{field} {value}" for field, value in fields.items())])
 
 
 MERGES = Registry("merge", MergeSettings)

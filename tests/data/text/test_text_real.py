@@ -64,3 +64,14 @@ def counts(text: Text, table: object, domain: int) -> np.ndarray:
     (mine,) = np.nonzero(table.domain_N == domain)  # type: ignore[attr-defined]
     tokens = table.batch(mine, mine).target_BS.flatten().numpy()  # type: ignore[attr-defined]
     return np.bincount(tokens, minlength=text.vocab_size)
+
+
+@pytest.mark.slow
+def test_clusters_find_the_eight_domains_again(cache: Path) -> None:
+    """From the words of the sequences alone."""
+    known = prepare_text(TextConfig(cache=cache), progress=False)
+    found = prepare_text(TextConfig(cache=cache, clusters={"count": 8}), progress=False)
+    for part, least in (("train", 0.92), ("test", 0.97)):
+        pairs = np.zeros((8, 8), dtype=int)
+        np.add.at(pairs, (getattr(known, part).domain_N, getattr(found, part).domain_N), 1)
+        assert pairs.max(axis=0).sum() / pairs.sum() > least

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "merge": [BTX_TOP_K, {"name": "btx", "gate": {"name": "comet", "k": 2}, "learns": "gates", "share": 0.5}],
     }
     model = {"moe_every": 0, "layers": 2}
-    return write_forest_config(tmp_path_factory.mktemp("btx"), recipe=recipe, model=model)
+    train = {"checkpoint_every": 2}
+    return write_forest_config(tmp_path_factory.mktemp("btx"), recipe=recipe, model=model, train=train)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +227,18 @@ def test_transformers_loads_the_mixture_with_the_same_logits(run: Path, tmp_path
     token_BS = task.test.batch(*[torch.arange(2).numpy()] * 2).token_BS
     with torch.no_grad():
         torch.testing.assert_close(theirs(token_BS).logits, ours.eval()(token_BS).predictions[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixture_that_died_in_its_training_goes_on_bit_for_bit(run: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(run, tmp_path / "run"))
+    stage = again / "stages" / directory_of(again, 0).name
+    for path in (newest_checkpoint(stage), directory_of(again, 0), again / "stages" / "evaluation"):
+        shutil.rmtree(path)
+    (stage / "result.json").unlink()
+    assert newest_checkpoint(stage).name.endswith("4")
+    succeed(1, "train", "--resume", again)
+    ours, theirs = (read_model(newest_checkpoint(directory_of(one, 0))) for one in (again, run))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
 def test_text_is_written_by_the_mixture(run: Path) -> None:

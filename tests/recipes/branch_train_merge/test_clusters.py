@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,8 +78,9 @@ def test_text_is_written_by_the_nearest_expert(run: Path) -> None:
     assert said.out.strip()
 
 
-def test_a_table_of_clusters_is_the_same_on_two_ranks(run: Path) -> None:
-    """Ranks without any sequence of a domain among them."""
+def test_a_table_of_clusters_is_the_same_on_two_ranks(run: Path, tmp_path: Path) -> None:
+    """In a copy: the table is written into the forest."""
+    run = Path(shutil.copytree(run, tmp_path / "run"))
     alone, both = (
         json.loads(succeed(ranks, "forest", "evaluate", run, "--json", "--with", "clusters")[0].out)["bits_per_byte"]
         for ranks in (1, 2)
