@@ -154,13 +154,15 @@ def write_decoder(model: Transformer, directory: Path, **options: Any) -> str:
     )
 
 
-def saved_weights(model: Transformer) -> ModelWeights:
+def saved_weights(model: Transformer, stored: ModelWeights | None = None) -> ModelWeights:
     """Return the weights of a whole model in memory, as views, with the buffers that are saved.
 
-    A table that is still being learnt is rounded as it stands. Raises ValueError for a model without all experts.
+    A table that is still being learnt is rounded as it stands. ``stored``: weights to be read one by one instead, of a
+    model that may be without storage and learns no table. Raises ValueError for a model without all experts.
     """
-    model.begin_evaluation()
-    weights, state = weights_of(model), model.state_dict()
+    if stored is None:
+        model.begin_evaluation()
+    weights, state = stored or weights_of(model), model.state_dict()
     kinds = {name: kind for name, kind in weights.kinds.items() if name in state}
     return replace(weights, kinds=kinds, specs={name: weights.specs[name] for name in kinds})
 
