@@ -25,6 +25,7 @@ from dist_moe.engine.deepspeed.config import parameter_dtype, zero_stage
 from dist_moe.engine.deepspeed.engine import is_expert_parameter, mark_experts
 from dist_moe.engine.deepspeed.optimizers import has_shape
 from dist_moe.engine.deepspeed.schedules import first_states
+from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.planning.activations import Load, RowsPerToken, bytes_per_example
 from dist_moe.recipes.supervised.config import SupervisedConfig
@@ -156,7 +157,11 @@ def _buffer_bytes(model: nn.Module) -> int:
 
 def _teacher_bytes(run: Path, task: Task, size: int) -> int:
     """Return the bytes of the model of a finished run on a rank, its experts over ``size`` of them."""
-    model = planned_model(find_weights(run).config, task, size)
+    try:
+        weights = find_weights(run)
+    except UserError as error:
+        raise UserError(f"the memory of the model that is followed counts, and is not known yet: {error}") from error
+    model = planned_model(weights.config, task, size)
     return _FP32 * sum(p.numel() for p in model.parameters()) + _buffer_bytes(model)
 
 
