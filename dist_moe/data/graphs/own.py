@@ -13,7 +13,6 @@ No pickle is run: tensors are loaded by ``weights_only``, arrays without objects
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from scipy.sparse import csr_matrix
 from dist_moe.config.files import absolute, digest_of, read_json_object
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.files import readable
+from dist_moe.data.fetch.restricted_pickle import UnpicklingError
 from dist_moe.data.graphs.graph import UNLABELLED, Parts, RawGraph
 from dist_moe.data.prepared import PARTS
 from dist_moe.errors import UserError
@@ -63,7 +63,7 @@ def _read_pyg(path: Path) -> RawGraph:
     try:
         with torch.serialization.safe_globals([pyg.Data, pyg.DataEdgeAttr, pyg.DataTensorAttr, GlobalStorage]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is no saved PyG Data of tensors: {reason}. Remedy: torch.save(data, PATH)") from error
     content = loaded.to_dict() if isinstance(loaded, pyg.Data) else loaded
