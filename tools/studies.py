@@ -50,9 +50,9 @@ class StudyRun:
             return
         dist_moe("train", self.config, *self.overrides, "--run-dir", self.directory, "--auto-resume")
         if not keep_weights:
-            checkpoints = checkpoints_of(self.directory)
-            shutil.rmtree(checkpoints)
-            shutil.rmtree(best_of(checkpoints), ignore_errors=True)  # there if patience was asked for
+            for root in (self.directory, *self.directory.glob("stages/*")):
+                shutil.rmtree(checkpoints_of(root), ignore_errors=True)  # not there if all is done in stages
+                shutil.rmtree(best_of(checkpoints_of(root)), ignore_errors=True)  # there if patience was asked for
         print(f"{self.directory}: trained", flush=True)
 
     def _check_same(self) -> None:

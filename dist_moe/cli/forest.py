@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from dist_moe.cli.commands import Commands, add_changed_data
+from dist_moe.cli.export import DTYPES
 from dist_moe.config.files import json_text
 
 _BEGIN = (
@@ -19,7 +20,7 @@ def add_to(commands: Commands) -> None:
     """Add the command and its options to the command line."""
     forest = commands.add_parser(
         "forest",
-        help="list, add, replace, drop, evaluate the experts of a Branch-Train-Merge run, or generate from them",
+        help="list, add, replace, drop, evaluate, export the experts of a Branch-Train-Merge run; generate from them",
         description="Work on the experts that a run of recipe.name=branch_train_merge has trained, "
         "see docs/branch_train_merge.md. What is done to one expert changes no bit of another.",
     )
@@ -60,6 +61,13 @@ def add_to(commands: Commands) -> None:
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="of the draw (0.8)")
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (0)")
     generate.set_defaults(run=_generate)
+    export = add("export", "write experts that are used together for transformers")
+    export.add_argument("directory", type=Path, metavar="DIR", help="a new directory")
+    export.add_argument("--with", dest="merge", default="ensemble", metavar="MERGE", help=f"{_MERGE} (ensemble)")
+    export.add_argument("--domain", metavar="DOMAIN", help="the domain whose cached prior is used")
+    export.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters (default: %(default)s)")
+    add_changed_data(export)
+    export.set_defaults(run=_export)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -132,4 +140,25 @@ def _generate(options: argparse.Namespace) -> int:
     )
     if LaunchEnvironment.read().is_rank_zero:
         print(text)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    import torch
+
+    from dist_moe.engine.launch.environment import LaunchEnvironment
+    from dist_moe.recipes.branch_train_merge.export import export_forest
+    from dist_moe.recipes.branch_train_merge.tend import merge_of
+
+    written = export_forest(
+        options.run_dir,
+        options.directory,
+        merge_of(options.merge),
+        domain=options.domain,
+        dtype=getattr(torch, DTYPES[options.dtype]),
+        allow_changed_data=options.allow_changed_data,
+    )
+    if LaunchEnvironment.read().is_rank_zero:
+        for each in written:
+            print(f"{each.architecture} of {each.parameters:,} parameters in {each.directory}")
     return 0

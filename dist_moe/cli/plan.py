@@ -88,10 +88,12 @@ def _table(plan: MemoryPlan) -> str:
             state.padding,
         )
         lines.append(f"{f'ZeRO stage {state.stage}{mark}':24}" + "".join(f"{_size(n):>14}" for n in parts))
+    if plan.teachers:
+        lines.append(f"beside these, of the model that is followed: {_size(plan.teachers)}")
     heads = ("rows", "sent", "dispatch", "activations", "with states")
     lines += ["", f"{'':40}" + "".join(f"{head:>14}" for head in heads) + f"{'largest batch':>16}"]
     for load in plan.loads:
-        whole = plan.state.total + plan.buffers + load.activations
+        whole = plan.state.total + plan.buffers + plan.teachers + load.activations
         batch = "-" if load.largest_batch is None else f"{load.largest_batch:,}" if load.largest_batch else "none fits"
         sizes = (load.sent_per_step, load.dispatch, load.activations, whole)
         columns = (f"{load.received_rows:,}", *map(_size, sizes))

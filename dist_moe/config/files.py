@@ -72,9 +72,9 @@ def json_text(content: Any, *, indent: int = 2, sort_keys: bool = False) -> str:
     return _dumps(content, indent=indent, sort_keys=sort_keys) + "\n"
 
 
-def json_line(content: Any, *, sort_keys: bool = False) -> str:
-    """Return ``content`` as JSON in one line, without a newline."""
-    return _dumps(content, sort_keys=sort_keys)
+def json_line(content: Any, *, sort_keys: bool = False, blanks: bool = True) -> str:
+    """Return ``content`` as JSON in one line, without a newline; ``blanks``: one after each comma and colon."""
+    return _dumps(content, sort_keys=sort_keys, separators=None if blanks else (",", ":"))
 
 
 def _dumps(content: Any, **options: Any) -> str:

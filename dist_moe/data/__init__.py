@@ -5,6 +5,7 @@ what is made of them; ``batches`` deals out rows to steps, micro-batches and ran
 """
 
 from dist_moe.config.registry import Registry
+from dist_moe.data.graphs import NamedGraphConfig, OwnGraphConfig
 from dist_moe.data.labelled_text import LabelledTextConfig, QuestionsConfig
 from dist_moe.data.movielens import MovieLensConfig
 from dist_moe.data.prepared import DataSettings
@@ -16,5 +17,7 @@ DATA = Registry("data set", DataSettings)
 
 for _settings in (MovieLensConfig, TwoImagesConfig, TextConfig, LabelledTextConfig, QuestionsConfig):
     DATA.register(_settings)
+for _graph in (NamedGraphConfig, OwnGraphConfig):
+    DATA.register(_graph)
 for _table in (TableConfig, CensusIncomeConfig, KuaiRandConfig, MovieLensTableConfig):
     DATA.register(_table)

@@ -10,6 +10,7 @@ from dist_moe.models.bert import (
     BertOutput,
     BertShape,
 )
+from dist_moe.models.graphs import NodeClassifier, NodeClassifierConfig, WeakStrongConfig, WeakStrongNodes
 from dist_moe.models.moe_model import (
     MODELS,
     ModelConfig,
@@ -43,6 +44,8 @@ for _settings in (
     SharedBottomConfig,
     PLEConfig,
     HomeConfig,
+    NodeClassifierConfig,
+    WeakStrongConfig,
 ):
     MODELS.register(_settings)
 
@@ -64,6 +67,8 @@ __all__ = [
     "MoEModelConfig",
     "ModelConfig",
     "ModelOutput",
+    "NodeClassifier",
+    "NodeClassifierConfig",
     "PLEConfig",
     "Recommender",
     "RecommenderConfig",
@@ -75,5 +80,7 @@ __all__ = [
     "TransformerConfig",
     "TwoImageClassifier",
     "TwoImageClassifierConfig",
+    "WeakStrongConfig",
+    "WeakStrongNodes",
     "models_of_kind",
 ]

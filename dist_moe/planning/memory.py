@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,9 +25,11 @@ from dist_moe.engine.deepspeed.config import parameter_dtype, zero_stage
 from dist_moe.engine.deepspeed.engine import is_expert_parameter, mark_experts
 from dist_moe.engine.deepspeed.optimizers import has_shape
 from dist_moe.engine.deepspeed.schedules import first_states
+from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.planning.activations import Load, RowsPerToken, bytes_per_example
 from dist_moe.recipes.supervised.config import SupervisedConfig
+from dist_moe.recipes.supervised.runs import find_weights
 from dist_moe.recipes.supervised.size import planned_model
 from dist_moe.search import SlotTable
 from dist_moe.tasks.task import Task
@@ -95,7 +98,8 @@ class LoadPlan:
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes that a rank needs. ``states``: by ZeRO stage. ``loads``: for the configured batch. ``tokens``: of a rank
-    and micro-batch. ``buffers``: bytes. ``stage``: the configured one."""
+    and micro-batch. ``buffers``: bytes. ``teachers``: of models in fp32 that the trained one follows. ``stage``: the
+    configured one."""
 
     ranks: int
     expert_parallel_size: int
@@ -103,6 +107,7 @@ class MemoryPlan:
     moe_layers: int
     stage: int
     buffers: int
+    teachers: int
     states: tuple[StatePlan, ...]
     loads: tuple[LoadPlan, ...]
 
@@ -124,9 +129,10 @@ def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | 
     model = planned_model(config, task, size)
     mark_experts(model, "experts")
     states = tuple(_states(model, config, stage, ranks, size) for stage in STAGES)
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    buffers = _buffer_bytes(model)
+    teachers = sum(_teacher_bytes(run, task, size) for run in config.recipe.teachers)
     stage = zero_stage(config.deepspeed)
-    left = None if memory is None else memory - states[stage].total - buffers
+    left = None if memory is None else memory - states[stage].total - buffers - teachers
     layers = model.moe_layers.values()
     experts = max((layer.experts.num_experts for layer in layers), default=0)
     hard = min(experts, config.model.experts_per_token * max((len(layer.gates) for layer in layers), default=0))
@@ -142,7 +148,21 @@ def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | 
         }
     loads = tuple(_load(name, model, config, task, ranks, *case, left) for name, case in cases.items())
     tokens = round(config.train.batch_size // (ranks * config.accumulation) * task.example_shape().tokens)
-    return MemoryPlan(ranks, size, tokens, len(layers), stage, buffers, states, loads)
+    return MemoryPlan(ranks, size, tokens, len(layers), stage, buffers, teachers, states, loads)
+
+
+def _buffer_bytes(model: nn.Module) -> int:
+    return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+
+
+def _teacher_bytes(run: Path, task: Task, size: int) -> int:
+    """Return the bytes of the model of a finished run on a rank, its experts over ``size`` of them."""
+    try:
+        weights = find_weights(run)
+    except UserError as error:
+        raise UserError(f"the memory of the model that is followed counts, and is not known yet: {error}") from error
+    model = planned_model(weights.config, task, size)
+    return _FP32 * sum(p.numel() for p in model.parameters()) + _buffer_bytes(model)
 
 
 def optimizer_states(config: SupervisedConfig) -> tuple[int, int]:

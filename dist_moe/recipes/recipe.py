@@ -51,6 +51,11 @@ class RecipeSettings(Settings, ABC):
     def check_config(self, config: Any) -> None:
         """Raise UserError for what of the whole configuration does not go with the recipe."""
 
+    @property
+    def teachers(self) -> tuple[Path, ...]:
+        """Finished runs whose models every rank holds beside the one that it trains."""
+        return ()
+
     @abstractmethod
     def plan(self, start: RunStart) -> Plan:
         """Check, fetch and decide all that needs no process group. Raises UserError. On every rank."""

@@ -4,6 +4,7 @@ Importing this package registers the tasks that come with it.
 """
 
 from dist_moe.tasks.evaluation import evaluate, evaluate_baselines
+from dist_moe.tasks.graphs import GRAPH_TASKS
 from dist_moe.tasks.images import TwoImagesSettings
 from dist_moe.tasks.labelled_text import QuestionAnsweringSettings, TextClassificationSettings
 from dist_moe.tasks.language import LanguageModelSettings
@@ -20,6 +21,7 @@ for _settings in (
     TextClassificationSettings,
     QuestionAnsweringSettings,
     *TABLE_TASKS,
+    *GRAPH_TASKS,
 ):
     TASKS.register(_settings)
 

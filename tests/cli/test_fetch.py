@@ -14,6 +14,7 @@ from dist_moe.cli.main import main
 from dist_moe.data import DATA
 from dist_moe.data.labelled_text.squad import DEV_FILE
 from dist_moe.tasks import TASKS
+from tests.data.graphs.tiny_graphs import tiny_graph, write_tiny_cora
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
 from tests.data.tables.tiny_named import write_tiny_census, write_tiny_kuairand, write_tiny_movielens_table
 from tests.data.text.tiny_text import write_tiny_text
@@ -23,6 +24,10 @@ from tests.data.tiny_movielens import write_tiny_movielens
 from tests.helpers.text_runs import write_encoder
 
 Fetch = Callable[..., list[str]]
+
+
+def write_big_cora(root: Path) -> Path:
+    return write_tiny_cora(root, tiny_graph(nodes=1600, edges=3000))
 
 
 @pytest.fixture
@@ -61,6 +66,7 @@ def test_all_data_sets_can_be_fetched() -> None:
         ),
         ("kuairand", write_tiny_kuairand, "36 categorical, 8 numeric and 1 list columns, mean of"),
         ("multi-fashion-mnist", write_tiny_images, "25 images to train on, pairs to train on 50, to validate 10, to"),
+        ("cora", write_big_cora, "1,600 nodes, 6,000 edges, 8 features, 3 classes, 60 train nodes, 500 val nodes, "),
         ("multi-mnist", write_tiny_images, "25 images to train on, pairs to train on 50, to validate 10, to test 14"),
     ],
 )

@@ -54,7 +54,7 @@ def test_fields_that_several_kinds_share_are_listed_once() -> None:
     listing = field_listing([SupervisedConfig])
     assert listing.count("train.batch_size:") == 1
     shared = "[movielens-1m, multi-fashion-mnist, text, sms-spam, squad-v2, table, census-income, kuairand, "
-    shared += "movielens-1m-table]"
+    shared += "movielens-1m-table, cora, graph]"
     assert f"data.cache: path | null, default null  {shared}" in listing
     (gates,) = (line for line in listing.splitlines() if line.startswith("model.gate.name:"))
     assert gates.removeprefix("model.gate.name: ").split(" | ") == list(GATES.by_name)

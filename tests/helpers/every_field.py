@@ -20,6 +20,7 @@ from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.recipes.recipe import RunStart, plan_new_run, train, validate_config
+from tests.data.graphs.tiny_graphs import write_csv, write_tiny_cora
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
 from tests.data.tables.tiny_named import write_tiny_census, write_tiny_kuairand, write_tiny_movielens_table
 from tests.data.tiny_images import write_tiny_images
@@ -82,6 +83,9 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
     videos = {"name": "kuairand", "root": str(write_tiny_kuairand(root / "videos")), "cache": cache}
     movies = {"name": "movielens-1m-table", "root": str(write_tiny_movielens_table(root / "movies")), "cache": cache}
 
+    graph = {"name": "graph", "root": str(write_csv(root / "graph")), "cache": cache}
+    cora = {"name": "cora", "root": str(write_tiny_cora(root / "cora")), "split": "random", "cache": cache}
+
     def run(data: dict[str, Any], model: dict[str, Any], **sections: Any) -> dict[str, Any]:
         length = {"epochs": 2.0, "max_steps": 2, "batch_size": 8, "checkpoint_every": 1}
         content = {"data": data, "model": model, "train": length, "deepspeed": TINY_RUN["deepspeed"]} | sections
@@ -107,6 +111,9 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
         "census": run(census, TABLE_MODELS["ple"] | {"name": "ple"}),
         "videos": run(videos, {"name": "home", "experts": {"units": [8]}}),
         "movies": run(movies, TABLE_MODELS["shared_bottom"] | {"name": "shared_bottom"}),
+        "nodes": run(cora, {"name": "node_classifier"}),
+        "own nodes": run(graph, {"name": "node_classifier", "network": {"name": "gat"}}),
+        "more nodes": run(graph, {"name": "node_classifier", "network": {"name": "gin"}}),
         "dense bert": run(messages, {"name": "bert_classifier", "moe_every": 0}),
         "answers": run(questions, {"name": "bert_answerer", "moe_every": 0}, train={"max_steps": 1, "batch_size": 2}),
     }
@@ -121,6 +128,12 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
     start = {"name": "decoder", "run": str(runs["dense text"])}
     bases["up-cycled text"] = run(text, TINY_LM["model"] | {"experts": {"hidden": 20}}, start=start)
     start = {"name": "bert", "run": str(runs["dense bert"]), "importance_examples": 4}
+    model = {"name": "weak_strong", "weak": {"name": "gat", "hidden": 8}, "strong": {"name": "gat", "hidden": 8}}
+    bases["gated nodes"] = run(graph, model | {"confidence": {"name": "features"}})
+    length = {"max_steps": 1, "batch_size": 8, "patience": 1}
+    recipe = {"name": "mowst", "max_sessions": 1, "compare": False}
+    bases["mowst"] = run(graph, {"name": "weak_strong"}, recipe=recipe, train=length)
+    bases["random mowst"] = run(graph, {"name": "weak_strong", "confidence": {"name": "random"}})
     for name, more in (("moebert", {}), ("dhkd", {"auxiliary_head": "linear"})):
         recipe = {"name": name, "teacher": str(runs["dense bert"])}
         bases[name] = run(messages, bert | more, recipe=recipe, start=start)

@@ -121,7 +121,7 @@ def test_a_student_starts_from_it_and_hugging_face_gets_it_without_the_head(
         ),
         (
             ["recipe={name: fitnets, teacher: x}"],
-            "recipe.name='fitnets' is not a recipe; allowed: dhkd, ",
+            "recipe.name='fitnets' is not a recipe; allowed: branch_train_merge, dhkd, ",
         ),
         (["recipe={name: moebert, teacher: x, temperature: 2}"], "recipe.temperature=2: there is no such field"),
     ],

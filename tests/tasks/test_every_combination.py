@@ -28,6 +28,7 @@ from dist_moe.recipes.distillation import follow
 from dist_moe.recipes.recipe import RECIPES, validate_config
 from dist_moe.recipes.supervised.size import check_model
 from dist_moe.tasks import TASKS, Task, WeightedObjective, build_model
+from tests.data.graphs.tiny_graphs import write_csv, write_tiny_cora
 from tests.data.labelled_text.tiny_texts import SAMPLES, write_messages
 from tests.data.tables.tiny_named import write_tiny_census, write_tiny_kuairand, write_tiny_movielens_table
 from tests.data.tiny_images import write_tiny_images
@@ -72,6 +73,8 @@ DATA: dict[str, Callable[[Path], dict[str, Any]]] = {
     "CensusIncomeSettings": lambda root: {"name": "census-income", "root": write_tiny_census(root)},
     "KuaiRandSettings": lambda root: {"name": "kuairand", "root": write_tiny_kuairand(root)},
     "MovieLensTableSettings": lambda root: {"name": "movielens-1m-table", "root": write_tiny_movielens_table(root)},
+    "NamedGraphSettings": lambda root: {"name": "cora", "root": write_tiny_cora(root), "split": "random"},
+    "OwnGraphTaskSettings": lambda root: {"name": "graph", "root": write_csv(root)},
     "StarsSettings": lambda root: {"name": "stars", "root": write_stars(root)},
     "WavesSettings": lambda root: {"name": "waves"},
 }

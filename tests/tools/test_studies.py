@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.data.graphs.tiny_graphs import tiny_graph, write_tiny_cora
 from tests.data.labelled_text.tiny_texts import write_messages
 from tests.helpers.board import read_board
 from tests.helpers.commands import finish, start
@@ -83,3 +86,28 @@ def test_comet_bert(tmp_path: Path) -> None:
         tags = read_board(tmp_path / f"runs/sms-spam-{name}-seed0").Tags()["scalars"]
         assert any(tag.startswith("swap_search") for tag in tags) == searched
     assert {"importance", "random", "inverse"} < set(rows)
+
+
+@pytest.mark.slow
+def test_mowst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+    content = yaml.safe_load(Path("configs/mowst_cora.yaml").read_text())
+    content["train"] |= {"epochs": 3, "patience": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "here").mkdir()
+    write_tiny_cora(tmp_path / "here", tiny_graph(nodes=1600, edges=3000))
+    variants = ["mlp", "gcn", "Mowst, gcn", "soft mixture of outputs, gcn"]
+    command = ["tools/mowst_study.py", "--config", tmp_path / "config.yaml", "--graphs", "cora", "--seeds", 2]
+    command += ["--draws", 2, "--no-official", "--rewired", 0.5, "--root", tmp_path / "here", "--variants", *variants]
+    places = ["--runs", tmp_path / "runs", "--report", tmp_path / "report"]
+    outcome = finish(start(sys.executable, *command, *places))
+    assert outcome.code == 0, outcome.err
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert "## cora, random\n" in table
+    assert "## cora, random, 50% rewired\n" in table
+    rows = cells_of(tmp_path / "report" / "table.md")
+    assert set(variants) <= set(rows)
+    assert re.fullmatch(r"\**[+-]\d+\.\d\d \[.*\]\**", rows["Mowst, gcn"][1])
+    again = finish(start(sys.executable, *command, *places))
+    assert again.out.count("trained already") == outcome.out.count(": trained\n")
+    assert (tmp_path / "report" / "figure.png").stat().st_size > 10_000

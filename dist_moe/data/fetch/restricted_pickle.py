@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+UnpicklingError = pickle.UnpicklingError
+
 Allowed = Mapping[tuple[str, str], Any]
 """The values that stand for each (module, name) that a pickle may refer to."""
 
@@ -18,7 +20,7 @@ def read_arrays(content: bytes, *, encoding: str = "ASCII", allowed: Allowed | N
     """Return the content of a pickle of NumPy arrays and plain containers, of any protocol.
 
     ``encoding``: that of the byte strings of Python 2; "latin1" for arrays that it pickled. ``allowed``: stand-ins for
-    further names; they come before NumPy's. Raises pickle.UnpicklingError for any other name, which is not imported.
+    further names; they come before NumPy's. Raises UnpicklingError for any other name, which is not imported.
     """
     return _Restricted(content, encoding, {**_NUMPY, **(allowed or {})}).load()
 
@@ -32,7 +34,7 @@ class _Restricted(pickle.Unpickler):
         try:
             return self._allowed[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"the pickle refers to {module}.{name}, which is not allowed") from None
+            raise UnpicklingError(f"the pickle refers to {module}.{name}, which is not allowed") from None
 
 
 def _from_buffer(buffer: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], order: Any) -> NDArray[Any]:

@@ -86,6 +86,9 @@ class ModelWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return torch.stack(list(self.pieces(name))) if self.kinds[name] == EXPERTS else self.read(name, None)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.kinds  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.kinds)
 

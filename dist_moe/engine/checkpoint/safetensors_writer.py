@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from dist_moe.config.files import json_line
 from dist_moe.errors import UserError
 
 SEAL = "sha256"
@@ -165,7 +166,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
         end = start + spec.num_bytes
         content[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
         start = end
-    text = json.dumps(content, separators=(",", ":")).encode()  # as the library writes it, to the byte
+    text = json_line(content, blanks=False).encode()  # as the library writes it, to the byte
     return text + b" " * (-len(text) % 8)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from dist_moe.engine.checkpoint import ModelWeights, place_weights
 from dist_moe.engine.checkpoint.format import BUFFER
 from dist_moe.engine.checkpoint.models import weights_of
+from dist_moe.engine.checkpoint.safetensors_writer import TensorSpec
 from dist_moe.errors import UserError
 from dist_moe.models.hugging_face.decoder_config import read_decoder_config, write_decoder_config
 from dist_moe.models.hugging_face.decoder_names import (
@@ -153,13 +154,15 @@ def write_decoder(model: Transformer, directory: Path, **options: Any) -> str:
     )
 
 
-def saved_weights(model: Transformer) -> ModelWeights:
+def saved_weights(model: Transformer, stored: ModelWeights | None = None) -> ModelWeights:
     """Return the weights of a whole model in memory, as views, with the buffers that are saved.
 
-    A table that is still being learnt is rounded as it stands. Raises ValueError for a model without all experts.
+    A table that is still being learnt is rounded as it stands. ``stored``: weights to be read one by one instead, of a
+    model that may be without storage and learns no table. Raises ValueError for a model without all experts.
     """
-    model.begin_evaluation()
-    weights, state = weights_of(model), model.state_dict()
+    if stored is None:
+        model.begin_evaluation()
+    weights, state = stored or weights_of(model), model.state_dict()
     kinds = {name: kind for name, kind in weights.kinds.items() if name in state}
     return replace(weights, kinds=kinds, specs={name: weights.specs[name] for name in kinds})
 
@@ -201,10 +204,11 @@ def write_decoder_weights(
         content |= {name: like.content[name] for name in _TOKEN_IDS if name in like.content}
     if architecture == OURS:
         content |= DECODER.fields(imports)
-    given = like.weights if like else {}
+    given: Mapping[str, Tensor | TensorSpec] = {} if like is None else like.weights
+    given = given.specs if isinstance(given, ModelWeights) else given  # what is not in memory shall not be read for it
 
     def dtype_of(name: str) -> torch.dtype:
-        return dtype or (given[name] if name in given else weights.specs[name]).dtype
+        return dtype or given.get(name, weights.specs[name]).dtype
 
     tensors = to_theirs(config, FAMILIES[architecture], weights, dtype_of)
     if like is not None and like.has_tied_head:

@@ -131,6 +131,9 @@ class StoredTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
 

@@ -199,4 +199,4 @@ def _mean(numbers: Sequence[float]) -> float:
 
 def _held(memory: MemoryPlan) -> int:
     """Return bytes of states and of activations under even load."""
-    return memory.state.total + memory.buffers + memory.loads[0].activations
+    return memory.state.total + memory.buffers + memory.teachers + memory.loads[0].activations

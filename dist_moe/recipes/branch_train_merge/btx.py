@@ -45,13 +45,13 @@ from dist_moe.parallel import wait_for_all
 from dist_moe.recipes.branch_train_merge.average import averaged
 from dist_moe.recipes.branch_train_merge.budget import settings_until
 from dist_moe.recipes.branch_train_merge.forest import FOLDER, Forest
-from dist_moe.recipes.branch_train_merge.merge import MERGES, MergeSettings, Scores, changed_fields, label_of
+from dist_moe.recipes.branch_train_merge.merge import MERGES, Exported, MergeSettings, Scores, changed_fields, label_of
 from dist_moe.recipes.branch_train_merge.scoring import Scorer
 from dist_moe.recipes.branch_train_merge.training import ForestPlan, fit_model
 from dist_moe.recipes.recipe import validate_recipe
 from dist_moe.recipes.stages import Stage, Stages
 from dist_moe.recipes.supervised.config import SupervisedConfig
-from dist_moe.recipes.supervised.runs import find_weights
+from dist_moe.recipes.supervised.runs import Weights, find_weights
 from dist_moe.recipes.supervised.size import check_fits, planned_model
 from dist_moe.tasks import Task, build_model
 
@@ -199,15 +199,25 @@ class BTX(MergeSettings):
         """Return the mixture."""
         return opened(scorer.forest.run / FOLDER / self.directory, scorer.task, scorer.groups)
 
+    def exported(self, plan: ForestPlan, scorer: Scorer, domain: str | None) -> Exported:
+        """Return the mixture."""
+        weights = trained_mixture(scorer.forest.run / FOLDER / self.directory)
+        return Exported({self.name: weights.stored}, weights.config)
 
-def opened(run: Path, task: Task, groups: ProcessGroups) -> MoEModel:
-    """Return the model of a run with this rank's experts, in its precision. Raises UserError if there is none."""
+
+def trained_mixture(run: Path) -> Weights:
+    """Return the weights of the run of a mixture. Raises UserError if there is none."""
     if not RunDirectory(run).config.is_file():
         raise UserError(
             f"{run} is not there: the run has trained no such mixture; name one of its recipe.merge, or train a forest "
             "with this one"
         )
-    weights = find_weights(run)
+    return find_weights(run)
+
+
+def opened(run: Path, task: Task, groups: ProcessGroups) -> MoEModel:
+    """Return the model of a run with this rank's experts, in its precision. Raises UserError if there is none."""
+    weights = trained_mixture(run)
     model: MoEModel = build_model(weights.config, task, groups.world).to(groups.device)
     cast_parameters(model, weights.config.deepspeed, groups.device)
     weights.load(model)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.models import ModelOutput, MoEModel
-from dist_moe.recipes.branch_train_merge.posterior import log_mixture
+from dist_moe.recipes.branch_train_merge.posterior import log_predictions
 
 LogWeights = Callable[[Tensor, Tensor], Tensor]
 """((J, B, S) log-probabilities of targets, (B, S) tokens before them) -> (J, B, S) log-weights before each target."""
@@ -34,8 +34,4 @@ class EnsembleModel(nn.Module):
     def forward(self, token_BS: Tensor) -> ModelOutput:
         """Return (B, S, V) log-probabilities of the next token, fp64, as the prediction."""
         logp_JBSV = torch.stack([expert(token_BS).predictions[0].double().log_softmax(-1) for expert in self.experts])
-        # The target after the last token is not known, and no weight depends on it.
-        target_BS = torch.cat([token_BS[:, 1:], token_BS[:, :1]], dim=1)
-        index_JBS1 = target_BS.expand(len(self.experts), -1, -1).unsqueeze(3)
-        logp_JBS = logp_JBSV.gather(3, index_JBS1).squeeze(3)
-        return ModelOutput((log_mixture(self._log_weights(logp_JBS, token_BS), logp_JBSV),), ())
+        return ModelOutput((log_predictions(logp_JBSV, token_BS, self._log_weights),), ())

@@ -46,6 +46,22 @@ class Scores:
     weight_JN: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A way of merging outside of its forest: one model, or an ensemble.
+
+    ``models``: weights by the experts' names, read tensor by tensor; of one model by any name. ``config``: of the run
+    that they are models of. ``prior_J``: of an ensemble, whose ``history`` and ``top_k`` are as those of
+    :class:`Ensemble`; None for one model.
+    """
+
+    models: Mapping[str, ModelWeights]
+    config: Any
+    prior_J: Tensor | None = None
+    history: History = "all"
+    top_k: int | None = None
+
+
 class MergeSettings(Settings, ABC):
     """A way of using the experts together, and its own fields."""
 
@@ -76,6 +92,14 @@ class MergeSettings(Settings, ABC):
         ``domain``: of the text to come, None if it is not known. ``new_model``: returns a model for some weights.
         Raises UserError for a domain that must be known.
         """
+
+    def exported(self, plan: ForestPlan, scorer: Scorer, domain: str | None) -> Exported:
+        """Return what is written of it for other programs. Collective over all ranks.
+
+        ``domain``: as of :meth:`model`. Raises UserError if it cannot be written.
+        """
+        able = sorted(name for name, other in MERGES.by_name.items() if other.exported is not MergeSettings.exported)
+        raise UserError(f"{self.label}: cannot be written for other programs; these can: {', '.join(able)}")
 
 
 def changed_fields(settings: Settings) -> dict[str, Any]:
@@ -144,6 +168,15 @@ class Ensemble(MergeSettings):
             place_weights(models[-1], scorer.forest.weights(scorer.experts[j]))
         return EnsembleModel(models, partial(self.log_weights, prior_J=prior_J[used]))
 
+    def exported(self, plan: ForestPlan, scorer: Scorer, domain: str | None) -> Exported:
+        """Return the experts that have a prior. Raises UserError for a derived class that weighs them otherwise."""
+        if type(self).log_weights is not Ensemble.log_weights:
+            return super().exported(plan, scorer, domain)
+        prior_J = self.prior_of(scorer, domain)
+        used = prior_J.nonzero().flatten().tolist()
+        models = {scorer.experts[j]: scorer.forest.weights(scorer.experts[j]) for j in used}
+        return Exported(models, plan.start.config, prior_J[used], self.history, self.top_k)
+
 
 @MERGES.register
 class Average(MergeSettings):
@@ -175,6 +208,12 @@ class Average(MergeSettings):
         model = new_model()
         place_weights(model, self.average(scorer, _prior(self.weights, scorer, domain).tolist()))
         return model
+
+    def exported(self, plan: ForestPlan, scorer: Scorer, domain: str | None) -> Exported:
+        """Return the average, which is computed as it is read."""
+        self.check_config(plan.start.config)
+        average = self.average(scorer, _prior(self.weights, scorer, domain).tolist())
+        return Exported({self.name: average}, plan.start.config)
 
 
 def _prior(kind: Prior, scorer: Scorer, domain: str | None, history: History = "all") -> Tensor:

@@ -12,7 +12,7 @@ nothing was seen, so there the weights are the prior.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +51,17 @@ def log_mixture(log_weight_JBS: Tensor, logp_JBS: Tensor) -> Tensor:
     logp_JBS = logp_JBS.double()
     extra = (1,) * (logp_JBS.dim() - log_weight_JBS.dim())
     return (log_weight_JBS.reshape(*log_weight_JBS.shape, *extra) + logp_JBS).logsumexp(dim=0)
+
+
+def log_predictions(logp_JBSV: Tensor, token_BS: Tensor, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return (B, S, V) log-probabilities of the token after each one, fp64, from those of each expert.
+
+    ``weigh``: ((J, B, S) log-probabilities of targets, (B, S) tokens before them) -> log-weights before each target.
+    """
+    # The target after the last token is not known, and no weight depends on it.
+    target_BS = torch.cat([token_BS[:, 1:], token_BS[:, :1]], dim=1)
+    logp_JBS = logp_JBSV.gather(3, target_BS.expand(len(logp_JBSV), -1, -1).unsqueeze(3)).squeeze(3)
+    return log_mixture(weigh(logp_JBS, token_BS), logp_JBSV)
 
 
 def uniform_prior(experts: int) -> Tensor:

@@ -13,7 +13,7 @@ from dist_moe.config.settings import Settings
 from dist_moe.config.validation import validate_section
 from dist_moe.engine.checkpoint import ModelWeights, newest_checkpoint, place_weights, read_model
 from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.engine.launch.process_groups import process_groups
+from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.launch.signals import stop_requests
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.run_lock import held
@@ -103,14 +103,10 @@ def generate(
     """
     plan = open_run(run_dir)
     task, config = plan.task, plan.start.config
-    if domain is not None and domain not in task.data.domains:
-        raise UserError(f"--domain {domain}: there is no such domain; there are {', '.join(task.data.domains)}")
+    check_domain(plan, domain)
     prompt_S = [task.end_of_text, *task.tokenizer.encode(prompt).ids]
     with process_groups(plan.start.environment, config.parallel) as groups:
-        tasks = {} if domain is None else {domain: task_of_domain(task, domain)}
-        forest = Forest(run_dir)
-        scorer = Scorer(new_model(plan, groups), plan.union, tasks, forest, groups, plan.prior)
-        model: Any = merge.model(scorer, domain, partial(new_model, plan, groups))
+        model: Any = merge.model(scorer_of(plan, groups, domain), domain, partial(new_model, plan, groups))
         written_BS = write_on(
             model,
             torch.tensor([prompt_S], device=groups.device),
@@ -123,6 +119,18 @@ def generate(
     until = ids.index(task.end_of_text) if task.end_of_text in ids else len(ids)
     text: str = task.tokenizer.decode(ids[:until])
     return text
+
+
+def check_domain(plan: ForestPlan, domain: str | None) -> None:
+    """Raise UserError for the name of a domain that the data have not."""
+    if domain is not None and domain not in plan.task.data.domains:
+        raise UserError(f"--domain {domain}: there is no such domain; there are {', '.join(plan.task.data.domains)}")
+
+
+def scorer_of(plan: ForestPlan, groups: ProcessGroups, domain: str | None) -> Scorer:
+    """Return what scores the sequences of one domain, or of none, by a run's forest as it is now."""
+    tasks = {} if domain is None else {domain: task_of_domain(plan.task, domain)}
+    return Scorer(new_model(plan, groups), plan.union, tasks, Forest(plan.start.run.root), groups, plan.prior)
 
 
 def drop_expert(run_dir: Path, name: str) -> None:

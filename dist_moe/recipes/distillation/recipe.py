@@ -43,6 +43,11 @@ class DistillationRecipe(SupervisedRecipe):
 
     teacher: Path = Field(description=TEACHER)
 
+    @property
+    def teachers(self) -> tuple[Path, ...]:
+        """The teacher."""
+        return (self.teacher,)
+
     def check(self, config: SupervisedConfig, task: Task) -> None:
         """Raise UserError for a teacher that is not there, of another task or split, or that does not fit."""
         weights, digests = find_weights(self.teacher), task.digests()

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from dist_moe.data.labelled_text.tokens import PADDING_TOKENS, open_tokenizer, padding_of
+from dist_moe.engine.checkpoint import ModelWeights, place_weights
 from dist_moe.errors import UserError
 from dist_moe.models import BertConfig, BertModel, MoEModel, Transformer, TransformerConfig
 from dist_moe.models.bert import write_hugging_face, write_with_experts
@@ -23,6 +24,7 @@ from dist_moe.recipes.merge_compress.compress import num_parameters
 from dist_moe.recipes.merge_compress.fold import StoredDecoder, compare, fold, has_maps, some_tokens
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.runs import check_same_data, find_weights
+from dist_moe.recipes.supervised.size import planned_model
 from dist_moe.tasks import build_model
 from dist_moe.tasks.labelled_text.task import LabelledTextTask
 from dist_moe.tasks.language.task import LanguageModelTask
@@ -77,10 +79,30 @@ def export_hugging_face(
     model = build_model(config, task, SingleWorld())
     weights.load(model)
     if isinstance(model, Transformer):
-        return _write_decoder(model, task, config, directory, dtype, architecture)
+        return _write_decoder(saved_weights(model), task, config, directory, dtype, architecture)
     written = _write_bert(model, task, config, directory, dtype)
     kept = (p.numel() for name, p in model.named_parameters() if not name.startswith(AUXILIARY))
     return HuggingFaceExport(directory, written, sum(kept))
+
+
+def export_weights_of(
+    weights: ModelWeights, task: Task, config: SupervisedConfig, directory: Path, dtype: torch.dtype
+) -> HuggingFaceExport:
+    """Write a decoder as a directory that transformers loads, from weights that are read tensor by tensor.
+
+    A whole model is in memory only where it was still learning a permutation, which is rounded. Raises UserError as
+    :func:`export_hugging_face` does.
+    """
+    _check(config, None)
+    if not isinstance(config.model, TransformerConfig):
+        raise UserError(f"model.name={config.model.name} is no decoder; a transformer can be written")
+    learned = config.model.permutation is not None
+    model = build_model(config, task, SingleWorld()) if learned else planned_model(config, task)
+    assert isinstance(model, Transformer)
+    if learned:
+        place_weights(model, weights)
+    saved = saved_weights(model, None if learned else weights)
+    return _write_decoder(saved, task, config, directory, dtype)
 
 
 def _check(config: SupervisedConfig, architecture: str | None) -> None:
@@ -99,18 +121,19 @@ def _check(config: SupervisedConfig, architecture: str | None) -> None:
 
 
 def _write_decoder(
-    model: Transformer,
+    weights: ModelWeights,
     task: Task,
     config: SupervisedConfig,
     directory: Path,
     dtype: torch.dtype,
-    architecture: str | None,
+    architecture: str | None = None,
 ) -> HuggingFaceExport:
     """Write a decoder; slot maps that a stock architecture has no place for are folded into its routers."""
     assert isinstance(task, LanguageModelTask), "the configuration's checks know what fits"
+    assert isinstance(config.model, TransformerConfig)
     steps, folding = _total_steps(task, config), None
-    stored = StoredDecoder(model.config, saved_weights(model), run_of(task.vocab_size, {"total_steps": steps}))
-    if architecture is not None and family_named(architecture).has_experts and has_maps(model.config):
+    stored = StoredDecoder(config.model, weights, run_of(task.vocab_size, {"total_steps": steps}))
+    if architecture is not None and family_named(architecture).has_experts and has_maps(config.model):
         before, (fitted, held_out) = stored, (some_tokens(part, _FOLDED_ON) for part in (task.train, task.test))
         stored, exact = fold(before, fitted[0])
         folding = None if exact else compare(before, stored, *held_out)

@@ -133,10 +133,11 @@ class LayerSums:
             return
         norms = []
         for part_TD in x_TD.tensor_split(self._parts):  # as many on every rank
-            result_TEF = layer.all_results(part_TD).double()
-            self._output_EF += result_TEF.sum(dim=0)
-            self._output_EE += torch.einsum("tef,tgf->eg", result_TEF, result_TEF)
-            norms.append(result_TEF.norm(dim=2))
+            result_ETF = layer.all_results(part_TD).transpose(0, 1).double()  # as they are computed: rows are views
+            row_EW = result_ETF.flatten(1)
+            self._output_EF += result_ETF.sum(dim=1)
+            self._output_EE += row_EW @ row_EW.T
+            norms.append(result_ETF.norm(dim=2).T)
         norm_TE = torch.cat(norms)
         for route in output.routes:
             sum_T = sums_at(route.weight_N, route.token_N, route.num_tokens)

@@ -309,9 +309,14 @@ def check_counts(experts: Mapping[str, int], merge: CompressConfig, model: str, 
     may keep unequally many.
     """
     excluded = set(merge.excluded_layers)
-    differ = excluded or merge.grouping == "global" or len({len(groups) for groups in merge.groups or ()}) > 1
-    if differ and len(experts) > 1 and not can_differ:
-        raise UserError(f"{model} has as many experts in each layer: use grouping=uniform, or as many groups")
+    unequal = {
+        f"excluded_layers={sorted(excluded)}": (bool(excluded), "leave it out"),
+        "grouping=global": (merge.grouping == "global", "use grouping=uniform"),
+        "groups": (len({len(groups) for groups in merge.groups or ()}) > 1, "give as many groups for each"),
+    }
+    for field, (is_asked, remedy) in unequal.items():
+        if is_asked and len(experts) > 1 and not can_differ:
+            raise UserError(f"{field}: {model} has as many experts in each layer; {remedy}")
     if not excluded < set(range(len(experts))):
         raise UserError(f"excluded_layers={sorted(excluded)}: allowed: some of 0..{len(experts) - 1}, not all")
     if merge.groups is not None:

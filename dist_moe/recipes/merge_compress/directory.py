@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,10 +43,12 @@ from dist_moe.recipes.merge_compress.compress import (
     mixture_fields,
     plan_merge,
     slot_buffers,
+    supervised_config,
     what_became,
 )
 from dist_moe.recipes.merge_compress.fold import StoredDecoder, compare, fold, some_tokens
 from dist_moe.recipes.merge_compress.merge import MergedLayer, merged_weights
+from dist_moe.recipes.merge_compress.picture import PICTURE, write_picture
 from dist_moe.recipes.merge_compress.settings import CompressConfig
 from dist_moe.recipes.recipe import set_fields, validate_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
@@ -126,6 +127,7 @@ def compress_directory(job: Compression, config: CompressConfig) -> dict[str, An
         else:
             _write_run(job, settings, checkpoint, after, task)
         write_json(job.output / REPORT, report)
+        write_picture(report, job.output / PICTURE)
     return report
 
 
@@ -197,7 +199,7 @@ def _check(job: Compression, form: Form, checkpoint: DecoderCheckpoint, environm
     if model.low_rank is not None:
         raise UserError(f"{job.source}: experts that are factored cannot be merged any more; merge them before")
     if form == "run" and job.config is None:
-        raise UserError("--as run needs --run-config CONFIG for the rest of the run")
+        raise UserError("--as run needs --config CONFIG for the rest of the run")
     if form == "stock" and checkpoint.architecture == OURS:
         raise UserError(f"{job.source} is of our own architecture: there is no stock one to write; use --as dist_moe")
     if form == "run" and checkpoint.architecture == OURS:
@@ -265,12 +267,7 @@ def _write_run(
     model: StoredDecoder,
     task: LanguageModelTask,
 ) -> None:
-    content = settings.plain() | {"model": model.config.model_dump(mode="json")}
-    counts = model.config.expert_counts([]).values()
-    content["parallel"]["expert_parallel_size"] = int(
-        np.gcd.reduce([content["parallel"]["expert_parallel_size"], *counts])
-    )
-    config: SupervisedConfig = validate_config(content)
+    config = supervised_config(settings, model.config.model_dump(mode="json"))
     config.check(config.parallel.expert_parallel_size)
     run, identity = RunDirectory(job.output), Identity(data=task.digests())
     name = f"{job.source.name} ({family_named(checkpoint.architecture).class_name}), compressed"

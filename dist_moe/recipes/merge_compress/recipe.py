@@ -101,6 +101,11 @@ class MergeCompressRecipe(StagedRecipe):
             raise ValueError("recover_again=true needs recover and compress; set it to false, or give both")
         return self
 
+    @property
+    def teachers(self) -> tuple[Path, ...]:
+        """The source, where something is trained."""
+        return () if self.recover is None and self.compress is None else (self.source,)
+
     def stages(self) -> dict[str, Work]:
         """Return the stages by name, in order."""
         every: dict[str, Work | None] = {

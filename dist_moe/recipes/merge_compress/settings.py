@@ -71,7 +71,7 @@ class CompressConfig(Settings):
     def _fits_together(self) -> Self:
         if self.grouping == "global" and not self.by.ranks_usage:
             raise ValueError(
-                f"grouping=global does not go with method={self.method}, which ranks within layers; use uniform"
+                f"grouping=global does not go with method={self.method}, which ranks in layers; use grouping=uniform"
             )
         if (self.experts is None) == (self.groups is None):
             raise ValueError("give one of experts=N (how many a layer keeps) and groups=[[[0, 1], ...], ...]")

@@ -13,10 +13,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
 
+from dist_moe.engine.checkpoint import ModelWeights
 from dist_moe.errors import UserError
 from dist_moe.gates import CometConfig, GateContext, HashRoutingConfig, TopKConfig
 from dist_moe.models import RunShape, Transformer
-from dist_moe.models.hugging_face.decoder import DecoderCheckpoint, read_decoder, write_decoder
+from dist_moe.models.hugging_face.decoder import (
+    DecoderCheckpoint,
+    open_decoder,
+    read_decoder,
+    write_decoder,
+    write_decoder_weights,
+)
+from dist_moe.models.hugging_face.files import StoredTensors
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
 from dist_moe.search import SlotTable
 from tests.helpers.transformers import VOCABULARY, make_transformer, random_tokens
@@ -279,6 +287,18 @@ def test_what_an_architecture_has_no_place_for(
     with pytest.raises(UserError, match=message):
         write_decoder(make_transformer(**options), tmp_path / "x", architecture=architecture)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_model_that_passes_through_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor is read to be opened, nor to find out its precision, which would take a layer's experts each time."""
+    read, original = list[str](), StoredTensors.read
+    monkeypatch.setattr(StoredTensors, "read", lambda self, name, *row: read.append(name) or original(self, name, *row))
+    checkpoint = open_decoder(save_mixtral(tmp_path / "theirs"))
+    weights = checkpoint.weights
+    assert isinstance(weights, ModelWeights)
+    assert not read
+    write_decoder_weights(weights, checkpoint.config, checkpoint.vocab_size, tmp_path / "again", like=checkpoint)
+    assert sorted(read) == sorted(load_file(tmp_path / "theirs" / "model.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["slots that share an expert", "slots that a gate must not choose"])

@@ -85,7 +85,7 @@ def test_planted_copies_are_merged_without_loss(planted: Path, tmp_path: Path) -
     assert loss_of(tmp_path / "2", 2) == pytest.approx(expected, abs=1e-6)
     given = tmp_path / "given.yaml"
     given.write_text(f"groups: {[[[e, e + 4] for e in (2, 0, 3, 1)]] * 2}\nalign_by: activations\n")
-    ours = compress(2, planted, tmp_path / "given", "--config", given)
+    ours = compress(2, planted, tmp_path / "given", "--options", given)
     assert ours["layers"] == reports[2]["layers"]
     assert loss_of(tmp_path / "given") == pytest.approx(expected, abs=1e-6)
     plain = compress(1, planted, tmp_path / "plain", "--experts", 4, "--method", "hc_smoe", "align=none")
@@ -202,6 +202,10 @@ def test_a_bert_is_compressed_by_its_real_tokens(tmp_path: Path) -> None:
         (["--experts", 4, "excluded_layers=[2]"], ["excluded_layers=[2]", "0..1"]),
         (["--experts", 4, "excluded_layers=[0, 1]"], ["excluded_layers=[0, 1]", "not all"]),
         (["--experts", 4, "similarty=outputs"], ["did you mean similarity?"]),
+        (["--experts", 4, "experts=3"], ["--experts 4 and experts=3", "one of them"]),
+        (["--experts", 4, "--recover", "merge=null", "compress.rank=2"], ["merge=null", "leave out experts=4"]),
+        (["--experts", 4, "--recover", "source=other"], ["source"]),
+        (["--experts", 4, "compress.rank=2"], ["compress.rank=2", "--recover"]),
         ([], ["experts=N", "groups=[[[0, 1], ...], ...]"]),
         (["--experts", 4, "groups=[[[0, 1]]]"], ["experts=N", "groups=[[[0, 1], ...], ...]"]),
         (["--method", "reap", "groups=[[[0, 1]]]"], ["groups", "not reap"]),

@@ -284,7 +284,7 @@ def test_a_run_of_ours_with_slot_maps(sources: Path, tmp_path: Path, tiny_text: 
     """It evaluates to what the report says, trains on, and has the weights of the directory."""
     source, options = sources / "mixtral", ["--experts", 3, "examples=10000"]
     config = write_lm_config(tmp_path, tiny_text | {"tokenizer": str(source)}, train={"max_steps": 2})
-    report = compress(source, tmp_path / "run", {}, *options, "--as", "run", "--run-config", config)
+    report = compress(source, tmp_path / "run", {}, *options, "--as", "run", "--config", config)
     directory = compress(source, tmp_path / "maps", tiny_text, *options)
     assert report["layers"] == directory["layers"]
     found = json.loads(succeed(1, "evaluate", tmp_path / "run", "--json")[0].out)["test"]["loss"]
@@ -392,13 +392,34 @@ def test_one_layer_is_in_memory_at_a_time(
     assert max(t.numel() for name, t in read if ".experts." in name) == 16 * HIDDEN
 
 
+GIVEN = [[[0, 5], [1, 2, 3, 4]], [[e] for e in range(EXPERTS)], [[3, 1, 4], [2, 0, 5]]]
+"""Groups of each layer; those of the second one are single experts."""
+
+
+def test_groups_that_are_given(sources: Path, tmp_path: Path, tiny_text: dict[str, str]) -> None:
+    """Each layer keeps as many experts as it has groups, those alone to the bit; the picture shows them."""
+    source, output = sources / "mixtral", tmp_path / "out"
+    report = compress(source, output, tiny_text, f"groups={GIVEN}", "examples=8")
+    groups = [sorted(map(sorted, layer["groups"])) for layer in report["layers"]]
+    assert groups == [sorted(map(sorted, of_layer)) for of_layer in GIVEN]
+    written = load_file(output / "model.safetensors")
+    assert [written[f"model.layers.{i}.mlp.moe.experts.up"].shape[0] for i in range(LAYERS)] == [2, EXPERTS, 2]
+    for expert, matrices in enumerate(experts_of(source, 1)):
+        assert written["model.layers.1.mlp.moe.experts.up"][expert].equal(matrices["up"])
+    assert (output / "merged_experts.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["--experts", 7, "--grouping", "uniform"], ["experts=7", "has 6"]),
         (["--experts", 3, "--as", "stock", "--grouping", "global"], ["as many experts", "grouping=uniform"]),
         (["--experts", 3, "--as", "stock", "excluded_layers=[0]"], ["as many experts"]),
-        (["--experts", 3, "--as", "run"], ["--as run needs --run-config"]),
+        (["--experts", 3, "--as", "run"], ["--as run needs --config"]),
+        (["--experts", 3, "experts=2"], ["--experts 3 and experts=2"]),
+        (["--experts", 3, "similarty=weights"], ["did you mean similarity?"]),
+        (["groups=[[[0, 1, 2, 3, 4, 5]]]"], ["groups", "of 1 layers", "has 3"]),
+        ([f"groups={GIVEN}", "--as", "stock"], ["as many groups"]),
         (["--experts", 3, "model.dim=4"], ["model.dim", "data.FIELD"]),
         (["--experts", 3, "data.tokenizer=null"], ["vocabulary of"]),
     ],

@@ -185,6 +185,11 @@ def test_a_source_that_changed_is_refused(run: Path, tmp_path: Path) -> None:
     assert f"{out}: the source changed since it was trained" in outcome.err
 
 
+def numbers_of(run: Path, of_experts: bool) -> int:
+    masters = {name: tensor for name, tensor in tensors_of(run).items() if "|master" in name}
+    return sum(tensor.numel() for name, tensor in masters.items() if (".experts." in name) == of_experts)
+
+
 def test_the_file_says_little_and_means_the_same(run: Path, recovered: Path, tmp_path: Path) -> None:
     """What is left out is the source's; what is not is laid over it."""
     merge = {"experts": 4, "grouping": "uniform", "examples": 40}
@@ -200,6 +205,9 @@ def test_the_file_says_little_and_means_the_same(run: Path, recovered: Path, tmp
     assert changed.deepspeed["optimizer"]["params"] == source.deepspeed["optimizer"]["params"] | {"lr": 0.5}
     assert changed.data == source.data.model_copy(update={"held_out": 0.3})
     assert changed.model == source.model
+    planned = json.loads(run_here(["plan", str(path), "--json", "parallel.expert_parallel_size=2", "--ranks", "2"]).out)
+    dense, experts = (4 * numbers_of(run, of_experts) for of_experts in (False, True))
+    assert planned["teachers"] == dense + experts // 2 + planned["buffers"], "in fp32, its experts over two ranks"
     other = load_config(path, ["deepspeed.optimizer={type: SGD, params: {lr: 1}}"])
     assert other.deepspeed["optimizer"] == {"type": "SGD", "params": {"lr": 1}}
     succeed(1, "train", path, "--run-dir", tmp_path / "out")
@@ -211,7 +219,7 @@ def test_the_file_says_little_and_means_the_same(run: Path, recovered: Path, tmp
     [
         (["recover.trained=gates", "--recover"], ["recover.trained='gates'", "router"]),
         (["recover.weight=0", "recover.task_weight=0", "--recover"], ["nothing to learn from"]),
-        (["experts=9", "--recover"], ["experts=9", "has 8"]),
+        (["excluded_layers=[7]", "--recover"], ["excluded_layers=[7]", "0..1"]),
         (["train.epochs=1"], ["train.epochs=1", "--recover"]),
         (["recover.weight=1"], ["recover.weight=1", "--recover"]),
         (["model.num_experts=4", "--recover"], ["model.num_experts=4", "has 8", "leave the section model out"]),

@@ -1,0 +1,105 @@
+"""A graph in memory, and tables of its nodes, whose batches carry the whole graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+UNLABELLED = -1
+
+Parts = Mapping[str, NDArray[np.int64]]
+"""The nodes of "train", "val" and "test", in ascending order."""
+
+
+@dataclass(frozen=True)
+class RawGraph:
+    """A graph as its files have it, N nodes and E edges.
+
+    ``features_ND``: numbers of any type. ``edge_2E``: int64, source and target of each edge, as published.
+    ``label_N``: int64, classes from 0; UNLABELLED where there is none. ``parts``: None if the files give no split.
+    """
+
+    features_ND: NDArray[Any]
+    edge_2E: NDArray[np.int64]
+    label_N: NDArray[np.int64]
+    parts: Parts | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Features and edges as networks take them: ``x_ND`` fp32, ``edge_2E`` int64 [2, E], source over target."""
+
+    x_ND: Tensor
+    edge_2E: Tensor
+    _copies: dict[torch.device, Graph] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Graph:
+        """Return the graph on a device: always the same tensors, so that it is sent once."""
+        if device == self.x_ND.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = Graph(self.x_ND.to(device), self.edge_2E.to(device))
+        return self._copies[device]
+
+
+@dataclass(frozen=True)
+class NodeBatch:
+    """A share of a step: B nodes of ``graph``, and their classes; tokens are nodes."""
+
+    graph: Graph
+    node_B: Tensor
+    label_B: Tensor
+    examples_in_step: int
+
+    @property
+    def tokens_in_step(self) -> int:
+        """Nodes of the step, over all ranks and micro-batches."""
+        return self.examples_in_step
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Arguments of the model: features and edges of the whole graph, and the nodes that are asked for."""
+        return self.graph.x_ND, self.graph.edge_2E, self.node_B
+
+    def __len__(self) -> int:
+        return len(self.node_B)
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch on a device."""
+        moved = (self.graph.on(device), self.node_B.to(device), self.label_B.to(device))
+        return type(self)(*moved, self.examples_in_step)
+
+
+@dataclass(frozen=True)
+class NodeTable:
+    """The labelled nodes of a part of the data: ``node_N`` and ``label_N``, int64 each."""
+
+    graph: Graph
+    node_N: NDArray[np.int64]
+    label_N: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.node_N)
+
+    def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> NodeBatch:
+        """Return the rows ``index_B`` of a step that uses ``step_index`` over all ranks and micro-batches."""
+        node_B, label_B = torch.from_numpy(self.node_N[index_B]), torch.from_numpy(self.label_N[index_B])
+        return NodeBatch(self.graph, node_B, label_B, len(step_index))
+
+
+@dataclass(frozen=True)
+class NodeGraph:
+    """A graph ready to learn from. ``manifest`` records source, counts, split and share of edges within a class."""
+
+    graph: Graph
+    train: NodeTable
+    val: NodeTable
+    test: NodeTable
+    num_classes: int
+    manifest: dict[str, Any]

@@ -1,0 +1,216 @@
+"""Networks that give the nodes of a graph logits: an MLP on a node's own features, and PyG's convolutions.
+
+A network is called with the features and edges of the whole graph and the nodes that are asked for. ``hops``: so many
+edges away are the nodes that a result depends on; with these, and no others, it can be computed for some nodes alone.
+To add one: derive from :class:`NetworkSettings` and register it in ``NETWORKS``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from pydantic import Field, SerializeAsAny
+from torch import Tensor, nn
+
+from dist_moe.config.registry import Registry
+from dist_moe.config.settings import LARGEST_DEPTH, Settings, Size
+from dist_moe.errors import UserError
+
+
+class NodeNetwork(nn.Module, ABC):
+    """``network(x_ND, edge_2E, node_B)`` -> (B, C) logits of the nodes ``node_B``."""
+
+    hops: int
+
+    @abstractmethod
+    def forward(self, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> Tensor:
+        """Return logits of the nodes."""
+
+    @abstractmethod
+    def edges(self, edge_2E: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
+        """Return the edges as the layers take them, and numbers of each edge, if any."""
+
+    @abstractmethod
+    def rows(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
+        """Return logits of all nodes of a graph, or of a part of one, given :meth:`edges` or those within the part."""
+
+
+class NetworkSettings(Settings, ABC):
+    """The fields that every network has."""
+
+    name: str
+    layers: int = Field(2, ge=1, le=LARGEST_DEPTH, description="layers, the one of the logits among them")
+    hidden: Size = Field(64, description="width between layers")
+    dropout: float = Field(0.5, ge=0, lt=1, description="share of the inputs of each layer that is dropped")
+    norm: Literal["none", "layer", "batch"] = Field(
+        "none", description="what normalises between layers; 'batch' is over all nodes of the graph"
+    )
+
+    def widths(self, num_features: int, num_classes: int) -> list[int]:
+        """Return the widths before, between and after the layers."""
+        return [num_features, *[self.hidden] * (self.layers - 1), num_classes]
+
+    @abstractmethod
+    def build(self, num_features: int, num_classes: int) -> NodeNetwork:
+        """Return the network. Raises UserError if what it needs is not installed."""
+
+
+NETWORKS = Registry("network", NetworkSettings, default="gcn")
+
+NetworkConfig = Annotated[SerializeAsAny[NetworkSettings], NETWORKS]
+"""The type of a configuration field that holds any registered network."""
+
+
+class Layers(NodeNetwork):
+    """Layers with normalisation, ReLU and dropout between; ``layers`` take the rows, and edges if ``hops``.
+
+    ``weighted``: layers take edges with GCN's weights and self-loops, computed once for a graph.
+    ``skips``: linear maps whose results are added to those of the layers, or none.
+    """
+
+    def __init__(
+        self, settings: NetworkSettings, layers: Sequence[nn.Module], skips: Sequence[nn.Module], hops: int
+    ) -> None:
+        super().__init__()
+        norms = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+        between: Any = norms[settings.norm]
+        self.layers, self.skips = nn.ModuleList(layers), nn.ModuleList(skips)
+        self.norms = nn.ModuleList(between(settings.hidden) for _ in layers[1:])
+        self.dropout, self.hops = settings.dropout, hops
+        self._of_rows = hops == 0 and settings.norm != "batch"
+
+    def forward(self, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> Tensor:
+        """Return logits of the nodes; without neighbours and statistics, of their rows alone."""
+        if self._of_rows or (self.hops == 0 and not self.training):
+            return self.rows(x_ND[node_B])
+        return self.rows(x_ND, *self.edges(edge_2E, len(x_ND)))[node_B]
+
+    def rows(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
+        """Return logits of all rows."""
+        h = x_ND
+        for i, layer in enumerate(self.layers):
+            h = F.dropout(h, self.dropout, self.training)
+            result = layer(h, *edges)
+            h = result + self.skips[i](h) if len(self.skips) else result
+            if i < len(self.norms):
+                h = F.relu(self.norms[i](h))
+        return h
+
+    def edges(self, edge_2E: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
+        """Return what the layers take beside the rows."""
+        return (edge_2E,) if self.hops else ()
+
+
+class WeightedLayers(Layers):
+    """Layers of GCN: their edges carry the weights of the symmetric normalisation, kept for the graph of the last call.
+
+    The weights come from the degrees in the whole graph: a part of it is computed by the weights of its edges, see
+    :func:`~dist_moe.models.graphs.weak_strong.logits_of_some`.
+    """
+
+    _graph: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def edges(self, edge_2E: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
+        """Return edges with self-loops, and their weights."""
+        if self._graph is None or self._graph[0] is not edge_2E:
+            from torch_geometric.nn.conv.gcn_conv import gcn_norm
+
+            self._graph = edge_2E, gcn_norm(edge_2E, num_nodes=num_nodes)
+        return self._graph[1]
+
+
+class MLPConfig(NetworkSettings):
+    """Dense layers on a node's own features."""
+
+    name: Literal["mlp"] = Field("mlp", description="which network this is")
+
+    def build(self, num_features: int, num_classes: int) -> NodeNetwork:
+        """Return the network."""
+        widths = self.widths(num_features, num_classes)
+        return Layers(self, [nn.Linear(*pair) for pair in pairwise(widths)], [], hops=0)
+
+
+class ConvNetworkSettings(NetworkSettings):
+    """The fields of networks of PyG's convolutions. ``layers_type``: what takes rows and edges."""
+
+    layers_type: ClassVar[type[Layers]] = Layers
+
+    skip: bool = Field(False, description="add a linear map of its input to the result of each layer")
+
+    def build(self, num_features: int, num_classes: int) -> NodeNetwork:
+        """Return the network. Raises UserError where torch_geometric is not installed."""
+        try:
+            import torch_geometric.nn as pyg
+        except ImportError as error:
+            raise UserError(
+                f"model: the network {self.name} is torch_geometric's: install the extra, "
+                "pip install 'comet-dist-moe[graphs]', or use the network mlp"
+            ) from error
+        pairs = list(pairwise(self.widths(num_features, num_classes)))
+        layers = [self.layer(pyg, *pair, is_last=i == self.layers - 1) for i, pair in enumerate(pairs)]
+        skips = [nn.Linear(*pair) for pair in pairs] if self.skip else []
+        return self.layers_type(self, layers, skips, hops=self.layers)
+
+    @abstractmethod
+    def layer(self, pyg: Any, width_in: int, width_out: int, is_last: bool) -> nn.Module:
+        """Return a layer of ``pyg``, the module torch_geometric.nn."""
+
+
+class GCNConfig(ConvNetworkSettings):
+    """Graph convolutions (Kipf and Welling 2017)."""
+
+    layers_type: ClassVar[type[Layers]] = WeightedLayers
+
+    name: Literal["gcn"] = Field("gcn", description="which network this is")
+
+    def layer(self, pyg: Any, width_in: int, width_out: int, is_last: bool) -> nn.Module:
+        """Return a GCNConv that takes its weights with the edges."""
+        layer: nn.Module = pyg.GCNConv(width_in, width_out, normalize=False)
+        return layer
+
+
+class GraphSAGEConfig(ConvNetworkSettings):
+    """Means over neighbours beside a node's own row (Hamilton et al. 2017)."""
+
+    name: Literal["graphsage"] = Field("graphsage", description="which network this is")
+
+    def layer(self, pyg: Any, width_in: int, width_out: int, is_last: bool) -> nn.Module:
+        """Return a SAGEConv."""
+        layer: nn.Module = pyg.SAGEConv(width_in, width_out)
+        return layer
+
+
+class GINConfig(ConvNetworkSettings):
+    """Sums over neighbours through an MLP (Xu et al. 2019), with skips by default, as Mowst has it."""
+
+    name: Literal["gin"] = Field("gin", description="which network this is")
+    skip: bool = Field(True, description="add a linear map of its input to the result of each layer")
+
+    def layer(self, pyg: Any, width_in: int, width_out: int, is_last: bool) -> nn.Module:
+        """Return a GINConv over an MLP of two layers."""
+        inner = nn.Sequential(nn.Linear(width_in, self.hidden), nn.ReLU(), nn.Linear(self.hidden, width_out))
+        layer: nn.Module = pyg.GINConv(inner)
+        return layer
+
+
+class GATConfig(ConvNetworkSettings):
+    """Attention over neighbours (Velickovic et al. 2018)."""
+
+    name: Literal["gat"] = Field("gat", description="which network this is")
+    heads: int = Field(8, ge=1, le=LARGEST_DEPTH, description="heads of each layer; of the last, their mean counts")
+
+    def layer(self, pyg: Any, width_in: int, width_out: int, is_last: bool) -> nn.Module:
+        """Return a GATConv. Raises UserError if the heads do not divide the width."""
+        if not is_last and width_out % self.heads:
+            raise UserError(f"model: heads={self.heads} of the network gat does not divide hidden={self.hidden}")
+        width = width_out if is_last else width_out // self.heads
+        layer: nn.Module = pyg.GATConv(width_in, width, heads=self.heads, concat=not is_last)
+        return layer
+
+
+for _settings in (MLPConfig, GCNConfig, GraphSAGEConfig, GINConfig, GATConfig):
+    NETWORKS.register(_settings)
