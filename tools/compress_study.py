@@ -229,7 +229,7 @@ def mega_flops(task: Task, model: MoEModel) -> float:
 
 
 @torch.no_grad()
-def time_ratio(task: Task, model: MoEModel, base: MoEModel, rounds: int = 15) -> float:
+def time_ratio(task: Task, model: MoEModel, base: MoEModel, rounds: int = 3) -> float:
     """Return the median, over pairs of passes that follow each other, of a pass's time over the base model's."""
     inputs, _ = some_examples(task)
     ratios = []
@@ -245,7 +245,7 @@ def seconds(model: MoEModel, inputs: tuple[Any, ...]) -> float:
     return time.perf_counter() - start
 
 
-def some_examples(task: Task, examples: int = 16) -> tuple[tuple[Any, ...], int]:
+def some_examples(task: Task, examples: int = 8) -> tuple[tuple[Any, ...], int]:
     """Return inputs of the first test examples, and how many positions they have."""
     rows_B = np.arange(min(examples, len(task.test)))
     batch = task.test.batch(rows_B, rows_B)
