@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from tests.helpers.board import read_board
 from tests.helpers.commands import finish, start
 from tests.helpers.text_runs import write_encoder, write_text_config
 from tests.helpers.texts import write_lm_config
+from tools import compress_study, forest_study
 from tools.bert_study import SEARCH_STEPS
 from tools.studies import StudyRun, command_given, directory_name, spread
 
@@ -50,6 +52,52 @@ def test_the_command_can_be_given_again(monkeypatch: pytest.MonkeyPatch) -> None
     given = ["here/lm_study.py", "model.gate={name: hash}", "--runs", "there", "--seeds", "2", "--at-once=1"]
     monkeypatch.setattr(sys, "argv", given)
     assert command_given() == "python tools/lm_study.py 'model.gate={name: hash}' --seeds 2"
+
+
+def test_a_table_of_compressed_models(tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        bases=["BERT, 8 experts"], shares=[0.25], methods=list(compress_study.METHODS), seeds=3
+    )
+    cells = list(compress_study.all_cells(options))
+    assert len(cells) == 2 + 8 + 9, "MC-SMoE is made while it recovers"
+    rows = {
+        (cell, seed): compress_study.Row(90 - i + 0.01 * seed * i, 1000, 2.0, 0.5)
+        for i, cell in enumerate(cells)
+        for seed in range(3)
+    }
+    table = compress_study.page(cells, rows, options)
+    lines = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
+    assert "As trained: 90.0000 ± 0.0000; trained on, as long as the others recover: 89.0100 ± 0.0100" in table
+    assert "(+4.95" in lines["random groups"], "against M-SMoE, five cells on"
+    assert lines["random groups"].count("*") == 2
+    assert lines["M-SMoE (router logits)"].count("(") == 1, "it is what others are compared with"
+    assert lines["MC-SMoE"].startswith("| MC-SMoE |  | ")
+    compress_study.draw(cells, rows, options, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_table_of_forests(tmp_path: Path) -> None:
+    options = argparse.Namespace(only=["domains", "random 8"], seeds=2)
+    labels = {"domains": ["twin", "ensemble", "ensemble, prior cached", "ensemble, prior cached, top_k 2", "average"]}
+    labels["domains"] += ["average, weights cached", "btx top_k", "btx comet, max_active 2"]
+    labels["random 8"] = ["ensemble"]
+    reports = {
+        (run, seed): {
+            "bits_per_byte": {
+                label: dict.fromkeys((forest_study.TRAINED_ON, forest_study.HELD_OUT), 2 + 0.1 * i + 0.01 * seed)
+                for i, label in enumerate(of_run)
+            },
+            "experts_per_token": dict.fromkeys(of_run, 1.0),
+        }
+        for run, of_run in labels.items()
+        for seed in range(2)
+    }
+    table = forest_study.page(reports, options)
+    assert "| dense, all domains | 2.0050 ± 0.0071 | 2.0050 ± 0.0071 | 1.0 |" in table
+    assert "| BTX, COMET | 2.7050 ± 0.0071 (+0.7000: +0.7000 to +0.7000 *)" in table
+    assert "c-BTM" not in table.split("| --- |")[1], "its run was not asked for"
+    forest_study.draw(reports, options, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
