@@ -114,12 +114,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Numbers of one cell and seed. ``mega_flops``: per token of a forward pass; ``time``: over that of its base."""
+    """Numbers of one cell and seed. ``mega_flops``: per token of a forward pass; ``time``: over that of its base; with
+    the number of parameters None where the row of the table has those of the run that did not recover."""
 
     quality: float
-    parameters: int
-    mega_flops: float
-    time: float
+    parameters: int | None = None
+    mega_flops: float | None = None
+    time: float | None = None
 
 
 def main() -> None:
@@ -205,7 +206,9 @@ def make(cell: Cell, seed: int, options: argparse.Namespace) -> None:
 def row_of(cell: Cell, seed: int, options: argparse.Namespace) -> Row:
     """Return the numbers of a cell; its model is measured beside that of its base."""
     directory = run_directory(cell, seed, options)
-    measured = directory / "measured.json"
+    quality, measured = read_json(directory / "study.json"), directory / "measured.json"
+    if cell.recovered and cell.method != LOW_RANK:
+        return Row(**quality)
     if not measured.is_file():
         source = run_directory(Cell(cell.base, 1.0, "as trained", False), seed, options)
         task = find_weights(directory).config.data.open(progress=False)
@@ -216,7 +219,7 @@ def row_of(cell: Cell, seed: int, options: argparse.Namespace) -> Row:
             "time": time_ratio(task, model, base),
         }
         write_json(measured, numbers)
-    return Row(**read_json(directory / "study.json"), **read_json(measured))
+    return Row(**quality, **read_json(measured))
 
 
 @torch.no_grad()
