@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -30,7 +29,16 @@ from matplotlib.figure import Figure
 from dist_moe.data.labelled_text import TASKS
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.sweeps.paired import paired_difference
-from tools.studies import StudyRun, command_given, directory_name, machine, spread, train_all, write_report
+from tools.studies import (
+    StudyRun,
+    command_given,
+    directory_name,
+    machine,
+    spread,
+    study_parser,
+    train_all,
+    write_report,
+)
 
 STUDIED = (
     "sentiment-movies",
@@ -156,16 +164,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "bert_study", "results/comet_bert")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all runs alike")
     parser.add_argument("--config", type=Path, default=Path("configs/comet_bert.yaml"))
     parser.add_argument("--teacher", nargs="*", default=[], metavar="key=value", help="for teachers alone")
-    parser.add_argument("--report", type=Path, default=Path("results/comet_bert"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/bert_study"), help="where the runs are kept")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(STUDIED), metavar="NAME")
     parser.add_argument("--orders", nargs="*", choices=TASKS, metavar="NAME", help="of --tasks; all")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side, a thread each")
     options = parser.parse_args()
     if options.orders is None:
         options.orders = options.tasks

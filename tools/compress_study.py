@@ -12,7 +12,6 @@ with the base model. Runs that are complete are not made again; the command can 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -35,9 +34,19 @@ from dist_moe.config.files import parse_json, read_json, write_json
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.supervised.runs import find_weights, trained_model
-from dist_moe.sweeps.paired import Difference, paired_difference
 from dist_moe.tasks import Task
-from tools.studies import StudyRun, command_given, directory_name, dist_moe, machine, spread, train_all, write_report
+from tools.studies import (
+    StudyRun,
+    beside,
+    command_given,
+    directory_name,
+    dist_moe,
+    machine,
+    spread,
+    study_parser,
+    train_all,
+    write_report,
+)
 
 _LM = ("model.gate={name: top_k, k: 2, balance_weight: 0.01}", "model.permutation=null")
 _TASK = "data.name=trec"
@@ -138,14 +147,10 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", type=Path, default=Path("results/compress"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/compress_study"), help="where the runs are kept")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = study_parser(__doc__, "compress_study", "results/compress")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), metavar="NAME")
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), metavar="X", help="of the experts")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side, a thread each")
     return parser.parse_args()
 
 
@@ -307,21 +312,10 @@ def share_table(
 
 
 def quality_cell(cell: Cell, rows: Rows, options: argparse.Namespace) -> str:
-    own = [rows[cell, seed].quality for seed in range(options.seeds)]
-    difference = to_first(cell, rows, options)
-    if difference is None:
-        return spread(own, 4)
-    star = "" if difference.verdict == "within" else " *"
-    return f"{spread(own, 4)} ({difference.mean:+.4f}: {difference.low:+.4f} to {difference.high:+.4f}{star})"
-
-
-def to_first(cell: Cell, rows: Rows, options: argparse.Namespace) -> Difference | None:
-    """Return the paired difference to M-SMoE of the same kind, None for itself and for a single seed."""
+    """Return the qualities of a cell beside those of M-SMoE of the same kind, if that is another."""
     first = Cell(cell.base, cell.share, FIRST, cell.recovered)
-    if cell == first or options.seeds < 2 or (first, 0) not in rows:
-        return None
-    own, other = (np.array([rows[c, seed].quality for seed in range(options.seeds)]) for c in (cell, first))
-    return paired_difference(own, other)
+    own, others = ([rows[c, s].quality for s in range(options.seeds) if (c, s) in rows] for c in (cell, first))
+    return beside(own, others if others and cell != first else None)
 
 
 def draw(cells: Sequence[Cell], rows: Rows, options: argparse.Namespace, path: Path) -> None:

@@ -11,7 +11,6 @@ trained again; the command can be stopped and given again.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +27,16 @@ from matplotlib.figure import Figure
 from dist_moe.config.files import read_json
 from dist_moe.recipes.branch_train_merge.evaluate import HELD_OUT, REPORT, TRAINED_ON
 from dist_moe.recipes.branch_train_merge.forest import FOLDER
-from dist_moe.sweeps.paired import Difference, paired_difference
-from tools.studies import StudyRun, command_given, directory_name, machine, spread, train_all, write_report
+from tools.studies import (
+    StudyRun,
+    beside,
+    command_given,
+    directory_name,
+    machine,
+    study_parser,
+    train_all,
+    write_report,
+)
 
 EIGHT = "[news, hobbies, lore, belles_lettres, government, learned, fiction, romance]"
 BTX = "{name: btx, gate: {name: top_k, k: 2}}, {name: btx, gate: {name: comet, k: 2, max_active: 2, gamma: 1.0}}"
@@ -122,13 +129,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "forest_study", "results/branch_train_merge")
     parser.add_argument("--config", type=Path, default=Path("configs/btm_small.yaml"))
-    parser.add_argument("--report", type=Path, default=Path("results/branch_train_merge"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/forest_study"), help="where the runs are kept")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help="of the runs")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side, a thread each")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all runs alike")
     return parser.parse_args()
 
@@ -186,20 +189,13 @@ def experts_per_token(arm: Arm, reports: Reports) -> float:
 
 
 def quality_cell(arm: Arm, domains: str, reports: Reports, options: argparse.Namespace) -> str:
-    own = [bits(arm, seed, domains, reports) for seed in range(options.seeds)]
-    difference = to_dense(arm, domains, reports, options)
-    if difference is None:
-        return spread(own, 4)
-    star = "" if difference.verdict == "within" else " *"
-    return f"{spread(own, 4)} ({difference.mean:+.4f}: {difference.low:+.4f} to {difference.high:+.4f}{star})"
-
-
-def to_dense(arm: Arm, domains: str, reports: Reports, options: argparse.Namespace) -> Difference | None:
-    """Return the paired difference to the dense run, None for itself, without it, and for a single seed."""
-    if arm == DENSE or options.seeds < 2 or DENSE.run not in options.only:
-        return None
-    own, dense = (np.array([bits(a, s, domains, reports) for s in range(options.seeds)]) for a in (arm, DENSE))
-    return paired_difference(own, dense)
+    """Return the bits per byte of an arm beside those of the dense run, if that is another and was asked for."""
+    own, dense = (
+        [bits(each, seed, domains, reports) for seed in range(options.seeds)] if each.run in options.only else None
+        for each in (arm, DENSE)
+    )
+    assert own is not None
+    return beside(own, None if arm == DENSE else dense)
 
 
 def draw(reports: Reports, options: argparse.Namespace, path: Path) -> None:

@@ -12,7 +12,6 @@ be stopped and given again.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,17 @@ from dist_moe.models.transformer import Transformer
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.recipe import load_config
 from dist_moe.tasks import build_model
-from tools.studies import StudyRun, command_given, directory_name, dist_moe, machine, spread, train_all, write_report
+from tools.studies import (
+    StudyRun,
+    command_given,
+    directory_name,
+    dist_moe,
+    machine,
+    spread,
+    study_parser,
+    train_all,
+    write_report,
+)
 
 _NO_SEARCH = "model.permutation=null"
 SWAPS = (
@@ -76,13 +85,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "lm_study", "results/lm_small")
     parser.add_argument("--config", type=Path, default=Path("configs/lm_small.yaml"))
-    parser.add_argument("--report", type=Path, default=Path("results/lm_small"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/lm_study"), help="where the runs are kept")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side, a thread each")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all runs alike")
     return parser.parse_args()
 

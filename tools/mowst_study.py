@@ -14,7 +14,6 @@ are not trained again; the command can be stopped and given again. Published fig
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import sys
@@ -32,7 +31,16 @@ from matplotlib.figure import Figure
 
 from dist_moe.recipes.recipe import load_config
 from dist_moe.sweeps.paired import Difference, paired_difference
-from tools.studies import StudyRun, command_given, directory_name, machine, spread, train_all, write_report
+from tools.studies import (
+    StudyRun,
+    command_given,
+    directory_name,
+    machine,
+    spread,
+    study_parser,
+    train_all,
+    write_report,
+)
 
 OFFICIAL, RANDOM = "official", "random"
 TUNING_SEED = 1000
@@ -170,19 +178,15 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "mowst_study", "results/mowst", seeds=10)
     parser.add_argument("--config", type=Path, default=Path("configs/mowst_cora.yaml"))
-    parser.add_argument("--report", type=Path, default=Path("results/mowst"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/mowst_study"), help="where the runs are kept")
     parser.add_argument("--graphs", nargs="+", default=["cora", "citeseer", "pubmed", "wordnet"], metavar="NAME")
     parser.add_argument("--root", type=Path, help="directory of the original files, if they are not to be fetched")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--rewired", nargs="*", type=float, default=[0.25, 0.5, 0.75], metavar="SHARE")
-    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--large-seeds", type=int, default=3, help="seeds on wordnet")
     parser.add_argument("--draws", type=int, default=4, help="of learning rate and dropout")
     parser.add_argument("--official", action=argparse.BooleanOptionalAction, default=True, help="official splits, too")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side, a thread each")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all runs alike")
     return parser.parse_args()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -15,12 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dist_moe.config.files import read_json
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.recipes.recipe import load_config
+from dist_moe.sweeps.paired import paired_difference
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,16 @@ class StudyRun:
             raise SystemExit(
                 f"{self.directory} has a run with another configuration: {changed[0]}; name another directory (--runs)"
             )
+
+
+def study_parser(description: str | None, study: str, report: str, seeds: int = 3) -> argparse.ArgumentParser:
+    """Return a parser of the options that studies have in common; runs are kept in ``runs/STUDY``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, default=Path(report))
+    parser.add_argument("--runs", type=Path, default=Path("runs") / study, help="where the runs are kept")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side, a thread each")
+    return parser
 
 
 def train_all(runs: Iterable[StudyRun], at_once: int, keep_weights: bool = True) -> None:
@@ -116,3 +129,15 @@ def spread(numbers: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation, with ``digits`` decimals."""
     deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):.{digits}f}{deviation}"
+
+
+def beside(own: Sequence[float], other: Sequence[float] | None) -> str:
+    """Mean ± standard deviation and, in brackets, the paired difference to ``other`` with its interval.
+
+    No difference without ``other`` or with a single pair. A star where the interval does not contain 0.
+    """
+    if other is None or len(own) < 2:
+        return spread(own, 4)
+    found = paired_difference(np.array(own), np.array(other))
+    star = "" if found.verdict == "within" else " *"
+    return f"{spread(own, 4)} ({found.mean:+.4f}: {found.low:+.4f} to {found.high:+.4f}{star})"

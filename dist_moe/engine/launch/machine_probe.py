@@ -84,12 +84,12 @@ def local_rates(device: torch.device) -> LocalRates:
 
     return LocalRates(
         gemm_flop_per_s_by_rows={rows: _product_rate(rows, device) for rows in ROWS},
-        elementwise_bytes_per_s=5 * size / _median_seconds(elementwise, device),
-        index_bytes_per_s=4 * size / _median_seconds(index, device),
-        scatter_bytes_per_s=3 * size / _median_seconds(scatter, device),
-        combine_bytes_per_s=2 * size / _median_seconds(combine, device),
-        sort_keys_per_s=_MOVED_ROWS / _median_seconds(lambda: torch.unique(keys, return_inverse=True), device),
-        layer_fixed_s=_median_seconds(lambda: layer(few_TD).outputs[0].sum().backward(), device),
+        elementwise_bytes_per_s=5 * size / median_seconds(elementwise, device),
+        index_bytes_per_s=4 * size / median_seconds(index, device),
+        scatter_bytes_per_s=3 * size / median_seconds(scatter, device),
+        combine_bytes_per_s=2 * size / median_seconds(combine, device),
+        sort_keys_per_s=_MOVED_ROWS / median_seconds(lambda: torch.unique(keys, return_inverse=True), device),
+        layer_fixed_s=median_seconds(lambda: layer(few_TD).outputs[0].sum().backward(), device),
     )
 
 
@@ -104,7 +104,7 @@ def _product_rate(rows: int, device: torch.device) -> float:
         y_NF = grouped_linear(x_ND, weight_EDF, bias_EF, [rows] * _EXPERTS)
         torch.autograd.grad(y_NF, (x_ND, weight_EDF, bias_EF), grad_NF)
 
-    return 6.0 * _EXPERTS * rows * WIDTH**2 / _median_seconds(products, device)
+    return 6.0 * _EXPERTS * rows * WIDTH**2 / median_seconds(products, device)
 
 
 class _SmallModel(nn.Module):
@@ -134,7 +134,7 @@ def step_fixed_seconds(groups: ProcessGroups) -> float:
         engine.step()
 
     try:
-        return _median_seconds(step, groups.device)
+        return median_seconds(step, groups.device)
     finally:
         engine.destroy()
 
@@ -150,10 +150,10 @@ def link_rates(group: dist.ProcessGroup, device: torch.device) -> LinkRates:
         rows = [len(x) // world.size] * world.size
         return lambda: world.exchange(x, rows, rows)
 
-    latency = _median_seconds(exchange(tiny), device, REPETITIONS * 4)
-    to_all = _median_seconds(exchange(large), device) - latency
+    latency = median_seconds(exchange(tiny), device, REPETITIONS * 4)
+    to_all = median_seconds(exchange(large), device) - latency
     reduced = torch.zeros(_LARGE_BYTES // 4, device=device)
-    reduce = _median_seconds(lambda: dist.all_reduce(reduced, group=group), device) - latency
+    reduce = median_seconds(lambda: dist.all_reduce(reduced, group=group), device) - latency
     ring = 2 * _LARGE_BYTES * peers / world.size
     return LinkRates(4 * share * peers / max(to_all, 1e-9), ring / max(reduce, 1e-9), latency / peers)
 
@@ -175,7 +175,7 @@ def mean_rates(measured: Sequence[LocalRates]) -> LocalRates:
     return replace(measured[0], gemm_flop_per_s_by_rows=gemm, **{name: mean(name) for name in names})
 
 
-def _median_seconds(function: Callable[[], object], device: torch.device, repetitions: int = REPETITIONS) -> float:
+def median_seconds(function: Callable[[], object], device: torch.device, repetitions: int = REPETITIONS) -> float:
     """Return the median wall-clock time of a call, after two that do not count."""
     seconds = []
     for repetition in range(repetitions + 2):

@@ -8,8 +8,7 @@ and the strong network runs for some nodes alone.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from dist_moe.config.files import write_json
 from dist_moe.engine.checkpoint import place_weights, read_model
 from dist_moe.engine.checkpoint.files import tested_checkpoint
+from dist_moe.engine.launch.machine_probe import median_seconds
 from dist_moe.errors import UserError
 from dist_moe.models import WeakStrongNodes
 from dist_moe.models.graphs import logits_of_some
@@ -29,7 +29,7 @@ from dist_moe.recipes.supervised.report import metrics_table, predictor_rows
 from dist_moe.tasks import build_model, evaluate, evaluate_baselines
 
 TIMINGS = 5
-"""Passes of which the median time counts."""
+"""Passes of which the median time counts, after two that do not."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ def _rows(found: Mapping[str, Any], alone: Mapping[str, Any]) -> dict[str, dict[
     return rows
 
 
+@torch.no_grad()
 def _inference(model: WeakStrongNodes, task: Any, recipe: Any, seed: int) -> dict[str, Any]:
     """Return accuracies on the test nodes, and the measured cost of asking the strong network for some alone."""
     val, test = answers_of(model, task.val), answers_of(model, task.test)
@@ -156,7 +157,7 @@ def _inference(model: WeakStrongNodes, task: Any, recipe: Any, seed: int) -> dic
             "strong_share": float(asks_B.double().mean()),
         },
         "microseconds_per_test_node": {
-            name: 1e6 * _seconds(work) / len(node_B)
+            name: 1e6 * median_seconds(work, device, TIMINGS) / len(node_B)
             for name, work in {
                 "weak": lambda: weak(*inputs),
                 "strong_whole_graph": lambda: strong(*inputs),
@@ -165,17 +166,3 @@ def _inference(model: WeakStrongNodes, task: Any, recipe: Any, seed: int) -> dic
             }.items()
         },
     }
-
-
-@torch.no_grad()
-def _seconds(work: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(TIMINGS):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
