@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -43,7 +44,8 @@ def _import_muon_uncompiled() -> None:
 
     compile_at_once, compiler.compile = compiler.compile, lambda: lambda function: function
     try:
-        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+        with contextlib.suppress(ImportError):  # DeepSpeed does without it, too
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:
         compiler.compile = compile_at_once
 
