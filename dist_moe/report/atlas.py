@@ -27,7 +27,7 @@ _LEAST, _WORDS = 5, 8
 
 @dataclass
 class LayerAtlas:
-    """What a layer's experts saw. ``count_CE``: assignments by kind of example and expert; ``words_E``: of words."""
+    """Tokens that a layer's experts saw. ``count_CE``: by kind of example and expert. ``words_E``: as words."""
 
     count_CE: NDArray[np.float64]
     words_E: list[Counter[str]] = field(default_factory=list)
@@ -66,7 +66,7 @@ Choice = tuple[Tensor, Tensor]
 """Tokens (N,) and experts (N,) of the assignments that a layer made of a batch."""
 
 Seen = tuple[NDArray[np.int64], Sequence[str] | None, dict[str, Choice]]
-"""Of a batch the kind of each of its T tokens, their words if they have any, and the choices of each layer."""
+"""The kind of each of the T tokens of a batch, their words if they have any, and the choices of each layer."""
 
 
 def draw_up(kinds: Sequence[str], batches: Iterable[Seen], experts: int, examples: int) -> Atlas:
@@ -131,7 +131,7 @@ def atlas_of_hugging_face(directory: Path, texts: Sequence[Path], *, length: int
 
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
-        contents = [path.read_text("utf-8") for path in texts]
+        contents = [path.read_text(encoding="utf-8") for path in texts]
     except (OSError, ValueError) as error:
         raise UserError(f"--hf {directory}: {error}") from error
     k = getattr(model.config, "num_experts_per_tok", None)

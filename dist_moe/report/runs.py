@@ -1,4 +1,4 @@
-"""What a run directory tells without its model: records, metrics, environment, stages."""
+"""The files of a run directory, read without its model: records, metrics, environment, stages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is read of a run, or of a stage of one.
+    """Numbers and texts of a run, or of a stage of one.
 
     ``curves``: numbers of steps by their names in ``metrics.jsonl``. ``validations``: those of validations.
     ``load_step_N``, ``load_NLE``: assignments per MoE layer and expert at these steps, as shares of their layer's.
@@ -84,7 +84,7 @@ def _read(run: RunDirectory, name: str) -> RunRecord:
         summary=_content(run.summary),
         result=_content(run.result),
         environment=_content(run.environment),
-        config=run.config.read_text("utf-8"),
+        config=run.config.read_text(encoding="utf-8"),
         stages=tuple(_read(RunDirectory(path.parent), f"{name}: {path.parent.name}") for path in config_paths),
     )
 
