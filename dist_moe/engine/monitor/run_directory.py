@@ -9,6 +9,7 @@ tensorboard/        the same and more, to look at
 checkpoints/        see dist_moe.engine.checkpoint.format
 summary.json        test metrics, beside those of simple predictors
 result.json         of a stage of a recipe: what it found; written last, so that its presence means that it has finished
+report.html         the run as a page, see dist_moe.report
 *.png               pictures of the test, of tasks that have some
 run-000001.lock     while a job works here, see dist_moe.engine.monitor.run_lock
 
