@@ -13,7 +13,15 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
 from dist_moe.models.graphs.classifier import NodeModelConfig
-from dist_moe.models.graphs.networks import NETWORKS, GCNConfig, MLPConfig, NetworkConfig, NetworkSettings, NodeNetwork
+from dist_moe.models.graphs.networks import (
+    NETWORKS,
+    GCNConfig,
+    MLPConfig,
+    NetworkConfig,
+    NetworkSettings,
+    NodeNetwork,
+    Sample,
+)
 from dist_moe.models.moe_model import MoEModel, RunShape
 from dist_moe.models.weak_strong import (
     ConfidenceConfig,
@@ -45,7 +53,7 @@ class WeakStrongConfig(NodeModelConfig):
         return WeakStrongNodes(WeakStrong(weak, strong, self.confidence.build(num_features), self.mixture, rows_of))
 
 
-def rows_of(x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> Tensor:
+def rows_of(x_ND: Tensor, edge_2E: Tensor | Sample, node_B: Tensor) -> Tensor:
     """Return the features of the nodes."""
     return x_ND[node_B]
 
@@ -65,7 +73,7 @@ class WeakStrongNodes(MoEModel):
         assert isinstance(strong, NodeNetwork)
         return weak, strong
 
-    def forward(self, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> WeakStrongOutput:
+    def forward(self, x_ND: Tensor, edge_2E: Tensor | Sample, node_B: Tensor) -> WeakStrongOutput:
         """Return the output of both networks."""
         output: WeakStrongOutput = self.layer(x_ND, edge_2E, node_B)
         return output
