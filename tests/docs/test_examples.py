@@ -65,7 +65,7 @@ def test_ddp_ends_every_time() -> None:
     assert all(len(on_ranks(2, printed_by, str(DDP))) == 2 for _ in range(20))
 
 
-def test_the_readme_shows_the_example_in_twenty_lines() -> None:
+def test_a_page_shows_the_example_in_twenty_lines() -> None:
     lines = DDP.read_text().split("\n\n", 1)[1].splitlines()
     assert len([line for line in lines if line.strip()]) <= 20
-    assert "\n".join(lines) in (REPOSITORY / "README.md").read_text()
+    assert "\n".join(lines) in (REPOSITORY / "docs/library.md").read_text()

@@ -20,7 +20,7 @@ from dist_moe.models.graphs import NodeNetwork
 from dist_moe.models.weak_strong import WeakStrongOutput
 from dist_moe.tasks.graphs.deciles import ConfidenceWatch, draw_deciles
 from dist_moe.tasks.objective import at_least_fp32
-from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
+from dist_moe.tasks.task import Categories, Columns, Metrics, PredictionKind, Task
 
 WEAK_STRONG_COLUMNS = ("loss_weak", "accuracy_weak", "loss_strong", "accuracy_strong", "confidence")
 """Observed columns of a weak and a strong expert, after those of the mixture."""
@@ -62,6 +62,10 @@ class NodeClassificationTask(Task):
         parts = {part: [getattr(self, part).node_N, getattr(self, part).label_N] for part in PARTS}
         whole = {"graph": [self.graph.x_ND, self.graph.edge_2E], "sizes": self.model_inputs()}
         return {name: digest_of_content(value) for name, value in (parts | whole).items()}
+
+    def categories(self, part: NodeTable) -> Categories:
+        """Return the class of each node."""
+        return Categories(tuple(f"class {i}" for i in range(self.num_classes)), part.label_N)
 
     def id_counts(self) -> Tensor:
         """Return how often each node occurs in training: once or never."""
