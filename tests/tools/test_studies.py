@@ -88,12 +88,13 @@ def test_a_table_of_forests(tmp_path: Path) -> None:
                 for i, label in enumerate(of_run)
             },
             "experts_per_token": dict.fromkeys(of_run, 1.0),
+            "flops_per_token": dict.fromkeys(of_run, 3.5e6),
         }
         for run, of_run in labels.items()
         for seed in range(2)
     }
     table = forest_study.page(reports, options)
-    assert "| dense, all domains | 2.0050 ± 0.0071 | 2.0050 ± 0.0071 | 1.0 |" in table
+    assert "| dense, all domains | 2.0050 ± 0.0071 | 2.0050 ± 0.0071 | 1.0 | 3.50 |" in table
     assert "| BTX, COMET | 2.7050 ± 0.0071 (+0.7000: +0.7000 to +0.7000 *)" in table
     assert "c-BTM" not in table.split("| --- |")[1], "its run was not asked for"
     forest_study.draw(reports, options, tmp_path / "figure.png")
