@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import entr
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "max": 1.0}
 """The quantiles of experts per token that a record has, by the ends of their names."""
@@ -25,8 +24,9 @@ def effective_experts(load: ArrayLike) -> NDArray[np.float64]:
     if load.ndim == 0:
         raise ValueError("load: needs an axis of experts, got a single number")
     total = load.sum(axis=-1, keepdims=True)
-    effective = np.exp(entr(load / np.where(total > 0, total, 1.0)).sum(axis=-1))
-    return np.where(total[..., 0] > 0, effective, 0.0)
+    share = load / np.where(total > 0, total, 1.0)
+    entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=-1)
+    return np.where(total[..., 0] > 0, np.exp(entropy), 0.0)
 
 
 def describe_load(records: Sequence[dict[str, Any]], experts: Sequence[int]) -> None:
