@@ -21,7 +21,7 @@ from dist_moe.engine.monitor.board_tags import LAYOUT, TAGS
 from dist_moe.engine.monitor.event_records import crc32c, framed
 from dist_moe.engine.monitor.load import HISTOGRAM, describe_load, effective_experts
 from dist_moe.engine.monitor.load_history import MAX_COLUMNS, LoadHistory, over_time, step_names
-from dist_moe.engine.monitor.pictures import Bars, HeatMap, draw
+from dist_moe.engine.monitor.pictures import Bars, HeatMap, NamedBars, draw
 from dist_moe.engine.monitor.speed import describe_speed, peak_flops_of
 from dist_moe.engine.monitor.tensorboard import LOAD_SHARE, TensorBoardTracker
 from tests.helpers.board import read_board, steps_of
@@ -192,5 +192,9 @@ def test_a_picture_has_the_colours_of_its_numbers() -> None:
     drawn = [(field[:, place] == (49, 104, 142)).all(axis=1).sum() for place in places]
     assert drawn[0] == pytest.approx(bars.size[1] / 4, abs=3)
     assert drawn[1] == pytest.approx(bars.size[1], abs=3)
+    named = NamedBars({"first": 1.0, "second": 2.0}, "title")
+    field = np.asarray(draw([named]))[28:, 72:].astype(int)
+    lengths = [(field[18 * i + 8] == (49, 104, 142)).all(axis=1).sum() for i in (0, 1)]
+    assert lengths == [pytest.approx(named.size[0] / 2, abs=2), pytest.approx(named.size[0], abs=2)]
     with pytest.raises(ValueError, match="at least one"):
         draw([])

@@ -6,7 +6,7 @@ first may spend. Colours are viridis, which all kinds of colour vision tell apar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -69,10 +69,9 @@ class HeatMap:
         image.paste(bar, (left + w + 10, top))
         for value, y in ((high, top + 5), (low, top + h - 5)):
             _write(canvas, (left + w + 27, y), f"{value:.3g}", "lm")
-        if self.nothing:
-            _write(canvas, (left + w + 10, top + h + 12), f"white: {self.nothing}", "lm")
         _write(canvas, (left, top - 12), f"{self.title} (colour: {self.unit})", "lm")
-        _write(canvas, (left + w / 2, top + h + 28), f"{self.columns} (down: {self.rows})", "mm")
+        white = f"; white: {self.nothing}" if self.nothing else ""
+        _write(canvas, (left, top + h + 28), f"{self.columns} (down: {self.rows}{white})", "lm")
 
     def _limits(self) -> tuple[float, float]:
         known = self.values[~np.isnan(self.values)]
@@ -83,13 +82,12 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Bars:
-    """Numbers (W,) >= 0 as bars, one for each id. ``line``: a value to compare with, dashed. Names as in HeatMap."""
+    """Numbers (W,) >= 0 as bars, one for each id. ``line``: a value to compare with, dashed."""
 
     values: NDArray[np.float64]
     title: str
     columns: str
     unit: str
-    column_names: Sequence[str] | None = None
     line: float | None = None
 
     @property
@@ -100,24 +98,47 @@ class Bars:
     def draw(self, canvas: ImageDraw.ImageDraw, image: Image.Image, left: int, top: int) -> None:
         """Draw into ``image``, the field's corner at (left, top)."""
         (w, h), count = self.size, len(self.values)
-        highest = max(float(np.nan_to_num(self.values).max(initial=0.0)), self.line or 0.0) or 1.0
-        for i, value in enumerate(np.nan_to_num(self.values)):
+        highest = max(float(self.values.max(initial=0.0)), self.line or 0.0) or 1.0
+        for i, value in enumerate(self.values):
             x, gap = left + i * w / count, 0.1 * w / count
             canvas.rectangle((x + gap, top + h * (1 - value / highest), x + w / count - gap, top + h), fill=_BAR)
         if self.line is not None:
             y = top + h * (1 - self.line / highest)
-            for x in range(left, left + w, 10):
-                canvas.line((x, y, x + 5, y), fill=_INK)
+            for dash in range(left, left + w, 10):
+                canvas.line((dash, y, dash + 5, y), fill=_INK)
             _write(canvas, (left + w + 5, y), f"{self.line:.3g}", "lm")
         canvas.line((left, top, left, top + h, left + w, top + h), fill=_INK)
         for value, y in ((highest, top), (0.0, top + h)):
             _write(canvas, (left - 5, y), f"{value:.3g}", "rm")
-        _column_ticks(canvas, left, top + h, w, count, self.column_names)
+        _column_ticks(canvas, left, top + h, w, count, None)
         _write(canvas, (left, top - 12), f"{self.title} ({self.unit})", "lm")
         _write(canvas, (left + w / 2, top + h + 28), self.columns, "mm")
 
 
-Panel = HeatMap | Bars
+@dataclass(frozen=True)
+class NamedBars:
+    """Numbers >= 0 by name as bars that lie, one below the other, each with its number."""
+
+    values: Mapping[str, float]
+    title: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the field in pixels."""
+        return _WIDTHS[1], 18 * len(self.values)
+
+    def draw(self, canvas: ImageDraw.ImageDraw, image: Image.Image, left: int, top: int) -> None:
+        """Draw into ``image``, the field's corner at (left, top)."""
+        highest = max(*self.values.values(), 0.0) or 1.0
+        for i, (name, value) in enumerate(self.values.items()):
+            y = top + 18 * i
+            canvas.rectangle((left, y + 2, left + self.size[0] * value / highest, y + 15), fill=_BAR)
+            _write(canvas, (left - 5, y + 9), name[:10], "rm")
+            _write(canvas, (left + self.size[0] + 8, y + 9), f"{value:.4g}", "lm")
+        _write(canvas, (left, top - 12), self.title, "lm")
+
+
+Panel = HeatMap | Bars | NamedBars
 
 
 def draw(panels: Sequence[Panel]) -> Image.Image:

@@ -34,7 +34,7 @@ from dist_moe.engine.monitor.board_tags import LAYOUT, MEANINGS, split_metrics, 
 from dist_moe.engine.monitor.event_records import contents_of, framed
 from dist_moe.engine.monitor.load import effective_experts
 from dist_moe.engine.monitor.load_history import LoadHistory, over_time, step_names
-from dist_moe.engine.monitor.pictures import Bars, HeatMap, Panel, draw, has_grown, png
+from dist_moe.engine.monitor.pictures import Bars, HeatMap, NamedBars, Panel, draw, has_grown, png
 from dist_moe.engine.monitor.record_file import RecordFile
 from dist_moe.engine.monitor.trackers import TRACKERS, FileTracker, Say, Tracker, TrackerSettings
 
@@ -246,7 +246,7 @@ def _panels_of(name: str, content: Mapping[str, Any]) -> list[Panel]:
     """Return pictures of a mapping of numbers (bars), of equal mappings of numbers (a heat map), or of deeper ones."""
     numbers = {key: float(x) for key, x in content.items() if isinstance(x, (int, float))}
     if len(numbers) > 1:
-        return [Bars(np.array(list(numbers.values())), name, "", "", list(numbers))]
+        return [NamedBars(numbers, name)]
     inner = [one for one in content.values() if isinstance(one, Mapping)]
     names = list(inner[0]) if inner else []
     if names and all(list(one) == names and all(isinstance(x, (int, float)) for x in one.values()) for one in inner):
