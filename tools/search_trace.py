@@ -4,7 +4,8 @@
 
 trains the small recommender (``configs/movielens_small.yaml``) for the first steps with each gate and search, and draws
 how many rows of the table differ from those before the first step, step by step. The rows of a Sinkhorn search are read
-off R. Nothing is concluded about losses: see a study with several seeds for that.
+off R. A trace that is kept in ``--runs`` is not computed again. Nothing is concluded about losses: see a study with
+several seeds for that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
+from dist_moe.config.files import read_json, write_json
 from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import process_groups
@@ -27,7 +29,7 @@ from dist_moe.recipes.supervised.recipe import feed_of, weighted_objective
 from dist_moe.search import PermutationSearch
 from dist_moe.tasks import build_model
 from dist_moe.tasks.task import Task
-from tools.studies import command_given, machine, study_parser, write_report
+from tools.studies import command_given, directory_name, machine, study_parser, write_report
 
 CONFIG = Path("configs/movielens_small.yaml")
 STEPS = 120
@@ -132,10 +134,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of each run")
     options = parser.parse_args()
     task = load_config(CONFIG).data.open(progress=True)
-    traces = {}
+    traces: dict[tuple[str, str], list[Any]] = {}
     for gate in GATES:
         for search in SEARCHES:
-            traces[gate, search] = [trace(task, gate, search, seed, options.steps) for seed in range(options.seeds)]
+            traces[gate, search] = []
+            for seed in range(options.seeds):
+                kept = options.runs / f"{directory_name(gate, search, options.steps, seed)}.json"
+                if not kept.exists():
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(kept, trace(task, gate, search, seed, options.steps))
+                traces[gate, search].append(read_json(kept))
             print(gate, search, traces[gate, search][0][0][-1], flush=True)
     caption = (
         f"Rows of the table that differ from those before the first step, {options.steps} steps of `{CONFIG}` under "

@@ -14,12 +14,12 @@ from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.layer import DenseReplay
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.callbacks.permutation import TOKENS, PermutationCallback
-from dist_moe.recipes.callbacks.table_search import batches_of, task_loss
+from dist_moe.recipes.callbacks.table_search import batches_of, ready_to_search, task_loss
 from dist_moe.recipes.recipe import load_config
 from dist_moe.search import PermutationSearch
 from dist_moe.tasks import build_model
 from tests.helpers.board import read_board, steps_of
-from tests.helpers.commands import succeed
+from tests.helpers.commands import run_here
 from tests.helpers.runs import summary_of, write_config
 
 
@@ -41,11 +41,12 @@ def test_rounding_gain_is_the_loss_with_the_soft_matrix_less_that_with_the_table
     gates = len(model.moe_layers["moe"].gates)
     losses = []
     for matrix in (search.soft[0], torch.eye(4)[[2, 0, 3, 1]].unsqueeze(0)):
-        with torch.no_grad(), model.moe_layers["moe"].replayed_by(DenseReplay([matrix] * gates)):
+        replay = model.moe_layers["moe"].replayed_by(DenseReplay([matrix.double()] * gates))
+        with ready_to_search(model), torch.no_grad(), replay:
             losses.append(loss(batch).item())
     assert search.table.flatten().tolist() == [2, 0, 3, 1]
-    assert gain == pytest.approx(losses[0] - losses[1], abs=1e-6)
-    assert abs(gain) > 1e-5
+    assert gain == pytest.approx(losses[0] - losses[1], abs=1e-9)
+    assert abs(gain) > 1e-7
 
 
 @pytest.mark.parametrize(("options", "warns"), [("schedule: paper", True), ("control: random", False)])
@@ -55,9 +56,9 @@ def test_a_run_records_its_stage_and_warns_where_no_row_moved(
     """The rate is so low that the paper's schedule moves nothing; of a control nobody expects that."""
     config = write_config(tmp_path, tiny_data, train={"max_steps": 12, "log_every": 4})
     rate = "deepspeed.optimizer.params.lr=1e-6"
-    (outcome,) = succeed(
-        1, "train", config, "--run-dir", tmp_path / "run", rate, f"model.permutation={{epochs: 0.1, {options}}}"
-    )
+    stage = f"model.permutation={{epochs: 0.1, {options}}}"
+    outcome = run_here(["train", str(config), "--run-dir", str(tmp_path / "run"), rate, stage])
+    assert outcome.code == 0, outcome.err
     found = summary_of(tmp_path / "run")["permutation"]
     assert found["layers"]["moe"]["rows_changed"] == 0
     assert found["layers"]["moe"]["rows"] == 4
