@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_moe.config.files import parse_json, read_json, write_json
+from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.supervised.runs import find_weights, trained_model
@@ -48,12 +49,16 @@ from tools.studies import (
     write_report,
 )
 
-_LM = ("model.gate={name: top_k, k: 2, balance_weight: 0.01}", "model.permutation=null")
+_LM = (
+    *("model.gate={name: top_k, k: 2, balance_weight: 0.01}", "model.permutation=null"),
+    *("model.layers=2", "model.moe_every=1", "data.sequence_length=128"),
+    *("train.batch_size=16", "train.epochs=0.55", "train.validate_every=200"),  # 400 steps
+)
 _TASK = "data.name=trec"
 
 
 def _recovery(steps: int, lr: float) -> tuple[str, ...]:
-    """Return overrides of a recovery of an eighth, or a quarter, of the training's steps."""
+    """Return overrides of a recovery of a twentieth, or a quarter, of the training's steps."""
     warmed = {"total_num_steps": steps, "warmup_num_steps": steps // 8, "warmup_max_lr": lr, "warmup_type": "linear"}
     schedule = {"type": "WarmupDecayLR", "params": warmed}
     return (f"train.max_steps={steps}", f"deepspeed.optimizer.params.lr={lr}", f"deepspeed.scheduler={schedule}")
@@ -77,10 +82,10 @@ class Base:
 
 BASES = {
     "language model, 8 experts": Base(
-        "configs/lm_small.yaml", (*_LM, "model.num_experts=8"), 8, "bits_per_byte", 1, _recovery(28, 1e-3)
+        "configs/lm_small.yaml", (*_LM, "model.num_experts=8"), 8, "bits_per_byte", 1, _recovery(20, 1e-3)
     ),
     "language model, 32 experts": Base(
-        "configs/lm_small.yaml", (*_LM, "model.num_experts=32"), 32, "bits_per_byte", 1, _recovery(28, 1e-3)
+        "configs/lm_small.yaml", (*_LM, "model.num_experts=32"), 32, "bits_per_byte", 1, _recovery(20, 1e-3)
     ),
     "BERT, 8 experts": Base(
         "configs/comet_bert.yaml",
@@ -150,8 +155,13 @@ def parse() -> argparse.Namespace:
     parser = study_parser(__doc__, "compress_study", "results/compress")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), metavar="NAME")
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), metavar="X", help="of the experts")
+    parser.add_argument(
+        "--recovered", nargs="*", type=float, metavar="X", help="shares at which they recover, too (default: all)"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.recovered = options.shares if options.recovered is None else options.recovered
+    return options
 
 
 def trained(wanted: str, name: str, seed: int, options: argparse.Namespace) -> StudyRun | None:
@@ -170,7 +180,7 @@ def all_cells(options: argparse.Namespace) -> Iterator[Cell]:
     for name in options.bases:
         yield from (Cell(name, 1.0, "as trained", recovered) for recovered in (False, True))
         for share in options.shares:
-            for recovered in (False, True):
+            for recovered in (False, True) if share in options.recovered else (False,):
                 made = (method for method in options.methods if recovered or method != LOW_RANK)
                 yield from (Cell(name, share, method, recovered) for method in made)
 
@@ -203,7 +213,8 @@ def make(cell: Cell, seed: int, options: argparse.Namespace) -> None:
         recipe = {"name": "merge_compress", "source": str(source.resolve())}
         write_json(directory.with_suffix(".yaml"), {"recipe": recipe})
         dist_moe("train", directory.with_suffix(".yaml"), *base.recovery, "--run-dir", directory, "--auto-resume")
-    told = parse_json(dist_moe("evaluate", directory, "--json"))
+    found = RunDirectory(directory / "stages" / "recover").result  # which tells what was evaluated at its end
+    told = read_json(found) if found.is_file() else parse_json(dist_moe("evaluate", directory, "--json"))
     write_json(result, {"quality": base.scale * told["test"][base.metric]})
     print(f"{directory}: {told['test'][base.metric]:.4f}", flush=True)
 
@@ -302,8 +313,10 @@ def share_table(
     yield "| --- | --- | --- | --- | --- | --- |"
     for method in options.methods:
         pair = [cell for cell in cells if (cell.base, cell.share, cell.method) == (name, share, method)]
-        qualities = [quality_cell(cell, rows, options) for cell in pair]
-        qualities = [""] * (2 - len(qualities)) + qualities  # MC-SMoE is made while it recovers
+        if not pair:
+            continue
+        found = {cell.recovered: quality_cell(cell, rows, options) for cell in pair}
+        qualities = [found.get(recovered, "") for recovered in (False, True)]  # MC-SMoE is made while it recovers
         of_first = [rows[pair[0], seed] for seed in range(options.seeds)]
         sizes = f"{statistics.mean(row.parameters for row in of_first):,.0f}"
         flops = f"{statistics.mean(row.mega_flops for row in of_first):.2f}"
@@ -335,7 +348,8 @@ def draw(cells: Sequence[Cell], rows: Rows, options: argparse.Namespace, path: P
                     for seed in range(options.seeds)
                     if (Cell(name, share, method, recovered), seed) in rows
                 ]
-                axes.plot(*zip(*points, strict=True), "o", color=colour, ms=4, label=label)
+                if points:
+                    axes.plot(*zip(*points, strict=True), "o", color=colour, ms=4, label=label)
             axes.set(title=f"{name}, {share:.0%}", xlabel=BASES[name].metric, ylim=(len(options.methods) - 0.5, -0.5))
             axes.set_yticks(range(len(options.methods)), options.methods)
             axes.grid(axis="x", alpha=0.3)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_moe.cli.main import console_script
 from dist_moe.config.files import read_json
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of
 from dist_moe.engine.monitor.run_directory import RunDirectory
@@ -89,13 +91,29 @@ def train_all(runs: Iterable[StudyRun], at_once: int, keep_weights: bool = True)
 
 def dist_moe(*arguments: object) -> str:
     """Return what the command prints; one thread. Raises SystemExit with its last words if it fails."""
-    words = [sys.executable, "-m", "dist_moe", *map(str, arguments)]
-    done = subprocess.run(
-        words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, encoding="utf-8"
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
-    return done.stdout
+    # A process of its own, forked from one that has imported what takes longest.
+    forks = multiprocessing.get_context("forkserver")
+    imported = ("__main__", "deepspeed", "dist_moe.cli.main", "dist_moe.recipes", "torch._dynamo", "scipy.stats")
+    forks.set_forkserver_preload([*imported])
+    words = [str(argument) for argument in arguments]
+    os.environ["OMP_NUM_THREADS"] = "1"  # read as torch is imported
+    with tempfile.TemporaryDirectory() as directory:
+        out, err = (Path(directory) / name for name in ("out", "err"))
+        process = forks.Process(target=_command, args=(words, out, err))
+        process.start()
+        process.join()
+        if process.exitcode:
+            last = err.read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise SystemExit(f"dist-moe {' '.join(words)} failed:\n{last}")
+        return out.read_text(encoding="utf-8")
+
+
+def _command(words: list[str], out: Path, err: Path) -> None:
+    """The command line in this process, whose output goes to the files."""
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.argv = ["dist-moe", *words]
+    console_script()
 
 
 def directory_name(*parts: object) -> str:

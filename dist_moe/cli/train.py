@@ -64,9 +64,21 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dist_moe.recipes.recipe import train
+    return _plan_and(_train, options) if options.emulate is None else _emulate(options)
 
-    return _plan_and(train, options) if options.emulate is None else _emulate(options)
+
+def _train(plan: Plan) -> int:
+    """Train as planned, and draw the report of a run that has ended."""
+    from dist_moe.recipes.recipe import train
+    from dist_moe.report import REPORT, report_of_runs
+
+    code, run = train(plan), plan.start.run
+    if code == 0 and plan.start.environment.is_rank_zero:
+        try:
+            report_of_runs([run.root], run.root / REPORT, atlas=False)
+        except UserError as error:
+            plan.start.say(f"warning: there is no report: {error}")
+    return code
 
 
 def _emulate(options: argparse.Namespace) -> int:

@@ -38,6 +38,14 @@ class ExampleShape:
     places: int = 1
 
 
+@dataclass(frozen=True)
+class Categories:
+    """Kinds of examples by name, and ``kind_N``: int64, the number of the kind of each example of a part."""
+
+    names: tuple[str, ...]
+    kind_N: NDArray[np.int64]
+
+
 class Watch(ExitStack):
     """Looks on while a model is evaluated, by default at nothing; what it has put on the model it takes off at exit."""
 
@@ -130,6 +138,18 @@ class Task(ABC):
     def baselines(self, part: Any, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """Return the metrics of predictors that a model must beat, by name."""
         return {}
+
+    def categories(self, part: Any) -> Categories | None:
+        """Return what kind each example of ``part`` is, for pictures of what each expert sees; None: not known."""
+        return None
+
+    def example_of_token(self, batch: Any) -> Tensor:
+        """Return (T,) int64: the example of ``batch`` to which each token belongs that MoE layers route."""
+        return torch.arange(len(batch)).repeat_interleave(self.tokens_per_example)
+
+    def words(self, batch: Any) -> list[str] | None:
+        """Return each token of ``batch`` as a person reads it, in the order of routing; None: they have no names."""
+        return None
 
     def watch(self, model: Any) -> Watch:
         """Return what looks on while ``model`` is evaluated."""

@@ -22,7 +22,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(plan, "plan_new_run", lambda *arguments: calls.append(("new", *arguments)))
     monkeypatch.setattr(plan, "plan_resumed_run", lambda *arguments, **_: calls.append(("resume", *arguments)))
-    monkeypatch.setattr("dist_moe.recipes.recipe.train", lambda _: 0)
+    monkeypatch.setattr("dist_moe.cli.train._train", lambda _: 0)
     return calls
 
 

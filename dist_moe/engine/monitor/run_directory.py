@@ -9,6 +9,7 @@ tensorboard/        the same and more, to look at
 checkpoints/        see dist_moe.engine.checkpoint.format
 summary.json        test metrics, beside those of simple predictors
 result.json         of a stage of a recipe: what it found; written last, so that its presence means that it has finished
+report.html         the run as a page, see dist_moe.report
 *.png               pictures of the test, of tasks that have some
 run-000001.lock     while a job works here, see dist_moe.engine.monitor.run_lock
 
@@ -23,6 +24,7 @@ import platform
 import sys
 import weakref
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,11 @@ from dist_moe.errors import UserError
 _FILES = ("config.yaml", "environment.json", "metrics.jsonl", "metrics.jsonl.bad", "summary.json", "stall.txt")
 _DIRECTORIES = ("tensorboard", "heartbeats", "checkpoints", "best", "stages")
 _PACKAGES = ("torch", "deepspeed", "torchx", "tensorboard", "numpy", "scipy", "pydantic", "safetensors")
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ class RunDirectory:
                 "processors": os.cpu_count(),
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 "world_size": environment.world_size,
-                "packages": {name: version(name) for name in _PACKAGES},
+                "packages": _versions(),
             },
         )
 

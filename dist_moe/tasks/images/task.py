@@ -15,7 +15,7 @@ from dist_moe.data.two_images import FRAME_SIDE, ImageBatch, ImagePairs, TwoImag
 from dist_moe.models import ModelOutput
 from dist_moe.models.two_image_classifier import NUM_IDS, pixel_ids
 from dist_moe.tasks.objective import at_least_fp32
-from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
+from dist_moe.tasks.task import Categories, Columns, Metrics, PredictionKind, Task
 
 NUM_CLASSES = 10
 TARGETS = ("top_left", "bottom_right")
@@ -73,6 +73,12 @@ class TwoImagesTask(Task):
             {f"accuracy_{target}": float(a) for target, a in zip(TARGETS, accuracy, strict=True)}
             | {f"ce_{target}": float(c) for target, c in zip(TARGETS, ce, strict=True)}
             | {"accuracy": float(accuracy.mean()), "loss": float(np.dot(weights, ce))}
+        )
+
+    def categories(self, part: ImagePairs) -> Categories:
+        """Return the class of the first of the two images."""
+        return Categories(
+            tuple(f"{TARGETS[0]}: {i}" for i in range(NUM_CLASSES)), part.labels_NG[:, 0].astype(np.int64)
         )
 
     def baselines(self, part: ImagePairs, weights: tuple[float, ...]) -> dict[str, Metrics]:

@@ -15,7 +15,7 @@ from dist_moe.errors import UserError
 from dist_moe.models import ModelOutput
 from dist_moe.tasks.labelled_text.encoder import Encoder
 from dist_moe.tasks.objective import at_least_fp32
-from dist_moe.tasks.task import ExampleShape, Task
+from dist_moe.tasks.task import Categories, ExampleShape, Task
 
 
 class TextData(Protocol):
@@ -89,6 +89,14 @@ class LabelledTextTask(Task):
         """Return the sum of the losses over the step's number of examples."""
         loss_B = self.losses(tuple(map(at_least_fp32, output.predictions)), batch.label_B)
         return {self.loss_name: loss_B.sum() / batch.examples_in_step}
+
+    def categories(self, part: LabelledTable) -> Categories | None:
+        """Return the class of each text, where classes are predicted."""
+        return Categories(self.classes, np.asarray(part.target_N)) if self.classes else None
+
+    def example_of_token(self, batch: LabelledBatch) -> Tensor:
+        """Return the text of each token, without what shorter texts are filled up with."""
+        return torch.arange(len(batch)).repeat_interleave(batch.length_B.cpu())
 
     def id_counts(self) -> Tensor:
         """Return how often each token occurs."""

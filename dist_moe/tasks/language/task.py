@@ -21,7 +21,7 @@ from dist_moe.data.text import Text, TokenBatch, TokenTable
 from dist_moe.models import ModelOutput, Transformer
 from dist_moe.tasks.language.samples import sample_text
 from dist_moe.tasks.objective import at_least_fp32
-from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
+from dist_moe.tasks.task import Categories, Columns, Metrics, PredictionKind, Task
 
 EVAL_TOKENS = 4096
 """Evaluated at once on a rank: their logits are V numbers each."""
@@ -98,6 +98,14 @@ class LanguageModelTask(Task):
             batch = part.batch(index_B, index_B)
             columns.append(np.stack([nats_V[batch.target_BS.numpy()].sum(axis=1), batch.bytes_B.numpy()]))
         return {"unigram": self.metrics(np.concatenate(columns, axis=1), part, weights)}
+
+    def categories(self, part: TokenTable) -> Categories:
+        """Return the domain of each sequence."""
+        return Categories(tuple(self.data.domains), np.asarray(part.domain_N))
+
+    def words(self, batch: TokenBatch) -> list[str]:
+        """Return the text of each token."""
+        return [self.tokenizer.decode([token]) for token in batch.token_BS.flatten().tolist()]
 
     def final_report(self, model: Transformer) -> str:
         """Return how the model goes on from the beginnings of some validation sequences."""

@@ -24,7 +24,7 @@ from dist_moe.tasks.multi_task_tables.metrics import (
 )
 from dist_moe.tasks.multi_task_tables.pictures import draw_calibration, draw_experts
 from dist_moe.tasks.objective import at_least_fp32
-from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
+from dist_moe.tasks.task import Categories, Columns, Metrics, PredictionKind, Task
 
 
 class MultiTaskTablesTask(Task):
@@ -91,6 +91,16 @@ class MultiTaskTablesTask(Task):
         """Return ``constant``: each target's mean over the training rows."""
         columns = constant_columns(labels_of(self._data.train, self.targets), len(part))
         return {"constant": self.metrics(columns, part, weights)}
+
+    def categories(self, part: RowTable) -> Categories:
+        """Return which of the first target's labels each row has: yes or no, or the quarter of its numbers."""
+        target, label_N = self.targets[0], np.asarray(part.target_NT[:, 0], dtype=np.float64)
+        if target.kind == "binary":
+            borders, words = np.array([0.5]), ["no", "yes"]
+        else:
+            borders, words = np.nanquantile(label_N, (0.25, 0.5, 0.75)), [f"quarter {i}" for i in range(1, 5)]
+        names, kind_N = [f"{target.name}: {word}" for word in words], np.searchsorted(borders, label_N)
+        return Categories((*names, "not labelled"), np.where(np.isnan(label_N), len(names), kind_N).astype(np.int64))
 
     def watch(self, model: MoEModel) -> TableWatch:
         """Return what looks at the experts and at the calibration, see :class:`TableWatch`."""

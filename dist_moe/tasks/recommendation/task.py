@@ -14,7 +14,7 @@ from dist_moe.models import ModelOutput
 from dist_moe.tasks.objective import at_least_fp32
 from dist_moe.tasks.recommendation.baselines import baseline_metrics
 from dist_moe.tasks.recommendation.metrics import two_task_metrics
-from dist_moe.tasks.task import Columns, Metrics, PredictionKind, Task
+from dist_moe.tasks.task import Categories, Columns, Metrics, PredictionKind, Task
 
 TARGETS = ("watched", "rating")
 
@@ -72,6 +72,11 @@ class RecommendationTask(Task):
             return {}
         reasons = dict.fromkeys(("auc", "mse"), "one class only, no pair is watched and rated")
         return reasons | ({} if weights[0] else {"loss": reasons["mse"]})
+
+    def categories(self, part: PairTable) -> Categories:
+        """Return whether each pair was watched, and how it was rated, in whole stars."""
+        names = ("not watched", *(f"{stars} star{'s' * (stars > 1)}" for stars in range(1, 6)))
+        return Categories(names, np.ceil(np.asarray(part.rating_N, dtype=np.float64)).astype(np.int64).clip(0, 5))
 
     def baselines(self, part: PairTable, weights: tuple[float, ...]) -> dict[str, Metrics]:
         """Return the predictors that only count, see :func:`baseline_metrics`."""
