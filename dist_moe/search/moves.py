@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Control = Literal["random_swaps", "identity"]
-"""What a control takes in place of the moves that a search found: as many random swaps in the same rows, or nothing."""
+"""A control's substitute for the moves that a search found: as many random swaps in the same rows, or nothing."""
 
 
 @dataclass(frozen=True, order=True)

@@ -10,8 +10,8 @@ COMET (KDD 2023), section on local search; constants from the authors' code
     any evaluation relabels with P_hard of the last P_soft
 
 The authors' temperatures (``schedule: paper``) are far below the differences between R's entries from the first step
-on: P_soft starts beside a vertex, where the gradient of R vanishes, and in a short stage no row ever moves. The ``hot``
-ones begin with nearly equal entries of P_soft and cool down to a vertex.
+on: P_soft starts beside a vertex, where the gradient of R vanishes, and in a short stage hardly a row moves. The
+``hot`` ones begin with nearly equal entries of P_soft and cool down to a vertex.
 
 Three options go beyond the paper: several matrices, rounding R instead of P_soft (sounder at the paper's last
 temperatures, where Sinkhorn is far from converged), and a hard forward pass while learning.
@@ -66,7 +66,7 @@ class PermutationSearchConfig(Settings):
     schedule: Literal["hot", "paper"] = Field(
         "hot",
         description="temperatures and iterations: hot moves rows in a short stage, paper (the authors') starts beside "
-        "a vertex, where in a short stage none moves",
+        "a vertex, where in a short stage hardly any moves",
     )
     temperature: tuple[Temperature, Temperature] | None = Field(
         None,
