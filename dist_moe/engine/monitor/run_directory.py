@@ -5,7 +5,7 @@ identity.json       digests of the data, and of the weights that it starts from 
 environment.json    versions, machine, command line
 metrics.jsonl       one object per step, and {"step": .., "validation": {..}} after a step that was validated
 metrics.jsonl.bad   lines that stood there and are no records, if there were any
-tensorboard/        the same and more, to look at
+events.out.tfevents.*   TensorBoard's: the same and more, to look at
 checkpoints/        see dist_moe.engine.checkpoint.format
 summary.json        test metrics, beside those of simple predictors
 result.json         of a stage of a recipe: what it found; written last, so that its presence means that it has finished
@@ -39,7 +39,7 @@ from dist_moe.engine.monitor.record_file import last_step_in, sift_records
 from dist_moe.errors import UserError
 
 _FILES = ("config.yaml", "environment.json", "metrics.jsonl", "metrics.jsonl.bad", "summary.json", "stall.txt")
-_DIRECTORIES = ("tensorboard", "heartbeats", "checkpoints", "best", "stages")
+_DIRECTORIES = ("heartbeats", "checkpoints", "best", "stages")
 _PACKAGES = ("torch", "deepspeed", "torchx", "tensorboard", "numpy", "scipy", "pydantic", "safetensors")
 
 

@@ -31,7 +31,7 @@ from dist_moe.recipes.callbacks.table_search import TableSearchCallback
 from dist_moe.recipes.identity import Described, Identity, identify
 from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart, load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
-from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
+from dist_moe.recipes.supervised.report import layers_table, metrics_table, opening_line, predictor_rows
 from dist_moe.recipes.supervised.size import check_fits
 from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate, evaluate_baselines
 from dist_moe.tasks.evaluation import check_parts, check_selection, label_warnings
@@ -324,6 +324,8 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
     except OSError as error:
         plan.start.say(f"warning: the pictures of the test could not be written: {error}")
     print(metrics_table(result.test, predictor_rows(baselines)))
+    if by_layer := layers_table(result.test):
+        print(by_layer)
     if ending.report:
         print(ending.report)
-    print(f"everything about this run is in {run.root}; look at it with: tensorboard --logdir {run.root}")
+    print(f"everything about this run is in {run.root}; look at it with: tensorboard --logdir {run.root.parent}")

@@ -216,8 +216,8 @@ class _StackedTraining:
         of_trials, load = torch.cat(columns, dim=-1).cpu().numpy(), torch.stack(loads).sum(0)
         found = []
         for trial_columns, load_GE in zip(of_trials, load, strict=True):
-            experts = expert_metrics([load_GE], len(part))
-            numbers = {name: float(x) for name, x in experts.items() if not isinstance(x, list)}
+            experts = expert_metrics({LAYER: load_GE}, len(part))
+            numbers = {name: float(x) for name, x in experts.items() if isinstance(x, (int, float))}
             found.append(self._task.metrics(trial_columns, part, self._weights) | numbers)
         return found
 
