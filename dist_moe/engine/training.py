@@ -40,7 +40,7 @@ from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.trainable import Trained, hold_still
 from dist_moe.errors import DivergedError
 from dist_moe.recording import Recorder, recording
-from dist_moe.search import SlotTable
+from dist_moe.search import SlotTable, relax_together
 from dist_moe.search.layers import moe_layers, slot_tables
 
 DEFAULT_DEEPSPEED: Mapping[str, Any] = {
@@ -312,6 +312,7 @@ class Trainer:
         shares = len(batches) * self.groups.environment.world_size
         for batch in batches:
             ACTIVITY.enter("forward")
+            relax_together(layer.slot_map for layer in self._layers)
             result = self._objective(engine, batch)
             ACTIVITY.enter("backward")
             engine.backward(result.loss)
