@@ -312,7 +312,7 @@ class Trainer:
         shares = len(batches) * self.groups.environment.world_size
         for batch in batches:
             ACTIVITY.enter("forward")
-            relax_together(layer.slot_map for layer in self._layers)
+            relax_together(layer.slot_map for layer in self.layers)
             result = self._objective(engine, batch)
             ACTIVITY.enter("backward")
             engine.backward(result.loss)

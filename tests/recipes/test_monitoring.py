@@ -158,7 +158,6 @@ def test_first_step_by_hand(config: Path, run: Path, records: list[dict[str, Any
         ("experts/effective_mean", "effective_experts"),
         ("experts/dead", "dead_experts"),
         ("experts/load_cv", "load_cv"),
-        ("permutation/rows_changed", "rows_changed"),
         ("experts/rows_computed", "rows_computed"),
         ("traffic/all_to_all_bytes", "wire_bytes"),
         ("traffic/all_to_all_rows", "wire_rows"),

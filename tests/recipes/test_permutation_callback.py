@@ -63,9 +63,10 @@ def test_a_run_records_its_stage_and_warns_where_no_row_moved(
     assert found["layers"]["moe"]["rows_changed"] == 0
     assert found["layers"]["moe"]["rows"] == 4
     assert "permutation search until step 9: 0 of 4 rows changed" in outcome.err
-    assert ("warning: the permutation search has moved no row of moe" in outcome.err) == warns
+    assert ("search without effect: the permutation search has moved no row of moe" in outcome.err) == warns
     board = read_board(tmp_path / "run")
-    assert steps_of(board, "permutation/rows_changed") == [4, 8, 9]
-    assert steps_of(board, "permutation/rounding_gain") == [9]
-    entropies = [event.value for event in board.Scalars("permutation/entropy")]
+    assert steps_of(board, "permutation_search/rows_changed") == [4, 8, 9]
+    assert steps_of(board, "permutation_search/rounding_gain") == [9]
+    assert steps_of(board, "permutation/rows_changed") == [9, 10, 11, 12], "those of the table in use"
+    entropies = [event.value for event in board.Scalars("permutation_search/entropy")]
     assert entropies[-1] == pytest.approx(found["layers"]["moe"]["entropy"], rel=1e-5)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from pydantic import TypeAdapter
 
 from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.monitor.load import effective_experts
-from dist_moe.engine.monitor.tables import rows_changed
+from dist_moe.search import PermutationSearch
 
 if TYPE_CHECKING:
     from dist_moe.engine.training import Trainer
@@ -64,12 +64,27 @@ class Alarm:
         return f"ALARM after step {step}: {self.kind}: {self.what}; {REMEDIES[self.kind]} (docs/monitoring.md)"
 
 
+@dataclass
+class _Block:
+    """The rows of some steps by layer and expert, their tokens, and how many steps they are."""
+
+    load_LE: NDArray[np.float64] = field(default_factory=lambda: np.zeros((1, 1)))
+    tokens: float = 0.0
+    steps: int = 0
+
+    def add(self, load_LE: NDArray[np.float64], tokens: float, steps: int = 1) -> None:
+        self.load_LE, self.tokens, self.steps = self.load_LE + load_LE, self.tokens + tokens, self.steps + steps
+
+    def plain(self) -> list[Any]:
+        return [self.load_LE.tolist(), self.tokens, self.steps]
+
+
 class LoadWatch:
     """Looks at the load of layers with ``experts`` experts each; knows no trainer."""
 
     def __init__(self, experts: Sequence[int]) -> None:
         self._experts_L = np.asarray(experts, dtype=np.float64)
-        self._recent: deque[tuple[NDArray[np.float64], float]] = deque(maxlen=WINDOW)
+        self._blocks: deque[_Block] = deque([_Block()], maxlen=WINDOW // EVERY)
         self._usual_L = np.full(len(experts), np.nan)
         self._looks_L, self._lost_looks_L = np.zeros(len(experts)), np.zeros(len(experts))
         self._raised: dict[str, list[int]] = {}
@@ -81,11 +96,16 @@ class LoadWatch:
         """
         width = max(map(len, load))
         load_LE = np.asarray([[*load_E, *[0.0] * (width - len(load_E))] for load_E in load], dtype=np.float64)
-        self._recent.append((load_LE, tokens or float(load_LE.sum(axis=1).max())))
-        if step % EVERY or len(self._recent) < WINDOW:
+        self._blocks[-1].add(load_LE, tokens or float(load_LE.sum(axis=1).max()))
+        if step % EVERY:
             return []
-        load_LE = np.sum([one for one, _ in self._recent], axis=0)
-        per_token_L = load_LE.sum(axis=1) / max(sum(tokens for _, tokens in self._recent), 1.0)
+        pooled = _Block()
+        for block in self._blocks:
+            pooled.add(block.load_LE, block.tokens, block.steps)
+        self._blocks.append(_Block())
+        if pooled.steps < WINDOW:
+            return []
+        load_LE, per_token_L = pooled.load_LE, pooled.load_LE.sum(axis=1) / max(pooled.tokens, 1.0)
         effective_L = effective_experts(load_LE)
         is_dead_L, is_soft_L = per_token_L == 0, per_token_L > _SOFT * self._experts_L
         diversity_L = np.where(
@@ -137,16 +157,19 @@ class LoadWatch:
         self._looks_L += known_L
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: what is usual, and which alarms were given."""
+        """Return what JSON can hold: the steps that are pooled, what is usual, and which alarms were given."""
         usual = [None if np.isnan(one) else one for one in self._usual_L.tolist()]
-        return {"usual": usual, "looks": self._looks_L.tolist(), **self._raised}
+        seen = {"looks": self._looks_L.tolist(), "lost": self._lost_looks_L.tolist()}
+        return {"blocks": [block.plain() for block in self._blocks], "usual": usual, **seen, **self._raised}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what :meth:`state_dict` gave. Raises ValueError if it is of another kind or of other layers."""
         state = _STATE.validate_python(state)
-        usual, looks = state.pop("usual", []), state.pop("looks", [])
-        if not len(usual) == len(looks) == len(self._experts_L):
+        usual, looks, lost, blocks = (state.pop(name, []) for name in ("usual", "looks", "lost", "blocks"))
+        if not len(usual) == len(looks) == len(lost) == len(self._experts_L):
             raise ValueError(f"it is of {len(usual)} layers, and the model has {len(self._experts_L)}")
+        self._blocks.extend(_Block(np.asarray(load, np.float64), tokens, steps) for load, tokens, steps in blocks)
+        self._lost_looks_L = np.asarray(lost, dtype=np.float64)
         self._usual_L = np.asarray([np.nan if one is None else one for one in usual], dtype=np.float64)
         self._looks_L = np.asarray(looks, dtype=np.float64)
         self._raised = {kind: list(map(int, layers)) for kind, layers in state.items()}
@@ -175,8 +198,10 @@ class RouterAlarm(Callback):
                 for alarm in self._watch.see(record["step"], load, record.get("tokens")):
                     _give(trainer, alarm, record["step"])
         was_learning, self._is_learning = self._is_learning, _is_learning(trainer)
-        if was_learning and not self._is_learning and not sum(map(rows_changed, trainer.tables.values())):
-            what = f"the permutations of {len(trainer.tables)} layer(s) were learnt, and no slot leads elsewhere"
+        searches = {name: one for name, one in trainer.tables.items() if isinstance(one, PermutationSearch)}
+        still = [name for name, one in searches.items() if one.control is None and not one.rows_changed()]
+        if was_learning and not self._is_learning and still:
+            what = f"the permutation search has moved no row of {', '.join(still)}, whose tables are random"
             _give(trainer, Alarm("search without effect", what), records[-1]["step"])
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,9 +21,10 @@ _PANELS = 4
 
 
 def rows_changed(table: SlotTable) -> int:
-    """Return how many slots, over all tables of a layer, lead elsewhere than slot i to expert i mod E, as at first."""
-    first_S = torch.arange(table.num_slots, device=table.table.device) % table.num_experts
-    return int((table.table != first_S).sum())
+    """Return how many slots, over all tables of a layer, lead elsewhere than at first: slot i to expert i mod E, or where
+    a permutation search began."""
+    first_S: torch.Tensor = torch.arange(table.num_slots, device=table.table.device) % table.num_experts
+    return int((table.table != (table.start if isinstance(table, PermutationSearch) else first_S)).sum())
 
 
 class RouterPictures(Callback):
@@ -40,7 +41,9 @@ class RouterPictures(Callback):
         self._show_placement(trainer, trainer.step)
 
     def after_step(self, trainer: Trainer, step: int) -> None:
-        """Record the rows changed, where a table is searched or not as it was at first."""
+        """Record the rows changed, where a table is searched or not as it was at first, and is not being learnt."""
+        if any(table.learning for table in trainer.tables.values()):
+            return
         counts = {name: self._count(name, table) for name, table in trainer.tables.items()}
         if any(counts.values()) or any(isinstance(table, PermutationSearch) for table in trainer.tables.values()):
             record("rows_changed", float(sum(counts.values())))
@@ -49,19 +52,14 @@ class RouterPictures(Callback):
         """Show what is due."""
         step = trainer.step
         self._show_placement(trainer, step)
-        if "rows_changed" in records[-1] and has_grown(step, self._drawn_at):
+        searched = any(isinstance(table, PermutationSearch) for table in trainer.tables.values())
+        if (searched or "rows_changed" in records[-1]) and has_grown(step, self._drawn_at):
             self._show_tables(trainer, step)
 
     def on_end(self, trainer: Trainer) -> None:
         """Show the tables as they are in the end."""
-        if (
-            self._drawn_at < trainer.step
-            and self._counted
-            and any(
-                changed or isinstance(trainer.tables[name], PermutationSearch)
-                for name, (_, _, changed) in self._counted.items()
-            )
-        ):
+        searched = any(isinstance(table, PermutationSearch) for table in trainer.tables.values())
+        if self._drawn_at < trainer.step and (searched or any(changed for *_, changed in self._counted.values())):
             self._show_tables(trainer, trainer.step)
 
     def _count(self, name: str, table: SlotTable) -> int:

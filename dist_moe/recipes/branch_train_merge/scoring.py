@@ -21,7 +21,7 @@ from dist_moe.engine.checkpoint import ModelWeights, place_weights
 from dist_moe.engine.deepspeed.config import cast_parameters
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.launch.process_groups import ProcessGroups
-from dist_moe.models import MoEModel
+from dist_moe.models import MoEModel, Transformer
 from dist_moe.parallel import current_world, gather_columns, sum_over_ranks
 from dist_moe.recipes.branch_train_merge.forest import Forest
 from dist_moe.recipes.branch_train_merge.posterior import History, PriorOptions, cached_prior
@@ -159,6 +159,7 @@ class Scorer:
                 assignments += sum(route.num_assignments for layer in output.layers for route in layer.routes)
         layers, tokens = len(model.moe_layers), len(table) * table.sequence_length
         experts = int(sum_over_ranks(assignments)) / (layers * tokens) if layers and tokens else 0.0
+        assert isinstance(model, Transformer), "check_config has seen to it"
         return Pass(torch.cat(scores), model.size.flops_per_token(table.sequence_length, experts))
 
 

@@ -23,7 +23,7 @@ TOKENS, BATCH_TOKENS = 4096, 1024
 
 
 class PermutationCallback(Callback):
-    """Records how far a stage of permutation learning has come, and warns where it ends without a row that changed.
+    """Records how far a stage of permutation learning has come, and what it has found.
 
     ``found``: at the stage's end, empty before. ``layers``: by name, ``rows_changed`` since the start of ``rows``, and
     ``entropy`` of a row of P_soft in nats. ``rounding_gain``: the loss on validation examples with P_soft less that
@@ -38,7 +38,7 @@ class PermutationCallback(Callback):
         """Show rows changed and entropy, over all layers, while the stage lasts."""
         searches = _searches(trainer)
         if searches and not self.found:
-            trainer.monitor.metrics("permutation", _totals(_state(searches).values()), records[-1]["step"])
+            trainer.monitor.metrics("permutation_search", _totals(_state(searches).values()), records[-1]["step"])
 
     def after_step(self, trainer: Trainer, step: int) -> None:
         """Look at the stage once it has ended."""
@@ -65,17 +65,11 @@ class PermutationCallback(Callback):
         layers = _state(searches)
         self.found = {"layers": layers, "rounding_gain": self._rounding_gain(trainer, list(searches.values()))}
         totals = _totals(layers.values())
-        trainer.monitor.metrics("permutation", totals | {"rounding_gain": self.found["rounding_gain"]}, step)
+        trainer.monitor.metrics("permutation_search", totals | {"rounding_gain": self.found["rounding_gain"]}, step)
         trainer.monitor.say(
             f"permutation search until step {step}: {totals['rows_changed']} of {totals['rows']} rows changed, entropy "
             f"{totals['entropy']:.3g}, rounding gained {self.found['rounding_gain']:.3g} of the validation loss"
         )
-        still = [name for name, one in layers.items() if not one["rows_changed"] and searches[name].control is None]
-        if still:
-            trainer.monitor.say(
-                f"warning: the permutation search has moved no row of {', '.join(still)}: its table is the random one "
-                "that it began with; use model.permutation.schedule=hot, more epochs of it or a higher learning rate"
-            )
 
     @torch.no_grad()
     def _rounding_gain(self, trainer: Trainer, searches: Sequence[PermutationSearch]) -> float:
