@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -9,17 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-
-from tests.data.tiny_movielens import write_tiny_movielens
-from tests.helpers.texts import write_tiny_text
 
 # A shell ignores SIGINT for what it starts in the background, and what is ignored stays so for all that starts here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collections that every run asks for, and Python's own, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    import torch  # here and below, not above: xdist's controller, for which everybody waits, needs none of it
+
     torch.set_num_threads(1)
 
 
@@ -33,6 +38,8 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """``root`` of a tiny data set in GroupLens' layout, and a ``cache`` for what is prepared from it."""
+    from tests.data.tiny_movielens import write_tiny_movielens
+
     directory: Path = tmp_path_factory.mktemp("tiny")
     return {
         "root": str(write_tiny_movielens(directory / "raw", users=120, items=90)),
@@ -43,6 +50,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """``root`` of a tiny corpus of two domains, and a ``cache`` for what is prepared from it."""
+    from tests.helpers.texts import write_tiny_text
+
     directory: Path = tmp_path_factory.mktemp("text")
     return {"root": str(write_tiny_text(directory / "raw")), "cache": str(directory / "cache")}
 

@@ -155,8 +155,13 @@ def parse() -> argparse.Namespace:
     parser = study_parser(__doc__, "compress_study", "results/compress")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), metavar="NAME")
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), metavar="X", help="of the experts")
+    parser.add_argument(
+        "--recovered", nargs="*", type=float, metavar="X", help="shares at which they recover, too (default: all)"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.recovered = options.shares if options.recovered is None else options.recovered
+    return options
 
 
 def trained(wanted: str, name: str, seed: int, options: argparse.Namespace) -> StudyRun | None:
@@ -175,7 +180,7 @@ def all_cells(options: argparse.Namespace) -> Iterator[Cell]:
     for name in options.bases:
         yield from (Cell(name, 1.0, "as trained", recovered) for recovered in (False, True))
         for share in options.shares:
-            for recovered in (False, True):
+            for recovered in (False, True) if share in options.recovered else (False,):
                 made = (method for method in options.methods if recovered or method != LOW_RANK)
                 yield from (Cell(name, share, method, recovered) for method in made)
 
@@ -308,8 +313,10 @@ def share_table(
     yield "| --- | --- | --- | --- | --- | --- |"
     for method in options.methods:
         pair = [cell for cell in cells if (cell.base, cell.share, cell.method) == (name, share, method)]
-        qualities = [quality_cell(cell, rows, options) for cell in pair]
-        qualities = [""] * (2 - len(qualities)) + qualities  # MC-SMoE is made while it recovers
+        if not pair:
+            continue
+        found = {cell.recovered: quality_cell(cell, rows, options) for cell in pair}
+        qualities = [found.get(recovered, "") for recovered in (False, True)]  # MC-SMoE is made while it recovers
         of_first = [rows[pair[0], seed] for seed in range(options.seeds)]
         sizes = f"{statistics.mean(row.parameters for row in of_first):,.0f}"
         flops = f"{statistics.mean(row.mega_flops for row in of_first):.2f}"
@@ -341,7 +348,8 @@ def draw(cells: Sequence[Cell], rows: Rows, options: argparse.Namespace, path: P
                     for seed in range(options.seeds)
                     if (Cell(name, share, method, recovered), seed) in rows
                 ]
-                axes.plot(*zip(*points, strict=True), "o", color=colour, ms=4, label=label)
+                if points:
+                    axes.plot(*zip(*points, strict=True), "o", color=colour, ms=4, label=label)
             axes.set(title=f"{name}, {share:.0%}", xlabel=BASES[name].metric, ylim=(len(options.methods) - 0.5, -0.5))
             axes.set_yticks(range(len(options.methods)), options.methods)
             axes.grid(axis="x", alpha=0.3)

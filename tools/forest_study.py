@@ -164,18 +164,19 @@ def page(reports: Reports, options: argparse.Namespace) -> str:
         "",
         f"`{command_given()}`: {options.seeds} seeds, test part, bits per byte; mean ± standard deviation over seeds. "
         f"In brackets: the mean difference to the line '{DENSE.name}', seed by seed, and its 95 % interval (Student), "
-        "* where it does not contain 0. Experts: whole models computed per token. All lines have seen the same "
+        "* where it does not contain 0. Experts: whole models computed per token. MFLOPs: of the matrix products of a "
+        "token's forward pass, experts per token as measured, of the first seed. All lines have seen the same "
         f"training tokens, BTX a tenth more. {machine()}.",
         "",
         EXPECTED,
         "",
-        f"| | {TRAINED_ON} | {HELD_OUT} | experts |",
-        "| --- | --- | --- | --- |",
+        f"| | {TRAINED_ON} | {HELD_OUT} | experts | MFLOPs |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for arm in arms_of(options):
         cells = [quality_cell(arm, domains, reports, options) for domains in (TRAINED_ON, HELD_OUT)]
-        active = experts_per_token(arm, reports)
-        lines.append(f"| {arm.name} | {' | '.join(cells)} | {active:.1f} |")
+        active, flops = (of_arm(arm, what, reports) for what in ("experts_per_token", "flops_per_token"))
+        lines.append(f"| {arm.name} | {' | '.join(cells)} | {active:.1f} | {flops / 1e6:.2f} |")
     return "\n".join([*lines, "", "![bits per byte by way of using the experts](figure.png)", ""])
 
 
@@ -183,9 +184,10 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
     return [arm for arm in ARMS if arm.run in options.only]
 
 
-def experts_per_token(arm: Arm, reports: Reports) -> float:
-    active = reports[arm.run, 0]["experts_per_token"]
-    return float(next(value for name, value in active.items() if name == arm.label or name.startswith(f"{arm.label},")))
+def of_arm(arm: Arm, what: str, reports: Reports) -> float:
+    """Return a number of an arm in the report on the first seed, by its name there."""
+    found = reports[arm.run, 0][what]
+    return float(next(value for name, value in found.items() if name == arm.label or name.startswith(f"{arm.label},")))
 
 
 def quality_cell(arm: Arm, domains: str, reports: Reports, options: argparse.Namespace) -> str:

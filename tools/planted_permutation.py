@@ -24,9 +24,10 @@ import torch
 from dist_moe.config.files import json_line, parse_json
 from dist_moe.data.batches import shard_batches
 from dist_moe.engine.launch.environment import LaunchEnvironment
-from dist_moe.recipes.callbacks.swap_search import in_double_precision, search_swaps
+from dist_moe.recipes.callbacks.swap_search import search_swaps
+from dist_moe.recipes.callbacks.table_search import in_double_precision
 from dist_moe.recipes.supervised.evaluate import TrainedRun, trained_run
-from dist_moe.search import SwapReport, SwapSearchConfig
+from dist_moe.search import SearchReport, SwapSearchConfig
 
 GATES = ("hash", "top_k", "dselect_k", "comet")
 EXPERTS = (8, 16, 32)
@@ -97,7 +98,7 @@ def measure(run_dir: Path, seed: int) -> dict[str, Any]:
 
 
 def summary(
-    original: float, report: SwapReport, seconds: float, naive_seconds: float, table: torch.Tensor
+    original: float, report: SearchReport, seconds: float, naive_seconds: float, table: torch.Tensor
 ) -> dict[str, Any]:
     return {
         "original": original,

@@ -14,5 +14,5 @@ torchx run -s local_cwd --wait --log launch/components.py:train \
     --config configs/movielens_comet_plus.yaml --ranks 2 --run_dir "$run_dir" \
     parallel.expert_parallel_size=2 "$@"
 
-say "to look at it: .venv/bin/tensorboard --logdir $run_dir"
+say "to look at it: .venv/bin/tensorboard --logdir $(dirname $run_dir)"
 say "the same figures again, from the checkpoint: .venv/bin/dist-moe evaluate $run_dir"

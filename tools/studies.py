@@ -93,7 +93,8 @@ def dist_moe(*arguments: object) -> str:
     """Return what the command prints; one thread. Raises SystemExit with its last words if it fails."""
     # A process of its own, forked from one that has imported what takes longest.
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["__main__", "deepspeed", "dist_moe.cli.main", "dist_moe.recipes"])
+    imported = ("__main__", "deepspeed", "dist_moe.cli.main", "dist_moe.recipes", "torch._dynamo", "scipy.stats")
+    forks.set_forkserver_preload([*imported])
     words = [str(argument) for argument in arguments]
     os.environ["OMP_NUM_THREADS"] = "1"  # read as torch is imported
     with tempfile.TemporaryDirectory() as directory:

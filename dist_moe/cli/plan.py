@@ -90,6 +90,8 @@ def _table(plan: MemoryPlan) -> str:
         lines.append(f"{f'ZeRO stage {state.stage}{mark}':24}" + "".join(f"{_size(n):>14}" for n in parts))
     if plan.teachers:
         lines.append(f"beside these, of the model that is followed: {_size(plan.teachers)}")
+    if plan.search:
+        lines.append(f"while a table search lasts, at most, beside these and a pass in fp64: {_size(plan.search)}")
     heads = ("rows", "sent", "dispatch", "activations", "with states")
     lines += ["", f"{'':40}" + "".join(f"{head:>14}" for head in heads) + f"{'largest batch':>16}"]
     for load in plan.loads:

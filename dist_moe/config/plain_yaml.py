@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,6 +80,11 @@ def parse_yaml(text: str, source: str) -> Any:
 
     Raises UserError with line and column of what is not YAML, or not as this module reads it.
     """
+    return copy.deepcopy(_parsed(text, source))  # a run reads the same few files many times, and a caller may change it
+
+
+@lru_cache(maxsize=32)
+def _parsed(text: str, source: str) -> Any:
     try:
         return _Reader(text, source).document()
     except yaml.MarkedYAMLError as error:

@@ -218,28 +218,6 @@ class RunDirectoryWatch(Callback):
             raise UserError(self._sentence)
 
 
-class PermutationImages(Callback):
-    """Shows the slot -> expert matrices of every layer, soft or hard, about every ``every`` steps."""
-
-    def __init__(self, every: int = 50) -> None:
-        self._every = every
-
-    def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
-        """Show the matrices if that is due."""
-        before, after = records[0]["step"] - 1, records[-1]["step"]
-        if after // self._every == before // self._every:
-            return
-        tables = trainer.tables
-        for layer, table in tables.items():
-            tag = "permutation/slot_to_expert" + (f"/{layer}" if len(tables) > 1 else "")
-            matrix_PKEE = table.current_matrix()
-            several = matrix_PKEE.shape[:2].numel() > 1
-            for gate, of_gate in enumerate(matrix_PKEE):
-                for branch, matrix in enumerate(of_gate):
-                    suffix = f"/gate_{gate}_branch_{branch}" if several else ""
-                    trainer.monitor.image(f"{tag}{suffix}", matrix, after)
-
-
 class CallbackSettings(Settings, ABC):
     """An entry of the section ``callbacks``: a callback of the user's own, and its fields."""
 

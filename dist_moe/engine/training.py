@@ -13,14 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_moe.engine.callbacks import (
-    Callback,
-    EarlyStopping,
-    PeriodicCheckpoints,
-    PermutationImages,
-    RunDirectoryWatch,
-    give_back_states,
-)
+from dist_moe.engine.callbacks import Callback, EarlyStopping, PeriodicCheckpoints, RunDirectoryWatch, give_back_states
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories, drop_after
 from dist_moe.engine.checkpoint.format import TrainingHistory
 from dist_moe.engine.checkpoint.loading import check_optimizer_of_checkpoint, load_checkpoint, load_weights
@@ -30,20 +23,24 @@ from dist_moe.engine.deepspeed.config import complete_deepspeed_section
 from dist_moe.engine.deepspeed.engine import ExpertParallelEngine
 from dist_moe.engine.deepspeed.schedules import check_length_of_schedule
 from dist_moe.engine.deepspeed.sharded_parameters import restore_parameters
+from dist_moe.engine.health.alarm import RouterAlarm
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.health.nonfinite import diverged
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig, ProcessGroups, process_groups
 from dist_moe.engine.launch.signals import StopRequest
+from dist_moe.engine.monitor.load import describe_load
 from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS, Monitor
 from dist_moe.engine.monitor.run_directory import RunDirectory
+from dist_moe.engine.monitor.speed import describe_speed, peak_flops_of, record_memory
 from dist_moe.engine.monitor.step_window import SUMS, StepWindow, Sums, add_sums, is_timed, name_times
+from dist_moe.engine.monitor.tables import RouterPictures
 from dist_moe.engine.monitor.trackers import TrackerSettings
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.trainable import Trained, hold_still
 from dist_moe.errors import DivergedError
 from dist_moe.recording import Recorder, recording
-from dist_moe.search import SlotTable
+from dist_moe.search import SlotTable, relax_together
 from dist_moe.search.layers import moe_layers, slot_tables
 
 DEFAULT_DEEPSPEED: Mapping[str, Any] = {
@@ -161,8 +158,8 @@ def fit(
 class Trainer:
     """A fit that is under way, as its callbacks see it.
 
-    ``step``: steps done. ``total_steps``, ``steps_per_epoch``: of the whole fit. ``monitor``: what shows sentences,
-    metrics and pictures. ``history``: of the validations so far.
+    ``step``: steps done. ``total_steps``, ``steps_per_epoch``: of the whole fit. ``layers``: the model's MoE layers, in
+    order. ``monitor``: what shows sentences, metrics and pictures. ``history``: of the validations so far.
     """
 
     def __init__(
@@ -184,7 +181,7 @@ class Trainer:
         self.step = 0
         self.history = TrainingHistory()
         self._objective, self._seed, self._stop, self._trackers = objective, seed, stop, trackers
-        own: list[Callback] = [PeriodicCheckpoints(settings.checkpoint_every), PermutationImages()]
+        own: list[Callback] = [PeriodicCheckpoints(settings.checkpoint_every), RouterPictures(), RouterAlarm()]
         if settings.patience is not None:
             own.insert(0, EarlyStopping(settings.patience))
         first: list[Callback] = [objective] if isinstance(objective, Callback) else []
@@ -193,11 +190,12 @@ class Trainer:
         names = [callback.name for callback in self.callbacks]
         if len(set(names)) < len(names):
             raise ValueError(f"callbacks of a fit need different names, got {sorted(names)}")
-        self._layers = list(moe_layers(engine.module).values())
+        self.layers = list(moe_layers(engine.module).values())
         self._window, self._host_records = StepWindow(), list[dict[str, Any]]()
         self._skipped_in_a_row = 0
         self._is_ending = self._checkpoint_is_due = False
         self._seconds_before, self._started = 0.0, time.monotonic()
+        self._peak_flops = peak_flops_of(engine.device, engine.module, self.groups.environment.world_size)
 
     @property
     def model(self) -> Any:
@@ -288,7 +286,6 @@ class Trainer:
             first_step=self.step,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
-            batch_size=self.settings.batch_size,
         )
         for sentence in told:
             self.monitor.say(f"warning: {sentence}")
@@ -301,18 +298,21 @@ class Trainer:
         # Every random number of the step is keyed by (seed, step, rank): a resumed run needs no saved state.
         engine.train()
         seed_step(self._seed, step, self.groups.environment.rank)
-        for layer in self._layers:
+        for layer in self.layers:
             layer.begin_step(step)
         self.call("before_step", step)
         world.traffic.reset()
         if is_timed(step + 1, self.settings.time_every):
             world.clock.start(engine.device)
+            record_memory(engine.device)
 
         # DeepSpeed accumulates gradients itself: of its ``step`` calls only the last micro-batch's takes the step.
         sums, lr, batches = [], engine.get_lr()[0], self.feed.micro_batches(step)
+        data_seconds = time.perf_counter() - started
         shares = len(batches) * self.groups.environment.world_size
         for batch in batches:
             ACTIVITY.enter("forward")
+            relax_together(layer.slot_map for layer in self._layers)
             result = self._objective(engine, batch)
             ACTIVITY.enter("backward")
             engine.backward(result.loss)
@@ -324,17 +324,11 @@ class Trainer:
         counts: Sums = {"stop": self._stop.signal_number, "writing": int(self._saver.writing)}
         self._window.add(add_sums(sums) | world.traffic.counts() | counts | {SUMS: world.clock.stop()}, recorder)
         skipped = engine.step_was_skipped
-        self._host_records.append(
-            {
-                "step": step + 1,
-                "lr": lr,
-                "grad_norm": engine.grad_norm,
-                "skipped": float(skipped),
-                "seconds": time.perf_counter() - started,
-            }
-        )
+        host = {"step": step + 1, "lr": lr, "grad_norm": engine.grad_norm, "skipped": float(skipped)}
+        seconds = {"data_seconds": data_seconds, "step_seconds": time.perf_counter() - started}
+        self._host_records.append(host | seconds)
         self.step = step + 1
-        for layer in self._layers:
+        for layer in self.layers:
             layer.end_step(skipped=skipped)
         self.call("after_step", self.step)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -360,6 +354,8 @@ class Trainer:
         writers = [numbers.pop("writing") for numbers in reduced]
         records = [host | numbers for host, numbers in zip(self._host_records, reduced, strict=True)]
         name_times(records, self.groups.environment.world_size, self.settings.time_every)
+        describe_load(records, [layer.experts.num_experts for layer in self.layers])
+        describe_speed(records, self.model, self.settings.batch_size, self._peak_flops)
         self._host_records = []
         if records:
             self.call("on_records", records)

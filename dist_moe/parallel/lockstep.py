@@ -16,7 +16,6 @@ noticed at once, and each rank can have random numbers of its own although torch
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 import traceback
@@ -28,6 +27,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from dist_moe.parallel.stacks import stacks_of_threads
 
 Result = TypeVar("Result")
 ShareOut = Callable[[list[Any]], Sequence[Any]]
@@ -175,8 +176,8 @@ class Lockstep(Generic[Result]):
                 if (left := self._time_left()) is None or left > 0:
                     continue
                 lost = self._holder
-                frame = sys._current_frames().get(threads[lost].ident or 0)
-                place = "".join(traceback.format_stack(frame)[-3:]) if frame else ""
+                stack = stacks_of_threads().get(threads[lost].ident or 0, [])
+                place = "".join(traceback.format_list(stack[-3:]))
                 late = f"rank {lost} ran for {self._deadline_s} s without meeting the others; it is at\n{place}"
                 self._error = self._error or TimeoutError(late)
                 self._ended.add(lost)

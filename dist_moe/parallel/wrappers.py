@@ -6,14 +6,13 @@ the R ranks' losses already, when the exchange has brought them back, and must b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_moe.kernels import RowCounts
@@ -33,14 +32,14 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 def is_fully_sharded_alone(module: nn.Module) -> bool:
     """Return whether ``module`` was given to ``fully_shard`` by itself, not as a part of another."""
-    return isinstance(module, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import; without it nothing has been given to it
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def shares_rows(parameter: Tensor, world: World) -> bool:
     """Return whether ``parameter`` is a DTensor that is spread over other ranks of ``world``."""
-    if not isinstance(parameter, DTensor):
-        return False
-    return _shares_ranks(parameter.device_mesh.mesh.flatten().tolist(), world)
+    mesh = getattr(parameter, "device_mesh", None)  # only a DTensor has one
+    return mesh is not None and _shares_ranks(mesh.mesh.flatten().tolist(), world)
 
 
 def replica_group(world: World, group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:

@@ -98,8 +98,8 @@ class LoadPlan:
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes that a rank needs. ``states``: by ZeRO stage. ``loads``: for the configured batch. ``tokens``: of a rank
-    and micro-batch. ``buffers``: bytes. ``teachers``: of models in fp32 that the trained one follows. ``stage``: the
-    configured one."""
+    and micro-batch. ``buffers``: bytes. ``teachers``: of models in fp32 that the trained one follows. ``search``: at
+    most, while a configured table search lasts, beside parameters and passes. ``stage``: the configured one."""
 
     ranks: int
     expert_parallel_size: int
@@ -108,6 +108,7 @@ class MemoryPlan:
     stage: int
     buffers: int
     teachers: int
+    search: int
     states: tuple[StatePlan, ...]
     loads: tuple[LoadPlan, ...]
 
@@ -147,12 +148,21 @@ def plan_memory(config: SupervisedConfig, task: Task, ranks: int, memory: int | 
             "all experts per token": (experts, lambda n: RowsPerToken.at_worst(n, n // size, size)),
         }
     loads = tuple(_load(name, model, config, task, ranks, *case, left) for name, case in cases.items())
+    search = _search_bytes(model, config, task, ranks)
     tokens = round(config.train.batch_size // (ranks * config.accumulation) * task.example_shape().tokens)
-    return MemoryPlan(ranks, size, tokens, len(layers), stage, buffers, teachers, states, loads)
+    return MemoryPlan(ranks, size, tokens, len(layers), stage, buffers, teachers, search, states, loads)
 
 
 def _buffer_bytes(model: nn.Module) -> int:
     return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+
+
+def _search_bytes(model: MoEModel, config: SupervisedConfig, task: Task, ranks: int) -> int:
+    """Return what the largest table search takes on a rank: fp64 copies of the model (not at stage 3), and results."""
+    layers, tokens = list(model.moe_layers.values()), task.example_shape().tokens
+    needed = [search.bytes_needed(layers, tokens, ranks) for search in config.table_searches]
+    parameters = sum(p.numel() for p in model.parameters()) if zero_stage(config.deepspeed) < 3 else 0
+    return max(needed) + 8 * parameters if needed else 0
 
 
 def _teacher_bytes(run: Path, task: Task, size: int) -> int:

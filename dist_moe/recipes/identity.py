@@ -7,13 +7,16 @@ tokens look like any others. What was let pass by ``--allow-changed-data`` is re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from dist_moe.config.files import read_json, write_json
+from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.config.settings import Settings
 from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.checkpoint.format import IDENTITY
@@ -21,7 +24,7 @@ from dist_moe.engine.checkpoint.loading import read_trainer_state
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.training import Trainer
 from dist_moe.errors import UserError
-from dist_moe.recipes.recipe import RunStart
+from dist_moe.recipes.recipe import RecipeConfig, RunStart
 
 OPTION = "--allow-changed-data"
 
@@ -103,15 +106,25 @@ class Described(Callback):
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         """Write if that has not been done."""
-        self.write(trainer.run)
+        self._describe(trainer)
 
     def on_validation(self, trainer: Trainer, step: int, metrics: Mapping[str, Any]) -> None:
         """Write if that has not been done: a checkpoint of the best loss may follow."""
-        self.write(trainer.run)
+        self._describe(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         """Write if that has not been done: there was no step left."""
+        self._describe(trainer)
+
+    def _describe(self, trainer: Trainer) -> None:
+        """Write the files, and show the trackers configuration, command and hyper-parameters."""
+        if self._is_done:
+            return
         self.write(trainer.run)
+        config, monitor, step = self._start.config, trainer.monitor, trainer.step
+        monitor.text("configuration", f"```yaml\n{yaml_text(config.plain())}\n```", step)
+        monitor.text("command", f"`{shlex.join(sys.argv)}`", step)
+        monitor.hyperparameters(hyperparameters_of(config))
 
     def write(self, run: RunDirectory | None) -> None:
         """Write identity, configuration, and what is known of the machine into ``run``, on rank 0. Raises UserError."""
@@ -121,6 +134,22 @@ class Described(Callback):
         for one in (RunDirectory(run.root.parent.parent), run) if self._of_stage else (run,):
             self._identity.write(one)
             one.describe(self._start.config.plain(), self._start.environment)  # last: its presence makes it a run
+
+
+def hyperparameters_of(config: RecipeConfig) -> dict[str, bool | float | str]:
+    """Return by their paths the fields of a configuration that were chosen: names, and what is not the default."""
+    chosen = dict(_leaves("", config.model_dump(mode="json", exclude_defaults=True)))
+    every = _leaves("", config.plain())
+    return {path: value for path, value in every if path in chosen or path.rpartition(".")[2] == "name"}
+
+
+def _leaves(path: str, content: Any) -> Iterator[tuple[str, bool | float | str]]:
+    """Yield the values in mappings, at any depth, by their paths; lists as text."""
+    if isinstance(content, Mapping):
+        for key, inner in content.items():
+            yield from _leaves(f"{path}.{key}" if path else str(key), inner)
+    elif content is not None:
+        yield path, content if isinstance(content, (bool, int, float, str)) else str(content)
 
 
 def recorded_identity(run: RunDirectory, checkpoint: Path | None) -> Identity:

@@ -264,6 +264,6 @@ def _check_same_run(recorded: RecipeConfig, config: RecipeConfig) -> None:
             raise UserError(
                 f"{name}={here!r}: the run was trained with {there!r}, and --resume goes on with the "
                 f"same run. It may change train (but for batch_size), parallel, placement, deepspeed, swap_search, "
-                f"model.activation_checkpointing and where things are (data.root, data.cache, data.encoder, "
-                f"start.run, recipe.teacher, recipe.source); for anything else start a new run"
+                f"assignment_search, model.activation_checkpointing and where things are (data.root, data.cache, "
+                f"data.encoder, start.run, recipe.teacher, recipe.source); for anything else start a new run"
             )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
+from dist_moe.engine.monitor.load import effective_experts
 from dist_moe.report.atlas import Atlas
 from dist_moe.report.drawing import Line, heat_map, line_chart
 from dist_moe.report.runs import Curve, RunRecord
@@ -185,8 +185,7 @@ def _load_table(run: RunRecord) -> list[str]:
     for layer, load_NE in enumerate(np.moveaxis(piece.load_NLE, 1, 0)):
         share_E = load_NE[-max(1, len(load_NE) // 10) :].mean(axis=0)
         share_E = share_E[~np.isnan(share_E)]
-        used_E = share_E[share_E > 0]
-        effective = math.exp(-(used_E * np.log(used_E / used_E.sum())).sum() / used_E.sum()) if len(used_E) else 0.0
+        effective = float(effective_experts(share_E))
         cells = [len(share_E), f"{effective:.1f}", int((share_E == 0).sum()), f"{share_E.max() * len(share_E):.2f}"]
         rows.append(_row(str(layer), cells))
     head = "<tr><th>MoE layer</th><th>experts</th><th>effective</th><th>without a token</th><th>largest load</th></tr>"

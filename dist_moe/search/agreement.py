@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dist_moe.parallel import current_world, several_ranks
@@ -50,6 +49,8 @@ def round_to_table(soft: Tensor) -> Tensor:
 
     Raises FloatingPointError if ``soft`` holds a NaN or an infinity.
     """
+    from scipy.optimize import linear_sum_assignment
+
     if not torch.isfinite(soft).all():
         raise FloatingPointError(_NOT_FINITE)
     _, expert_S = linear_sum_assignment(soft.detach().double().cpu().numpy(), maximize=True)

@@ -36,7 +36,6 @@ from itertools import combinations
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
 
 from dist_moe.parallel import Placement
 from dist_moe.search.agreement import take_from_first_rank
@@ -253,6 +252,8 @@ def _gains(together: Floats, group_E: Ints) -> Floats:
 
 def _aligned(rank_E: Ints, current: Placement, ranks_per_node: int) -> Placement:
     """Return the placement after renaming nodes, and ranks within, so that most experts stay, in their places."""
+    from scipy.optimize import linear_sum_assignment
+
     ranks, nodes = current.num_ranks, current.num_ranks // ranks_per_node
     stay_RR = np.zeros((ranks, ranks))
     np.add.at(stay_RR, (rank_E, _ranks_of(current)), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,22 +71,23 @@ class PlacementLook:
     moved: int = 0
     bytes: int = 0
 
-    def metrics(self) -> dict[str, float]:
-        """Return the numbers that trackers show under ``placement/``."""
-        return {
-            "imbalance_before": self.before,
-            "imbalance_after": self.after,
-            "imbalance_bound": self.bound,
-            "moved_experts": self.moved,
-            "bytes": self.bytes,
-        }
-
     def sentence(self, step: int) -> str:
         """Return the look in words, for the progress line."""
         return (
             f"placement after step {step}: heaviest rank {self.before:.3f} -> {self.after:.3f} times the mean "
             f"(bound {self.bound:.3f}), {self.moved} expert(s) moved, {self.bytes / 1e6:.3g} MB"
         )
+
+
+def over_layers(looks: Sequence[PlacementLook]) -> dict[str, float]:
+    """Return the numbers that trackers show under ``placement/``: the worst layer's imbalance, sums of the moves."""
+    return {
+        "imbalance_before": max(look.before for look in looks),
+        "imbalance_after": max(look.after for look in looks),
+        "imbalance_bound": max(look.bound for look in looks),
+        "moved_experts": sum(look.moved for look in looks),
+        "bytes": sum(look.bytes for look in looks),
+    }
 
 
 def propose(

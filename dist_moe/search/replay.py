@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,42 +36,24 @@ class Recorder:
 
 
 class Replayed:
-    """Answers from a recording, under the layer's present table or under ``matrix_PKSE``, of which the
-    answer is then a differentiable (linear) function."""
+    """Answers from a recording, under the layer's present table."""
 
-    def __init__(self, recording: Recording, matrix_PKSE: Tensor | None = None) -> None:
+    def __init__(self, recording: Recording) -> None:
         self._recording = recording
-        self._matrix_PKSE = matrix_PKSE
 
     def __call__(self, layer: MoE, x_TD: Tensor, ids_T: Tensor | None) -> MoEOutput:
-        table = layer.slot_map
+        table, results_TEF = layer.slot_map, self._recording.results_TEF
         assert isinstance(table, SlotTable)
-        recorded = self._recording.routes
-        if self._matrix_PKSE is None:
-            maps = table.for_gates(table.hard_maps())
-            routes = tuple(slot_map.apply(route) for slot_map, route in zip(maps, recorded, strict=True))
-            return self._output(tuple(map(self._sparse, routes)), routes)
-        of_gate = range(len(recorded)) if table.per_gate else [0] * len(recorded)
-        outputs = [self._dense(route, self._matrix_PKSE[p]) for p, route in zip(of_gate, recorded, strict=True)]
-        return self._output(tuple(outputs), recorded)
+        maps = table.for_gates(table.hard_maps())
+        routes = tuple(slot_map.apply(route) for slot_map, route in zip(maps, self._recording.routes, strict=True))
+        pairs = Pairs.none(len(routes), results_TEF.shape[1], results_TEF.device)
+        return MoEOutput(tuple(map(self._mixed, routes)), {}, routes, pairs, rows_computed=0)
 
-    def _sparse(self, route: Route) -> Tensor:
+    def _mixed(self, route: Route) -> Tensor:
         rows_NF = self._recording.results_TEF[route.token_N, route.slot_N]
         index = TokenIndex.of(route.token_N, route.num_tokens)
         weight_1N = route.weight_N.unsqueeze(0)
         return weighted_scatter(rows_NF, weight_1N, index)[0].to(rows_NF.dtype)
-
-    def _dense(self, route: Route, matrix_KSE: Tensor) -> Tensor:
-        results_TEF = self._recording.results_TEF
-        branches, num_slots, _ = matrix_KSE.shape
-        weight_TKS = route.dense().view(-1, branches, num_slots)
-        weight_TE = torch.einsum("tks,kse->te", weight_TKS.to(matrix_KSE.dtype), matrix_KSE)
-        return torch.einsum("te,tef->tf", weight_TE.to(results_TEF.dtype), results_TEF)
-
-    def _output(self, outputs: tuple[Tensor, ...], routes: tuple[Route, ...]) -> MoEOutput:
-        results_TEF = self._recording.results_TEF
-        pairs = Pairs.none(len(routes), results_TEF.shape[1], results_TEF.device)
-        return MoEOutput(outputs, {}, routes, pairs, rows_computed=0)
 
 
 @contextmanager
@@ -81,3 +63,39 @@ def replaying(layers: Sequence[MoE], replays: Iterable[Replay]) -> Iterator[None
         for layer, replay in zip(layers, replays, strict=True):
             stack.enter_context(layer.replayed_by(replay))
         yield
+
+
+class Capture:
+    """Keeps what a layer is given and gives within :func:`capturing`, so that the gradient of its outputs can be asked.
+
+    ``x_TD``: its tokens. ``routes``: of each gate, before the slot map (empty where the layer is replayed).
+    ``added_GTF``: zeros that were added to each output, whose gradient is that of the output.
+    """
+
+    def __init__(self) -> None:
+        self.x_TD: Tensor | None = None
+        self.routes: list[Route] = []
+        self.added_GTF: tuple[Tensor, ...] = ()
+
+    def see(self, _: MoE, inputs: tuple[Tensor, ...], output: MoEOutput) -> MoEOutput:
+        """Keep the input, and return ``output`` with the zeros added; a layer's forward hook."""
+        self.x_TD = inputs[0].detach()
+        self.added_GTF = tuple(torch.zeros_like(output_TF).requires_grad_() for output_TF in output.outputs)
+        outputs = tuple(a_TF + b_TF for a_TF, b_TF in zip(output.outputs, self.added_GTF, strict=True))
+        return replace(output, outputs=outputs)
+
+    def see_route(self, _gate: object, _inputs: object, route: Route) -> None:
+        """Keep a gate's route; a gate's forward hook."""
+        self.routes.append(route)
+
+
+@contextmanager
+def capturing(layers: Sequence[MoE]) -> Iterator[list[Capture]]:
+    """Yield a :class:`Capture` of each of ``layers``, which run once within the context."""
+    captures = [Capture() for _ in layers]
+    with ExitStack() as stack:
+        for layer, capture in zip(layers, captures, strict=True):
+            stack.callback(layer.register_forward_hook(capture.see).remove)
+            for gate in layer.gates:
+                stack.callback(gate.register_forward_hook(capture.see_route).remove)
+        yield captures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_moe.data.batches import shard_batches
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.launch.process_groups import ProcessGroups
+from dist_moe.engine.monitor.load import effective_experts
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import current_world, gather_columns, sum_over_ranks
@@ -29,8 +30,10 @@ def evaluate(
     """Return metrics over all of ``part``, the same on every rank. Collective over all ranks.
 
     Besides the task's own: ``active_experts``, assignments per token averaged over gates and layers, and for
-    each gate in ``active_experts_by_gate``; ``dead_experts``, how many experts get no token of any gate; and what the
-    task's own :meth:`~Task.watch` has seen. What has no value is None, see :func:`with_reasons`.
+    each gate in ``active_experts_by_gate``; ``effective_experts``, exp(entropy of a layer's load over all its gates),
+    the mean over layers, and ``dead_experts``, how many experts get no token of any gate, both for each layer in
+    ``..._by_layer``; and what the task's own :meth:`~Task.watch` has seen. What has no value is None, see
+    :func:`with_reasons`.
     """
     was_training = model.training
     model.eval()
@@ -101,12 +104,14 @@ def _finite(value: Any) -> Any:
 
 def _observe(
     task: Task, model: MoEModel, part: Any, groups: ProcessGroups, watch: Watch
-) -> tuple[Tensor, list[Tensor], int]:
-    """Return (C, N) observed columns; for each layer (G, E) tokens per gate and expert; tokens of a gate of the first
-    layer; over all ranks."""
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Return (C, N) observed columns; for each layer by name (G, E) tokens per gate and expert; tokens of a gate
+    of the first layer; over all ranks."""
     world = current_world()
-    layers = list(model.moe_layers.values())
-    load_LGE = [torch.zeros(len(layer.gates), layer.experts.num_experts, device=groups.device) for layer in layers]
+    load_LGE = {
+        name: torch.zeros(len(layer.gates), layer.experts.num_experts, device=groups.device)
+        for name, layer in model.moe_layers.items()
+    }
     tokens = torch.zeros((), dtype=torch.int64, device=groups.device)
     columns = []
     for index_B in shard_batches(part, task.eval_batch, rank=world.rank, world_size=world.size):
@@ -115,23 +120,30 @@ def _observe(
         ACTIVITY.beat()
         watch.see(output)
         columns.append(task.observe(output, batch))
-        for load_GE, layer in zip(load_LGE, output.layers, strict=True):
+        for load_GE, layer in zip(load_LGE.values(), output.layers, strict=True):
             load_GE += torch.stack([route.tokens_per_slot for route in layer.routes])
         if output.layers:
             tokens += output.layers[0].routes[0].num_tokens
     width = -(-len(part) // world.size)
     gathered = gather_columns(torch.cat(columns, dim=1), width)
-    return gathered[:, : len(part)], [sum_over_ranks(load_GE) for load_GE in load_LGE], int(sum_over_ranks(tokens))
+    load_LGE = {name: sum_over_ranks(load_GE) for name, load_GE in load_LGE.items()}
+    return gathered[:, : len(part)], load_LGE, int(sum_over_ranks(tokens))
 
 
-def expert_metrics(load_LGE: Sequence[Tensor], tokens: int) -> dict[str, Any]:
+def expert_metrics(load_LGE: Mapping[str, Tensor], tokens: int) -> dict[str, Any]:
     """Return the metrics of experts, see :func:`evaluate`; for a dense model all are 0.
 
-    ``load_LGE``: for each layer (G, E) tokens per gate and expert. ``tokens``: of a gate of the first layer.
+    ``load_LGE``: for each layer by name (G, E) tokens per gate and expert. ``tokens``: of a gate of the first layer.
     """
-    by_gate = [load for load_GE in load_LGE for load in (load_GE.sum(dim=1) / max(tokens, 1)).tolist()]
+    by_gate = [load for load_GE in load_LGE.values() for load in (load_GE.sum(dim=1) / max(tokens, 1)).tolist()]
+    load_LE = {name: load_GE.sum(dim=0).cpu() for name, load_GE in load_LGE.items()}
+    effective = {name: float(effective_experts(load_E.numpy())) for name, load_E in load_LE.items()}
+    dead = {name: int((load_E == 0).sum()) for name, load_E in load_LE.items()}
     return {
         "active_experts": sum(by_gate) / max(len(by_gate), 1),
         "active_experts_by_gate": by_gate,
-        "dead_experts": sum(int((load_GE.sum(dim=0) == 0).sum()) for load_GE in load_LGE),
+        "effective_experts": sum(effective.values()) / max(len(effective), 1),
+        "effective_experts_by_layer": effective,
+        "dead_experts": sum(dead.values()),
+        "dead_experts_by_layer": dead,
     }

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from dist_moe.engine.monitor.load import HISTOGRAM
 from dist_moe.engine.monitor.step_window import Sums
 from dist_moe.engine.training import StepLoss
 from dist_moe.models import ModelOutput
+from dist_moe.routing import Route
 from dist_moe.tasks.task import Task
 
 
@@ -44,8 +46,26 @@ class WeightedObjective:
     def of_output(self, output: ModelOutput, batch: Any) -> StepLoss:
         """Return the loss of what the model gave for ``batch``."""
         losses = self.losses(output, batch)
-        sums: Sums = {**losses, **_expert_counts(output, batch.tokens_in_step)}
+        sums: Sums = {**losses, **self._counts(output, batch.tokens_in_step)}
         return StepLoss(losses["total_loss"] * self.shares, sums)
+
+    def _counts(self, output: ModelOutput, tokens_in_step: int) -> Sums:
+        """Return ``tokens``; ``active_experts``, assignments per token averaged over gates and layers, and the
+        histogram of these numbers; ``rows_computed``; and ``load``, (L, E) rows, 0 for experts that a layer lacks. For
+        a dense model all but the tokens are 0 or empty."""
+        layers, tokens = output.layers, tokens_in_step / self.shares
+        if not layers:
+            load_LE = torch.zeros(0, 0, dtype=torch.int64, device=output.predictions[0].device)
+            return {"tokens": tokens, "active_experts": 0.0, "rows_computed": 0.0, "load": load_LE}
+        routes = [route for layer in layers for route in layer.routes]
+        size = max(route.num_slots for route in routes) + 1
+        return {
+            "tokens": tokens,
+            "active_experts": sum(route.num_assignments for route in routes) / (len(routes) * tokens_in_step),
+            HISTOGRAM: torch.stack([_histogram(route, size) for route in routes]).sum(dim=0),
+            "rows_computed": float(sum(layer.rows_computed for layer in layers)),
+            "load": pad_sequence([layer.pairs.rows_per_expert_E for layer in layers], batch_first=True),
+        }
 
     def losses(self, output: ModelOutput, batch: Any) -> dict[str, Tensor]:
         """Return the summands of the step that ``batch`` adds: ``loss``, weighted; ``total_loss``, with the auxiliary
@@ -59,17 +79,8 @@ class WeightedObjective:
         return {"loss": weighted, "total_loss": total} | by_target | aux
 
 
-def _expert_counts(output: ModelOutput, tokens_in_step: int) -> Sums:
-    """Return ``active_experts``, assignments per token averaged over gates and layers, ``rows_computed``, and
-    ``load``, (L, E) rows, 0 for experts that a layer lacks; 0, 0 and (0, 0) for a dense model."""
-    layers = output.layers
-    if not layers:
-        load_LE = torch.zeros(0, 0, dtype=torch.int64, device=output.predictions[0].device)
-        return {"active_experts": 0.0, "rows_computed": 0.0, "load": load_LE}
-    routes = [route for layer in layers for route in layer.routes]
-    assignments = sum(route.num_assignments for route in routes)
-    return {
-        "active_experts": assignments / (len(routes) * tokens_in_step),
-        "rows_computed": float(sum(layer.rows_computed for layer in layers)),
-        "load": pad_sequence([layer.pairs.rows_per_expert_E for layer in layers], batch_first=True),
-    }
+def _histogram(route: Route, size: int) -> Tensor:
+    """Return (size,) int64: how many tokens of a route have 0, 1, 2, ... experts. The host waits for no device."""
+    edges_T = torch.arange(route.num_tokens + 1, device=route.token_N.device)
+    count_T = torch.searchsorted(route.token_N, edges_T).diff()
+    return torch.zeros(size, dtype=torch.int64, device=count_T.device).index_add_(0, count_T, torch.ones_like(count_T))

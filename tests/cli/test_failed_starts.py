@@ -133,7 +133,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again_by_resume(
     assert content_of(run) == before
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "heartbeats", "checkpoints", "best", "stages"])
+@pytest.mark.parametrize("name", ["heartbeats", "checkpoints", "best", "stages"])
 def test_a_file_in_the_place_of_a_directory(
     refused: Refused, config: Path, finished: Path, tmp_path: Path, name: str
 ) -> None:

@@ -7,7 +7,11 @@ import io
 import re
 import runpy
 import sys
+from pathlib import Path
 
+import pytest
+
+from tests.data.tables.tiny_named import write_tiny_census
 from tests.helpers.commands import REPOSITORY, finish, start
 from tests.helpers.pool import on_ranks
 
@@ -23,6 +27,21 @@ def test_fit_twice() -> None:
     assert outcome.code == 0, outcome.err
     first, second = map(float, re.findall(r"learning rate \S+: loss (\S+)", outcome.out))
     assert second < first < 0.1
+
+
+def test_early_exit_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MLP learns; nobody asks it, all do, or those whom a threshold on the validation rows tells to."""
+    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+    root = write_tiny_census(tmp_path / "census", train=800, test=400)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(str(REPOSITORY / "examples/early_exit.py"))["main"](root)
+    found = re.findall(r"^(.{20}) accuracy (\S+), +(\S+)% ask the MLP, +\S+ microseconds", out.getvalue(), re.MULTILINE)
+    accuracy = {name.strip(): float(value) for name, value, _ in found}
+    share = {name.strip(): float(value) for name, _, value in found}
+    assert (share["logistic regression"], share["MLP"]) == (0.0, 100.0)
+    assert share["within .1 % of it"] <= share["best on validation"]
+    majority = (root / "census-income.test").read_text().count("- 50000.") / 400
+    assert accuracy["MLP"] > majority + 0.05
 
 
 def printed_by(example: str) -> str:
@@ -46,7 +65,7 @@ def test_ddp_ends_every_time() -> None:
     assert all(len(on_ranks(2, printed_by, str(DDP))) == 2 for _ in range(20))
 
 
-def test_the_readme_shows_the_example_in_twenty_lines() -> None:
+def test_a_page_shows_the_example_in_twenty_lines() -> None:
     lines = DDP.read_text().split("\n\n", 1)[1].splitlines()
     assert len([line for line in lines if line.strip()]) <= 20
-    assert "\n".join(lines) in (REPOSITORY / "README.md").read_text()
+    assert "\n".join(lines) in (REPOSITORY / "docs/library.md").read_text()

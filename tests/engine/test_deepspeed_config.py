@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import partial
 from typing import Any
 
@@ -277,6 +278,13 @@ def test_a_compiled_adam_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> No
     check_deepspeed_section(section, batch_size=64, world_size=1)
     with pytest.raises(UserError, match=r"amsgrad: DeepSpeed's own Adam .* has no such parameter"):
         check_deepspeed_section(section | with_params(torch_adam=False, amsgrad=True), batch_size=64, world_size=1)
+
+
+def test_nothing_is_compiled_to_find_out_that_an_optimizer_is_no_muon() -> None:
+    assert import_deepspeed().runtime.compiler.compile() is torch.compile
+    assert not hasattr(
+        sys.modules["deepspeed.runtime.zero.muon.original_muon"].muon_update, "_torchdynamo_orig_callable"
+    )
 
 
 def with_params(**params: Any) -> dict[str, Any]:

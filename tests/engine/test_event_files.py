@@ -13,7 +13,7 @@ from tests.helpers.board import read_board, steps_of
 
 def attempt(run: Path, first_step: int, last_step: int, loss: float) -> None:
     """Steps up to ``last_step``, after ``first_step`` that an earlier attempt has done."""
-    tracker = TensorBoardTracker(run / "tensorboard", first_step, print)
+    tracker = TensorBoardTracker(run, first_step, print)
     for step in range(first_step + 1, last_step + 1):
         tracker.step({"step": step, "loss": loss})
     tracker.close()
@@ -39,7 +39,6 @@ def test_abandoned_steps_are_hidden_and_new_ones_shown(
     "name", ["events.out.tfevents.", "events.out.tfevents.x.host", "events.out.tfevents.99999999999.h"]
 )
 def test_files_of_another_kind_are_in_nobody_s_way(tmp_path: Path, name: str) -> None:
-    (tmp_path / "tensorboard").mkdir()
-    (tmp_path / "tensorboard" / name).touch()
+    (tmp_path / name).touch()
     attempt(tmp_path, 0, 3, 1.0)
-    assert (tmp_path / "tensorboard" / name).stat().st_size == 0
+    assert (tmp_path / name).stat().st_size == 0

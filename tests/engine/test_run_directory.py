@@ -148,7 +148,7 @@ def test_a_directory_in_the_place_of_a_file(tmp_path: Path, name: str, place: st
         RunDirectory(tmp_path).check_kinds()
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "heartbeats", "checkpoints", "best", "stages", "stages/one"])
+@pytest.mark.parametrize("name", ["heartbeats", "checkpoints", "best", "stages", "stages/one"])
 @pytest.mark.parametrize("how", [Path.touch, os.mkfifo, lambda path: path.symlink_to("nowhere")])
 def test_something_else_in_the_place_of_a_directory(tmp_path: Path, name: str, how: Callable[[Path], None]) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -177,9 +177,9 @@ def test_what_is_left_of_a_run_without_its_configuration_is_not_written_over(tmp
 
 
 def test_what_a_start_that_failed_leaves_is_in_nobody_s_way(tmp_path: Path) -> None:
-    for directory in ("heartbeats/abc", "tensorboard", "checkpoints", "stages/a/heartbeats"):
+    for directory in ("heartbeats/abc", "checkpoints", "stages/a/heartbeats"):
         (tmp_path / directory).mkdir(parents=True)
     (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "tensorboard" / "events.out.tfevents.1.host.2.0").write_text("header")
+    (tmp_path / "events.out.tfevents.1.host.2.0").write_text("header")
     RunDirectory(tmp_path).check_unused()
     assert not RunDirectory(tmp_path).has_progress

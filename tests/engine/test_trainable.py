@@ -31,7 +31,8 @@ from dist_moe.gates import TopK
 from dist_moe.layer import BatchNormOverRanks, MoE
 from dist_moe.models import MoEModel
 from dist_moe.parallel import Placement, SingleWorld, World, experts_of_rank, sum_over_ranks
-from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig, SwapSearchCallback
+from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig
+from dist_moe.recipes.callbacks.table_search import TableSearchCallback
 from dist_moe.search import PermutationSearch
 from dist_moe.search.layers import is_held
 from tests.helpers.parity import owned_numbers
@@ -263,7 +264,7 @@ def test_afterwards_everything_is_as_before() -> None:
         assert held == {"below", "norm", "moe.experts", "moe.slot_map"}
         assert not model.learning
         trainer: Any = SimpleNamespace(model=model, tables=model.tables, steps_per_epoch=1)
-        SwapSearchCallback(None, SwapScheduleConfig(), ()).after_step(trainer, 1)  # no task: there is nothing to search
+        TableSearchCallback(SwapScheduleConfig(), None, (), 0).after_step(trainer, 1)  # no task is asked
         model.train()
         assert [name for name, module in model.named_modules() if not module.training] == [
             name for name, _ in model.named_modules() if name in held

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from dist_moe.engine.health.heartbeats import (
 from dist_moe.engine.health.watchdog import EXIT_STALLED, RankReport, StallDiagnosis, diagnose
 from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.errors import UserError
+from dist_moe.parallel.stacks import stacks_of_threads
 from dist_moe.tasks.recommendation.task import RecommendationTask
 from tests.helpers.commands import run_here
 from tests.helpers.pool import RankPool, on_ranks
@@ -213,6 +216,41 @@ def test_a_sign_of_life_costs_next_to_nothing(tmp_path: Path) -> None:
         write_heartbeat(tmp_path, observer.look(float(sign)))
         assert read_heartbeat(tmp_path, 0) is not None
     assert (time.process_time() - started) / signs < 0.01 * 1.0
+
+
+def test_stacks_of_threads_at_work_and_at_rest() -> None:
+    """Of one that waits it is the stack that Python gives; of one at work each is a stack that there was."""
+    ending, depths = threading.Event(), set()
+
+    def outer(depth: int) -> int:
+        return outer(depth - 1) + 1 if depth else sum(iter([0]))
+
+    def work() -> None:
+        while not ending.is_set():
+            outer(20)
+
+    resting = threading.Thread(target=ending.wait)
+    working = threading.Thread(target=work)
+    resting.start()
+    working.start()
+    try:
+        for _ in range(300):
+            stacks = stacks_of_threads()
+            at_work = [entry.name for entry in stacks[working.ident or 0]]
+            if "work" in at_work:
+                assert at_work[: at_work.index("work")] == ["_bootstrap", "_bootstrap_inner", "run"]
+                depths.add(at_work.count("outer"))
+        at_rest = traceback.extract_stack(sys._current_frames()[resting.ident or 0])
+        assert [(e.filename, e.lineno, e.name) for e in stacks[resting.ident or 0]] == [
+            (entry.filename, entry.lineno, entry.name) for entry in at_rest
+        ]
+        assert traceback.format_list(stacks[resting.ident or 0]) == traceback.format_list(at_rest), "with source lines"
+    finally:
+        ending.set()
+        working.join()
+        resting.join()
+    assert len(depths) > 2
+    assert max(depths) <= 21
 
 
 def test_another_process_of_the_same_pid_is_not_taken_for_it() -> None:

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 def read_board(run_dir: Path) -> EventAccumulator:
     """All events of a run, none left out."""
-    everything = {"scalars": 0, "images": 0, "histograms": 0}
-    return EventAccumulator(str(run_dir / "tensorboard"), size_guidance=everything).Reload()
+    everything = {"scalars": 0, "images": 0, "tensors": 0}
+    return EventAccumulator(str(run_dir), size_guidance=everything).Reload()
 
 
 def steps_of(board: EventAccumulator, tag: str) -> list[int]:

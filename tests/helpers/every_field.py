@@ -95,10 +95,12 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
     def recommender(gate: dict[str, Any], **sections: Any) -> dict[str, Any]:
         return run(ratings, TINY_RUN["model"] | {"gate": gate} | sections.pop("model", {}), **sections)
 
+    few = {"examples": 64, "verified_on": 32, "every_steps": 1}
+    searches = {"swap_search": {"examples": 64, "every_epochs": 0.01}, "assignment_search": few}
     bert = {"name": "bert_classifier", "num_experts": 2, "expert_hidden": 8, "gate": {"name": "top_k", "k": 1}}
     bases = {
         "comet": recommender({"name": "comet", "k": 2}, model={"permutation": {"epochs": 0.01}}),
-        "top_k": recommender({"name": "top_k"}, swap_search={"examples": 64, "every_epochs": 0.01}, placement={}),
+        "top_k": recommender({"name": "top_k"}, placement={}, **searches),
         "dselect_k": recommender({"name": "dselect_k"}),
         "hash": recommender({"name": "hash"}),
         "ada_moe": recommender({"name": "ada_moe"}),

@@ -16,10 +16,15 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from dist_moe.tasks.language import samples
+
 PATIENCE_S = 240.0
 PRELOADED = [
     "dist_moe.recipes",
-    "deepspeed.runtime.zero.muon.original_muon",  # DeepSpeed imports it with the first engine: 7 s
+    # Imported at their first use:
+    "matplotlib.figure",
+    "scipy.stats",
+    "torch._dynamo",  # by torch, with the first optimizer
     "tests.helpers.runs",
 ]
 
@@ -109,6 +114,7 @@ def free_port() -> int:
 
 def _serve(rank: int, world_size: int, connection: Connection) -> None:
     torch.set_num_threads(1)
+    samples.NEW_TOKENS = 6  # that language models write at the end of a run: each takes all ranks a pass
     gc.freeze()  # what is imported stays: the collections below need not look at it
     while True:
         try:

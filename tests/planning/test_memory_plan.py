@@ -127,9 +127,22 @@ def test_higher_stages_hold_less(config: Path) -> None:
     assert states[3].expert_parameters > 0
 
 
+def test_a_table_search_takes_fp64_copies_and_results(config: Path) -> None:
+    """Recorded: 4 experts of width 16 on 300 examples. Streamed: no more than the chunk beside the batch's tokens."""
+    none, swaps = plan_of(config, 2), plan_of(config, 2, "swap_search={examples: 600}")
+    copies = 2 * (none.states[0].dense_parameters + none.states[0].expert_parameters)
+    assert none.search == 0
+    assert swaps.search == 300 * 4 * 16 * 8 + copies
+    few, many = (plan_of(config, 2, f"assignment_search={{chunk_bytes: {size}}}").search for size in (2**14, 2**30))
+    assert copies < few < many - 2**14
+
+
 def test_the_command(config: Path) -> None:
-    table = run_here(["plan", str(config), "--ranks", "2", "--memory-gib", "4", "train.batch_size=128"])
+    table = run_here(
+        ["plan", str(config), "--ranks", "2", "--memory-gib", "4", "train.batch_size=128", "swap_search={}"]
+    )
     assert table.code == 0, table.err
+    assert "while a table search lasts, at most, beside these and a pass in fp64: 1." in table.out
     assert "2 rank(s), experts over 1, 64 tokens" in table.out
     assert "ZeRO stage 1 *" in table.out
     plain = json.loads(run_here(["plan", str(config), "--ranks", "2", "--json"]).out)

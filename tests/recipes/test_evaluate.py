@@ -20,7 +20,10 @@ from tests.helpers.commands import succeed
 from tests.helpers.pool import on_ranks
 from tests.helpers.runs import write_config
 
-TEST_METRICS = {"auc", "bce", "mse", "loss", "active_experts", "active_experts_by_gate", "dead_experts"}
+TEST_METRICS = {
+    *("auc", "bce", "mse", "loss", "active_experts", "active_experts_by_gate"),
+    *(f"{kind}_experts{by}" for kind in ("effective", "dead") for by in ("", "_by_layer")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,7 @@ def metrics_by_hand(run: Path) -> dict[str, float | list[float]]:
         "active_experts": sum(active) / (2 * len(test)),
         "active_experts_by_gate": [count / len(test) for count in active],
         "dead_experts": int((experts == 0).sum()),
+        "effective_experts": float(np.exp(-sum(s * np.log(s) for s in (experts / experts.sum()).tolist() if s))),
     }
 
 

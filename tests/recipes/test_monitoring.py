@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
+from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor
 
 from dist_moe.data.movielens import PairBatch
@@ -151,13 +153,21 @@ def test_first_step_by_hand(config: Path, run: Path, records: list[dict[str, Any
         ("loss/mse", "mse"),
         ("loss/entropy", "entropy"),
         ("loss/permutation", "permutation"),
-        ("experts/active_per_token", "active_experts"),
+        ("experts/per_token_mean", "active_experts"),
+        ("experts/per_token_p90", "active_experts_p90"),
+        ("experts/effective_mean", "effective_experts"),
+        ("experts/dead", "dead_experts"),
+        ("experts/load_cv", "load_cv"),
+        ("permutation/rows_changed", "rows_changed"),
         ("experts/rows_computed", "rows_computed"),
         ("traffic/all_to_all_bytes", "wire_bytes"),
         ("traffic/all_to_all_rows", "wire_rows"),
         ("traffic/bytes_across_nodes", "wire_bytes_across_nodes"),
         ("traffic/rows_across_nodes", "wire_rows_across_nodes"),
         ("speed/examples_per_second", "examples_per_second"),
+        ("speed/tokens_per_second", "tokens_per_second"),
+        ("time/step", "step_seconds"),
+        ("time/data", "data_seconds"),
         ("optimizer/lr", "lr"),
         ("optimizer/grad_norm", "grad_norm"),
     ],
@@ -186,32 +196,60 @@ def test_every_tenth_step_shows_where_its_layer_spent_its_time(
 
 
 def test_tensorboard_shows_evaluations(board: EventAccumulator, run: Path) -> None:
-    for metric in ("auc", "bce", "mse", "loss", "active_experts", "dead_experts"):
+    for metric in ("auc", "bce", "mse", "loss", "active_experts", "effective_experts", "dead_experts"):
         assert list(scalars(board, f"validation/{metric}")) == [40, 80]
     test = json.loads((run / "summary.json").read_text())["test"]
-    for metric in ("auc", "bce", "mse", "loss", "active_experts", "dead_experts"):
+    for metric in ("auc", "bce", "mse", "loss", "active_experts", "effective_experts", "dead_experts"):
         assert scalars(board, f"test/{metric}") == {STEPS: pytest.approx(test[metric], rel=1e-6)}
 
 
-def test_tensorboard_shows_the_load(board: EventAccumulator, records: list[dict[str, Any]]) -> None:
-    (histogram,) = board.Histograms("experts/load")
-    assert histogram.step == STEPS
-    assert histogram.histogram_value.num == sum(records[-1]["load"][0])
-    image = last_image(board, "experts/load_over_time")
-    assert image.shape[0] % EXPERTS == 0
-    assert 0 <= image.min() < image.max() <= 255
-    darkness_E = 255.0 - image[:: image.shape[0] // EXPERTS, -1]
-    load_E = np.asarray(records[-1]["load"][0])
-    assert darkness_E.argmax() == load_E.argmax()
-    np.testing.assert_array_equal(darkness_E == 0, load_E == 0)
+def test_pictures_of_load_tables_and_placement_stand_at_the_end(
+    board: EventAccumulator, records: list[dict[str, Any]]
+) -> None:
+    """The data behind the axes: shares of each expert, seven steps a column; see tests/engine/test_board.py."""
+    columns = {event.step: make_ndarray(event.tensor_proto) for event in board.Tensors("experts/load_share")}
+    assert list(columns) == [*range(7, STEPS, 7), STEPS]
+    for last, column_LE in columns.items():
+        load_WE = np.array([record["load"][0] for record in records[last - 7 : last]])
+        if last < STEPS:
+            expected_E = (load_WE / load_WE.sum(axis=1, keepdims=True)).mean(axis=0)
+            np.testing.assert_allclose(column_LE[0], expected_E, atol=1e-3)
+    for tag in ("experts/load", "experts/load_over_time", "permutation/slot_to_expert", "placement/rank_of_expert"):
+        image = last_image(board, tag)
+        assert 0 <= image.min() < image.max() <= 255
+    steps = {tag: [event.step for event in board.Images(tag)] for tag in board.Tags()["images"]}
+    assert steps["experts/load"][-1] == steps["permutation/slot_to_expert"][-1] == STEPS
+    assert steps["placement/rank_of_expert"] == [0]
+    assert records[-1]["rows_changed"] in {0, 2, 3, 4}
 
 
-def test_tensorboard_shows_the_permutation(board: EventAccumulator) -> None:
-    image = last_image(board, "permutation/slot_to_expert")
-    assert image.shape[0] == image.shape[1]
-    cell = image.shape[0] // EXPERTS
-    matrix = image[cell // 2 :: cell, cell // 2 :: cell] < 128
-    assert matrix.sum(0).tolist() == matrix.sum(1).tolist() == [1] * EXPERTS
+def test_gates_that_collapse_raise_an_alarm_on_screen_and_as_text(
+    shown: tuple[Path, list[Outcome]], board: EventAccumulator, records: list[dict[str, Any]]
+) -> None:
+    """These trees harden so fast that each gate sends every token to one expert."""
+    active = [record["active_experts"] for record in records]
+    onset = next(step for step in range(1, STEPS) if max(active[step:]) == 1)
+    (event,) = board.Tensors("alarm/text_summary")
+    sentence = event.tensor_proto.string_val[0].decode()
+    assert onset <= event.step <= onset + 50
+    assert "collapse: MoE layer 0" in sentence
+    assert shown[1][0].err.count(sentence) == 1
+
+
+def test_configuration_and_command_are_texts_and_the_run_has_its_directory_s_name(
+    board: EventAccumulator, run: Path
+) -> None:
+    (text,) = (event.tensor_proto.string_val[0].decode() for event in board.Tensors("configuration/text_summary"))
+    assert yaml.safe_load(text.removeprefix("```yaml").removesuffix("```")) == yaml.safe_load(
+        (run / "config.yaml").read_text()
+    )
+    assert len(board.Tensors("command/text_summary")) == 1
+    content = board.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+    chosen = parse_session_start_info_plugin_data(content).hparams
+    assert chosen["model.gate.name"].string_value == "comet"
+    assert chosen["parallel.expert_parallel_size"].number_value == 2
+    assert "model.gate.max_active" not in chosen, "as by default"
+    assert [path.parent for path in run.glob("**/events.out.tfevents.*")] == [run]
 
 
 def test_only_rank_0_speaks(shown: tuple[Path, list[Outcome]]) -> None:

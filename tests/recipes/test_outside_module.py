@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import torch
 import yaml
 
 from dist_moe.engine.checkpoint import newest_checkpoint, read_model
-from tests.helpers.commands import Outcome, finish, start
+from tests.helpers.commands import Outcome, run_here
+from tests.helpers.pool import RankPool
 from tests.helpers.runs import losses_of
 
 MODULE = Path(__file__).parent / "outside" / "waves.py"
@@ -38,9 +41,30 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(*arguments: object) -> Outcome:
-    """``dist-moe ARGUMENTS`` where the module is, in a process of its own."""
-    return finish(start(sys.executable, "-m", "dist_moe", *arguments, cwd=MODULE.parent))
+def run_there(arguments: list[str], environment: dict[str, str]) -> Outcome:
+    """``dist-moe ARGUMENTS`` where the module is."""
+    os.environ |= environment
+    sys.path.insert(0, str(MODULE.parent))
+    return run_here(arguments)
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., Outcome]]:
+    """``command(*arguments, **environment)``: what the first of two ranks, which know no other module, gives."""
+    pools: list[RankPool] = []
+
+    def run(*arguments: object, **environment: str) -> Outcome:
+        pools[:] = pools or [RankPool(2)]
+        try:
+            outcome: Outcome = pools[0].run(run_there, ([str(argument) for argument in arguments], environment))[0]
+        except AssertionError:
+            pools.pop().close()
+            raise
+        return outcome
+
+    yield run
+    for pool in pools:
+        pool.close()
 
 
 def weights_of(run: Path, stage: str) -> dict[str, torch.Tensor]:
@@ -51,17 +75,17 @@ def test_it_is_short() -> None:
     assert len(MODULE.read_text().splitlines()) <= 200
 
 
-def test_killed_in_the_second_stage_and_resumed(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_in_the_second_stage_and_resumed(config: Path, tmp_path: Path, command: Callable[..., Outcome]) -> None:
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    whole = command("train", "--emulate", 2, "--run-dir", undisturbed, config)
+    whole = command("train", "--run-dir", undisturbed, config)
     assert whole.code == 0, whole.err
 
-    monkeypatch.setenv("WAVES_KILL", str(tmp_path / "killed"))
-    assert command("train", "--emulate", 2, "--run-dir", run, config).code != 0
+    with pytest.raises(AssertionError, match="died"):
+        command("train", "--run-dir", run, config, WAVES_KILL=str(tmp_path / "killed"))
     assert (tmp_path / "killed").exists()
     first = (run / "stages" / "all" / "metrics.jsonl").stat()
     assert not (run / "stages" / "rest" / "result.json").exists()
-    resumed = command("train", "--emulate", 2, "--resume", run)
+    resumed = command("train", "--resume", run, WAVES_KILL=str(tmp_path / "killed"))
     assert resumed.code == 0, resumed.err
     assert (run / "stages" / "all" / "metrics.jsonl").stat().st_mtime == first.st_mtime  # it was not run again
 
@@ -83,7 +107,7 @@ def test_killed_in_the_second_stage_and_resumed(config: Path, tmp_path: Path, mo
     assert json.loads(evaluated.out)["test"]["loss"] < 0.5
 
 
-def test_it_is_listed(config: Path) -> None:
+def test_it_is_listed(config: Path, command: Callable[..., Outcome]) -> None:
     listing = command("config", config, "--fields").out
     for name in ("cosine", "sine", "wave_model", "waves", "gauge", "losses", "hold_experts"):
         assert name in listing, name

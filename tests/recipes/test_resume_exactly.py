@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from tests.helpers.runs import records_of, summary_of, tensors_of, validations_o
 
 STEPS, VALIDATE, STOP_AT = 30, 4, 16
 SEARCH = "swap_search={every_epochs: 0.06, examples: 200, least_gain: 0.0}"
+ASSIGNMENT = "assignment_search={every_steps: 7, until_step: 28, examples: 64, verified_on: 64, least_gain: 0.0}"
 CASES: dict[str, list[str]] = {
     "comet, Sinkhorn phase": ["model.permutation.epochs=0.3"],
     "comet, swaps, accumulation": [SEARCH, "deepspeed.gradient_accumulation_steps=2"],
-    "comet, permutation, then swaps": ["model.permutation.epochs=0.1", SEARCH],
+    "comet, permutation, then swaps": ["model.permutation.epochs=0.1", SEARCH, ASSIGNMENT],
     "top_k, bias": ["model.gate={name: top_k, k: 2, balance_weight: 0.01, bias_update_rate: 0.05}"],
     "smoe_dropout, accumulation": ["model.gate={name: smoe_dropout}", "deepspeed.gradient_accumulation_steps=2"],
 }
@@ -60,7 +62,7 @@ def what_happened(run: Path) -> dict[str, Any]:
 
 
 def searches_of(err: str) -> list[str]:
-    return [line for line in err.splitlines() if line.startswith("swap search after")]
+    return [line for line in err.splitlines() if re.match("(swap|assignment) search after", line)]
 
 
 @pytest.mark.parametrize(

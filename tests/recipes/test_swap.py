@@ -14,10 +14,11 @@ from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig, in_double_precision, search_swaps
+from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig, search_swaps
+from dist_moe.recipes.callbacks.table_search import in_double_precision
 from dist_moe.recipes.recipe import load_config, plan_new_run
 from dist_moe.recipes.supervised.config import SupervisedConfig
-from dist_moe.search import SwapReport, SwapSearchConfig
+from dist_moe.search import SearchReport, SwapSearchConfig
 from dist_moe.tasks import build_model
 from dist_moe.tasks.task import Task
 from tests.helpers.runs import write_config
@@ -41,7 +42,7 @@ def scrambled(config: SupervisedConfig, task: Task) -> MoEModel:
     return model
 
 
-def searched(config: SupervisedConfig, task: Task, model: MoEModel, batch_size: int) -> SwapReport:
+def searched(config: SupervisedConfig, task: Task, model: MoEModel, batch_size: int) -> SearchReport:
     search = SwapSearchConfig(examples=512, batch_size=batch_size)
     return search_swaps(task, model, search, config.target_weights, LAUNCH)
 

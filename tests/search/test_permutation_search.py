@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dist_moe.gates import TopK
@@ -15,8 +17,10 @@ from dist_moe.routing import HardMap, Route, SoftPermutation
 from dist_moe.search import PermutationSearch, PermutationSearchConfig
 from dist_moe.search import permutation as module
 from dist_moe.search.agreement import round_to_table
+from dist_moe.search.permutation import SCHEDULES
 from dist_moe.search.sinkhorn import permutation_entropy
 from tests.helpers.branches import naive_branch_mix, naive_branch_relabel
+from tests.helpers.clusters import Mixture, make_gate, make_tokens
 from tests.helpers.oracle import assert_same, naive_sinkhorn
 
 STAGE = 6
@@ -68,7 +72,7 @@ def test_schedule_is_the_paper_code_s(
     step: int, stage: int, temperature: float, iterations: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """log10 tau = -3 - 4 t/T and N = floor(20 + 130 t/T); never beyond their last values."""
-    search = PermutationSearch(4, stage_steps=stage).double()
+    search = PermutationSearch(4, stage_steps=stage, **SCHEDULES["paper"]._asdict()).double()
     search.step.fill_(step)
     actual_temperature, actual_iterations = sinkhorn_arguments(search, monkeypatch)
     assert actual_temperature == pytest.approx(temperature, rel=1e-12)
@@ -196,7 +200,7 @@ def test_state_dict_resumes_where_it_stopped(steps: int) -> None:
     search = make_search()
     train_steps(search, steps)
     state = search.state_dict()
-    assert set(state) == {"relaxed", "step", "soft", "table"}
+    assert set(state) == {"relaxed", "step", "soft", "table", "start"}
     resumed = make_search(seed=1)
     resumed.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
     assert resumed.learning == search.learning
@@ -286,6 +290,136 @@ def test_initial_range_and_single_parameter() -> None:
 def test_config_measures_the_stage_in_epochs(epochs: float, steps_per_epoch: int, stage: int) -> None:
     search = PermutationSearchConfig(epochs=epochs).build([TopK(3, 4)], steps_per_epoch)
     assert search.stage_steps == stage
-    assert search.temperature == (1e-3, 1e-7)
-    assert search.iterations == (20, 150)
     assert search.entropy_weight == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "temperature", "iterations"),
+    [
+        ({}, (1e-1, 1e-3), (20, 20)),
+        ({"schedule": "paper"}, (1e-3, 1e-7), (20, 150)),
+        ({"schedule": "paper", "temperature": (1.0, 0.5)}, (1.0, 0.5), (20, 150)),
+        ({"iterations": (3, 9)}, (1e-1, 1e-3), (3, 9)),
+    ],
+)
+def test_schedules_and_what_overrides_them(options: Any, temperature: Any, iterations: Any) -> None:
+    search = PermutationSearchConfig(**options).build([TopK(3, 4)], 10)
+    assert (search.temperature, search.iterations) == (temperature, iterations)
+
+
+def rows_moved(**schedule: Any) -> int:
+    """Rows changed by a short stage at a low rate, 50 steps of a mixture that learns clusters."""
+    torch.manual_seed(0)
+    model, tokens = Mixture(make_gate("top_k", 8), 8), make_tokens(8, 128, seed=1)
+    search = PermutationSearch(8, 50, **schedule)
+    model.moe.slot_map = search
+    optimizer = torch.optim.Adam(model.parameters(), 3e-4)
+    for _ in range(50):
+        search.begin_step()
+        optimizer.zero_grad()
+        output = model.moe(tokens.x_TD, tokens.id_T)
+        loss = F.mse_loss(model.head(output.outputs[0]), tokens.y_TF) + output.aux["permutation"]
+        loss.backward()
+        optimizer.step()
+    return search.rows_changed()
+
+
+def test_the_hot_schedule_moves_rows_where_the_paper_s_moves_none() -> None:
+    assert rows_moved(**SCHEDULES["paper"]._asdict()) == 0
+    assert rows_moved(**SCHEDULES["hot"]._asdict()) > 0
+
+
+def test_rows_changed_and_entropy() -> None:
+    search = make_search(n=4)
+    search.begin_step()
+    search.train()()
+    assert search.rows_changed() == 0
+    with torch.no_grad():
+        search.relaxed.copy_(10 * torch.eye(4)[search.start][..., [1, 0, 3, 2]])
+    assert search.rows_changed() == 4
+    search.soft.fill_(0.25)
+    assert search.row_entropy() == pytest.approx(math.log(4))
+    search.soft.copy_(torch.eye(4))
+    assert search.row_entropy() == pytest.approx(0)
+
+
+@pytest.mark.parametrize("control", ["random", "identity"])
+def test_controls_hold_r_still_and_harden_all_the_same(control: Any) -> None:
+    torch.manual_seed(0)
+    search = PermutationSearch(8, 20, control=control)
+    assert list(search.parameters()) == []
+    relaxed, entropies = search.relaxed.clone(), []
+    for _ in range(25):
+        search.begin_step()
+        maps, aux = search.train()()
+        entropies.append(search.row_entropy())
+        assert not any(one.requires_grad for one in aux.values())
+    assert isinstance(maps[0], HardMap)
+    assert torch.equal(search.relaxed, relaxed)
+    assert entropies[0] > 0.9 * math.log(8)
+    assert entropies[-1] < 0.2
+    identity = list(range(8))
+    assert (search.start.flatten().tolist() == identity) == (control == "identity")
+    if control == "identity":
+        assert search.table.flatten().tolist() == identity
+
+
+def test_the_host_reads_the_step_only_when_somebody_else_has_written_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would wait for the device in every step of the run, long after the stage."""
+    reads: list[int] = []
+    read = torch.Tensor.__int__
+
+    def spy(tensor: Tensor) -> int:
+        reads.append(read(tensor))
+        return reads[-1]
+
+    monkeypatch.setattr(torch.Tensor, "__int__", spy)
+    search = make_search()
+    train_steps(search, 3 * STAGE)
+    assert reads == [0]
+    assert not search.learning
+    search.load_state_dict(search.state_dict() | {"step": torch.tensor(2)})
+    assert search.learning
+    train_steps(search, 1)
+    assert search.count == 3
+    assert reads == [0, 2]
+
+
+def test_searches_of_one_size_are_relaxed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients as if each had been alone, for two micro-batches of a step; one computation per size."""
+    searches = [make_search(seed=0), make_search(seed=1, num_gates=2, per_gate=True), make_search(n=3, seed=2)]
+    alone = copy.deepcopy(searches)
+    calls: list[torch.Size] = []
+    relax = module.sinkhorn
+
+    def spy(logits: Tensor, iterations: int) -> Tensor:
+        calls.append(logits.shape)
+        return relax(logits, iterations)
+
+    monkeypatch.setattr(module, "sinkhorn", spy)
+    for search in (*searches, *alone):
+        search.train().begin_step()
+    for _ in range(2):
+        calls.clear()
+        module.relax_together([*searches, None])
+        losses = [sum(aux.sum() for aux in search()[1].values()) for search in searches]
+        assert calls == [(3, 5, 5), (1, 1, 3, 3)]
+        sum(losses).backward()
+        sum(sum(aux.sum() for aux in search()[1].values()) for search in alone).backward()
+    for ours, theirs in zip(searches, alone, strict=True):
+        assert torch.equal(ours.soft, theirs.soft)
+        assert ours.relaxed.grad is not None
+        assert_same(ours.relaxed.grad, theirs.relaxed.grad, 1e-6)
+
+
+def test_fp32_suffices_at_the_temperatures_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    search, cotangent = PermutationSearch(16, 10, temperature=(module.FP32_ABOVE, 1e-3)), torch.randn(1, 1, 16, 16)
+    with torch.no_grad():
+        search.relaxed.mul_(10)
+    grads = []
+    for above in (module.FP32_ABOVE, math.inf):
+        monkeypatch.setattr(module, "FP32_ABOVE", above)
+        grads += torch.autograd.grad((search.soft_matrix() * cotangent).sum(), search.relaxed)
+    assert not torch.equal(*grads)
+    assert_same(*grads, 1e-5)

@@ -15,7 +15,17 @@ from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, TopK
 from dist_moe.layer import MoE
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World, experts_of_rank
-from dist_moe.search import SlotTable, Swap, SwapReport, SwapSearch, SwapSearchConfig, give_branches_slots
+from dist_moe.search import (
+    RecordedScores,
+    SearchReport,
+    SlotTable,
+    StreamedScores,
+    Swap,
+    SwapSearch,
+    SwapSearchConfig,
+    give_branches_slots,
+)
+from dist_moe.search.swap import swaps_by_gain
 from tests.helpers.clusters import Mixture, Tokens, make_tokens, trained_mixture
 from tests.helpers.worlds import on_real_worlds
 
@@ -23,7 +33,7 @@ SLOW = pytest.mark.slow
 
 
 def search(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor], **options: Any) -> SwapSearch:
-    return SwapSearch(model, batches, loss, SwapSearchConfig(**options))
+    return SwapSearch(RecordedScores(model, batches, loss), SwapSearchConfig(**options))
 
 
 def scrambled(name: str, num_experts: int, steps: int, seed: int = 0) -> Mixture:
@@ -92,15 +102,16 @@ def test_first_order_gain_is_exact_where_the_loss_is_linear() -> None:
     def linear(_: object) -> Tensor:
         return (model.moe(x_TD).outputs[0] * cotangent_TF).sum()
 
-    searching = search(model, [None], linear, verified_per_round=1)
-    searching._record()
-    (before,) = searching._losses([None])
-    swaps = searching._by_estimated_gain(1e-15)
-    losses = searching._losses(swaps)
+    scores = RecordedScores(model, [None], linear)
+    with scores.searching():
+        (before,) = scores.losses([()])
+        gradients = scores.gradients()
+        swaps = swaps_by_gain(scores.tables, gradients, 1e-15)
+        losses = scores.losses(swaps)
     assert len(swaps) == 10
     assert losses == sorted(losses), "the order of the estimates is the order of the exact losses"
-    gradient = searching._gradients()[0][0, 0]
-    for swap, loss in zip(swaps, losses, strict=True):
+    gradient = gradients[0][0, 0]
+    for (swap,), loss in zip(swaps, losses, strict=True):
         a, b = swap.slots
         at_a, at_b = model.table[0, 0, a], model.table[0, 0, b]
         estimate = gradient[a, at_a] + gradient[b, at_b] - gradient[a, at_b] - gradient[b, at_a]
@@ -129,7 +140,7 @@ def test_budgets_end_the_search() -> None:
     report = search(model, [tokens], model.loss, max_verified=8, verified_per_round=4).run()
     assert report.verified <= 8
     assert not report.local_optimum
-    assert search(model, [tokens], model.loss, max_swaps=0).run().swaps == []
+    assert search(model, [tokens], model.loss, max_swaps=0).run().swaps == ()
 
 
 @pytest.mark.parametrize(("most", "per_round"), [(7, 4), (3, 4), (27, 100)])
@@ -139,9 +150,9 @@ def test_a_budget_that_no_round_fits(most: int, per_round: int) -> None:
     search(model, [tokens], model.loss, verified_per_round=100).run()
     at_optimum = model.table.clone()
     report = search(model, [tokens], model.loss, max_verified=most, verified_per_round=per_round).run()
-    assert (report.swaps, report.verified, report.local_optimum) == ([], most, False)
+    assert (report.swaps, report.verified, report.local_optimum) == ((), most, False)
     report = search(model, [tokens], model.loss, max_verified=28, verified_per_round=per_round).run()
-    assert (report.swaps, report.verified, report.local_optimum) == ([], 28, True)
+    assert (report.swaps, report.verified, report.local_optimum) == ((), 28, True)
     assert torch.equal(model.table, at_optimum)
 
 
@@ -226,13 +237,19 @@ def test_tables_that_are_held_still_are_left_alone() -> None:
         search(fast, [None], lambda _: torch.zeros(()))
 
 
-def test_gradient_of_the_first_layer_flows_through_the_second() -> None:
+def gradients_of(model: nn.Module, loss: Callable[[Any], Tensor], streamed: bool) -> list[Tensor]:
+    """D of every layer; streamed in chunks of one or two tokens, or from recordings."""
+    made = StreamedScores(model, [None], loss, chunk_bytes=1500) if streamed else RecordedScores(model, [None], loss)
+    with made.searching():
+        return made.gradients()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_gradient_of_the_first_layer_flows_through_the_second(streamed: bool) -> None:
     torch.manual_seed(9)
     model = TwoLayers().double()
     x_TD = torch.randn(30, 6, dtype=torch.float64)
-    searching = search(model, [None], lambda _: model(x_TD).square().mean())
-    searching._record()
-    first, _ = searching._gradients()
+    first, _ = gradients_of(model, lambda _: model(x_TD).square().mean(), streamed)
     step = 1e-6
     matrix = torch.eye(4, dtype=torch.float64)[model.first.slot_map.table[0, 0]]
     results_TEF = model.first.all_results(x_TD)
@@ -249,7 +266,7 @@ def test_gradient_of_the_first_layer_flows_through_the_second() -> None:
         assert first[0, 0, slot, expert].item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-6)
 
 
-def naive_against_search(slots: int, experts: int, per_gate: bool, branches: int) -> tuple[Tensor, SwapReport]:
+def naive_against_search(slots: int, experts: int, per_gate: bool, branches: int) -> tuple[Tensor, SearchReport]:
     """The table and the report of a search that ends where the naive one does."""
 
     def build() -> MoE:
@@ -293,16 +310,15 @@ def test_tables_per_gate_and_per_branch_also_many_to_one(
     assert report.local_optimum
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("table", [[2, 0, 1], [0, 1, 1, 2, 0], [2, 2, 2, 2, 2], [1, 0, 2, 0, 2]])
-def test_the_gradient_of_a_map_is_that_of_a_loop_over_slots_and_experts(table: list[int]) -> None:
+def test_the_gradient_of_a_map_is_that_of_a_loop_over_slots_and_experts(table: list[int], streamed: bool) -> None:
     torch.manual_seed(12)
     slots = len(table)
     slot_table = SlotTable(3, num_slots=slots)
     slot_table.table[0, 0] = torch.tensor(table)
     moe = MoE(Comet(4, slots, k=2), DenseReLUBank(4, 2, 3, range(3)), slot_table).double()
     x_TD = torch.randn(9, 4, dtype=torch.float64)
-    searching = search(moe, [None], lambda _: moe(x_TD).outputs[0].square().mean())
-    searching._record()
     matrix = torch.zeros(slots, 3, dtype=torch.float64)
     matrix[range(slots), table] = 1.0
     matrix.requires_grad_()
@@ -311,7 +327,8 @@ def test_the_gradient_of_a_map_is_that_of_a_loop_over_slots_and_experts(table: l
         f = [torch.relu(x_TD @ w + b) for w, b in zip(moe.experts.weight, moe.experts.bias, strict=True)]
     y_TF = sum(g_TS[:, s, None] * matrix[s, e] * f[e] for s in range(slots) for e in range(3))
     (expected,) = torch.autograd.grad(y_TF.square().mean(), matrix)
-    torch.testing.assert_close(searching._gradients()[0][0, 0], expected, rtol=0, atol=1e-12)
+    (found,) = gradients_of(moe, lambda _: moe(x_TD).outputs[0].square().mean(), streamed)
+    torch.testing.assert_close(found[0, 0], expected, rtol=0, atol=1e-12)
 
 
 def test_a_model_without_a_table_is_refused() -> None:

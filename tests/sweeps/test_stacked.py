@@ -13,12 +13,12 @@ import yaml
 
 from dist_moe.errors import UserError
 from dist_moe.models import MoEModel
-from dist_moe.recipes.callbacks.swap_search import search_swaps
+from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig
 from dist_moe.recipes.recipe import load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
-from dist_moe.search import SlotTable, SwapReport
+from dist_moe.search import SearchReport, SlotTable
 from dist_moe.sweeps import TrialResult
-from dist_moe.sweeps.stacked import stack_error, stack_key, train_stack, training
+from dist_moe.sweeps.stacked import stack_error, stack_key, train_stack
 from dist_moe.sweeps.trials import run_trials
 from dist_moe.tasks.task import Task
 from tests.helpers.pool import on_ranks
@@ -139,11 +139,13 @@ def test_no_swaps_are_searched_while_a_permutation_is_learnt(
     assert together[0] != together[1] != together[2]
     searched: list[SlotTable] = []
 
-    def spy(task: Task, model: MoEModel, *arguments: Any) -> SwapReport:
-        searched.append(model.tables["moe"])
-        return search_swaps(task, model, *arguments)
+    search_once = SwapScheduleConfig.search
 
-    monkeypatch.setattr(training, "search_swaps", spy)
+    def spy(self: SwapScheduleConfig, task: Task, model: MoEModel, *arguments: Any) -> SearchReport:
+        searched.append(model.tables["moe"])
+        return search_once(self, task, model, *arguments)
+
+    monkeypatch.setattr(SwapScheduleConfig, "search", spy)
     assert stacked(configs) == together
     assert len(searched) == 2
 

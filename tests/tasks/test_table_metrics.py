@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_moe.data.tables import Target
@@ -79,6 +79,7 @@ def naive_metrics(rows: list[Any], place: int) -> dict[str, float]:
     }
 
 
+@settings(deadline=None)  # its first call imports much
 @given(ROWS, st.tuples(*[st.sampled_from([0.0, 0.5, 2.0])] * 3))
 def test_metrics_are_those_of_a_loop(rows: list[Any], weights: tuple[float, float, float]) -> None:
     labels = labels_of(part_of(rows), TARGETS)

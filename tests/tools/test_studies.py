@@ -16,8 +16,8 @@ from tests.data.labelled_text.tiny_texts import write_messages
 from tests.helpers.board import read_board
 from tests.helpers.commands import finish, start
 from tests.helpers.text_runs import write_encoder, write_text_config
-from tests.helpers.texts import write_lm_config
-from tools import compress_study, forest_study
+from tests.helpers.texts import DOMAINS, write_lm_config
+from tools import branch_clock_study, compress_study, forest_study
 from tools.bert_study import SEARCH_STEPS
 from tools.studies import StudyRun, command_given, directory_name, spread
 
@@ -56,7 +56,7 @@ def test_the_command_can_be_given_again(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_table_of_compressed_models(tmp_path: Path) -> None:
     options = argparse.Namespace(
-        bases=["BERT, 8 experts"], shares=[0.25], methods=list(compress_study.METHODS), seeds=3
+        bases=["BERT, 8 experts"], shares=[0.25], recovered=[0.25], methods=list(compress_study.METHODS), seeds=3
     )
     cells = list(compress_study.all_cells(options))
     assert len(cells) == 2 + 8 + 9, "MC-SMoE is made while it recovers"
@@ -72,6 +72,10 @@ def test_a_table_of_compressed_models(tmp_path: Path) -> None:
     assert lines["random groups"].count("*") == 2
     assert lines["M-SMoE (router logits)"].count("(") == 1, "it is what others are compared with"
     assert lines["MC-SMoE"].startswith("| MC-SMoE |  | ")
+    options.recovered, merged = [], [cell for cell in cells if not cell.recovered or cell.share == 1]
+    assert list(compress_study.all_cells(options)) == merged
+    assert "MC-SMoE |" not in compress_study.page(merged, rows, options)
+    compress_study.draw(merged, {each: row for each, row in rows.items() if each[0] in merged}, options, tmp_path / "a")
     compress_study.draw(cells, rows, options, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
@@ -88,16 +92,34 @@ def test_a_table_of_forests(tmp_path: Path) -> None:
                 for i, label in enumerate(of_run)
             },
             "experts_per_token": dict.fromkeys(of_run, 1.0),
+            "flops_per_token": dict.fromkeys(of_run, 3.5e6),
         }
         for run, of_run in labels.items()
         for seed in range(2)
     }
     table = forest_study.page(reports, options)
-    assert "| dense, all domains | 2.0050 ± 0.0071 | 2.0050 ± 0.0071 | 1.0 |" in table
+    assert "| dense, all domains | 2.0050 ± 0.0071 | 2.0050 ± 0.0071 | 1.0 | 3.50 |" in table
     assert "| BTX, COMET | 2.7050 ± 0.0071 (+0.7000: +0.7000 to +0.7000 *)" in table
     assert "c-BTM" not in table.split("| --- |")[1], "its run was not asked for"
     forest_study.draw(reports, options, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_table_of_clocks() -> None:
+    page = branch_clock_study.table([(30.0, 20.0), (24.0, 20.0), (26.0, 20.0)])
+    assert "| 2 | 1.20 |" in page
+    assert "Median 1.30, from 1.20 to 1.50." in page
+
+
+@pytest.mark.slow
+def test_the_clock_of_branches(tmp_path: Path, tiny_text: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {"moe_every": 0, "permutation": None}
+    forest = {"name": "branch_train_merge", "partition": {"domains": list(DOMAINS)}}
+    config = write_lm_config(tmp_path, tiny_text, recipe=forest, model=model)
+    monkeypatch.setattr(branch_clock_study, "DOMAINS", DOMAINS)
+    branches, twin = branch_clock_study.examples_per_second(argparse.Namespace(steps=16, config=config, overrides=[]))
+    assert branches > 0
+    assert twin > 0
 
 
 @pytest.mark.slow

@@ -27,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.engine import training as loop_module
+from dist_moe.engine.health.alarm import RouterAlarm
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.engine.launch.signals import StopRequest
 from dist_moe.engine.monitor.monitor import Monitor
 from dist_moe.engine.monitor.step_window import StepWindow
+from dist_moe.engine.monitor.tables import RouterPictures
 from dist_moe.engine.training import Trainer
 from dist_moe.layer import MoE
 from dist_moe.layer import moe as layer_module
@@ -57,6 +59,12 @@ MONITORING: list[tuple[Any, str]] = [
     (PhaseClock, "enter"),
     (loop_module, "name_times"),
     (loop_module, "add_sums"),
+    (loop_module, "describe_load"),
+    (loop_module, "describe_speed"),
+    (loop_module, "record_memory"),
+    (RouterAlarm, "on_records"),
+    (RouterPictures, "after_step"),
+    (RouterPictures, "on_records"),
 ]
 HOOKS: list[tuple[Any, str]] = [
     (MoE, "begin_step"),

@@ -183,7 +183,7 @@ class RecordsArea(RunArea):
         elif kind == "line":
             what = _line(run / "metrics.jsonl", drawn)
         elif kind == "directory":
-            name = drawn.choice(["tensorboard", "heartbeats", "best", "stages"])
+            name = drawn.choice(["heartbeats", "best", "stages"])
             subprocess.run(["rm", "-rf", str(run / name)], check=True)
             (run / name).write_text("a file", encoding="utf-8")
             what = f"{name} is a file"

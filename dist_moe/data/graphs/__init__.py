@@ -4,6 +4,19 @@
 """
 
 from dist_moe.data.graphs.graph import Graph, NodeBatch, NodeGraph, NodeTable
+from dist_moe.data.graphs.sampling import NeighbourSampler, SampledEdges, SampledGraph, SampledHop
 from dist_moe.data.graphs.settings import GraphSettings, NamedGraphConfig, OwnGraphConfig
 
-__all__ = ["Graph", "GraphSettings", "NamedGraphConfig", "NodeBatch", "NodeGraph", "NodeTable", "OwnGraphConfig"]
+__all__ = [
+    "Graph",
+    "GraphSettings",
+    "NamedGraphConfig",
+    "NeighbourSampler",
+    "NodeBatch",
+    "NodeGraph",
+    "NodeTable",
+    "OwnGraphConfig",
+    "SampledEdges",
+    "SampledGraph",
+    "SampledHop",
+]

@@ -1,4 +1,4 @@
-"""A graph in memory, and tables of its nodes, whose batches carry the whole graph."""
+"""A graph in memory, and tables of its nodes, whose batches carry the whole graph or a sample of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from dist_moe.data.graphs.sampling import NeighbourSampler, SampledGraph
 
 UNLABELLED = -1
 
@@ -39,6 +41,11 @@ class Graph:
     edge_2E: Tensor
     _copies: dict[torch.device, Graph] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def edges(self) -> Tensor:
+        """The edges, as a sample has them, too."""
+        return self.edge_2E
+
     def on(self, device: torch.device) -> Graph:
         """Return the graph on a device: always the same tensors, so that it is sent once."""
         if device == self.x_ND.device:
@@ -52,7 +59,7 @@ class Graph:
 class NodeBatch:
     """A share of a step: B nodes of ``graph``, and their classes; tokens are nodes."""
 
-    graph: Graph
+    graph: Graph | SampledGraph
     node_B: Tensor
     label_B: Tensor
     examples_in_step: int
@@ -63,9 +70,9 @@ class NodeBatch:
         return self.examples_in_step
 
     @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """Arguments of the model: features and edges of the whole graph, and the nodes that are asked for."""
-        return self.graph.x_ND, self.graph.edge_2E, self.node_B
+    def inputs(self) -> tuple[Any, ...]:
+        """Arguments of the model: features and edges of the graph, or of its sample, and the nodes asked for in it."""
+        return self.graph.x_ND, self.graph.edges, self.node_B
 
     def __len__(self) -> int:
         return len(self.node_B)
@@ -78,19 +85,25 @@ class NodeBatch:
 
 @dataclass(frozen=True)
 class NodeTable:
-    """The labelled nodes of a part of the data: ``node_N`` and ``label_N``, int64 each."""
+    """The labelled nodes of a part of the data: ``node_N`` and ``label_N``, int64 each.
+
+    ``sampler``: what draws the neighbours that a batch carries; None: it carries the whole graph.
+    """
 
     graph: Graph
     node_N: NDArray[np.int64]
     label_N: NDArray[np.int64]
+    sampler: NeighbourSampler | None = None
 
     def __len__(self) -> int:
         return len(self.node_N)
 
     def batch(self, index_B: NDArray[np.int64], step_index: NDArray[np.int64]) -> NodeBatch:
         """Return the rows ``index_B`` of a step that uses ``step_index`` over all ranks and micro-batches."""
-        node_B, label_B = torch.from_numpy(self.node_N[index_B]), torch.from_numpy(self.label_N[index_B])
-        return NodeBatch(self.graph, node_B, label_B, len(step_index))
+        node_B, label_B = self.node_N[index_B], torch.from_numpy(self.label_N[index_B])
+        if self.sampler is None:
+            return NodeBatch(self.graph, torch.from_numpy(node_B), label_B, len(step_index))
+        return NodeBatch(self.sampler.sample(node_B, step_index), torch.arange(len(node_B)), label_B, len(step_index))
 
 
 @dataclass(frozen=True)

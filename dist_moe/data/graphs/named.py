@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from dist_moe.data.fetch.archives import File
 from dist_moe.data.fetch.packages import debian_package, foreign_wheel
@@ -41,6 +40,8 @@ class _Csr:
     """Takes the state of a pickled scipy matrix."""
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
+        from scipy.sparse import csr_matrix
+
         self.matrix = csr_matrix((state["data"], state["indices"], state["indptr"]), shape=state["_shape"])
 
 

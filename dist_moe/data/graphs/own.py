@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from dist_moe.config.files import absolute, digest_of, read_json_object
 from dist_moe.data.fetch.archives import File
@@ -160,6 +159,8 @@ def _read_csv(root: Path) -> RawGraph:
 
 def _read_graphsaint(root: Path) -> RawGraph:
     """Read adj_full.npz (a scipy matrix), feats.npy, class_map.json (class by node) and role.json (tr, va, te)."""
+    from scipy.sparse import csr_matrix
+
     with readable(root):
         try:
             with np.load(root / "adj_full.npz", allow_pickle=False) as adj:

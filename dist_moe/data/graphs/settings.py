@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from dist_moe.config.settings import LARGEST_COUNT, LARGEST_DEPTH
 from dist_moe.data.fetch.files import short_digest
 from dist_moe.data.fetch.progress import Progress
 from dist_moe.data.graphs.graph import UNLABELLED, Graph, NodeGraph, NodeTable, RawGraph
 from dist_moe.data.graphs.named import GRAPHS
 from dist_moe.data.graphs.own import LAYOUTS, find_files
+from dist_moe.data.graphs.sampling import NeighbourSampler
 from dist_moe.data.graphs.splits import (
     both_directions,
     homophily,
@@ -50,6 +53,13 @@ class GraphSettings(DataSettings, ABC):
         default=0.0, ge=0, le=1, description="Share of the edges that get a random target: an ablation."
     )
     normalise: bool = Field(default=True, description="Divide the features of a node by the sum of their sizes.")
+    neighbours: tuple[Annotated[int, Field(ge=1, le=LARGEST_COUNT)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=LARGEST_DEPTH,
+        description="Neighbours drawn for each node while training, from the nodes of a step outwards: one number for "
+        "each layer of the network. If not given, a step passes over the whole graph.",
+    )
 
     @abstractmethod
     def source(self) -> tuple[str, Callable[[Path, Progress], Source]]:
@@ -88,6 +98,9 @@ class GraphSettings(DataSettings, ABC):
         for part, node_N in self._nodes_of(data, label_N).items():
             labelled_N = node_N[label_N[node_N] != UNLABELLED]
             tables[part] = NodeTable(graph, labelled_N, label_N[labelled_N])
+        if self.neighbours is not None:
+            sampler = NeighbourSampler(graph.x_ND, graph.edge_2E, self.neighbours)
+            tables["train"] = replace(tables["train"], sampler=sampler)
         classes = int(label_N.max(initial=UNLABELLED)) + 1
         if classes < 2:
             raise UserError(f"data.root={self.root}: the labels have {classes} class(es). Remedy: give two at least")

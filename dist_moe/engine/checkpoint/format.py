@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -95,7 +96,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _checked(kind: type[T], content: Any, path: Path) -> T:
     """Return ``content`` as a ``kind``. Raises UserError naming the file, the first wrong field and its value."""
     try:
-        return TypeAdapter(kind).validate_python(content)
+        checked: T = _adapter(kind).validate_python(content)  # type: ignore[arg-type]  # to mypy no class is hashable
+        return checked
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field_name = ".".join(map(str, first["loc"])) or "its content"
@@ -103,6 +105,11 @@ def _checked(kind: type[T], content: Any, path: Path) -> T:
             f"checkpoint file {path}: {field_name}={_shown(first['input'])}: {first['msg'].lower()}; "
             "use another checkpoint"
         ) from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -28,9 +29,25 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     import deepspeed
 
+    _import_muon_uncompiled()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without ``torch.compile`` on its functions, which would import inductor: 3 to 5 s.
+
+    Every ZeRO engine imports it, to ask whether its optimizer is a Muon; ours never is.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_at_once, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):  # DeepSpeed does without it, too
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_at_once
 
 
 def complete_deepspeed_section(section: DeepSpeedSection, batch_size: int, world_size: int) -> DeepSpeedSection:

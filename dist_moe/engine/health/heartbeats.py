@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from dist_moe.config.files import json_line, parse_json
+from dist_moe.parallel.stacks import stacks_of_threads
 
 _WAITING_IN = frozenset(
     name for name in dir(distributed_c10d) if name.startswith(("all_", "reduce", "broadcast", "barrier", "gather"))
@@ -123,13 +123,12 @@ class Observer:
         if progress != self._progress:
             self._progress, self._since = progress, now
         self._beat += 1
-        frames = sys._current_frames()
-        frame = frames.get(self._thread_id)
-        waits_in = _collective_in(frame)
-        stack = traceback.extract_stack(frame) if frame else traceback.StackSummary()
+        stacks = stacks_of_threads()
+        stack = stacks.get(self._thread_id, [])
+        waits_in = _collective_in(stack)
         in_backward = any("torch/autograd/" in entry.filename for entry in stack)
         if not waits_in and in_backward:  # on a GPU, autograd has threads of its own
-            waits_in = next(filter(None, map(_collective_in, frames.values())), "")
+            waits_in = next(filter(None, map(_collective_in, stacks.values())), "")
         return Heartbeat(
             self._rank,
             self._process,
@@ -139,7 +138,7 @@ class Observer:
             now - self._since,
             issued,
             waits_in,
-            "".join(stack.format()),
+            "".join(traceback.format_list(stack)),
             ended,
         )
 
@@ -175,14 +174,10 @@ def _file_of(directory: Path, rank: int) -> Path:
     return directory / f"rank-{rank:05d}.json"
 
 
-def _collective_in(frame: FrameType | None) -> str:
+def _collective_in(stack: Sequence[traceback.FrameSummary]) -> str:
     """Return the name of the collective in which a thread is, from its stack; empty if it is in none."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name in _WAITING_IN and code.co_filename == distributed_c10d.__file__:
-            return code.co_name
-        frame = frame.f_back
-    return ""
+    there = (entry.name for entry in reversed(stack) if entry.filename == distributed_c10d.__file__)
+    return next((name for name in there if name in _WAITING_IN), "")
 
 
 def _machine() -> str:

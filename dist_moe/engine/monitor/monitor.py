@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
+from dist_moe.engine.monitor.pictures import Panel
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.tensorboard import TensorBoardSettings
 from dist_moe.engine.monitor.trackers import MetricsFileSettings, Tracker, TrackerSettings
@@ -24,7 +24,7 @@ DEFAULT_TRACKERS: tuple[TrackerSettings, ...] = (MetricsFileSettings(), TensorBo
 class Monitor:
     """Takes what a run shows and gives it to ``trackers`` (none without a ``run``) and to the progress line.
 
-    ``is_rank_zero``: others do nothing. ``batch_size``: examples per step. A disk that is full does not end it, see
+    ``is_rank_zero``: others do nothing. A disk that is full does not end it, see
     :class:`~dist_moe.engine.monitor.record_file.RecordFile`.
     """
 
@@ -37,9 +37,8 @@ class Monitor:
         first_step: int,
         total_steps: int,
         steps_per_epoch: int,
-        batch_size: int,
     ) -> None:
-        self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
+        self._steps_per_epoch = steps_per_epoch
         self._progress: ProgressLine | None = None
         self._trackers: dict[str, Tracker] = {}
         self._spoilt = 0
@@ -66,12 +65,11 @@ class Monitor:
             self._progress.say(text)
 
     def steps(self, records: list[dict[str, Any]]) -> None:
-        """Show the records of finished steps; adds their epoch and speed to them."""
+        """Show the records of finished steps; adds their epoch to them."""
         if self._progress is None:
             return
         for record in records:
             record["epoch"] = record["step"] / self._steps_per_epoch
-            record["examples_per_second"] = self._batch_size / record.pop("seconds")
             for tracker in self._trackers.values():
                 tracker.step(record)
         for tracker in self._trackers.values():
@@ -98,10 +96,20 @@ class Monitor:
         )
         self.say(f"{part} after step {step}: {shown}")
 
-    def image(self, name: str, matrix: Tensor, step: int) -> None:
-        """Give a picture to the trackers; see :meth:`Tracker.image`."""
+    def picture(self, name: str, panels: Sequence[Panel], step: int) -> None:
+        """Give a picture to the trackers; see :meth:`Tracker.picture`."""
         for tracker in self._trackers.values():
-            tracker.image(name, matrix, step)
+            tracker.picture(name, panels, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Give a text to the trackers; see :meth:`Tracker.text`."""
+        for tracker in self._trackers.values():
+            tracker.text(name, text, step)
+
+    def hyperparameters(self, values: Mapping[str, bool | float | str]) -> None:
+        """Give fields of the configuration to the trackers; see :meth:`Tracker.hyperparameters`."""
+        for tracker in self._trackers.values():
+            tracker.hyperparameters(values)
 
     def follow(self, run: RunDirectory | None) -> None:
         """Write to where the run directory is now; None: there is none any more, and nothing is written."""

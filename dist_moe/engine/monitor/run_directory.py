@@ -5,7 +5,7 @@ identity.json       digests of the data, and of the weights that it starts from 
 environment.json    versions, machine, command line
 metrics.jsonl       one object per step, and {"step": .., "validation": {..}} after a step that was validated
 metrics.jsonl.bad   lines that stood there and are no records, if there were any
-tensorboard/        the same and more, to look at
+events.out.tfevents.*   TensorBoard's: the same and more, to look at
 checkpoints/        see dist_moe.engine.checkpoint.format
 summary.json        test metrics, beside those of simple predictors
 result.json         of a stage of a recipe: what it found; written last, so that its presence means that it has finished
@@ -24,6 +24,7 @@ import platform
 import sys
 import weakref
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,13 @@ from dist_moe.engine.monitor.record_file import last_step_in, sift_records
 from dist_moe.errors import UserError
 
 _FILES = ("config.yaml", "environment.json", "metrics.jsonl", "metrics.jsonl.bad", "summary.json", "stall.txt")
-_DIRECTORIES = ("tensorboard", "heartbeats", "checkpoints", "best", "stages")
+_DIRECTORIES = ("heartbeats", "checkpoints", "best", "stages")
 _PACKAGES = ("torch", "deepspeed", "torchx", "tensorboard", "numpy", "scipy", "pydantic", "safetensors")
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class RunDirectory:
                 "processors": os.cpu_count(),
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 "world_size": environment.world_size,
-                "packages": {name: version(name) for name in _PACKAGES},
+                "packages": _versions(),
             },
         )
 

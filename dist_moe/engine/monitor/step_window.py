@@ -18,7 +18,10 @@ Sums = dict[str, Tensor | float | list[float]]
 SUMS = "phase_seconds"
 """The name under which a step's times are summed over ranks; a list in the order of PHASES."""
 
-MACHINE_METRICS = frozenset({"examples_per_second", *(f"{phase}_seconds" for phase in PHASES)})
+MACHINE_METRICS = frozenset(
+    {"examples_per_second", "tokens_per_second", "mfu", "peak_memory_gib"}
+    | {f"{phase}_seconds" for phase in ("step", "data", *PHASES)}
+)
 """The numbers of a record that differ when a run is done again."""
 
 

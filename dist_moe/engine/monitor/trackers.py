@@ -7,16 +7,16 @@ it, here or in a module under ``imports``. See docs/extending/tracker.md.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny
-from torch import Tensor
 
 from dist_moe.config.files import json_line
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
+from dist_moe.engine.monitor.pictures import Panel
 from dist_moe.engine.monitor.record_file import RecordFile
 
 Say = Callable[[str], None]
@@ -31,14 +31,20 @@ class Tracker(ABC):
     @abstractmethod
     def step(self, record: dict[str, Any]) -> None:
         """Take the record of a finished step: numbers by name, ``step`` among them, and, of models with experts,
-        ``load``: (L, E) rows per layer and expert, as nested lists."""
+        ``load``: rows per layer and expert, a list of E numbers for each layer."""
 
     def metrics(self, part: str, metrics: dict[str, Any], step: int) -> None:  # noqa: B027 (some take steps alone)
         """Take numbers by name of an evaluation (``part``: validation, test) or of what else happens beside training
         (swap_search, placement), after ``step`` steps. A validation comes before the records of its window of steps."""
 
-    def image(self, name: str, matrix: Tensor, step: int) -> None:  # noqa: B027 (most show none)
-        """Take an (H, W) picture with entries in 0..1: 0 is white, 1 is black."""
+    def picture(self, name: str, panels: Sequence[Panel], step: int) -> None:  # noqa: B027 (most show none)
+        """Take a picture: heat maps and bars, with their axes, names and units."""
+
+    def text(self, name: str, text: str, step: int) -> None:  # noqa: B027 (most show none)
+        """Take a text in Markdown, such as the configuration or an alarm."""
+
+    def hyperparameters(self, values: Mapping[str, bool | float | str]) -> None:  # noqa: B027 (most show none)
+        """Take the fields of the configuration, by their paths, by which the run is compared with others."""
 
     def follow(self, root: Path) -> None:  # noqa: B027 (some write elsewhere)
         """Take the news that the run directory is ``root`` from now on: it was renamed."""

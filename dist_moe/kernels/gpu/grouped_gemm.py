@@ -70,10 +70,13 @@ def _aligned(x: Tensor) -> bool:
     return strides[0] == 1 and all(stride * x.element_size() % ALIGNMENT_BYTES == 0 for stride in strides[1:])
 
 
-@torch.compiler.assume_constant_result
 @cache
 def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
+
+
+# A constant in compiled code. torch.compiler.assume_constant_result sets this too, but imports torch._dynamo: 2 s.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("dist_moe::group_products", mutates_args=())

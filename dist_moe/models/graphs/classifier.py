@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from dist_moe.models.graphs.networks import GCNConfig, NetworkConfig, NodeNetwork
+from dist_moe.models.graphs.networks import GCNConfig, NetworkConfig, NodeNetwork, Sample
 from dist_moe.models.moe_model import ModelOutput, MoEModel, MoEModelConfig, RunShape
 
 
@@ -41,6 +41,6 @@ class NodeClassifier(MoEModel):
         super().__init__()
         self.network = network
 
-    def forward(self, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> ModelOutput:
+    def forward(self, x_ND: Tensor, edge_2E: Tensor | Sample, node_B: Tensor) -> ModelOutput:
         """Return the logits."""
         return ModelOutput((self.network(x_ND, edge_2E, node_B),), ())

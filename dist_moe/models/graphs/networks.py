@@ -2,6 +2,8 @@
 
 A network is called with the features and edges of the whole graph and the nodes that are asked for. ``hops``: so many
 edges away are the nodes that a result depends on; with these, and no others, it can be computed for some nodes alone.
+In place of the whole graph a network takes a sample of it, whose nodes asked for come first (data.neighbours): each
+layer follows the edges of one hop, the outermost first, and gives rows of that hop's targets alone.
 To add one: derive from :class:`NetworkSettings` and register it in ``NETWORKS``.
 """
 
@@ -10,8 +12,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
@@ -21,13 +24,29 @@ from dist_moe.config.settings import LARGEST_DEPTH, Settings, Size
 from dist_moe.errors import UserError
 
 
+class Hop(Protocol):
+    """Edges into the first ``targets`` nodes of a sample, see :class:`dist_moe.data.graphs.SampledHop`."""
+
+    edge_2E: Tensor
+    scale_V: Tensor
+    targets: int
+    sources: int
+
+
+class Sample(Protocol):
+    """Edges of a sample, see :class:`dist_moe.data.graphs.SampledEdges`."""
+
+    hops: tuple[Hop, ...]
+    degree_S: Tensor
+
+
 class NodeNetwork(nn.Module, ABC):
-    """``network(x_ND, edge_2E, node_B)`` -> (B, C) logits of the nodes ``node_B``."""
+    """``network(x_ND, edge_2E, node_B)`` -> (B, C) logits of the nodes ``node_B``; a sample's edges may be given."""
 
     hops: int
 
     @abstractmethod
-    def forward(self, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, edge_2E: Tensor | Sample, node_B: Tensor) -> Tensor:
         """Return logits of the nodes."""
 
     @abstractmethod
@@ -83,10 +102,12 @@ class Layers(NodeNetwork):
         self.dropout, self.hops = settings.dropout, hops
         self._of_rows = hops == 0 and settings.norm != "batch"
 
-    def forward(self, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, edge_2E: Tensor | Sample, node_B: Tensor) -> Tensor:
         """Return logits of the nodes; without neighbours and statistics, of their rows alone."""
         if self._of_rows or (self.hops == 0 and not self.training):
             return self.rows(x_ND[node_B])
+        if not isinstance(edge_2E, Tensor):
+            return self._sampled_rows(x_ND, edge_2E)[node_B]
         return self.rows(x_ND, *self.edges(edge_2E, len(x_ND)))[node_B]
 
     def rows(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
@@ -94,11 +115,26 @@ class Layers(NodeNetwork):
         h = x_ND
         for i, layer in enumerate(self.layers):
             h = F.dropout(h, self.dropout, self.training)
-            result = layer(h, *edges)
-            h = result + self.skips[i](h) if len(self.skips) else result
-            if i < len(self.norms):
-                h = F.relu(self.norms[i](h))
+            h = self._after(i, layer(h, *edges), h)
         return h
+
+    def _sampled_rows(self, x_SD: Tensor, sample: Sample) -> Tensor:
+        hops = sample.hops[: self.hops]
+        h = x_SD[: hops[-1].sources]
+        for i, hop in enumerate(reversed(hops)):
+            h = F.dropout(h, self.dropout, self.training)
+            h = self._after(i, self.of_hop(i, h, hop, sample.degree_S), h[: hop.targets])
+        return h
+
+    def of_hop(self, i: int, h_SD: Tensor, hop: Hop, degree_S: Tensor) -> Tensor:
+        """Return the results of layer ``i`` for the targets of a hop, given the rows of its sources."""
+        result: Tensor = self.layers[i]((h_SD, h_SD[: hop.targets]), hop.edge_2E)
+        return result
+
+    def _after(self, i: int, result: Tensor, own: Tensor) -> Tensor:
+        """Return a layer's results after skip, normalisation and ReLU. ``own``: the layer's input of the same rows."""
+        h = result + self.skips[i](own) if len(self.skips) else result
+        return F.relu(self.norms[i](h)) if i < len(self.norms) else h
 
     def edges(self, edge_2E: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
         """Return what the layers take beside the rows."""
@@ -121,6 +157,28 @@ class WeightedLayers(Layers):
 
             self._graph = edge_2E, gcn_norm(edge_2E, num_nodes=num_nodes)
         return self._graph[1]
+
+    def of_hop(self, i: int, h_SD: Tensor, hop: Hop, degree_S: Tensor) -> Tensor:
+        """Return the results for the targets: weights by degrees in the whole graph, sums scaled up to all edges."""
+        edge_2E = hop.edge_2E[:, hop.edge_2E[0] != hop.edge_2E[1]]  # a node's own row has a weight in any case
+        loop_V = torch.arange(hop.targets, device=edge_2E.device)
+        root_S = (1.0 + degree_S).pow(-0.5)
+        weight_E = root_S[edge_2E].prod(dim=0) * hop.scale_V[edge_2E[1]]
+        edge_2E = torch.cat([edge_2E, loop_V.expand(2, -1)], dim=1)
+        result: Tensor = self.layers[i](h_SD, edge_2E, torch.cat([weight_E, root_S[loop_V].square()]))
+        return result[: hop.targets]
+
+
+class SummingLayers(Layers):
+    """Layers of GIN: sums over drawn neighbours are scaled up to all of them."""
+
+    def of_hop(self, i: int, h_SD: Tensor, hop: Hop, degree_S: Tensor) -> Tensor:
+        """Return the results for the targets."""
+        layer: Any = self.layers[i]
+        own_VD = h_SD[: hop.targets]
+        sum_VD = layer.propagate(hop.edge_2E, x=(h_SD, own_VD), size=(len(h_SD), hop.targets))
+        result: Tensor = layer.nn((1 + layer.eps) * own_VD + hop.scale_V.unsqueeze(1).to(h_SD.dtype) * sum_VD)
+        return result
 
 
 class MLPConfig(NetworkSettings):
@@ -186,6 +244,8 @@ class GraphSAGEConfig(ConvNetworkSettings):
 
 class GINConfig(ConvNetworkSettings):
     """Sums over neighbours through an MLP (Xu et al. 2019), with skips by default, as Mowst has it."""
+
+    layers_type: ClassVar[type[Layers]] = SummingLayers
 
     name: Literal["gin"] = Field("gin", description="which network this is")
     skip: bool = Field(True, description="add a linear map of its input to the result of each layer")

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
 from dist_moe.models.graphs.classifier import NodeModelConfig
-from dist_moe.models.graphs.networks import NETWORKS, GCNConfig, MLPConfig, NetworkConfig, NetworkSettings, NodeNetwork
+from dist_moe.models.graphs.networks import (
+    NETWORKS,
+    GCNConfig,
+    MLPConfig,
+    NetworkConfig,
+    NetworkSettings,
+    NodeNetwork,
+    Sample,
+)
 from dist_moe.models.moe_model import MoEModel, RunShape
 from dist_moe.models.weak_strong import (
     ConfidenceConfig,
@@ -45,7 +52,7 @@ class WeakStrongConfig(NodeModelConfig):
         return WeakStrongNodes(WeakStrong(weak, strong, self.confidence.build(num_features), self.mixture, rows_of))
 
 
-def rows_of(x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> Tensor:
+def rows_of(x_ND: Tensor, edge_2E: Tensor | Sample, node_B: Tensor) -> Tensor:
     """Return the features of the nodes."""
     return x_ND[node_B]
 
@@ -65,25 +72,21 @@ class WeakStrongNodes(MoEModel):
         assert isinstance(strong, NodeNetwork)
         return weak, strong
 
-    def forward(self, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> WeakStrongOutput:
+    def forward(self, x_ND: Tensor, edge_2E: Tensor | Sample, node_B: Tensor) -> WeakStrongOutput:
         """Return the output of both networks."""
         output: WeakStrongOutput = self.layer(x_ND, edge_2E, node_B)
         return output
 
-    @torch.no_grad()
     def classify(self, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         """Return (B,) classes, those of the strong network where the confidence is below ``threshold``; and where.
 
         The strong network runs for these nodes alone, see :func:`logits_of_some`. Needs evaluation mode.
         """
-        weak, strong = self.networks
-        weak_BC = weak(x_ND, edge_2E, node_B)
-        z_B = self.layer.confidence(weak_BC, rows_of(x_ND, edge_2E, node_B))
-        asks_B = z_B.sigmoid() < threshold
-        class_B = weak_BC.argmax(dim=1)
-        if asks_B.any():
-            class_B[asks_B] = logits_of_some(strong, x_ND, edge_2E, node_B[asks_B]).argmax(dim=1)
-        return class_B, asks_B
+
+        def strong_of(asks_B: Tensor) -> Tensor:
+            return logits_of_some(self.networks[1], x_ND, edge_2E, node_B[asks_B])
+
+        return self.layer.classify(x_ND, edge_2E, node_B, threshold=threshold, strong_of=strong_of)
 
 
 def logits_of_some(network: NodeNetwork, x_ND: Tensor, edge_2E: Tensor, node_B: Tensor) -> Tensor:

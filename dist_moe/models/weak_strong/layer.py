@@ -91,6 +91,23 @@ class WeakStrong(nn.Module):
         """Return the output of both experts."""
         return self.mixed(self.weak(*inputs), self.strong(*inputs), *inputs)
 
+    @torch.no_grad()
+    def classify(
+        self, *inputs: Any, threshold: float, strong_of: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (B,) classes, those of the strong expert where the confidence is below ``threshold``; and where.
+
+        The strong expert runs for these examples alone: on those rows of all ``inputs``, or, given where they are, by
+        ``strong_of``, which returns their logits. Needs evaluation mode.
+        """
+        weak_BC = self.weak(*inputs)
+        asks_B = self.confidence(weak_BC, self.features(*inputs)).sigmoid() < threshold
+        class_B = weak_BC.argmax(dim=1)
+        if asks_B.any():
+            strong_BC = strong_of(asks_B) if strong_of else self.strong(*(x[asks_B] for x in inputs))
+            class_B[asks_B] = strong_BC.argmax(dim=1)
+        return class_B, asks_B
+
     def mixed(self, weak_BC: Tensor, strong_BC: Tensor, *inputs: Any) -> WeakStrongOutput:
         """Return the output for given logits, fp32 at least."""
         weak_BC, strong_BC = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (weak_BC, strong_BC))

@@ -193,7 +193,7 @@ class BTX(MergeSettings):
         """Score the sequences of a domain by the mixture."""
         run = scorer.forest.run / FOLDER / self.directory
         model = scorer.another(run, lambda: opened(run, scorer.task, scorer.groups))
-        return Scores(scorer.score(model, domain), 1.0)
+        return Scores.of_one(scorer.score(model, domain))
 
     def model(self, scorer: Scorer, domain: str | None, new_model: Callable[[], MoEModel]) -> nn.Module:
         """Return the mixture."""

@@ -93,10 +93,12 @@ class Clusters(MergeSettings):
 
     def score(self, scorer: Scorer, domain: str) -> Scores:
         """Mix the experts' log-probabilities."""
-        logp_JNS = scorer.log_probs(scorer.experts, domain)
+        logp_JNS, flops = scorer.passes(scorer.experts, domain)
         log_weight_JNS = self.log_weights(scorer)(logp_JNS, scorer.tokens(domain))
         used = min(self.top_k or len(logp_JNS), len(logp_JNS))
-        return Scores(log_mixture(log_weight_JNS, logp_JNS), float(used), log_weight_JNS.exp().mean(dim=2))
+        flops_used = used * sum(flops) / len(flops)  # which ones differs by token
+        mixed_NS = log_mixture(log_weight_JNS, logp_JNS)
+        return Scores(mixed_NS, float(used), flops_used, log_weight_JNS.exp().mean(dim=2))
 
     def model(self, scorer: Scorer, domain: str | None, new_model: Callable[[], MoEModel]) -> nn.Module:
         """Return the experts, and the mixture of what they predict."""

@@ -44,24 +44,30 @@ def evaluate_forest(scorer: Scorer, merges: Sequence[MergeSettings], trained_on:
     ``trained_on``: the domains that some expert has learnt; over these, and over the others, there are totals.
 
     Returns:
-        ``bits_per_byte``: by model or label of a merge, then by domain. ``experts_per_token``: by label, averaged over
-        tokens. ``weights``: by label of a merge that has them, then by domain and expert: the mean weight.
+        ``bits_per_byte``: by model or label of a merge, then by domain. ``experts_per_token``, ``flops_per_token``: by
+        label, averaged over tokens; FLOPs are those of a forward pass's matrix products. ``weights``: by label of a
+        merge that has them, then by domain and expert: the mean weight.
         ``experts``: their names. ``trained_on``, ``held_out``: the domains.
     """
     others = [name for name, member in scorer.forest.members.items() if member.role in (SEED, TWIN)]
     columns: dict[str, dict[str, Totals]] = {}
-    active: dict[str, float] = {}
+    active, flops = dict[str, float](), dict[str, float]()
+    tokens = {domain: len(scorer.table(domain)) for domain in scorer.domains}
+
+    def mean(by_domain: Mapping[str, float]) -> float:
+        """Over the tokens of all domains."""
+        return sum(value * tokens[domain] for domain, value in by_domain.items()) / sum(tokens.values())
+
     weights: dict[str, dict[str, dict[str, float]]] = {}
     for name in (*scorer.experts, *others):
-        columns[name] = {
-            domain: _totals(scorer, domain, scorer.log_probs([name], domain)[0]) for domain in scorer.domains
-        }
-        active[name] = 1.0
+        passes = {domain: scorer.passes([name], domain) for domain in scorer.domains}
+        columns[name] = {domain: _totals(scorer, domain, logp_1NS[0]) for domain, (logp_1NS, _) in passes.items()}
+        active[name], flops[name] = 1.0, mean({domain: sum(counted) for domain, (_, counted) in passes.items()})
     for merge in merges:
         scores = {domain: merge.score(scorer, domain) for domain in scorer.domains}
         columns[merge.label] = {domain: _totals(scorer, domain, found.logp_NS) for domain, found in scores.items()}
-        tokens = {domain: len(scorer.table(domain)) for domain in scorer.domains}
-        active[merge.label] = sum(scores[d].experts_per_token * n for d, n in tokens.items()) / sum(tokens.values())
+        active[merge.label] = mean({domain: found.experts_per_token for domain, found in scores.items()})
+        flops[merge.label] = mean({domain: found.flops_per_token for domain, found in scores.items()})
         weights[merge.label] = {
             domain: _mean_weights(scorer, domain, found)
             for domain, found in scores.items()
@@ -75,6 +81,7 @@ def evaluate_forest(scorer: Scorer, merges: Sequence[MergeSettings], trained_on:
         "held_out": held_out,
         "bits_per_byte": {label: _with_sums(by_domain, trained, held_out) for label, by_domain in columns.items()},
         "experts_per_token": active,
+        "flops_per_token": flops,
         "weights": {label: by_domain for label, by_domain in weights.items() if by_domain},
     }
 
@@ -132,16 +139,20 @@ def _with_sums(by_domain: Mapping[str, Totals], trained: Sequence[str], held_out
 def table_text(report: Mapping[str, Any]) -> str:
     """Return the report as a Markdown table: a line for each model and way of merging, the columns the domains.
 
-    The best of a column is in bold; a last column has the whole models computed per token.
+    The best of a column is in bold; the last columns have the whole models computed per token, and their FLOPs.
     """
     columns = list(next(iter(report["bits_per_byte"].values())))
     columns.sort(key=lambda name: name in (TRAINED_ON, HELD_OUT))
     best = {name: min(row[name] for row in report["bits_per_byte"].values()) for name in columns}
-    lines = [f"| bits per byte | {' | '.join(columns)} | models per token |", "|---|" + "---:|" * (len(columns) + 1)]
+    lines = [
+        f"| bits per byte | {' | '.join(columns)} | models per token | MFLOPs |",
+        "|---|" + "---:|" * (len(columns) + 2),
+    ]
     for label, row in report["bits_per_byte"].items():
         called = f"expert {label}" if label in report["experts"] else label
         cells = [f"**{row[name]:.4f}**" if row[name] == best[name] else f"{row[name]:.4f}" for name in columns]
-        lines.append(f"| {called} | {' | '.join(cells)} | {report['experts_per_token'][label]:g} |")
+        models, flops = report["experts_per_token"][label], report["flops_per_token"][label]
+        lines.append(f"| {called} | {' | '.join(cells)} | {models:g} | {flops / 1e6:.2f} |")
     if report["held_out"]:
         lines.append(f"\nHeld out, trained on by no expert: {', '.join(report['held_out'])}.")
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from dist_moe.models import MoEModel
 from dist_moe.recipes.branch_train_merge.average import averaged
 from dist_moe.recipes.branch_train_merge.ensemble import EnsembleModel
 from dist_moe.recipes.branch_train_merge.posterior import History, log_mixture, log_weights, top_k, uniform_prior
-from dist_moe.recipes.branch_train_merge.scoring import Scorer
+from dist_moe.recipes.branch_train_merge.scoring import Pass, Scorer
 
 if TYPE_CHECKING:
     from dist_moe.recipes.branch_train_merge.training import ForestPlan
@@ -38,12 +38,19 @@ class Scores:
     """The predictions of a way of merging for a domain, on this rank.
 
     ``logp_NS``: log-probabilities of the targets of this rank's sequences. ``experts_per_token``: whole models that are
-    computed for each token. ``weight_JN``: mean weight of each expert in each sequence; None where they have none.
+    computed for each token. ``flops_per_token``: of them all, see :class:`Pass`. ``weight_JN``: mean weight of each
+    expert in each sequence; None where they have none.
     """
 
     logp_NS: Tensor
     experts_per_token: float
+    flops_per_token: float
     weight_JN: Tensor | None = None
+
+    @classmethod
+    def of_one(cls, passed: Pass) -> Scores:
+        """Return the predictions of one model."""
+        return cls(passed.logp_NS, 1.0, passed.flops_per_token)
 
 
 @dataclass(frozen=True)
@@ -153,11 +160,11 @@ class Ensemble(MergeSettings):
         """Mix the experts' log-probabilities; experts without prior are not computed."""
         prior_J = self.prior_of(scorer, domain)
         used = prior_J.nonzero().flatten().tolist()
-        logp_KNS = scorer.log_probs([scorer.experts[j] for j in used], domain)
+        logp_KNS, flops = scorer.passes([scorer.experts[j] for j in used], domain)
         log_weight_KNS = self.log_weights(logp_KNS, scorer.tokens(domain), prior_J[used])
         weight_JN = torch.zeros(len(prior_J), logp_KNS.shape[1], dtype=torch.float64)
         weight_JN[used] = log_weight_KNS.exp().mean(dim=2)
-        return Scores(log_mixture(log_weight_KNS, logp_KNS), float(len(used)), weight_JN)
+        return Scores(log_mixture(log_weight_KNS, logp_KNS), float(len(used)), sum(flops), weight_JN)
 
     def model(self, scorer: Scorer, domain: str | None, new_model: Callable[[], MoEModel]) -> nn.Module:
         """Return the experts that have a prior, and the mixture of what they predict."""
@@ -201,7 +208,7 @@ class Average(MergeSettings):
         """Average for the domain, and score its sequences by that one model."""
         weight_J = tuple(_prior(self.weights, scorer, domain).tolist())
         scorer.place(weight_J, lambda: self.average(scorer, weight_J))
-        return Scores(scorer.score(scorer.model, domain), 1.0)
+        return Scores.of_one(scorer.score(scorer.model, domain))
 
     def model(self, scorer: Scorer, domain: str | None, new_model: Callable[[], MoEModel]) -> nn.Module:
         """Return the one model."""

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 120
 MOST_NUMBERS = 16
@@ -19,6 +17,9 @@ def draw_weights(path: Path, weights: Mapping[str, Mapping[str, float]], title: 
 
     ``weights``: by domain and expert; they sum to 1 for each domain.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     domains, experts = list(weights), list(next(iter(weights.values())))
     weight_DJ = np.array([[weights[domain][expert] for expert in experts] for domain in domains])
     figure = Figure(figsize=(2.2 + 0.6 * len(experts), 1.6 + 0.36 * len(domains)), layout="constrained")

@@ -87,8 +87,8 @@ class BranchTrainMergeRecipe(StagedRecipe):
                 f"recipe.name={self.name}: experts are mixed by what they say of the text so far, and "
                 f"data.name={config.data.name} is no text; use data.name=text or brown"
             )
-        for field, value in {"start": config.start, "swap_search": config.swap_search}.items():
-            if value is not None:
+        for field in ("start", "swap_search", "assignment_search"):
+            if getattr(config, field) is not None:
                 raise UserError(f"{field}: not with recipe.name={self.name}; set it to null")
         if config.train.patience is not None:
             raise UserError(

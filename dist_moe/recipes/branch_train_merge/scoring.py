@@ -7,6 +7,7 @@ each domain's sequences, so that every way of using the experts together costs n
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from dist_moe.engine.deepspeed.config import cast_parameters
 from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.launch.process_groups import ProcessGroups
 from dist_moe.models import MoEModel
-from dist_moe.parallel import current_world, gather_columns
+from dist_moe.parallel import current_world, gather_columns, sum_over_ranks
 from dist_moe.recipes.branch_train_merge.forest import Forest
 from dist_moe.recipes.branch_train_merge.posterior import History, PriorOptions, cached_prior
 from dist_moe.recipes.branch_train_merge.training import ForestPlan
@@ -32,6 +33,16 @@ from dist_moe.tasks.language.task import EVAL_TOKENS, token_nats
 
 _TEST, _PRIOR = "test", "val"
 """Parts of the data: what is evaluated, and what priors are estimated from."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A model's forward pass over the sequences of a domain: ``logp_NS``, log-probabilities of the targets of this
+    rank's sequences, and ``flops_per_token``, of matrix products, by the experts per token as measured over all ranks.
+    """
+
+    logp_NS: Tensor
+    flops_per_token: float
 
 
 class Scorer:
@@ -57,7 +68,7 @@ class Scorer:
         self._prior = prior
         self._tables = {(_TEST, domain): task.data.test for domain, task in domains.items()}
         self._tables |= {(_PRIOR, domain): self._drawn(domain) for domain in domains}
-        self._kept: dict[tuple[str, str, str], Tensor] = {}
+        self._kept: dict[tuple[str, str, str], Pass] = {}
         self._priors: dict[tuple[str, History], Tensor] = {}
         self._placed: Hashable = None
         self._bytes: dict[str, int] = {}
@@ -93,19 +104,20 @@ class Scorer:
             self._another = (key, build())
         return self._another[1]
 
-    def score(self, model: MoEModel, domain: str) -> Tensor:
-        """Return (N, S) log-probabilities of the targets of this rank's sequences of a domain, by any model."""
+    def score(self, model: MoEModel, domain: str) -> Pass:
+        """Return the pass of any model over the sequences of a domain."""
         return self._forward(model, self.table(domain))
 
-    def log_probs(self, names: Sequence[str], domain: str) -> Tensor:
-        """Return (J, N, S) log-probabilities of the targets of this rank's sequences of a domain, by each model."""
-        return torch.stack([self._of_model(name, _TEST, domain) for name in names])
+    def passes(self, names: Sequence[str], domain: str) -> tuple[Tensor, list[float]]:
+        """Return (J, N, S) log-probabilities of this rank's sequences of a domain, by each model, and their FLOPs."""
+        found = [self._of_model(name, _TEST, domain) for name in names]
+        return torch.stack([each.logp_NS for each in found]), [each.flops_per_token for each in found]
 
     def prior(self, domain: str, history: History) -> Tensor:
         """Return (J,) fp64, the cached prior of a domain, from sequences of the validation part; alike on all ranks."""
         key = (domain, history)
         if key not in self._priors:
-            mine_JNS = torch.stack([self._of_model(name, _PRIOR, domain) for name in self.experts])
+            mine_JNS = torch.stack([self._of_model(name, _PRIOR, domain).logp_NS for name in self.experts])
             count, world = len(self._tables[_PRIOR, domain]), current_world()
             experts, _, length = mine_JNS.shape
             column_CN = mine_JNS.transpose(1, 2).reshape(experts * length, -1).to(self.groups.device)
@@ -114,8 +126,8 @@ class Scorer:
             self._priors[key] = cached_prior(all_JSN.unbind(dim=2), experts, self._prior.decay, history)
         return self._priors[key]
 
-    def _of_model(self, name: str, part: str, domain: str) -> Tensor:
-        """Return (N, S) log-probabilities, for which the model is loaded once for all domains of the part."""
+    def _of_model(self, name: str, part: str, domain: str) -> Pass:
+        """Return the pass of a model, which is loaded once for all domains of the part."""
         if (name, part, domain) not in self._kept:
             self.place(name, partial(self.forest.weights, name))
             for each in self.domains:
@@ -135,15 +147,19 @@ class Scorer:
         return [table.batch(index_B, index_B).to(self.groups.device) for index_B in indices]
 
     @torch.no_grad()
-    def _forward(self, model: MoEModel, table: TokenTable) -> Tensor:
+    def _forward(self, model: MoEModel, table: TokenTable) -> Pass:
         model.eval()
         model.begin_evaluation()
-        scores = []
+        scores, assignments = [], torch.zeros((), dtype=torch.int64, device=self.groups.device)
         with recording(None):  # gates record training steps only
             for batch in self._batches(table):
                 ACTIVITY.beat()
-                scores.append(-token_nats(model(*batch.inputs), batch).cpu())
-        return torch.cat(scores)
+                output = model(*batch.inputs)
+                scores.append(-token_nats(output, batch).cpu())
+                assignments += sum(route.num_assignments for layer in output.layers for route in layer.routes)
+        layers, tokens = len(model.moe_layers), len(table) * table.sequence_length
+        experts = int(sum_over_ranks(assignments)) / (layers * tokens) if layers and tokens else 0.0
+        return Pass(torch.cat(scores), model.size.flops_per_token(table.sequence_length, experts))
 
 
 def new_model(plan: ForestPlan, groups: ProcessGroups) -> MoEModel:

@@ -18,7 +18,7 @@ from dist_moe.layer import MoE, MoEOutput
 from dist_moe.parallel import Placement, sum_over_ranks
 from dist_moe.routing import Pairs
 from dist_moe.search import agree_on_placement
-from dist_moe.search.placement_policy import MoveCosts, PlacementLook, PlacementScheduleConfig, propose
+from dist_moe.search.placement_policy import MoveCosts, PlacementLook, PlacementScheduleConfig, over_layers, propose
 
 _PASSES = 2
 """Forward and backward: in each, a row travels once with the width of the input and once with that of the result."""
@@ -57,9 +57,7 @@ class PlacementCallback(Callback):
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         """Remember the load of the recorded steps."""
-        experts = [layer.experts.num_experts for layer in trainer.model.moe_layers.values()]
-        for record in records:
-            self._loads.append([load_E[:count] for load_E, count in zip(record["load"], experts, strict=True)])
+        self._loads.extend(record["load"] for record in records)
 
     def before_step(self, trainer: Trainer, step: int) -> None:
         """Begin to count co-activations in a step that a look follows."""
@@ -71,8 +69,9 @@ class PlacementCallback(Callback):
         """Look at every layer and move its experts, if that is due and pays."""
         if not self._config.due(step) or step == trainer.total_steps:
             return
-        for number, name in enumerate(trainer.model.moe_layers):
-            self._place(trainer, number, name, step)
+        looks = [self._place(trainer, number, name, step) for number, name in enumerate(trainer.model.moe_layers)]
+        if seen := [look for look in looks if look is not None]:
+            trainer.monitor.metrics("placement", over_layers(seen), step)
 
     def on_end(self, trainer: Trainer) -> None:
         """Count no more."""
@@ -87,20 +86,20 @@ class PlacementCallback(Callback):
         """Go on with the load that was known. Raises ValueError if ``state`` is of another kind."""
         self._loads.extend(_LOADS.validate_python(state.get("loads")))
 
-    def _place(self, trainer: Trainer, number: int, name: str, step: int) -> None:
-        """Look at the load of one layer, and move its experts if that pays. Rank 0 decides for all."""
+    def _place(self, trainer: Trainer, number: int, name: str, step: int) -> PlacementLook | None:
+        """Look at the load of one layer, and move its experts if that pays. Rank 0 decides for all; its look."""
         layers = trainer.model.moe_layers
         layer = layers[name]
         together_EE = self._together[name].end() if name in self._together else None
         decides = trainer.groups.environment.is_rank_zero and bool(self._loads)
         wanted, look = self._look(trainer, number, layer, step, together_EE) if decides else (layer.placement, None)
         moved = migrate(trainer.engine, layer, agree_on_placement(wanted))
-        if look is not None:
-            look = replace(look, moved=len(moved.experts), bytes=moved.bytes)
-            several = len(layers) > 1
-            trainer.monitor.metrics(f"placement/{name}" if several else "placement", look.metrics(), step)
-            if look.moved:
-                trainer.monitor.say(f"{name}: {look.sentence(step)}" if several else look.sentence(step))
+        if look is None:
+            return None
+        look = replace(look, moved=len(moved.experts), bytes=moved.bytes)
+        if look.moved:
+            trainer.monitor.say(f"{name}: {look.sentence(step)}" if len(layers) > 1 else look.sentence(step))
+        return look
 
     def _look(
         self, trainer: Trainer, number: int, layer: MoE, step: int, together_EE: Tensor | None

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor, nn
 
 from dist_moe.config.settings import LARGEST_EPOCHS
-from dist_moe.data.batches import shard_batches, spread_over
-from dist_moe.engine.callbacks import Callback
-from dist_moe.engine.deepspeed.sharded_parameters import is_sharded
-from dist_moe.engine.health.heartbeats import ACTIVITY
+from dist_moe.data.batches import spread_over
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.settings import TrainConfig
-from dist_moe.engine.training import Trainer
 from dist_moe.errors import UserError
+from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
-from dist_moe.recording import recording
-from dist_moe.search import SwapReport, SwapSearch, SwapSearchConfig
-from dist_moe.search.layers import is_held
-from dist_moe.tasks.objective import weighted_sum
+from dist_moe.recipes.callbacks.table_search import SearchSchedule, batches_of, ready_to_search, task_loss
+from dist_moe.search import RecordedScores, SearchReport, SwapSearch, SwapSearchConfig
+from dist_moe.search.scores import recorded_bytes
 from dist_moe.tasks.task import Task
 
 
-class SwapScheduleConfig(SwapSearchConfig):
+class SwapScheduleConfig(SwapSearchConfig, SearchSchedule):
     """Swap search while training."""
+
+    part: ClassVar[str] = "swap_search"
 
     every_epochs: float = Field(1.0, gt=0, le=LARGEST_EPOCHS, description="epochs between two searches")
     until_epoch: float | None = Field(
@@ -59,29 +54,21 @@ class SwapScheduleConfig(SwapSearchConfig):
         """Return the training step (from 1) that the first search follows, if no other search still goes on."""
         return max(1, round(self.every_epochs * steps_per_epoch))
 
+    def bytes_needed(self, layers: Sequence[MoE], tokens_per_example: float, ranks: int) -> int:
+        """Return the bytes of the recordings of a rank's examples."""
+        return recorded_bytes(layers, -(-self.examples // ranks) * tokens_per_example)
 
-class SwapSearchCallback(Callback):
-    """Searches by swaps at the steps of a schedule, but not while a permutation is learnt or all tables are held."""
-
-    def __init__(self, task: Task, config: SwapScheduleConfig, weights: tuple[float, ...]) -> None:
-        self._task, self._config, self._weights = task, config, weights
-
-    def after_step(self, trainer: Trainer, step: int) -> None:
-        """Search if that is due, and show what was found."""
-        if trainer.model.learning or not self._config.due(step, trainer.steps_per_epoch):
-            return
-        if {is_held(table) for table in trainer.tables.values()} == {True}:
-            return
-        ACTIVITY.enter("swap search")
-        environment = trainer.groups.environment
-        found = search_swaps(self._task, trainer.model, self._config, self._weights, environment)
-        before, after, swaps = found.losses[0], found.losses[-1], len(found.swaps)
-        metrics = {"loss_before": before, "loss_after": after, "swaps": swaps, "verified": found.verified}
-        trainer.monitor.metrics("swap_search", metrics, step)
-        trainer.monitor.say(
-            f"swap search after step {step}: loss {before:.4g} -> {after:.4g} by {swaps} swap(s), "
-            f"{found.screened} screened, {found.verified} verified"
-        )
+    def search(
+        self,
+        task: Task,
+        model: MoEModel,
+        weights: tuple[float, ...],
+        environment: LaunchEnvironment,
+        seed: int,
+        step: int,
+    ) -> SearchReport:
+        """Search the tables of ``model`` on validation examples. Collective."""
+        return search_swaps(task, model, self, weights, environment, seed=seed + step)
 
 
 def search_swaps(
@@ -90,44 +77,13 @@ def search_swaps(
     config: SwapSearchConfig,
     weights: tuple[float, ...],
     environment: LaunchEnvironment,
-) -> SwapReport:
+    seed: int = 0,
+) -> SearchReport:
     """Swap experts between slots while that lowers the task loss on validation examples, spread over all of them.
 
-    Collective over all ranks; every rank scores its share of the examples, in fp64: how the examples are
-    shared out then makes no difference between tables, not even between nearly equal ones. (At ZeRO stage 3,
-    where no rank holds the parameters, in their own precision.)
+    Collective over all ranks; every rank scores its share of the examples. ``seed``: of a control's random swaps.
     """
     examples = spread_over(len(task.val), config.examples)
-    batch_size = min(config.batch_size, task.eval_batch)
-    batches = [
-        task.val.batch(examples[index_B], examples).to(environment.device)
-        for index_B in shard_batches(examples, batch_size, rank=environment.rank, world_size=environment.world_size)
-    ]
-
-    def loss(batch: Any) -> Tensor:
-        ACTIVITY.beat()
-        precision = next(model.parameters()).dtype
-        inputs = (x.to(precision) if x.is_floating_point() else x for x in batch.inputs)
-        return weighted_sum(task.task_losses(model(*inputs), batch), weights)
-
-    model.begin_evaluation()
-    with in_double_precision(model), recording(None):
-        return SwapSearch(model, batches, loss, config).run()
-
-
-@contextmanager
-def in_double_precision(model: nn.Module) -> Iterator[None]:
-    """Within, the model's floating-point parameters and buffers are fp64 copies; after, what they were before.
-
-    A model with sharded parameters stays as it is.
-    """
-    sharded = any(map(is_sharded, model.parameters()))
-    tensors = [x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point() and not sharded]
-    originals = [x.data for x in tensors]
-    try:
-        for x in tensors:
-            x.data = x.data.double()
-        yield
-    finally:
-        for x, original in zip(tensors, originals, strict=True):
-            x.data = original
+    batches = batches_of(task.val, examples, min(config.batch_size, task.eval_batch), environment)
+    with ready_to_search(model):
+        return SwapSearch(RecordedScores(model, batches, task_loss(task, model, weights)), config).run(seed)

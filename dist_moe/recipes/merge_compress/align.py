@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dist_moe.experts import FeedForwardBank
@@ -31,8 +30,7 @@ def alignment(reference: Expert, expert: Expert, hidden_axes: Mapping[str, int])
     products are fp64.
     """
     ours_HW, theirs_HW = (_units(weights, hidden_axes) for weights in (reference, expert))
-    _, order_H = linear_sum_assignment((ours_HW @ theirs_HW.T).numpy(), maximize=True)
-    return torch.from_numpy(order_H)
+    return _matched(ours_HW @ theirs_HW.T)
 
 
 def alignment_by_activations(reference: Expert, expert: Expert, bank: FeedForwardBank, x_TD: Tensor) -> Tensor:
@@ -54,12 +52,19 @@ def alignment_by_activations(reference: Expert, expert: Expert, bank: FeedForwar
     deviation_2H = (square_2H / count - mean_2H.square()).clamp_min(0).sqrt()
     scale_HH, covariance_HH = torch.outer(*deviation_2H), product_HH / count - torch.outer(*mean_2H)
     correlation_HH = torch.where(scale_HH > _SAME, covariance_HH / scale_HH, 0.0)
-    return torch.from_numpy(linear_sum_assignment(correlation_HH.numpy(), maximize=True)[1])
+    return _matched(correlation_HH)
 
 
 def reordered(weight: Tensor, name: str, order_H: Tensor, hidden_axes: Mapping[str, int]) -> Tensor:
     """Return the parameter ``name`` of one expert with its units in another order, itself if it has no units."""
     return weight.index_select(hidden_axes[name] - 1, order_H) if name in hidden_axes else weight
+
+
+def _matched(likeness_HH: Tensor) -> Tensor:
+    """The column matched to each row, so that the sum of likenesses is greatest."""
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.from_numpy(linear_sum_assignment(likeness_HH.numpy(), maximize=True)[1])
 
 
 def _units(weights: Expert, hidden_axes: Mapping[str, int]) -> Tensor:

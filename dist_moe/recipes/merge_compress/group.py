@@ -14,7 +14,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import cut_tree, linkage
 
 Leaders = NDArray[np.int64]
 Numbers = NDArray[np.float64]
@@ -53,6 +52,8 @@ def join_leaders(leaders: Leaders, similarity_EE: Numbers) -> Leaders:
 
 def clusters(output_EF: Numbers, count: int, usage_E: Numbers, method: Linkage = "average") -> Leaders:
     """Return ``count`` hierarchical clusters of the experts' mean outputs, each led by its most used expert."""
+    from scipy.cluster.hierarchy import cut_tree, linkage
+
     if count == len(usage_E):  # a layer of one expert has no distances
         return np.arange(count)
     return led_by_usage(cut_tree(linkage(output_EF, method), [count]).squeeze(1), usage_E)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from typing import TYPE_CHECKING, Any
 
 from dist_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PICTURE = "merged_experts.png"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -36,6 +34,10 @@ def draw(report: Mapping[str, Any]) -> Figure:
 
     Leaders, whose place the new expert takes, have bold numbers and a triangle. Experts that were removed are hatched.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     layers = report["layers"]
     widest = max(len(layer["usage"]) + _GAP * (len(layer["groups"]) + 1) for layer in layers)
     figure = Figure(figsize=(max(5.0, 0.36 * widest + 1.6), 0.5 * len(layers) + 1.1), layout="constrained")
@@ -76,10 +78,14 @@ def draw(report: Mapping[str, Any]) -> Figure:
 
 
 def _mixed(colour: str, strength: float) -> tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+
     red, green, blue = (1 - strength * (1 - part) for part in to_rgb(colour))
     return red, green, blue
 
 
 def _is_dark(colour: str | tuple[float, float, float]) -> bool:
+    from matplotlib.colors import to_rgb
+
     red, green, blue = to_rgb(colour)
     return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5

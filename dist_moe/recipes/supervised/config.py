@@ -15,7 +15,9 @@ from dist_moe.engine.deepspeed.checks import check_deepspeed_section
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.errors import UserError
 from dist_moe.models import MODELS, ModelConfig, models_of_kind
+from dist_moe.recipes.callbacks.assignment_search import AssignmentScheduleConfig
 from dist_moe.recipes.callbacks.swap_search import SwapScheduleConfig
+from dist_moe.recipes.callbacks.table_search import SearchSchedule
 from dist_moe.recipes.recipe import RecipeConfig
 from dist_moe.recipes.supervised.start import STARTS, StartConfig
 from dist_moe.recipes.supervised.start.settings import start_of
@@ -51,6 +53,11 @@ class SupervisedConfig(RecipeConfig):
         None,
         description="explicit local search by swaps, at chosen steps of the training (null: none); not while a "
         "permutation is being learnt, which would overwrite what it finds",
+    )
+    assignment_search: AssignmentScheduleConfig | None = Field(
+        None,
+        description="local search by linear assignments on dL/dP, on training examples, at chosen training steps "
+        "(null: none); not while a permutation is being learnt",
     )
     placement: PlacementScheduleConfig | None = Field(
         None,
@@ -113,7 +120,12 @@ class SupervisedConfig(RecipeConfig):
     @property
     def gate_label(self) -> str:
         """The gate's name, with the paper's "+" where a local search goes with it."""
-        return self.model.gate.name + ("+" if self.model.permutation or self.swap_search else "")
+        return self.model.gate.name + ("+" if self.model.permutation or self.table_searches else "")
+
+    @property
+    def table_searches(self) -> list[SearchSchedule]:
+        """The explicit searches over slot -> expert tables that are asked for, in the order in which they run."""
+        return [search for search in (self.assignment_search, self.swap_search) if search is not None]
 
     @property
     def accumulation(self) -> int:
@@ -148,8 +160,8 @@ class SupervisedConfig(RecipeConfig):
         for field, remedy in [] if model.num_moe_layers else self._needing_experts():
             without = "moe_every=0 leaves" if hasattr(model, "moe_every") else f"name={model.name} has"
             raise UserError(f"{field} needs experts, and model.{without} none; set it to {remedy}")
-        if self.swap_search is not None and not model.has_tables:
-            raise UserError(f"swap_search: model.name={model.name} has no slot -> expert table; set it to null")
+        for search in self.table_searches if not model.has_tables else ():
+            raise UserError(f"{search.part}: model.name={model.name} has no slot -> expert table; set it to null")
         for called, count in model.expert_counts(data.target_names).items():
             self.parallel.check(world_size, count, called)
         if self.parallel.overlap_chunks > 1 and model.activation_checkpointing:
@@ -174,8 +186,8 @@ class SupervisedConfig(RecipeConfig):
 
     def _needing_experts(self) -> Iterator[tuple[str, str]]:
         """Yield (field, value to set) for every field that needs MoE layers, for a model without any."""
-        sections = {"model.permutation": self.model.permutation, "swap_search": self.swap_search}
-        for field, section in (sections | {"placement": self.placement}).items():
+        sections = {"model.permutation": self.model.permutation, "placement": self.placement}
+        for field, section in (sections | {search.part: search for search in self.table_searches}).items():
             if section is not None:
                 yield field, "null"
         if self.parallel.expert_parallel_size > 1:

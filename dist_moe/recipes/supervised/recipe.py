@@ -25,12 +25,13 @@ from dist_moe.engine.launch.process_groups import ProcessGroups, process_groups
 from dist_moe.engine.launch.signals import StopRequest, stop_requests
 from dist_moe.engine.training import FitResult, Objective, Trainer, fit
 from dist_moe.errors import UserError
+from dist_moe.recipes.callbacks.permutation import PermutationCallback
 from dist_moe.recipes.callbacks.placement import PlacementCallback
-from dist_moe.recipes.callbacks.swap_search import SwapSearchCallback
+from dist_moe.recipes.callbacks.table_search import TableSearchCallback
 from dist_moe.recipes.identity import Described, Identity, identify
 from dist_moe.recipes.recipe import RecipeConfig, RecipeSettings, RunStart, load_config
 from dist_moe.recipes.supervised.config import SupervisedConfig
-from dist_moe.recipes.supervised.report import metrics_table, opening_line, predictor_rows
+from dist_moe.recipes.supervised.report import layers_table, metrics_table, opening_line, predictor_rows
 from dist_moe.recipes.supervised.size import check_fits
 from dist_moe.tasks import Task, WeightedObjective, build_model, evaluate, evaluate_baselines
 from dist_moe.tasks.evaluation import check_parts, check_selection, label_warnings
@@ -207,8 +208,8 @@ def check_task(start: RunStart, task: Task) -> None:
 def checked_feed(config: SupervisedConfig, task: Task, environment: LaunchEnvironment) -> ShuffledFeed[Any]:
     """Return :func:`feed_of`. Raises UserError for a search or a schedule that does not fit its length, too."""
     feed = feed_of(config, task, environment)
-    if config.swap_search is not None:
-        config.swap_search.check(config.train, feed.steps_per_epoch)
+    for search in config.table_searches:
+        search.check(config.train, feed.steps_per_epoch)
     check_length_of_schedule(config.deepspeed, config.train.total_steps(feed.steps_per_epoch))
     return feed
 
@@ -232,8 +233,10 @@ def feed_of(config: SupervisedConfig, task: Task, environment: LaunchEnvironment
 def callbacks_of(config: SupervisedConfig, task: Task, on_validation: OnValidation | None) -> list[Callback]:
     """Return what a configuration wants to happen beside training, in order."""
     callbacks: list[Callback] = []
-    if config.swap_search is not None:
-        callbacks.append(SwapSearchCallback(task, config.swap_search, config.target_weights))
+    if config.model.permutation is not None:
+        callbacks.append(PermutationCallback(task, config.target_weights))
+    weights, seed = config.target_weights, config.seed
+    callbacks += [TableSearchCallback(search, task, weights, seed) for search in config.table_searches]
     if config.placement is not None and config.parallel.expert_parallel_size > 1:
         callbacks.append(PlacementCallback(config.placement))
     callbacks += [one.build() for one in config.callbacks]
@@ -267,7 +270,7 @@ class FinalEvaluation(Callback):
     """Evaluates the chosen weights on the validation and test examples, while the engine still stands.
 
     ``val``, ``test``: their metrics, None before. ``tested_step``: after which the weights were taken. ``costs``,
-    ``report``: what the task says of the trained model, see :class:`Task`.
+    ``report``: what the task says of the trained model, see :class:`Task`, and a permutation search of its stage.
     """
 
     def __init__(self, task: Task, weights: tuple[float, ...]) -> None:
@@ -286,6 +289,9 @@ class FinalEvaluation(Callback):
         self.tested_step = trainer.step
         trainer.monitor.evaluation("test", self.test, trainer.step, task.headlines)
         self.costs, self.report = task.costs(model, self.test), task.final_report(model)
+        for callback in trainer.callbacks:
+            if isinstance(callback, PermutationCallback):
+                self.costs["permutation"] = callback.found
 
 
 def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvaluation) -> None:
@@ -318,6 +324,8 @@ def summarise(plan: SupervisedPlan, result: SupervisedResult, ending: FinalEvalu
     except OSError as error:
         plan.start.say(f"warning: the pictures of the test could not be written: {error}")
     print(metrics_table(result.test, predictor_rows(baselines)))
+    if by_layer := layers_table(result.test):
+        print(by_layer)
     if ending.report:
         print(ending.report)
-    print(f"everything about this run is in {run.root}; look at it with: tensorboard --logdir {run.root}")
+    print(f"everything about this run is in {run.root}; look at it with: tensorboard --logdir {run.root.parent}")

@@ -39,6 +39,16 @@ def metrics_table(test: dict[str, Any], others: dict[str, dict[str, Any]]) -> st
     return "\n".join([*lines, *(f"{name} is undefined: {reason}" for name, reason in undefined.items())])
 
 
+def layers_table(test: dict[str, Any]) -> str:
+    """Return effective and dead experts of each layer as aligned text; empty for a model of one layer or none."""
+    effective, dead = test["effective_experts_by_layer"], test["dead_experts_by_layer"]
+    if len(effective) < 2:
+        return ""
+    width = max(map(len, effective))
+    rows = [f"{name:{width}}  {n:>17.2f}  {dead[name]:>12}" for name, n in effective.items()]
+    return "\n".join([f"{'':{width}}  effective experts  dead experts", *rows])
+
+
 def predictor_rows(baselines: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return baselines under the names that a table shows."""
     return {f"{name} predictor": metrics for name, metrics in baselines.items()}

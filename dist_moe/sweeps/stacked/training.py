@@ -28,7 +28,6 @@ from dist_moe.gates import GATES
 from dist_moe.layer import DenseReplay
 from dist_moe.models import ModelOutput
 from dist_moe.parallel import SingleWorld
-from dist_moe.recipes.callbacks.swap_search import search_swaps
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.screen import say
 from dist_moe.sweeps.runner import Report, TrialResult
@@ -77,6 +76,8 @@ def stack_error(config: SupervisedConfig) -> str | None:
         return f"deepspeed: {', '.join(sorted(unknown))} cannot be stacked"
     if config.model.permutation is not None and config.model.permutation.forward == "hard":
         return "model.permutation.forward=hard cannot be stacked"
+    if config.model.permutation is not None and config.model.permutation.control is not None:
+        return f"model.permutation.control={config.model.permutation.control} cannot be stacked"
     return None
 
 
@@ -126,7 +127,7 @@ class _StackedTraining:
         every = self._train.validate_every or self._feed.steps_per_epoch
         for step in range(1, total + 1):
             self._train_step(step - 1)
-            self._search_swaps(step)
+            self._search_tables(step)
             if step % every == 0 or step == total:
                 self._validate(step, step == total, report)
             if not self._present:
@@ -215,21 +216,21 @@ class _StackedTraining:
         of_trials, load = torch.cat(columns, dim=-1).cpu().numpy(), torch.stack(loads).sum(0)
         found = []
         for trial_columns, load_GE in zip(of_trials, load, strict=True):
-            experts = expert_metrics([load_GE], len(part))
-            numbers = {name: float(x) for name, x in experts.items() if not isinstance(x, list)}
+            experts = expert_metrics({LAYER: load_GE}, len(part))
+            numbers = {name: float(x) for name, x in experts.items() if isinstance(x, (int, float))}
             found.append(self._task.metrics(trial_columns, part, self._weights) | numbers)
         return found
 
-    def _search_swaps(self, step: int) -> None:
+    def _search_tables(self, step: int) -> None:
         for place, trial in enumerate(self._present):
-            search, gate = trial.config.swap_search, trial.config.model.gate
-            if search is None or not search.due(step, self._feed.steps_per_epoch):
-                continue
-            if self._permutations.learning(place, step):
+            gate, seed = trial.config.model.gate, self._first.seed
+            due = [one for one in trial.config.table_searches if one.due(step, self._feed.steps_per_epoch)]
+            if not due or self._permutations.learning(place, step):
                 continue
             self._stack.write(self._model, place)
             self._set_on_gates({name: getattr(gate, name) for name in gate.varying})
-            search_swaps(self._task, self._model, search, self._weights, self._environment)
+            for search in due:
+                search.search(self._task, self._model, self._weights, self._environment, seed, step)
             self._stack.buffers[f"{LAYER}.slot_map.table"][place] = self._model.tables[LAYER].table
 
 

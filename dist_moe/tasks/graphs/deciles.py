@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from dist_moe.tasks.task import Columns, Watch
 
@@ -35,6 +33,9 @@ def deciles(columns: Columns, count: int = 10) -> list[dict[str, float]]:
 
 def draw_deciles(path: Path, groups: Sequence[Mapping[str, float]]) -> None:
     """Draw both accuracies and the confidence over the deciles. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="decile of the confidence", ylabel="accuracy, mean confidence", ylim=(0, 1.02))

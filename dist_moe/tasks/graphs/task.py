@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_moe.data.digests import digest_of_content
 from dist_moe.data.graphs import NodeBatch, NodeGraph, NodeTable
 from dist_moe.data.prepared import PARTS
-from dist_moe.models import ModelOutput
+from dist_moe.errors import UserError
+from dist_moe.models import ModelOutput, MoEModelConfig, RunShape
+from dist_moe.models.graphs import NodeNetwork
 from dist_moe.models.weak_strong import WeakStrongOutput
 from dist_moe.tasks.graphs.deciles import ConfidenceWatch, draw_deciles
 from dist_moe.tasks.objective import at_least_fp32
@@ -25,7 +27,10 @@ WEAK_STRONG_COLUMNS = ("loss_weak", "accuracy_weak", "loss_strong", "accuracy_st
 
 
 class NodeClassificationTask(Task):
-    """Cross-entropy of the class of each labelled node; every batch carries the whole graph."""
+    """Cross-entropy of the class of each labelled node; a batch carries the whole graph, or neighbours that are drawn.
+
+    Validation and test pass over the whole graph in any case.
+    """
 
     kind = "nodes"
     eval_batch = 1 << 30  # the graph is passed over whole: one batch of all nodes that are asked for
@@ -39,6 +44,13 @@ class NodeClassificationTask(Task):
     def model_inputs(self) -> dict[str, Any]:
         """Return the numbers of features and of classes."""
         return {"num_features": self.graph.x_ND.shape[1], "num_classes": self.num_classes}
+
+    def build_model(self, model: MoEModelConfig, run: RunShape) -> Any:
+        """Return the model. Raises UserError for one that ``data.neighbours`` does not fit."""
+        built = super().build_model(model, run)
+        if self.train.sampler is not None:
+            check_sampling(built, self.train.sampler.neighbours)
+        return built
 
     @property
     def prediction_kinds(self) -> tuple[PredictionKind, ...]:
@@ -104,6 +116,21 @@ class NodeClassificationTask(Task):
         share_N = (count_C / count_C.sum())[part.label_N]
         columns = np.stack([-np.log(share_N), part.label_N == count_C.argmax()])
         return {"constant": self.metrics(columns.astype(np.float64), part, weights)}
+
+
+def check_sampling(model: nn.Module, neighbours: tuple[int, ...]) -> None:
+    """Raise UserError for networks that reach further than ``neighbours``, or that need all nodes of the graph."""
+    hops = max((module.hops for module in model.modules() if isinstance(module, NodeNetwork)), default=0)
+    if len(neighbours) < hops:
+        raise UserError(
+            f"data.neighbours={list(neighbours)} is for {len(neighbours)} layer(s), and a network of the model has "
+            f"{hops}; give a number for each"
+        )
+    if any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        raise UserError(
+            f"data.neighbours={list(neighbours)}: norm=batch is over all nodes of the graph; give the networks "
+            "norm=layer or none, or leave data.neighbours out"
+        )
 
 
 def _loss_and_right(logit_BC: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:

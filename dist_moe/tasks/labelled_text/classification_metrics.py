@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 Ints = NDArray[np.int64]
 Values = NDArray[Any]
@@ -55,6 +54,8 @@ def pearson(predicted_N: Values, true_N: Values) -> float:
 
 def spearman(predicted_N: Values, true_N: Values) -> float:
     """Return Spearman's correlation: Pearson's of the ranks, equal values sharing the mean of theirs."""
+    from scipy.stats import rankdata
+
     return pearson(rankdata(predicted_N), rankdata(true_N))
 
 

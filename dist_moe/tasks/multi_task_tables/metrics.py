@@ -9,7 +9,6 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, logit, xlogy
 
 from dist_moe.data.tables import RowTable, Target
 from dist_moe.tasks.ranking_metrics import Flags, Floats, area_under_curve, grouped_area_under_curve
@@ -61,6 +60,8 @@ class Labels:
         positive rows divided by the observed one (ibid.). ``ece``: expected calibration error, the mean over bins of
         |mean probability - share of positive rows| (Naeini et al., 2015), here with bins of equal weight.
         """
+        from scipy.special import expit, xlogy
+
         predicted_R = predicted_N[self.rows_N]
         if self.target.kind == "numeric":
             return {"mse": _mean((predicted_R - self.label_R) ** 2, self.weight_R)}
@@ -148,6 +149,8 @@ def constant_columns(train: Sequence[Labels], rows: int) -> Columns:
 
     Without training rows they are 0; a base rate of 0 or 1 is taken as half a row of the other class.
     """
+    from scipy.special import logit
+
     values = []
     for one in train:
         mean = 0.0 if math.isnan(one.mean) else one.mean
@@ -163,6 +166,8 @@ def calibration_bins(logit_R: Floats, label_R: Floats, weight_R: Floats) -> tupl
 
     Rows are in order of their logits; those with equal ones share a bin, so that there may be fewer bins.
     """
+    from scipy.special import expit
+
     logit_U, index_R = np.unique(logit_R, return_inverse=True)
     weight_U = np.bincount(index_R, weights=weight_R)
     middle_U = np.cumsum(weight_U) - weight_U / 2

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DOTS_PER_INCH = 120
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -24,6 +24,9 @@ def draw_experts(path: Path, experts: Mapping[str, Mapping[str, Any]]) -> None:
     """
     if not experts:
         return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     widest = max(len(of["mean"]) for of in experts.values())
     widths = min(max(0.45 * widest, 5.0), 14.0)
     heights = [max(2.8, 1.6 + 0.4 * len(of["gate_weight"])) for of in experts.values()]
@@ -57,6 +60,9 @@ def draw_calibration(path: Path, bins: Mapping[str, Mapping[str, list[float]]]) 
     """
     if not bins:
         return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = min(len(bins), 3)
     rows = -(-len(bins) // columns)
     figure = Figure(figsize=(3.6 * columns + 0.4, 3.9 * rows + 0.6), layout="constrained")

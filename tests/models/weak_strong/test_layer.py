@@ -123,3 +123,19 @@ def test_sure_and_wrong_experts_give_finite_losses() -> None:
         (gradient,) = torch.autograd.grad(loss_B.sum(), z_B)
         assert 300 <= float(loss_B.detach()) <= 501
         assert torch.isfinite(gradient).all()
+
+
+def test_the_strong_expert_runs_for_the_rows_alone_that_ask_it() -> None:
+    weak, strong = experts()
+    x_BD, _ = data()
+    z_B = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    layer, seen = WeakStrong(weak, strong, Fixed(z_B)).eval(), list[Tensor]()
+    strong.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for threshold in (0.0, 0.4, 2.0):
+        asks_B = z_B.sigmoid() < threshold
+        expected_B = torch.where(asks_B, strong(x_BD).argmax(1), weak(x_BD).argmax(1))
+        seen.clear()
+        class_B, given_B = layer.classify(x_BD, threshold=threshold)
+        assert torch.equal(class_B, expected_B)
+        assert torch.equal(given_B, asks_B)
+        assert [rows.tolist() for rows in seen] == ([x_BD[asks_B].tolist()] if asks_B.any() else [])

@@ -140,6 +140,10 @@ def test_experts_are_specialists_and_the_table_has_every_domain(run: Path) -> No
     assert all(cached[name][name] > 0.5 for name in TRAINED_ON)
     assert report["experts_per_token"]["ensemble"] == 2
     assert report["experts_per_token"]["average"] == 1
+    flops = report["flops_per_token"]
+    assert flops["ensemble"] == pytest.approx(sum(flops[name] for name in TRAINED_ON))
+    assert flops["average"] == pytest.approx(flops["seed"], rel=0.1), "trees that harden: experts per token vary"
+    assert len({flops[name] for name in (*TRAINED_ON, "seed", "average")}) > 1, "as measured, not as configured"
     assert (run / "forest" / "evaluation.md").read_text().count("\n") >= len(table) + 2
     assert (run / "forest" / "weights.png").read_bytes().startswith(b"\x89PNG")
 
