@@ -26,6 +26,7 @@ def test_every_page_is_in_the_table_of_contents_once() -> None:
     listed = [page for _, page in pages_below(INDEX)]
     assert len(pages) > 80
     assert sorted(listed) == sorted(pages)
+    assert [page for page in listed if not page.read_text().startswith("# ")] == []
 
 
 def test_llms_txt_names_every_page() -> None:
