@@ -101,7 +101,7 @@ def trace(task: Task, gate: str, search: str, seed: int, steps: int) -> tuple[li
 def page(traces: dict[tuple[str, str], list[tuple[list[int], int, float]]]) -> str:
     """Return the table of all gates and searches, a figure for each seed."""
     heads = "gate", "search", "rows changed in the end", "most", "first change after step", "entropy of P"
-    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    lines = ["# Rows of a table that searches change", "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for (gate, search), of_seeds in traces.items():
         ends = ", ".join(f"{rows[-1]} of {count}" for rows, count, _ in of_seeds)
         peaks = ", ".join(str(max(rows)) for rows, _, _ in of_seeds)

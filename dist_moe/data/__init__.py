@@ -21,3 +21,19 @@ for _graph in (NamedGraphConfig, OwnGraphConfig):
     DATA.register(_graph)
 for _table in (TableConfig, CensusIncomeConfig, KuaiRandConfig, MovieLensTableConfig):
     DATA.register(_table)
+
+__all__ = [
+    "DATA",
+    "CensusIncomeConfig",
+    "DataSettings",
+    "KuaiRandConfig",
+    "LabelledTextConfig",
+    "MovieLensConfig",
+    "MovieLensTableConfig",
+    "NamedGraphConfig",
+    "OwnGraphConfig",
+    "QuestionsConfig",
+    "TableConfig",
+    "TextConfig",
+    "TwoImagesConfig",
+]
