@@ -145,8 +145,8 @@ def test_a_search_that_moves_nothing(moved: bool) -> None:
     trainer: Any = SimpleNamespace(layers=[], tables={"moe": search}, monitor=screen)
     alarm.on_start(trainer)
     for step in (1, 2):
-        search.step += 1
-        if moved:
+        search.begin_step()
+        if moved and step == 1:
             search.relaxed.data = search.relaxed[..., [1, 0, 2, 3]]
         alarm.on_records(trainer, [{"step": step}])
     assert [("search without effect" in line, step) for line, step in screen.texts] == [(True, 2)] * (not moved)

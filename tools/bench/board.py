@@ -1,4 +1,4 @@
-"""What TensorBoard and the alarms cost on the first rank at 60 layers of 256 experts, in processor time.
+"""The cost of TensorBoard and the alarms on the first rank at 60 layers of 256 experts, in processor time.
 
     python tools/bench/board.py --report results/bench_board.md
 

@@ -49,7 +49,7 @@ REMEDIES = {
     "loss of balance": "look at learning rate and gradient norm there; if it stays, raise the gate's balance loss",
     "search without effect": "begin with higher temperatures or learn for longer (model.permutation), or leave it out",
 }
-"""What to change, by kind of alarm."""
+"""Advice by kind of alarm."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What TensorBoard calls the numbers of a run, what they mean, and which of them it shows in one chart."""
+"""The names of a run's numbers in TensorBoard, their meanings, and which of them stand in one chart."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def tag_of(name: str) -> str:
 
 
 MEANINGS: Mapping[str, str] = dict(TAGS.values())
-"""What a tag means."""
+"""The meaning of each tag."""
 
 
 def split_metrics(metrics: Mapping[str, Any], most: int = 4) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:

@@ -21,8 +21,10 @@ _PANELS = 4
 
 
 def rows_changed(table: SlotTable) -> int:
-    """Return how many slots, over all tables of a layer, lead elsewhere than at first: slot i to expert i mod E, or where
-    a permutation search began."""
+    """Return how many slots, over all tables of a layer, lead elsewhere than at first.
+
+    At first slot i leads to expert i mod E, or where a permutation search began.
+    """
     first_S: torch.Tensor = torch.arange(table.num_slots, device=table.table.device) % table.num_experts
     return int((table.table != (table.start if isinstance(table, PermutationSearch) else first_S)).sum())
 
