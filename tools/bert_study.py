@@ -61,7 +61,7 @@ STUDENTS: dict[str, tuple[str, ...]] = {
     TOP_1: ("model.gate={{name: top_k, k: 1, scores: softmax_before, balance_weight: 0.01}}",),
     COMET: (),
     # The gate is COMET's; how long they search is counted in epochs, which differ from task to task.
-    SINKHORN: ("model.permutation={{epochs: {search_epochs}}}",),
+    SINKHORN: ("model.permutation={{epochs: {search_epochs}, schedule: paper}}",),
     SWAPS: (
         "swap_search={{every_epochs: {search_epochs}, until_epoch: {search_epochs}, examples: 64, batch_size: 64, "
         "max_verified: 64, verified_per_round: 6}}",
