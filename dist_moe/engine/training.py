@@ -40,7 +40,7 @@ from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.trainable import Trained, hold_still
 from dist_moe.errors import DivergedError
 from dist_moe.recording import Recorder, recording
-from dist_moe.search import SlotTable, relax_together
+from dist_moe.search import PermutationSearch, SlotTable, relax_together
 from dist_moe.search.layers import moe_layers, slot_tables
 
 DEFAULT_DEEPSPEED: Mapping[str, Any] = {
@@ -191,6 +191,9 @@ class Trainer:
         if len(set(names)) < len(names):
             raise ValueError(f"callbacks of a fit need different names, got {sorted(names)}")
         self.layers = list(moe_layers(engine.module).values())
+        self._searches = [
+            one for one in (layer.slot_map for layer in self.layers) if isinstance(one, PermutationSearch)
+        ]
         self._window, self._host_records = StepWindow(), list[dict[str, Any]]()
         self._skipped_in_a_row = 0
         self._is_ending = self._checkpoint_is_due = False
@@ -312,7 +315,8 @@ class Trainer:
         shares = len(batches) * self.groups.environment.world_size
         for batch in batches:
             ACTIVITY.enter("forward")
-            relax_together(layer.slot_map for layer in self.layers)
+            if len(self._searches) > 1:
+                relax_together(self._searches)
             result = self._objective(engine, batch)
             ACTIVITY.enter("backward")
             engine.backward(result.loss)

@@ -34,35 +34,39 @@ class RouterPictures(Callback):
     is half as long again as at the last ones. Shows the placement when it has changed, and at first."""
 
     def __init__(self) -> None:
+        self._tables: dict[str, SlotTable] = {}
         self._counted: dict[str, tuple[object, int, int]] = {}
         self._drawn_at = 0
         self._placements: list[Placement] = []
 
     def on_start(self, trainer: Trainer) -> None:
         """Show who lives where."""
+        self._tables = trainer.tables
         self._show_placement(trainer, trainer.step)
 
     def after_step(self, trainer: Trainer, step: int) -> None:
         """Record the rows changed, where a table is searched or not as it was at first, and is not being learnt."""
-        if any(table.learning for table in trainer.tables.values()):
+        if any(table.learning for table in self._tables.values()):
             return
-        counts = {name: self._count(name, table) for name, table in trainer.tables.items()}
-        if any(counts.values()) or any(isinstance(table, PermutationSearch) for table in trainer.tables.values()):
-            record("rows_changed", float(sum(counts.values())))
+        changed = sum(self._count(name, table) for name, table in self._tables.items())
+        if changed or self._searched:
+            record("rows_changed", float(changed))
 
     def on_records(self, trainer: Trainer, records: list[dict[str, float]]) -> None:
         """Show what is due."""
         step = trainer.step
         self._show_placement(trainer, step)
-        searched = any(isinstance(table, PermutationSearch) for table in trainer.tables.values())
-        if (searched or "rows_changed" in records[-1]) and has_grown(step, self._drawn_at):
+        if (self._searched or "rows_changed" in records[-1]) and has_grown(step, self._drawn_at):
             self._show_tables(trainer, step)
 
     def on_end(self, trainer: Trainer) -> None:
         """Show the tables as they are in the end."""
-        searched = any(isinstance(table, PermutationSearch) for table in trainer.tables.values())
-        if self._drawn_at < trainer.step and (searched or any(changed for *_, changed in self._counted.values())):
+        if self._drawn_at < trainer.step and (self._searched or any(changed for *_, changed in self._counted.values())):
             self._show_tables(trainer, trainer.step)
+
+    @property
+    def _searched(self) -> bool:
+        return any(isinstance(table, PermutationSearch) for table in self._tables.values())
 
     def _count(self, name: str, table: SlotTable) -> int:
         """Return :func:`rows_changed`, for which the host waits for the device only after a change of the table."""
