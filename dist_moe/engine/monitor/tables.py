@@ -35,6 +35,7 @@ class RouterPictures(Callback):
 
     def __init__(self) -> None:
         self._tables: dict[str, SlotTable] = {}
+        self._searched = False
         self._counted: dict[str, tuple[object, int, int]] = {}
         self._drawn_at = 0
         self._placements: list[Placement] = []
@@ -42,6 +43,7 @@ class RouterPictures(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Show who lives where."""
         self._tables = trainer.tables
+        self._searched = any(isinstance(table, PermutationSearch) for table in self._tables.values())
         self._show_placement(trainer, trainer.step)
 
     def after_step(self, trainer: Trainer, step: int) -> None:
@@ -63,10 +65,6 @@ class RouterPictures(Callback):
         """Show the tables as they are in the end."""
         if self._drawn_at < trainer.step and (self._searched or any(changed for *_, changed in self._counted.values())):
             self._show_tables(trainer, trainer.step)
-
-    @property
-    def _searched(self) -> bool:
-        return any(isinstance(table, PermutationSearch) for table in self._tables.values())
 
     def _count(self, name: str, table: SlotTable) -> int:
         """Return :func:`rows_changed`, for which the host waits for the device only after a change of the table."""
