@@ -93,7 +93,7 @@ def test_what_a_checkpoint_holds(uninterrupted: Path) -> None:
     assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if not name.endswith("|buffer"))
     assert all(tensor.any() for name, tensor in tensors.items() if "|exp_avg" in name)
     assert {name for name in tensors if name.endswith("|buffer")} == {
-        f"moe.slot_map.{name}|buffer" for name in ("step", "soft", "table")
+        f"moe.slot_map.{name}|buffer" for name in ("step", "soft", "start", "table")
     }
     assert tensors["moe.slot_map.step|buffer"] == SAVED_AT
     trainer = json.loads((directory / "trainer.json").read_text())

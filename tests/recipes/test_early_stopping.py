@@ -27,7 +27,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) 
     return write_config(
         tmp_path_factory.mktemp("patience"),
         tiny_data,
-        model={"experts": {"units": 16, "dropout": 0.3}, "permutation": {"epochs": 0.3}},
+        model={"experts": {"units": 16, "dropout": 0.3}, "permutation": {"epochs": 0.3, "schedule": "paper"}},
         train={
             "max_steps": MOST,
             "validate_every": EVERY,

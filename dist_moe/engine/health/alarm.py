@@ -165,14 +165,19 @@ class LoadWatch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what :meth:`state_dict` gave. Raises ValueError if it is of another kind or of other layers."""
         state = _STATE.validate_python(state)
-        usual, looks, lost, blocks = (state.pop(name, []) for name in ("usual", "looks", "lost", "blocks"))
-        if not len(usual) == len(looks) == len(lost) == len(self._experts_L):
-            raise ValueError(f"it is of {len(usual)} layers, and the model has {len(self._experts_L)}")
-        self._blocks.extend(_Block(np.asarray(load, np.float64), tokens, steps) for load, tokens, steps in blocks)
-        self._lost_looks_L = np.asarray(lost, dtype=np.float64)
-        self._usual_L = np.asarray([np.nan if one is None else one for one in usual], dtype=np.float64)
-        self._looks_L = np.asarray(looks, dtype=np.float64)
-        self._raised = {kind: list(map(int, layers)) for kind, layers in state.items()}
+        blocks = [_Block(np.asarray(load, float), float(n), int(steps)) for load, n, steps in state.pop("blocks", [])]
+        usual = [np.nan if one is None else one for one in state.pop("usual", [])]
+        arrays = [np.asarray(one, float) for one in (usual, state.pop("looks", []), state.pop("lost", []))]
+        raised = {kind: list(map(int, layers)) for kind, layers in state.items()}
+        layers = len(self._experts_L)
+        shapes = {(1, 1), (layers, int(self._experts_L.max(initial=1)))}
+        if any(array.shape != (layers,) for array in arrays) or any(one.load_LE.shape not in shapes for one in blocks):
+            raise ValueError(f"it is not of a model with {layers} layers")
+        if any(not 0 <= layer < layers for of_kind in raised.values() for layer in of_kind):
+            raise ValueError("it names layers that there are not")
+        self._blocks.extend(blocks)
+        self._usual_L, self._looks_L, self._lost_looks_L = arrays
+        self._raised = raised
 
 
 class RouterAlarm(Callback):
@@ -184,16 +189,21 @@ class RouterAlarm(Callback):
         self._is_learning = False
 
     def on_start(self, trainer: Trainer) -> None:
-        """Begin, or go on with what was usual before a restart. Raises ValueError for the state of other layers."""
+        """Begin, or go on with what was usual before a restart; anew, which is said, if that was of other layers."""
         self._watch = LoadWatch([layer.experts.num_experts for layer in trainer.layers])
         if self._state:
-            self._watch.load_state_dict(self._state)
+            try:
+                self._watch.load_state_dict(self._state)
+            except (ValueError, TypeError) as error:
+                trainer.monitor.say(f"warning: alarms begin anew, the checkpoint has unfit ones: {error}")
         self._is_learning = _is_learning(trainer)
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         """Look at the load of every step, and whether a permutation that is learnt no more has moved anything."""
         assert self._watch is not None
         for record in records:
+            if record.get("skipped"):  # nothing of such a step remains
+                continue
             if len(load := record.get("load", ())) == len(trainer.layers) and load:
                 for alarm in self._watch.see(record["step"], load, record.get("tokens")):
                     _give(trainer, alarm, record["step"])

@@ -117,7 +117,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class NamedBars:
-    """Numbers >= 0 by name as bars that lie, one below the other, each with its number."""
+    """Numbers by name as bars that lie, one below the other, each with its number; one below 0 has no bar."""
 
     values: Mapping[str, float]
     title: str
@@ -132,7 +132,7 @@ class NamedBars:
         highest = max(*self.values.values(), 0.0) or 1.0
         for i, (name, value) in enumerate(self.values.items()):
             y = top + 18 * i
-            canvas.rectangle((left, y + 2, left + self.size[0] * value / highest, y + 15), fill=_BAR)
+            canvas.rectangle((left, y + 2, left + self.size[0] * max(value, 0.0) / highest, y + 15), fill=_BAR)
             _write(canvas, (left - 5, y + 9), name[:10], "rm")
             _write(canvas, (left + self.size[0] + 8, y + 9), f"{value:.4g}", "lm")
         _write(canvas, (left, top - 12), self.title, "lm")
