@@ -216,8 +216,6 @@ def test_pictures_and_numbers_are_left_behind(runs: dict[tuple[str, int], Path],
         assert found["calibration_bins"].keys() == {"click", "like"}
     if has_experts:
         tags = set(read_board(run).Tags()["scalars"])
-        layer, of = next(iter(test["experts"].items()))
-        expert = next(iter(of["std"]))
-        wanted = {f"test/experts/{layer}/std/{expert}", "validation/dead_activations", "validation/captured"}
-        assert wanted <= tags
+        assert {"validation/dead_activations", "validation/captured"} <= tags
+        assert len(tags) <= 60, "the numbers of each expert are in experts.png"
         assert ("own_share" in test) == (model != "mmoe")
