@@ -217,5 +217,4 @@ def test_pictures_and_numbers_are_left_behind(runs: dict[tuple[str, int], Path],
     if has_experts:
         tags = set(read_board(run).Tags()["scalars"])
         assert {"validation/dead_activations", "validation/captured"} <= tags
-        assert len(tags) <= 60, "the numbers of each expert are in experts.png"
         assert ("own_share" in test) == (model != "mmoe")
