@@ -16,14 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dist_moe.engine.monitor.pictures import VIRIDIS
+
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("", "6 3", "2 2")
-_VIRIDIS = np.array(
-    [
-        (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142),
-        (31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44), (253, 231, 37),
-    ]
-)  # fmt: skip
 _MOST_NAMED = 16
 """Lines that the legend names; the others are drawn."""
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 210, 58, 12, 24, 34
@@ -117,8 +113,8 @@ def heat_map(
 def _image(place_HW: NDArray[np.float64], x: float, y: float, width: float, height: float) -> str:
     """Return numbers in 0..1 as colours, NaN as white: a picture with a palette, a byte for each."""
     index_HW = np.where(np.isnan(place_HW), 255, np.nan_to_num(place_HW) * 254 + 0.5).astype(np.uint8)
-    anchors = np.linspace(0, 254, len(_VIRIDIS))
-    colours = np.stack([np.interp(np.arange(255), anchors, channel) for channel in _VIRIDIS.T], axis=1)
+    anchors = np.linspace(0, 254, len(VIRIDIS))
+    colours = np.stack([np.interp(np.arange(255), anchors, channel) for channel in VIRIDIS.T], axis=1)
     image = Image.fromarray(index_HW)
     image.putpalette([*colours.astype(np.uint8).flatten().tolist(), 255, 255, 255])
     file = BytesIO()

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 _WIDTHS, _WIDEST, _HEIGHTS, _CELL = (224, 360), 640, (40, 300), 24
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 84, 28, 46
 _MOST_TICKS, _FONT_SIZE = 16, 13
-_VIRIDIS = np.array(
+VIRIDIS = np.array(
     [
         (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142),
         (31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44), (253, 231, 37),
@@ -178,8 +178,8 @@ def _write(canvas: ImageDraw.ImageDraw, place: tuple[float, float], text: str, a
 
 def _coloured(place: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Return (..., 3) colours of numbers in 0..1."""
-    anchors = np.linspace(0, 1, len(_VIRIDIS))
-    return np.stack([np.interp(place, anchors, channel) for channel in _VIRIDIS.T], axis=-1).astype(np.uint8)
+    anchors = np.linspace(0, 1, len(VIRIDIS))
+    return np.stack([np.interp(place, anchors, channel) for channel in VIRIDIS.T], axis=-1).astype(np.uint8)
 
 
 def _field_width(columns: int) -> int:
