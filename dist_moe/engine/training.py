@@ -213,7 +213,9 @@ class Trainer:
     def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback, in order."""
         for callback in self.callbacks:
+            self.engine.gather_tables()
             getattr(callback, hook)(self, *arguments)
+        self.engine.gather_tables()
 
     def end(self) -> None:
         """Make the present step the last. On every rank alike."""
@@ -329,8 +331,7 @@ class Trainer:
         self._window.add(add_sums(sums) | world.traffic.counts() | counts | {SUMS: world.clock.stop()}, recorder)
         skipped = engine.step_was_skipped
         host = {"step": step + 1, "lr": lr, "grad_norm": engine.grad_norm, "skipped": float(skipped)}
-        seconds = {"data_seconds": data_seconds, "step_seconds": time.perf_counter() - started}
-        self._host_records.append(host | seconds)
+        self._host_records.append(host | {"data_seconds": data_seconds, "step_seconds": time.perf_counter() - started})
         self.step = step + 1
         for layer in self.layers:
             layer.end_step(skipped=skipped)

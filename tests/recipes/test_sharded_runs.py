@@ -23,12 +23,15 @@ RUNS: dict[str, list[str]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
-    """Swap searches while training; a learning rate with which an early validation is the best one."""
+    """Swap searches while training, and a permutation that is rounded at every step, also after a validation.
+
+    The learning rate is one with which an early validation is the best.
+    """
     root = tmp_path_factory.mktemp("sharded")
     config = write_config(
         root,
         tiny_data,
-        model={"permutation": {"epochs": 0.05, "rounding": "relaxed"}},
+        model={"permutation": {"epochs": 0.1, "rounding": "relaxed", "forward": "hard"}},
         swap_search={"every_epochs": 0.1, "examples": 64},
         train={"max_steps": 80, "validate_every": 5, "patience": 2},
         deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}},

@@ -23,6 +23,7 @@ from dist_moe.engine.deepspeed.schedules import Schedule
 from dist_moe.engine.deepspeed.sharded_parameters import (
     check_groups,
     forget_module,
+    gather_dropped,
     gather_for_backward,
     keep_tables_whole,
     whole_shape,
@@ -120,6 +121,11 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
             for handle in self.own_hooks:
                 handle.remove()
             forget_module(self.module)
+
+    def gather_tables(self) -> None:
+        """Bring back the parameters of tables that an evaluation has dropped. Collective at ZeRO stage 3."""
+        if self.shards_parameters:
+            gather_dropped(self)
 
     def whole_parameters(self) -> dict[str, Tensor]:
         """Return fp32 copies of all parameters by name: dense ones whole, experts those of this rank. Collective."""

@@ -208,9 +208,10 @@ class RouterAlarm(Callback):
                 for alarm in self._watch.see(record["step"], load, record.get("tokens")):
                     _give(trainer, alarm, record["step"])
         was_learning, self._is_learning = self._is_learning, _is_learning(trainer)
+        if not was_learning or self._is_learning:
+            return
         searches = {name: one for name, one in trainer.tables.items() if isinstance(one, PermutationSearch)}
-        still = [name for name, one in searches.items() if one.control is None and not one.rows_changed()]
-        if was_learning and not self._is_learning and still:
+        if still := [name for name, one in searches.items() if one.control is None and not one.rows_changed()]:
             what = f"the permutation search has moved no row of {', '.join(still)}, whose tables are random"
             _give(trainer, Alarm("search without effect", what), records[-1]["step"])
 

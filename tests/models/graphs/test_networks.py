@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_moe.data.graphs.splits import both_directions, undirected_pairs
 from dist_moe.errors import UserError
 from dist_moe.models.graphs import NETWORKS, NodeNetwork
+from dist_moe.models.graphs.networks import dropout
 from tests.data.graphs.tiny_graphs import tiny_graph
 
 NAMES = ("mlp", "gcn", "graphsage", "gin", "gat")
@@ -117,3 +118,26 @@ def test_without_torch_geometric_the_extra_is_named(monkeypatch: pytest.MonkeyPa
     for name in NAMES[1:]:
         with pytest.raises(UserError, match=rf"network {name} is torch_geometric's: install the extra, pip install"):
             built(name)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.9])
+def test_dropout_of_features(density: float) -> None:
+    """Entries are kept and scaled, or 0, with the share that is asked for, however many are 0 before."""
+    torch.manual_seed(1)
+    x_ND = torch.where(torch.rand(200, 300) < density, torch.rand(200, 300) + 1, 0.0)
+    before_ND, share = x_ND.clone(), 0.3
+    y_ND = dropout(x_ND, share, training=True)
+    kept_ND, there = y_ND != 0, int((x_ND != 0).sum())
+    assert torch.equal(x_ND, before_ND)
+    torch.testing.assert_close(y_ND[kept_ND], x_ND[kept_ND] / (1 - share))
+    deviation = (there * share * (1 - share)) ** 0.5
+    assert abs(int(kept_ND.sum()) - there * (1 - share)) <= 4 * deviation
+    assert dropout(x_ND, share, training=False) is x_ND
+
+
+def test_dropout_is_differentiated() -> None:
+    x_ND = torch.eye(100).requires_grad_()
+    y_ND = dropout(x_ND, 0.5, training=True)
+    y_ND.sum().backward()
+    assert x_ND.grad is not None
+    assert set(x_ND.grad.unique().tolist()) == {0.0, 2.0}
