@@ -213,9 +213,9 @@ class Trainer:
     def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback, in order."""
         for callback in self.callbacks:
-            self.engine.gather_tables()
             getattr(callback, hook)(self, *arguments)
-        self.engine.gather_tables()
+            if self.engine.shards_parameters:  # the callback may have evaluated
+                self.engine.gather_tables()
 
     def end(self) -> None:
         """Make the present step the last. On every rank alike."""

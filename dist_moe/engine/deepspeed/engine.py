@@ -123,9 +123,8 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
             forget_module(self.module)
 
     def gather_tables(self) -> None:
-        """Bring back the parameters of tables that an evaluation has dropped. Collective at ZeRO stage 3."""
-        if self.shards_parameters:
-            gather_dropped(self)
+        """Bring back the parameters of tables that an evaluation at ZeRO stage 3 has dropped. Collective."""
+        gather_dropped(self)
 
     def whole_parameters(self) -> dict[str, Tensor]:
         """Return fp32 copies of all parameters by name: dense ones whole, experts those of this rank. Collective."""
