@@ -48,7 +48,7 @@ RATES, DROPOUTS = (0.1, 0.01, 0.001), (0.1, 0.2, 0.3, 0.4, 0.5)
 STRONG = ("gcn", "graphsage", "gin")
 SUPERVISED, TURNS, STAR = (
     "recipe={name: supervised}",
-    "recipe.compare=false",
+    "recipe={name: mowst, compare: false, max_sessions: 4, session_patience: 1, tolerance: 0.005}",
     "recipe={name: mowst_star, compare: false}",
 )
 
