@@ -132,6 +132,7 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
     start = {"name": "bert", "run": str(runs["dense bert"]), "importance_examples": 4}
     model = {"name": "weak_strong", "weak": {"name": "gat", "hidden": 8}, "strong": {"name": "gat", "hidden": 8}}
     bases["gated nodes"] = run(graph, model | {"confidence": {"name": "features"}})
+    bases["nodes with maps of their own"] = run(graph, model | {"confidence": {"name": "hyper_network"}})
     length = {"max_steps": 1, "batch_size": 8, "patience": 1}
     recipe = {"name": "mowst", "max_sessions": 1, "compare": False}
     bases["mowst"] = run(graph, {"name": "weak_strong"}, recipe=recipe, train=length)

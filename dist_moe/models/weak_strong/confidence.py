@@ -58,9 +58,9 @@ class _MLPSettings(ConfidenceSettings, ABC):
     layers: int = Field(2, ge=1, le=LARGEST_DEPTH, description="layers of the map")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the units between layers that is dropped")
 
-    def mlp(self, inputs: int) -> nn.Sequential:
-        """Return layers from ``inputs`` numbers to a logit."""
-        widths = [inputs, *[self.hidden] * (self.layers - 1), 1]
+    def mlp(self, inputs: int, outputs: int = 1) -> nn.Sequential:
+        """Return layers from ``inputs`` numbers to so many ``outputs``."""
+        widths = [inputs, *[self.hidden] * (self.layers - 1), outputs]
         layers: list[nn.Module] = []
         for pair in pairwise(widths):
             layers += [nn.Linear(*pair), nn.LayerNorm(pair[1]), nn.ReLU(), nn.Dropout(self.dropout)]
@@ -119,6 +119,29 @@ class MonotoneMap(nn.Module):
         return F.linear(F.linear(d_BK, F.softplus(self.raw_w), self.c).tanh(), F.softplus(self.raw_v), self.b)
 
 
+class HyperNetworkConfig(_MLPSettings):
+    """A map of the dispersion that each example has for itself: a network on its features gives the weights."""
+
+    name: Literal["hyper_network"] = Field("hyper_network", description="which confidence this is")
+
+    def build(self, num_features: int) -> nn.Module:
+        """Return the module."""
+        return HyperNetworkConfidence(self.mlp(num_features, outputs=3))
+
+
+class HyperNetworkConfidence(nn.Module):
+    """z = b(x) + sum_k w_k(x) D(p)_k with positive w: it rises with both dispersions, for every example x."""
+
+    def __init__(self, learned: nn.Module) -> None:
+        super().__init__()
+        self.map = learned
+
+    def forward(self, weak_BC: Tensor, features_BD: Tensor) -> Tensor:
+        """Return the logits of the confidence."""
+        d_B2, raw_B3 = dispersion(weak_BC), self.map(features_BD)
+        return raw_B3[:, 2] + (F.softplus(raw_B3[:, :2]) * d_B2).sum(dim=1)
+
+
 class FeatureGateConfig(_MLPSettings):
     """A gate on the features that knows nothing of the weak expert: that of a plain soft mixture. A control."""
 
@@ -165,5 +188,5 @@ class RandomConfidence(nn.Module):
         return torch.logit(u_B, eps=1e-6).to(weak_BC.dtype)
 
 
-for _settings in (DispersionConfig, FeatureGateConfig, RandomConfidenceConfig):
+for _settings in (DispersionConfig, HyperNetworkConfig, FeatureGateConfig, RandomConfidenceConfig):
     CONFIDENCES.register(_settings)

@@ -93,3 +93,19 @@ def test_a_random_confidence_is_uniform_and_stays() -> None:
     assert torch.equal(confidence(drawn(7), features_BD[100:107]).sigmoid(), c_B[100:107])
     assert torch.histc(c_B, 10, 0, 1).sub(400).abs().max() < 5 * 19  # five deviations of a binomial
     assert not list(confidence.parameters())
+
+
+def test_a_hyper_network_has_a_map_for_each_example() -> None:
+    """Naive, row by row; and for every example the confidence rises with certainty."""
+    confidence: Any = built("hyper_network")
+    x_BD = torch.randn(20, 4, dtype=torch.float64)
+    weak_BC = drawn(20)
+    rows = []
+    for weak_C, x_D in zip(weak_BC, x_BD, strict=True):
+        first, second, bias = confidence.map(x_D)
+        d_2 = dispersion(weak_C[None])[0]
+        rows.append((1 + first.exp()).log() * d_2[0] + (1 + second.exp()).log() * d_2[1] + bias)
+    assert torch.allclose(confidence(weak_BC, x_BD), torch.stack(rows))
+    assert not torch.allclose(confidence(weak_BC, x_BD), confidence(weak_BC, x_BD.flip(0)))
+    surer_B = confidence(2 * weak_BC, x_BD)
+    assert (surer_B > confidence(weak_BC, x_BD)).all()
