@@ -117,8 +117,8 @@ def _command(words: list[str], out: Path, err: Path) -> None:
 
 
 def directory_name(*parts: object) -> str:
-    """One name of several words: ``Top-k + balance loss``, 0 -> ``top-k_+_balance_loss-0``."""
-    return "-".join(str(part).lower().replace(" ", "_") for part in parts)
+    """One name of several words, which no shell takes for a pattern: ``Mowst*, gcn``, 0 -> ``mowst_star,_gcn-0``."""
+    return "-".join(str(part).lower().replace(" ", "_").replace("*", "_star") for part in parts)
 
 
 def write_report(directory: Path, page: str, draw: Callable[[Path], None]) -> None:
