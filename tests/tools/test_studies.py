@@ -32,6 +32,7 @@ def test_spread_and_directory_names() -> None:
     assert spread([1.0, 3.0], 2) == "2.00 ± 1.41"
     assert spread([0.25], 1) == "0.2"
     assert directory_name("Top-k + balance loss", "seed0") == "top-k_+_balance_loss-seed0"
+    assert directory_name("Mowst*, gcn", 0) == "mowst_star,_gcn-0"
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
