@@ -13,9 +13,13 @@ from dist_moe.errors import UserError
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, Gate, TopK
 from dist_moe.layer import MoE
+from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.callbacks.entropy_window import EntropyWindow
-from dist_moe.recipes.recipe import plan_new_run
+from dist_moe.recipes.merge_compress.recover import check_recovery
+from dist_moe.recipes.merge_compress.settings import RecoverConfig
+from dist_moe.recipes.recipe import load_config, plan_new_run
 from dist_moe.search import SlotTable
+from dist_moe.tasks import build_model
 from tests.helpers.board import read_board, steps_of
 from tests.helpers.commands import succeed
 from tests.helpers.runs import largest_difference, records_of, tensors_of, write_config
@@ -127,6 +131,17 @@ def test_ranks_search_at_the_same_steps_within_the_window(config: Path, tmp_path
     for one in (outcome, outcomes[0]):
         assert f"no assignment search after step {-(-steps[-1] // LOG) * LOG}: the gates' entropy is " in one.err
     assert largest_difference(tensors_of(alone), tensors_of(together)) < 1e-4
+
+
+def test_gates_that_a_recovery_does_not_train_have_no_window(config: Path) -> None:
+    loaded = load_config(config, [SEARCH])
+    task = loaded.data.open(progress=False)
+    model = build_model(loaded, task, SingleWorld())
+    check_recovery(RecoverConfig(trained="all"), loaded, task, model)
+    with pytest.raises(
+        UserError, match=r"while_entropy=\[0\.97, 0\.5\]: recipe\.recover\.trained=experts leaves .* train all"
+    ):
+        check_recovery(RecoverConfig(trained="experts"), loaded, task, model)
 
 
 @pytest.mark.parametrize(

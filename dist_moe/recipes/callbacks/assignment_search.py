@@ -49,13 +49,13 @@ class AssignmentScheduleConfig(AssignmentSearchConfig, SearchSchedule):
     def _is_a_window(self) -> Self:
         if self.while_entropy is not None and self.while_entropy[0] <= self.while_entropy[1]:
             raise ValueError(
-                f"while_entropy={list(self.while_entropy)}: entropy falls, so that the first share must be the higher "
-                "one, such as [0.99, 0.5]"
+                f"while_entropy={list(self.while_entropy)}: entropy falls, so that the first share must be the "
+                "higher one, such as [0.99, 0.5]"
             )
         if self.while_entropy is not None and self.at_steps:
             raise ValueError(
-                f"while_entropy={list(self.while_entropy)}: at_steps={list(self.at_steps)} says when to search already; "
-                "give one of them"
+                f"while_entropy={list(self.while_entropy)}: at_steps={list(self.at_steps)} says when to "
+                "search already; give one of them"
             )
         return self
 
@@ -77,12 +77,13 @@ class AssignmentScheduleConfig(AssignmentSearchConfig, SearchSchedule):
             )
 
     def _check_measured(self, log_every: int, steps: int) -> None:
-        first = self.every_steps * (log_every // self.every_steps + 1)  # a step's numbers are collected after its searches
+        # A step's numbers are collected after the search that follows it.
+        first = self.every_steps * (log_every // self.every_steps + 1)
         if first > steps:
             raise UserError(
-                f"assignment_search.while_entropy={list(self.while_entropy or ())}: entropy is first measured after step "
-                f"train.log_every={log_every}, and the first search would follow step {first}, but training ends after "
-                f"{steps}; give a smaller train.log_every or assignment_search.every_steps, or null"
+                f"assignment_search.while_entropy={list(self.while_entropy or ())}: entropy is first measured after "
+                f"step train.log_every={log_every}, and the first search would follow step {first}, but training ends "
+                f"after {steps}; give a smaller train.log_every or assignment_search.every_steps, or null"
             )
 
     def check_gate(self, gate: GateSettings) -> None:

@@ -69,8 +69,10 @@ class SearchSchedule(TableSearchConfig, ABC):
 
 
 class TableSearchCallback(Callback):
-    """Searches at the steps of a schedule and within its window, but not while a permutation is learnt or all tables are
-    held."""
+    """Searches at the steps of a schedule, within its window, if it has one.
+
+    Not while a permutation is learnt or all tables are held.
+    """
 
     def __init__(self, schedule: SearchSchedule, task: Task, weights: tuple[float, ...], seed: int) -> None:
         self._schedule, self._task, self._weights, self._seed = schedule, task, weights, seed
