@@ -153,7 +153,7 @@ def test_gates_that_a_recovery_does_not_train_have_no_window(config: Path) -> No
         ),
         (
             ["model.gate.entropy_weight=0", "assignment_search={while_entropy: [0.9, 0.5]}"],
-            r"model\.gate\.name=comet with entropy_weight=0 records no entropy .* gate\.entropy_weight above 0",
+            r"model\.gate\.name=comet with entropy_weight=0 records no entropy .*gate\.entropy_weight above 0",
         ),
         (["assignment_search={while_entropy: [0.5, 0.9]}"], r"while_entropy=\[0\.5, 0\.9\]: .* the higher one"),
         (["assignment_search={while_entropy: [1.5, 0.9]}"], r"assignment_search\.while_entropy"),

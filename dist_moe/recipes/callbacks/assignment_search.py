@@ -60,7 +60,7 @@ class AssignmentScheduleConfig(AssignmentSearchConfig, SearchSchedule):
         return self
 
     def check(self, train: TrainConfig, steps_per_epoch: int) -> None:
-        """Raise UserError if training, or ``until_step``, ends before a search is due, or before entropy is measured."""
+        """Raise UserError if training, or ``until_step``, ends before a search is due or entropy is measured."""
         first, steps = min(self.at_steps, default=self.every_steps), train.total_steps(steps_per_epoch)
         field = f"at_steps={list(self.at_steps)}" if self.at_steps else f"every_steps={self.every_steps}"
         if first > steps:
