@@ -104,7 +104,8 @@ def restored(world: World, model: Mixture, tokens: Tokens) -> tuple[list[int], i
     mine = copy.deepcopy(model)  # hooks on a gate are a rank's own
     mine.moe = MoE(list(mine.moe.gates), bank, table, world)
     share = -(-tokens.total // size) + 3  # the last rank has less
-    report = search(mine, [tokens.part(slice(rank * share, (rank + 1) * share))], mine.loss, polish=True)
+    part = tokens.part(slice(rank * share, (rank + 1) * share))
+    report = search(mine, [part], mine.loss, polish=True, max_moves=n)
     return mine.table.flatten().tolist(), len(report.moves)
 
 
