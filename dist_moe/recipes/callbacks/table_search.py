@@ -106,10 +106,11 @@ class TableSearchCallback(Callback):
 
     def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         """Measure how far the gates have hardened, and say when that ends the searches."""
-        if self._window is None or self._window.is_over:
+        if self._window is None:
             return
+        was_over = self._window.is_over
         self._window.measure(trainer.layers, trainer.settings.log_every, records)
-        if self._window.is_over:
+        if self._window.is_over and not was_over:
             title = self._schedule.part.replace("_", " ")
             trainer.monitor.say(
                 f"no {title} after step {records[-1]['step']}: the gates' entropy is {self._window.share:.3g} of the "
