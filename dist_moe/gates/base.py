@@ -80,6 +80,19 @@ class Gate(nn.Module, ABC):
         where = next(chain(self.parameters(), self.buffers()), allowed_E).device
         self.allowed_E = allowed_E.to(where, copy=True)
 
+    @property
+    def num_allowed(self) -> int:
+        """Number of slots that the gate may choose."""
+        return self.num_experts if self.allowed_E is None else int(self.allowed_E.sum())
+
+    @property
+    def largest_entropy(self) -> float:
+        """Return the auxiliary loss ``entropy`` where every slot is as likely as any other; 0: there is no such loss.
+
+        Divided by it, the loss says how far the gate has hardened: near 1 at the start, 0 when its choice is certain.
+        """
+        return 0.0
+
     def exclude(self, score_E: Tensor) -> Tensor:
         """Return (..., n) logits or scores with -inf for excluded slots."""
         return score_E if self.allowed_E is None else score_E.masked_fill(~self.allowed_E, -torch.inf)
@@ -155,6 +168,11 @@ class GateSettings(Settings, ABC):
     @abstractmethod
     def build(self, dim: int, num_experts: int, context: GateContext) -> Gate:
         """Return the gate over ``num_experts`` slots for tokens of width ``dim``."""
+
+    @property
+    def has_entropy(self) -> bool:
+        """Whether the gate's :attr:`~Gate.largest_entropy` is above 0: training records how far it has hardened."""
+        return False
 
     def of_layer(self, layer: int) -> Self:
         """Return the settings of the gate of MoE layer ``layer`` (from 0) of a model that has several."""

@@ -19,6 +19,7 @@ zeroed and the others divided by their sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal
 
@@ -77,6 +78,11 @@ class CometConfig(GateSettings):
         description=f"visit only the reachable nodes: the same route, cheaper for large trees that have hardened "
         f"(null: from {LAZY_FROM} experts on, for every batch of which few nodes are reachable)",
     )
+
+    @property
+    def has_entropy(self) -> bool:
+        """Whether the leaf entropies have a weight."""
+        return self.entropy_weight > 0
 
     def experts_per_token(self, num_experts: int) -> int:
         """Return the bound of hard trees: a leaf of each."""
@@ -143,6 +149,11 @@ class Comet(Gate):
         for name, parameter in self.named_parameters():
             bound = self.gamma / 100 if name.startswith("split") else LEAF_INIT_RANGE
             nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def largest_entropy(self) -> float:
+        """The weighted entropy of trees whose leaves all have the same mass."""
+        return self.entropy_weight * self.k * math.log(self.num_allowed)
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
         """Return the trees' shares of the softmax, each leaf's mass times its exponential; every node is computed."""

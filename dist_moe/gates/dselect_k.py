@@ -17,6 +17,7 @@ of which one value leads to such slots only takes the other, whatever the token.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -47,6 +48,11 @@ class DSelectKConfig(GateSettings):
         1.0, ge=0, description="weight of the penalty on codes that are no expert's; only if n is not a power of two"
     )
     static: bool = Field(False, description="the same mixture for every token: the selectors see no input")
+
+    @property
+    def has_entropy(self) -> bool:
+        """Whether the selectors' entropies have a weight."""
+        return self.entropy_weight > 0
 
     def build(self, dim: int, num_experts: int, context: GateContext) -> DSelectK:
         """Return the gate with these options."""
@@ -94,6 +100,11 @@ class DSelectK(Gate):
         for name, parameter in self.named_parameters():
             bound = self.gamma / 100 if name.startswith("bit") else SELECTOR_INIT_RANGE
             nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def largest_entropy(self) -> float:
+        """The weighted entropy of selectors to which all experts are alike."""
+        return self.entropy_weight * self.k * math.log(self.num_allowed)
 
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
         """Return each selector's choice times its alpha, with the entropy and the reciprocal penalty."""

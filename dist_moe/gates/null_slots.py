@@ -76,6 +76,11 @@ class NullSlots(Gate):
         super().allow(allowed_E)
         self.gate.allow(torch.cat([allowed_E, allowed_E.new_ones(self.null_slots)]))
 
+    @property
+    def largest_entropy(self) -> float:
+        """The inner gate's, over experts and nulls."""
+        return self.gate.largest_entropy
+
     def mixture(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Mixture:
         """Return the inner mixture without what nulls took, the other weights divided by their sum."""
         gate = self._informed()

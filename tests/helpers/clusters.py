@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, DSelectK, Gate, HashRouting, TopK
 from dist_moe.layer import MoE
-from dist_moe.search import SlotTable
+from dist_moe.parallel import World, experts_of_rank
+from dist_moe.search import SlotTable, give_branches_slots
 
 WIDTH = 16
 OUT = 8
@@ -99,3 +100,28 @@ def trained_mixture(name: str, num_experts: int, steps: int) -> Mixture:
     model = Mixture(make_gate(name, num_experts), num_experts)
     model.load_state_dict(trained_state(name, num_experts, steps))
     return model.eval()
+
+
+def doubled(tokens: Tokens) -> Tokens:
+    return replace(tokens, x_TD=tokens.x_TD.double(), y_TF=tokens.y_TF.double())
+
+
+def bank_of_rank(bank: DenseReLUBank, world: World) -> DenseReLUBank:
+    """This rank's part of the experts of ``bank``, which has them all."""
+    ids = experts_of_rank(bank.num_experts, world)
+    own = DenseReLUBank(bank.dim, bank.out_dim, bank.num_experts, ids).to(bank.weight.dtype)
+    with torch.no_grad():
+        own.weight.copy_(bank.weight[list(ids)])
+        own.bias.copy_(bank.bias[list(ids)])
+    return own
+
+
+def two_gate_layer(slots: int, experts: int, per_gate: bool, branches: int) -> MoE:
+    """A layer in fp64 of two COMET gates that have begun to harden, whose table has a row for each gate and branch."""
+    torch.manual_seed(10)
+    gates = [Comet(5, slots, k=2, gamma=0.1) for _ in range(2)]
+    for gate in gates:
+        nn.init.normal_(gate.split_weight)
+    table = SlotTable(experts, num_gates=2, num_slots=slots, per_gate=per_gate, branches=branches)
+    give_branches_slots(gates, table)
+    return MoE(gates, DenseReLUBank(5, 3, experts, range(experts)), table).double()

@@ -19,15 +19,17 @@ from tests.helpers.runs import records_of, summary_of, tensors_of, validations_o
 STEPS, VALIDATE, STOP_AT = 30, 4, 16
 SEARCH = "swap_search={every_epochs: 0.06, examples: 200, least_gain: 0.0}"
 ASSIGNMENT = "assignment_search={every_steps: 7, until_step: 28, examples: 64, verified_on: 64, least_gain: 0.0}"
+WINDOW = "assignment_search={while_entropy: [1.0, 0.1], every_steps: 3, examples: 64, verified_on: 64, least_gain: 0.0}"
 CASES: dict[str, list[str]] = {
     "comet, Sinkhorn phase": ["model.permutation.epochs=0.3"],
     "comet, swaps, accumulation": [SEARCH, "deepspeed.gradient_accumulation_steps=2"],
     "comet, permutation, then swaps": ["model.permutation.epochs=0.1", SEARCH, ASSIGNMENT],
+    "comet, swaps while its trees harden": [WINDOW],
     "top_k, bias": ["model.gate={name: top_k, k: 2, balance_weight: 0.01, bias_update_rate: 0.05}"],
     "smoe_dropout, accumulation": ["model.gate={name: smoe_dropout}", "deepspeed.gradient_accumulation_steps=2"],
 }
 
-FAST = ("comet, permutation, then swaps", "top_k, bias")
+FAST = ("comet, permutation, then swaps", "comet, swaps while its trees harden", "top_k, bias")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from dist_moe.engine.trainable import hold_still
 from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, TopK
 from dist_moe.layer import MoE
-from dist_moe.parallel import EmulatedWorld, SingleWorld, World, experts_of_rank
+from dist_moe.parallel import EmulatedWorld, SingleWorld, World
 from dist_moe.search import (
     RecordedScores,
     SearchReport,
@@ -23,10 +23,9 @@ from dist_moe.search import (
     Swap,
     SwapSearch,
     SwapSearchConfig,
-    give_branches_slots,
 )
 from dist_moe.search.swap import swaps_by_gain
-from tests.helpers.clusters import Mixture, Tokens, make_tokens, trained_mixture
+from tests.helpers.clusters import Mixture, Tokens, bank_of_rank, make_tokens, trained_mixture, two_gate_layer
 from tests.helpers.worlds import on_real_worlds
 
 SLOW = pytest.mark.slow
@@ -268,19 +267,10 @@ def test_gradient_of_the_first_layer_flows_through_the_second(streamed: bool) ->
 
 def naive_against_search(slots: int, experts: int, per_gate: bool, branches: int) -> tuple[Tensor, SearchReport]:
     """The table and the report of a search that ends where the naive one does."""
-
-    def build() -> MoE:
-        torch.manual_seed(10)
-        gates = [Comet(5, slots, k=2, gamma=0.1) for _ in range(2)]
-        for gate in gates:
-            nn.init.normal_(gate.split_weight)
-        table = SlotTable(experts, num_gates=2, num_slots=slots, per_gate=per_gate, branches=branches)
-        give_branches_slots(gates, table)
-        return MoE(gates, DenseReLUBank(5, 3, experts, range(experts)), table).double()
-
+    torch.manual_seed(9)
     x_TD = torch.randn(40, 5, dtype=torch.float64)
     y_GTF = torch.randn(2, 40, 3, dtype=torch.float64)
-    naive, fast = build(), build()
+    naive, fast = (two_gate_layer(slots, experts, per_gate, branches) for _ in range(2))
 
     def loss_of(moe: MoE) -> Callable[[object], Tensor]:
         return lambda _: (torch.stack(moe(x_TD).outputs) - y_GTF).square().mean()
@@ -376,12 +366,7 @@ def search_with_experts_split(world: World, shares: list[int]) -> tuple[list[flo
     """Losses, swaps and table; this rank holds its part of the experts and of the tokens."""
     tokens = make_tokens(8, sum(shares), seed=12)
     model = scrambled("top_k", 8, steps=60)
-    ids = experts_of_rank(8, world)
-    share = DenseReLUBank(16, 32, 8, ids)
-    with torch.no_grad():
-        share.weight.copy_(model.moe.experts.weight[list(ids)])
-        share.bias.copy_(model.moe.experts.bias[list(ids)])
-    model.moe.experts, model.moe.world = share, world
+    model.moe.experts, model.moe.world = bank_of_rank(model.moe.experts, world), world
     start = sum(shares[: world.rank])
     report = search(model.eval(), [tokens.part(slice(start, start + shares[world.rank]))], model.loss).run()
     return report.losses, report.swaps, model.table.flatten().tolist()

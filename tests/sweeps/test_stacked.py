@@ -209,6 +209,7 @@ def test_what_may_differ_within_a_stack(configured: Callable[..., SupervisedConf
         ("deepspeed.gradient_clipping=1.0", "gradient_clipping"),
         ("model.permutation={forward: hard}", "forward=hard"),
         ("model.experts={name: mlp, batch_norm: true}", "batch_norm=true"),
+        ("assignment_search={while_entropy: [0.9, 0.5]}", "while_entropy=[0.9, 0.5]"),
     ],
 )
 def test_what_cannot_be_stacked_is_said(

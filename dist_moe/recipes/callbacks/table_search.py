@@ -18,8 +18,10 @@ from dist_moe.engine.health.heartbeats import ACTIVITY
 from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.training import Trainer
+from dist_moe.gates import GateSettings
 from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
+from dist_moe.recipes.callbacks.entropy_window import EntropyWindow
 from dist_moe.recording import recording
 from dist_moe.search import BatchLoss, SearchReport
 from dist_moe.search.layers import is_held
@@ -37,6 +39,13 @@ class SearchSchedule(TableSearchConfig, ABC):
     @abstractmethod
     def check(self, train: TrainConfig, steps_per_epoch: int) -> None:
         """Raise UserError if training ends before a search is due."""
+
+    def check_gate(self, gate: GateSettings) -> None:
+        """Raise UserError for a gate that has not what the schedule goes by."""
+
+    def window(self) -> EntropyWindow | None:
+        """Return a new window within which alone a search that is due takes place; None: there is no such limit."""
+        return None
 
     @abstractmethod
     def due(self, step: int, steps_per_epoch: int) -> bool:
@@ -60,10 +69,14 @@ class SearchSchedule(TableSearchConfig, ABC):
 
 
 class TableSearchCallback(Callback):
-    """Searches at the steps of a schedule, but not while a permutation is learnt or all tables are held."""
+    """Searches at the steps of a schedule, within its window, if it has one.
+
+    Not while a permutation is learnt or all tables are held.
+    """
 
     def __init__(self, schedule: SearchSchedule, task: Task, weights: tuple[float, ...], seed: int) -> None:
         self._schedule, self._task, self._weights, self._seed = schedule, task, weights, seed
+        self._window = schedule.window()
 
     @property
     def name(self) -> str:
@@ -73,6 +86,8 @@ class TableSearchCallback(Callback):
     def after_step(self, trainer: Trainer, step: int) -> None:
         """Search if that is due, and show what was found."""
         if trainer.model.learning or not self._schedule.due(step, trainer.steps_per_epoch):
+            return
+        if self._window is not None and not self._window.is_open:
             return
         if {is_held(table) for table in trainer.tables.values()} == {True}:
             return
@@ -88,6 +103,28 @@ class TableSearchCallback(Callback):
             f"{title} after step {step}: loss {before:.4g} -> {after:.4g} by {swaps} swap(s), "
             f"{found.screened} screened, {found.verified} verified{control}"
         )
+
+    def on_records(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        """Measure how far the gates have hardened, and say when that ends the searches."""
+        if self._window is None:
+            return
+        was_over = self._window.is_over
+        self._window.measure(trainer.layers, trainer.settings.log_every, records)
+        if self._window.is_over and not was_over:
+            title = self._schedule.part.replace("_", " ")
+            trainer.monitor.say(
+                f"no {title} after step {records[-1]['step']}: the gates' entropy is {self._window.share:.3g} of the "
+                "largest possible one, below the window"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the window has measured."""
+        return {} if self._window is None else self._window.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what the window had measured."""
+        if self._window is not None:
+            self._window.load_state_dict(state)
 
 
 def batches_of(

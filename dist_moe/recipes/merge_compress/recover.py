@@ -52,6 +52,12 @@ def check_recovery(recover: RecoverConfig, config: SupervisedConfig, task: Task,
             f"recipe.recover.hidden_weight={recover.hidden_weight:g}: model.name={config.model.name} gives no hidden "
             "states; set it to 0"
         )
+    window = None if config.assignment_search is None else config.assignment_search.while_entropy
+    if window is not None and not recover.trains_router:
+        raise UserError(
+            f"assignment_search.while_entropy={list(window)}: recipe.recover.trained={recover.trained} leaves the "
+            "gates as they are; use at_steps or until_step, or train all"
+        )
     trained = trained_parts(recover.trained, model)
     if trained is not None and not any(trained(name) and p.requires_grad for name, p in model.named_parameters()):
         raise UserError(

@@ -162,6 +162,8 @@ class SupervisedConfig(RecipeConfig):
             raise UserError(f"{field} needs experts, and model.{without} none; set it to {remedy}")
         for search in self.table_searches if not model.has_tables else ():
             raise UserError(f"{search.part}: model.name={model.name} has no slot -> expert table; set it to null")
+        for search in self.table_searches:
+            search.check_gate(model.gate)
         for called, count in model.expert_counts(data.target_names).items():
             self.parallel.check(world_size, count, called)
         if self.parallel.overlap_chunks > 1 and model.activation_checkpointing:

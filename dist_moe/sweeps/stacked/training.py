@@ -78,6 +78,8 @@ def stack_error(config: SupervisedConfig) -> str | None:
         return "model.permutation.forward=hard cannot be stacked"
     if config.model.permutation is not None and config.model.permutation.control is not None:
         return f"model.permutation.control={config.model.permutation.control} cannot be stacked"
+    if config.assignment_search is not None and config.assignment_search.while_entropy is not None:
+        return f"assignment_search.while_entropy={list(config.assignment_search.while_entropy)} cannot be stacked"
     return None
 
 
