@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+import dist_moe.engine.monitor.services  # noqa: F401 (registers its trackers)
 from dist_moe.engine.monitor.pictures import Panel
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.tensorboard import TensorBoardSettings
