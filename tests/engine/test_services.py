@@ -122,20 +122,21 @@ def test_wandb_has_the_numbers_of_metrics_jsonl(wandb_run: Path) -> None:
     attempts: dict[int, list[int]] = {}
     for number, record in wandb_records(wandb_run):
         if record.WhichOneof("record_type") == "history":
-            values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
-            step = int(values["_step"])
+            values = {
+                "/".join([item.key, *item.nested_key]).strip("/"): item.value_json for item in record.history.item
+            }
+            step = int(values.pop("_step"))
             attempts.setdefault(number, []).append(step)
+            kinds = {name.removesuffix("/_type"): x for name, x in values.items() if name.endswith("/_type")}
+            for name, kind in kinds.items():
+                media.setdefault(name, []).append((step, parse_json(kind)))
             for name, text in values.items():
-                if name.startswith("_"):
-                    continue
-                value = parse_json(text)
-                if isinstance(value, dict):
-                    media.setdefault(name, []).append((step, value["_type"]))
-                else:
+                if name[0] != "_" and name.rpartition("/")[0] not in kinds:
                     assert (name, step) not in shown
-                    shown[name, step] = math.nan if value == "NaN" else value
+                    shown[name, step] = math.nan if text == '"NaN"' else float(text)
     assert_equal(shown, wandb_run)
-    assert attempts == {0: [0, *range(1, 7)], 1: [*range(7, 11)]}, "each step in one attempt, in order"
+    assert attempts == {0: [*range(7)], 1: [*range(7, 11)], 2: [11]}, "each in one attempt, and in order"
+    assert media["placement/rank_of_expert"] == [(step, "image-file") for step in (0, 7, 11)], "of steps 0, 4 and 10"
     assert media["experts/load"] == [(6, "image-file"), (10, "image-file")]
     assert media["alarm"] == [(6, "html-file"), (10, "html-file")], "nothing is taken for a step that is over"
     assert len(list(wandb_run.glob("wandb/offline-run-*/files/media/images/validation/by_layer_*.png"))) == 1
@@ -244,7 +245,8 @@ def test_trackio_has_the_numbers_of_metrics_jsonl(
     numbers = [(tag, step, x) for step, values in points for tag, x in values.items() if isinstance(x, float)]
     assert_equal({(tag, step): x for tag, step, x in numbers}, tmp_path / "run")
     assert len(numbers) == len(expected(tmp_path / "run")), "no point twice"
-    assert "| seed | 4 |" in next(values for step, values in points if step == 9)["hyperparameters"]
+    tables = [values["hyperparameters"] for step, values in points if step == 9 and "hyperparameters" in values]
+    assert "| seed | 4 |" in tables[0]
     assert capsys.readouterr().out == "", "standard output is for results"
 
 
@@ -262,7 +264,7 @@ class Broken(Service):
         if name == self.fails:
             raise ConnectionError("no\nroute to host")
 
-    def open(self, run_id: str | None, name: str) -> tuple[str, str | None]:
+    def open(self, run_id: str | None, name: str, last_step: int) -> tuple[str, str | None]:
         self._call("open")
         return run_id or "new", "https://somewhere"
 

@@ -64,8 +64,11 @@ class Service(ABC):
     title: str
 
     @abstractmethod
-    def open(self, run_id: str | None, name: str) -> tuple[str, str | None]:
-        """Begin a run, or go on with the one ``run_id``; return its id, and where it can be looked at, if anywhere."""
+    def open(self, run_id: str | None, name: str, last_step: int) -> tuple[str, str | None]:
+        """Begin a run, or go on with the one ``run_id``; return its id, and where it can be looked at, if anywhere.
+
+        ``last_step``: the last of which anything was sent before; -1: nothing was.
+        """
 
     @abstractmethod
     def send(self, rows: Sequence[Row]) -> None:
@@ -196,7 +199,7 @@ class ServiceTracker(Board):
     def _open(self) -> None:
         root = self._note.parent
         name = f"{root.parents[1].name}/{root.name}" if root.parent.name == "stages" else root.name
-        self._id, address = self._service.open(self._id, name)
+        self._id, address = self._service.open(self._id, name, max(self._sent.values(), default=-1))
         self._is_done(self._remember)
         if address:
             self._told.put(f"{self._service.title}: {address}")
@@ -230,7 +233,7 @@ class WandbService(Service):
         self._settings, self._root = settings, root
         self._last = 0
 
-    def open(self, run_id: str | None, name: str) -> tuple[str, str | None]:
+    def open(self, run_id: str | None, name: str, last_step: int) -> tuple[str, str | None]:
         """Begin or go on with a run."""
         settings = self._settings
         run_id = run_id or secrets.token_hex(4)
@@ -254,11 +257,11 @@ class WandbService(Service):
             reinit="create_new",
             settings=self._library.Settings(silent=True, console="off"),
         )
-        self._last = self._run.step
-        return run_id, self._run.url
+        self._last = max(self._run.step, last_step + 1)
+        return run_id, self._run.url if settings.mode == "online" else None
 
     def send(self, rows: Sequence[Row]) -> None:
-        """Log rows. W&B takes nothing for a step before the last one: a text that comes late stands there."""
+        """Log rows. W&B takes nothing for a step that is over: what comes late stands at the next that it takes."""
         for row in rows:
             values: dict[str, Any] = dict(row.numbers)
             values |= {name: self._library.Image(image) for name, image in row.images.items()}
@@ -291,7 +294,7 @@ class MLflowService(Service):
     def __init__(self, settings: MLflowSettings) -> None:
         self._settings = settings
 
-    def open(self, run_id: str | None, name: str) -> tuple[str, str | None]:
+    def open(self, run_id: str | None, name: str, last_step: int) -> tuple[str, str | None]:
         """Begin or go on with a run."""
         from mlflow import MlflowClient
 
