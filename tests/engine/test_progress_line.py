@@ -7,7 +7,9 @@ import os
 import re
 import struct
 import termios
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -30,12 +32,22 @@ def on_terminal(columns: int, monkeypatch: pytest.MonkeyPatch, show: Callable[[]
     """What a terminal of so many columns was given, by lines and their repetitions."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with os.fdopen(theirs, "w") as screen, os.fdopen(ours, "rb", buffering=0) as reader:
+    pieces: list[bytes] = []
+    with os.fdopen(theirs, "w") as screen:
         monkeypatch.setattr("sys.stderr", screen)
+        reader = threading.Thread(target=read_all, args=(ours, pieces))
+        reader.start()
         show()
-        screen.flush()
-        text = reader.read(65536).decode()
+    reader.join()
+    os.close(ours)
+    text = b"".join(pieces).decode()
     return [line for line in re.split(r"[\r\n]+", text.replace("\x1b[A", "")) if line.strip()]
+
+
+def read_all(descriptor: int, pieces: list[bytes]) -> None:
+    with suppress(OSError):  # EIO: nobody has the other end any more
+        while piece := os.read(descriptor, 4096):
+            pieces.append(piece)
 
 
 def show_two_windows() -> None:

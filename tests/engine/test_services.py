@@ -139,7 +139,7 @@ def test_wandb_has_the_numbers_of_metrics_jsonl(wandb_run: Path) -> None:
     assert media["placement/rank_of_expert"] == [(step, "image-file") for step in (0, 7, 11)], "of steps 0, 4 and 10"
     assert media["experts/load"] == [(6, "image-file"), (10, "image-file")]
     assert media["alarm"] == [(6, "html-file"), (10, "html-file")], "nothing is taken for a step that is over"
-    assert len(list(wandb_run.glob("wandb/offline-run-*/files/media/images/validation/by_layer_*.png"))) == 1
+    assert len(list(wandb_run.glob("wandb/offline-run-*/files/media/images/validation/by_layer_*.png"))) == 2
 
 
 def test_wandb_goes_on_with_one_run(wandb_run: Path) -> None:
@@ -360,7 +360,7 @@ def test_a_package_that_is_missing_is_named(
         ({"mode": "online"}, None, "space=None"),
         ({"space": "a/b"}, None, "space=a/b"),
         ({"entity": "a"}, None, "entity=a"),
-        ({}, "TRACKIO_SPACE_ID", "TRACKIO_SPACE_ID names"),
+        ({}, "TRACKIO_SPACE_ID", "TRACKIO_SPACE_ID tells"),
     ],
 )
 def test_what_trackio_cannot_do_is_refused(

@@ -130,8 +130,7 @@ class ServiceTracker(Board):
         super().flush()
         for step in sorted(step for step in self._rows if step <= self._step):
             self._hand_over(self._rows.pop(step))
-        while not self._told.empty():
-            self._say(self._told.get())
+        self._speak()
 
     def close(self) -> None:
         """Hand over what is left and wait until it is taken, for a minute at most."""
@@ -142,11 +141,14 @@ class ServiceTracker(Board):
         self._thread.join(PATIENCE_S)
         if self._thread.is_alive():
             self.lost += max(self._outbox.qsize() - 1, 0)
-            self._say(f"warning: {self._service.title} has not taken everything in within {PATIENCE_S:g} s")
+            self._told.put(f"warning: {self._service.title} has not taken everything in within {PATIENCE_S:g} s")
+        if self.lost:
+            self._told.put(f"warning: {self.lost} record(s) for {self._service.title} are lost")
+        self._speak()
+
+    def _speak(self) -> None:
         while not self._told.empty():
             self._say(self._told.get())
-        if self.lost:
-            self._say(f"warning: {self.lost} record(s) for {self._service.title} are lost")
 
     def _is_new(self, kind: str, step: int) -> bool:
         """Return whether an earlier attempt has not sent this already."""
@@ -171,9 +173,8 @@ class ServiceTracker(Board):
             rows = list(self._handed_over())
             is_last = rows[-1] is None
             rows = [row for row in rows if row is not None]
-            if is_open and self._is_done(self._send, rows):
-                continue
-            self.lost += len(rows)
+            if not (is_open and self._is_done(self._send, rows)):
+                self.lost += len(rows)
         if is_open:
             self._is_done(self._service.close)
 
@@ -313,11 +314,8 @@ class MLflowService(Service):
         """Log rows: numbers as metrics, pictures and texts as artifacts, fields of the configuration as parameters."""
         from mlflow.entities import Metric, Param
 
-        numbers = [
-            Metric(_key(tag), value, int(row.seconds * 1000), row.step)
-            for row in rows
-            for tag, value in row.numbers.items()
-        ]
+        points = [(row, tag, value) for row in rows for tag, value in row.numbers.items()]
+        numbers = [Metric(_key(tag), value, int(row.seconds * 1000), row.step) for row, tag, value in points]
         for first in range(0, len(numbers), 1000):  # MLflow takes no more at once
             self._client.log_batch(self._id, metrics=numbers[first : first + 1000], synchronous=True)
         for row in rows:
@@ -370,16 +368,13 @@ class WandbSettings(TrackerSettings):
         is_trackio = self.library == "trackio"
         if (self.space is not None) != (is_trackio and self.mode == "online"):
             raise UserError(
-                f"trackers: wandb: space={self.space}: give it with library: trackio and mode: online, and only then"
+                f"trackers: wandb: space={self.space}: one is for trackio with mode: online, which needs it"
             )
         if is_trackio and self.entity is not None:
             raise UserError(f"trackers: wandb: entity={self.entity}: trackio has none; leave it out")
-        for variable in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL") if is_trackio else ():
-            if self.mode == "offline" and os.environ.get(variable):
-                raise UserError(
-                    f"trackers: wandb: mode=offline, and trackio would send to what {variable} names; unset it, or "
-                    "give mode: online and a space"
-                )
+        for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL") if is_trackio and self.mode == "offline" else ():
+            if os.environ.get(name):
+                raise UserError(f"trackers: wandb: mode=offline, and {name} tells trackio to send; unset it")
 
     def build(self, root: Path, first_step: int, say: Say) -> Tracker:
         """Return the tracker that logs there."""
