@@ -1,4 +1,4 @@
-"""What boards show of a run, whoever keeps it: curves by tag, and pictures of evaluations and of the load.
+"""Curves by tag, and pictures of evaluations and of the load: the content of any board, whoever keeps it.
 
 How many curves there are does not depend on the number of layers, experts or ranks; what does is shown as pictures.
 Pictures are drawn after a hundred steps, whenever the run is half as long again as at the last ones, and at its end, so
