@@ -35,7 +35,7 @@ from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.speed import describe_speed, peak_flops_of, record_memory
 from dist_moe.engine.monitor.step_window import SUMS, StepWindow, Sums, add_sums, is_timed, name_times
 from dist_moe.engine.monitor.tables import RouterPictures
-from dist_moe.engine.monitor.trackers import TrackerSettings
+from dist_moe.engine.monitor.trackers import TrackerSettings, check_trackers
 from dist_moe.engine.settings import TrainConfig
 from dist_moe.engine.trainable import Trained, hold_still
 from dist_moe.errors import DivergedError
@@ -131,12 +131,13 @@ def fit(
         stop: asks the training to end at the next safe place, with a checkpoint.
         keep_model: give the model back whole; False spares memory where nobody needs it after ``on_end``.
 
-    Raises UserError for a ``deepspeed`` that is refused, before anything is opened, and where too many checkpoints
-    cannot be written; DivergedError where too many steps in a row have no finite loss or gradient.
+    Raises UserError for a ``deepspeed`` or a tracker that is refused, before anything is opened, and where too many
+    checkpoints cannot be written; DivergedError where too many steps in a row have no finite loss or gradient.
     """
     environment = groups.environment if groups else LaunchEnvironment.read()
     check_deepspeed_section(dict(deepspeed), settings.batch_size, environment.world_size)
     check_length_of_schedule(dict(deepspeed), settings.total_steps(feed.steps_per_epoch))
+    check_trackers(trackers)
     if resume_from is not None:
         check_optimizer_of_checkpoint(resume_from, dict(deepspeed))
     with ExitStack() as stack:
@@ -195,8 +196,7 @@ class Trainer:
             one for one in (layer.slot_map for layer in self.layers) if isinstance(one, PermutationSearch)
         ]
         self._window, self._host_records = StepWindow(), list[dict[str, Any]]()
-        self._skipped_in_a_row = 0
-        self._is_ending = self._checkpoint_is_due = False
+        self._skipped_in_a_row, self._is_ending, self._checkpoint_is_due = 0, False, False
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._peak_flops = peak_flops_of(engine.device, engine.module, self.groups.environment.world_size)
 

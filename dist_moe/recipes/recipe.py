@@ -29,7 +29,7 @@ from dist_moe.engine.launch.environment import LaunchEnvironment
 from dist_moe.engine.launch.process_groups import ParallelConfig
 from dist_moe.engine.monitor.monitor import DEFAULT_TRACKERS
 from dist_moe.engine.monitor.run_directory import RunDirectory
-from dist_moe.engine.monitor.trackers import TrackerConfig
+from dist_moe.engine.monitor.trackers import TrackerConfig, check_trackers
 from dist_moe.errors import UserError
 from dist_moe.screen import say
 
@@ -84,7 +84,8 @@ class RecipeConfig(Settings):
     seed: int = Field(0, ge=0, description="seed of initialisation, data order and dropout")
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="the layout")
     trackers: tuple[TrackerConfig, ...] = Field(
-        DEFAULT_TRACKERS, description="what takes down the numbers of a run: jsonl (metrics.jsonl), tensorboard"
+        DEFAULT_TRACKERS,
+        description="what takes down the numbers of a run: jsonl (metrics.jsonl), tensorboard, wandb, mlflow",
     )
 
     def check(self, world_size: int) -> None:
@@ -252,6 +253,7 @@ def _checked(config: RecipeConfig) -> tuple[LaunchEnvironment, Any]:
     environment = LaunchEnvironment.read()
     fitted = config.fitted(environment.world_size)
     fitted.check(environment.world_size)
+    check_trackers(fitted.trackers)
     return environment, fitted
 
 

@@ -117,6 +117,8 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
         "own nodes": run(graph, {"name": "node_classifier", "network": {"name": "gat"}}),
         "more nodes": run(graph, {"name": "node_classifier", "network": {"name": "gin"}}),
         "dense bert": run(messages, {"name": "bert_classifier", "moe_every": 0}),
+        "wandb": run(cora, {"name": "node_classifier"}, trackers=["wandb"]),
+        "mlflow": run(cora, {"name": "node_classifier"}, trackers=["mlflow"]),
         "answers": run(questions, {"name": "bert_answerer", "moe_every": 0}, train={"max_steps": 1, "batch_size": 2}),
     }
     forest = {"name": "branch_train_merge", "partition": {"name": "random", "branches": 2}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+import dist_moe.engine.monitor.services  # noqa: F401 (registers its trackers)
 from dist_moe.engine.monitor.pictures import Panel
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.monitor.tensorboard import TensorBoardSettings
@@ -17,6 +19,9 @@ from dist_moe.engine.monitor.trackers import MetricsFileSettings, Tracker, Track
 from dist_moe.screen import say
 
 SECONDS_BETWEEN_LINES = 10.0
+_LIVE = "{n_fmt}/{total_fmt} {bar}| {remaining} left{postfix}"
+_LIVE_WIDTH = 23
+"""The least columns of a live line beside its numbers and steps: 4 signs, 4 of a bar, 'h:mm:ss left, '."""
 _LOST_TERMINAL = suppress(OSError, ValueError)
 DEFAULT_TRACKERS: tuple[TrackerSettings, ...] = (MetricsFileSettings(), TensorBoardSettings())
 
@@ -128,35 +133,36 @@ class Monitor:
 
 
 class ProgressLine:
-    """Step, loss, examples/s, active experts per token, bytes exchanged and time left, on stderr."""
+    """Step, time left, and the numbers of :func:`progress_fields`, on stderr; on a terminal as many as it is wide."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         self._total = total_steps
         self._first = first_step
         self._started = time.monotonic()
         self._last_line = -SECONDS_BETWEEN_LINES
+        self._latest: dict[str, Any] = {}
         self._bar = None
         if sys.stderr is not None and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total_steps, initial=first_step, bar_format=_LIVE, dynamic_ncols=True)
 
     def update(self, records: list[dict[str, Any]]) -> None:
-        """Show the last of the new records."""
-        latest = records[-1]
-        active = f"{latest['active_experts']:.2f} experts/token, " if "active_experts" in latest else ""
-        text = (
-            f"loss {latest['loss']:.4f}, {_count(latest['examples_per_second'])} examples/s, "
-            f"{active}{_count(latest['wire_bytes'])}B exchanged"
-        )
+        """Show the newest of each number."""
+        for record in records:
+            self._latest |= record  # some numbers, such as memory, are not in every record
+        step, fields = self._latest["step"], progress_fields(self._latest)
         if self._bar is not None:
             with _LOST_TERMINAL:
-                self._bar.set_postfix_str(text, refresh=False)
-                self._bar.update(len(records))
-        elif latest["step"] == self._total or time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
+                self._bar.set_postfix_str(fitted(fields, self._width() - _LIVE_WIDTH), refresh=False)
+                self._bar.update(step - self._bar.n)
+        elif step == self._total or time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            per_step = (time.monotonic() - self._started) / (latest["step"] - self._first)
-            minutes, seconds = divmod(round(per_step * (self._total - latest["step"])), 60)
-            left = f"{minutes}:{seconds:02d} left"
-            say(f"step {latest['step']}/{self._total}: {text}, {left}")
+            per_step = (time.monotonic() - self._started) / (step - self._first)
+            minutes, seconds = divmod(round(per_step * (self._total - step)), 60)
+            say(f"step {step}/{self._total}: {', '.join(fields)}, {minutes}:{seconds:02d} left")
+
+    def _width(self) -> int:
+        """Return the columns of the terminal, but for what the count of steps takes."""
+        return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 2 * len(str(self._total))
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the live one."""
@@ -171,6 +177,30 @@ class ProgressLine:
         if self._bar is not None:
             with _LOST_TERMINAL:
                 self._bar.close()
+
+
+def progress_fields(record: Mapping[str, Any]) -> list[str]:
+    """Return numbers of a record with their units, the most important first; those that it has."""
+    has_tokens = "tokens_per_second" in record
+    speed = record["tokens_per_second" if has_tokens else "examples_per_second"]
+    shown = {
+        "loss": "loss {:.4f}",
+        "lr": "lr {:.2g}",
+        "grad_norm": "grad {:.3g}",
+        "peak_memory_gib": "{:.1f} GiB",
+        "active_experts": "{:.2f} experts/token",
+    }
+    fields = [text.format(record[name]) for name, text in shown.items() if name in record]
+    fields.insert(1, f"{_count(speed).strip()} {'tokens' if has_tokens else 'examples'}/s")
+    return [*fields, f"{_count(record['wire_bytes'])}B exchanged"]
+
+
+def fitted(fields: Sequence[str], width: int) -> str:
+    """Return as many of ``fields`` as ``width`` columns have room for, one at least; the last ones go first."""
+    fields = list(fields)
+    while len(fields) > 1 and len(", ".join(fields)) > width:
+        fields.pop()
+    return ", ".join(fields)
 
 
 def _count(number: float) -> str:

@@ -18,6 +18,7 @@ from dist_moe.config.registry import Registry
 from dist_moe.config.settings import Settings
 from dist_moe.engine.monitor.pictures import Panel
 from dist_moe.engine.monitor.record_file import RecordFile
+from dist_moe.errors import UserError
 
 Say = Callable[[str], None]
 """Takes a sentence for the user."""
@@ -61,6 +62,9 @@ class TrackerSettings(Settings, ABC):
 
     name: str
 
+    def check(self) -> None:
+        """Raise UserError for what is missing on this machine, such as a package; before any process group exists."""
+
     @abstractmethod
     def build(self, root: Path, first_step: int, say: Say) -> Tracker:
         """Return the tracker of the run in the directory ``root``.
@@ -74,6 +78,15 @@ TRACKERS = Registry("tracker", TrackerSettings)
 
 TrackerConfig = Annotated[SerializeAsAny[TrackerSettings], TRACKERS]
 """The type of a configuration field that holds any registered tracker."""
+
+
+def check_trackers(trackers: Sequence[TrackerSettings]) -> None:
+    """Raise UserError for a tracker that is there twice, or that misses something on this machine."""
+    names = [tracker.name for tracker in trackers]
+    if len(set(names)) < len(names):
+        raise UserError(f"trackers={names}: each can be there once")
+    for tracker in trackers:
+        tracker.check()
 
 
 class FileTracker(Tracker):
