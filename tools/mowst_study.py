@@ -46,9 +46,11 @@ OFFICIAL, RANDOM = "official", "random"
 TUNING_SEED = 1000
 RATES, DROPOUTS = (0.1, 0.01, 0.001), (0.1, 0.2, 0.3, 0.4, 0.5)
 STRONG = ("gcn", "graphsage", "gin")
+SESSIONS = 4
+"""Turns of each network at most; what is trained in one fit may take as many steps as all of them."""
 SUPERVISED, TURNS, STAR = (
     "recipe={name: supervised}",
-    "recipe={name: mowst, compare: false, max_sessions: 4, session_patience: 1, tolerance: 0.005}",
+    f"recipe={{name: mowst, compare: false, max_sessions: {SESSIONS}, session_patience: 1, tolerance: 0.005}}",
     "recipe={name: mowst_star, compare: false}",
 )
 
@@ -114,6 +116,14 @@ def training_nodes(config: Path, data: str) -> int:
     return count
 
 
+@cache
+def epochs(config: Path, overrides: tuple[str, ...]) -> int:
+    """Return the epochs of a turn."""
+    loaded: Any = load_config(config, overrides)
+    count: int = loaded.train.epochs
+    return count
+
+
 @dataclass(frozen=True)
 class Study:
     """The runs of the study, from the command line's ``options``."""
@@ -130,6 +140,8 @@ class Study:
         overrides = (data, variant.recipe, variant.model.replace("DROPOUT", str(dropout)), f"seed={seed}")
         overrides += (f"train.batch_size={training_nodes(self.options.config, data)}",)
         overrides += (f"deepspeed.optimizer.params.lr={rate}", *self.options.overrides)
+        if variant.recipe != TURNS:
+            overrides += (f"train.epochs={SESSIONS * epochs(self.options.config, self.options.overrides)}",)
         directory = self.options.runs / directory_name(place, name, f"seed{seed}", f"draw{draw}")
         return StudyRun(directory, self.options.config, overrides)
 
@@ -188,7 +200,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=4, help="of learning rate and dropout")
     parser.add_argument("--official", action=argparse.BooleanOptionalAction, default=True, help="official splits, too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all runs alike")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.overrides = tuple(options.overrides)
+    return options
 
 
 def page(study: Study, cells: Sequence[tuple[Place, str]]) -> str:
@@ -198,7 +212,8 @@ def page(study: Study, cells: Sequence[tuple[Place, str]]) -> str:
         f"`{command_given()}`. Test accuracy in percent, mean ± standard deviation over seeds; Δ: difference to the "
         "strong network alone (of `mlp`: to `gcn`), paired by seed, with its 95 % interval. Asked: nodes that need the "
         "strong network, by the mean of 1 - C; by the threshold chosen on the validation nodes, with the accuracy it "
-        "gives. µs: a test node by the threshold / by a pass of the strong network over the whole graph. "
+        f"gives. A turn and a fit end early by patience; in one fit a network may take as many steps as in all {SESSIONS} "
+        "turns. µs: a test node by the threshold / by a pass of the strong network over the whole graph. "
         f"{machine()}.",
     ]
     for place in dict.fromkeys(place for place, _ in cells):
