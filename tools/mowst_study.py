@@ -209,16 +209,16 @@ def page(study: Study, cells: Sequence[tuple[Place, str]]) -> str:
     lines = [
         "# Mowst",
         "",
-        f"`{command_given()}`. Test accuracy in percent, mean ± standard deviation over seeds; Δ: difference to the "
-        "strong network alone (of `mlp`: to `gcn`), paired by seed, with its 95 % interval. Asked: nodes that need the "
-        "strong network, by the mean of 1 - C; by the threshold chosen on the validation nodes, with the accuracy it "
-        f"gives. A turn and a fit end early by patience; in one fit a network may take as many steps as in all {SESSIONS} "
-        "turns. µs: a test node by the threshold / by a pass of the strong network over the whole graph. "
+        f"`{command_given()}`. Test accuracy in percent, mean ± standard deviation over seeds; Δ: differences to the "
+        "strong network alone (of `mlp`: to `gcn`) and to `mlp`, paired by seed, with 95 % intervals. Asked: nodes "
+        "that need the strong network, by the mean of 1 - C; by the threshold chosen on the validation nodes, with the "
+        f"accuracy it gives. A turn and a fit end early by patience; a fit may take as many steps as {SESSIONS} turns "
+        "of a network. µs: a test node by the threshold / by a pass of the strong network over the whole graph. "
         f"{machine()}.",
     ]
     for place in dict.fromkeys(place for place, _ in cells):
         lines += ["", f"## {place}", ""]
-        lines += ["| | accuracy | Δ | asked | by threshold | µs |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += ["| | accuracy | Δ strong | Δ mlp | asked | by threshold | µs |", f"|{' --- |' * 7}"]
         lines += [line(study, place, name) for at, name in cells if at == place]
     return "\n".join([*lines, "", "![accuracy over rewired edges](figure.png)", ""])
 
@@ -226,10 +226,7 @@ def page(study: Study, cells: Sequence[tuple[Place, str]]) -> str:
 def line(study: Study, place: Place, name: str) -> str:
     """Return the row of a variant."""
     accuracies, summaries = study.accuracies(place, name), [run.summary for run in study.compared(place, name)]
-    base = VARIANTS[name].base
-    comparable = name != base and base in study.options.variants and len(accuracies) > 1
-    delta = interval(np.array(accuracies), np.array(study.accuracies(place, base))) if comparable else ""
-    cells = [name, spread(accuracies, 2), delta]
+    cells = [name, spread(accuracies, 2), *(versus(study, place, name, base) for base in (VARIANTS[name].base, "mlp"))]
     shares = [summary["test"].get("strong_share") for summary in summaries]
     cells.append("" if None in shares else f"{100 * statistics.mean(shares):.1f} %")
     found = [summary["inference"] for summary in summaries if "inference" in summary]
@@ -243,8 +240,11 @@ def line(study: Study, place: Place, name: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def interval(ours_N: Any, theirs_N: Any) -> str:
-    """Return the mean paired difference, its interval, and in bold if that does not hold 0."""
+def versus(study: Study, place: Place, name: str, base: str) -> str:
+    """Return the mean paired difference to ``base``, if that was trained, its interval, bold if that holds no 0."""
+    if name == base or base not in study.options.variants or study.options.seeds < 2:
+        return ""
+    ours_N, theirs_N = (np.array(study.accuracies(place, each)) for each in (name, base))
     found: Difference = paired_difference(ours_N, theirs_N)
     text = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
     return text if found.verdict == "within" else f"**{text}**"
