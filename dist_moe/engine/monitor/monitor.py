@@ -181,8 +181,8 @@ class ProgressLine:
 
 def progress_fields(record: Mapping[str, Any]) -> list[str]:
     """Return numbers of a record with their units, the most important first; those that it has."""
-    has_tokens = "tokens_per_second" in record
-    speed = record["tokens_per_second" if has_tokens else "examples_per_second"]
+    speed = record.get("tokens_per_second", record["examples_per_second"])
+    has_tokens = speed != record["examples_per_second"]  # a pair of user and item is a token, too
     shown = {
         "loss": "loss {:.4f}",
         "lr": "lr {:.2g}",
