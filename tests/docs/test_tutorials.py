@@ -18,6 +18,8 @@ PAGES = sorted(page.stem for page in FOLDER.glob("*.md") if page.stem != "README
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAVED_AS = re.compile(r"save this as\s+`([\w.]+)`[^`]*\Z", re.IGNORECASE)
 MINUTES_ALLOWED = 5
+NEEDS = {"trainer": "accelerate", "graphs": "torch_geometric"}
+"""Packages that a page asks its reader to install."""
 
 
 def steps_of(text: str) -> Iterator[tuple[str | None, str]]:
@@ -45,6 +47,8 @@ def test_what_is_to_be_done_is_said(name: str) -> None:
 @pytest.mark.timeout(60 * 4 * MINUTES_ALLOWED)
 @pytest.mark.parametrize("name", PAGES)
 def test_followed_word_for_word(name: str, tmp_path: Path) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     programs = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
     for file, content in steps_of((FOLDER / f"{name}.md").read_text(encoding="utf-8")):
