@@ -51,14 +51,14 @@ class StudyRun:
         """To its end, unless that has been done. Raises SystemExit if it fails, or if the directory has another run."""
         self._check_same()
         if self.result.exists():
-            print(f"{self.directory}: trained already", flush=True)
+            print(f"{self.directory}: trained already\n", end="", flush=True)  # one write: others print meanwhile
             return
         dist_moe("train", self.config, *self.overrides, "--run-dir", self.directory, "--auto-resume")
         if not keep_weights:
             for root in (self.directory, *self.directory.glob("stages/*")):
                 shutil.rmtree(checkpoints_of(root), ignore_errors=True)  # not there if all is done in stages
                 shutil.rmtree(best_of(checkpoints_of(root)), ignore_errors=True)  # there if patience was asked for
-        print(f"{self.directory}: trained", flush=True)
+        print(f"{self.directory}: trained\n", end="", flush=True)
 
     def _check_same(self) -> None:
         """The directory's name does not tell all that the run depends on."""
