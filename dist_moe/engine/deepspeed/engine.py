@@ -23,7 +23,6 @@ from dist_moe.engine.deepspeed.schedules import Schedule
 from dist_moe.engine.deepspeed.sharded_parameters import (
     check_groups,
     forget_module,
-    gather_dropped,
     gather_for_backward,
     keep_tables_whole,
     whole_shape,
@@ -123,8 +122,14 @@ class ExpertParallelEngine(_deepspeed.DeepSpeedEngine):  # type: ignore[name-def
             forget_module(self.module)
 
     def gather_tables(self) -> None:
-        """Bring back the parameters of tables that an evaluation at ZeRO stage 3 has dropped. Collective."""
-        gather_dropped(self)
+        """Bring back the parameters that ZeRO stage 3 keeps whole, tables among them, and an evaluation has dropped.
+
+        An evaluation is not the order of modules that DeepSpeed knows from training, and before it knows an order it
+        drops whatever a module has used, on all ranks alike. Collective over all ranks.
+        """
+        dropped = [p for p in self.optimizer.persistent_parameters if p.ds_status.name == "NOT_AVAILABLE"]
+        if dropped:
+            dropped[0].all_gather(dropped)
 
     def whole_parameters(self) -> dict[str, Tensor]:
         """Return fp32 copies of all parameters by name: dense ones whole, experts those of this rank. Collective."""

@@ -132,17 +132,6 @@ def gather_kept(engine: Any) -> None:
         kept[0].all_gather(kept)
 
 
-def gather_dropped(engine: Any) -> None:
-    """Bring back the parameters that are kept whole and yet were dropped: an evaluation does so.
-
-    It is not the order of modules that DeepSpeed knows from training, and before it knows an order DeepSpeed drops
-    whatever a module has used. All ranks have dropped the same. Collective over all ranks.
-    """
-    dropped = [p for p in engine.optimizer.persistent_parameters if p.ds_status.name == "NOT_AVAILABLE"]
-    if dropped:
-        dropped[0].all_gather(dropped)
-
-
 def check_groups(parameters: Iterable[nn.Parameter], expected: Callable[[nn.Parameter], Any]) -> None:
     """Assert that every parameter is sharded over the ranks of its ``expected`` group, and no others."""
     for parameter in parameters:
