@@ -50,7 +50,9 @@ class Screen:
         self.texts.append((text, step))
 
 
-def synthetic(seed: int, shares_of: Shares, per_token: int = 2, spread: float = 0.5) -> list[tuple[str, int]]:
+def synthetic(
+    seed: int, shares_of: Shares, per_token: int = 2, spread: float = 0.5, tokens: int = TOKENS
+) -> list[tuple[str, int]]:
     """Alarms of a run whose layers have popularities that drift, changed by ``shares_of`` (step, (L, E) shares).
 
     ``spread``: standard deviation of the logarithms of the first popularities.
@@ -65,9 +67,9 @@ def synthetic(seed: int, shares_of: Shares, per_token: int = 2, spread: float = 
     for step in range(1, STEPS + 1):
         logit_LE += 0.03 * rng.normal(size=logit_LE.shape)
         share_LE = shares_of(step, np.exp(logit_LE) / np.exp(logit_LE).sum(axis=1, keepdims=True))
-        rows_L = [per_token * TOKENS * bool(share_E.any()) for share_E in share_LE]
+        rows_L = [per_token * tokens * bool(share_E.any()) for share_E in share_LE]
         load_LE = [rng.multinomial(rows, share_E).tolist() for rows, share_E in zip(rows_L, share_LE, strict=True)]
-        records.append({"step": step, "load": load_LE, "tokens": float(TOKENS)})
+        records.append({"step": step, "load": load_LE, "tokens": float(tokens)})
         if step % LOG_EVERY == 0:
             alarm.on_records(trainer, records)
             records = []
@@ -79,6 +81,14 @@ def collapse(step: int, share_LE: NDArray[np.float64]) -> NDArray[np.float64]:
     """Nearly all tokens of layer 1 go to the same two experts from ONSET on."""
     if step >= ONSET:
         share_LE[1] = [0.49, 0.49, *[0.02 / (EXPERTS - 2)] * (EXPERTS - 2)]
+    return share_LE
+
+
+def rotation(step: int, share_LE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Nearly all tokens of a step go to the same two experts of layer 1 from ONSET on, in each step to another two."""
+    if step >= ONSET:
+        share_LE[1] = 0.02 / (EXPERTS - 2)
+        share_LE[1, [2 * step % EXPERTS, 2 * step % EXPERTS + 1]] = 0.49
     return share_LE
 
 
@@ -95,6 +105,7 @@ def imbalance(step: int, share_LE: NDArray[np.float64]) -> NDArray[np.float64]:
 
 FAULTS = [
     *((collapse, "collapse", 1, seed) for seed in range(20)),
+    *((rotation, "collapse within steps", 1, seed) for seed in range(5)),
     *((death, "dead layer", 2, seed) for seed in range(2)),
     *((imbalance, "loss of balance", 0, seed) for seed in range(5)),
 ]
@@ -113,6 +124,12 @@ def test_planted_faults_are_found_within_50_steps_and_said_once(
 @pytest.mark.parametrize("seed", range(20))
 def test_healthy_loads_raise_no_alarm(seed: int) -> None:
     assert synthetic(seed, lambda _, share_LE: share_LE, spread=0.4 + 0.4 * (seed % 2)) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_a_few_rows_in_a_step_are_no_collapse(tokens: int) -> None:
+    """However even the gate is, two tokens cannot have sixteen experts."""
+    assert synthetic(0, lambda _, share_LE: np.full_like(share_LE, 1 / EXPERTS), per_token=1, tokens=tokens) == []
 
 
 def test_trees_that_harden_raise_no_alarm_and_many_layers_one_line() -> None:

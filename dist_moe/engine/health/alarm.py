@@ -9,11 +9,16 @@ experts have n = m, an even load has n = E, so that
 is 0 for a collapsed layer and 1 for an even one, however many experts a token has. A layer in which nearly every token
 goes to nearly every expert (m > 0.8 E: trees that are still soft) is even by nature, and not looked at.
 
-    dead layer       no row at all
-    collapse         d < 0.1
-    loss of balance  d below half of its mean over about the last hundred steps, two looks in a row
+    dead layer             no row at all
+    collapse               d < 0.1
+    collapse within steps  the mean of the d of each step is below 0.1, two looks in a row, and there is no collapse
+    loss of balance        d below half of its mean over about the last hundred steps, two looks in a row
 
-An alarm is given once, until the layer has recovered. It comes at most 30 steps after its cause is complete, and
+A balance loss can hide from d that the tokens of a step are all alike to the gate: it sends them to other experts in
+the next step, all together. In one step there are few rows: the d of a step is that over what an even gate has at
+least, (n - m) / (r E / (r + E - 1) - m) at r rows (the inverse of Simpson's index, in expectation).
+
+An alarm is given once, until the layer has recovered. It comes at most 40 steps after its cause is complete, and
 ``train.log_every`` steps, until which the numbers wait.
 """
 
@@ -39,13 +44,16 @@ WINDOW, EVERY = 20, 10
 """Steps whose rows are pooled, and steps between two looks at them."""
 
 _SOFT, _COLLAPSED, _RECOVERED = 0.8, 0.1, 0.2
-_LOST, _REGAINED, _LOST_LOOKS = 0.5, 0.75, 2
+_LOST, _REGAINED, _LOOKS = 0.5, 0.75, 2
 _MEMORY, _LEAST_LOOKS = 0.1, 10
+_COUNTERS = ("looks", "lost", "alike")
 _STATE = TypeAdapter(dict[str, list[Any]])
 
 REMEDIES = {
     "dead layer": "no token reaches its experts: look at null slots, slot masks, and what the gate gets as input",
     "collapse": "raise the gate's balance loss, lower the learning rate, or go on from an earlier checkpoint",
+    "collapse within steps": "the tokens of a step are alike to the gate, which no balance loss mends: look at its "
+    "input and the norm of that, lower the learning rate, or go on from an earlier checkpoint",
     "loss of balance": "look at learning rate and gradient norm there; if it stays, raise the gate's balance loss",
     "search without effect": "begin with higher temperatures or learn for longer (model.permutation), or leave it out",
 }
@@ -66,17 +74,33 @@ class Alarm:
 
 @dataclass
 class _Block:
-    """The rows of some steps by layer and expert, their tokens, and how many steps they are."""
+    """The rows of some steps by layer and expert, their tokens, how many steps they are, and sums over the steps.
+
+    ``within_3L``: how many steps could be judged alone, the sum of their d, and of their effective experts.
+    """
 
     load_LE: NDArray[np.float64] = field(default_factory=lambda: np.zeros((1, 1)))
     tokens: float = 0.0
     steps: int = 0
+    within_3L: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, 1)))
 
-    def add(self, load_LE: NDArray[np.float64], tokens: float, steps: int = 1) -> None:
-        self.load_LE, self.tokens, self.steps = self.load_LE + load_LE, self.tokens + tokens, self.steps + steps
+    def add(self, other: _Block) -> None:
+        self.load_LE, self.within_3L = self.load_LE + other.load_LE, self.within_3L + other.within_3L
+        self.tokens, self.steps = self.tokens + other.tokens, self.steps + other.steps
 
     def plain(self) -> list[Any]:
-        return [self.load_LE.tolist(), self.tokens, self.steps]
+        return [self.load_LE.tolist(), self.tokens, self.steps, self.within_3L.tolist()]
+
+    @classmethod
+    def of_step(cls, load_LE: NDArray[np.float64], tokens: float, experts_L: NDArray[np.float64]) -> _Block:
+        rows_L = load_LE.sum(axis=1)
+        per_token_L = rows_L / max(tokens, 1.0)
+        room_L = rows_L * experts_L / np.maximum(rows_L + experts_L - 1, 1.0) - per_token_L
+        is_judged_L = (rows_L > 0) & (per_token_L <= _SOFT * experts_L)
+        is_judged_L &= room_L >= np.minimum(1.0, (experts_L - per_token_L) / 2)  # else there are too few rows to tell
+        effective_L = effective_experts(load_LE)
+        diversity_L = (effective_L - per_token_L) / np.where(is_judged_L, room_L, 1.0)
+        return cls(load_LE, tokens, 1, is_judged_L * np.stack([np.ones_like(rows_L), diversity_L, effective_L]))
 
 
 class LoadWatch:
@@ -86,7 +110,7 @@ class LoadWatch:
         self._experts_L = np.asarray(experts, dtype=np.float64)
         self._blocks: deque[_Block] = deque([_Block()], maxlen=WINDOW // EVERY)
         self._usual_L = np.full(len(experts), np.nan)
-        self._looks_L, self._lost_looks_L = np.zeros(len(experts)), np.zeros(len(experts))
+        self._looks_L, self._lost_looks_L, self._alike_looks_L = np.zeros((3, len(experts)))
         self._raised: dict[str, list[int]] = {}
 
     def see(self, step: int, load: Sequence[Sequence[float]], tokens: float | None) -> list[Alarm]:
@@ -96,12 +120,12 @@ class LoadWatch:
         """
         width = max(map(len, load))
         load_LE = np.asarray([[*load_E, *[0.0] * (width - len(load_E))] for load_E in load], dtype=np.float64)
-        self._blocks[-1].add(load_LE, tokens or float(load_LE.sum(axis=1).max()))
+        self._blocks[-1].add(_Block.of_step(load_LE, tokens or float(load_LE.sum(axis=1).max()), self._experts_L))
         if step % EVERY:
             return []
         pooled = _Block()
         for block in self._blocks:
-            pooled.add(block.load_LE, block.tokens, block.steps)
+            pooled.add(block)
         self._blocks.append(_Block())
         if pooled.steps < WINDOW:
             return []
@@ -126,10 +150,26 @@ class LoadWatch:
             *self._settle("collapse", diversity_L < _COLLAPSED, diversity_L > _RECOVERED, diversity_L, in_words),
         ]
         collapsed_L = np.isin(np.arange(len(load)), self._raised.get("collapse", []))
-        is_lost_L = (self._lost_looks_L >= _LOST_LOOKS) & ~collapsed_L
+        alarms += self._look_within(pooled, per_token_L, collapsed_L)
+        is_lost_L = (self._lost_looks_L >= _LOOKS) & ~collapsed_L
         alarms += self._settle("loss of balance", is_lost_L, lost_L > _REGAINED, lost_L, in_words)
         self._remember(np.where(self._lost_looks_L > 0, np.nan, diversity_L))
         return alarms
+
+    def _look_within(
+        self, pooled: _Block, per_token_L: NDArray[np.float64], collapsed_L: NDArray[np.bool_]
+    ) -> list[Alarm]:
+        """Return an alarm for layers whose tokens have the same experts in each step, but others in others."""
+        count_L, diversity_L, effective_L = pooled.within_3L
+        is_known_L = count_L > WINDOW / 2
+        within_L = np.where(is_known_L, diversity_L / np.maximum(count_L, 1), np.nan)
+        self._alike_looks_L = np.where(within_L < _COLLAPSED, self._alike_looks_L + 1, 0)
+        in_words = [
+            f"{n:.1f} effective experts of {int(e)} within a step, at {m:.1f} per token, and others in other steps"
+            for n, e, m in zip(effective_L / np.maximum(count_L, 1), self._experts_L, per_token_L, strict=True)
+        ]
+        is_alike_L = (self._alike_looks_L >= _LOOKS) & ~collapsed_L
+        return self._settle("collapse within steps", is_alike_L, within_L > _RECOVERED, within_L, in_words)
 
     def _settle(
         self,
@@ -159,24 +199,29 @@ class LoadWatch:
     def state_dict(self) -> dict[str, Any]:
         """Return what JSON can hold: the steps that are pooled, what is usual, and which alarms were given."""
         usual = [None if np.isnan(one) else one for one in self._usual_L.tolist()]
-        seen = {"looks": self._looks_L.tolist(), "lost": self._lost_looks_L.tolist()}
+        counters = (self._looks_L, self._lost_looks_L, self._alike_looks_L)
+        seen = {name: looks_L.tolist() for name, looks_L in zip(_COUNTERS, counters, strict=True)}
         return {"blocks": [block.plain() for block in self._blocks], "usual": usual, **seen, **self._raised}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what :meth:`state_dict` gave. Raises ValueError if it is of another kind or of other layers."""
         state = _STATE.validate_python(state)
-        blocks = [_Block(np.asarray(load, float), float(n), int(steps)) for load, n, steps in state.pop("blocks", [])]
+        blocks = [
+            _Block(np.asarray(load, float), float(n), int(steps), np.asarray(within, float))
+            for load, n, steps, within in state.pop("blocks", [])
+        ]
         usual = [np.nan if one is None else one for one in state.pop("usual", [])]
-        arrays = [np.asarray(one, float) for one in (usual, state.pop("looks", []), state.pop("lost", []))]
+        arrays = [np.asarray(one, float) for one in (usual, *(state.pop(name, []) for name in _COUNTERS))]
         raised = {kind: list(map(int, layers)) for kind, layers in state.items()}
         layers = len(self._experts_L)
-        shapes = {(1, 1), (layers, int(self._experts_L.max(initial=1)))}
-        if any(array.shape != (layers,) for array in arrays) or any(one.load_LE.shape not in shapes for one in blocks):
+        shapes = {((1, 1), (3, 1)), ((layers, int(self._experts_L.max(initial=1))), (3, layers))}
+        found = {(one.load_LE.shape, one.within_3L.shape) for one in blocks}
+        if any(array.shape != (layers,) for array in arrays) or not found <= shapes:
             raise ValueError(f"it is not of a model with {layers} layers")
         if any(not 0 <= layer < layers for of_kind in raised.values() for layer in of_kind):
             raise ValueError("it names layers that there are not")
         self._blocks.extend(blocks)
-        self._usual_L, self._looks_L, self._lost_looks_L = arrays
+        self._usual_L, self._looks_L, self._lost_looks_L, self._alike_looks_L = arrays
         self._raised = raised
 
 
