@@ -90,7 +90,12 @@ def train_all(runs: Iterable[StudyRun], at_once: int, keep_weights: bool = True)
 
 
 def dist_moe(*arguments: object) -> str:
-    """Return what the command prints; one thread. Raises SystemExit with its last words if it fails."""
+    """Return what the command prints; see :func:`out_and_err_of`."""
+    return out_and_err_of(*arguments)[0]
+
+
+def out_and_err_of(*arguments: object) -> tuple[str, str]:
+    """Run the command in one thread; return what it prints. Raises SystemExit with its last words if it fails."""
     # A process of its own, forked from one that has imported what takes longest.
     forks = multiprocessing.get_context("forkserver")
     imported = ("__main__", "deepspeed", "dist_moe.cli.main", "dist_moe.recipes", "torch._dynamo", "scipy.stats")
@@ -102,10 +107,10 @@ def dist_moe(*arguments: object) -> str:
         process = forks.Process(target=_command, args=(words, out, err))
         process.start()
         process.join()
+        screen = err.read_text(encoding="utf-8", errors="replace")
         if process.exitcode:
-            last = err.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise SystemExit(f"dist-moe {' '.join(words)} failed:\n{last}")
-        return out.read_text(encoding="utf-8")
+            raise SystemExit(f"dist-moe {' '.join(words)} failed:\n{screen[-2000:]}")
+        return out.read_text(encoding="utf-8"), screen
 
 
 def _command(words: list[str], out: Path, err: Path) -> None:
