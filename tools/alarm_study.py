@@ -115,7 +115,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run showed: ``alarms``, (step, sentence) of each.
+    """Alarms of a run, and its own loads: ``alarms`` are (step, sentence).
 
     ``completed``: the first step from which, for a stretch, the last layer was collapsed. ``uneven``: the
     largest concentration of any layer and stretch, of its rows together or of its steps on average; both by the study's
