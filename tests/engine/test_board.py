@@ -28,7 +28,7 @@ from dist_moe.engine.monitor.speed import describe_speed, peak_flops_of
 from dist_moe.engine.monitor.tables import RouterPictures
 from dist_moe.engine.monitor.tensorboard import LOAD_SHARE, TensorBoardTracker
 from dist_moe.search import PermutationSearch
-from tests.helpers.board import read_board, steps_of
+from tests.helpers.board import read_board, served, steps_of
 
 
 def record_of(step: int, load: list[list[int]], histogram: list[int] | None = None) -> dict[str, Any]:
@@ -180,6 +180,16 @@ def test_text_meanings_and_hyperparameters(tmp_path: Path) -> None:
     values = parse_session_start_info_plugin_data(content).hparams
     assert values["model.gate.name"].string_value == "top_k"
     assert (values["seed"].number_value, values["data.shuffled"].string_value) == (3, "true")
+
+
+def test_the_server_that_tensorboard_starts_shows_the_meanings(tmp_path: Path) -> None:
+    """It drops the description of a number without a class of data."""
+    tracker = TensorBoardTracker(tmp_path / "run", 0, print)
+    tracker.step(record_of(1, [[1, 2]]))
+    tracker.close()
+    with served(tmp_path) as provider:
+        shown = provider.list_scalars(None, experiment_id="", plugin_name="scalars")["run"]
+    assert {tag: one.description for tag, one in shown.items()} == dict(TAGS.values())
 
 
 def field_of(panel: Panel) -> NDArray[np.int64]:
