@@ -207,7 +207,8 @@ def test_only_what_has_many_parts_is_folded_away(tmp_path: Path) -> None:
     metrics = {"loss": 1.0, "loss_by_batches": 1.0} | dict.fromkeys(
         ["bits", *(f"bits_{part}" for part in "abcde")], 1.0
     )
-    run = write_run(tmp_path / "run", [{"step": 1, "loss": 2.0, "validation": metrics}])
+    record: dict[str, object] = {"step": 1, "loss": 2.0, "validation": metrics}
+    run = write_run(tmp_path / "run", [record])
     report_of_runs([run], tmp_path / "page.html", atlas=False)
     open_, folded = (tmp_path / "page.html").read_text().split("<summary>Validation, by parts of the data")
     assert "Validation: loss_by_batches" in open_
