@@ -8,7 +8,6 @@ tokens look like any others. What was let pass by ``--allow-changed-data`` is re
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dist_moe.config.settings import Settings
 from dist_moe.engine.callbacks import Callback
 from dist_moe.engine.checkpoint.format import IDENTITY
 from dist_moe.engine.checkpoint.loading import read_trainer_state
+from dist_moe.engine.launch.environment import typed_command
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.engine.training import Trainer
 from dist_moe.errors import UserError
@@ -123,7 +123,7 @@ class Described(Callback):
         self.write(trainer.run)
         config, monitor, step = self._start.config, trainer.monitor, trainer.step
         monitor.text("configuration", f"```yaml\n{yaml_text(config.plain())}\n```", step)
-        monitor.text("command", f"`{shlex.join(sys.argv)}`", step)
+        monitor.text("command", f"`{shlex.join(typed_command())}`", step)
         monitor.hyperparameters(hyperparameters_of(config))
 
     def write(self, run: RunDirectory | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import BytesIO
 
@@ -19,29 +19,48 @@ from PIL import Image
 from dist_moe.engine.monitor.pictures import VIRIDIS
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_DASHES = ("", "6 3", "2 2")
+_DASHES = ("", "6 3", "2 2", "8 3 2 3")
 _MOST_NAMED = 16
 """Lines that the legend names; the others are drawn."""
+_HALF = 28
+"""Letters of a label that stands in half of the width."""
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 210, 58, 12, 24, 34
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points (N,) of a line chart. ``marked``: a mark at each, for values that are few."""
+    """Points (N,) of a line chart. ``marked``: a mark at each, for values that are few.
+
+    ``colour``, ``dash``: numbers of its looks; lines of several charts that belong together have the same.
+    """
 
     label: str
     x_N: NDArray[np.float64]
     y_N: NDArray[np.float64]
     marked: bool = False
+    colour: int = 0
+    dash: int = 0
+
+    @property
+    def style(self) -> str:
+        """Attributes of a drawn line: its colour, and its dashes, which also tell lines of one colour apart."""
+        dashes = _DASHES[(self.dash + self.colour // len(_COLOURS)) % len(_DASHES)]
+        return f'stroke="{self.fill}" stroke-dasharray="{dashes}"'
+
+    @property
+    def fill(self) -> str:
+        """Return its colour."""
+        return _COLOURS[self.colour % len(_COLOURS)]
 
 
-def line_chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step") -> str:
-    """Return a chart of ``lines``, whose values that are not finite are left out; "" if nothing is left."""
+def line_chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step", *, named: bool = False) -> str:
+    """Return a chart of ``lines``, whose values that are not finite are left out; "" if nothing is left.
+
+    ``named``: with a legend even of one line.
+    """
     seen = [np.isfinite(line.y_N) for line in lines]
     lines = [
-        Line(line.label, line.x_N[ok], line.y_N[ok], line.marked)
-        for line, ok in zip(lines, seen, strict=True)
-        if ok.any()
+        replace(line, x_N=line.x_N[ok], y_N=line.y_N[ok]) for line, ok in zip(lines, seen, strict=True) if ok.any()
     ]
     if not lines:
         return ""
@@ -49,7 +68,9 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "ste
     x_ticks, y_ticks = _ticks(xs.min(), xs.max(), 6), _ticks(ys.min(), ys.max(), 5)
     (x0, x1), (y0, y1) = (_limits(values, ticks) for values, ticks in ((xs, x_ticks), (ys, y_ticks)))
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-    legend_rows = math.ceil(min(len(lines), _MOST_NAMED) / 2) if len(lines) > 1 else 0
+    shown = lines[:_MOST_NAMED] if named or len(lines) > 1 else []
+    columns = 2 if all(len(line.label) <= _HALF for line in shown) else 1
+    legend_rows = math.ceil(len(shown) / columns)
 
     def place(x: float, y: float) -> tuple[float, float]:
         return _LEFT + width * (x - x0) / (x1 - x0), _TOP + height * (1 - (y - y0) / (y1 - y0))
@@ -64,17 +85,16 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "ste
         parts += [_text(at, _TOP + height + 16, _number(x), "middle")]
     parts += [f'<path class="axis" d="M{_LEFT} {_TOP}v{height}h{width}"/>']
     parts += [_text(_LEFT + width / 2, _HEIGHT - 4, x_label, "middle")]
-    for i, line in enumerate(lines):
-        style = f'stroke="{_COLOURS[i % len(_COLOURS)]}" stroke-dasharray="{_DASHES[i // len(_COLOURS) % 3]}"'
+    for line in lines:
         points = [place(x, y) for x, y in zip(line.x_N, line.y_N, strict=True)]
         drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline class="line" {style} points="{drawn}"/>')
+        parts.append(f'<polyline class="line" {line.style} points="{drawn}"/>')
         if line.marked or len(points) == 1:
-            fill = _COLOURS[i % len(_COLOURS)]
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{fill}"/>' for x, y in points]
-        if legend_rows and i < _MOST_NAMED:
-            x, y = _LEFT + (i % 2) * width / 2, _HEIGHT + 12 + 15 * (i // 2)
-            parts += [f'<path class="line" {style} d="M{x} {y - 4}h18"/>', _text(x + 23, y, line.label[:32], "start")]
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{line.fill}"/>' for x, y in points]
+    for i, line in enumerate(shown):
+        x, y = _LEFT + (i % columns) * width / columns, _HEIGHT + 12 + 15 * (i // columns)
+        label = line.label[: _HALF if columns == 2 else 2 * _HALF]
+        parts += [f'<path class="line" {line.style} d="M{x} {y - 4}h18"/>', _text(x + 23, y, label, "start")]
     return _svg(_WIDTH, _HEIGHT + 16 * legend_rows + (4 if legend_rows else 0), parts, title)
 
 
@@ -149,6 +169,6 @@ def _limits(values: NDArray[np.float64], ticks: Sequence[float]) -> tuple[float,
 
 
 def _number(value: float) -> str:
-    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+    if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
         return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
+from dist_moe.engine.monitor.board_tags import split_metrics
 from dist_moe.engine.monitor.load import effective_experts
 from dist_moe.report.atlas import Atlas
 from dist_moe.report.drawing import Line, heat_map, line_chart
@@ -104,17 +106,18 @@ def _training(runs: Sequence[RunRecord]) -> list[str]:
     """Charts of what every run records and of validations; folded away, those of parts of the data, and all others."""
     pieces = [piece for run in runs for piece in (run, *run.stages)]
     validated = dict.fromkeys(key for piece in pieces for key in piece.validations)
-    of_parts = [key for key in validated if any(key.startswith(f"{other}_") for other in validated)]
+    whole, _ = split_metrics(dict.fromkeys(validated, 0.0))
+    of_parts = [key for key in validated if key not in whole]
     charted = {key for _, _, keys in _CHARTS for key in keys}
     groups: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for piece in pieces for key in piece.curves if key not in charted):
         groups.setdefault(key.rpartition("/")[0] or key, []).append(key)
-    first = [line_chart(title, unit, list(_lines(pieces, keys))) for title, unit, keys in _CHARTS]
+    first = [_chart(title, unit, pieces, keys) for title, unit, keys in _CHARTS]
     first += [_validation(pieces, key) for key in validated if key not in of_parts]
     blocks = _section("Training", first)
     for summary, charts in (
         ("Validation, by parts of the data", [_validation(pieces, key) for key in of_parts]),
-        ("Other numbers", [line_chart(group, "", list(_lines(pieces, keys))) for group, keys in groups.items()]),
+        ("Other numbers", [_chart(group, "", pieces, keys) for group, keys in groups.items()]),
     ):
         if any(charts):
             blocks.append(f"<details><summary>{summary}</summary>{_grid(charts)}</details>")
@@ -122,22 +125,35 @@ def _training(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _validation(pieces: Sequence[RunRecord], metric: str) -> str:
-    found = {piece.name: piece.validations[metric] for piece in pieces if metric in piece.validations}
-    return line_chart(f"Validation: {metric}", "", [_line(name, curve, marked=True) for name, curve in found.items()])
+    found = [(i, piece) for i, piece in enumerate(pieces) if metric in piece.validations]
+    lines = [_line(piece.name, piece.validations[metric], marked=True, colour=i) for i, piece in found]
+    return line_chart(f"Validation: {metric}", "", lines, named=len(pieces) > 1)
+
+
+def _chart(title: str, unit: str, pieces: Sequence[RunRecord], keys: Sequence[str]) -> str:
+    return line_chart(title, unit, list(_lines(pieces, keys)), named=len(pieces) > 1 or len(keys) > 1)
 
 
 def _lines(pieces: Sequence[RunRecord], keys: Sequence[str]) -> Iterator[Line]:
-    for piece in pieces:
-        for key in keys:
+    """Yield lines of a chart: a colour for each piece and dashes for each key, or of one piece a colour for each key.
+
+    So a piece has its colour in all charts. What is 0 throughout, or is the same as an earlier key, is left out.
+    """
+    for i, piece in enumerate(pieces):
+        earlier: list[Curve] = []
+        for j, key in enumerate(keys):
             curve = piece.curves.get(key)
-            if curve is not None and np.any(curve.value_N):
-                names = ([piece.name] if len(pieces) > 1 else []) + ([key] if len(keys) > 1 else [])
-                yield _line(": ".join(names) or key, curve)
+            if curve is None or not np.any(curve.value_N) or any(map(curve.is_same, earlier)):
+                continue
+            earlier.append(curve)
+            names = ([piece.name] if len(pieces) > 1 else []) + ([key] if len(keys) > 1 else [])
+            colour, dash = (i, j) if len(pieces) > 1 else (j, 0)
+            yield _line(": ".join(names) or key, curve, colour=colour, dash=dash)
 
 
-def _line(label: str, curve: Curve, marked: bool = False) -> Line:
+def _line(label: str, curve: Curve, *, marked: bool = False, colour: int = 0, dash: int = 0) -> Line:
     thinned = curve.thinned()
-    return Line(label, thinned.step_N, thinned.value_N, marked)
+    return Line(label, thinned.step_N, thinned.value_N, marked, colour, dash)
 
 
 _LOAD_WORDS = (
@@ -238,7 +254,7 @@ def _about(run: RunRecord) -> list[str]:
     environment = run.environment
     lines = [f"<h2>About {escape(run.name)}</h2>"]
     if environment:
-        command = " ".join(map(str, environment.get("command", ())))
+        command = shlex.join(map(str, environment.get("command", ())))
         packages = ", ".join(f"{name} {number}" for name, number in environment.get("packages", {}).items())
         device = environment.get("gpu") or f"{environment.get('processors')} CPU cores"
         words = f"{environment.get('world_size')} rank(s) on {device}; Python {environment.get('python')}; {packages}"

@@ -25,6 +25,10 @@ class Curve:
     step_N: NDArray[np.float64]
     value_N: NDArray[np.float64]
 
+    def is_same(self, other: Curve) -> bool:
+        """Return whether ``other`` has the same points."""
+        return np.array_equal(self.step_N, other.step_N) and np.array_equal(self.value_N, other.value_N)
+
     def thinned(self) -> Curve:
         """Return at most :data:`POINTS` points, each the mean of those that it stands for."""
         if len(self.step_N) <= POINTS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_ndarray
@@ -21,10 +23,12 @@ from dist_moe.engine.monitor.board_tags import LAYOUT, TAGS
 from dist_moe.engine.monitor.event_records import crc32c, framed
 from dist_moe.engine.monitor.load import HISTOGRAM, describe_load, effective_experts
 from dist_moe.engine.monitor.load_history import MAX_COLUMNS, LoadHistory, over_time, step_names
-from dist_moe.engine.monitor.pictures import Bars, HeatMap, NamedBars, draw
+from dist_moe.engine.monitor.pictures import Bars, HeatMap, NamedBars, Panel, draw, fitted, layout, short_names
 from dist_moe.engine.monitor.speed import describe_speed, peak_flops_of
+from dist_moe.engine.monitor.tables import RouterPictures
 from dist_moe.engine.monitor.tensorboard import LOAD_SHARE, TensorBoardTracker
-from tests.helpers.board import read_board, steps_of
+from dist_moe.search import PermutationSearch
+from tests.helpers.board import read_board, served, steps_of
 
 
 def record_of(step: int, load: list[list[int]], histogram: list[int] | None = None) -> dict[str, Any]:
@@ -178,23 +182,102 @@ def test_text_meanings_and_hyperparameters(tmp_path: Path) -> None:
     assert (values["seed"].number_value, values["data.shuffled"].string_value) == (3, "true")
 
 
+def test_the_server_that_tensorboard_starts_shows_the_meanings(tmp_path: Path) -> None:
+    """It drops the description of a number without a class of data."""
+    tracker = TensorBoardTracker(tmp_path / "run", 0, print)
+    tracker.step(record_of(1, [[1, 2]]))
+    tracker.close()
+    with served(tmp_path) as provider:
+        shown = provider.list_scalars(None, experiment_id="", plugin_name="scalars")["run"]
+    assert {tag: one.description for tag, one in shown.items()} == dict(TAGS.values())
+
+
+def field_of(panel: Panel) -> NDArray[np.int64]:
+    """The pixels of a panel's field, and of what is to the right of it."""
+    left, _, scale = layout([panel])
+    assert scale == 1
+    return np.asarray(draw([panel]))[46 : 46 + panel.height, left:].astype(int)
+
+
 def test_a_picture_has_the_colours_of_its_numbers() -> None:
     """A lighter colour for a larger number, white for none; bars as high as their numbers."""
     values = np.array([[0.0, 1.0], [2.0, np.nan]])
     panel = HeatMap(values, "title", "row", "column", "unit", nothing="no row")
-    field = np.asarray(draw([panel]))[28:, 72:][: panel.size[1], : panel.size[0]].astype(float)
-    height, width = (side // 2 for side in field.shape[:2])
-    cells = [field[height // 2 + y * height, width // 2 + x * width] for y in (0, 1) for x in (0, 1)]
+    _, w, _ = layout([panel])
+    cells = [field_of(panel)[panel.height * y // 4, w * x // 4] for y in (1, 3) for x in (1, 3)]
     assert cells[0].sum() < cells[1].sum() < cells[2].sum() < cells[3].sum() == 3 * 255
     bars = Bars(np.array([1.0, 4.0]), "title", "column", "unit", line=2.0)
-    field = np.asarray(draw([bars]))[28:, 72:][: bars.size[1], : bars.size[0]].astype(int)
-    places = (bars.size[0] // 4, 3 * bars.size[0] // 4)
-    drawn = [(field[:, place] == (49, 104, 142)).all(axis=1).sum() for place in places]
-    assert drawn[0] == pytest.approx(bars.size[1] / 4, abs=3)
-    assert drawn[1] == pytest.approx(bars.size[1], abs=3)
+    _, w, _ = layout([bars])
+    drawn = [(field_of(bars)[:, w * place // 4] == (49, 104, 142)).all(axis=1).sum() for place in (1, 3)]
+    assert drawn[0] == pytest.approx(bars.height / 4, abs=3)
+    assert drawn[1] == pytest.approx(bars.height, abs=3)
     named = NamedBars({"first": 1.0, "second": 2.0}, "title")
-    field = np.asarray(draw([named]))[28:, 72:].astype(int)
-    lengths = [(field[18 * i + 8] == (49, 104, 142)).all(axis=1).sum() for i in (0, 1)]
-    assert lengths == [pytest.approx(named.size[0] / 2, abs=2), pytest.approx(named.size[0], abs=2)]
+    _, w, _ = layout([named])
+    lengths = [(field_of(named)[18 * i + 8] == (49, 104, 142)).all(axis=1).sum() for i in (0, 1)]
+    assert lengths == [pytest.approx(w / 2, abs=2), pytest.approx(w, abs=2)]
     with pytest.raises(ValueError, match="at least one"):
         draw([])
+
+
+@pytest.mark.parametrize("experts", [4, 16, 256])
+def test_a_card_of_350_pixels_keeps_every_stroke_of_a_picture(experts: int) -> None:
+    """TensorBoard takes single pixels of what is too wide: words and the dashed line are still there."""
+    load_E = np.full(experts, 0.5)
+    load_E[0] = 2.0
+    bars = Bars(load_E, "MoE layer 0", "expert", "rows, times the mean", line=1.0)
+    heat = HeatMap(np.ones((2, experts)), "load", "MoE layer", "expert", "times the mean load")
+    image = draw([bars, heat])
+    assert image.width % 350 == 0
+    card = np.asarray(image.resize((350, image.height * 350 // image.width), Image.Resampling.NEAREST)).min(axis=2)
+    at_once = np.asarray(draw([replace(bars, values=load_E[:4]), replace(heat, values=np.ones((2, 4)))])).min(axis=2)
+    left, w, _ = layout([bars, heat])
+    dashed = card[46 + bars.height // 2 - 1 : 46 + bars.height // 2 + 2, left + w // 2 : left + w]
+    assert (dashed.min(axis=0) < 60).sum() > w // 6, "dashes, as long as the gaps between them"
+    header, expected = ((picture[:40] < 128).sum() for picture in (card, at_once))
+    assert header == pytest.approx(expected, rel=0.25), "as much ink as in a picture that is a card wide"
+
+
+def test_names_in_pictures_can_be_told_apart() -> None:
+    layers = [f"encoder.layers.{number}.feed_forward.moe" for number in range(6)]
+    assert short_names(layers) == [f"layers.{number}" for number in range(6)]
+    assert short_names(["layers.1.moe", "layers.3.moe"]) == ["layers.1", "layers.3"]
+    assert short_names(["a.b", "a.b.c"]) == ["a.b", "a.b.c"]
+    for alone in (["science_fiction", "romance"], ["encoder.moe"], ["moe", "moe"]):
+        assert short_names(alone) == alone
+    bars = NamedBars(dict.fromkeys(layers, 1.0), "effective_experts_by_layer")
+    left, _, _ = layout([bars])
+    rows = np.split(np.asarray(draw([bars]))[46 : 46 + bars.height, :left], 6)
+    assert len({row.tobytes() for row in rows}) == 6
+    assert fitted("science_fiction", 130) == "science_fiction", "the longest domain of Brown is not cut"
+    assert fitted("a_domain_of_texts_whose_name_is_long", 130) == "a_domain_…_is_long"
+
+
+def test_the_last_evaluation_is_drawn_at_the_end(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker(tmp_path, 0, print)
+    for step in (20, 40, 60):
+        tracker.metrics("validation", {"recall_by_layer": {"first": step / 100, "second": 0.5}}, step)
+    tracker.close()
+    tracker = TensorBoardTracker(tmp_path, 60, print)
+    tracker.close()
+    events = read_board(tmp_path).Images("validation/recall_by_layer")
+    assert [event.step for event in events] == [20, 60]
+
+
+def test_a_table_s_picture_and_its_curve_count_the_same_rows_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where the search began, not from slot i -> expert i."""
+    torch.manual_seed(0)
+    search, shown, recorded = PermutationSearch(4, stage_steps=1), [], []
+    search.begin_step()
+    with torch.no_grad():
+        search.table.copy_(search.start)
+        search.table[0, 0, :2] = search.start[0, 0, :2].flip(0)
+    monkeypatch.setattr("dist_moe.engine.monitor.tables.record", lambda name, value: recorded.append(value))
+    monitor = SimpleNamespace(picture=lambda name, panels, step: shown.extend(panels))
+    trainer: Any = SimpleNamespace(tables={"moe": search}, layers=[], step=1, monitor=monitor)
+    pictures = RouterPictures()
+    pictures.on_start(trainer)
+    pictures.after_step(trainer, 1)
+    pictures.on_end(trainer)
+    assert recorded == [2.0]
+    assert [panel.title for panel in shown] == ["moe: 2 of 4 rows changed"]
+    assert search.start.tolist() != [[[0, 1, 2, 3]]]

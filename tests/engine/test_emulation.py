@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
 from dist_moe.cli.main import main
 from dist_moe.engine.launch import emulation
 from dist_moe.engine.launch.emulation import as_first_of, run_ranks
-from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.environment import LaunchEnvironment, typed_command
 from dist_moe.engine.launch.signals import STOP_SIGNALS
 
 
@@ -26,6 +28,40 @@ def test_a_run_is_checked_as_its_first_rank_would_see_it() -> None:
     with as_first_of(4):
         assert LaunchEnvironment.read() == LaunchEnvironment(0, 4, 0, launched=True, local_world_size=4)
     assert dict(os.environ) == before
+
+
+def test_a_rank_knows_the_command_that_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for Python is called as ranks are, and says what they would write into their run."""
+    program = tmp_path / "python"
+    lines = [
+        f"#!{sys.executable}",
+        "import os, pathlib, shlex, sys",
+        "assert sys.argv[1:3] == ['-m', 'dist_moe']",
+        "sys.argv[:3] = ['/somewhere/dist_moe/__main__.py']",
+        "from dist_moe.engine.launch.environment import typed_command",
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(shlex.join(typed_command()))",
+    ]
+    program.write_text("\n".join(lines))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert run_ranks(2, ["train", "c.yaml", "model.gate={name: hash}"]) == 0
+    typed = "dist-moe train --emulate 2 c.yaml 'model.gate={name: hash}'"
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [typed, typed]
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (["/venv/bin/dist-moe", "train", "c.yaml"], ["dist-moe", "train", "c.yaml"]),
+        (["/src/dist_moe/__main__.py", "train", "c.yaml"], ["dist-moe", "train", "c.yaml"]),
+        (["examples/mine.py"], ["examples/mine.py"]),
+    ],
+)
+def test_the_command_is_named_as_it_is_typed(
+    words: list[str], typed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", words)
+    assert typed_command() == typed
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,9 @@ def test_configuration_and_command_are_texts_and_the_run_has_its_directory_s_nam
     assert yaml.safe_load(text.removeprefix("```yaml").removesuffix("```")) == yaml.safe_load(
         (run / "config.yaml").read_text()
     )
-    assert len(board.Tensors("command/text_summary")) == 1
+    (command,) = (event.tensor_proto.string_val[0].decode() for event in board.Tensors("command/text_summary"))
+    recorded = json.loads((run / "environment.json").read_text())["command"]
+    assert shlex.split(command.strip("`")) == recorded
     content = board.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
     chosen = parse_session_start_info_plugin_data(content).hparams
     assert chosen["model.gate.name"].string_value == "comet"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -166,6 +168,60 @@ def test_charts_hold_their_points() -> None:
     names = [str(i) for i in range(256)]
     large = heat_map("h", np.random.default_rng(0).random((60, 256)), names[:60], names, axes=("l", "e"), unit="u")
     assert len(large) < 30_000, "60 layers of 256 experts"
+
+
+def test_a_run_has_its_colour_in_every_chart_and_its_name_where_it_is_alone(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", [{"step": n, "loss": 1.0, "total_loss": 2.0} for n in (1, 2)])
+    of_second = [{"step": n, "loss": 3.0, "total_loss": 3.0, "mine": 4.0, "validation": {"f1": 0.5}} for n in (1, 2)]
+    second = write_run(tmp_path / "second", of_second)
+    report_of_runs([first, second], tmp_path / "page.html", atlas=False)
+    charts = {svg.split('"')[0]: svg for svg in (tmp_path / "page.html").read_text().split('aria-label="')[1:]}
+    styles = {
+        title: re.findall(r'polyline class="line" stroke="(.*?)" stroke-dasharray="(.*?)"', svg)
+        for title, svg in charts.items()
+    }
+    (one, _), (also_one, dashed), (other, _) = styles["Loss"]
+    assert (one == also_one, dashed) == (True, "6 3")
+    assert len(styles["Loss"]) == 3, "the second total_loss is its loss"
+    assert styles["mine"] == styles["Validation: f1"] == [(other, "")]
+    assert other != one
+    for title in ("mine", "Validation: f1"):
+        assert ">second<" in charts[title], "which run it is"
+
+
+def test_words_of_charts_have_room() -> None:
+    step_N = np.array([0.0, 1.0])
+    lines = [Line(f"a_run_of_mine: {name}_per_second", step_N, step_N * 3e4) for name in ("examples", "tokens")]
+    drawn = line_chart("Speed", "per second", lines)
+    places = [re.search(rf'x="([\d.]+)" y="([\d.]+)"[^>]*>{line.label}<', drawn) for line in lines]
+    (first_x, first_y), (second_x, second_y) = (place.groups() for place in places if place)
+    assert first_x == second_x
+    assert float(second_y) > float(first_y) + 11, "long labels stand one below the other"
+    assert re.findall(r"(?<=>)\d0,000(?=<)", drawn) == ["10,000", "20,000", "30,000"]
+    short = [Line(name, step_N, step_N) for name in ("first", "second")]
+    rows = [re.search(rf'y="([\d.]+)"[^>]*>{line.label}<', line_chart("t", "", short)) for line in short]
+    assert len({row.group(1) for row in rows if row}) == 1, "short ones beside each other"
+
+
+def test_only_what_has_many_parts_is_folded_away(tmp_path: Path) -> None:
+    metrics = {"loss": 1.0, "loss_by_batches": 1.0} | dict.fromkeys(
+        ["bits", *(f"bits_{part}" for part in "abcde")], 1.0
+    )
+    record: dict[str, object] = {"step": 1, "loss": 2.0, "validation": metrics}
+    run = write_run(tmp_path / "run", [record])
+    report_of_runs([run], tmp_path / "page.html", atlas=False)
+    open_, folded = (tmp_path / "page.html").read_text().split("<summary>Validation, by parts of the data")
+    assert "Validation: loss_by_batches" in open_
+    assert "Validation: bits_a" not in open_
+    assert "Validation: bits_a" in folded
+
+
+def test_the_command_can_be_typed_again(tmp_path: Path) -> None:
+    words = ["dist-moe", "train", "c.yaml", "model.experts={hidden: 64}"]
+    run = write_run(tmp_path / "run", [], environment={"command": words})
+    report_of_runs([run], tmp_path / "page.html", atlas=False)
+    (typed,) = re.findall("<pre>(dist-moe.*?)</pre>", (tmp_path / "page.html").read_text())
+    assert shlex.split(html.unescape(typed)) == words
 
 
 def test_a_transformers_mixture(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.environment import EMULATED, LaunchEnvironment
 from dist_moe.engine.launch.meeting import LOOPBACK, loopback_store
 from dist_moe.engine.launch.signals import Interruption, StopRequest, stop_requests
 from dist_moe.errors import UserError
@@ -83,6 +83,7 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here already, rank 0 need not open one
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1",
+        EMULATED: str(num_ranks),
     }
     command, ranks = [sys.executable, "-m", "dist_moe", *arguments], list[subprocess.Popen[bytes]]()
     request = _PassedOn(ranks)

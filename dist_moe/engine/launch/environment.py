@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -17,9 +18,25 @@ _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 """Set by torchrun and TorchX; by DeepSpeed's launcher."""
 
+EMULATED = "DIST_MOE_EMULATED"
+"""Set in ranks that ``dist-moe train --emulate R`` has started: R."""
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _NEVER_TRIM = 2**31 - 1
 _GROW_BY = 64 * 2**20
+
+
+def typed_command() -> list[str]:
+    """Return the words that were typed to start this process, or the emulation that it is a rank of.
+
+    Our own command has its name alone, wherever it lies and however it was started.
+    """
+    program, *words = sys.argv
+    path = Path(program)
+    if path.name == "dist-moe" or path.parts[-2:] == ("dist_moe", "__main__.py"):
+        program = "dist-moe"
+    ranks = os.environ.get(EMULATED)
+    return [program, *words[:1], "--emulate", ranks, *words[1:]] if ranks and words else [program, *words]
 
 
 @dataclass(frozen=True)

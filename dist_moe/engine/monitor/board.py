@@ -38,6 +38,7 @@ class Board(Tracker):
         self._waiting: list[Sequence[Sequence[float]]] = []
         self._step = self._first_step = first_step
         self._drawn_at = {"load": first_step}
+        self._undrawn: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {}
 
     @abstractmethod
     def curves(self, kind: str, values: Mapping[str, float], step: int) -> None:
@@ -59,10 +60,9 @@ class Board(Tracker):
         """Add the numbers of an evaluation: as curves named after ``part``, or as pictures, see ``split_metrics``."""
         numbers, pictures = split_metrics(metrics)
         self.curves(part, {f"{part}/{name}": value for name, value in numbers.items()}, step)
+        self._undrawn[part] = step, pictures
         if self._is_due(part, step):
-            for name, content in pictures.items():
-                if panels := _panels_of(name, content):
-                    self.picture(f"{part}/{name}", panels, step)
+            self._draw_metrics(part)
 
     def flush(self) -> None:
         """Draw the pictures that are due, and write what has been taken in so far."""
@@ -84,6 +84,8 @@ class Board(Tracker):
         self.flush()
         if self._load and self._drawn_at["load"] < self._step:
             self._draw_load()
+        for part in list(self._undrawn):
+            self._draw_metrics(part)
         super().close()
 
     def _is_due(self, what: str, step: int) -> bool:
@@ -92,6 +94,13 @@ class Board(Tracker):
         if is_due:
             self._drawn_at[what] = step
         return is_due
+
+    def _draw_metrics(self, part: str) -> None:
+        """Draw the pictures of the last evaluation of ``part``."""
+        step, pictures = self._undrawn.pop(part)
+        for name, content in pictures.items():
+            if panels := _panels_of(name, content):
+                self.picture(f"{part}/{name}", panels, step)
 
     def _draw_load(self) -> None:
         """Draw the load: of the last step, over time, and the effective experts of all layers over time.
@@ -109,7 +118,7 @@ class Board(Tracker):
         bars: list[Panel] = []
         maps: list[Panel] = []
         for layer in layers.tolist():
-            title, count = f"layer {layer}" if len(experts_L) > 1 else "the layer's experts", experts_L[layer]
+            title, count = f"MoE layer {layer}" if len(experts_L) > 1 else "the layer's experts", experts_L[layer]
             bars.append(
                 Bars(
                     relative_LE[layer, :count], title, "expert", f"rows of step {self._step}, times the mean", line=1.0
@@ -125,11 +134,11 @@ class Board(Tracker):
         if len(experts_L) > 1:
             everything_LE = np.where(relative_LE > 0, relative_LE, np.nan)
             title = f"load of step {self._step}"
-            by_layer = HeatMap(everything_LE, title, "layer", "expert", "times the mean load", nothing="no row")
+            by_layer = HeatMap(everything_LE, title, "MoE layer", "expert", "times the mean load", nothing="no row")
             self.picture("experts/load_by_layer", [by_layer], self._step)
             share_LC = over_time(last_steps, effective_CL / experts_L, _PLACES)
             title, unit = "effective experts", "share of the layer's experts"
-            over = HeatMap(share_LC, title, "layer", "step", unit, column_names=names, limits=(0.0, 1.0))
+            over = HeatMap(share_LC, title, "MoE layer", "step", unit, column_names=names, limits=(0.0, 1.0))
             self.picture("experts/effective_over_time", [over], self._step)
 
 

@@ -6,17 +6,22 @@ first may spend. Colours are viridis, which all kinds of colour vision tell apar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-_WIDTHS, _WIDEST, _HEIGHTS, _CELL = (224, 360), 640, (40, 300), 24
-_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 84, 28, 46
+_CARD = 350
+"""Units of every picture's width. TensorBoard's cards have as many pixels, and drop some of what is wider: strokes of
+letters and thin lines with them. So what needs more pixels has two or three for each unit, and for each stroke."""
+_SCALES, _HEIGHTS, _CELL = 3, (40, 300), 18
+_LEFT, _RIGHT, _TOP, _BOTTOM = (24, 130), 72, 46, 46
 _MOST_TICKS, _FONT_SIZE = 16, 13
 VIRIDIS = np.array(
     [
@@ -25,6 +30,41 @@ VIRIDIS = np.array(
     ]
 )  # fmt: skip
 _NOTHING, _INK, _FAINT, _BAR = (255, 255, 255), (40, 40, 40), (170, 170, 170), (49, 104, 142)
+
+
+class Pen:
+    """Draws into an image of the width of a card and ``height`` units, with ``scale`` pixels for each unit."""
+
+    def __init__(self, height: int, scale: int) -> None:
+        self.image = Image.new("RGB", (_CARD * scale, height * scale), _NOTHING)
+        self._canvas, self._scale = ImageDraw.Draw(self.image), scale
+
+    def text(self, x: float, y: float, text: str, anchor: str, room: float = _CARD) -> None:
+        """Write ``text``, its middle left out where it is wider than ``room``."""
+        place = (x * self._scale, y * self._scale)
+        self._canvas.text(place, fitted(text, room), fill=_INK, font=_font(_FONT_SIZE * self._scale), anchor=anchor)
+
+    def line(self, *places: float) -> None:
+        """Draw a line through (x, y, x, y, ...)."""
+        self._canvas.line([place * self._scale for place in places], fill=_INK, width=self._scale)
+
+    def box(self, *corners: float) -> None:
+        """Draw a bar from (x, y) to (x, y)."""
+        self._canvas.rectangle([place * self._scale for place in corners], fill=_BAR)
+
+    def cells(self, colour_HW3: NDArray[np.uint8], left: int, top: int, w: int, h: int) -> None:
+        """Draw a matrix of colours in a frame."""
+        s = self._scale
+        self.image.paste(
+            Image.fromarray(colour_HW3).resize((w * s, h * s), Image.Resampling.NEAREST), (left * s, top * s)
+        )
+        frame = (left * s - 1, top * s - 1, (left + w) * s, (top + h) * s)
+        self._canvas.rectangle(frame, outline=_FAINT)
+
+    def header(self, top: int, title: str, note: str = "") -> None:
+        """Write above a panel what it is, and in a second line what its colours or heights are."""
+        for y, line in ((top - 32, title if note else ""), (top - 15, note or title)):
+            self.text(4, y, line, "lm", _CARD - 8)
 
 
 @dataclass(frozen=True)
@@ -47,31 +87,38 @@ class HeatMap:
     nothing: str = ""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the field in pixels."""
-        height, width = self.values.shape
-        return _field_width(width), _within(height * 18, _HEIGHTS)
+    def height(self) -> int:
+        """Units of the field."""
+        return _within(len(self.values) * _CELL, _HEIGHTS)
 
-    def draw(self, canvas: ImageDraw.ImageDraw, image: Image.Image, left: int, top: int) -> None:
-        """Draw into ``image``, the field's corner at (left, top)."""
-        (height, width), (w, h) = self.values.shape, self.size
+    @property
+    def width(self) -> int:
+        """Places that the field's width must tell apart."""
+        return self.values.shape[1]
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Words to the left of the field."""
+        return [str(len(self.values) - 1)] if self.row_names is None else short_names(self.row_names)
+
+    def draw(self, pen: Pen, left: int, top: int, w: int) -> None:
+        """Draw the field, ``w`` units wide, its corner at (left, top)."""
+        (height, width), h = self.values.shape, self.height
         low, high = self._limits()
         place = np.clip(np.nan_to_num((self.values - low) / ((high - low) or 1.0)), 0.0, 1.0)
         pixels = _coloured(place)
         pixels[np.isnan(self.values)] = _NOTHING
-        image.paste(Image.fromarray(pixels).resize((w, h), Image.Resampling.NEAREST), (left, top))
-        canvas.rectangle((left - 1, top - 1, left + w, top + h), outline=_FAINT)
+        pen.cells(pixels, left, top, w, h)
         for i in _ticks(height, min(_MOST_TICKS, h // 14)):
-            y = top + (i + 0.5) * h / height
-            _write(canvas, (left - 5, y), _name(self.row_names, i)[:10], "rm")
-        _column_ticks(canvas, left, top + h, w, width, self.column_names)
-        bar = Image.fromarray(_coloured(np.linspace(1, 0, h)[:, None])).resize((12, h))
-        image.paste(bar, (left + w + 10, top))
+            label = str(i) if self.row_names is None else self.labels[i]
+            pen.text(left - 5, top + (i + 0.5) * h / height, label, "rm", left - 6)
+        _column_ticks(pen, left, top + h, w, width, self.column_names)
+        pen.cells(_coloured(np.linspace(1, 0, h)[:, None]), left + w + 10, top, 12, h)
         for value, y in ((high, top + 5), (low, top + h - 5)):
-            _write(canvas, (left + w + 27, y), f"{value:.3g}", "lm")
-        _write(canvas, (left, top - 12), f"{self.title} (colour: {self.unit})", "lm")
+            pen.text(left + w + 27, y, f"{value:.3g}", "lm")
         white = f"; white: {self.nothing}" if self.nothing else ""
-        _write(canvas, (left, top + h + 28), f"{self.columns} (down: {self.rows}{white})", "lm")
+        pen.header(top, self.title, f"colour: {self.unit}{white}")
+        pen.text(left, top + h + 28, f"{self.columns} (down: {self.rows})" if self.columns else "", "lm")
 
     def _limits(self) -> tuple[float, float]:
         known = self.values[~np.isnan(self.values)]
@@ -89,30 +136,40 @@ class Bars:
     columns: str
     unit: str
     line: float | None = None
+    height: ClassVar[int] = 120
+    """Units of the field."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the field in pixels."""
-        return _field_width(len(self.values)), 120
+    def width(self) -> int:
+        """Places that the field's width must tell apart."""
+        return len(self.values)
 
-    def draw(self, canvas: ImageDraw.ImageDraw, image: Image.Image, left: int, top: int) -> None:
-        """Draw into ``image``, the field's corner at (left, top)."""
-        (w, h), count = self.size, len(self.values)
-        highest = max(float(self.values.max(initial=0.0)), self.line or 0.0) or 1.0
+    @property
+    def labels(self) -> Sequence[str]:
+        """Words to the left of the field."""
+        return [f"{self._highest:.3g}"]
+
+    @property
+    def _highest(self) -> float:
+        return max(float(self.values.max(initial=0.0)), self.line or 0.0) or 1.0
+
+    def draw(self, pen: Pen, left: int, top: int, w: int) -> None:
+        """Draw the field, ``w`` units wide, its corner at (left, top)."""
+        h, count, highest = self.height, len(self.values), self._highest
         for i, value in enumerate(self.values):
             x, gap = left + i * w / count, 0.1 * w / count
-            canvas.rectangle((x + gap, top + h * (1 - value / highest), x + w / count - gap, top + h), fill=_BAR)
+            pen.box(x + gap, top + h * (1 - value / highest), x + w / count - gap, top + h)
         if self.line is not None:
             y = top + h * (1 - self.line / highest)
             for dash in range(left, left + w, 10):
-                canvas.line((dash, y, dash + 5, y), fill=_INK)
-            _write(canvas, (left + w + 5, y), f"{self.line:.3g}", "lm")
-        canvas.line((left, top, left, top + h, left + w, top + h), fill=_INK)
+                pen.line(dash, y, dash + 5, y)
+            pen.text(left + w + 5, y, f"{self.line:.3g}", "lm")
+        pen.line(left, top, left, top + h, left + w, top + h)
         for value, y in ((highest, top), (0.0, top + h)):
-            _write(canvas, (left - 5, y), f"{value:.3g}", "rm")
-        _column_ticks(canvas, left, top + h, w, count, None)
-        _write(canvas, (left, top - 12), f"{self.title} ({self.unit})", "lm")
-        _write(canvas, (left + w / 2, top + h + 28), self.columns, "mm")
+            pen.text(left - 5, y, f"{value:.3g}", "rm")
+        _column_ticks(pen, left, top + h, w, count, None)
+        pen.header(top, self.title, f"height: {self.unit}")
+        pen.text(left + w / 2, top + h + 28, self.columns, "mm")
 
 
 @dataclass(frozen=True)
@@ -121,38 +178,76 @@ class NamedBars:
 
     values: Mapping[str, float]
     title: str
+    width: ClassVar[int] = 1
+    """Places that the field's width must tell apart."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the field in pixels."""
-        return _WIDTHS[1], 18 * len(self.values)
+    def height(self) -> int:
+        """Units of the field."""
+        return _CELL * len(self.values)
 
-    def draw(self, canvas: ImageDraw.ImageDraw, image: Image.Image, left: int, top: int) -> None:
-        """Draw into ``image``, the field's corner at (left, top)."""
+    @property
+    def labels(self) -> Sequence[str]:
+        """Words to the left of the field."""
+        return short_names(list(self.values))
+
+    def draw(self, pen: Pen, left: int, top: int, w: int) -> None:
+        """Draw the field, ``w`` units wide, its corner at (left, top)."""
         highest = max(*self.values.values(), 0.0) or 1.0
-        for i, (name, value) in enumerate(self.values.items()):
-            y = top + 18 * i
-            canvas.rectangle((left, y + 2, left + self.size[0] * max(value, 0.0) / highest, y + 15), fill=_BAR)
-            _write(canvas, (left - 5, y + 9), name[:10], "rm")
-            _write(canvas, (left + self.size[0] + 8, y + 9), f"{value:.4g}", "lm")
-        _write(canvas, (left, top - 12), self.title, "lm")
+        for i, (label, value) in enumerate(zip(self.labels, self.values.values(), strict=True)):
+            y = top + _CELL * i
+            pen.box(left, y + 2, left + w * max(value, 0.0) / highest, y + 15)
+            pen.text(left - 5, y + 9, label, "rm", left - 6)
+            pen.text(left + w + 8, y + 9, f"{value:.4g}", "lm")
+        pen.header(top, self.title)
 
 
 Panel = HeatMap | Bars | NamedBars
+
+
+def layout(panels: Sequence[Panel]) -> tuple[int, int, int]:
+    """Return where the fields of ``panels`` begin and how wide they are, in units, and the pixels of a unit."""
+    longest = max(_font(_FONT_SIZE).getlength(label) for panel in panels for label in panel.labels)
+    left = _within(math.ceil(longest) + 7, _LEFT)
+    w = _CARD - left - _RIGHT
+    return left, w, min(_SCALES, max(math.ceil(panel.width / w) for panel in panels))
 
 
 def draw(panels: Sequence[Panel]) -> Image.Image:
     """Return the picture of ``panels``, one below the other. Raises ValueError if there is none."""
     if not panels:
         raise ValueError("panels: a picture needs at least one")
-    width = _LEFT + max(panel.size[0] for panel in panels) + _RIGHT
-    heights = [_TOP + panel.size[1] + _BOTTOM for panel in panels]
-    image = Image.new("RGB", (width, sum(heights)), _NOTHING)
-    canvas, top = ImageDraw.Draw(image), 0
+    left, w, scale = layout(panels)
+    heights = [_TOP + panel.height + _BOTTOM for panel in panels]
+    pen, top = Pen(sum(heights), scale), 0
     for panel, height in zip(panels, heights, strict=True):
-        panel.draw(canvas, image, _LEFT, top + _TOP)
+        panel.draw(pen, left, top + _TOP, w)
         top += height
-    return image
+    return pen.image
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return names without what all have in common: ``layers.5`` of ``encoder.layers.5.feed_forward.moe``.
+
+    They are cut at their dots; of what is in common in front the last piece stays.
+    """
+    pieces = [name.split(".") for name in names]
+    if len(set(names)) < 2:
+        return list(names)
+    room = min(map(len, pieces)) - 1
+    front = next((i for i in range(room) if len({piece[i] for piece in pieces}) > 1), room)
+    behind = next((i for i in range(room - front) if len({piece[-1 - i] for piece in pieces}) > 1), room - front)
+    return [".".join(piece[max(0, front - 1) : len(piece) - behind]) for piece in pieces]
+
+
+def fitted(text: str, room: float) -> str:
+    """Return ``text``, or as much of its beginning and end as ``room`` units have place for."""
+    font, keep = _font(_FONT_SIZE), len(text)
+    short = text
+    while font.getlength(short) > room and keep > 2:
+        keep -= 1
+        short = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
+    return short
 
 
 def has_grown(step: int, drawn_at: int) -> bool:
@@ -167,24 +262,15 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-@lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(_FONT_SIZE)
-
-
-def _write(canvas: ImageDraw.ImageDraw, place: tuple[float, float], text: str, anchor: str) -> None:
-    canvas.text(place, text, fill=_INK, font=_font(), anchor=anchor)
+@lru_cache(maxsize=_SCALES)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
 
 
 def _coloured(place: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Return (..., 3) colours of numbers in 0..1."""
     anchors = np.linspace(0, 1, len(VIRIDIS))
     return np.stack([np.interp(place, anchors, channel) for channel in VIRIDIS.T], axis=-1).astype(np.uint8)
-
-
-def _field_width(columns: int) -> int:
-    """Return the pixels of so many columns: TensorBoard shows a picture as large as a card, of about 350."""
-    return max(_within(columns * _CELL, _WIDTHS), min(2 * columns, _WIDEST))
 
 
 def _within(size: int, limits: tuple[int, int]) -> int:
@@ -197,15 +283,10 @@ def _ticks(count: int, most: int) -> range:
     return range(0, count, next(step for step in steps if count <= step * most))
 
 
-def _name(names: Sequence[str] | None, i: int) -> str:
-    return str(i) if names is None else names[i]
-
-
-def _column_ticks(
-    canvas: ImageDraw.ImageDraw, left: int, y: int, w: int, count: int, names: Sequence[str] | None
-) -> None:
-    longest = max(len(_name(names, i)) for i in range(count))
-    for i in _ticks(count, max(2, w // (8 * min(longest, 10) + 8))):
+def _column_ticks(pen: Pen, left: int, y: int, w: int, count: int, names: Sequence[str] | None) -> None:
+    labels = [str(i) for i in range(count)] if names is None else short_names(names)
+    room = min(max(map(_font(_FONT_SIZE).getlength, labels)), 80)
+    for i in _ticks(count, max(2, int(w // (room + 8)))):
         x = left + (i + 0.5) * w / count
-        canvas.line((x, y, x, y + 3), fill=_INK)
-        _write(canvas, (x, y + 11), _name(names, i)[:10], "mm")
+        pen.line(x, y, x, y + 3)
+        pen.text(x, y + 11, labels[i], "mm", room)

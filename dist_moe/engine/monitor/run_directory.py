@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import weakref
 from dataclasses import dataclass
 from functools import cache
@@ -34,7 +33,7 @@ import torch
 from dist_moe.config.files import replace_text, write_json
 from dist_moe.config.plain_yaml import yaml_text
 from dist_moe.engine.checkpoint.files import best_of, checkpoints_of, complete_directories
-from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.environment import LaunchEnvironment, typed_command
 from dist_moe.engine.monitor.record_file import last_step_in, sift_records
 from dist_moe.errors import UserError
 
@@ -143,7 +142,7 @@ class RunDirectory:
         write_json(
             self.environment,
             {
-                "command": sys.argv,
+                "command": typed_command(),
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "processors": os.cpu_count(),

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_moe.engine.callbacks import Callback
-from dist_moe.engine.monitor.pictures import HeatMap, has_grown
+from dist_moe.engine.monitor.pictures import HeatMap, has_grown, short_names
 from dist_moe.parallel import Placement
 from dist_moe.recording import record
 from dist_moe.search import PermutationSearch, SlotTable
@@ -25,8 +25,13 @@ def rows_changed(table: SlotTable) -> int:
 
     At first slot i leads to expert i mod E, or where a permutation search began.
     """
+    return int(_is_changed(table).sum())
+
+
+def _is_changed(table: SlotTable) -> torch.Tensor:
+    """Return (P, K, S) whether a slot leads elsewhere than at first."""
     first_S: torch.Tensor = torch.arange(table.num_slots, device=table.table.device) % table.num_experts
-    return int((table.table != (table.start if isinstance(table, PermutationSearch) else first_S)).sum())
+    return table.table != (table.start if isinstance(table, PermutationSearch) else first_S)
 
 
 class RouterPictures(Callback):
@@ -41,7 +46,7 @@ class RouterPictures(Callback):
         self._placements: list[Placement] = []
 
     def on_start(self, trainer: Trainer) -> None:
-        """Show who lives where."""
+        """Show where the experts live."""
         self._tables = trainer.tables
         self._searched = any(isinstance(table, PermutationSearch) for table in self._tables.values())
         self._show_placement(trainer, trainer.step)
@@ -76,9 +81,8 @@ class RouterPictures(Callback):
     def _show_tables(self, trainer: Trainer, step: int) -> None:
         self._drawn_at = step
         panels: list[tuple[int, HeatMap]] = []
-        for name, table in trainer.tables.items():
-            first_S = np.arange(table.num_slots) % table.num_experts
-            changed_PK = (table.table.cpu().numpy() != first_S).sum(axis=-1)
+        for name, table in zip(short_names(list(trainer.tables)), trainer.tables.values(), strict=True):
+            changed_PK = _is_changed(table).sum(dim=-1).cpu().numpy()
             matrix_PKSE = table.current_matrix().detach().double().cpu().numpy()
             for gate, branch in np.ndindex(changed_PK.shape):
                 which = f", gate {gate}, branch {branch}" if changed_PK.size > 1 else ""
@@ -98,5 +102,6 @@ class RouterPictures(Callback):
         rank_LE: NDArray[np.float64] = np.full((len(placements), width), np.nan)
         for rank_E, placement in zip(rank_LE, placements, strict=True):
             rank_E[: placement.num_experts] = [placement.rank_of(e) for e in range(placement.num_experts)]
-        panel = HeatMap(rank_LE, "who lives where", "layer", "expert", "rank of its group", limits=(0.0, ranks - 1.0))
+        title, unit = "where the experts live", "rank in the expert-parallel group"
+        panel = HeatMap(rank_LE, title, "MoE layer", "expert", unit, limits=(0.0, ranks - 1.0))
         trainer.monitor.picture("placement/rank_of_expert", [panel], step)

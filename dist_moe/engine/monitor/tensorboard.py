@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_HALF
@@ -107,6 +107,7 @@ class TensorBoardTracker(Board, FileTracker):
                 self._explained.add(value.tag)
                 value.metadata.summary_description = MEANINGS[value.tag]
                 value.metadata.plugin_data.plugin_name = "scalars"
+                value.metadata.data_class = DATA_CLASS_SCALAR  # without it TensorBoard's server drops the meaning
         self._add(Event(step=step, summary=Summary(value=every)))
 
     def _add(self, event: Event) -> None:
