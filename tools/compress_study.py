@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def row_of(cell: Cell, seed: int, options: argparse.Namespace) -> Row:
         return Row(**quality)
     if not measured.is_file():
         source = run_directory(Cell(cell.base, 1.0, "as trained", False), seed, options)
-        task = find_weights(directory).config.data.open(progress=False)
+        task = task_of(cell.base, source)
         model, base = (trained_model(path, task, SingleWorld()) for path in (directory, source))
         numbers = {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -236,6 +236,12 @@ def row_of(cell: Cell, seed: int, options: argparse.Namespace) -> Row:
         }
         write_json(measured, numbers)
     return Row(**quality, **read_json(measured))
+
+
+@cache
+def task_of(base: str, source: Path) -> Task:
+    """Return the data of a base model, the same for all seeds; ``source``: a run on them."""
+    return find_weights(source).config.data.open(progress=False)
 
 
 @torch.no_grad()
