@@ -17,9 +17,13 @@ from matplotlib.figure import Figure
 
 from tools.how.canvas import INK, LINE, SOFT
 from tools.how.exchange import draw_overlap, draw_ragged_exchange, draw_two_levels
+from tools.how.forest import draw_posterior
 from tools.how.gates import draw_gates_compared, draw_tree_gate
 from tools.how.memory import draw_checkpoint_layout
+from tools.how.merging import draw_merged_experts
+from tools.how.search import draw_assignment_search
 from tools.how.tables import draw_slot_map
+from tools.how.weak_strong import draw_weak_strong
 
 PICTURES = Path(__file__).parents[1] / "docs/how"
 
@@ -30,6 +34,10 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "two_levels": draw_two_levels,
     "overlap": draw_overlap,
     "slot_map": draw_slot_map,
+    "assignment_search": draw_assignment_search,
+    "merged_experts": draw_merged_experts,
+    "posterior": draw_posterior,
+    "weak_strong": draw_weak_strong,
     "checkpoint_layout": draw_checkpoint_layout,
 }
 

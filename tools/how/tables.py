@@ -1,4 +1,4 @@
-"""Pictures of the tables from slots to experts and from experts to ranks, and of a search that rewrites one."""
+"""Pictures of the tables from slots to experts and from experts to ranks."""
 
 from __future__ import annotations
 
