@@ -21,6 +21,7 @@ from tools.how.forest import draw_posterior
 from tools.how.gates import draw_gates_compared, draw_tree_gate
 from tools.how.memory import draw_checkpoint_layout
 from tools.how.merging import draw_merged_experts
+from tools.how.rank_memory import draw_rank_memory
 from tools.how.search import draw_assignment_search
 from tools.how.tables import draw_slot_map
 from tools.how.weak_strong import draw_weak_strong
@@ -38,6 +39,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "merged_experts": draw_merged_experts,
     "posterior": draw_posterior,
     "weak_strong": draw_weak_strong,
+    "rank_memory": draw_rank_memory,
     "checkpoint_layout": draw_checkpoint_layout,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from itertools import pairwise
 
 import torch
 from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ LETTERS = string.ascii_lowercase + string.digits + " .,;:()[]=+-*/<"
 def bigrams(text: str) -> Tensor:
     """Return (V, V) log-probabilities of the letter after each one."""
     count_VV = torch.full((len(LETTERS), len(LETTERS)), PAIR, dtype=torch.float64)
-    for before, after in zip(text, text[1:], strict=False):
+    for before, after in pairwise(text):
         count_VV[LETTERS.index(before), LETTERS.index(after)] += 1
     return (count_VV / count_VV.sum(dim=1, keepdim=True)).log()
 
@@ -47,7 +48,7 @@ def letter_scores(text: str) -> Tensor:
 
 
 def draw_posterior() -> Figure:
-    """What each expert gives each letter, and how the posterior of its domain follows, from all letters and from one."""
+    """The experts' probabilities of letters, and the posteriors that follow from all letters before and from one."""
     figure = Figure(figsize=(8.2, 7.0), layout="constrained")
     top, *others = figure.subplots(4, 1, height_ratios=(0.7, 1, 1, 1))
     _draw_letters(top, MIXED)
@@ -74,7 +75,7 @@ def _draw_letters(axes: Axes, text: str) -> None:
 
 
 def _draw_weights(axes: Axes, text: str, history: History, title: str) -> None:
-    """Draw the weights before each letter as bars that add up to 1, and the bits of the experts and of their mixture."""
+    """Draw the weights before each letter as bars that add up to 1; say the bits of the experts and their mixture."""
     letters, logp_JS = text[1:], letter_scores(text)
     log_weight_JS = log_weights(logp_JS[:, None], uniform_prior(len(DOMAINS)), history)
     mixed_S = log_mixture(log_weight_JS, logp_JS[:, None])[0]

@@ -45,7 +45,7 @@ def points(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def trained() -> WeakStrong:
-    """Return a linear weak expert and a strong network, fp64: the weak one first, then both in turns by Mowst's loss."""
+    """Return a linear weak expert and a strong network: the weak one trained first, then both in turns, as Mowst."""
     torch.manual_seed(0)
     weak = nn.Sequential(Columns(0, 2), nn.Linear(2, CLASSES))
     strong = nn.Sequential(Columns(2, 4), nn.Linear(2, 24), nn.Tanh(), nn.Linear(24, CLASSES))
@@ -69,7 +69,7 @@ def trained() -> WeakStrong:
 
 @torch.no_grad()
 def draw_weak_strong() -> Figure:
-    """Predictions of the weak expert in the plane of all of them, its confidence, and who answers at which threshold."""
+    """The weak expert's predictions among all that there are, its confidence, and who answers at which threshold."""
     model = trained()
     x_B4, label_B = points(COUNT, seed=2)
     weak_BC, confidence_B = model.weak(x_B4), model(x_B4).confidence_B
@@ -115,10 +115,8 @@ def _draw_contours(axes: Axes) -> None:
         text = f"{float(dispersion(p_AC[:1].log())[0, 0]):.2f}"
         white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         note(axes, *circle_A2[0].tolist(), text, ha="center", fontsize=8, bbox=white)
-    for corner, (x, y), ha in zip(range(CLASSES), CORNERS.tolist(), ("right", "left", "center"), strict=True):
-        note(
-            axes, x + (0.04, 0.04, 0)[corner] * (-1) ** (corner + 1), y + (0, 0, 0.06)[corner], f"class {corner}", ha=ha
-        )
+    for corner, (x, y, ha) in enumerate(((-0.04, 0, "right"), (1.04, 0, "left"), (0.5, 0.93, "center"))):
+        note(axes, x, y, f"class {corner}", ha=ha)
     axes.set(xlim=(-0.3, 1.3), ylim=(-0.06, 0.98), aspect="equal", title="predictions of the weak expert, dispersion")
     axes.axis("off")
 
@@ -142,7 +140,7 @@ def _draw_thresholds(axes: Axes, model: WeakStrong, x_B4: Tensor, label_B: Tenso
         right, asked = (float(100 * part.double().mean()) for part in (class_B == label_B, asks_B))
         for offset, value, colour in ((-0.2, right, RANKS[2]), (0.2, asked, RANKS[1])):
             axes.bar(place + offset, value, 0.38, color=colour)
-            note(axes, place + offset, value + 5, f"{value:.0f}", ha="center", color=INK, fontsize=8)
+            note(axes, place + offset, value + 5, f"{value:.1f}", ha="center", color=INK, fontsize=8)
     axes.set_xticks(range(len(THRESHOLDS)), [f"{threshold:g}" for threshold in THRESHOLDS])
     axes.set(xlabel="asks the strong expert below this confidence", ylim=(0, 128), yticks=[0, 50, 100], ylabel="%")
     note(axes, -0.4, 120, "right answers", color=RANKS[2])
