@@ -25,35 +25,58 @@ NOISE = 0.15
 NAME = "moe"
 
 
+class OneLayer(nn.Module):
+    """A layer in fp64: a Top-k gate over six slots, and so many experts."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        bank = FeedForwardBank(WIDTH, HIDDEN, experts, range(experts), activation="relu")
+        self.moe = MoE(TopK(WIDTH, EXPERTS, k=2), bank, SlotTable(experts, num_slots=EXPERTS))
+        self.double().eval()
+
+    @property
+    def bank(self) -> FeedForwardBank:
+        """The experts."""
+        assert isinstance(self.moe.experts, FeedForwardBank)
+        return self.moe.experts
+
+    @property
+    def gate(self) -> TopK:
+        """The gate, which has biases."""
+        (gate,) = self.moe.each_gate
+        assert isinstance(gate, TopK)
+        return gate
+
+    @property
+    def table(self) -> Tensor:
+        """The table of slots."""
+        assert isinstance(self.moe.slot_map, SlotTable)
+        return self.moe.slot_map.table
+
+
 @dataclass(frozen=True)
 class Merge:
     """A model, what was seen of its layer on some tokens, and the plan by which its experts become three."""
 
-    model: nn.ModuleDict
+    model: OneLayer
     weights: ModelWeights
     statistics: LayerStatistics
     plan: MergedLayer
     x_TD: Tensor
 
 
-def layer_of(experts: int) -> nn.ModuleDict:
-    """Return a model of one layer, in fp64: a Top-k gate over six slots, and so many experts."""
-    bank = FeedForwardBank(WIDTH, HIDDEN, experts, range(experts), activation="relu")
-    table = SlotTable(experts, num_slots=EXPERTS)
-    return nn.ModuleDict({NAME: MoE(TopK(WIDTH, EXPERTS, k=2), bank, table)}).double().eval()
-
-
 @torch.no_grad()
-def planted_model() -> nn.ModuleDict:
+def planted_model() -> OneLayer:
     """Return a layer whose experts E3 to E5 are noisy copies of E0 to E2, their units in another order, less used."""
     torch.manual_seed(1)
-    model = layer_of(EXPERTS)
-    gate, bank = model[NAME].gates[0], model[NAME].experts
+    model = OneLayer(EXPERTS)
+    gate, bank = model.gate, model.bank
+    assert gate.bias is not None
     gate.bias[:KINDS] = 0.3
     for copy in range(KINDS, EXPERTS):
         order_H = torch.randperm(HIDDEN)
         for name, axis in bank.hidden_axes.items():
-            weight = getattr(bank, name)
+            weight: Tensor | None = getattr(bank, name)
             if weight is not None:
                 moved = weight[copy - KINDS].index_select(axis - 1, order_H)
                 weight[copy] = moved + NOISE * moved.std() * torch.randn_like(moved)
@@ -65,11 +88,11 @@ def planted_model() -> nn.ModuleDict:
 def planned() -> Merge:
     """Return what calibration says of the layer, the groups that follow, and how units match those of the leader."""
     model, x_TD = planted_model(), torch.randn(TOKENS, WIDTH, dtype=torch.float64)
-    layer, weights = model[NAME], weights_of(model)
+    layer, weights = model.moe, weights_of(model)
     sums = LayerSums(layer, outputs=False)
     with torch.no_grad():
         sums.see(layer, (x_TD,), layer(x_TD))
-    seen, axes = sums.statistics(), layer.experts.hidden_axes
+    seen, axes = sums.statistics(), model.bank.hidden_axes
     leader_E = join_leaders(largest(seen.usage_E, KINDS), seen.router_EE)
     order_EH = orders(weights, NAME, leader_E, axes)
     return Merge(model, weights, seen, MergedLayer(leader_E, shares(leader_E, seen.usage_E), order_EH, axes), x_TD)
@@ -78,10 +101,10 @@ def planned() -> Merge:
 @torch.no_grad()
 def relative_error(merge: Merge, plan: MergedLayer) -> float:
     """Return the root mean square by which the merged layer's results differ, over that of the results."""
-    table = plan.expert_E[merge.model[NAME].slot_map.table]
-    after = layer_of(len(plan.leaders))
+    table = plan.expert_E[merge.model.table]
+    after = OneLayer(len(plan.leaders))
     place_weights(after, merged_weights(merge.weights, {NAME: plan}, {f"{NAME}.slot_map.table": table}))
-    was_TF, is_TF = (model[NAME](merge.x_TD).outputs[0] for model in (merge.model, after))
+    was_TF, is_TF = (model.moe(merge.x_TD).outputs[0] for model in (merge.model, after))
     return float((is_TF - was_TF).norm() / was_TF.norm())
 
 
@@ -102,7 +125,7 @@ def draw_merged_experts() -> Figure:
 
 def _draw_units(axes: Axes, merge: Merge, member: int, title: str, order_H: Tensor) -> None:
     """Draw the correlations of an expert's units, in that order, with those of its leader."""
-    leader, bank = int(merge.plan.leader_E[member]), merge.model[NAME].experts
+    leader, bank = int(merge.plan.leader_E[member]), merge.model.bank
     leaders_TH, members_TH = (
         bank.hidden_units(one_expert(merge.weights, NAME, expert), merge.x_TD) for expert in (leader, member)
     )

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dist_moe.models.weak_strong import WeakStrong
-from dist_moe.models.weak_strong.confidence import DispersionConfig, dispersion
+from dist_moe.models.weak_strong.confidence import DispersionConfidence, DispersionConfig, dispersion
 from tools.how.canvas import INK, LINE, RANKS, SOFT, note
 
 CLASSES, COUNT, STEPS, SESSIONS = 3, 240, 100, 3
@@ -114,7 +114,8 @@ def _draw_contours(axes: Axes) -> None:
         axes.plot(*circle_A2.where(inside_A[:, None], torch.nan).T.tolist(), color=LINE, linewidth=0.9, zorder=0)
         text = f"{float(dispersion(p_AC[:1].log())[0, 0]):.2f}"
         white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        note(axes, *circle_A2[0].tolist(), text, ha="center", fontsize=8, bbox=white)
+        x, y = circle_A2[0].tolist()
+        note(axes, x, y, text, ha="center", fontsize=8, bbox=white)
     for corner, (x, y, ha) in enumerate(((-0.04, 0, "right"), (1.04, 0, "left"), (0.5, 0.93, "center"))):
         note(axes, x, y, f"class {corner}", ha=ha)
     axes.set(xlim=(-0.3, 1.3), ylim=(-0.06, 0.98), aspect="equal", title="predictions of the weak expert, dispersion")
@@ -124,6 +125,7 @@ def _draw_contours(axes: Axes) -> None:
 def _draw_curve(axes: Axes, model: WeakStrong, variance_B: Tensor, confidence_B: Tensor) -> None:
     """Draw the confidence over the dispersion, as it was learnt, with the examples on it."""
     d_N1 = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
+    assert isinstance(model.confidence, DispersionConfidence)
     axes.plot(d_N1[:, 0].tolist(), model.confidence.map(d_N1)[:, 0].sigmoid().tolist(), color=SOFT)
     colours = [RANKS[0] if confidence >= 0.5 else RANKS[1] for confidence in confidence_B.tolist()]
     axes.scatter(variance_B.tolist(), confidence_B.tolist(), s=9, c=colours, zorder=3)
