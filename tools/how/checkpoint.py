@@ -1,4 +1,4 @@
-"""Pictures of what ranks hold in memory and write to disk."""
+"""The picture of a checkpoint: what each rank writes, and what another number of ranks reads of it."""
 
 from __future__ import annotations
 
