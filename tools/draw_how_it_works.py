@@ -16,10 +16,10 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from tools.how.canvas import INK, LINE, SOFT
+from tools.how.checkpoint import draw_checkpoint_layout
 from tools.how.exchange import draw_overlap, draw_ragged_exchange, draw_two_levels
 from tools.how.forest import draw_posterior
 from tools.how.gates import draw_gates_compared, draw_tree_gate
-from tools.how.checkpoint import draw_checkpoint_layout
 from tools.how.merging import draw_merged_experts
 from tools.how.rank_memory import draw_rank_memory
 from tools.how.search import draw_assignment_search
