@@ -125,10 +125,14 @@ def atlas_of_hugging_face(directory: Path, texts: Sequence[Path], *, length: int
     """Return the atlas of a transformers mixture: which experts the tokens of each text file go to.
 
     ``length``: tokens that the model sees at once. Raises UserError for a model that does not tell its router's logits
-    or how many experts a token gets, and for texts that cannot be read.
+    or how many experts a token gets, for texts that cannot be read, and where transformers is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError(
+            f"--hf {directory}: a report of it needs transformers; install it by: pip install transformers"
+        ) from error
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
         contents = [path.read_text(encoding="utf-8") for path in texts]

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -274,3 +275,9 @@ def test_in_a_browser_nothing_is_wider_than_the_page(run: Path, tmp_path: Path, 
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     (seen,) = re.findall(r'data-wide="(\d+)"', dom)
     assert int(seen) <= inner
+
+
+def test_a_missing_transformers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it fails then
+    with pytest.raises(UserError, match="pip install transformers"):
+        atlas_of_hugging_face(tmp_path, [])

@@ -95,7 +95,8 @@ class CompressConfig(Settings):
         for layer, (groups, count) in enumerate(zip(given, num_experts, strict=True)):
             if sorted(expert for group in groups for expert in group) != list(range(count)) or not all(groups):
                 return (
-                    f"groups[{layer}]={[list(group) for group in groups]}: each of 0..{count - 1} once, in no empty one"
+                    f"groups[{layer}]={[list(group) for group in groups]}: each of experts 0 to {count - 1} must be in "
+                    "one group, once, and no group may be empty"
                 )
         if max(len(groups) for groups in given) < 2:
             return "groups: some layer must keep at least 2 experts"
