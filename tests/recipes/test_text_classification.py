@@ -239,8 +239,8 @@ def test_the_ids_of_tokens_are_counted(config: Path) -> None:
             r"start\.run is not given, and start\.conversion\.order=inverse .*set start\.conversion\.order=random$",
         ),
         (["start.run={student}"], r"start\.run=.*its model has experts; name a run with model\.moe_every=0"),
-        (["start.run={absent}"], r"absent"),
-        ([*MOEBERT, "recipe.teacher={absent}"], r"absent"),
+        (["start.run={absent}"], r"start\.run: .*absent.*; name a finished run"),
+        ([*MOEBERT, "recipe.teacher={absent}"], r"recipe\.teacher: .*absent.*; name a finished run"),
         (["start.run={dense}", "data.seed=1"], r"start\.run=.* was trained with data\.seed=0, not 1"),
         (
             [*MOEBERT, "recipe.teacher={dense}", "data.seed=1"],

@@ -25,7 +25,7 @@ from dist_moe.recipes.distillation.teacher import Teacher
 from dist_moe.recipes.identity import check_stem
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.recipe import SupervisedRecipe, weighted_objective
-from dist_moe.recipes.supervised.runs import digest_of_weights, find_weights, rehearsed_model, trained_model
+from dist_moe.recipes.supervised.runs import digest_of_weights, rehearsed_model, trained_model, weights_named_by
 from dist_moe.recipes.supervised.start.bert import check_same_split
 from dist_moe.tasks import Task
 from dist_moe.tasks.labelled_text import TextClassificationTask
@@ -50,7 +50,7 @@ class DistillationRecipe(SupervisedRecipe):
 
     def check(self, config: SupervisedConfig, task: Task) -> None:
         """Raise UserError for a teacher that is not there, of another task or split, or that does not fit."""
-        weights, digests = find_weights(self.teacher), task.digests()
+        weights, digests = weights_named_by("recipe.teacher", self.teacher), task.digests()
         theirs = weights.config
         check_same_split("recipe.teacher", self.teacher, weights, config.data, digests)
         check_stem("recipe.teacher", self.teacher, weights.identity, digests, ("tokenizer",))

@@ -43,7 +43,14 @@ from dist_moe.recipes.stages import RunOfStage, Stage, StagedPlan, StagedRecipe,
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.evaluate import opened_run
 from dist_moe.recipes.supervised.recipe import check_task, checked_feed
-from dist_moe.recipes.supervised.runs import Weights, check_same_data, digest_of_weights, find_weights, rehearsed_model
+from dist_moe.recipes.supervised.runs import (
+    Weights,
+    check_same_data,
+    digest_of_weights,
+    find_weights,
+    rehearsed_model,
+    weights_named_by,
+)
 
 Work = Callable[[StagedPlan, Weights, SupervisedConfig, Stage], RunOfStage]
 """The work of a stage: (plan, weights that it begins with, configuration of supervised training of their model, stage)
@@ -213,10 +220,7 @@ class MergeCompressRecipe(StagedRecipe):
 
 def _weights_of(source: Path) -> Weights:
     """Return the source's weights. Raises UserError, naming the field, if they are not there or not intact."""
-    try:
-        weights = find_weights(source)
-    except UserError as error:
-        raise UserError(f"recipe.source: {error}") from error
+    weights = weights_named_by("recipe.source", source)
     if not isinstance(weights.config, SupervisedConfig):
         name = weights.config.recipe.name
         raise UserError(f"recipe.source={source} is a run of recipe.name={name}, which has no single model to compress")

@@ -73,6 +73,14 @@ def find_weights(path: Path) -> Weights:
     return Weights(read_model(found), load_config((result if result.config.is_file() else run).config))
 
 
+def weights_named_by(field: str, path: Path) -> Weights:
+    """Return what :func:`find_weights` does. Raises UserError, which names the configuration's ``field``."""
+    try:
+        return find_weights(path)
+    except UserError as error:
+        raise UserError(f"{field}: {error}; name a finished run, or a checkpoint in one") from error
+
+
 def result_of(run: RunDirectory) -> RunDirectory:
     """Return the directory that holds the result of a run: its own, or that of a stage of its recipe.
 

@@ -19,7 +19,7 @@ from dist_moe.models.bert import read_hugging_face
 from dist_moe.models.conversion import BertConversionConfig, convert_bert, neuron_importance, place_converted
 from dist_moe.parallel import SingleWorld, sum_over_ranks
 from dist_moe.recipes.identity import check_stem
-from dist_moe.recipes.supervised.runs import Weights, find_weights, rehearsed_model, trained_model
+from dist_moe.recipes.supervised.runs import Weights, rehearsed_model, trained_model, weights_named_by
 from dist_moe.recipes.supervised.start.settings import StartSettings
 from dist_moe.tasks import Task
 from dist_moe.tasks.labelled_text import LabelledTextTask
@@ -91,7 +91,7 @@ def check_start(start: BertStart, model: BertConfig, data: Any, digests: Mapping
     ``digests``: of the task.
     """
     if start.run is not None:
-        weights = find_weights(start.run)
+        weights = weights_named_by("start.run", start.run)
         if weights.config.model.num_moe_layers:
             raise UserError(f"start.run={start.run}: its model has experts; name a run with model.moe_every=0")
         if getattr(weights.config.data, "name", None) == data.name:

@@ -20,7 +20,7 @@ from dist_moe.models.conversion import DecoderConversionConfig
 from dist_moe.models.conversion.decoder import conversion_errors, convert_decoder
 from dist_moe.parallel import SingleWorld
 from dist_moe.recipes.identity import check_stem
-from dist_moe.recipes.supervised.runs import Weights, find_weights
+from dist_moe.recipes.supervised.runs import Weights, weights_named_by
 from dist_moe.recipes.supervised.start.settings import StartSettings
 from dist_moe.tasks import Task
 from dist_moe.tasks.language import LanguageModelTask
@@ -56,7 +56,7 @@ class DecoderStart(StartSettings):
 
 def check_decoder_start(start: DecoderStart, model: TransformerConfig, data: Text) -> None:
     """Raises `UserError` for a run from which ``model`` cannot begin on ``data``, before any process group exists."""
-    weights = find_weights(start.run)
+    weights = weights_named_by("start.run", start.run)
     theirs = _decoder_of(start, weights.config)
     _check_text(start, weights, data)
     if not theirs.moe_every:
@@ -76,7 +76,7 @@ def fill_from_run(model: Transformer, start: DecoderStart, id_counts: Tensor | N
 
     ``id_counts``: of the data, for gates that route by them. Raises `UserError` for weights that do not fit.
     """
-    weights = find_weights(start.run)
+    weights = weights_named_by("start.run", start.run)
     theirs = _decoder_of(start, weights.config)
     with torch.random.fork_rng(devices=[]):  # what a run draws does not depend on what it starts from
         run = RunShape(SingleWorld(), 1, GateContext(id_counts, 1))
