@@ -170,7 +170,6 @@ MOVED = "model.permutation={epochs: 0.1, schedule: hot}"
 
 def faulty_cases() -> list[Case]:
     """Return the runs with a fault."""
-    search = [Case("paper's temperatures", "ratings", "COMET", n, SEARCH, None, False, (STILL,)) for n in range(3)]
     return [
         *(planted("alike", case) for case in _in_turn("tokens made alike", "collapse", ALIKE, 20, 71)),
         *(planted("turned", case) for case in _in_turn("balance loss turned", "collapse", TURNED, 20, 51)),
@@ -179,11 +178,8 @@ def faulty_cases() -> list[Case]:
             planted("confined", case, slots=SLOTS[case.task])
             for case in _in_turn("few slots left", "loss of balance", CONFINED, 4, 101)
         ),
-        *(
-            Case("nothing planted", *ALONE[seed % len(ALONE)], seed, "collapse", None, False)
-            for seed in range(len(ALONE))
-        ),
-        *search,
+        *(Case("nothing planted", *place, seed, "collapse", None, False) for seed, place in enumerate(ALONE)),
+        *(Case("paper's temperatures", "ratings", "COMET", n, SEARCH, None, False, (STILL,)) for n in range(3)),
     ]
 
 

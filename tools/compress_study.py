@@ -227,7 +227,7 @@ def row_of(cell: Cell, seed: int, options: argparse.Namespace) -> Row:
         return Row(**quality)
     if not measured.is_file():
         source = run_directory(Cell(cell.base, 1.0, "as trained", False), seed, options)
-        task = task_of(cell.base, source)
+        task = task_of(source)
         model, base = (trained_model(path, task, SingleWorld()) for path in (directory, source))
         numbers = {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -239,8 +239,8 @@ def row_of(cell: Cell, seed: int, options: argparse.Namespace) -> Row:
 
 
 @cache
-def task_of(base: str, source: Path) -> Task:
-    """Return the data of a base model, the same for all seeds; ``source``: a run on them."""
+def task_of(source: Path) -> Task:
+    """Return the data that a base model was trained on, which its cells share."""
     return find_weights(source).config.data.open(progress=False)
 
 

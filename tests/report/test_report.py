@@ -225,6 +225,12 @@ def test_the_command_can_be_typed_again(tmp_path: Path) -> None:
     assert shlex.split(html.unescape(typed)) == words
 
 
+def test_a_missing_transformers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it fails then
+    with pytest.raises(UserError, match="pip install transformers"):
+        atlas_of_hugging_face(tmp_path, [])
+
+
 def test_a_transformers_mixture(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = byte_level()
@@ -275,9 +281,3 @@ def test_in_a_browser_nothing_is_wider_than_the_page(run: Path, tmp_path: Path, 
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     (seen,) = re.findall(r'data-wide="(\d+)"', dom)
     assert int(seen) <= inner
-
-
-def test_a_missing_transformers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it fails then
-    with pytest.raises(UserError, match="pip install transformers"):
-        atlas_of_hugging_face(tmp_path, [])
