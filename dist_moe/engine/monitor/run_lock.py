@@ -17,6 +17,7 @@ import fcntl
 import os
 import random
 import re
+import shlex
 import sys
 import tempfile
 import threading
@@ -30,7 +31,7 @@ from pathlib import Path
 
 from dist_moe.config.files import json_line, parse_json
 from dist_moe.engine.health.heartbeats import Process
-from dist_moe.engine.launch.environment import LaunchEnvironment
+from dist_moe.engine.launch.environment import LaunchEnvironment, typed_command
 from dist_moe.engine.monitor.run_directory import RunDirectory
 from dist_moe.errors import UserError
 
@@ -232,7 +233,7 @@ def _claim(root: Path, dead: list[_Found], made: list[Path]) -> RunLock | None:
         return None
     try:
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        holder = Holder(Process.this(), since, " ".join(sys.argv), _boot(), _flock(descriptor))
+        holder = Holder(Process.this(), since, shlex.join(typed_command()), _boot(), _flock(descriptor))
         try:
             _write(descriptor, holder)
         except OSError as error:  # a full disk stops no job that others see by its flock
