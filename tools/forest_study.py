@@ -11,10 +11,12 @@ trained again; the command can be stopped and given again.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from matplotlib.figure import Figure
 from dist_moe.config.files import read_json
 from dist_moe.recipes.branch_train_merge.evaluate import HELD_OUT, REPORT, TRAINED_ON
 from dist_moe.recipes.branch_train_merge.forest import FOLDER
+from dist_moe.recipes.recipe import load_config
 from tools.studies import (
     StudyRun,
     beside,
@@ -39,11 +42,23 @@ from tools.studies import (
 )
 
 EIGHT = "[news, hobbies, lore, belles_lettres, government, learned, fiction, romance]"
-BTX = "{name: btx, gate: {name: top_k, k: 2}}, {name: btx, gate: {name: comet, k: 2, max_active: 2, gamma: 1.0}}"
+GATES = ("{name: top_k, k: 2}", "{name: comet, k: 2, max_active: 2, gamma: 1.0}")
+SHARES = (0.1, 0.5)
+"""Of the forest's tokens, on which a mixture is trained further; the rate rises for a tenth of them, then falls."""
 PLAIN = (
     "ensemble, {name: ensemble, prior: cached}, {name: ensemble, prior: cached, top_k: 2}, average, "
     "{name: average, weights: cached}"
 )
+
+
+def _mixtures(steps: int) -> str:
+    """Return the mixtures of a forest of so many steps."""
+    mixtures = []
+    for gate, share in product(GATES, SHARES):
+        rate = {"warmup_max_lr": 3e-3, "warmup_num_steps": max(1, round(share * steps / 10)), "warmup_type": "linear"}
+        schedule = {"type": "WarmupDecayLR", "params": rate | {"total_num_steps": round(share * steps)}}
+        mixtures.append(f"{{name: btx, gate: {gate}, share: {share}, scheduler: {json.dumps(schedule)}}}")
+    return ", ".join(mixtures)
 
 
 def _clustered(count: int) -> tuple[str, ...]:
@@ -60,7 +75,7 @@ def _random(count: int) -> tuple[str, ...]:
 
 
 RUNS: dict[str, tuple[str, ...]] = {
-    "domains": ("recipe.twin=true", f"recipe.merge=[{PLAIN}, {BTX}]"),
+    "domains": ("recipe.twin=true", f"recipe.merge=[{PLAIN}, MIXTURES]"),
     "random 8": _random(8),
     "clusters 8": _clustered(8),
     "clusters 4": _clustered(4),
@@ -77,7 +92,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "model.permutation=null",
     ),
 }
-"""Overrides of the configuration; all of them see the same tokens, BTX a tenth more."""
+"""Overrides of the configuration; all of them see the same tokens, BTX more, for which MIXTURES stands."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,9 @@ ARMS = (
     Arm("c-BTM, 4 clusters", "clusters 4", "clusters"),
     Arm("4 random shares, ensemble", "random 4", "ensemble"),
     Arm("BTX, Top-2", "domains", "btx top_k"),
-    Arm("BTX, COMET", "domains", "btx comet"),
+    Arm("BTX, Top-2, a half more", "domains", "btx top_k, share 0.5"),
+    Arm("BTX, COMET", "domains", "btx comet, max_active 2"),
+    Arm("BTX, COMET, a half more", "domains", "btx comet, max_active 2, share 0.5"),
     Arm("mixture from scratch, Top-2", "mixture", "seed"),
     *(
         Arm(f"seed share {share} %, ensemble, cached prior", f"seed {share}", "ensemble, prior cached")
@@ -137,7 +154,9 @@ def parse() -> argparse.Namespace:
 
 
 def study_run(name: str, seed: int, options: argparse.Namespace) -> ForestRun:
-    overrides = (*options.overrides, *RUNS[name], f"seed={seed}")
+    steps = load_config(options.config, options.overrides).train.max_steps
+    own = (override.replace("MIXTURES", _mixtures(steps)) for override in RUNS[name])
+    overrides = (*options.overrides, *own, f"seed={seed}")
     return ForestRun(options.runs / directory_name(name, f"seed{seed}"), options.config, overrides)
 
 
@@ -151,10 +170,8 @@ class ForestRun(StudyRun):
 
 
 def bits(arm: Arm, seed: int, domains: str, reports: Reports) -> float:
-    """Return the bits per byte of an arm, whose label the run's begins with."""
-    columns = reports[arm.run, seed]["bits_per_byte"]
-    label = arm.label if arm.label in columns else next(name for name in columns if name.startswith(f"{arm.label},"))
-    return float(columns[label][domains])
+    """Return the bits per byte of an arm."""
+    return float(reports[arm.run, seed]["bits_per_byte"][arm.label][domains])
 
 
 def page(reports: Reports, options: argparse.Namespace) -> str:
@@ -166,7 +183,7 @@ def page(reports: Reports, options: argparse.Namespace) -> str:
         f"In brackets: the mean difference to the line '{DENSE.name}', seed by seed, and its 95 % interval (Student), "
         "* where it does not contain 0. Experts: whole models computed per token. MFLOPs: of the matrix products of a "
         "token's forward pass, experts per token as measured, of the first seed. All lines have seen the same "
-        f"training tokens, BTX a tenth more. {machine()}.",
+        f"training tokens, BTX a tenth more unless a half is said. {machine()}.",
         "",
         EXPECTED,
         "",
@@ -186,8 +203,7 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
 
 def of_arm(arm: Arm, what: str, reports: Reports) -> float:
     """Return a number of an arm in the report on the first seed, by its name there."""
-    found = reports[arm.run, 0][what]
-    return float(next(value for name, value in found.items() if name == arm.label or name.startswith(f"{arm.label},")))
+    return float(reports[arm.run, 0][what][arm.label])
 
 
 def quality_cell(arm: Arm, domains: str, reports: Reports, options: argparse.Namespace) -> str:

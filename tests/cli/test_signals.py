@@ -118,6 +118,27 @@ def test_a_signal_ends_a_process_that_waits_for_a_peer() -> None:
     assert (outcome.code, outcome.err) == (143, "dist-moe: ended by SIGTERM, at once\n")
 
 
+SWALLOWED = """
+import os, signal
+from dist_moe.cli import main
+def as_modules_in_cpp_are_imported(arguments=None):
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    except BaseException:
+        pass
+    {end}
+main.main = as_modules_in_cpp_are_imported
+main.console_script()
+"""
+
+
+@pytest.mark.parametrize("end", ["raise ImportError('cannot load module more than once per process')", "return 2"])
+def test_a_signal_that_a_library_swallows_ends_the_process(end: str) -> None:
+    """Not what comes of it, such as an import that fails when it is tried again."""
+    outcome = finish(start(sys.executable, "-c", SWALLOWED.format(end=end)))
+    assert (outcome.code, outcome.err) == (138, "dist-moe: ended by SIGUSR1\n")
+
+
 @pytest.mark.parametrize(
     ("world_size", "frozen"),
     [(2, False), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(2, True, marks=pytest.mark.slow)],

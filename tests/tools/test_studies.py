@@ -85,6 +85,7 @@ def test_a_table_of_forests(tmp_path: Path) -> None:
     options = argparse.Namespace(only=["domains", "random 8"], seeds=2)
     labels = {"domains": ["twin", "ensemble", "ensemble, prior cached", "ensemble, prior cached, top_k 2", "average"]}
     labels["domains"] += ["average, weights cached", "btx top_k", "btx comet, max_active 2"]
+    labels["domains"] += ["btx top_k, share 0.5", "btx comet, max_active 2, share 0.5"]
     labels["random 8"] = ["ensemble"]
     reports = {
         (run, seed): {

@@ -99,12 +99,17 @@ def stop_requests(request: StopRequest | None = None) -> Iterator[StopRequest]:
 def interruptible() -> Iterator[None]:
     """Raise Interruption at the first signal inside the block, except within :func:`stop_requests`.
 
-    A process that has not left ``GRACE_S`` seconds later, since a C++ function waits for a peer, say, is ended by a
-    thread, and so is one that gets a second Ctrl-C. For the main thread of a process of our own.
+    However the block is left afterwards, Interruption is what leaves it: C++ modules swallow exceptions while they are
+    imported, and what fails in their stead later is a consequence. A process that has not left ``GRACE_S`` seconds
+    later, since a C++ function waits for a peer, say, is ended by a thread, and so is one that gets a second Ctrl-C.
+    For the main thread of a process of our own.
     """
+    raised: Interruption | None = None
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise Interruption(number)
+        nonlocal raised
+        raised = Interruption(number)
+        raise raised
 
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -117,6 +122,8 @@ def interruptible() -> Iterator[None]:
         finally:
             signal.set_wakeup_fd(-1)
             os.close(writing)
+            if raised is not None:
+                raise raised
 
 
 def _forget_watch() -> None:

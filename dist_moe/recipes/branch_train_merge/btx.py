@@ -98,6 +98,9 @@ class BTX(MergeSettings):
     share: float = Field(
         0.1, gt=0, le=1, description="tokens that it is trained on, as a share of those of the whole forest's budget"
     )
+    scheduler: dict[str, Any] | None = Field(
+        None, description="deepspeed.scheduler of its training; null: the forest's, from its beginning on"
+    )
     learns: Literal["all", "gates"] = Field(
         "all", description="what is trained: all parameters, as in the paper, or the gates alone"
     )
@@ -107,8 +110,9 @@ class BTX(MergeSettings):
 
     @property
     def label(self) -> str:
-        """A short name for tables: the gate, and what else differs from the defaults, but for the layout."""
-        changed = {n: value for n, value in changed_fields(self).items() if n not in ("gate", "expert_parallel_size")}
+        """A short name for tables: the gate, and what else differs from the defaults, but for schedule and layout."""
+        unnamed = ("gate", "scheduler", "expert_parallel_size")
+        changed = {name: value for name, value in changed_fields(self).items() if name not in unnamed}
         return label_of(f"btx {self.gate.name}", changed_fields(self.gate) | changed)
 
     @property
@@ -127,11 +131,13 @@ class BTX(MergeSettings):
             "experts": FeedForwardConfig(hidden=config.model.dense_hidden),
         }
         steps, batch = max(1, round(self.share * plan.budget.total)), plan.budget.twin_batch
+        schedule = {} if self.scheduler is None else {"scheduler": self.scheduler}
         return config.model_copy(
             update={
                 "recipe": validate_recipe("supervised"),
                 "model": config.model.model_copy(update=changes),
                 "train": settings_until(config.train, steps, batch),
+                "deepspeed": config.deepspeed | schedule,
                 "parallel": config.parallel.model_copy(update={"expert_parallel_size": self.expert_parallel_size}),
             }
         )

@@ -135,6 +135,7 @@ def fit_model(
         LaterFeed(feed, first_step),
         weighted_objective(config, task, stage.groups),
         settings,
+        deepspeed=config.deepspeed,  # a mixture's may differ from that of the stage's run
         callbacks=callbacks_of(config, validated, None),
         trained=trained,
         keep_model=False,

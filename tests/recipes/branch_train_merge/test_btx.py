@@ -25,7 +25,7 @@ from dist_moe.recipes.recipe import load_config
 from dist_moe.tasks import build_model
 from tests.helpers.commands import dist_moe, succeed
 from tests.helpers.forests import write_forest_config
-from tests.helpers.runs import losses_of
+from tests.helpers.runs import losses_of, records_of
 
 SIZES = {"layers": 4, "dim": 16, "heads": 2, "kv_heads": 1, "dense_hidden": 20}
 VOCABULARY = 30
@@ -38,6 +38,7 @@ WEIGHTS_SUM_TO_ONE: dict[str, dict[str, Any]] = {
     "smoe_dropout": {"schedule_steps": 10},
 }
 BTX_TOP_K = {"name": "btx", "gate": {"name": "top_k", "k": 2, "bias": False}, "share": 0.5}
+SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "warmup_max_lr": 1e-3, "total_num_steps": 6}}
 
 
 def dense(seed: int) -> Transformer:
@@ -142,10 +143,8 @@ def test_one_tensor_of_each_model_is_read_at_a_time() -> None:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four branches of dense decoders, and mixtures of them: of a gate that transformers knows, and of COMET's."""
-    recipe = {
-        "partition": {"name": "random", "branches": 4},
-        "merge": [BTX_TOP_K, {"name": "btx", "gate": {"name": "comet", "k": 2}, "learns": "gates", "share": 0.5}],
-    }
+    comet = {"name": "btx", "gate": {"name": "comet", "k": 2}, "learns": "gates", "share": 0.5, "scheduler": SCHEDULE}
+    recipe = {"partition": {"name": "random", "branches": 4}, "merge": [BTX_TOP_K, comet]}
     model = {"moe_every": 0, "layers": 2}
     train = {"checkpoint_every": 2}
     return write_forest_config(tmp_path_factory.mktemp("btx"), recipe=recipe, model=model, train=train)
@@ -197,6 +196,13 @@ def test_gates_alone_learn_or_all_parameters(run: Path) -> None:
         assert gates
         assert all(not trained[name].equal(dict(fresh.named_parameters())[name]) for name in gates)
         assert len(losses_of(run / "stages" / directory.name)) == 6, "half of the steps of the whole forest"
+
+
+def test_a_schedule_of_its_own_is_what_it_is_trained_by(run: Path) -> None:
+    """Without one the forest's is, which keeps its rate here."""
+    theirs, ours = ([record["lr"] for record in records_of(run / "stages" / directory_of(run, n).name)] for n in (0, 1))
+    assert theirs == [0.003] * 6
+    assert ours == pytest.approx([0, 0, 1e-3, 1e-3, 7.5e-4, 5e-4])
 
 
 def task_of(run: Path) -> Any:
@@ -253,6 +259,7 @@ def test_text_is_written_by_the_mixture(run: Path) -> None:
         (["recipe.merge=[{name: btx, expert_parallel_size: 3}]"], "parallel.expert_parallel_size=3"),
         (["recipe.merge=[{name: btx, moe_every: 3}]"], "moe_every=3 exceeds layers=2"),
         (["recipe.merge=[{name: btx, gate: {name: hash}, learns: gates}]"], "nothing to learn"),
+        (["recipe.merge=[{name: btx, scheduler: {type: Warm}}]"], "deepspeed.scheduler.type=Warm"),
         (["recipe.merge=[btx]", "model.moe_every=1"], "has experts already"),
     ],
 )
