@@ -11,7 +11,6 @@ trained again; the command can be stopped and given again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,9 +54,10 @@ def _mixtures(steps: int) -> str:
     """Return the mixtures of a forest of so many steps."""
     mixtures = []
     for gate, share in product(GATES, SHARES):
-        rate = {"warmup_max_lr": 3e-3, "warmup_num_steps": max(1, round(share * steps / 10)), "warmup_type": "linear"}
-        schedule = {"type": "WarmupDecayLR", "params": rate | {"total_num_steps": round(share * steps)}}
-        mixtures.append(f"{{name: btx, gate: {gate}, share: {share}, scheduler: {json.dumps(schedule)}}}")
+        rising, whole = max(1, round(share * steps / 10)), round(share * steps)
+        rate = f"warmup_max_lr: 3.0e-3, warmup_num_steps: {rising}, warmup_type: linear, total_num_steps: {whole}"
+        schedule = f"{{type: WarmupDecayLR, params: {{{rate}}}}}"
+        mixtures.append(f"{{name: btx, gate: {gate}, share: {share}, scheduler: {schedule}}}")
     return ", ".join(mixtures)
 
 
