@@ -14,6 +14,7 @@ from dist_moe.gates import (
     Gate,
     HashRouting,
     NullSlots,
+    ReLU,
     SMoEDropout,
     Softmax,
     TopK,
@@ -74,6 +75,16 @@ def smoe_dropout(n: int, k: int, _: float) -> Gate:
     return gate
 
 
+def relu(train: bool = True, **options: Any) -> Maker:
+    def make(n: int, k: int, _: float) -> Gate:
+        gate = ReLU(DIM, n, k, l1_weight=0.1, **options).double().train(train)
+        torch.nn.init.normal_(gate.weight)
+        gate.l1_steps += 5
+        return gate
+
+    return make
+
+
 def with_nulls(inner: Maker, nulls: int = 3) -> Maker:
     return lambda n, k, hardness: NullSlots(inner(n + nulls, k, hardness), nulls, 0.4)
 
@@ -104,6 +115,9 @@ VARIANTS: dict[str, Maker] = {
     "dselect_k_split_slots": dselect_k(split_slots=True),
     "softmax": softmax,
     "smoe_dropout": smoe_dropout,
+    "relu": relu(),
+    "relu_unbalanced": relu(balance=False),
+    "relu_evaluation": relu(train=False),
     "ada_moe": with_nulls(top_k()),
     "null_top_k_losses": with_nulls(top_k(balance_weight=0.2, scores="sigmoid")),
     "null_comet": with_nulls(comet()),
@@ -151,10 +165,10 @@ def assert_well_formed(route: Route, gate: Gate, num_tokens: int) -> None:
 
 
 def rows_sum_to_one(gate: Gate) -> bool:
-    """The documented exceptions: Switch weights, codes that are no expert's, tokens with nulls only."""
+    """The documented exceptions: logits, Switch weights, codes that are no expert's, tokens with nulls only."""
     if isinstance(gate, DSelectK):
         return gate.num_experts == 2**gate.num_bits
-    return not isinstance(gate, NullSlots) and not (isinstance(gate, TopK) and gate.scores == "softmax_before")
+    return not isinstance(gate, NullSlots | ReLU) and not (isinstance(gate, TopK) and gate.scores == "softmax_before")
 
 
 def check_against_naive(gate: Gate, x_TD: Tensor, seed: int = 3) -> Route:

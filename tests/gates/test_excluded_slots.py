@@ -77,7 +77,9 @@ def test_allowing_every_slot_changes_no_bit(variant: str, n: int) -> None:
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("variant", ["comet", "top_k", "hash", "dselect_k", "softmax", "smoe_dropout", "ada_moe"])
+@pytest.mark.parametrize(
+    "variant", ["comet", "top_k", "hash", "dselect_k", "softmax", "smoe_dropout", "relu", "ada_moe"]
+)
 def test_the_mask_is_in_the_checkpoint(variant: str) -> None:
     trained, fresh = restricted(variant, 6, 2, HALF, [0, 4]), restricted(variant, 6, 2, HALF, [1, 2, 3])
     fresh.load_state_dict(trained.state_dict())

@@ -11,7 +11,7 @@ from tests.gates.cases import DIM, UNSATURATED, build
 
 TOKENS = 24
 IDS_T = torch.arange(TOKENS) % 5
-TRAINED = ["comet_balance", "comet_lazy", "top_k_losses", "top_k_sigmoid", "dselect_k", "softmax", "ada_moe"]
+TRAINED = ["comet_balance", "comet_lazy", "top_k_losses", "top_k_sigmoid", "dselect_k", "softmax", "relu", "ada_moe"]
 VARIANTS = [*TRAINED, "smoe_dropout", "hash"]
 
 

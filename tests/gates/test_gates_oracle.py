@@ -18,7 +18,7 @@ from tests.gates.cases import (
 )
 from tests.helpers.oracle import assert_all_same, assert_same
 
-PLAIN = ("comet", "top_k", "dselect_k", "hash", "softmax", "smoe_dropout", "ada_moe")
+PLAIN = ("comet", "top_k", "dselect_k", "hash", "softmax", "smoe_dropout", "relu", "ada_moe")
 HARDNESSES = (UNSATURATED, HALF, SATURATED)
 
 
@@ -61,7 +61,7 @@ def test_tokens_of_zeros_and_equal_experts(variant: str) -> None:
     check_against_naive(gate, tokens(3).detach().mul(torch.tensor([[0.0], [1.0], [2.0]])).requires_grad_())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.startswith("relu")])  # logits are unbounded
 @pytest.mark.parametrize("n", [4, 7])
 @pytest.mark.parametrize("hardness", [HALF, SATURATED])
 def test_rows_lie_in_the_simplex(variant: str, n: int, hardness: float) -> None:

@@ -55,6 +55,7 @@ def test_losses_weighted_by_the_ranks_shares_are_the_loss_of_the_whole_batch(var
         ("comet_balance", "split_balance"),
         ("comet_lazy", "split_balance"),
         ("top_k_losses", "load_balance"),
+        ("relu", "l1"),
         ("ada_moe", "null_balance"),
         ("null_top_k_losses", "load_balance"),
     ],

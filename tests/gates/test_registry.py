@@ -21,7 +21,7 @@ from dist_moe.gates import (
     TopKConfig,
 )
 
-NAMES = {"ada_moe", "comet", "dselect_k", "hash", "smoe_dropout", "softmax", "top_k"}
+NAMES = {"ada_moe", "comet", "dselect_k", "hash", "relu", "smoe_dropout", "softmax", "top_k"}
 CONTEXT = GateContext(id_counts=torch.ones(9), total_steps=10)
 
 

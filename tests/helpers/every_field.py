@@ -104,6 +104,7 @@ def write_bases(root: Path) -> dict[str, dict[str, Any]]:
         "dselect_k": recommender({"name": "dselect_k"}),
         "hash": recommender({"name": "hash"}),
         "ada_moe": recommender({"name": "ada_moe"}),
+        "relu": recommender({"name": "relu"}),
         "smoe_dropout": recommender({"name": "smoe_dropout"}),
         "softmax": recommender({"name": "softmax"}, model={"low_rank": {"rank": 2, "rows": [{"weight": 3}]}}),
         "images": run(images, {"experts": {"channels": [2, 3], "units": [6, 5]}, "head_units": [7]}),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.experts import DenseReLUBank
-from dist_moe.gates import Comet, DSelectK, Gate, HashRouting, NullSlots, SMoEDropout, Softmax, TopK
+from dist_moe.gates import Comet, DSelectK, Gate, HashRouting, NullSlots, ReLU, SMoEDropout, Softmax, TopK
 
 
 def naive_smooth_step(t: Tensor, gamma: float) -> Tensor:
@@ -244,6 +244,20 @@ def _linear_branches(gate: Softmax | SMoEDropout, x_TD: Tensor) -> Tensor:
     return _stacked([row.unsqueeze(0) for row in rows], x_TD, 1, gate.num_experts)
 
 
+def _relu_branches(gate: ReLU, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    allowed, rows = naive_allowed(gate), []
+    for x_D in x_TD:
+        logits = [w_D @ x_D for w_D in gate.weight]
+        rows.append([logit * float(open_ and logit > 0) for logit, open_ in zip(logits, allowed, strict=True)])
+    loss, tokens = x_TD.new_zeros(()), max(len(rows), 1)
+    for expert in range(gate.num_experts):
+        weights = [row[expert] for row in rows]
+        busy = sum(1 for weight in weights if weight > 0) * sum(allowed) / (gate.k * tokens) if gate.balance else 1.0
+        loss = loss + busy * sum(weights, x_TD.new_zeros(())) / tokens
+    aux = {"l1": min(gate.first_l1_weight * 1.2 ** int(gate.l1_steps), 1.0) * loss} if gate.training else {}
+    return _stacked([torch.stack(row).unsqueeze(0) for row in rows], x_TD, 1, gate.num_experts), aux
+
+
 def _null_branches(gate: NullSlots, x_TD: Tensor, ids_T: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     inner, num_slots = gate.gate, gate.num_experts + gate.null_slots
     if isinstance(inner, TopK):
@@ -287,6 +301,8 @@ def _branches(gate: Gate, x_TD: Tensor, ids_T: Tensor | None) -> tuple[Tensor, d
         return _null_branches(gate, x_TD, ids_T)
     if isinstance(gate, HashRouting):
         return _hash_branches(gate, x_TD, ids_T), {}
+    if isinstance(gate, ReLU):
+        return _relu_branches(gate, x_TD)
     assert isinstance(gate, Softmax | SMoEDropout)
     return _linear_branches(gate, x_TD), {}
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.gates import GATES, AdaMoEConfig, CometConfig, HashRoutingConfig, SMoEDropoutConfig, TopKConfig
+from dist_moe.gates import (
+    GATES,
+    AdaMoEConfig,
+    CometConfig,
+    HashRoutingConfig,
+    ReLUConfig,
+    SMoEDropoutConfig,
+    TopKConfig,
+)
 from dist_moe.models import RunShape, Transformer, TransformerConfig
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
 from dist_moe.search import PermutationSearchConfig, SlotTable
@@ -32,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "merged and pruned": {"gate": TOP_K, "layers": 4, "experts_by_layer": (2, 4), "slot_masks": True},
     "ada_moe": {"gate": AdaMoEConfig(k=2, null_slots=3, balance_weight=0.1)},
     "hash": {"gate": HashRoutingConfig(assignment="balanced")},
+    "relu": {"gate": ReLUConfig(k=2, l1_weight=0.1)},
     "smoe_dropout": {"gate": SMoEDropoutConfig(k_min=1, k_max=4)},
 }
 

@@ -20,6 +20,7 @@ EACH_GATE: dict[str, dict[str, Any]] = {
     "dselect_k": {"name": "dselect_k", "k": 2},
     "hash": {"name": "hash"},
     "hash-balanced": {"name": "hash", "assignment": "balanced"},
+    "relu": {"name": "relu", "k": 2, "l1_weight": 0.1},
     "smoe_dropout": {"name": "smoe_dropout", "k_min": 1, "k_max": 4},
     "softmax": {"name": "softmax"},
     "top_k": {"name": "top_k", "k": 2, "balance_weight": 0.1, "z_loss_weight": 0.01},
@@ -28,6 +29,7 @@ EACH_GATE: dict[str, dict[str, Any]] = {
 AUX = {
     "ada_moe": ["null_balance"],
     "comet": ["entropy", "split_balance"],
+    "relu": ["l1"],
     "top_k": ["load_balance", "z_loss"],
 }
 COMET = {"name": "comet", "k": 2, "gamma": 0.3, "entropy_weight": 0.05}

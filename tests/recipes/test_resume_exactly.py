@@ -26,6 +26,7 @@ CASES: dict[str, list[str]] = {
     "comet, permutation, then swaps": ["model.permutation.epochs=0.1", SEARCH, ASSIGNMENT],
     "comet, swaps while its trees harden": [WINDOW],
     "top_k, bias": ["model.gate={name: top_k, k: 2, balance_weight: 0.01, bias_update_rate: 0.05}"],
+    "relu": ["model.gate={name: relu, k: 1, l1_weight: 0.01}"],
     "smoe_dropout, accumulation": ["model.gate={name: smoe_dropout}", "deepspeed.gradient_accumulation_steps=2"],
 }
 

@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dselect_k": {"gate": EACH_GATE["dselect_k"], **NETWORK},
     "hash, balanced": {"gate": HashRoutingConfig(assignment="balanced")},
     "hash, random": {"gate": HashRoutingConfig(seed=3)},
+    "relu": {"gate": EACH_GATE["relu"]},
     "smoe_dropout": {"gate": EACH_GATE["smoe_dropout"]},
     "softmax": {"gate": EACH_GATE["softmax"], "expert_hidden": 5},
     "top_k": {"gate": TopKConfig(k=2, bias_update_rate=0.1), "auxiliary_head": "linear"},

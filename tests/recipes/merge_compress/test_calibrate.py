@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.experts import FeedForwardBank
-from dist_moe.gates import CometConfig, Gate, GateContext, NullSlots, SMoEDropout, Softmax, TopK
+from dist_moe.gates import CometConfig, Gate, GateContext, NullSlots, ReLU, SMoEDropout, Softmax, TopK
 from dist_moe.layer import MoE
 from dist_moe.recipes.merge_compress import calibrate
 from dist_moe.recipes.merge_compress.calibrate import LayerSums
@@ -23,6 +23,7 @@ TABLE = [2, 0, 1, 0, 2]
 GATES: dict[str, Callable[[], Gate]] = {
     "top_k": lambda: TopK(DIM, SLOTS, scores="softmax_before"),
     "softmax": lambda: Softmax(DIM, SLOTS),
+    "relu": lambda: ReLU(DIM, SLOTS),
     "smoe_dropout": lambda: SMoEDropout(DIM, SLOTS, 2, 3, 10),
     "ada_moe": lambda: NullSlots(TopK(DIM, SLOTS + 3, 3), 3),
     "comet": lambda: CometConfig(k=2, gamma=1.0).build(DIM, SLOTS, GateContext()),
@@ -69,6 +70,8 @@ def test_statistics_equal_a_loop(gate: str, num_gates: int, monkeypatch: pytest.
             if isinstance(each, TopK | Softmax | SMoEDropout):
                 assert each.bias is not None
                 score_S = torch.stack([each.weight[s] @ x_D + each.bias[s] for s in range(SLOTS)])
+            elif isinstance(each, ReLU):
+                score_S = torch.stack([each.weight[s] @ x_D for s in range(SLOTS)])
             elif isinstance(each, NullSlots):
                 assert isinstance(each.gate, TopK)
                 assert each.gate.bias is not None
