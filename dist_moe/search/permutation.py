@@ -214,7 +214,7 @@ class PermutationSearch(SlotTable):
         self.table.copy_(agree_on_tables(self.relaxed.detach() if self.rounds_relaxed else self.soft))
 
     def forward(self) -> tuple[Sequence[SlotMap], dict[str, Tensor]]:
-        """Return one slot map per gate, soft while training learns it, and the entropy term."""
+        """Return one slot map per gate, soft while training learns it, and the entropy term; a control has none."""
         if self._softly:
             return self.for_gates([SoftPermutation(matrix_KEE) for matrix_KEE in self.soft]), {}
         if not (self.training and self.learning):
@@ -227,7 +227,8 @@ class PermutationSearch(SlotTable):
             soft = self.soft_matrix() if self._ahead is None else self._ahead
             self._ahead = None  # its graph serves one backward pass
             self.soft.copy_(soft.detach())
-            aux = {"permutation": self.entropy_weight * permutation_entropy(soft)}
+            learnt = self.control is None  # in every step alike, as each step's losses have the same names
+            aux = {"permutation": self.entropy_weight * permutation_entropy(soft)} if learnt else {}
         if self.straight_through:
             maps = zip(soft, self.hard_maps(), strict=True)
             return self.for_gates([StraightThroughPermutation(*matrix_and_map) for matrix_and_map in maps]), aux
