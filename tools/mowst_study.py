@@ -42,7 +42,7 @@ from tools.studies import (
     write_report,
 )
 
-OFFICIAL, RANDOM = "official", "random"
+SPLITS = RANDOM, OFFICIAL = "random", "official"
 TUNING_SEED = 1000
 RATES, DROPOUTS = (0.1, 0.01, 0.001), (0.1, 0.2, 0.3, 0.4, 0.5)
 STRONG = ("gcn", "graphsage", "gin")
@@ -180,8 +180,7 @@ def draws(count: int) -> list[tuple[float, float]]:
 def main() -> None:
     options = parse()
     study = Study(options)
-    splits = [RANDOM, OFFICIAL] if options.official else [RANDOM]
-    places = [Place(graph, split, root=options.root) for graph in options.graphs for split in splits]
+    places = [Place(graph, split, root=options.root) for graph in options.graphs for split in options.splits]
     rewired = [replace(places[0], rewired=share) for share in options.rewired]
     cells = [(place, name) for place in places for name in options.variants]
     cells += [(place, name) for place in rewired for name in REWIRED_VARIANTS if name in options.variants]
@@ -198,7 +197,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rewired", nargs="*", type=float, default=[0.25, 0.5, 0.75], metavar="SHARE")
     parser.add_argument("--large-seeds", type=int, default=3, help="seeds on wordnet")
     parser.add_argument("--draws", type=int, default=4, help="of learning rate and dropout")
-    parser.add_argument("--official", action=argparse.BooleanOptionalAction, default=True, help="official splits, too")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), metavar="KIND")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all runs alike")
     options = parser.parse_args()
     options.overrides = tuple(options.overrides)
