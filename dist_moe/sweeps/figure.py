@@ -50,7 +50,9 @@ def draw_differences(path: Path, title: str, differences: Differences) -> None:
     if not differences:
         return
     names, metrics = list(differences), list(next(iter(differences.values())))
-    figure = Figure(figsize=(2.2 + 2.6 * len(metrics), 1.4 + 0.35 * len(names)), layout="constrained")
+    beside = 0.5 + 0.085 * max(map(len, names))  # inches that names take, left of the panels
+    width = max(beside + 2.6 * len(metrics), 6.0)  # six for the title
+    figure = Figure(figsize=(width, 1.6 + 0.35 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         axes.axvline(0, color="black", linewidth=0.8)
@@ -65,7 +67,7 @@ def draw_differences(path: Path, title: str, differences: Differences) -> None:
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    figure.suptitle(f"{title} (test, paired by seed, {100 * LEVEL:g} % intervals; grey: 0 is within)", fontsize=11)
+    figure.suptitle(f"{title}\ntest, paired by seed, {100 * LEVEL:g} % intervals; grey: 0 is within", fontsize=10)
     FigureCanvasAgg(figure).print_figure(path, dpi=DOTS_PER_INCH)
 
 
