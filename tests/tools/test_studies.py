@@ -170,7 +170,8 @@ def test_mowst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_cora(tmp_path / "here", tiny_graph(nodes=1600, edges=3000))
     variants = ["mlp", "gcn", "Mowst, gcn", "soft mixture of outputs, gcn"]
     command = ["tools/mowst_study.py", "--config", tmp_path / "config.yaml", "--graphs", "cora", "--seeds", 2]
-    command += ["--draws", 2, "--splits", "random", "--rewired", 0.5, "--root", tmp_path / "here", "--variants", *variants]
+    command += ["--draws", 2, "--splits", "random", "--rewired", 0.5, "--root", tmp_path / "here"]
+    command += ["--variants", *variants]
     places = ["--runs", tmp_path / "runs", "--report", tmp_path / "report"]
     outcome = finish(start(sys.executable, *command, *places))
     assert outcome.code == 0, outcome.err
