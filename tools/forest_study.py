@@ -43,7 +43,7 @@ from tools.studies import (
 EIGHT = "[news, hobbies, lore, belles_lettres, government, learned, fiction, romance]"
 GATES = ("{name: top_k, k: 2}", "{name: comet, k: 2, max_active: 2, gamma: 1.0}")
 SHARES = (0.1, 0.5)
-"""Of the forest's tokens, on which a mixture is trained further; the rate rises for a tenth of them, then falls."""
+"""Shares of the forest's tokens on which a mixture is trained further; the rate rises for a tenth of it, then falls."""
 PLAIN = (
     "ensemble, {name: ensemble, prior: cached}, {name: ensemble, prior: cached, top_k: 2}, average, "
     "{name: average, weights: cached}"

@@ -54,6 +54,19 @@ def members_of(command_line: str) -> list[int]:
     return found
 
 
+def wait_until_handled(process: subprocess.Popen[str]) -> None:
+    """Until the process has begun and handles our signals: before, nothing can say a sentence.
+
+    Handlers are set in the order of STOP_SIGNALS: with the last one all are there.
+    """
+    status, bit = Path(f"/proc/{process.pid}/status"), 1 << (STOP_SIGNALS[-1] - 1)
+    while process.poll() is None:
+        (caught,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("SigCgt:"))
+        if int(caught, 16) & bit:
+            return
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_wish_is_taken_and_handlers_come_back(number: int) -> None:
     before = [signal.getsignal(one) for one in STOP_SIGNALS]
@@ -85,7 +98,9 @@ def test_signals_before_training_end_with_a_sentence(config: Path, tmp_path: Pat
     """While modules are imported, data prepared or groups opened, whichever it is by then."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
     processes = [start_job(config, tmp_path / str(number)) for number in numbers]
-    time.sleep(1.0)
+    for process in processes:
+        wait_until_handled(process)
+    time.sleep(0.7)
     for process, number in zip(processes, numbers, strict=True):
         process.send_signal(number)
     for process, number in zip(processes, numbers, strict=True):
