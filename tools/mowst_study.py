@@ -185,7 +185,8 @@ def main() -> None:
     cells = [(place, name) for place in places for name in options.variants]
     cells += [(place, name) for place in rewired for name in REWIRED_VARIANTS if name in options.variants]
     study.train(cells)
-    write_report(options.report, page(study, cells), partial(draw_rewired, study, [places[0], *rewired]))
+    draw = partial(draw_rewired, study, [places[0], *rewired]) if rewired else None
+    write_report(options.report, page(study, cells), draw)
 
 
 def parse() -> argparse.Namespace:
@@ -206,7 +207,7 @@ def parse() -> argparse.Namespace:
 
 def page(study: Study, cells: Sequence[tuple[Place, str]]) -> str:
     lines = [
-        "# Mowst",
+        f"# Mowst on {', '.join(study.options.graphs)}",
         "",
         f"`{command_given()}`. Test accuracy in percent, mean ± standard deviation over seeds; Δ: differences to the "
         "strong network alone (of `mlp`: to `gcn`) and to `mlp`, paired by seed, with 95 % intervals. Asked: nodes "
@@ -219,7 +220,8 @@ def page(study: Study, cells: Sequence[tuple[Place, str]]) -> str:
         lines += ["", f"## {place}", ""]
         lines += ["| | accuracy | Δ strong | Δ mlp | asked | by threshold | µs |", f"|{' --- |' * 7}"]
         lines += [line(study, place, name) for at, name in cells if at == place]
-    return "\n".join([*lines, "", "![accuracy over rewired edges](figure.png)", ""])
+    picture = ["", "![accuracy over rewired edges](figure.png)"] if study.options.rewired else []
+    return "\n".join([*lines, *picture, ""])
 
 
 def line(study: Study, place: Place, name: str) -> str:

@@ -126,11 +126,12 @@ def directory_name(*parts: object) -> str:
     return "-".join(str(part).lower().replace(" ", "_").replace("*", "_star") for part in parts)
 
 
-def write_report(directory: Path, page: str, draw: Callable[[Path], None]) -> None:
-    """``table.md``, which is printed too, and ``figure.png``."""
+def write_report(directory: Path, page: str, draw: Callable[[Path], None] | None) -> None:
+    """``table.md``, which is printed too, and ``figure.png`` where something is drawn."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "table.md").write_text(page, encoding="utf-8")
-    draw(directory / "figure.png")
+    if draw is not None:
+        draw(directory / "figure.png")
     print(page)
 
 
