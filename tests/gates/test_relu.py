@@ -6,12 +6,10 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from dist_moe.gates import ReLU
 from dist_moe.parallel import EmulatedWorld, World, sum_over_ranks
 from tests.gates.cases import DIM, tokens
-from tests.helpers.oracle import assert_same
 
 
 def relu(k: int = 2, n: int = 6, l1_weight: float = 1e-8) -> ReLU:
@@ -109,14 +107,3 @@ def test_the_state_is_in_the_checkpoint_and_survives_bf16() -> None:
     gate.l1_steps.fill_(37)
     fresh.load_state_dict(gate.state_dict())
     assert float(fresh.l1_weight) == pytest.approx(1e-8 * 1.2**37)
-
-
-def test_an_expert_comes_and_goes_without_a_jump() -> None:
-    """Of a token that moves across the hyperplane: the mixture is continuous, where Top-k's would jump."""
-    gate = ReLU(2, 2, 1)
-    with torch.no_grad():
-        gate.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    place_T = torch.linspace(-1e-3, 1e-3, 21)
-    dense_TE: Tensor = gate(torch.stack([place_T, torch.ones(21)], dim=1)).dense().detach()
-    assert_same(dense_TE[:, 0], nn.functional.relu(place_T), 1e-9)
-    assert float(dense_TE.diff(dim=0).abs().max()) <= 1.01e-4

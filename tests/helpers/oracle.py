@@ -254,7 +254,7 @@ def _relu_branches(gate: ReLU, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]
         weights = [row[expert] for row in rows]
         busy = sum(1 for weight in weights if weight > 0) * sum(allowed) / (gate.k * tokens) if gate.balance else 1.0
         loss = loss + busy * sum(weights, x_TD.new_zeros(())) / tokens
-    aux = {"l1": min(gate.first_l1_weight * 1.2 ** int(gate.l1_steps), 1.0) * loss} if gate.training else {}
+    aux = {"l1": gate.first_l1_weight * 1.2 ** int(gate.l1_steps) * loss} if gate.training else {}
     return _stacked([torch.stack(row).unsqueeze(0) for row in rows], x_TD, 1, gate.num_experts), aux
 
 
