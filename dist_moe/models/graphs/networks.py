@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -22,9 +23,8 @@ from torch import Tensor, nn
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import LARGEST_DEPTH, Settings, Size
 from dist_moe.errors import UserError
-
-_SPARSE = 4
-"""Entries for one that is not 0, from which on the detour over their places is the shorter way."""
+from dist_moe.models.graphs.sparse import Kept, csr_adjacency, csr_features, csr_pays, dropout, rows_at
+from dist_moe.search.layers import is_held
 
 
 class Hop(Protocol):
@@ -52,13 +52,20 @@ class NodeNetwork(nn.Module, ABC):
     def forward(self, x_ND: Tensor, edge_2E: Tensor | Sample, node_B: Tensor) -> Tensor:
         """Return logits of the nodes."""
 
+    def features(self, x_ND: Tensor) -> Tensor:
+        """Return the features of a graph as the layers take them."""
+        return x_ND
+
     @abstractmethod
     def edges(self, edge_2E: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
         """Return the edges as the layers take them, and numbers of each edge, if any."""
 
     @abstractmethod
     def rows(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
-        """Return logits of all nodes of a graph, or of a part of one, given :meth:`edges` or those within the part."""
+        """Return logits of all nodes of a graph, or of a part of one.
+
+        Given are :meth:`features` and :meth:`edges`, or those within the part.
+        """
 
 
 class NetworkSettings(Settings, ABC):
@@ -90,9 +97,11 @@ NetworkConfig = Annotated[SerializeAsAny[NetworkSettings], NETWORKS]
 class Layers(NodeNetwork):
     """Layers with normalisation, ReLU and dropout between; ``layers`` take the rows, and edges if ``hops``.
 
-    ``weighted``: layers take edges with GCN's weights and self-loops, computed once for a graph.
-    ``skips``: linear maps whose results are added to those of the layers, or none.
+    ``skips``: linear maps whose results are added to those of the layers, or none. What depends on the graph alone is
+    kept for the graph of the last call, and the results with it while the network is held still.
     """
+
+    takes_adjacency = False
 
     def __init__(
         self, settings: NetworkSettings, layers: Sequence[nn.Module], skips: Sequence[nn.Module], hops: int
@@ -104,22 +113,45 @@ class Layers(NodeNetwork):
         self.norms = nn.ModuleList(between(settings.hidden) for _ in layers[1:])
         self.dropout, self.hops = settings.dropout, hops
         self._of_rows = hops == 0 and settings.norm != "batch"
+        self._features, self._edges, self._adjacency, self._results = Kept(), Kept(), Kept(), Kept()
 
     def forward(self, x_ND: Tensor, edge_2E: Tensor | Sample, node_B: Tensor) -> Tensor:
         """Return logits of the nodes; without neighbours and statistics, of their rows alone."""
-        if self._of_rows or (self.hops == 0 and not self.training):
-            return self.rows(x_ND[node_B])
         if not isinstance(edge_2E, Tensor):
-            return self._sampled_rows(x_ND, edge_2E)[node_B]
-        return self.rows(x_ND, *self.edges(edge_2E, len(x_ND)))[node_B]
+            return self.rows(x_ND[node_B]) if self.hops == 0 else self._sampled_rows(x_ND, edge_2E)[node_B]
+        if is_held(self) and not x_ND.requires_grad:
+            weights = [*self.parameters(), *self.buffers()]
+            return self._results.of([x_ND, edge_2E, *weights], partial(self._of_graph, x_ND, edge_2E))[node_B]
+        if self._of_rows or (self.hops == 0 and not self.training):
+            return self.rows(rows_at(self.features(x_ND), node_B))
+        return self._of_graph(x_ND, edge_2E)[node_B]
+
+    def features(self, x_ND: Tensor) -> Tensor:
+        """Return the features of a graph as layers take them, in CSR if that is shorter; computed once for a graph."""
+        return self._features.of([x_ND], partial(csr_features, x_ND))
+
+    def _of_graph(self, x_ND: Tensor, edge_2E: Tensor) -> Tensor:
+        return self.rows(self.features(x_ND), *self.edges(edge_2E, len(x_ND)))
 
     def rows(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
         """Return logits of all rows."""
+        adjacency_NN = None
+        if self.takes_adjacency and csr_pays(x_ND):
+            adjacency_NN = self._adjacency.of(edges, lambda: self.adjacency(len(x_ND), *edges)).to(x_ND.dtype)
         h = x_ND
         for i, layer in enumerate(self.layers):
             h = dropout(h, self.dropout, self.training)
-            h = self._after(i, layer(h, *edges), h)
+            result = layer(h, *edges) if adjacency_NN is None else self.of_adjacency(i, h, adjacency_NN)
+            h = self._after(i, result, h)
         return h
+
+    def adjacency(self, num_nodes: int, edge_2E: Tensor, *numbers: Tensor) -> Tensor:
+        """Return the (N, N) matrix, in CSR, by which a layer sums rows over edges, if it ``takes_adjacency``."""
+        raise NotImplementedError
+
+    def of_adjacency(self, i: int, h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
+        """Return the results of layer ``i`` by that matrix."""
+        raise NotImplementedError
 
     def _sampled_rows(self, x_SD: Tensor, sample: Sample) -> Tensor:
         hops = sample.hops[: self.hops]
@@ -145,21 +177,29 @@ class Layers(NodeNetwork):
 
 
 class WeightedLayers(Layers):
-    """Layers of GCN: their edges carry the weights of the symmetric normalisation, kept for the graph of the last call.
+    """Layers of GCN: their edges carry the weights of the symmetric normalisation.
 
     The weights come from the degrees in the whole graph: a part of it is computed by the weights of its edges, see
     :func:`~dist_moe.models.graphs.weak_strong.logits_of_some`.
     """
 
-    _graph: tuple[Tensor, tuple[Tensor, ...]] | None = None
+    takes_adjacency = True
 
     def edges(self, edge_2E: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
         """Return edges with self-loops, and their weights."""
-        if self._graph is None or self._graph[0] is not edge_2E:
-            from torch_geometric.nn.conv.gcn_conv import gcn_norm
+        from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
-            self._graph = edge_2E, gcn_norm(edge_2E, num_nodes=num_nodes)
-        return self._graph[1]
+        edges: tuple[Tensor, ...] = self._edges.of([edge_2E], lambda: gcn_norm(edge_2E, num_nodes=num_nodes))
+        return edges
+
+    def adjacency(self, num_nodes: int, edge_2E: Tensor, *numbers: Tensor) -> Tensor:
+        """Return the normalised matrix with self-loops."""
+        return csr_adjacency(edge_2E, numbers[0], num_nodes)
+
+    def of_adjacency(self, i: int, h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
+        """Return A (h W) + b."""
+        result: Tensor = self.layers[i](h_ND, adjacency_NN)
+        return result
 
     def of_hop(self, i: int, h_SD: Tensor, hop: Hop, degree_S: Tensor) -> Tensor:
         """Return the results for the targets: weights by degrees in the whole graph, sums scaled up to all edges."""
@@ -172,8 +212,37 @@ class WeightedLayers(Layers):
         return result[: hop.targets]
 
 
+class AveragingLayers(Layers):
+    """Layers of GraphSAGE: means over neighbours."""
+
+    takes_adjacency = True
+
+    def adjacency(self, num_nodes: int, edge_2E: Tensor, *numbers: Tensor) -> Tensor:
+        """Return the matrix of means."""
+        degree_N = torch.bincount(edge_2E[1], minlength=num_nodes)
+        return csr_adjacency(edge_2E, 1.0 / degree_N.double()[edge_2E[1]], num_nodes)
+
+    def of_adjacency(self, i: int, h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
+        """Return (A h) W_l + b + h W_r."""
+        layer: Any = self.layers[i]
+        result: Tensor = layer.lin_l(adjacency_NN @ h_ND) + layer.lin_r(h_ND)
+        return result
+
+
 class SummingLayers(Layers):
-    """Layers of GIN: sums over drawn neighbours are scaled up to all of them."""
+    """Layers of GIN: sums over neighbours, of drawn ones scaled up to all of them."""
+
+    takes_adjacency = True
+
+    def adjacency(self, num_nodes: int, edge_2E: Tensor, *numbers: Tensor) -> Tensor:
+        """Return the matrix of sums."""
+        return csr_adjacency(edge_2E, torch.ones(edge_2E.shape[1]), num_nodes)
+
+    def of_adjacency(self, i: int, h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
+        """Return MLP(h + A h); epsilon is 0."""
+        layer: Any = self.layers[i]
+        result: Tensor = layer.nn(h_ND + adjacency_NN @ h_ND)
+        return result
 
     def of_hop(self, i: int, h_SD: Tensor, hop: Hop, degree_S: Tensor) -> Tensor:
         """Return the results for the targets."""
@@ -182,19 +251,6 @@ class SummingLayers(Layers):
         sum_VD = layer.propagate(hop.edge_2E, x=(h_SD, own_VD), size=(len(h_SD), hop.targets))
         result: Tensor = layer.nn((1 + layer.eps) * own_VD + hop.scale_V.unsqueeze(1).to(h_SD.dtype) * sum_VD)
         return result
-
-
-def dropout(x: Tensor, share: float, training: bool) -> Tensor:
-    """Return ``x`` of any shape after dropout (Srivastava et al. 2014): in training 0 or x / (1 - share), else ``x``.
-
-    Features of nodes are mostly 0, words that a text has not. On a CPU, where drawing is most of a step, numbers are
-    drawn for the others alone: the same distribution by other draws.
-    """
-    if not training or x.requires_grad or x.device.type != "cpu" or torch.count_nonzero(x) > x.numel() / _SPARSE:
-        return F.dropout(x, share, training)
-    flat = x.flatten()
-    index = flat.nonzero().squeeze(1)
-    return torch.zeros_like(flat).scatter_(0, index, F.dropout(flat[index], share)).view_as(x)
 
 
 class MLPConfig(NetworkSettings):
@@ -249,6 +305,8 @@ class GCNConfig(ConvNetworkSettings):
 
 class GraphSAGEConfig(ConvNetworkSettings):
     """Means over neighbours beside a node's own row (Hamilton et al. 2017)."""
+
+    layers_type: ClassVar[type[Layers]] = AveragingLayers
 
     name: Literal["graphsage"] = Field("graphsage", description="which network this is")
 

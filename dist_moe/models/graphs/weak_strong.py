@@ -21,6 +21,7 @@ from dist_moe.models.graphs.networks import (
     NodeNetwork,
     Sample,
 )
+from dist_moe.models.graphs.sparse import rows_at
 from dist_moe.models.moe_model import MoEModel, RunShape
 from dist_moe.models.weak_strong import (
     ConfidenceConfig,
@@ -103,4 +104,6 @@ def logits_of_some(network: NodeNetwork, x_ND: Tensor, edge_2E: Tensor, node_B: 
     near_N, part_2E, place_B, kept_E = k_hop_subgraph(
         node_B, network.hops, edges[0], relabel_nodes=True, num_nodes=len(x_ND)
     )
-    return network.rows(x_ND[near_N], part_2E, *(weight_E[kept_E] for weight_E in edges[1:]))[place_B]
+    return network.rows(
+        rows_at(network.features(x_ND), near_N), part_2E, *(weight_E[kept_E] for weight_E in edges[1:])
+    )[place_B]

@@ -1,7 +1,8 @@
 """Confidence of a weak expert: logits of how far an example is its own.
 
 A confidence is a module ``(weak_BC, features_BD) -> (B,)``: given the weak expert's logits and the features of the
-examples it returns the logit z of C = sigmoid(z). Mowst's own is G(D(p)): the dispersion D of the weak expert's
+examples it returns the logit z of C = sigmoid(z). One whose attribute ``reads_features`` is false is given None for
+them. Mowst's own is G(D(p)): the dispersion D of the weak expert's
 distribution p is 0 at the uniform one and 1 at certainty. To add one: derive from :class:`ConfidenceSettings` and
 register it in ``CONFIDENCES``.
 """
@@ -95,12 +96,13 @@ class DispersionConfidence(nn.Module):
 
     def __init__(self, learned: nn.Module, parts: list[int], *, through: bool, with_features: bool) -> None:
         super().__init__()
-        self.map, self._parts, self._through, self._with_features = learned, parts, through, with_features
+        self.map, self._parts, self._through, self.reads_features = learned, parts, through, with_features
 
-    def forward(self, weak_BC: Tensor, features_BD: Tensor) -> Tensor:
+    def forward(self, weak_BC: Tensor, features_BD: Tensor | None) -> Tensor:
         """Return the logits of the confidence."""
         d_BK = dispersion(weak_BC if self._through else weak_BC.detach())[:, self._parts]
-        given = torch.cat([d_BK, features_BD.to(d_BK.dtype)], dim=1) if self._with_features else d_BK
+        reads = self.reads_features and features_BD is not None
+        given = torch.cat([d_BK, features_BD.to(d_BK.dtype)], dim=1) if reads else d_BK
         z_B: Tensor = self.map(given).squeeze(1)
         return z_B
 

@@ -101,7 +101,7 @@ class WeakStrong(nn.Module):
         ``strong_of``, which returns their logits. Needs evaluation mode.
         """
         weak_BC = self.weak(*inputs)
-        asks_B = self.confidence(weak_BC, self.features(*inputs)).sigmoid() < threshold
+        asks_B = self._confidence_logits(weak_BC, *inputs).sigmoid() < threshold
         class_B = weak_BC.argmax(dim=1)
         if asks_B.any():
             strong_BC = strong_of(asks_B) if strong_of else self.strong(*(x[asks_B] for x in inputs))
@@ -111,6 +111,11 @@ class WeakStrong(nn.Module):
     def mixed(self, weak_BC: Tensor, strong_BC: Tensor, *inputs: Any) -> WeakStrongOutput:
         """Return the output for given logits, fp32 at least."""
         weak_BC, strong_BC = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (weak_BC, strong_BC))
-        z_B = self.confidence(weak_BC, self.features(*inputs))
+        z_B = self._confidence_logits(weak_BC, *inputs)
         mixed = mixed_predictions(z_B, weak_BC, strong_BC)
         return WeakStrongOutput((mixed,), (), weak_BC, strong_BC, z_B, self.mixture)
+
+    def _confidence_logits(self, weak_BC: Tensor, *inputs: Any) -> Tensor:
+        reads = getattr(self.confidence, "reads_features", True)
+        z_B: Tensor = self.confidence(weak_BC, self.features(*inputs) if reads else None)
+        return z_B
