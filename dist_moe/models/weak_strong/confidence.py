@@ -101,9 +101,9 @@ class DispersionConfidence(nn.Module):
     def forward(self, weak_BC: Tensor, features_BD: Tensor | None) -> Tensor:
         """Return the logits of the confidence."""
         d_BK = dispersion(weak_BC if self._through else weak_BC.detach())[:, self._parts]
-        reads = self.reads_features and features_BD is not None
-        given = torch.cat([d_BK, features_BD.to(d_BK.dtype)], dim=1) if reads else d_BK
-        z_B: Tensor = self.map(given).squeeze(1)
+        if self.reads_features and features_BD is not None:
+            d_BK = torch.cat([d_BK, features_BD.to(d_BK.dtype)], dim=1)
+        z_B: Tensor = self.map(d_BK).squeeze(1)
         return z_B
 
 
