@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import shlex
@@ -115,6 +116,7 @@ def out_and_err_of(*arguments: object) -> tuple[str, str]:
 
 def _command(words: list[str], out: Path, err: Path) -> None:
     """The command line in this process, whose output goes to the files."""
+    gc.freeze()  # what was imported stays: else every collection, one for each stage, goes through it
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = ["dist-moe", *words]

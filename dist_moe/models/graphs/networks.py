@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dist_moe.config.registry import Registry
 from dist_moe.config.settings import LARGEST_DEPTH, Settings, Size
 from dist_moe.errors import UserError
-from dist_moe.models.graphs.sparse import Kept, csr_adjacency, csr_features, csr_pays, dropout, rows_at
+from dist_moe.models.graphs.sparse import Kept, csr_adjacency, csr_features, csr_pays, dense_if_filled, dropout, rows_at
 from dist_moe.search.layers import is_held
 
 
@@ -225,6 +225,7 @@ class AveragingLayers(Layers):
     def of_adjacency(self, i: int, h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
         """Return (A h) W_l + b + h W_r."""
         layer: Any = self.layers[i]
+        h_ND = dense_if_filled(h_ND, adjacency_NN)
         result: Tensor = layer.lin_l(adjacency_NN @ h_ND) + layer.lin_r(h_ND)
         return result
 
@@ -241,6 +242,7 @@ class SummingLayers(Layers):
     def of_adjacency(self, i: int, h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
         """Return MLP(h + A h); epsilon is 0."""
         layer: Any = self.layers[i]
+        h_ND = dense_if_filled(h_ND, adjacency_NN)
         result: Tensor = layer.nn(h_ND + adjacency_NN @ h_ND)
         return result
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
-SPARSE = 4
+SPARSE = 8
 """Entries for one that is not 0, from which on the detour over their places is the shorter way."""
 
 
@@ -32,6 +32,14 @@ def csr_features(x_ND: Tensor) -> Tensor:
     if x_ND.requires_grad or not csr_pays(x_ND) or torch.count_nonzero(x_ND) * SPARSE > x_ND.numel():
         return x_ND
     return x_ND.to_sparse_csr()
+
+
+def dense_if_filled(h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
+    """Return CSR features dense, if their sums over edges are no longer mostly 0; else, and others, as they are."""
+    if h_ND.layout != torch.sparse_csr:
+        return h_ND
+    filled = h_ND.values().numel() * (1 + adjacency_NN.values().numel() / len(h_ND))
+    return h_ND.to_dense() if filled * SPARSE > h_ND.numel() else h_ND
 
 
 def rows_at(x_ND: Tensor, node_B: Tensor) -> Tensor:

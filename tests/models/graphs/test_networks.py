@@ -122,12 +122,13 @@ def test_without_torch_geometric_the_extra_is_named(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("fields", [{}, {"norm": "batch"}], ids=str)
-def test_features_that_are_mostly_0_against_a_loop(name: str, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("density", "fields"), [(0.02, {}), (0.1, {"norm": "batch"})], ids=str)
+def test_features_that_are_mostly_0_against_a_loop(name: str, density: float, fields: dict[str, Any]) -> None:
+    """With the larger density their sums over neighbours are no longer mostly 0."""
     network: Any = built(name, **fields) if name == "mlp" else built(name, skip=True, **fields)
     x_ND, edge_2E = graph()
     torch.manual_seed(2)
-    x_ND = torch.where(torch.rand(x_ND.shape) < 0.15, torch.rand(x_ND.shape).double(), 0.0)
+    x_ND = torch.where(torch.rand(x_ND.shape) < density, torch.rand(x_ND.shape).double(), 0.0)
     if name in ("graphsage", "gin"):  # loops and doubled edges, for which the other two have rules of their own
         edge_2E = torch.cat([edge_2E, edge_2E[:, :3], torch.tensor([[4], [4]])], dim=1)
     assert network.features(x_ND).layout == torch.sparse_csr
@@ -141,7 +142,7 @@ def test_features_that_are_mostly_0_against_a_loop(name: str, fields: dict[str, 
     assert torch.allclose(given, h[node_B], atol=1e-10)
     expected = torch.autograd.grad(h[node_B].square().sum(), parameters)
     for ours, theirs in zip(grads, expected, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-9)
+        assert torch.allclose(ours, theirs, atol=1e-7 if name == "gcn" else 1e-9)  # PyG's weights of edges are fp32
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,7 +193,7 @@ def test_dropout_of_features(density: float) -> None:
     torch.manual_seed(1)
     x_ND = torch.where(torch.rand(200, 300) < density, torch.rand(200, 300) + 1, 0.0)
     given_ND, share, there = csr_features(x_ND), 0.3, int((x_ND != 0).sum())
-    assert (given_ND.layout == torch.sparse_csr) == (density < 0.25)
+    assert (given_ND.layout == torch.sparse_csr) == (density < 0.125)
     y_ND = dropout(given_ND, share, training=True).to_dense()
     kept_ND = y_ND != 0
     assert torch.equal(given_ND.to_dense(), x_ND)
