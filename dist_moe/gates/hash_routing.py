@@ -6,7 +6,7 @@ comparison ("Hash-r") the id is the user's and the expert of each id is drawn un
 
 from __future__ import annotations
 
-import heapq
+import random
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -31,13 +31,13 @@ class HashRoutingConfig(GateSettings):
     name: Literal["hash"] = "hash"
     assignment: Assignment = Field(
         "random",
-        description="random: each id a uniformly drawn expert; balanced: frequent ids first, each to the expert "
-        "with the smallest load so far",
+        description="random: each id a uniformly drawn expert; balanced: frequent ids first, each drawn among the "
+        "experts that are hardly fuller than the emptiest",
     )
-    seed: int = Field(0, ge=0, description="seed of the random assignment, the same for every task's gate")
+    seed: int = Field(0, ge=0, description="seed of the assignment, the same for every task's gate")
 
     def of_layer(self, layer: int) -> Self:
-        """Return the settings with a seed of the layer's own, so that every layer draws another random table."""
+        """Return the settings with a seed of the layer's own, so that every layer draws another table."""
         return self.model_copy(update={"seed": self.seed + SEEDS_APART * layer})
 
     def experts_per_token(self, num_experts: int) -> int:
@@ -54,9 +54,8 @@ class HashRoutingConfig(GateSettings):
 class HashRouting(Gate):
     """``table`` (ids,) int64, in the checkpoint: the expert of each id. No parameters.
 
-    ``id_counts``: (ids,) how often each id occurs in the training data. "balanced" deals the ids out
-    in order of falling frequency (ties: the lower id), each to the least loaded expert (ties: the
-    lower expert). :meth:`allow` deals the ids of excluded slots out to the others, in turn.
+    ``id_counts``: (ids,) how often each id occurs in the training data. "balanced" deals the ids out by
+    :func:`balanced_assignment`. :meth:`allow` deals the ids of excluded slots out to the others, in turn.
     """
 
     can_exclude = True
@@ -71,7 +70,7 @@ class HashRouting(Gate):
             generator = torch.Generator().manual_seed(seed)
             table = torch.randint(num_experts, (id_counts.numel(),), generator=generator)
         else:
-            table = balanced_assignment(id_counts, num_experts)
+            table = balanced_assignment(id_counts, num_experts, seed)
         self.register_buffer("table", table)
 
     def allow(self, allowed_E: Tensor) -> None:
@@ -106,13 +105,17 @@ class HashRouting(Gate):
         return self.table[ids_T]
 
 
-def balanced_assignment(id_counts: Tensor, num_experts: int) -> Tensor:
-    """Return (ids,) int64 experts, given the ids' counts, with loads as equal as greedy filling makes them."""
+def balanced_assignment(id_counts: Tensor, num_experts: int, seed: int = 0) -> Tensor:
+    """Return (ids,) int64 experts, given the ids' counts: loads are nearly equal, and ``seed`` draws who shares one.
+
+    In order of falling counts (ties: the lower id) an id goes to one of the experts whose load exceeds the smallest by
+    less than the id's own count. Rare ids come last and fill up what frequent ones left uneven.
+    """
     table = torch.empty(id_counts.numel(), dtype=torch.int64)
-    counts = id_counts.tolist()
-    loads = [(0, expert) for expert in range(num_experts)]
+    counts, draw, loads = id_counts.tolist(), random.Random(seed), [0] * num_experts
     for each in sorted(range(len(counts)), key=lambda each: (-counts[each], each)):
-        load, expert = loads[0]
+        full = min(loads) + max(counts[each], 1)
+        expert = draw.choice([expert for expert, load in enumerate(loads) if load < full])
         table[each] = expert
-        heapq.heapreplace(loads, (load + counts[each], expert))
+        loads[expert] += counts[each]
     return table
