@@ -17,7 +17,7 @@ from tests.helpers.board import read_board
 from tests.helpers.commands import finish, start
 from tests.helpers.text_runs import write_encoder, write_text_config
 from tests.helpers.texts import DOMAINS, write_lm_config
-from tools import branch_clock_study, compress_study, forest_study
+from tools import branch_clock_study, compress_study, forest_study, lm_clock_study
 from tools.bert_study import SEARCH_STEPS
 from tools.studies import StudyRun, command_given, directory_name, spread
 
@@ -111,6 +111,30 @@ def test_a_table_of_clocks() -> None:
     page = branch_clock_study.table([(30.0, 20.0), (24.0, 20.0), (26.0, 20.0)])
     assert "| 2 | 1.20 |" in page
     assert "Median 1.30, from 1.20 to 1.50." in page
+
+
+def test_when_a_curve_reaches_a_loss() -> None:
+    curve = [(10, 5.0), (20, 4.0), (30, 4.5), (40, 3.0)]
+    found = [lm_clock_study.reached(curve, loss) for loss in (6.0, 5.0, 4.25, 4.0, 3.9, 3.0, 2.9)]
+    assert found == [10, 10, 17.5, 20, 34.0, 40, None]
+    assert lm_clock_study.share(curve, [(10, 9.0), (40, 4.25)]) == 17.5 / 40
+    assert lm_clock_study.shown([0.5, 0.75, 1.0]) == "0.75 (0.50 to 1.00)"
+    assert lm_clock_study.shown([0.5, None]) == "0.50 (0.50 to 0.50), never by 1 of 2 seeds"
+    assert lm_clock_study.shown([None]) == "never by 1 of 1 seeds"
+
+
+@pytest.mark.slow
+def test_the_clock_of_language_models(tmp_path: Path, tiny_text: dict[str, str]) -> None:
+    config = write_lm_config(tmp_path, tiny_text, train={"max_steps": 6})
+    command = ["tools/lm_clock_study.py", "--config", config, "--seeds", 2, "--variants", "dense twin", "Hash"]
+    places = ["--runs", tmp_path / "runs", "--report", tmp_path / "clock.md", "--validate-every", 2, "--rounds", 2]
+    outcome = finish(start(sys.executable, *command, *places))
+    assert outcome.code == 0, outcome.err
+    rows = cells_of(tmp_path / "clock.md")
+    assert rows["dense twin"][1:] == ["1.00 (1.00 to 1.00)", "1.00 (1.00 to 1.00)", "1.00 (1.00 to 1.00)"]
+    assert re.match(r"0\.\d\d|1\.00|never", rows["Hash"][1])
+    metrics = (tmp_path / "runs/hash-seed1/metrics.jsonl").read_text().splitlines()
+    assert sum("validation" in json.loads(line) for line in metrics) >= 2
 
 
 @pytest.mark.slow
