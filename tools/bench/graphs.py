@@ -22,7 +22,7 @@ from torch import Tensor
 from dist_moe.models.graphs import NETWORKS
 from dist_moe.tasks.graphs import NamedGraphSettings
 from tools.bench.timing import Spread, interleaved, ratio
-from tools.studies import command_given, machine
+from tools.studies import machine
 
 NAMES = ("mlp", "gcn", "graphsage", "gin")
 HIDDEN, DROPOUT = 64, 0.5
@@ -89,8 +89,9 @@ def page(rows: Sequence[Sequence[str]], options: argparse.Namespace) -> str:
     lines = [
         "# A step over a whole graph: PyG's layers on dense features and lists of edges, over ours",
         "",
-        f"`{command_given()}`: processor time of PyG's way over that of ours, median and quartiles of "
-        f"{options.repetitions} rounds by turns, one thread; two layers, {HIDDEN} wide, dropout {DROPOUT}, random "
+        f"`python -m tools.bench.graphs --graphs {' '.join(options.graphs)} --networks {' '.join(options.networks)} "
+        f"--repetitions {options.repetitions}`, seed 0: processor time of PyG's way over that of ours, median and "
+        f"quartiles of {options.repetitions} rounds by turns, one thread; two layers, {HIDDEN} wide, dropout {DROPOUT}, random "
         f"split. {machine()}.",
         "",
         f"| graph | {' | '.join(options.networks)} |",
