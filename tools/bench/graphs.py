@@ -91,8 +91,8 @@ def page(rows: Sequence[Sequence[str]], options: argparse.Namespace) -> str:
         "",
         f"`python -m tools.bench.graphs --graphs {' '.join(options.graphs)} --networks {' '.join(options.networks)} "
         f"--repetitions {options.repetitions}`, seed 0: processor time of PyG's way over that of ours, median and "
-        f"quartiles of {options.repetitions} rounds by turns, one thread; two layers, {HIDDEN} wide, dropout {DROPOUT}, random "
-        f"split. {machine()}.",
+        f"quartiles of {options.repetitions} rounds by turns, one thread; two layers, {HIDDEN} wide, dropout "
+        f"{DROPOUT}, random split. {machine()}.",
         "",
         f"| graph | {' | '.join(options.networks)} |",
         f"|{' --- |' * (1 + len(options.networks))}",
