@@ -101,8 +101,6 @@ class Layers(NodeNetwork):
     kept for the graph of the last call, and the results with it while the network is held still.
     """
 
-    takes_adjacency = False
-
     def __init__(
         self, settings: NetworkSettings, layers: Sequence[nn.Module], skips: Sequence[nn.Module], hops: int
     ) -> None:
@@ -136,8 +134,8 @@ class Layers(NodeNetwork):
     def rows(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
         """Return logits of all rows."""
         adjacency_NN = None
-        if self.takes_adjacency and csr_pays(x_ND):
-            adjacency_NN = self._adjacency.of(edges, lambda: self.adjacency(len(x_ND), *edges)).to(x_ND.dtype)
+        if csr_pays(x_ND):
+            adjacency_NN = self._adjacency.of([x_ND, *edges], partial(self.adjacency, x_ND, *edges))
         h = x_ND
         for i, layer in enumerate(self.layers):
             h = dropout(h, self.dropout, self.training)
@@ -145,13 +143,14 @@ class Layers(NodeNetwork):
             h = self._after(i, result, h)
         return h
 
-    def adjacency(self, num_nodes: int, edge_2E: Tensor, *numbers: Tensor) -> Tensor:
-        """Return the (N, N) matrix, in CSR, by which a layer sums rows over edges, if it ``takes_adjacency``."""
-        raise NotImplementedError
+    def adjacency(self, x_ND: Tensor, *edges: Tensor) -> Tensor | None:
+        """Return the (N, N) matrix, in CSR, by which layers sum rows over edges; None: they take the edges."""
+        return None
 
     def of_adjacency(self, i: int, h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
         """Return the results of layer ``i`` by that matrix."""
-        raise NotImplementedError
+        result: Tensor = self.layers[i](h_ND, adjacency_NN)
+        return result
 
     def _sampled_rows(self, x_SD: Tensor, sample: Sample) -> Tensor:
         hops = sample.hops[: self.hops]
@@ -183,8 +182,6 @@ class WeightedLayers(Layers):
     :func:`~dist_moe.models.graphs.weak_strong.logits_of_some`.
     """
 
-    takes_adjacency = True
-
     def edges(self, edge_2E: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
         """Return edges with self-loops, and their weights."""
         from torch_geometric.nn.conv.gcn_conv import gcn_norm
@@ -192,14 +189,10 @@ class WeightedLayers(Layers):
         edges: tuple[Tensor, ...] = self._edges.of([edge_2E], lambda: gcn_norm(edge_2E, num_nodes=num_nodes))
         return edges
 
-    def adjacency(self, num_nodes: int, edge_2E: Tensor, *numbers: Tensor) -> Tensor:
+    def adjacency(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
         """Return the normalised matrix with self-loops."""
-        return csr_adjacency(edge_2E, numbers[0], num_nodes)
-
-    def of_adjacency(self, i: int, h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
-        """Return A (h W) + b."""
-        result: Tensor = self.layers[i](h_ND, adjacency_NN)
-        return result
+        edge_2E, weight_E = edges
+        return csr_adjacency(edge_2E, weight_E.to(x_ND.dtype), len(x_ND))
 
     def of_hop(self, i: int, h_SD: Tensor, hop: Hop, degree_S: Tensor) -> Tensor:
         """Return the results for the targets: weights by degrees in the whole graph, sums scaled up to all edges."""
@@ -215,12 +208,11 @@ class WeightedLayers(Layers):
 class AveragingLayers(Layers):
     """Layers of GraphSAGE: means over neighbours."""
 
-    takes_adjacency = True
-
-    def adjacency(self, num_nodes: int, edge_2E: Tensor, *numbers: Tensor) -> Tensor:
+    def adjacency(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
         """Return the matrix of means."""
-        degree_N = torch.bincount(edge_2E[1], minlength=num_nodes)
-        return csr_adjacency(edge_2E, 1.0 / degree_N.double()[edge_2E[1]], num_nodes)
+        (edge_2E,) = edges
+        degree_N = torch.bincount(edge_2E[1], minlength=len(x_ND)).to(x_ND.dtype)
+        return csr_adjacency(edge_2E, 1 / degree_N[edge_2E[1]], len(x_ND))
 
     def of_adjacency(self, i: int, h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
         """Return (A h) W_l + b + h W_r."""
@@ -233,11 +225,10 @@ class AveragingLayers(Layers):
 class SummingLayers(Layers):
     """Layers of GIN: sums over neighbours, of drawn ones scaled up to all of them."""
 
-    takes_adjacency = True
-
-    def adjacency(self, num_nodes: int, edge_2E: Tensor, *numbers: Tensor) -> Tensor:
+    def adjacency(self, x_ND: Tensor, *edges: Tensor) -> Tensor:
         """Return the matrix of sums."""
-        return csr_adjacency(edge_2E, torch.ones(edge_2E.shape[1]), num_nodes)
+        (edge_2E,) = edges
+        return csr_adjacency(edge_2E, torch.ones(edge_2E.shape[1], dtype=x_ND.dtype), len(x_ND))
 
     def of_adjacency(self, i: int, h_ND: Tensor, adjacency_NN: Tensor) -> Tensor:
         """Return MLP(h + A h); epsilon is 0."""

@@ -1,10 +1,9 @@
 """Confidence of a weak expert: logits of how far an example is its own.
 
 A confidence is a module ``(weak_BC, features_BD) -> (B,)``: given the weak expert's logits and the features of the
-examples it returns the logit z of C = sigmoid(z). One whose attribute ``reads_features`` is false is given None for
-them. Mowst's own is G(D(p)): the dispersion D of the weak expert's
-distribution p is 0 at the uniform one and 1 at certainty. To add one: derive from :class:`ConfidenceSettings` and
-register it in ``CONFIDENCES``.
+examples it returns the logit z of C = sigmoid(z). One whose attribute ``reads_features`` is false is given D = 0 of
+them. Mowst's own is G(D(p)): the dispersion D of the weak expert's distribution p is 0 at the uniform one and 1 at
+certainty. To add one: derive from :class:`ConfidenceSettings` and register it in ``CONFIDENCES``.
 """
 
 from __future__ import annotations
@@ -98,12 +97,11 @@ class DispersionConfidence(nn.Module):
         super().__init__()
         self.map, self._parts, self._through, self.reads_features = learned, parts, through, with_features
 
-    def forward(self, weak_BC: Tensor, features_BD: Tensor | None) -> Tensor:
+    def forward(self, weak_BC: Tensor, features_BD: Tensor) -> Tensor:
         """Return the logits of the confidence."""
         d_BK = dispersion(weak_BC if self._through else weak_BC.detach())[:, self._parts]
-        if self.reads_features and features_BD is not None:
-            d_BK = torch.cat([d_BK, features_BD.to(d_BK.dtype)], dim=1)
-        z_B: Tensor = self.map(d_BK).squeeze(1)
+        given = torch.cat([d_BK, features_BD.to(d_BK.dtype)], dim=1) if self.reads_features else d_BK
+        z_B: Tensor = self.map(given).squeeze(1)
         return z_B
 
 

@@ -117,5 +117,5 @@ class WeakStrong(nn.Module):
 
     def _confidence_logits(self, weak_BC: Tensor, *inputs: Any) -> Tensor:
         reads = getattr(self.confidence, "reads_features", True)
-        z_B: Tensor = self.confidence(weak_BC, self.features(*inputs) if reads else None)
+        z_B: Tensor = self.confidence(weak_BC, self.features(*inputs) if reads else weak_BC[:, :0])
         return z_B
