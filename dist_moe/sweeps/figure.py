@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -9,8 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from dist_moe.sweeps.paired import LEVEL, Differences
-from dist_moe.sweeps.statistics import BudgetCurve
+from dist_moe.sweeps.paired import Differences
+from dist_moe.sweeps.statistics import LEVEL, BudgetCurve
+from dist_moe.sweeps.summary import RowSummary
 
 # Okabe and Ito's colours, which people tell apart whatever their colour vision; without the faint yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -20,16 +23,21 @@ INCHES = (8.0, 4.8)
 DOTS_PER_INCH = 150
 
 
-def draw_budget_curves(path: Path, title: str, curves: dict[str, BudgetCurve]) -> None:
-    """Draw one line per row, with its 5-95 % band. A row and its "+" share a colour; the "+" is dashed."""
+def draw_budget_curves(path: Path, title: str, rows: Sequence[RowSummary]) -> None:
+    """Draw one line per row against its compute, with its 5-95 % band. A row and its "+" share a colour, "+" is dashed.
+
+    Against trials where the compute of one row is not known.
+    """
+    known = all(math.isfinite(row.cost) for row in rows if row.curve is not None)
+    curves = {row.name: (row.curve, row.cost if known else 1.0) for row in rows if row.curve is not None}
     figure = Figure(figsize=INCHES, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     groups = list(dict.fromkeys(group_of(name) for name in curves))
     for name in sorted(curves, key=lambda name: groups.index(group_of(name))):
-        _draw(axes, name, curves[name], groups.index(group_of(name)))
+        _draw(axes, name, *curves[name], groups.index(group_of(name)))
     axes.set_title(title)
-    axes.set_xlabel("trials")
+    axes.set_xlabel("compute of the search (processor seconds; seconds with a GPU)" if known else "trials")
     axes.set_ylabel("expected test loss of the trial best by validation (band: 5-95 %)")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -76,11 +84,11 @@ def group_of(name: str) -> str:
     return name.rstrip("+").rstrip()
 
 
-def _draw(axes: Axes, name: str, curve: BudgetCurve, group: int) -> None:
-    colour = COLOURS[group % len(COLOURS)]
-    axes.fill_between(curve.budgets, curve.low, curve.high, alpha=0.05, linewidth=0, color=colour)
+def _draw(axes: Axes, name: str, curve: BudgetCurve, cost: float, group: int) -> None:
+    colour, spent_B = COLOURS[group % len(COLOURS)], curve.budgets * cost
+    axes.fill_between(spent_B, curve.low, curve.high, alpha=0.05, linewidth=0, color=colour)
     axes.plot(
-        curve.budgets,
+        spent_B,
         curve.expected,
         label=name,
         linewidth=1.8,

@@ -1,21 +1,23 @@
 """Rows compared seed by seed: each by the draw that its validation losses choose, with the same seeds for all.
 
 Differences of the same seed are taken, as first weights and batches are then alike, and what they have in common falls
-out. Their intervals are Student's, at 95 %: they hold for seeds like these, not for another choice among draws.
+out. Their intervals are Student's, at 95 %: they hold for seeds like these and for the draws that were chosen.
+:func:`searched_again` has the choice among draws in its interval: it is made anew in each resample of draws and seeds.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy.stats import t as student
 
 from dist_moe.sweeps.records import TrialRecord
-from dist_moe.sweeps.statistics import Floats, mean_of
-
-LEVEL = 0.95
+from dist_moe.sweeps.runner import OBJECTIVE
+from dist_moe.sweeps.statistics import LEVEL, RESAMPLES, Floats, chosen_again, interval
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,42 @@ def paired_difference(one_N: Floats, other_N: Floats) -> Difference:
     """Return the mean of ``one_N - other_N``, N pairs, and Student's interval. Raises ValueError for fewer than two."""
     if len(one_N) < 2:
         raise ValueError(f"an interval needs two pairs at least, got {len(one_N)}")
-    difference = mean_of(one_N - other_N)
-    reach = float(student.ppf((1 + LEVEL) / 2, difference.count - 1)) * difference.standard_error
-    return Difference(difference.mean, difference.mean - reach, difference.mean + reach, difference.count)
+    difference_N, count = one_N - other_N, len(one_N)
+    mean, error = float(difference_N.mean()), float(difference_N.std(ddof=1)) / math.sqrt(count)
+    reach = float(student.ppf((1 + LEVEL) / 2, count - 1)) * error
+    return Difference(mean, mean - reach, mean + reach, count)
+
+
+def searched_again(
+    rows: Mapping[str, Sequence[TrialRecord]], seeds: int, common: bool, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Return of each row but the first the interval of its test loss minus the first row's, the draws chosen anew.
+
+    In each of many resamples as many draws and as many seeds as there are drawn with replacement, the seeds the same
+    for all rows, the draws too where they are ``common``, and each row takes the draw with the least mean validation
+    loss among them. Rows of which no trial, or the number of draws, is what the first row has are left out.
+    """
+    losses = {name: _by_draw_and_seed(records, seeds) for name, records in rows.items()}
+    first, *others = losses
+    num_draws = len(losses[first][0])
+    if not num_draws:
+        return {}
+    picked_RS = np.random.default_rng(seed).integers(seeds, size=(RESAMPLES, seeds))
+    share_RS = (picked_RS[:, :, None] == np.arange(seeds)).mean(axis=1)
+
+    def outcome_R(name: str) -> Floats:
+        draws = np.random.default_rng([seed, 1 if common else 1 + list(rows).index(name)])
+        return chosen_again(*losses[name], draws.integers(num_draws, size=(RESAMPLES, num_draws)), share_RS)
+
+    base_R = outcome_R(first)
+    return {name: interval(outcome_R(name) - base_R) for name in others if len(losses[name][0]) == num_draws}
+
+
+def _by_draw_and_seed(records: Sequence[TrialRecord], seeds: int) -> tuple[Floats, Floats]:
+    """(D, S) losses in validation and test, nan where a trial is missing; (0, S) if no test loss is finite."""
+    draws = 1 + max((record.index // seeds for record in records), default=-1)
+    val_DS, test_DS = np.full((2, draws, seeds), math.nan)
+    for record in records:
+        place = divmod(record.index, seeds)
+        val_DS[place], test_DS[place] = record.loss, record.test.get(OBJECTIVE, math.nan)
+    return (val_DS, test_DS) if np.isfinite(test_DS).any() else (val_DS[:0], test_DS[:0])

@@ -22,7 +22,8 @@ class TrialRecord:
     """A finished trial. ``index``: its number within the row, on which its draw depends.
 
     ``loss``: validation loss; inf for all but complete trials. ``error``: why it failed, else "".
-    ``environment``: machine and versions that trained it, "" where nothing was trained.
+    ``environment``: machine and versions that trained it, "" where nothing was trained. ``compute``: processor seconds
+    that it took, searches and validations among them, or seconds with a GPU; nan where nothing was trained.
     """
 
     index: int
@@ -32,7 +33,7 @@ class TrialRecord:
     val: dict[str, float]
     test: dict[str, float]
     steps: int
-    seconds: float
+    compute: float
     error: str
     environment: str
 
@@ -81,7 +82,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord | None:
         val=result.get("val", {}),
         test=result.get("test", {}),
         steps=result.get("steps", max(trial.intermediate_values, default=0)),
-        seconds=trial.duration.total_seconds() if trial.duration else 0.0,
+        compute=result.get("compute", math.nan),
         error=str(failure.get("error", death)) if state == "failed" else "",
         environment=result.get("environment", ""),
     )

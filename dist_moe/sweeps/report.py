@@ -3,7 +3,7 @@
 trials.csv    every finished trial: what was drawn, all its metrics, why it failed
 table.md      the paper's table, and the trials that each row needs to reach each other
 table.csv     the same table
-budget.csv    expected test loss of the chosen trial against the number of trials
+budget.csv    expected test loss of the chosen trial against the number of trials and their compute
 budget.png    the same as a picture
 pairs.csv     with several seeds: differences of all pairs of rows, seed by seed, in every metric
 pairs.png     those to the first row as a picture
@@ -26,11 +26,11 @@ import numpy as np
 from dist_moe.errors import UserError
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.figure import draw_budget_curves, draw_differences
-from dist_moe.sweeps.paired import LEVEL, Differences, chosen_trials, paired_difference
+from dist_moe.sweeps.paired import Differences, chosen_trials, paired_difference, searched_again
 from dist_moe.sweeps.plan import SweepPlan
 from dist_moe.sweeps.records import TrialRecord
 from dist_moe.sweeps.runner import OBJECTIVE
-from dist_moe.sweeps.statistics import Floats
+from dist_moe.sweeps.statistics import LEVEL, Floats
 from dist_moe.sweeps.study import Studies
 from dist_moe.sweeps.summary import Rows, RowSummary, summarise, trials_to_reach
 
@@ -49,7 +49,8 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
         chosen = {name: chosen_trials(records, plan.sweep.seeds) for name, records in rows.items()}
         complete = {name: trials for name, trials in chosen.items() if trials}
         differences = _differences_to_first(plan, complete)
-        parts += _comparison(plan, complete, differences)
+        again = searched_again(rows, plan.sweep.seeds, plan.sweep.draws == "common", plan.sweep.seed)
+        parts += _comparison(plan, complete, differences, again)
         _write_csv(directory.report / "pairs.csv", _pair_cells(chosen))
         draw_differences(directory.report / "pairs.png", f"{plan.path.stem}: minus {next(iter(rows))}", differences)
     text = "\n\n".join([*parts, _reach_table(summaries)]) + "\n"
@@ -57,8 +58,7 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
     _write_csv(directory.report / "table.csv", (_table_cells(summary) for summary in summaries))
     _write_csv(directory.report / "trials.csv", _trial_cells(plan, rows))
     _write_csv(directory.report / "budget.csv", _budget_cells(summaries))
-    curves = {summary.name: summary.curve for summary in summaries if summary.curve is not None}
-    draw_budget_curves(directory.report / "budget.png", plan.path.stem, curves)
+    draw_budget_curves(directory.report / "budget.png", plan.path.stem, summaries)
     return text
 
 
@@ -85,27 +85,29 @@ def _opening(plan: SweepPlan, rows: Rows, studies: Studies) -> str:
 def _main_table(plan: SweepPlan, summaries: list[RowSummary]) -> str:
     share = f"{100 * plan.sweep.best_fraction:g} %"
     others = next((list(summary.metrics)[1:] for summary in summaries if summary.metrics), [])
-    head = ["row", "trials", f"test loss, best {share}", "best single", *others]
+    head = ["row", "trials", "compute of a trial", f"test loss, best {share}", "best single", *others]
     body = []
     for summary in summaries:
         remarks = [f"{count} {state}" for state, count in summary.states.items() if count and state != "complete"]
         trials = f"{summary.trials} ({', '.join(remarks)})" if remarks else str(summary.trials)
-        body.append([summary.name, trials, *_metrics(summary, others)])
+        compute = f"{summary.cost:.1f}" if math.isfinite(summary.cost) else "-"
+        body.append([summary.name, trials, compute, *_metrics(summary, others)])
     return (
-        f"Test metrics are means over the best {share} of trials by validation loss, the loss with its standard "
-        "error;\nbest single: test loss of the trial with the least validation loss. Diverged and pruned trials "
-        "count as the\nworst, failed ones do not count.\n\n" + _markdown([head, *body])
+        f"Test metrics are means over the best {share} of trials by validation loss, the loss with its "
+        f"{100 * LEVEL:g} % interval over\nsearches of as many trials (bootstrap: the best are chosen anew); best "
+        "single: test loss of the trial with the least\nvalidation loss. Diverged and pruned trials count as the "
+        "worst, failed ones do not count. Compute: mean processor seconds,\nsearches and validations among them; "
+        "seconds where there is a GPU.\n\n" + _markdown([head, *body])
     )
 
 
 def _metrics(summary: RowSummary, others: list[str]) -> list[str]:
     if summary.best is None:
         return ["-"] * (2 + len(others))
-    loss = summary.metrics[OBJECTIVE]
-    error = f" ± {loss.standard_error:.4f}" if loss.count > 1 else ""
+    loss, span = summary.metrics[OBJECTIVE], summary.interval
+    shown = f"{loss:.4f} ({span[0]:.4f} to {span[1]:.4f})" if span else f"{loss:.4f}"
     single = f"{summary.best.test.get(OBJECTIVE, math.nan):.4f}"
-    means = [f"{summary.metrics[name].mean:.4f}" for name in others]
-    return [f"{loss.mean:.4f}{error} (of {loss.count})", single, *means]
+    return [f"{shown} (of {summary.averaged})", single, *(f"{summary.metrics[name]:.4f}" for name in others)]
 
 
 def _differences_to_first(plan: SweepPlan, chosen: dict[str, list[TrialRecord]]) -> Differences:
@@ -125,8 +127,16 @@ def _differences_to_first(plan: SweepPlan, chosen: dict[str, list[TrialRecord]])
     }
 
 
-def _comparison(plan: SweepPlan, chosen: dict[str, list[TrialRecord]], differences: Differences) -> Iterable[str]:
-    """Yield the table of the chosen draws, and that of their differences to the first row's."""
+def _comparison(
+    plan: SweepPlan,
+    chosen: dict[str, list[TrialRecord]],
+    differences: Differences,
+    again: dict[str, tuple[float, float]],
+) -> Iterable[str]:
+    """Yield the table of the chosen draws, and that of their differences to the first row's.
+
+    ``again``: intervals of the losses' differences, the draws chosen anew.
+    """
     metrics, rows = plan.sweep.compared, {row.name: row for row in plan.rows}
     body = []
     for name, trials in chosen.items():
@@ -138,13 +148,18 @@ def _comparison(plan: SweepPlan, chosen: dict[str, list[TrialRecord]], differenc
         "standard\ndeviation over the seeds.\n\n" + _markdown([["row", "draw", *metrics], *body])
     )
     lines = [
-        [name, *(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] {d.verdict}" for d in of.values())]
+        [
+            name,
+            *(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] {d.verdict}" for d in of.values()),
+            "[{:+.4f}, {:+.4f}]".format(*again[name]) if name in again else "-",
+        ]
         for name, of in differences.items()
     ]
     yield (
         f"The same minus {plan.rows[0].name}, seed by seed, with a {100 * LEVEL:g} % interval; within: it holds 0, "
-        "no difference is seen.\npairs.csv has all pairs of rows and all metrics.\n\n"
-        + _markdown([["row", *metrics], *lines])
+        "no difference is seen.\nLast: the interval of the loss's difference where the draws are chosen anew, among "
+        "resampled draws and seeds.\npairs.csv has all pairs of rows and all metrics.\n\n"
+        + _markdown([["row", *metrics, f"{OBJECTIVE}, with the choice of draws"], *lines])
     )
 
 
@@ -165,14 +180,20 @@ def _pair_cells(chosen: dict[str, list[TrialRecord]]) -> Iterable[Cells]:
 
 
 def _reach_table(summaries: list[RowSummary]) -> str:
-    reach = trials_to_reach(summaries)
-    head = ["trials of this row to reach", *reach]
-    body = [[one, *("never" if n is None else str(n) for n in others.values())] for one, others in reach.items()]
+    reach, of = trials_to_reach(summaries), {summary.name: summary for summary in summaries}
+
+    def shown(one: str, other: str, trials: int | None) -> str:
+        if trials is None:
+            return "never"
+        share = trials * of[one].cost / (of[other].trials * of[other].cost)
+        return f"{trials} ({share:.2f})" if math.isfinite(share) else str(trials)
+
+    body = [[one, *(shown(one, *target) for target in others.items())] for one, others in reach.items()]
     return (
-        "Trials after which a row (left) can expect the test loss that another (above) can expect of all its "
-        "trials;\nnever: not within its own number of trials. Expectations are over trials drawn with replacement "
-        "from those made\n(bootstrap; `expected_exact` in budget.csv is its closed form), as are the curves of "
-        "budget.png.\n\n" + _markdown([head, *body])
+        "Trials after which a row (left) can expect the test loss that another (above) can expect of all its trials, "
+        "and\ntheir compute over that of all the other's; never: not within its own number of trials. Expectations are "
+        "over trials\ndrawn with replacement from those made (bootstrap; `expected_exact` in budget.csv is its closed "
+        "form), as are the\ncurves of budget.png.\n\n" + _markdown([["trials of this row to reach", *reach], *body])
     )
 
 
@@ -182,14 +203,15 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def _table_cells(summary: RowSummary) -> Cells:
-    cells: Cells = {"row": summary.name, "trials": summary.trials}
+    cells: Cells = {"row": summary.name, "trials": summary.trials, "compute": summary.cost}
     cells |= dict(summary.states.items())
     if summary.best is not None:
-        loss = summary.metrics[OBJECTIVE]
-        cells |= {"averaged": loss.count, "test_loss": loss.mean, "test_loss_standard_error": loss.standard_error}
+        low, high = summary.interval or (math.nan, math.nan)
+        cells |= {"averaged": summary.averaged, "test_loss": summary.metrics[OBJECTIVE]}
+        cells |= {"test_loss_low": low, "test_loss_high": high}
         cells |= {"best_trial": summary.best.index, "best_val_loss": summary.best.loss}
         cells |= {"best_test_loss": summary.best.test.get(OBJECTIVE, math.nan)}
-        cells |= {f"test_{name}": mean.mean for name, mean in summary.metrics.items() if name != OBJECTIVE}
+        cells |= {f"test_{name}": mean for name, mean in summary.metrics.items() if name != OBJECTIVE}
     return cells
 
 
@@ -198,7 +220,7 @@ def _trial_cells(plan: SweepPlan, rows: Rows) -> Iterable[Cells]:
     for name, records in rows.items():
         for record in records:
             cells: Cells = {"row": name, "trial": record.index, "state": record.state}
-            cells |= {"steps": record.steps, "seconds": round(record.seconds, 3)}
+            cells |= {"steps": record.steps, "compute": round(record.compute, 3)}
             cells |= {f"val_{metric}": value for metric, value in record.val.items()}
             cells |= {f"test_{metric}": value for metric, value in record.test.items()}
             yield cells | spaces[name](record.params, record.index) | {"error": record.error}
@@ -212,7 +234,8 @@ def _budget_cells(summaries: list[RowSummary]) -> Iterable[Cells]:
         columns = zip(curve.budgets, curve.expected, curve.low, curve.high, summary.exact, strict=True)
         for budget, *losses in columns:
             names = ("expected", "low_5", "high_95", "expected_exact")
-            yield {"row": summary.name, "trials": int(budget)} | dict(zip(names, map(float, losses), strict=True))
+            compute = {"row": summary.name, "trials": int(budget), "compute": round(budget * summary.cost, 3)}
+            yield compute | dict(zip(names, map(float, losses), strict=True))
 
 
 def _write_csv(path: Path, lines: Iterable[Cells]) -> None:

@@ -18,14 +18,9 @@ Ints = NDArray[np.int64]
 LOW, HIGH = 0.05, 0.95
 
 
-@dataclass(frozen=True)
-class BestMean:
-    """Mean of a metric over the ``count`` best trials. ``standard_error``: sd(ddof=1) / sqrt(count); nan
-    for a single value, and where one is not finite."""
-
-    mean: float
-    standard_error: float
-    count: int
+LEVEL = 0.95
+"""Level of all intervals: the share of cases that one is meant to hold."""
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -52,17 +47,44 @@ def best_trials(val_N: ArrayLike, fraction: float) -> Ints:
     return np.argsort(val, kind="stable")[: max(count, 1)]
 
 
-def mean_of(values_M: ArrayLike) -> BestMean:
-    """Return mean and standard error of at least one value."""
-    values = np.asarray(values_M, dtype=np.float64)
-    count = len(values)
-    known = count > 1 and bool(np.isfinite(values).all())
-    spread = float(values.std(ddof=1)) / math.sqrt(count) if known else math.nan
-    return BestMean(float(values.mean()), spread, count)
+def best_interval(
+    val_N: ArrayLike, test_N: ArrayLike, fraction: float, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Return the interval of :func:`best_trials`' mean test loss over searches of N trials like these, by bootstrap.
+
+    The best are chosen anew among N trials drawn with replacement, so that the choice is in the interval.
+    """
+    val, test = _alike(val_N, test_N)
+    count = len(best_trials(val, fraction))
+    drawn_RN = np.random.default_rng(seed).integers(len(val), size=(resamples, len(val)))
+    best_RM = np.argsort(val[drawn_RN], axis=1, kind="stable")[:, :count]
+    return interval(test[np.take_along_axis(drawn_RN, best_RM, axis=1)].mean(axis=1))
+
+
+def chosen_again(val_DS: Floats, test_DS: Floats, drawn_RD: Ints, share_RS: Floats) -> Floats:
+    """Return (R,) mean test losses over seeds, each of the draw chosen in another search.
+
+    D draws, each trained with S seeds. Search r has the draws ``drawn_RD[r]``, repeated ones among them, and takes the
+    one with the least validation loss under the weights ``share_RS[r]`` of seeds; of equals the first. A draw that has
+    nan or inf in validation is taken where there is no other, with the worst finite test loss of all.
+    """
+    whole_D = np.asarray(np.isfinite(val_DS + test_DS).all(axis=1))
+    worst = test_DS[np.isfinite(test_DS)].max()
+    val_RD = np.where(whole_D, share_RS @ np.where(whole_D[:, None], val_DS, 0).T, np.inf)
+    test_RD = np.where(whole_D, share_RS @ np.where(whole_D[:, None], test_DS, 0).T, worst)
+    place_R1 = np.take_along_axis(val_RD, drawn_RD, axis=1).argmin(axis=1, keepdims=True)
+    chosen_R1 = np.take_along_axis(drawn_RD, place_R1, axis=1)
+    return np.take_along_axis(test_RD, chosen_R1, axis=1)[:, 0]
+
+
+def interval(values_R: Floats) -> tuple[float, float]:
+    """Return the quantiles between which the share LEVEL of the values lies, as much of them below as above."""
+    low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def budget_curve(
-    val_N: ArrayLike, test_N: ArrayLike, budgets: Sequence[int], resamples: int = 2000, seed: int = 0
+    val_N: ArrayLike, test_N: ArrayLike, budgets: Sequence[int], resamples: int = RESAMPLES, seed: int = 0
 ) -> BudgetCurve:
     """Return the curve by bootstrap: draw b of N trials with replacement, take the test loss of the best by validation.
 

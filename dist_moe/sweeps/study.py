@@ -196,15 +196,18 @@ class Studies:
         """Record that the process which trains ``trial`` lives."""
         self._storage.record_heartbeat(trial._trial_id)
 
-    def tell_result(self, taken: TakenTrial, result: TrialResult, environment: str) -> bool:
-        """Store a result, a loss that is not finite as inf; returns False if another process has the trial by now."""
+    def tell_result(self, taken: TakenTrial, result: TrialResult, environment: str, compute: float) -> bool:
+        """Store a result, a loss that is not finite as inf; returns False if another process has the trial by now.
+
+        ``compute``: what it took, see :class:`~dist_moe.sweeps.records.TrialRecord`.
+        """
         loss = float(result.val[OBJECTIVE])
-        content = {**asdict(result), "environment": environment}
+        content = {**asdict(result), "environment": environment, "compute": compute}
         return self._tell(taken, "result", content, TrialState.COMPLETE, loss if math.isfinite(loss) else math.inf)
 
-    def tell_pruned(self, taken: TakenTrial, environment: str) -> bool:
+    def tell_pruned(self, taken: TakenTrial, environment: str, compute: float) -> bool:
         """Store that the study's own pruner stopped a trial; see :meth:`tell_result`."""
-        return self._tell(taken, "result", {"environment": environment}, TrialState.PRUNED)
+        return self._tell(taken, "result", {"environment": environment, "compute": compute}, TrialState.PRUNED)
 
     def tell_failure(self, taken: TakenTrial, error: str, traceback: str) -> bool:
         """Store that an exception ended a trial; see :meth:`tell_result`."""

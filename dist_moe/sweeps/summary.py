@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +11,13 @@ import numpy as np
 from dist_moe.sweeps.records import State, TrialRecord
 from dist_moe.sweeps.runner import OBJECTIVE
 from dist_moe.sweeps.statistics import (
-    BestMean,
     BudgetCurve,
     Floats,
+    best_interval,
     best_trials,
     budget_curve,
     budget_to_reach,
     expected_best,
-    mean_of,
     with_bounded_losses,
 )
 
@@ -28,14 +28,19 @@ Rows = dict[str, list[TrialRecord]]
 class RowSummary:
     """A row of the report. ``trials``: all but failed ones, which say something of the machine or the code.
 
-    ``metrics``: test metrics over the best trials by validation loss, "loss" first; empty, and ``best``
-    and ``curve`` None, where no trial is complete. ``exact``: the closed form of ``curve.expected``.
+    ``metrics``: means of test metrics over the ``averaged`` best trials by validation loss, "loss" first; empty, and
+    ``best`` and ``curve`` None, where no trial is complete. ``interval``: of the loss among them, None if none is
+    finite. ``exact``: the closed form of ``curve.expected``. ``cost``: mean compute of a trial, see
+    :class:`~dist_moe.sweeps.records.TrialRecord`; nan where it is not known of all.
     """
 
     name: str
     trials: int
     states: dict[State, int]
-    metrics: dict[str, BestMean]
+    cost: float
+    averaged: int
+    metrics: dict[str, float]
+    interval: tuple[float, float] | None
     best: TrialRecord | None
     curve: BudgetCurve | None
     exact: Floats | None
@@ -67,16 +72,18 @@ def _summarise_row(name: str, records: list[TrialRecord], metrics: list[str], fr
     for record in records:
         states[record.state] += 1
     counted = [record for record in records if record.state != "failed"]
+    cost = statistics.fmean(record.compute for record in counted) if counted else math.nan
     if not states["complete"]:
-        return RowSummary(name, len(counted), states, {}, None, None, None)
+        return RowSummary(name, len(counted), states, cost, 0, {}, None, None, None, None)
     val_N = np.array([record.loss for record in counted])
     best_M = best_trials(val_N, fraction)
-    means = {metric: mean_of(_test(counted, metric)[best_M]) for metric in metrics}
-    curve, exact, test_N = None, None, _test(counted, OBJECTIVE)
+    means = {metric: float(_test(counted, metric)[best_M].mean()) for metric in metrics}
+    spread, curve, exact, test_N = None, None, None, _test(counted, OBJECTIVE)
     if np.isfinite(test_N).any():
         losses, budgets = with_bounded_losses(val_N, test_N), range(1, len(val_N) + 1)
         curve, exact = budget_curve(*losses, budgets, seed=seed), expected_best(*losses, budgets)
-    return RowSummary(name, len(counted), states, means, counted[best_M[0]], curve, exact)
+        spread = best_interval(*losses, fraction, seed=seed)
+    return RowSummary(name, len(counted), states, cost, len(best_M), means, spread, counted[best_M[0]], curve, exact)
 
 
 def _test(records: list[TrialRecord], metric: str) -> Floats:

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -101,13 +102,16 @@ class Worker:
 
     def _train_together(self, trials: list[TakenTrial], configs: list[SupervisedConfig]) -> None:
         """Train trials at once; if several fail together, each alone, so that the error is that of one trial."""
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        started = clock()
         outcomes = self._attempt(trials, configs)
+        compute = (clock() - started) / len(trials)
         if isinstance(outcomes, Failure) and len(trials) > 1:
             for trial, config in zip(trials, configs, strict=True):
                 self._train_together([trial], [config])
             return
         for trial, outcome in zip(trials, [outcomes] if isinstance(outcomes, Failure) else outcomes, strict=True):
-            self._tell(trial, outcome)
+            self._tell(trial, outcome, compute)
 
     def _attempt(self, trials: list[TakenTrial], configs: list[SupervisedConfig]) -> list[TrialResult | None] | Failure:
         reporter = Reporter(trials)
@@ -119,14 +123,14 @@ class Worker:
             return _failure(error)
         return results
 
-    def _tell(self, trial: TakenTrial, outcome: Outcome) -> None:
+    def _tell(self, trial: TakenTrial, outcome: Outcome, compute: float = math.nan) -> None:
         if isinstance(outcome, Failure):
             told = self._studies.tell_failure(trial, outcome.error, outcome.traceback)
             what = f"failed: {outcome.error}"
         elif outcome is None:
-            told, what = self._studies.tell_pruned(trial, self._environment), "pruned"
+            told, what = self._studies.tell_pruned(trial, self._environment, compute), "pruned"
         else:
-            told = self._studies.tell_result(trial, outcome, self._environment)
+            told = self._studies.tell_result(trial, outcome, self._environment, compute)
             what = f"val loss {outcome.val[OBJECTIVE]:.4f}"
         if told:
             records = self._studies.records(trial.row.name)

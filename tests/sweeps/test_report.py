@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from dist_moe.cli.main import main
 from dist_moe.errors import UserError
 from dist_moe.sweeps.figure import group_of
-from dist_moe.sweeps.paired import chosen_trials, paired_difference
+from dist_moe.sweeps.paired import chosen_trials, paired_difference, searched_again
 from dist_moe.sweeps.records import State, TrialRecord
 from dist_moe.sweeps.report import write_report
 from dist_moe.sweeps.runner import TrialResult
@@ -63,7 +63,8 @@ def test_all_files_agree_with_the_studies(reported: tuple[Studies, Path]) -> Non
         losses = [one.test["loss"] for one in best]
         assert int(line["averaged"]) == 2
         assert float(line["test_loss"]) == pytest.approx(statistics.mean(losses))
-        assert float(line["test_loss_standard_error"]) == pytest.approx(statistics.stdev(losses) / math.sqrt(2))
+        every = [one.test["loss"] for one in studies.records(line["row"])]
+        assert min(every) <= float(line["test_loss_low"]) <= float(line["test_loss"]) <= float(line["test_loss_high"])
         assert float(line["test_auc"]) == pytest.approx(statistics.mean(one.test["auc"] for one in best))
         assert float(line["best_test_loss"]) == losses[0]
     budgets = lines_of(report / "budget.csv")
@@ -85,7 +86,8 @@ def test_the_table_begins_with_how_it_was_made(reported: tuple[Studies, Path]) -
     assert "/" not in "".join(lines[2:6])
     row = next(line for line in lines if line.startswith("| Top-k |"))
     loss = lines_of(reported[1] / "table.csv")[1]
-    assert f"{float(loss['test_loss']):.4f} ± {float(loss['test_loss_standard_error']):.4f} (of 2)" in row
+    span = f"({float(loss['test_loss_low']):.4f} to {float(loss['test_loss_high']):.4f})"
+    assert f"{float(loss['test_loss']):.4f} {span} (of 2)" in row
 
 
 def test_the_picture_is_one(reported: tuple[Studies, Path]) -> None:
@@ -117,8 +119,8 @@ def test_diverged_pruned_and_failed_trials_in_the_summary() -> None:
     (row,) = summarise({"A": records}, fraction=0.5, seed=0)
     assert row.trials == 4
     assert row.states == {"complete": 2, "diverged": 1, "pruned": 1, "failed": 1}
-    assert (row.metrics["loss"].mean, row.metrics["loss"].count) == (2.0, 2)
-    assert row.metrics["auc"].mean == pytest.approx(0.6)
+    assert (row.metrics["loss"], row.averaged) == (2.0, 2)
+    assert row.metrics["auc"] == pytest.approx(0.6)
     assert row.best == records[2]
     assert row.exact is not None
     assert row.exact[0] == pytest.approx((3 + 3 + 1 + 3) / 4)  # without a result: the worst that there is
@@ -128,7 +130,7 @@ def test_trials_are_chosen_by_validation_alone() -> None:
     """The test loss says the opposite: neither means, nor the best trial, nor the budget curve go by it."""
     records = [record(i, val, 10 - val, auc=val) for i, val in enumerate((3.0, 1.0, 4.0, 2.0))]
     (row,) = summarise({"A": records}, fraction=0.5, seed=0)
-    assert (row.metrics["loss"].mean, row.metrics["auc"].mean) == (8.5, 1.5)
+    assert (row.metrics["loss"], row.metrics["auc"]) == (8.5, 1.5)
     assert row.best == records[1]
     assert row.exact is not None
     assert row.curve is not None
@@ -162,6 +164,21 @@ def test_times_fewer_trials() -> None:
     assert reach["B"]["B"] > 20
 
 
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_budget_is_what_its_trials_computed(bench: Bench, together: int) -> None:
+    """A stack's time is shared among its trials, so COMET's trials cost .1 s each, together or not."""
+    studies = bench.studies(trials_together=together)
+    bench.work(studies, runners.burning, together)
+    text = write_report(studies._plan, bench.directory, studies)
+    costs = {line["row"]: float(line["compute"]) for line in lines_of(bench.directory.report / "table.csv")}
+    assert 0.1 <= costs["COMET"] < 0.2
+    assert costs["Top-k"] < 0.1
+    for line in lines_of(bench.directory.report / "budget.csv"):
+        assert float(line["compute"]) == pytest.approx(int(line["trials"]) * costs[line["row"]], abs=1e-3)
+    reach = next(line for line in text.splitlines()[::-1] if line.startswith("| COMET |"))
+    assert "3 (1.00)" in reach  # its own loss, after all its trials
+
+
 def test_a_row_and_its_plus_are_drawn_alike() -> None:
     assert [group_of(name) for name in ("Top-k", "Top-k+", "Hash-r +", "C")] == ["Top-k", "Top-k", "Hash-r", "C"]
 
@@ -169,7 +186,7 @@ def test_a_row_and_its_plus_are_drawn_alike() -> None:
 def test_a_result_that_is_not_finite_survives_the_database(bench: Bench) -> None:
     studies = bench.studies()
     (taken,) = studies.take("one", 1)
-    studies.tell_result(taken, TrialResult({"loss": math.nan}, {"loss": math.inf}, 1), "")
+    studies.tell_result(taken, TrialResult({"loss": math.nan}, {"loss": math.inf}, 1), "", 1.0)
     (one,) = studies.records("COMET")
     assert math.isnan(one.val["loss"])
     assert one.test == {"loss": math.inf}
@@ -223,6 +240,7 @@ def test_rows_are_compared_seed_by_seed(bench: Bench) -> None:
     assert chosen["COMET"][0].params[LR] == chosen["Top-k"][0].params[LR]
     assert "3 draws (common) x 3 seeds" in text
     assert imread(bench.directory.report / "pairs.png").shape[1] > 500
+    assert "| row | loss | auc | loss, with the choice of draws |" in text
     (loss,) = (line for line in lines_of(bench.directory.report / "pairs.csv") if line["metric"] == "loss")
     pairs = zip(chosen["COMET"], chosen["Top-k"], strict=True)
     differences = [one.test["loss"] - other.test["loss"] for one, other in pairs]
@@ -233,6 +251,24 @@ def test_rows_are_compared_seed_by_seed(bench: Bench) -> None:
         write_report(
             bench.studies(trials=9, seeds=3, draws="common", compared=["aucc"])._plan, bench.directory, studies
         )
+
+
+def test_an_interval_with_the_choice_of_draws_in_it() -> None:
+    """B's two draws are alike in validation but not in test: which one a search chooses, hangs on the seeds it has."""
+    val, test = [[1.0, 2.0], [2.0, 1.01]], [[5.0, 5.0], [9.0, 9.0]]
+    first = [record(i, 1.0 + i, 5.0) for i in range(4)]
+    other = [record(2 * d + s, val[d][s], test[d][s]) for d in range(2) for s in range(2)]
+    shifted = [record(i, 1.0 + i, 6.0) for i in range(4)]
+    again = searched_again({"A": first, "B": other, "C": shifted, "D": first[:2], "E": []}, 2, common=True)
+    assert again == {"B": (0.0, 4.0), "C": (1.0, 1.0)}
+    assert paired_difference(np.array(test[0]), np.array([5.0, 5.0])).high == 0.0  # of the draw that was chosen
+
+
+def test_common_draws_are_resampled_together() -> None:
+    rows = {name: [record(i, float(i), float(i)) for i in range(4)] for name in ("A", "B")}
+    assert searched_again(rows, 2, common=True) == {"B": (0.0, 0.0)}
+    low, high = searched_again(rows, 2, common=False)["B"]
+    assert low < 0.0 < high
 
 
 def test_a_draw_with_a_seed_that_diverged_is_not_chosen() -> None:

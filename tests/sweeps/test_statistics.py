@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from dist_moe.sweeps.statistics import (
+    best_interval,
     best_trials,
     budget_curve,
     budget_to_reach,
+    chosen_again,
     expected_best,
-    mean_of,
     with_bounded_losses,
 )
 
@@ -41,18 +42,22 @@ def test_best_trials_are_sorted_with_the_earlier_of_equals_first_and_diverged_on
     assert best_trials([NAN, *VAL, INF, -INF], 1.0).tolist() == [2, 4, 1, 3, 0, 5, 6]
 
 
-def test_mean_and_standard_error_of_the_best_by_validation_loss() -> None:
-    generator = np.random.default_rng(0)
-    val, test = generator.random(40), generator.random(40)
-    chosen = [test[i] for i in sorted(range(40), key=lambda i: val[i])[:8]]
-    best = mean_of(test[best_trials(val, 0.2)])
-    assert best.count == 8
-    assert best.mean == pytest.approx(std.mean(chosen))
-    assert best.standard_error == pytest.approx(std.stdev(chosen) / math.sqrt(8))
-    alone, diverged = mean_of([2.0]), mean_of([1.0, INF])
-    assert (alone.mean, alone.count, diverged.mean) == (2.0, 1, INF)
-    assert math.isnan(alone.standard_error)
-    assert math.isnan(diverged.standard_error)
+def test_the_interval_of_the_best_has_the_choice_of_them_in_it() -> None:
+    """All 4^4 searches of four trials, two of them averaged, in an order that the first of equals decides."""
+    searches = itertools.product(range(4), repeat=4)
+    means = [std.mean(TEST[i] for i in sorted(search, key=lambda i: VAL[i])[:2]) for search in searches]
+    low, high = best_interval(VAL, TEST, 0.5)
+    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist())
+    assert low < 2.0 < high  # the spread of the two that are best is only one part of it
+
+
+def test_a_search_made_again_takes_the_draw_that_its_own_seeds_choose() -> None:
+    val = np.array([[1.0, 4.0], [2.0, 2.0], [0.0, NAN]])
+    test = np.array([[10.0, 40.0], [20.0, 21.0], [0.0, 0.0]])
+    drawn = np.array([[0, 1, 0], [0, 1, 0], [1, 0, 2], [2, 2, 2], [2, 0, 2]])
+    seeds = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]])
+    # Seed 0 alone prefers draw 0, seed 1 and both together draw 1; draw 2 lacks a seed and is taken if alone.
+    assert chosen_again(val, test, drawn, seeds).tolist() == [10.0, 21.0, 20.5, 40.0, 25.0]
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 5])

@@ -127,8 +127,8 @@ def test_a_result_that_comes_after_another_took_over_is_dropped(bench: Bench) ->
     (slow,) = studies.take("slow", 1)
     studies.release("slow", died=True)
     (again,) = studies.take("another", 1)
-    assert not studies.tell_result(slow, TrialResult({"loss": 7.0}, {"loss": 7.0}, 1), "")
-    assert studies.tell_result(again, TrialResult({"loss": 1.0}, {"loss": 1.0}, 1), "")
+    assert not studies.tell_result(slow, TrialResult({"loss": 7.0}, {"loss": 7.0}, 1), "", 1.0)
+    assert studies.tell_result(again, TrialResult({"loss": 1.0}, {"loss": 1.0}, 1), "", 1.0)
     assert only(studies).loss == 1.0
 
 
@@ -254,7 +254,7 @@ def test_a_file_system_without_flock_is_told(tmp_path: Path, monkeypatch: pytest
 def test_the_file_of_studies_holds_json(bench: Bench) -> None:
     studies = bench.studies()
     (taken,) = studies.take("a", 1)
-    studies.tell_result(taken, TrialResult({"loss": math.nan}, {"loss": math.inf}, 1), "")
+    studies.tell_result(taken, TrialResult({"loss": math.nan}, {"loss": math.inf}, 1), "", 1.0)
     with closing(sqlite3.connect(bench.directory.database)) as connection:
         values = [value for (value,) in connection.execute("select value_json from trial_user_attributes")]
     assert any("not_finite" in value for value in values)
