@@ -109,10 +109,9 @@ def _row(path: Path, sweep: SweepConfig, name: str) -> Row:
     row = Row(name, assignments, shared_space | own.space, sweep.draws == "common", sweep.seeds)
     if sweep.seeds > 1 and "seed" in (*dict(assignments), *row.space):
         raise UserError(f"sweep {path}: row {name!r} sets or draws seed, and seeds={sweep.seeds} does; leave one out")
-    if not row.space:
-        raise UserError(
-            f"sweep {path}: row {name!r} draws nothing, so that all its trials would be the same; give it a space"
-        )
+    if not row.space and sweep.trials > sweep.seeds:
+        remedy = "give it a space" + (f", or trials={sweep.seeds}, one for each seed" if sweep.seeds > 1 else "")
+        raise UserError(f"sweep {path}: row {name!r} draws nothing, so that its trials would be the same; {remedy}")
     names = [*(key for key, _ in row.assignments), *row.space]
     for section, key in itertools.product(row.space, names):
         if key.startswith(f"{section}."):
