@@ -2,7 +2,7 @@
 
 Differences of the same seed are taken, as first weights and batches are then alike, and what they have in common falls
 out. Their intervals are Student's, at 95 %: they hold for seeds like these and for the draws that were chosen.
-:func:`searched_again` has the choice among draws in its interval: it is made anew in each resample of draws and seeds.
+:func:`reach_with_choice` has the choice among draws in it: it is made anew in each resample of draws and seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from dist_moe.sweeps.records import TrialRecord
 from dist_moe.sweeps.runner import OBJECTIVE
-from dist_moe.sweeps.statistics import LEVEL, RESAMPLES, Floats, chosen_again, interval
+from dist_moe.sweeps.statistics import LEVEL, RESAMPLES, Floats, chosen_again
 
 
 @dataclass(frozen=True)
@@ -58,23 +58,26 @@ def paired_difference(one_N: Floats, other_N: Floats) -> Difference:
         raise ValueError(f"an interval needs two pairs at least, got {len(one_N)}")
     difference_N, count = one_N - other_N, len(one_N)
     mean, error = float(difference_N.mean()), float(difference_N.std(ddof=1)) / math.sqrt(count)
-    reach = float(student.ppf((1 + LEVEL) / 2, count - 1)) * error
+    reach = _student(count) * error
     return Difference(mean, mean - reach, mean + reach, count)
 
 
-def searched_again(
+def reach_with_choice(
     rows: Mapping[str, Sequence[TrialRecord]], seeds: int, common: bool, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Return of each row but the first the interval of its test loss minus the first row's, the draws chosen anew.
+) -> dict[str, float]:
+    """Return of each row but the first how far an interval of its test loss minus the first row's reaches to each side.
 
     In each of many resamples as many draws and as many seeds as there are drawn with replacement, the seeds the same
     for all rows, the draws too where they are ``common``, and each row takes the draw with the least mean validation
-    loss among them. Rows of which no trial, or the number of draws, is what the first row has are left out.
+    loss among them. The deviation of the differences takes the place of the standard error in Student's interval,
+    times sqrt(S / (S - 1)), by which S resampled seeds are too much alike: where the choice plays no part, this is the
+    reach of :func:`paired_difference`. Empty with fewer than two draws, among which there is no choice; rows without
+    a finite test loss, or with another number of draws than the first row, are left out.
     """
     losses = {name: _by_draw_and_seed(records, seeds) for name, records in rows.items()}
     first, *others = losses
     num_draws = len(losses[first][0])
-    if not num_draws:
+    if num_draws < 2:
         return {}
     picked_RS = np.random.default_rng(seed).integers(seeds, size=(RESAMPLES, seeds))
     share_RS = (picked_RS[:, :, None] == np.arange(seeds)).mean(axis=1)
@@ -83,8 +86,14 @@ def searched_again(
         draws = np.random.default_rng([seed, 1 if common else 1 + list(rows).index(name)])
         return chosen_again(*losses[name], draws.integers(num_draws, size=(RESAMPLES, num_draws)), share_RS)
 
-    base_R = outcome_R(first)
-    return {name: interval(outcome_R(name) - base_R) for name in others if len(losses[name][0]) == num_draws}
+    base_R, quantile = outcome_R(first), _student(seeds) * math.sqrt(seeds / (seeds - 1))
+    same = [name for name in others if len(losses[name][0]) == num_draws]
+    return {name: quantile * float((outcome_R(name) - base_R).std()) for name in same}
+
+
+def _student(count: int) -> float:
+    """By how many standard errors of the mean of ``count`` values their interval reaches to each side."""
+    return float(student.ppf((1 + LEVEL) / 2, count - 1))
 
 
 def _by_draw_and_seed(records: Sequence[TrialRecord], seeds: int) -> tuple[Floats, Floats]:

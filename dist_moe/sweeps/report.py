@@ -26,7 +26,7 @@ import numpy as np
 from dist_moe.errors import UserError
 from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.figure import draw_budget_curves, draw_differences
-from dist_moe.sweeps.paired import Differences, chosen_trials, paired_difference, searched_again
+from dist_moe.sweeps.paired import Differences, chosen_trials, paired_difference, reach_with_choice
 from dist_moe.sweeps.plan import SweepPlan
 from dist_moe.sweeps.records import TrialRecord
 from dist_moe.sweeps.runner import OBJECTIVE
@@ -49,8 +49,8 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
         chosen = {name: chosen_trials(records, plan.sweep.seeds) for name, records in rows.items()}
         complete = {name: trials for name, trials in chosen.items() if trials}
         differences = _differences_to_first(plan, complete)
-        again = searched_again(rows, plan.sweep.seeds, plan.sweep.draws == "common", plan.sweep.seed)
-        parts += _comparison(plan, complete, differences, again)
+        reach = reach_with_choice(rows, plan.sweep.seeds, plan.sweep.draws == "common", plan.sweep.seed)
+        parts += _comparison(plan, complete, differences, reach)
         _write_csv(directory.report / "pairs.csv", _pair_cells(chosen))
         draw_differences(directory.report / "pairs.png", f"{plan.path.stem}: minus {next(iter(rows))}", differences)
     text = "\n\n".join([*parts, _reach_table(summaries)]) + "\n"
@@ -131,11 +131,11 @@ def _comparison(
     plan: SweepPlan,
     chosen: dict[str, list[TrialRecord]],
     differences: Differences,
-    again: dict[str, tuple[float, float]],
+    reach: dict[str, float],
 ) -> Iterable[str]:
     """Yield the table of the chosen draws, and that of their differences to the first row's.
 
-    ``again``: intervals of the losses' differences, the draws chosen anew.
+    ``reach``: of the intervals of the losses' differences with the choice among draws in them.
     """
     metrics, rows = plan.sweep.compared, {row.name: row for row in plan.rows}
     body = []
@@ -147,20 +147,22 @@ def _comparison(
         f"Of each row the draw with the least mean validation loss over {plan.sweep.seeds} seeds: test metrics, mean ± "
         "standard\ndeviation over the seeds.\n\n" + _markdown([["row", "draw", *metrics], *body])
     )
-    lines = [
-        [
-            name,
-            *(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] {d.verdict}" for d in of.values()),
-            "[{:+.4f}, {:+.4f}]".format(*again[name]) if name in again else "-",
-        ]
-        for name, of in differences.items()
-    ]
-    yield (
+    head, lines = ["row", *metrics], []
+    for name, of in differences.items():
+        lines.append([name, *(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] {d.verdict}" for d in of.values())])
+        if reach and OBJECTIVE in of:
+            mean = of[OBJECTIVE].mean
+            lines[-1].append(f"[{mean - reach[name]:+.4f}, {mean + reach[name]:+.4f}]" if name in reach else "-")
+    text = (
         f"The same minus {plan.rows[0].name}, seed by seed, with a {100 * LEVEL:g} % interval; within: it holds 0, "
-        "no difference is seen.\nLast: the interval of the loss's difference where the draws are chosen anew, among "
-        "resampled draws and seeds.\npairs.csv has all pairs of rows and all metrics.\n\n"
-        + _markdown([["row", *metrics, f"{OBJECTIVE}, with the choice of draws"], *lines])
+        "no difference is seen."
     )
+    if reach and OBJECTIVE in metrics:
+        head.append(f"{OBJECTIVE}, with the choice")
+        text += (
+            "\nLast: the loss's interval with the choice among draws in it, made anew in resamples of draws and seeds."
+        )
+    yield f"{text}\npairs.csv has all pairs of rows and all metrics.\n\n{_markdown([head, *lines])}"
 
 
 def _tests(trials: list[TrialRecord], metric: str) -> Floats:

@@ -58,7 +58,9 @@ def best_interval(
     count = len(best_trials(val, fraction))
     drawn_RN = np.random.default_rng(seed).integers(len(val), size=(resamples, len(val)))
     best_RM = np.argsort(val[drawn_RN], axis=1, kind="stable")[:, :count]
-    return interval(test[np.take_along_axis(drawn_RN, best_RM, axis=1)].mean(axis=1))
+    mean_R = test[np.take_along_axis(drawn_RN, best_RM, axis=1)].mean(axis=1)
+    low, high = np.quantile(mean_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def chosen_again(val_DS: Floats, test_DS: Floats, drawn_RD: Ints, share_RS: Floats) -> Floats:
@@ -75,12 +77,6 @@ def chosen_again(val_DS: Floats, test_DS: Floats, drawn_RD: Ints, share_RS: Floa
     place_R1 = np.take_along_axis(val_RD, drawn_RD, axis=1).argmin(axis=1, keepdims=True)
     chosen_R1 = np.take_along_axis(drawn_RD, place_R1, axis=1)
     return np.take_along_axis(test_RD, chosen_R1, axis=1)[:, 0]
-
-
-def interval(values_R: Floats) -> tuple[float, float]:
-    """Return the quantiles between which the share LEVEL of the values lies, as much of them below as above."""
-    low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def budget_curve(

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from dist_moe.cli.main import main
 from dist_moe.errors import UserError
 from dist_moe.sweeps.figure import group_of
-from dist_moe.sweeps.paired import chosen_trials, paired_difference, searched_again
+from dist_moe.sweeps.paired import chosen_trials, paired_difference, reach_with_choice
 from dist_moe.sweeps.records import State, TrialRecord
 from dist_moe.sweeps.report import write_report
 from dist_moe.sweeps.runner import TrialResult
@@ -240,7 +240,7 @@ def test_rows_are_compared_seed_by_seed(bench: Bench) -> None:
     assert chosen["COMET"][0].params[LR] == chosen["Top-k"][0].params[LR]
     assert "3 draws (common) x 3 seeds" in text
     assert imread(bench.directory.report / "pairs.png").shape[1] > 500
-    assert "| row | loss | auc | loss, with the choice of draws |" in text
+    assert "| row | loss | auc | loss, with the choice |" in text
     (loss,) = (line for line in lines_of(bench.directory.report / "pairs.csv") if line["metric"] == "loss")
     pairs = zip(chosen["COMET"], chosen["Top-k"], strict=True)
     differences = [one.test["loss"] - other.test["loss"] for one, other in pairs]
@@ -259,16 +259,25 @@ def test_an_interval_with_the_choice_of_draws_in_it() -> None:
     first = [record(i, 1.0 + i, 5.0) for i in range(4)]
     other = [record(2 * d + s, val[d][s], test[d][s]) for d in range(2) for s in range(2)]
     shifted = [record(i, 1.0 + i, 6.0) for i in range(4)]
-    again = searched_again({"A": first, "B": other, "C": shifted, "D": first[:2], "E": []}, 2, common=True)
-    assert again == {"B": (0.0, 4.0), "C": (1.0, 1.0)}
+    reach = reach_with_choice({"A": first, "B": other, "C": shifted, "D": first[:2], "E": []}, 2, common=True)
+    assert reach == {"B": pytest.approx(12.706 * math.sqrt(2) * 1.94, rel=0.05), "C": 0.0}
     assert paired_difference(np.array(test[0]), np.array([5.0, 5.0])).high == 0.0  # of the draw that was chosen
+    assert reach_with_choice({"A": first[:2], "B": other[:2]}, 2, common=True) == {}  # a draw: no choice
+
+
+def test_where_one_draw_is_always_chosen_the_interval_is_students() -> None:
+    noise = [0.3, -0.1, 0.2, 0.5, -0.4]
+    first = [record(i, 1.0 + i // 5, 1.0) for i in range(10)]
+    other = [record(i, 1.0 + i // 5, 1.0 + noise[i % 5]) for i in range(10)]
+    reach = reach_with_choice({"A": first, "B": other}, 5, common=True)["B"]
+    alone = paired_difference(np.array(noise), np.zeros(5))
+    assert reach == pytest.approx(alone.high - alone.mean, rel=0.05)
 
 
 def test_common_draws_are_resampled_together() -> None:
     rows = {name: [record(i, float(i), float(i)) for i in range(4)] for name in ("A", "B")}
-    assert searched_again(rows, 2, common=True) == {"B": (0.0, 0.0)}
-    low, high = searched_again(rows, 2, common=False)["B"]
-    assert low < 0.0 < high
+    assert reach_with_choice(rows, 2, common=True) == {"B": 0.0}
+    assert reach_with_choice(rows, 2, common=False)["B"] > 1.0
 
 
 def test_a_draw_with_a_seed_that_diverged_is_not_chosen() -> None:
