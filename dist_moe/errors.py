@@ -14,9 +14,13 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """Training gave no finite loss or gradient any more, for too many steps in a row."""
+    """Training gave no finite loss or gradient any more, for too many steps in a row, the last of them ``step``."""
 
     exit_code = 3
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -10,9 +10,12 @@ several seeds for that.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import matplotlib.pyplot as plt
 import torch

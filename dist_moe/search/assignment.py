@@ -16,7 +16,6 @@ every rank proves by digest that it holds the same table.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +25,15 @@ from torch import Tensor
 from dist_moe.search.agreement import round_to_table, take_from_first_rank
 from dist_moe.search.moves import Move, rows_of, swaps_towards
 from dist_moe.search.scores import StreamedScores, TableScores
-from dist_moe.search.swap import SearchReport, TableSearchConfig, settle, step_of, swaps_by_gain, take_best
+from dist_moe.search.swap import (
+    SearchReport,
+    TableSearchConfig,
+    all_finite,
+    settle,
+    step_of,
+    swaps_by_gain,
+    take_best,
+)
 
 
 class AssignmentSearchConfig(TableSearchConfig):
@@ -66,7 +73,7 @@ class AssignmentSearch:
     def _move(self, report: SearchReport) -> bool:
         scores, config = self._verified, self._config
         gradients, step = self._fitted.gradients(), step_of(scores, report)
-        if not (math.isfinite(step) and all(bool(gradient.isfinite().all()) for gradient in gradients)):
+        if not all_finite(step, gradients):
             return False
         moves = assignments(scores.tables, gradients, step)
         report.screened += sum(table[..., 0].numel() for table in scores.tables)

@@ -53,7 +53,7 @@ def swaps_towards(layer: int, row: tuple[int, int], source_S: Sequence[int]) -> 
 def take_control(control: Control, move: Move, tables: Sequence[Tensor], seed: int) -> Move:
     """Undo ``move`` in ``tables`` and do what ``control`` says instead; return the swaps that were done.
 
-    ``seed``: of the random swaps, alike on all ranks.
+    ``seed``: of the random swaps, alike on all ranks: each exchanges two slots that have different experts.
     """
     apply(reversed(move), tables)
     if control == "identity":
@@ -61,7 +61,10 @@ def take_control(control: Control, move: Move, tables: Sequence[Tensor], seed: i
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for swap in move:
-        first, second = sorted(torch.randperm(tables[swap.layer].shape[-1], generator=generator)[:2].tolist())
+        source_S = tables[swap.layer][swap.row]
+        pair_2N = torch.triu_indices(len(source_S), len(source_S), offset=1)
+        pair_2N = pair_2N[:, (source_S[pair_2N[0]] != source_S[pair_2N[1]]).cpu()]
+        first, second = pair_2N[:, torch.randint(pair_2N.shape[1], (), generator=generator)].tolist()
         drawn.append(Swap(swap.layer, swap.row, (first, second)))
-    apply(drawn, tables)
+        apply(drawn[-1:], tables)
     return tuple(drawn)

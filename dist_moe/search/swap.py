@@ -85,7 +85,10 @@ class SwapSearch:
         with scores.searching():
             report.losses += scores.losses([()])
             while len(report.moves) < self._config.max_swaps:
-                candidates = swaps_by_gain(scores.tables, scores.gradients(), step_of(scores, report))
+                gradients, step = scores.gradients(), step_of(scores, report)
+                if not all_finite(step, gradients):
+                    break
+                candidates = swaps_by_gain(scores.tables, gradients, step)
                 report.screened += len(candidates)
                 if not take_best(scores, candidates, report, self._config):
                     break
@@ -103,6 +106,11 @@ def settle(tables: Sequence[Tensor], report: SearchReport, config: TableSearchCo
 def step_of(scores: TableScores, report: SearchReport) -> float:
     """Return the difference of losses below which two candidates count as equal; above 0 for a loss of 0, too."""
     return scores.resolution * max(abs(report.losses[-1]), math.sqrt(torch.finfo(torch.float64).tiny))
+
+
+def all_finite(step: float, gradients: Sequence[Tensor]) -> bool:
+    """Whether candidates can be compared at all: not where the loss or a gradient is not finite."""
+    return math.isfinite(step) and all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def take_best(scores: TableScores, candidates: Sequence[Move], report: SearchReport, config: TableSearchConfig) -> bool:

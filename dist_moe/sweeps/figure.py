@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +19,16 @@ from dist_moe.sweeps.summary import RowSummary
 # Okabe and Ito's colours, which people tell apart whatever their colour vision; without the faint yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":", "-.")
 MARK_EVERY = 0.12  # of the picture's diagonal
 INCHES = (8.0, 4.8)
 DOTS_PER_INCH = 150
 
 
-def draw_budget_curves(path: Path, title: str, rows: Sequence[RowSummary]) -> None:
-    """Draw one line per row against its compute, with its 5-95 % band. A row and its "+" share a colour, "+" is dashed.
+def draw_budget_curves(path: Path, title: str, unit: str, rows: Sequence[RowSummary]) -> None:
+    """Draw one line per row against its compute, or, where that of a row is not known, the number of ``unit``.
 
-    Against trials where the compute of one row is not known.
+    With its 5-95 % band. Rows with a plus, as "COMET+ (swap)", are broken, in the colour of the row without it.
     """
     known = all(math.isfinite(row.cost) for row in rows if row.curve is not None)
     curves = {row.name: (row.curve, row.cost if known else 1.0) for row in rows if row.curve is not None}
@@ -34,11 +36,13 @@ def draw_budget_curves(path: Path, title: str, rows: Sequence[RowSummary]) -> No
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     groups = list(dict.fromkeys(group_of(name) for name in curves))
-    for name in sorted(curves, key=lambda name: groups.index(group_of(name))):
-        _draw(axes, name, *curves[name], groups.index(group_of(name)))
+    for number, group in enumerate(groups):
+        of_group = sorted((name for name in curves if group_of(name) == group), key=lambda name: "+" in name)
+        for name, style in zip(of_group, itertools.cycle(LINES if "+" not in of_group[0] else LINES[1:])):
+            _draw(axes, name, *curves[name], number, style)
     axes.set_title(title)
-    axes.set_xlabel("compute of the search (processor seconds; seconds with a GPU)" if known else "trials")
-    axes.set_ylabel("expected test loss of the trial best by validation (band: 5-95 %)")
+    axes.set_xlabel("compute of the search (processor seconds; seconds with a GPU)" if known else f"{unit}s")
+    axes.set_ylabel(f"expected test loss of the {unit} best by validation (band: 5-95 %)")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -80,11 +84,11 @@ def draw_differences(path: Path, title: str, differences: Differences) -> None:
 
 
 def group_of(name: str) -> str:
-    """Return the name without its plus: 'COMET' of 'COMET+'."""
-    return name.rstrip("+").rstrip()
+    """Return the name without its plus and what follows: 'COMET' of 'COMET+' and of 'COMET+ (swap)'."""
+    return name.partition("+")[0].rstrip()
 
 
-def _draw(axes: Axes, name: str, curve: BudgetCurve, cost: float, group: int) -> None:
+def _draw(axes: Axes, name: str, curve: BudgetCurve, cost: float, group: int, style: str) -> None:
     colour, spent_B = COLOURS[group % len(COLOURS)], curve.budgets * cost
     axes.fill_between(spent_B, curve.low, curve.high, alpha=0.05, linewidth=0, color=colour)
     axes.plot(
@@ -92,7 +96,7 @@ def _draw(axes: Axes, name: str, curve: BudgetCurve, cost: float, group: int) ->
         curve.expected,
         label=name,
         linewidth=1.8,
-        linestyle="--" if name.endswith("+") else "-",
+        linestyle=style,
         marker=MARKERS[(group + group // len(COLOURS)) % len(MARKERS)],
         markersize=5,
         markevery=MARK_EVERY,

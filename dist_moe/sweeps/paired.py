@@ -31,7 +31,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether the interval is "above" 0, "below" it, or has it "within"."""
+        """Whether the interval is "above" 0, "below" it, or has it "within"; "unknown" if a value is not finite."""
+        if not math.isfinite(self.low + self.high):
+            return "unknown"
         return "above" if self.low > 0 else "below" if self.high < 0 else "within"
 
 
@@ -71,14 +73,14 @@ def reach_with_choice(
     for all rows, the draws too where they are ``common``, and each row takes the draw with the least mean validation
     loss among them. The deviation of the differences takes the place of the standard error in Student's interval,
     times sqrt(S / (S - 1)), by which S resampled seeds are too much alike: where the choice plays no part, this is the
-    reach of :func:`paired_difference`. Empty with fewer than two draws, among which there is no choice; rows without
-    a finite test loss, or with another number of draws than the first row, are left out.
+    reach of :func:`paired_difference`. Empty with fewer than two draws, among which there is no choice. Rows are left
+    out that have failed trials, or other draws than the first row, or no finite test loss.
     """
-    losses = {name: _by_draw_and_seed(records, seeds) for name, records in rows.items()}
-    first, *others = losses
-    num_draws = len(losses[first][0])
-    if num_draws < 2:
+    losses = {name: found for name, records in rows.items() if (found := _by_draw_and_seed(records, seeds))}
+    first, *others = rows
+    if first not in losses or len(losses[first][0]) < 2:
         return {}
+    num_draws = len(losses[first][0])
     picked_RS = np.random.default_rng(seed).integers(seeds, size=(RESAMPLES, seeds))
     share_RS = (picked_RS[:, :, None] == np.arange(seeds)).mean(axis=1)
 
@@ -87,7 +89,7 @@ def reach_with_choice(
         return chosen_again(*losses[name], draws.integers(num_draws, size=(RESAMPLES, num_draws)), share_RS)
 
     base_R, quantile = outcome_R(first), _student(seeds) * math.sqrt(seeds / (seeds - 1))
-    same = [name for name in others if len(losses[name][0]) == num_draws]
+    same = [name for name in others if name in losses and len(losses[name][0]) == num_draws]
     return {name: quantile * float((outcome_R(name) - base_R).std()) for name in same}
 
 
@@ -96,11 +98,11 @@ def _student(count: int) -> float:
     return float(student.ppf((1 + LEVEL) / 2, count - 1))
 
 
-def _by_draw_and_seed(records: Sequence[TrialRecord], seeds: int) -> tuple[Floats, Floats]:
-    """(D, S) losses in validation and test, nan where a trial is missing; (0, S) if no test loss is finite."""
-    draws = 1 + max((record.index // seeds for record in records), default=-1)
-    val_DS, test_DS = np.full((2, draws, seeds), math.nan)
-    for record in records:
-        place = divmod(record.index, seeds)
-        val_DS[place], test_DS[place] = record.loss, record.test.get(OBJECTIVE, math.nan)
-    return (val_DS, test_DS) if np.isfinite(test_DS).any() else (val_DS[:0], test_DS[:0])
+def _by_draw_and_seed(records: Sequence[TrialRecord], seeds: int) -> tuple[Floats, Floats] | None:
+    """(D, S) losses in validation and test; None if a trial failed or is missing, or no test loss is finite."""
+    there = sorted((record for record in records if record.state != "failed"), key=lambda record: record.index)
+    if [record.index for record in there] != list(range(len(there))) or len(there) % seeds:
+        return None
+    tests = [record.test.get(OBJECTIVE, math.nan) for record in there]
+    val_DS, test_DS = (np.array(each).reshape(-1, seeds) for each in ([record.loss for record in there], tests))
+    return (val_DS, test_DS) if np.isfinite(test_DS).any() else None

@@ -154,8 +154,8 @@ def digest(settings: dict[str, Any]) -> str:
 def check_unchanged(plan: SweepPlan, directory: Path, attributes: dict[str, Any]) -> None:
     """Raise UserError if a study with these attributes belongs to another sweep than ``plan``.
 
-    ``trials`` may have grown, and ``best_fraction`` may be another; nothing else may have changed, since old
-    and new trials would be reported as one sample.
+    ``trials`` may have grown, and ``best_fraction`` and ``compared`` may be others; nothing else may have changed,
+    since old and new trials would be reported as one sample.
     """
     remedy = f"put it back as it was, or name another directory by --sweep-dir (this one is {directory})"
     settings = plan.settings()

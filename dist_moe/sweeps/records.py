@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import optuna
@@ -23,7 +25,7 @@ class TrialRecord:
 
     ``loss``: validation loss; inf for all but complete trials. ``error``: why it failed, else "".
     ``environment``: machine and versions that trained it, "" where nothing was trained. ``compute``: processor seconds
-    that it took, searches and validations among them, or seconds with a GPU; nan where nothing was trained.
+    that it took, searches and validations among them, or seconds with a GPU; nan where that was not recorded.
     """
 
     index: int
@@ -36,6 +38,37 @@ class TrialRecord:
     compute: float
     error: str
     environment: str
+
+
+def by_draw(records: Sequence[TrialRecord], seeds: int) -> list[TrialRecord]:
+    """Return a record for each draw of ``seeds`` trials: means of what they came to, sums of what they took.
+
+    A draw is as good as its worst trial: failed if one failed or is missing, else diverged, pruned or complete.
+    """
+    of_draw: dict[int, list[TrialRecord]] = {}
+    for record in records:
+        of_draw.setdefault(record.index // seeds, []).append(record)
+    return [_draw(number, trials, seeds) for number, trials in sorted(of_draw.items())]
+
+
+def _draw(number: int, trials: list[TrialRecord], seeds: int) -> TrialRecord:
+    states: list[State] = ["failed", "diverged", "pruned", "complete"]
+    state = states[min(states.index(trial.state) for trial in trials)] if len(trials) == seeds else "failed"
+
+    def means(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+        shared = [name for name in metrics[0] if all(name in each for each in metrics)]
+        return {name: statistics.fmean(each[name] for each in metrics) for name in shared}
+
+    return replace(
+        trials[0],
+        index=number,
+        state=state,
+        loss=statistics.fmean(trial.loss for trial in trials),
+        val=means([trial.val for trial in trials]),
+        test=means([trial.test for trial in trials]),
+        steps=sum(trial.steps for trial in trials),
+        compute=sum(trial.compute for trial in trials),
+    )
 
 
 def index_of(trial: FrozenTrial) -> int:

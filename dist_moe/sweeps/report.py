@@ -1,9 +1,9 @@
 """The report of a sweep, from its studies alone.
 
 trials.csv    every finished trial: what was drawn, all its metrics, why it failed
-table.md      the paper's table, and the trials that each row needs to reach each other
+table.md      the paper's table, and the trials, or draws, that each row needs to reach each other
 table.csv     the same table
-budget.csv    expected test loss of the chosen trial against the number of trials and their compute
+budget.csv    expected test loss of the chosen trial, or draw, against their number and compute
 budget.png    the same as a picture
 pairs.csv     with several seeds: differences of all pairs of rows, seed by seed, in every metric
 pairs.png     those to the first row as a picture
@@ -28,7 +28,7 @@ from dist_moe.sweeps.directory import SweepDirectory
 from dist_moe.sweeps.figure import draw_budget_curves, draw_differences
 from dist_moe.sweeps.paired import Differences, chosen_trials, paired_difference, reach_with_choice
 from dist_moe.sweeps.plan import SweepPlan
-from dist_moe.sweeps.records import TrialRecord
+from dist_moe.sweeps.records import TrialRecord, by_draw
 from dist_moe.sweeps.runner import OBJECTIVE
 from dist_moe.sweeps.statistics import LEVEL, Floats
 from dist_moe.sweeps.study import Studies
@@ -42,7 +42,8 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
     rows = {row.name: studies.records(row.name) for row in plan.rows}
     if not any(rows.values()):
         raise UserError(f"no trial of {directory.root} is finished yet, so that there is nothing to report")
-    summaries = summarise(rows, plan.sweep.best_fraction, plan.sweep.seed)
+    draws = {name: by_draw(records, plan.sweep.seeds) for name, records in rows.items()}
+    summaries = summarise(draws, plan.sweep.best_fraction, plan.sweep.seed)
     directory.report.mkdir(exist_ok=True)
     parts = [_opening(plan, rows, studies), _main_table(plan, summaries)]
     if plan.sweep.seeds > 1:
@@ -53,12 +54,12 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
         parts += _comparison(plan, complete, differences, reach)
         _write_csv(directory.report / "pairs.csv", _pair_cells(chosen))
         draw_differences(directory.report / "pairs.png", f"{plan.path.stem}: minus {next(iter(rows))}", differences)
-    text = "\n\n".join([*parts, _reach_table(summaries)]) + "\n"
+    text = "\n\n".join([*parts, reach_table(_unit(plan), summaries)]) + "\n"
     (directory.report / "table.md").write_text(text, encoding="utf-8")
     _write_csv(directory.report / "table.csv", (_table_cells(summary) for summary in summaries))
     _write_csv(directory.report / "trials.csv", _trial_cells(plan, rows))
     _write_csv(directory.report / "budget.csv", _budget_cells(summaries))
-    draw_budget_curves(directory.report / "budget.png", plan.path.stem, summaries)
+    draw_budget_curves(directory.report / "budget.png", plan.path.stem, _unit(plan), summaries)
     return text
 
 
@@ -82,10 +83,15 @@ def _opening(plan: SweepPlan, rows: Rows, studies: Studies) -> str:
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
+def _unit(plan: SweepPlan) -> str:
+    """What a search chooses among."""
+    return "draw" if plan.sweep.seeds > 1 else "trial"
+
+
 def _main_table(plan: SweepPlan, summaries: list[RowSummary]) -> str:
-    share = f"{100 * plan.sweep.best_fraction:g} %"
+    share, unit = f"{100 * plan.sweep.best_fraction:g} %", _unit(plan)
     others = next((list(summary.metrics)[1:] for summary in summaries if summary.metrics), [])
-    head = ["row", "trials", "compute of a trial", f"test loss, best {share}", "best single", *others]
+    head = ["row", f"{unit}s", f"compute of a {unit}", f"test loss, best {share}", "best single", *others]
     body = []
     for summary in summaries:
         remarks = [f"{count} {state}" for state, count in summary.states.items() if count and state != "complete"]
@@ -93,18 +99,19 @@ def _main_table(plan: SweepPlan, summaries: list[RowSummary]) -> str:
         compute = f"{summary.cost:.1f}" if math.isfinite(summary.cost) else "-"
         body.append([summary.name, trials, compute, *_metrics(summary, others)])
     return (
-        f"Test metrics are means over the best {share} of trials by validation loss, the loss with its "
-        f"{100 * LEVEL:g} % interval over\nsearches of as many trials (bootstrap: the best are chosen anew); best "
-        "single: test loss of the trial with the least\nvalidation loss. Diverged and pruned trials count as the "
-        "worst, failed ones do not count. Compute: mean processor seconds,\nsearches and validations among them; "
-        "seconds where there is a GPU.\n\n" + _markdown([head, *body])
+        (f"A draw is the mean over its {plan.sweep.seeds} seeds. " if plan.sweep.seeds > 1 else "")
+        + f"Test metrics are means over the best {share} of {unit}s by validation loss, the loss\nwith its spread "
+        f"over {100 * LEVEL:g} % of resamples, in which the best are chosen anew (narrower than other searches would "
+        f"be: no {unit} is new);\nbest single: test loss of the {unit} with the least validation loss. Diverged and "
+        f"pruned {unit}s count as the worst, failed ones do not\ncount. Compute: mean processor seconds, searches and "
+        "validations among them; seconds where there is a GPU.\n\n" + _markdown([head, *body])
     )
 
 
 def _metrics(summary: RowSummary, others: list[str]) -> list[str]:
     if summary.best is None:
         return ["-"] * (2 + len(others))
-    loss, span = summary.metrics[OBJECTIVE], summary.interval
+    loss, span = summary.metrics[OBJECTIVE], summary.spread
     shown = f"{loss:.4f} ({span[0]:.4f} to {span[1]:.4f})" if span else f"{loss:.4f}"
     single = f"{summary.best.test.get(OBJECTIVE, math.nan):.4f}"
     return [f"{shown} (of {summary.averaged})", single, *(f"{summary.metrics[name]:.4f}" for name in others)]
@@ -116,10 +123,13 @@ def _differences_to_first(plan: SweepPlan, chosen: dict[str, list[TrialRecord]])
     Empty if that has no complete draw. Raises UserError for a metric that the trials do not have.
     """
     metrics, first = plan.sweep.compared, plan.rows[0].name
-    for trials in chosen.values():
-        for metric in set(metrics) - trials[0].test.keys():
-            known = ", ".join(sorted(trials[0].test))
-            raise UserError(f"sweep {plan.path}: compared={list(metrics)}: there is no metric {metric}; known: {known}")
+    for name, trials in chosen.items():
+        known = set.intersection(*(set(trial.test) for trial in trials))
+        for metric in set(metrics) - known:
+            raise UserError(
+                f"sweep {plan.path}: compared={list(metrics)}: not all seeds of row {name!r} have a metric {metric}; "
+                f"known: {', '.join(sorted(known))}"
+            )
     return {
         name: {m: paired_difference(_tests(trials, m), _tests(chosen[first], m)) for m in metrics}
         for name, trials in chosen.items()
@@ -181,21 +191,24 @@ def _pair_cells(chosen: dict[str, list[TrialRecord]]) -> Iterable[Cells]:
             yield {"row": one, "minus": other, "metric": metric} | asdict(difference) | {"verdict": difference.verdict}
 
 
-def _reach_table(summaries: list[RowSummary]) -> str:
+def reach_table(unit: str, summaries: list[RowSummary]) -> str:
+    """Return the table of how many trials, or draws (``unit``), each row needs to reach each other."""
     reach, of = trials_to_reach(summaries), {summary.name: summary for summary in summaries}
 
     def shown(one: str, other: str, trials: int | None) -> str:
         if trials is None:
             return "never"
-        share = trials * of[one].cost / (of[other].trials * of[other].cost)
+        all_of_other = of[other].trials * of[other].cost
+        share = trials * of[one].cost / all_of_other if all_of_other else math.nan
         return f"{trials} ({share:.2f})" if math.isfinite(share) else str(trials)
 
     body = [[one, *(shown(one, *target) for target in others.items())] for one, others in reach.items()]
     return (
-        "Trials after which a row (left) can expect the test loss that another (above) can expect of all its trials, "
-        "and\ntheir compute over that of all the other's; never: not within its own number of trials. Expectations are "
-        "over trials\ndrawn with replacement from those made (bootstrap; `expected_exact` in budget.csv is its closed "
-        "form), as are the\ncurves of budget.png.\n\n" + _markdown([["trials of this row to reach", *reach], *body])
+        f"After how many {unit}s a row (left) can expect the test loss that another (above) can expect of all its "
+        f"{unit}s, and\ntheir compute over that of all the other's; never: not within its own number of {unit}s. "
+        f"Expectations are over {unit}s\ndrawn with replacement from those made (bootstrap; `expected_exact` in "
+        "budget.csv is its closed form), as are the\ncurves of budget.png.\n\n"
+        + _markdown([[f"{unit}s of this row to reach", *reach], *body])
     )
 
 
@@ -205,10 +218,10 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def _table_cells(summary: RowSummary) -> Cells:
-    cells: Cells = {"row": summary.name, "trials": summary.trials, "compute": summary.cost}
+    cells: Cells = {"row": summary.name, "number": summary.trials, "compute": summary.cost}
     cells |= dict(summary.states.items())
     if summary.best is not None:
-        low, high = summary.interval or (math.nan, math.nan)
+        low, high = summary.spread or (math.nan, math.nan)
         cells |= {"averaged": summary.averaged, "test_loss": summary.metrics[OBJECTIVE]}
         cells |= {"test_loss_low": low, "test_loss_high": high}
         cells |= {"best_trial": summary.best.index, "best_val_loss": summary.best.loss}
@@ -236,7 +249,7 @@ def _budget_cells(summaries: list[RowSummary]) -> Iterable[Cells]:
         columns = zip(curve.budgets, curve.expected, curve.low, curve.high, summary.exact, strict=True)
         for budget, *losses in columns:
             names = ("expected", "low_5", "high_95", "expected_exact")
-            compute = {"row": summary.name, "trials": int(budget), "compute": round(budget * summary.cost, 3)}
+            compute = {"row": summary.name, "number": int(budget), "compute": round(budget * summary.cost, 3)}
             yield compute | dict(zip(names, map(float, losses), strict=True))
 
 

@@ -19,7 +19,7 @@ LOW, HIGH = 0.05, 0.95
 
 
 LEVEL = 0.95
-"""Level of all intervals: the share of cases that one is meant to hold."""
+"""Of intervals and of spreads over resamples; the bands of budget curves are from LOW to HIGH."""
 RESAMPLES = 2000
 
 
@@ -47,12 +47,14 @@ def best_trials(val_N: ArrayLike, fraction: float) -> Ints:
     return np.argsort(val, kind="stable")[: max(count, 1)]
 
 
-def best_interval(
+def best_spread(
     val_N: ArrayLike, test_N: ArrayLike, fraction: float, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the interval of :func:`best_trials`' mean test loss over searches of N trials like these, by bootstrap.
+    """Return between which values the share LEVEL of resamples have the mean test loss of their best trials.
 
-    The best are chosen anew among N trials drawn with replacement, so that the choice is in the interval.
+    The best are chosen anew among N trials drawn with replacement, so the choice is in it. It is less than the spread
+    of other searches of N trials, as nothing better than the best of these can be drawn: with normal losses and a
+    twentieth averaged, about half of other searches lie in it at N = 12, 85 % at N = 500.
     """
     val, test = _alike(val_N, test_N)
     count = len(best_trials(val, fraction))
@@ -68,12 +70,13 @@ def chosen_again(val_DS: Floats, test_DS: Floats, drawn_RD: Ints, share_RS: Floa
 
     D draws, each trained with S seeds. Search r has the draws ``drawn_RD[r]``, repeated ones among them, and takes the
     one with the least validation loss under the weights ``share_RS[r]`` of seeds; of equals the first. A draw that has
-    nan or inf in validation is taken where there is no other, with the worst finite test loss of all.
+    nan or inf in validation is taken where there is no other. Test losses that are not finite count as the worst that
+    is, as do those of such a draw.
     """
-    whole_D = np.asarray(np.isfinite(val_DS + test_DS).all(axis=1))
     worst = test_DS[np.isfinite(test_DS)].max()
-    val_RD = np.where(whole_D, share_RS @ np.where(whole_D[:, None], val_DS, 0).T, np.inf)
-    test_RD = np.where(whole_D, share_RS @ np.where(whole_D[:, None], test_DS, 0).T, worst)
+    whole_D1 = np.asarray(np.isfinite(val_DS).all(axis=1))[:, None]
+    val_RD = np.where(whole_D1.T, share_RS @ np.where(whole_D1, val_DS, 0).T, np.inf)
+    test_RD = share_RS @ np.where(whole_D1 & np.isfinite(test_DS), test_DS, worst).T
     place_R1 = np.take_along_axis(val_RD, drawn_RD, axis=1).argmin(axis=1, keepdims=True)
     chosen_R1 = np.take_along_axis(drawn_RD, place_R1, axis=1)
     return np.take_along_axis(test_RD, chosen_R1, axis=1)[:, 0]

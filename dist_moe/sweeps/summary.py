@@ -13,7 +13,7 @@ from dist_moe.sweeps.runner import OBJECTIVE
 from dist_moe.sweeps.statistics import (
     BudgetCurve,
     Floats,
-    best_interval,
+    best_spread,
     best_trials,
     budget_curve,
     budget_to_reach,
@@ -28,10 +28,10 @@ Rows = dict[str, list[TrialRecord]]
 class RowSummary:
     """A row of the report. ``trials``: all but failed ones, which say something of the machine or the code.
 
-    ``metrics``: means of test metrics over the ``averaged`` best trials by validation loss, "loss" first; empty, and
-    ``best`` and ``curve`` None, where no trial is complete. ``interval``: of the loss among them, None if none is
-    finite. ``exact``: the closed form of ``curve.expected``. ``cost``: mean compute of a trial, see
-    :class:`~dist_moe.sweeps.records.TrialRecord`; nan where it is not known of all.
+    ``metrics``: means of test metrics over the ``averaged`` best trials by validation loss, "loss" first, where trials
+    without one count as the worst; empty, and ``best`` and ``curve`` None, where no trial is complete. ``spread``: of
+    that loss, None if no trial has a finite one. ``exact``: the closed form of ``curve.expected``. ``cost``: mean
+    compute of a trial, see :class:`~dist_moe.sweeps.records.TrialRecord`; nan where it is not known of all.
     """
 
     name: str
@@ -40,14 +40,14 @@ class RowSummary:
     cost: float
     averaged: int
     metrics: dict[str, float]
-    interval: tuple[float, float] | None
+    spread: tuple[float, float] | None
     best: TrialRecord | None
     curve: BudgetCurve | None
     exact: Floats | None
 
 
 def summarise(rows: Rows, fraction: float, seed: int) -> list[RowSummary]:
-    """Return a summary of each row.
+    """Return a summary of each row of trials, or of draws (:func:`~dist_moe.sweeps.records.by_draw`).
 
     ``fraction``: share of trials, best by validation loss, to average. ``seed``: of the bootstrap. Only those metrics
     are averaged that all complete trials of all rows have: the loss, then the others by name.
@@ -82,7 +82,7 @@ def _summarise_row(name: str, records: list[TrialRecord], metrics: list[str], fr
     if np.isfinite(test_N).any():
         losses, budgets = with_bounded_losses(val_N, test_N), range(1, len(val_N) + 1)
         curve, exact = budget_curve(*losses, budgets, seed=seed), expected_best(*losses, budgets)
-        spread = best_interval(*losses, fraction, seed=seed)
+        means[OBJECTIVE], spread = float(losses[1][best_M].mean()), best_spread(*losses, fraction, seed=seed)
     return RowSummary(name, len(counted), states, cost, len(best_M), means, spread, counted[best_M[0]], curve, exact)
 
 

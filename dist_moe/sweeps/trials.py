@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,11 +13,11 @@ from dist_moe.engine.launch.environment import LaunchEnvironment, disable_malloc
 from dist_moe.engine.launch.process_groups import process_groups
 from dist_moe.engine.launch.signals import stop_requests
 from dist_moe.engine.monitor.run_directory import RunDirectory
-from dist_moe.errors import UserError
+from dist_moe.errors import DivergedError, UserError
 from dist_moe.recipes.recipe import RunStart
 from dist_moe.recipes.supervised.config import SupervisedConfig
 from dist_moe.recipes.supervised.recipe import Stopped, SupervisedRecipe
-from dist_moe.sweeps.runner import Report, TrialResult
+from dist_moe.sweeps.runner import OBJECTIVE, Report, TrialResult
 from dist_moe.sweeps.stacked import stack_error, stack_key, train_stack
 from dist_moe.tasks.evaluation import check_parts, check_selection
 
@@ -72,6 +73,9 @@ def _run_alone(config: SupervisedConfig, report: Report) -> TrialResult | None:
                 result = recipe.train_in_groups(plan, groups, stop, lambda step, loss: report(0, step, loss))
         except Stopped:
             return None
+        except DivergedError as error:
+            nothing = {OBJECTIVE: math.nan}
+            return TrialResult(nothing, nothing, error.step)
         if result.val is None:
             raise KeyboardInterrupt
         val, test = (

@@ -15,6 +15,7 @@ from dist_moe.experts import DenseReLUBank
 from dist_moe.gates import Comet, TopK
 from dist_moe.layer import MoE
 from dist_moe.parallel import EmulatedWorld, SingleWorld, World
+from dist_moe.recipes.callbacks.table_search import seed_at
 from dist_moe.search import (
     RecordedScores,
     SearchReport,
@@ -24,6 +25,7 @@ from dist_moe.search import (
     SwapSearch,
     SwapSearchConfig,
 )
+from dist_moe.search.moves import take_control
 from dist_moe.search.swap import swaps_by_gain
 from tests.helpers.clusters import Mixture, Tokens, bank_of_rank, make_tokens, trained_mixture, two_gate_layer
 from tests.helpers.worlds import on_real_worlds
@@ -128,6 +130,30 @@ def test_ends_in_a_local_optimum() -> None:
         loss = loss_by_running_everything(model, [tokens], model.loss)
         assert loss >= report.losses[-1] * (1 - 1.1e-6)
         swap_in_place([model.table], swap)
+
+
+@pytest.mark.parametrize("broken", [slice(1), slice(None)])
+def test_losses_that_are_not_finite_end_the_search(broken: slice) -> None:
+    """Also where exchanging the broken expert for one that no token meets would make the loss finite."""
+    model, tokens = scrambled("hash", 6, 0), make_tokens(6, 60, seed=1)
+    gate = model.moe.gates[0]
+    gate.table[:] = gate.table % 3
+    with torch.no_grad():
+        for weight in model.moe.experts.parameters():
+            weight[model.table.flatten()[broken]] = torch.nan
+    found = search(model, [tokens], model.loss).run()
+    assert (found.verified, found.moves, found.local_optimum) == (0, [], False)
+
+
+def test_random_swaps_exchange_different_experts() -> None:
+    """A map of 6 slots to 2 experts, in which two of five swaps would change nothing."""
+    wanted = Swap(0, (0, 0), (0, 1))
+    for seed in range(50):
+        table = torch.tensor([[[1, 0, 0, 1, 0, 1]]])
+        (drawn,) = take_control("random_swaps", (wanted,), [table], seed)
+        first, second = table[0, 0, list(drawn.slots)].tolist()
+        assert first != second
+    assert seed_at(0, 10) != seed_at(5, 5)
 
 
 def test_budgets_end_the_search() -> None:

@@ -1,4 +1,4 @@
-"""A gate of the user's own that can join a stack: the example of docs/new_gate.md, with what it says of stacks."""
+"""A gate of the user's own that can join a stack: the example of docs/extending/gate.md, and what stacks ask for."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from dist_moe.cli.main import main
 from dist_moe.errors import UserError
 from dist_moe.sweeps.figure import group_of
 from dist_moe.sweeps.paired import chosen_trials, paired_difference, reach_with_choice
-from dist_moe.sweeps.records import State, TrialRecord
-from dist_moe.sweeps.report import write_report
+from dist_moe.sweeps.records import State, TrialRecord, by_draw
+from dist_moe.sweeps.report import reach_table, write_report
 from dist_moe.sweeps.runner import TrialResult
 from dist_moe.sweeps.study import Studies
 from dist_moe.sweeps.summary import summarise, trials_to_reach
@@ -68,7 +69,7 @@ def test_all_files_agree_with_the_studies(reported: tuple[Studies, Path]) -> Non
         assert float(line["test_auc"]) == pytest.approx(statistics.mean(one.test["auc"] for one in best))
         assert float(line["best_test_loss"]) == losses[0]
     budgets = lines_of(report / "budget.csv")
-    assert [(line["row"], line["trials"]) for line in budgets] == [(r, n) for r in ("COMET", "Top-k") for n in "123"]
+    assert [(line["row"], line["number"]) for line in budgets] == [(r, n) for r in ("COMET", "Top-k") for n in "123"]
     for line in budgets:
         assert float(line["low_5"]) <= float(line["expected"]) <= float(line["high_95"])
         assert float(line["expected"]) == pytest.approx(float(line["expected_exact"]), rel=0.1)
@@ -174,13 +175,18 @@ def test_a_budget_is_what_its_trials_computed(bench: Bench, together: int) -> No
     assert 0.1 <= costs["COMET"] < 0.2
     assert costs["Top-k"] < 0.1
     for line in lines_of(bench.directory.report / "budget.csv"):
-        assert float(line["compute"]) == pytest.approx(int(line["trials"]) * costs[line["row"]], abs=1e-3)
+        assert float(line["compute"]) == pytest.approx(int(line["number"]) * costs[line["row"]], abs=1e-3)
     reach = next(line for line in text.splitlines()[::-1] if line.startswith("| COMET |"))
     assert "3 (1.00)" in reach  # its own loss, after all its trials
 
 
 def test_a_row_and_its_plus_are_drawn_alike() -> None:
-    assert [group_of(name) for name in ("Top-k", "Top-k+", "Hash-r +", "C")] == ["Top-k", "Top-k", "Hash-r", "C"]
+    assert [group_of(name) for name in ("Top-k", "Top-k+", "Hash-r +", "C+ (swap)")] == [
+        "Top-k",
+        "Top-k",
+        "Hash-r",
+        "C",
+    ]
 
 
 def test_a_result_that_is_not_finite_survives_the_database(bench: Bench) -> None:
@@ -211,6 +217,18 @@ def test_wrong_arguments(
     said: Any = capsys.readouterr()
     assert all(part in said.err for part in parts), said.err
     assert not (tmp_path / "new").exists()
+
+
+def test_without_compute_there_is_no_share_of_it() -> None:
+    free = [replace(record(i, 1.0, 1.0), compute=0.0) for i in range(2)]
+    (row,) = summarise({"A": free}, 0.05, 0)
+    assert "| A | 1 |" in reach_table("trial", [row])
+
+
+def test_trials_that_diverged_count_as_the_worst_in_the_mean_too() -> None:
+    records = [record(0, 0.5, 0.5), *(record(i, math.inf, math.nan, "diverged") for i in range(1, 40))]
+    (row,) = summarise({"A": records}, 0.05, 0)
+    assert (row.metrics["loss"], row.spread) == (0.5, (0.5, 0.5))
 
 
 def test_nothing_to_report_yet(bench: Bench, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +265,9 @@ def test_rows_are_compared_seed_by_seed(bench: Bench) -> None:
     reach = 4.302653 * statistics.stdev(differences) / math.sqrt(3)  # Student's t, 2 degrees of freedom
     assert float(loss["mean"]) == pytest.approx(statistics.mean(differences), abs=1e-12)
     assert float(loss["high"]) - float(loss["low"]) == pytest.approx(2 * reach, rel=1e-5, abs=1e-12)
-    with pytest.raises(UserError, match=r"compared=\['aucc'\]: there is no metric aucc; known: auc, loss"):
+    with pytest.raises(
+        UserError, match=r"compared=\['aucc'\]: not all seeds of row 'COMET' have a metric aucc; known: auc, loss"
+    ):
         write_report(
             bench.studies(trials=9, seeds=3, draws="common", compared=["aucc"])._plan, bench.directory, studies
         )
@@ -261,11 +281,11 @@ def test_an_interval_with_the_choice_of_draws_in_it() -> None:
     shifted = [record(i, 1.0 + i, 6.0) for i in range(4)]
     reach = reach_with_choice({"A": first, "B": other, "C": shifted, "D": first[:2], "E": []}, 2, common=True)
     assert reach == {"B": pytest.approx(12.706 * math.sqrt(2) * 1.94, rel=0.05), "C": 0.0}
-    assert paired_difference(np.array(test[0]), np.array([5.0, 5.0])).high == 0.0  # of the draw that was chosen
+    assert chosen_trials(other, 2) == other[:2]  # whose interval alone would be 0 to 0
     assert reach_with_choice({"A": first[:2], "B": other[:2]}, 2, common=True) == {}  # a draw: no choice
 
 
-def test_where_one_draw_is_always_chosen_the_interval_is_students() -> None:
+def test_where_the_choice_changes_nothing_the_interval_is_students() -> None:
     noise = [0.3, -0.1, 0.2, 0.5, -0.4]
     first = [record(i, 1.0 + i // 5, 1.0) for i in range(10)]
     other = [record(i, 1.0 + i // 5, 1.0 + noise[i % 5]) for i in range(10)]
@@ -278,6 +298,19 @@ def test_common_draws_are_resampled_together() -> None:
     rows = {name: [record(i, float(i), float(i)) for i in range(4)] for name in ("A", "B")}
     assert reach_with_choice(rows, 2, common=True) == {"B": 0.0}
     assert reach_with_choice(rows, 2, common=False)["B"] > 1.0
+    waits = rows | {"B": [rows["B"][i] for i in (0, 2, 3)], "C": [*rows["A"][:3], record(3, 1.0, 1.0, "failed")]}
+    assert reach_with_choice(waits, 2, common=True) == {}
+
+
+def test_a_draw_is_its_seeds_together() -> None:
+    """Seed 1 of draw 0 is the best trial, draw 1 the best draw; a draw lasts until all its seeds are there."""
+    trials = [record(0, 3.0, 30.0, auc=0.5), record(1, 1.0, 10.0, auc=0.7), record(2, 1.5, 15.0), record(3, 1.7, 17.0)]
+    draws = by_draw([*trials, record(4, 1.0, 1.0), record(5, 1.0, 1.0, "diverged"), record(6, 1.0, 1.0)], 2)
+    assert [draw.state for draw in draws] == ["complete", "complete", "diverged", "failed"]
+    assert (draws[0].loss, draws[0].test, draws[0].compute) == (2.0, {"loss": 20.0, "auc": 0.6}, 2.0)
+    (row,) = summarise({"A": draws}, fraction=0.05, seed=0)
+    assert (row.trials, row.averaged, row.metrics["loss"]) == (3, 1, 16.0)
+    assert by_draw(trials, 1) == trials
 
 
 def test_a_draw_with_a_seed_that_diverged_is_not_chosen() -> None:
@@ -286,7 +319,10 @@ def test_a_draw_with_a_seed_that_diverged_is_not_chosen() -> None:
     assert chosen_trials(bad, 2) == []
 
 
-@pytest.mark.parametrize(("shift", "verdict"), [(1.0, "above"), (-1.0, "below"), (0.0, "within")])
+@pytest.mark.parametrize(
+    ("shift", "verdict"),
+    [(1.0, "above"), (-1.0, "below"), (0.0, "within"), (math.nan, "unknown")],
+)
 def test_verdicts(shift: float, verdict: str) -> None:
     noise_N = np.array([0.1, -0.1, 0.2, -0.2])
     assert paired_difference(noise_N + shift, np.zeros(4)).verdict == verdict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,17 @@ def test_what_cannot_be_stacked_is_said(
     with pytest.raises(UserError, match="set trials_together: 1"):
         run_trials([config, config], never)
     assert stack_error(configured()) is None
+
+
+def test_a_trial_that_diverges_alone_is_no_failure(configured: Callable[..., SupervisedConfig]) -> None:
+    """As in a stack, whose trials have no finite loss then: it counts as the worst, and is not tried again."""
+    config = configured(f"{LR}=1e30", "train.max_skipped_steps=2")
+    (alone,), together = run_trials([config], never), run_trials([config, config], never)
+    for result in (alone, *together):
+        assert result is not None
+        assert not math.isfinite(result.val["loss"])
+    assert alone is not None
+    assert 0 < alone.steps <= STEPS
 
 
 def test_trials_of_different_shapes_go_to_different_stacks(configured: Callable[..., SupervisedConfig]) -> None:

@@ -50,7 +50,8 @@ def diverged(model: nn.Module, micro_batches: Sequence[Losses], rank: int, step:
         f"{limit} step(s) in a row, {step - limit + 1}..{step}, had a loss or gradient that is not finite and were "
         f"skipped on all ranks; {where}. The parameters are still those of step {step - limit}. Look at the data, "
         "lower deepspeed.optimizer.params.lr, set deepspeed.gradient_clipping, "
-        f"or raise train.max_skipped_steps={limit}"
+        f"or raise train.max_skipped_steps={limit}",
+        step,
     )
 
 

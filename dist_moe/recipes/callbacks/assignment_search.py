@@ -16,7 +16,7 @@ from dist_moe.gates import GateSettings
 from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
 from dist_moe.recipes.callbacks.entropy_window import EntropyWindow
-from dist_moe.recipes.callbacks.table_search import SearchSchedule, batches_of, ready_to_search, task_loss
+from dist_moe.recipes.callbacks.table_search import SearchSchedule, batches_of, ready_to_search, seed_at, task_loss
 from dist_moe.search import AssignmentSearch, AssignmentSearchConfig, SearchReport, StreamedScores
 from dist_moe.search.scores import streamed_bytes
 from dist_moe.tasks.task import Task
@@ -135,4 +135,4 @@ class AssignmentScheduleConfig(AssignmentSearchConfig, SearchSchedule):
             for rows in (row_N[:cut], row_N[cut:])
         )
         with ready_to_search(model):
-            return AssignmentSearch(fitted, verified, self).run(seed + step)
+            return AssignmentSearch(fitted, verified, self).run(seed_at(seed, step))

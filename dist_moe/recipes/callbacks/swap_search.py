@@ -15,7 +15,7 @@ from dist_moe.engine.settings import TrainConfig
 from dist_moe.errors import UserError
 from dist_moe.layer import MoE
 from dist_moe.models import MoEModel
-from dist_moe.recipes.callbacks.table_search import SearchSchedule, batches_of, ready_to_search, task_loss
+from dist_moe.recipes.callbacks.table_search import SearchSchedule, batches_of, ready_to_search, seed_at, task_loss
 from dist_moe.search import RecordedScores, SearchReport, SwapSearch, SwapSearchConfig
 from dist_moe.search.scores import recorded_bytes
 from dist_moe.tasks.task import Task
@@ -68,7 +68,7 @@ class SwapScheduleConfig(SwapSearchConfig, SearchSchedule):
         step: int,
     ) -> SearchReport:
         """Search the tables of ``model`` on validation examples. Collective."""
-        return search_swaps(task, model, self, weights, environment, seed=seed + step)
+        return search_swaps(task, model, self, weights, environment, seed=seed_at(seed, step))
 
 
 def search_swaps(

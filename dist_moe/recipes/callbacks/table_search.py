@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any, ClassVar
 
+import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -66,6 +67,11 @@ class SearchSchedule(TableSearchConfig, ABC):
         step: int,
     ) -> SearchReport:
         """Search the tables of ``model`` after training step ``step`` of the run of ``seed``. Collective."""
+
+
+def seed_at(seed: int, step: int) -> int:
+    """Return a seed for one step of a run: runs of other seeds do not meet it at other steps, as with a sum."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 class TableSearchCallback(Callback):
