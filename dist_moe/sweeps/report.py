@@ -84,7 +84,7 @@ def _opening(plan: SweepPlan, rows: Rows, studies: Studies) -> str:
 
 
 def _unit(plan: SweepPlan) -> str:
-    """What a search chooses among."""
+    """Name what a search chooses among."""
     return "draw" if plan.sweep.seeds > 1 else "trial"
 
 

@@ -19,7 +19,7 @@ LOW, HIGH = 0.05, 0.95
 
 
 LEVEL = 0.95
-"""Of intervals and of spreads over resamples; the bands of budget curves are from LOW to HIGH."""
+"""Level of intervals, and of spreads over resamples; the bands of budget curves are from LOW to HIGH."""
 RESAMPLES = 2000
 
 

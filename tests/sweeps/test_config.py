@@ -111,8 +111,7 @@ def test_the_sweeps_that_come_with_it_have_the_papers_rows(path: Path) -> None:
     elif path.stem.startswith("comet_plus"):  # searches, then their controls
         searches = [row for row in rows if row.startswith("COMET+ (")]
         assert rows[: len(searches) + 1] == ["COMET", *searches]
-        assert {"COMET+ (assignment)", "COMET+ (Sinkhorn, hot)"} <= set(searches)
-        assert "random swaps instead of assignments" in rows
+        assert searches[0] == "COMET+ (assignment)"
     else:
         of_gates = [f"{gate}{plus}" for gate in ("Hash", "Top-k", "DSelect-k") for plus in ("", "+")]
         small = path.stem.startswith("small_movielens")
