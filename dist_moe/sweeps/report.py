@@ -3,7 +3,7 @@
 trials.csv    every finished trial: what was drawn, all its metrics, why it failed
 table.md      the paper's table, and the trials, or draws, that each row needs to reach each other
 table.csv     the same table
-budget.csv    expected test loss of the chosen trial, or draw, against their number and compute
+budget.csv    with several to choose from: expected test loss of the chosen trial, or draw, against number and compute
 budget.png    the same as a picture
 pairs.csv     with several seeds: differences of all pairs of rows, seed by seed, in every metric
 pairs.png     those to the first row as a picture
@@ -54,12 +54,14 @@ def write_report(plan: SweepPlan, directory: SweepDirectory, studies: Studies) -
         parts += _comparison(plan, complete, differences, reach)
         _write_csv(directory.report / "pairs.csv", _pair_cells(chosen))
         draw_differences(directory.report / "pairs.png", f"{plan.path.stem}: minus {next(iter(rows))}", differences)
-    text = "\n\n".join([*parts, reach_table(_unit(plan), summaries)]) + "\n"
+    if plan.sweep.trials > plan.sweep.seeds:  # else nothing is chosen
+        parts.append(reach_table(_unit(plan), summaries))
+        _write_csv(directory.report / "budget.csv", _budget_cells(summaries))
+        draw_budget_curves(directory.report / "budget.png", plan.path.stem, _unit(plan), summaries)
+    text = "\n\n".join(parts) + "\n"
     (directory.report / "table.md").write_text(text, encoding="utf-8")
     _write_csv(directory.report / "table.csv", (_table_cells(summary) for summary in summaries))
     _write_csv(directory.report / "trials.csv", _trial_cells(plan, rows))
-    _write_csv(directory.report / "budget.csv", _budget_cells(summaries))
-    draw_budget_curves(directory.report / "budget.png", plan.path.stem, _unit(plan), summaries)
     return text
 
 

@@ -30,8 +30,9 @@ class RowSummary:
 
     ``metrics``: means of test metrics over the ``averaged`` best trials by validation loss, "loss" first, where trials
     without one count as the worst; empty, and ``best`` and ``curve`` None, where no trial is complete. ``spread``: of
-    that loss, None if no trial has a finite one. ``exact``: the closed form of ``curve.expected``. ``cost``: mean
-    compute of a trial, see :class:`~dist_moe.sweeps.records.TrialRecord`; nan where it is not known of all.
+    that loss, None if no trial has a finite one, or there is but one. ``exact``: the closed form of
+    ``curve.expected``. ``cost``: mean compute of a trial, see :class:`~dist_moe.sweeps.records.TrialRecord`; nan where
+    it is not known of all.
     """
 
     name: str
@@ -82,7 +83,8 @@ def _summarise_row(name: str, records: list[TrialRecord], metrics: list[str], fr
     if np.isfinite(test_N).any():
         losses, budgets = with_bounded_losses(val_N, test_N), range(1, len(val_N) + 1)
         curve, exact = budget_curve(*losses, budgets, seed=seed), expected_best(*losses, budgets)
-        means[OBJECTIVE], spread = float(losses[1][best_M].mean()), best_spread(*losses, fraction, seed=seed)
+        means[OBJECTIVE] = float(losses[1][best_M].mean())
+        spread = best_spread(*losses, fraction, seed=seed) if len(val_N) > 1 else None
     return RowSummary(name, len(counted), states, cost, len(best_M), means, spread, counted[best_M[0]], curve, exact)
 
 

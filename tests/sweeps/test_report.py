@@ -27,6 +27,7 @@ from . import runners
 from .conftest import LR, Bench, Write
 
 FILES = {"trials.csv", "table.md", "table.csv", "budget.csv", "budget.png"}
+PAIRS = {"pairs.csv", "pairs.png"}
 
 
 def lines_of(path: Path) -> list[dict[str, str]]:
@@ -300,6 +301,15 @@ def test_common_draws_are_resampled_together() -> None:
     assert reach_with_choice(rows, 2, common=False)["B"] > 1.0
     waits = rows | {"B": [rows["B"][i] for i in (0, 2, 3)], "C": [*rows["A"][:3], record(3, 1.0, 1.0, "failed")]}
     assert reach_with_choice(waits, 2, common=True) == {}
+
+
+def test_one_draw_has_no_budget(bench: Bench) -> None:
+    studies = bench.studies(trials=3, seeds=3, draws="common", space={})
+    bench.work(studies, runners.seeded)
+    text = write_report(studies._plan, bench.directory, studies)
+    assert {path.name for path in bench.directory.report.iterdir()} == FILES - {"budget.csv", "budget.png"} | PAIRS
+    assert "to reach" not in text
+    assert " to " not in next(line for line in text.splitlines() if line.startswith("| COMET |"))
 
 
 def test_a_draw_is_its_seeds_together() -> None:
