@@ -20,7 +20,8 @@ from dist_moe.sweeps.summary import RowSummary
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.")
-MARK_EVERY = 0.12  # of the picture's diagonal
+FEW = 12  # points of a line, which are marked one by one
+MARK_EVERY = 0.12  # else: of the picture's diagonal
 INCHES = (8.0, 4.8)
 DOTS_PER_INCH = 150
 
@@ -42,9 +43,9 @@ def draw_budget_curves(path: Path, title: str, unit: str, rows: Sequence[RowSumm
             _draw(axes, name, *curves[name], number, style)
     axes.set_title(title)
     axes.set_xlabel("compute of the search (processor seconds; seconds with a GPU)" if known else f"{unit}s")
-    axes.set_ylabel(f"expected test loss of the {unit} best by validation (band: 5-95 %)")
+    axes.set_ylabel(f"expected test loss of the {unit}\nbest by validation (band: 5-95 %)")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(MaxNLocator(8))
@@ -99,6 +100,6 @@ def _draw(axes: Axes, name: str, curve: BudgetCurve, cost: float, group: int, st
         linestyle=style,
         marker=MARKERS[(group + group // len(COLOURS)) % len(MARKERS)],
         markersize=5,
-        markevery=MARK_EVERY,
+        markevery=1 if len(spent_B) <= FEW else MARK_EVERY,
         color=colour,
     )
