@@ -112,9 +112,11 @@ def test_the_sweeps_that_come_with_it_have_the_papers_rows(path: Path) -> None:
         searches = [row for row in rows if row.startswith("COMET+ (")]
         assert rows[: len(searches) + 1] == ["COMET", *searches]
         assert searches[0] == "COMET+ (assignment)"
+    elif path.stem == "plus_of_other_gates":
+        assert rows == [f"{gate}{what}" for gate in ("Top-k", "Hash") for what in ("", "+", ", random permutation")]
     else:
         of_gates = [f"{gate}{plus}" for gate in ("Hash", "Top-k", "DSelect-k") for plus in ("", "+")]
-        small = path.stem.startswith("small_movielens")
+        small = path.stem.startswith("small_")
         assert rows == [*of_gates, "COMET", "COMET+ (Sinkhorn)", f"COMET+ ({'assignment' if small else 'swap'})"]
 
 
