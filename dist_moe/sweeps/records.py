@@ -41,19 +41,18 @@ class TrialRecord:
 
 
 def by_draw(records: Sequence[TrialRecord], seeds: int) -> list[TrialRecord]:
-    """Return a record for each draw of ``seeds`` trials: means of what they came to, sums of what they took.
+    """Return a record for each draw of ``seeds`` finished trials: means of what they came to, sums of what they took.
 
-    A draw is as good as its worst trial: failed if one failed or is missing, else diverged, pruned or complete.
+    A draw is as good as its worst trial: failed if one is, else diverged, pruned or complete.
     """
     of_draw: dict[int, list[TrialRecord]] = {}
     for record in records:
         of_draw.setdefault(record.index // seeds, []).append(record)
-    return [_draw(number, trials, seeds) for number, trials in sorted(of_draw.items())]
+    return [_draw(number, trials) for number, trials in sorted(of_draw.items()) if len(trials) == seeds]
 
 
-def _draw(number: int, trials: list[TrialRecord], seeds: int) -> TrialRecord:
+def _draw(number: int, trials: list[TrialRecord]) -> TrialRecord:
     states: list[State] = ["failed", "diverged", "pruned", "complete"]
-    state = states[min(states.index(trial.state) for trial in trials)] if len(trials) == seeds else "failed"
 
     def means(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
         shared = [name for name in metrics[0] if all(name in each for each in metrics)]
@@ -62,7 +61,7 @@ def _draw(number: int, trials: list[TrialRecord], seeds: int) -> TrialRecord:
     return replace(
         trials[0],
         index=number,
-        state=state,
+        state=states[min(states.index(trial.state) for trial in trials)],
         loss=statistics.fmean(trial.loss for trial in trials),
         val=means([trial.val for trial in trials]),
         test=means([trial.test for trial in trials]),

@@ -315,7 +315,8 @@ def test_one_draw_has_no_budget(bench: Bench) -> None:
 def test_a_draw_is_its_seeds_together() -> None:
     """Seed 1 of draw 0 is the best trial, draw 1 the best draw; a draw lasts until all its seeds are there."""
     trials = [record(0, 3.0, 30.0, auc=0.5), record(1, 1.0, 10.0, auc=0.7), record(2, 1.5, 15.0), record(3, 1.7, 17.0)]
-    draws = by_draw([*trials, record(4, 1.0, 1.0), record(5, 1.0, 1.0, "diverged"), record(6, 1.0, 1.0)], 2)
+    others = [record(4, 1.0, 1.0), record(5, 1.0, 1.0, "diverged"), record(6, 1.0, 1.0), record(7, 1.0, 1.0, "failed")]
+    draws = by_draw([*trials, *others, record(8, 1.0, 1.0)], 2)
     assert [draw.state for draw in draws] == ["complete", "complete", "diverged", "failed"]
     assert (draws[0].loss, draws[0].test, draws[0].compute) == (2.0, {"loss": 20.0, "auc": 0.6}, 2.0)
     (row,) = summarise({"A": draws}, fraction=0.05, seed=0)
