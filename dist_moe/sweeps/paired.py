@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from dist_moe.sweeps.records import TrialRecord
+from dist_moe.sweeps.records import TrialRecord, draws_of
 from dist_moe.sweeps.runner import OBJECTIVE
 from dist_moe.sweeps.statistics import LEVEL, RESAMPLES, Floats, chosen_again
 
@@ -46,11 +46,8 @@ def chosen_trials(records: Sequence[TrialRecord], seeds: int) -> list[TrialRecor
 
     A draw one of whose seeds diverged, failed or is missing is not chosen; of equals the first is.
     """
-    by_draw: dict[int, list[TrialRecord]] = {}
-    for record in sorted(records, key=lambda record: record.index):
-        if record.state == "complete":
-            by_draw.setdefault(record.index // seeds, []).append(record)
-    whole = [trials for trials in by_draw.values() if len(trials) == seeds]
+    draws = draws_of(records, seeds)
+    whole = [trials for trials in draws if all(trial.state == "complete" for trial in trials)]
     return min(whole, key=lambda trials: statistics.fmean(trial.loss for trial in trials), default=[])
 
 
@@ -100,9 +97,9 @@ def _student(count: int) -> float:
 
 def _by_draw_and_seed(records: Sequence[TrialRecord], seeds: int) -> tuple[Floats, Floats] | None:
     """(D, S) losses in validation and test; None if a trial failed or is missing, or no test loss is finite."""
-    there = sorted((record for record in records if record.state != "failed"), key=lambda record: record.index)
-    if [record.index for record in there] != list(range(len(there))) or len(there) % seeds:
+    draws = draws_of([record for record in records if record.state != "failed"], seeds)
+    if [trial.index for trials in draws for trial in trials] != list(range(len(records))):
         return None
-    tests = [record.test.get(OBJECTIVE, math.nan) for record in there]
-    val_DS, test_DS = (np.array(each).reshape(-1, seeds) for each in ([record.loss for record in there], tests))
+    val_DS = np.array([[trial.loss for trial in trials] for trials in draws])
+    test_DS = np.array([[trial.test.get(OBJECTIVE, math.nan) for trial in trials] for trials in draws])
     return (val_DS, test_DS) if np.isfinite(test_DS).any() else None

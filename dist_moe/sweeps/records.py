@@ -40,18 +40,23 @@ class TrialRecord:
     environment: str
 
 
+def draws_of(records: Sequence[TrialRecord], seeds: int) -> list[list[TrialRecord]]:
+    """Return the trials of each draw all of whose ``seeds`` are finished, by seed; draws in their order."""
+    by_number: dict[int, list[TrialRecord]] = {}
+    for record in sorted(records, key=lambda record: record.index):
+        by_number.setdefault(record.index // seeds, []).append(record)
+    return [trials for trials in by_number.values() if len(trials) == seeds]
+
+
 def by_draw(records: Sequence[TrialRecord], seeds: int) -> list[TrialRecord]:
     """Return a record for each draw of ``seeds`` finished trials: means of what they came to, sums of what they took.
 
     A draw is as good as its worst trial: failed if one is, else diverged, pruned or complete.
     """
-    of_draw: dict[int, list[TrialRecord]] = {}
-    for record in records:
-        of_draw.setdefault(record.index // seeds, []).append(record)
-    return [_draw(number, trials) for number, trials in sorted(of_draw.items()) if len(trials) == seeds]
+    return [_draw(trials) for trials in draws_of(records, seeds)]
 
 
-def _draw(number: int, trials: list[TrialRecord]) -> TrialRecord:
+def _draw(trials: list[TrialRecord]) -> TrialRecord:
     states: list[State] = ["failed", "diverged", "pruned", "complete"]
 
     def means(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -60,7 +65,7 @@ def _draw(number: int, trials: list[TrialRecord]) -> TrialRecord:
 
     return replace(
         trials[0],
-        index=number,
+        index=trials[0].index // len(trials),
         state=states[min(states.index(trial.state) for trial in trials)],
         loss=statistics.fmean(trial.loss for trial in trials),
         val=means([trial.val for trial in trials]),
